@@ -1,0 +1,229 @@
+"""Temporal voting: neighbouring LiDAR scans refine each other's predictions (SuperFlow++, arXiv:2503.19912)."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_methods.callbacks.ema import EMATeacher
+from lit_methods.lidar.point_metrics import PointIoU, mean_iou
+from lit_methods.lidar.superflow.core import Vote, temporal_vote
+from lit_methods.panels import Curve, Panel
+
+Predictor = Callable[[dict[str, Any]], Tensor]
+
+
+def vote_on_batch(predict: Predictor, batch: dict[str, Any], **options: Any) -> tuple[Tensor, Vote]:
+    """Predict the scans of a batch and of their neighbours, and let them vote.
+
+    Args:
+        predict: Cloud -> (N, C) logits.
+        batch: A cloud with ``neighbours`` (see :class:`lit_methods.datamodules.NuScenesDataModule` with ``neighbours >= 1``).
+        options: Of :func:`lit_methods.lidar.superflow.core.temporal_vote`.
+
+    Returns:
+        The scan's own probabilities (N, C) and the vote, both in the order of ``batch["points"]``.
+
+    Raises:
+        KeyError: The batch has no neighbours.
+    """
+    if not batch.get("neighbours"):
+        raise KeyError("temporal voting needs batch['neighbours']: set neighbours: 1 (or more) in the datamodule")
+    half = len(batch["neighbours"]) // 2
+    clouds = [*batch["neighbours"][:half], batch, *batch["neighbours"][half:]]
+    device, samples = batch["points"].device, batch["points_per_sample"].shape[0]
+    order = torch.arange(samples, device=device)
+    points, frames, scans, probs = [], [], [], []
+    for index, cloud in enumerate(clouds):
+        number = cloud["points"].shape[0]
+        if number == 0:  # every sample of the batch stands at a scene border
+            continue
+        points.append(cloud["points"][:, :3])
+        frames.append(torch.full((number,), index, device=device))
+        scans.append(torch.repeat_interleave(order, cloud["points_per_sample"], output_size=number))
+        probs.append(predict(cloud).float().softmax(dim=1))
+    still = torch.eye(4, dtype=torch.float64, device=device).expand(samples, 4, 4)
+    motion = torch.stack([cloud.get("to_current", still) for cloud in clouds], dim=1)
+    vote = temporal_vote(
+        torch.cat(points), torch.cat(frames), motion, torch.cat(probs), current_frame=half, sample=torch.cat(scans), **options
+    )
+    own = next(p for p, f in zip(probs, frames, strict=True) if int(f[0]) == half)
+    return own, vote
+
+
+class TemporalVoting(Callback):
+    """Replaces a point segmentor's predictions by those that neighbouring scans agree on, and offers them as pseudo-labels.
+
+    Attaches to any LightningModule with a method ``(cloud) -> (N, C) logits`` that its evaluation steps call. Static parts of the scene gain;
+    moving objects break the assumption: watch ``voting/agreement/*`` and list them in ``exclude_classes``.
+
+    Runs: at validation, test and predict the method's result is replaced by the logarithm of the voted distribution. With ``pseudo_labels``,
+    before each training step ``batch["unlabelled"]["labels"]`` is set from the teacher of the ``EMATeacher`` callback, in evaluation mode.
+    Saves: nothing. The rule is our reconstruction: the authors' is not public.
+
+    Args:
+        predictor: Name of the method, called with a batch or a neighbour cloud.
+        voxel_size: Edge of the voting cells, metres.
+        min_frames: Cells seen in fewer frames don't vote.
+        mode: ``soft`` sums probabilities, ``hard`` one-hot votes.
+        exclude_classes: Classes that neither give nor take votes.
+        num_outputs: Width C of the logits.
+        ignore_index: Label that is left out, and that unsure pseudo-labels get.
+        class_names: Names of the classes without the ignored one, for the logs; None numbers them.
+        refine: Vote at validation, test and predict.
+        pseudo_labels: Vote on unlabelled training batches.
+        confidence_threshold: Of pseudo-labels, in [0, 1]; predictions are never dropped at test time.
+    """
+
+    runs_after: ClassVar[tuple[str, ...]] = ("EMATeacher",)
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Curve("mIoU before and after voting", ("voting/miou_own", "voting/miou"), goal="max"),
+        Curve(
+            "Flipped points",
+            ("voting/flip_rate", "voting/flip_precision"),
+            note="Precision: share of the flipped, labelled points that the vote got right.",
+        ),
+        Curve("Agreement of own and voted label per class", ("voting/agreement/*",), note="Low for classes that move."),
+        Curve("Pseudo-labels kept", ("voting/pseudo_kept", "voting/pseudo_agreement")),
+    )
+
+    def __init__(
+        self,
+        predictor: str = "point_logits",
+        voxel_size: float = 0.25,
+        min_frames: int = 2,
+        mode: Literal["soft", "hard"] = "soft",
+        exclude_classes: Sequence[int] = (),
+        num_outputs: int = 17,
+        ignore_index: int = 16,
+        class_names: Sequence[str] | None = None,
+        refine: bool = True,
+        pseudo_labels: bool = False,
+        confidence_threshold: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if voxel_size <= 0 or not 0 <= confidence_threshold <= 1:
+            raise ValueError(
+                f"voxel_size must be > 0 and confidence_threshold in [0, 1], got voxel_size={voxel_size}, {confidence_threshold=}"
+            )
+        self.predictor, self.refine, self.pseudo_labels = predictor, refine, pseudo_labels
+        self.confidence_threshold, self.ignore_index = confidence_threshold, ignore_index
+        self.options = {
+            "voxel_size": voxel_size,
+            "min_frames": min_frames,
+            "mode": mode,
+            "exclude_classes": tuple(exclude_classes),
+            "ignore_index": ignore_index,
+        }
+        self.own_iou, self.voted_iou = PointIoU(num_outputs, ignore_index), PointIoU(num_outputs, ignore_index)
+        self.class_names = tuple(class_names or (str(c) for c in self.own_iou.counted))
+        # own label -> voted label over all points, and flipped points by (right, wrong)
+        self.flips = PointIoU(num_outputs, -1)
+        self._wrapped: Predictor | None = None
+
+    # ------------------------------------------------------------------------------------------------------------------ at evaluation
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks what is needed and wraps the predictor of this module instance."""
+        if not callable(getattr(pl_module, self.predictor, None)):
+            raise TypeError(
+                f"TemporalVoting needs a method {self.predictor!r} (cloud) -> (N, C) logits on {type(pl_module).__name__}: "
+                "name yours with predictor="
+            )
+        if self.pseudo_labels and stage == "fit":
+            self._teacher(trainer)
+        if self.refine and self._wrapped is None:
+            self._attach(pl_module)
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        predict = getattr(pl_module, self.predictor)
+
+        @functools.wraps(predict)
+        def voted(batch: dict[str, Any]) -> Tensor:
+            # training steps, and the teacher's copy of this module, predict for themselves
+            if pl_module.training or torch.is_grad_enabled():
+                return predict(batch)
+            own, vote = vote_on_batch(predict, batch, **self.options)
+            self._count(own, vote, batch.get("labels"))
+            return vote.probs.clamp(min=torch.finfo(vote.probs.dtype).tiny).log()
+
+        self._wrapped = voted
+        setattr(pl_module, self.predictor, voted)
+
+    def _detach(self, pl_module: LightningModule) -> None:
+        if self._wrapped is not None and vars(pl_module).get(self.predictor) is self._wrapped:
+            delattr(pl_module, self.predictor)
+        self._wrapped = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves nothing behind."""
+        self._detach(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves nothing behind after a failed run either: Lightning calls no ``teardown`` then."""
+        self._detach(pl_module)
+
+    def _count(self, own: Tensor, vote: Vote, labels: Tensor | None) -> None:
+        own_label, voted = own.argmax(dim=1), vote.probs.argmax(dim=1)
+        self.flips.to(own.device).update(voted, own_label)
+        if labels is not None:
+            self.own_iou.to(own.device).update(own_label, labels)
+            self.voted_iou.to(own.device).update(voted, labels)
+            self._flipped = getattr(self, "_flipped", 0) + torch.stack(
+                [((voted != own_label) & (labels != self.ignore_index)).sum(), ((voted != own_label) & (voted == labels)).sum()]
+            )
+
+    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.refine or trainer.sanity_checking:
+            self._reset()
+            return
+        table = self.flips.compute().float()
+        agree, total = table.diagonal(), table.sum(1)
+        logs = {"flip_rate": 1 - agree.sum() / total.sum().clamp(min=1)}
+        names = dict(zip(self.own_iou.counted, self.class_names, strict=True))
+        logs |= {f"agreement/{name}": agree[c] / total[c] for c, name in names.items() if total[c] > 0}
+        if self.own_iou.update_called:
+            logs |= {"miou_own": mean_iou(self.own_iou.iou()), "miou": mean_iou(self.voted_iou.iou())}
+            flipped, right = pl_module.trainer.strategy.reduce(self._flipped.float(), reduce_op="sum")
+            logs["flip_precision"] = right / flipped.clamp(min=1)
+        pl_module.log_dict({f"voting/{name}": value for name, value in logs.items()})
+        self._reset()
+
+    def _reset(self) -> None:
+        for metric in (self.flips, self.own_iou, self.voted_iou):
+            metric.reset()
+        self._flipped: Any = 0
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs agreement and mIoU."""
+        self._log_epoch(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs agreement and mIoU."""
+        self._log_epoch(trainer, pl_module)
+
+    # -------------------------------------------------------------------------------------------------------------------- in training
+
+    def _teacher(self, trainer: Trainer) -> EMATeacher:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EMATeacher):
+                return callback
+        raise TypeError("TemporalVoting with pseudo_labels needs a teacher: add the EMATeacher callback (decay 0.99 in SuperFlow++)")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Puts voted labels into ``batch["unlabelled"]``."""
+        if not self.pseudo_labels:
+            return
+        if "unlabelled" not in batch:
+            raise KeyError("TemporalVoting with pseudo_labels needs batch['unlabelled']: use mode: semi_supervised in the datamodule")
+        predict = getattr(self._teacher(trainer).teacher, self.predictor)
+        with torch.no_grad():
+            own, vote = vote_on_batch(predict, batch["unlabelled"], confidence_threshold=self.confidence_threshold, **self.options)
+        batch["unlabelled"]["labels"] = vote.labels
+        kept = (vote.labels != self.ignore_index).float().mean()
+        agreement = (vote.probs.argmax(dim=1) == own.argmax(dim=1)).float().mean()
+        pl_module.log_dict({"voting/pseudo_kept": kept, "voting/pseudo_agreement": agreement}, batch_size=len(batch["unlabelled"]["token"]))

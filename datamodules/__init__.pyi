@@ -1,0 +1,2 @@
+from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
+from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule

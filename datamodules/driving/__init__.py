@@ -1,0 +1,1 @@
+"""Driving data sets: nuScenes, KITTI-style and the embedded procedural world."""

@@ -1,0 +1,1 @@
+"""LiDAR pretraining and segmentation."""

@@ -1,0 +1,178 @@
+"""Downstream LiDAR segmentation: linear probing, fine-tuning, semi-supervised training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lit_methods.checkpoint import load_into
+from lit_methods.lidar import pictures
+from lit_methods.lidar.point_metrics import PointIoU, iou_rows, mean_iou
+from lit_methods.lidar.superflow.core import segmentation_losses
+from lit_methods.optim import adamw_one_cycle
+from lit_methods.panels import CloudPanel, Curve, Media, Panel, TableMedia, TablePanel
+
+
+class PointSegmentor(LightningModule):
+    """A 3D backbone and one linear layer: cross-entropy + 2 x Lovasz-softmax on voxels, mIoU on points (SuperFlow's downstream protocol).
+
+    A voxel's label is that of its first point; a point's prediction is that of its voxel. Batches: see
+    :class:`lit_methods.datamodules.NuScenesDataModule` with ``mode: segment``, or ``semi_supervised``: there the batch holds ``labelled`` and
+    ``unlabelled`` clouds, and the ``TemporalVoting`` callback puts voted labels of an EMA teacher into the latter before the step.
+
+    Args:
+        backbone_3d: (points, points_per_sample) -> ``VoxelFeatures`` with an attribute ``out_channels``, such as ``MinkUNet``.
+        num_outputs: Width of the linear layer; 17 for nuScenes: 16 classes and the ignored one.
+        ignore_index: Label that takes no part in loss and metric.
+        class_names: Names of the classes without the ignored one; None numbers them.
+        pretrained: Checkpoint whose ``backbone_3d.`` weights are loaded; None starts at random.
+        protocol: ``linear_probe`` trains the linear layer alone on the frozen backbone, ``finetune`` trains all.
+        lp_bn_train: In a linear probe, keep batch norm in batch-statistics mode and its running means moving, as the official code does by
+            accident; False is a frozen backbone in the strict sense.
+        lovasz_weight: Factor of the Lovasz term.
+        unlabelled_weight: Factor of the loss on voted pseudo-labels.
+        learning_rate: Peak of the one-cycle schedule.
+        weight_decay: Of AdamW.
+        pct_start: Share of the steps in which the learning rate rises.
+    """
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Curve("Segmentation loss", ("segmentor/loss", "segmentor/loss_ce", "segmentor/loss_lovasz", "segmentor/loss_unlabelled"), goal="min"),
+        Curve("mIoU on held-out scans", ("segmentor/val_miou", "segmentor/test_miou"), note="Mean over the classes that occur.", goal="max"),
+        Curve("IoU per class", ("segmentor/val_iou/*",), goal="max"),
+        TablePanel("IoU per class, last validation", "segmentor/iou"),
+        CloudPanel("Prediction", "segmentor/prediction", note="A held-out scan, colour: predicted class."),
+        CloudPanel("Truth", "segmentor/truth", note="The same scan, colour: label; grey is ignored."),
+    )
+
+    def __init__(
+        self,
+        backbone_3d: nn.Module,
+        num_outputs: int = 17,
+        ignore_index: int = 16,
+        class_names: Sequence[str] | None = None,
+        pretrained: Path | None = None,
+        protocol: Literal["linear_probe", "finetune"] = "finetune",
+        lp_bn_train: bool = False,
+        lovasz_weight: float = 2.0,
+        unlabelled_weight: float = 1.0,
+        learning_rate: float = 0.001,
+        weight_decay: float = 0.01,
+        pct_start: float = 0.2,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone_3d"])
+        self.backbone_3d = backbone_3d
+        if pretrained is not None:
+            load_into(backbone_3d, pretrained, "backbone_3d.")
+        self.head = nn.Linear(int(backbone_3d.out_channels), num_outputs)  # type: ignore[arg-type]
+        if protocol == "linear_probe":
+            backbone_3d.requires_grad_(False)
+        self.val_iou, self.test_iou = PointIoU(num_outputs, ignore_index), PointIoU(num_outputs, ignore_index)
+        classes = len(self.val_iou.counted)
+        self.class_names = tuple(class_names or (str(c) for c in self.val_iou.counted))
+        if len(self.class_names) != classes:
+            raise ValueError(f"class_names has {len(self.class_names)} names, but {classes} classes are counted (num_outputs without ignore_index)")
+        self._media: dict[str, Media] = {}
+
+    def train(self, mode: bool = True) -> "PointSegmentor":
+        """A probed backbone stays in evaluation mode, unless ``lp_bn_train``."""
+        super().train(mode)
+        if self.hparams["protocol"] == "linear_probe" and not self.hparams["lp_bn_train"]:
+            self.backbone_3d.eval()
+        return self
+
+    def point_logits(self, batch: dict[str, Any]) -> Tensor:
+        """(N, num_outputs) logits of every point of a cloud; ``TemporalVoting`` refines what this returns outside training."""
+        voxels = self.backbone_3d(batch["points"], batch["points_per_sample"])
+        return self.head(voxels.features)[voxels.point2voxel]
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """The same as :meth:`point_logits`."""
+        return self.point_logits(batch)
+
+    def _losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        voxels = self.backbone_3d(batch["points"], batch["points_per_sample"])
+        hp = self.hparams
+        return segmentation_losses(self.head(voxels.features), batch["labels"][voxels.first_point], hp["ignore_index"], hp["lovasz_weight"])
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Supervised loss, plus the weighted loss on voted labels in semi-supervised training."""
+        labelled = batch.get("labelled", batch)
+        losses = self._losses(labelled)
+        loss = losses["total"]
+        logs = {"loss_ce": losses["ce"], "loss_lovasz": losses["lovasz"]}
+        if "unlabelled" in batch:
+            if "labels" not in batch["unlabelled"]:
+                raise KeyError("batch['unlabelled'] has no labels: add the EMATeacher and TemporalVoting (pseudo_labels: true) callbacks")
+            logs["loss_unlabelled"] = self._losses(batch["unlabelled"])["total"]
+            loss = loss + self.hparams["unlabelled_weight"] * logs["loss_unlabelled"]
+        size = len(labelled["token"])
+        self.log_dict({f"segmentor/{name}": value.detach() for name, value in logs.items()}, batch_size=size)
+        self.log("segmentor/loss", loss.detach(), prog_bar=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Adds the points of a batch to the confusion matrix."""
+        predicted = self._evaluate(batch, self.val_iou)
+        if batch_idx == 0 and self.trainer.is_global_zero:
+            self._draw(batch, predicted)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Like validation, on the test split."""
+        predicted = self._evaluate(batch, self.test_iou)
+        if batch_idx == 0 and self.trainer.is_global_zero:
+            self._draw(batch, predicted)
+
+    def _evaluate(self, batch: dict[str, Any], metric: PointIoU) -> Tensor:
+        predicted = self.point_logits(batch).argmax(dim=1)
+        metric.update(predicted, batch["labels"])
+        return predicted
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs mIoU and the IoU of every class."""
+        self._log_iou(self.val_iou, "val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs mIoU and the IoU of every class."""
+        self._log_iou(self.test_iou, "test")
+
+    def _log_iou(self, metric: PointIoU, stage: str) -> None:
+        iou = metric.iou()
+        metric.reset()
+        self.log(f"segmentor/{stage}_miou", mean_iou(iou), prog_bar=True)
+        present = {name: value.float() for name, value in zip(self.class_names, iou, strict=True) if not value.isnan()}
+        self.log_dict({f"segmentor/{stage}_iou/{name}": value for name, value in present.items()})
+        self._media["segmentor/iou"] = TableMedia(("class", "IoU, %"), iou_rows(iou, self.class_names))
+
+    def _draw(self, batch: dict[str, Any], predicted: Tensor) -> None:
+        first = int(batch["points_per_sample"][0])
+        points = batch["points"][:first, :3]
+        for key, labels in (("prediction", predicted), ("truth", batch["labels"])):
+            self._media[f"segmentor/{key}"] = pictures.label_cloud(points, labels[:first], self.class_names, f"{key}, scan {batch['token'][0]}")
+
+    def dashboard_media(self) -> dict[str, Media]:
+        """Pictures and table of the last evaluation."""
+        return self._media
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """``token`` list[str] and ``labels`` list of (n_i,) int64 training ids, one entry per scan; ``SubmissionWriter`` writes them to files."""
+        logits = self.point_logits(batch)
+        ignore = self.hparams["ignore_index"]
+        if 0 <= ignore < logits.shape[1]:  # a submission has no ignored class
+            logits = logits.index_fill(1, torch.tensor([ignore], device=logits.device), -torch.inf)
+        return {"token": batch["token"], "labels": list(logits.argmax(dim=1).split(batch["points_per_sample"].tolist()))}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with one cycle over what is trained."""
+        hp = self.hparams
+        return adamw_one_cycle(
+            self,
+            (p for p in self.parameters() if p.requires_grad),
+            learning_rate=hp["learning_rate"],
+            weight_decay=hp["weight_decay"],
+            pct_start=hp["pct_start"],
+        )
