@@ -34,10 +34,12 @@ def adamw_one_cycle(
         final_div_factor: First / last learning rate.
     """
     optimizer = torch.optim.AdamW(list(parameters), lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps)
+    # OneCycleLR divides by the length of the rise less one: a run too short to rise gets the start of the shortest cycle that can
+    shortest = int(1 / pct_start) + 1
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=learning_rate,
-        total_steps=max(int(module.trainer.estimated_stepping_batches), 2),
+        total_steps=max(int(module.trainer.estimated_stepping_batches), shortest),
         pct_start=pct_start,
         anneal_strategy="cos",
         cycle_momentum=False,

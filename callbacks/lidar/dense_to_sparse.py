@@ -26,7 +26,7 @@ class DenseToSparse(LossTerm):
     """Adds the agreement between a scan's superpixel groups and those of its multi-sweep cloud to the loss.
 
     The target submodule is a network ``(points, points_per_sample) -> (N, C) features or VoxelFeatures``; its features of the scan are caught
-    where the module computes them, and it is run once more on ``batch["dense"]``. The batch is a pretraining batch of the driving family or any
+    where the module computes them (at its first call in a step), and it is run once more on ``batch["dense"]``. The batch is a pretraining batch of the driving family or any
     dict with the same keys (the scan under ``cur`` or at the top level).
 
     Args:
@@ -62,15 +62,15 @@ class DenseToSparse(LossTerm):
         missing = [key for key in ("superpixels", "pairing_points") if key not in scan] + [key for key in ("dense",) if key not in batch]
         if missing:
             raise KeyError(f"DenseToSparse finds no {', '.join(missing)} in the batch: use mode: pretrain with num_sweeps >= 1")
-        (name, features), *more = inputs["features"].items()
+        (name, calls), *more = inputs["feature_calls"].items()
         if more:
-            raise ValueError(f"DenseToSparse takes one submodule, but its target matches {sorted(inputs['features'])}: be more specific")
+            raise ValueError(f"DenseToSparse takes one submodule, but its target matches {sorted(inputs['feature_calls'])}: be more specific")
         groups = core.superpixel_groups(scan["superpixels"], self.num_superpixels, self.view_consistency)
         num_groups = self.num_superpixels * groups.shape[0] * (1 if self.view_consistency else groups.shape[1])
         dense = batch["dense"]
         again = inputs["module"].get_submodule(name)(dense["points"], dense["points_per_sample"])
         pooled = []
-        for cloud, output in ((scan, features), (dense, again)):
+        for cloud, output in ((scan, calls[0]), (dense, again)):
             voxels = _voxels(output, cloud["points"].shape[0])
             pairs = core.Pairs(cloud["pairing_points"], cloud["pairing_images"], cloud["pairs_per_sample"])
             pair_voxel, pair_group = core.look_up_pairs(pairs, voxels.point2voxel, cloud["points_per_sample"], groups)

@@ -5,10 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torchmetrics import Metric, SumMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lit_methods.callbacks.ema import EMATeacher
+from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.lidar.point_metrics import PointIoU, mean_iou
 from lit_methods.lidar.superflow.core import Vote, temporal_vote
 from lit_methods.panels import Curve, Panel
@@ -37,6 +40,7 @@ def vote_on_batch(predict: Predictor, batch: dict[str, Any], **options: Any) -> 
     device, samples = batch["points"].device, batch["points_per_sample"].shape[0]
     order = torch.arange(samples, device=device)
     points, frames, scans, probs = [], [], [], []
+    own = torch.empty(0)
     for index, cloud in enumerate(clouds):
         number = cloud["points"].shape[0]
         if number == 0:  # every sample of the batch stands at a scene border
@@ -45,16 +49,16 @@ def vote_on_batch(predict: Predictor, batch: dict[str, Any], **options: Any) -> 
         frames.append(torch.full((number,), index, device=device))
         scans.append(torch.repeat_interleave(order, cloud["points_per_sample"], output_size=number))
         probs.append(predict(cloud).float().softmax(dim=1))
+        own = probs[-1] if index == half else own
     still = torch.eye(4, dtype=torch.float64, device=device).expand(samples, 4, 4)
     motion = torch.stack([cloud.get("to_current", still) for cloud in clouds], dim=1)
     vote = temporal_vote(
         torch.cat(points), torch.cat(frames), motion, torch.cat(probs), current_frame=half, sample=torch.cat(scans), **options
     )
-    own = next(p for p, f in zip(probs, frames, strict=True) if int(f[0]) == half)
     return own, vote
 
 
-class TemporalVoting(Callback):
+class TemporalVoting(OrderedCallback):
     """Replaces a point segmentor's predictions by those that neighbouring scans agree on, and offers them as pseudo-labels.
 
     Attaches to any LightningModule with a method ``(cloud) -> (N, C) logits`` that its evaluation steps call. Static parts of the scene gain;
@@ -111,8 +115,8 @@ class TemporalVoting(Callback):
                 f"voxel_size must be > 0 and confidence_threshold in [0, 1], got voxel_size={voxel_size}, {confidence_threshold=}"
             )
         self.predictor, self.refine, self.pseudo_labels = predictor, refine, pseudo_labels
-        self.confidence_threshold, self.ignore_index = confidence_threshold, ignore_index
-        self.options = {
+        self.confidence_threshold = confidence_threshold
+        self.options: dict[str, Any] = {
             "voxel_size": voxel_size,
             "min_frames": min_frames,
             "mode": mode,
@@ -121,14 +125,16 @@ class TemporalVoting(Callback):
         }
         self.own_iou, self.voted_iou = PointIoU(num_outputs, ignore_index), PointIoU(num_outputs, ignore_index)
         self.class_names = tuple(class_names or (str(c) for c in self.own_iou.counted))
-        # own label -> voted label over all points, and flipped points by (right, wrong)
-        self.flips = PointIoU(num_outputs, -1)
-        self._wrapped: Predictor | None = None
+        self.agreement = MulticlassConfusionMatrix(num_outputs)  # own label x voted label, over all points
+        self.flipped, self.righted = SumMetric(), SumMetric()
+        self._metrics: tuple[Metric, ...] = (self.own_iou, self.voted_iou, self.agreement, self.flipped, self.righted)
+        self._attached = False
 
     # ------------------------------------------------------------------------------------------------------------------ at evaluation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks what is needed and wraps the predictor of this module instance."""
+        """Checks that the module and the trainer have what is needed."""
+        super().setup(trainer, pl_module, stage)
         if not callable(getattr(pl_module, self.predictor, None)):
             raise TypeError(
                 f"TemporalVoting needs a method {self.predictor!r} (cloud) -> (N, C) logits on {type(pl_module).__name__}: "
@@ -136,67 +142,81 @@ class TemporalVoting(Callback):
             )
         if self.pseudo_labels and stage == "fit":
             self._teacher(trainer)
-        if self.refine and self._wrapped is None:
-            self._attach(pl_module)
 
     def _attach(self, pl_module: LightningModule) -> None:
+        """The predictor of this instance votes from now on: during an evaluation only, so that no copy of the module inherits it."""
+        if not self.refine:
+            return
         predict = getattr(pl_module, self.predictor)
 
         @functools.wraps(predict)
         def voted(batch: dict[str, Any]) -> Tensor:
-            # training steps, and the teacher's copy of this module, predict for themselves
-            if pl_module.training or torch.is_grad_enabled():
-                return predict(batch)
             own, vote = vote_on_batch(predict, batch, **self.options)
             self._count(own, vote, batch.get("labels"))
             return vote.probs.clamp(min=torch.finfo(vote.probs.dtype).tiny).log()
 
-        self._wrapped = voted
+        for metric in self._metrics:
+            metric.reset()
         setattr(pl_module, self.predictor, voted)
+        self._attached = True
 
     def _detach(self, pl_module: LightningModule) -> None:
-        if self._wrapped is not None and vars(pl_module).get(self.predictor) is self._wrapped:
+        if self._attached:
             delattr(pl_module, self.predictor)
-        self._wrapped = None
+            self._attached = False
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Votes from here on."""
+        self._attach(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Votes from here on."""
+        self._attach(pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Votes from here on."""
+        self._attach(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves nothing behind."""
+        self._detach(pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves nothing behind."""
+        self._detach(pl_module)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves nothing behind."""
         self._detach(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves nothing behind after a failed run either: Lightning calls no ``teardown`` then."""
+        """Leaves nothing behind after a failed run either."""
         self._detach(pl_module)
 
     def _count(self, own: Tensor, vote: Vote, labels: Tensor | None) -> None:
+        for metric in self._metrics:
+            metric.to(own.device)
         own_label, voted = own.argmax(dim=1), vote.probs.argmax(dim=1)
-        self.flips.to(own.device).update(voted, own_label)
+        self.agreement.update(voted, own_label)
         if labels is not None:
-            self.own_iou.to(own.device).update(own_label, labels)
-            self.voted_iou.to(own.device).update(voted, labels)
-            self._flipped = getattr(self, "_flipped", 0) + torch.stack(
-                [((voted != own_label) & (labels != self.ignore_index)).sum(), ((voted != own_label) & (voted == labels)).sum()]
-            )
+            self.own_iou.update(own_label, labels)
+            self.voted_iou.update(voted, labels)
+            flipped = (voted != own_label) & (labels != self.options["ignore_index"])
+            self.flipped.update(flipped)
+            self.righted.update(flipped & (voted == labels))
 
     def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.refine or trainer.sanity_checking:
-            self._reset()
             return
-        table = self.flips.compute().float()
+        table = self.agreement.compute().float()
         agree, total = table.diagonal(), table.sum(1)
         logs = {"flip_rate": 1 - agree.sum() / total.sum().clamp(min=1)}
         names = dict(zip(self.own_iou.counted, self.class_names, strict=True))
         logs |= {f"agreement/{name}": agree[c] / total[c] for c, name in names.items() if total[c] > 0}
         if self.own_iou.update_called:
             logs |= {"miou_own": mean_iou(self.own_iou.iou()), "miou": mean_iou(self.voted_iou.iou())}
-            flipped, right = pl_module.trainer.strategy.reduce(self._flipped.float(), reduce_op="sum")
-            logs["flip_precision"] = right / flipped.clamp(min=1)
+            logs["flip_precision"] = self.righted.compute() / self.flipped.compute().clamp(min=1)
         pl_module.log_dict({f"voting/{name}": value for name, value in logs.items()})
-        self._reset()
-
-    def _reset(self) -> None:
-        for metric in (self.flips, self.own_iou, self.voted_iou):
-            metric.reset()
-        self._flipped: Any = 0
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs agreement and mIoU."""
@@ -220,10 +240,10 @@ class TemporalVoting(Callback):
             return
         if "unlabelled" not in batch:
             raise KeyError("TemporalVoting with pseudo_labels needs batch['unlabelled']: use mode: semi_supervised in the datamodule")
-        predict = getattr(self._teacher(trainer).teacher, self.predictor)
+        predict = getattr(self._teacher(trainer).teacher.module, self.predictor)
         with torch.no_grad():
             own, vote = vote_on_batch(predict, batch["unlabelled"], confidence_threshold=self.confidence_threshold, **self.options)
         batch["unlabelled"]["labels"] = vote.labels
-        kept = (vote.labels != self.ignore_index).float().mean()
+        kept = (vote.labels != self.options["ignore_index"]).float().mean()
         agreement = (vote.probs.argmax(dim=1) == own.argmax(dim=1)).float().mean()
         pl_module.log_dict({"voting/pseudo_kept": kept, "voting/pseudo_agreement": agreement}, batch_size=len(batch["unlabelled"]["token"]))

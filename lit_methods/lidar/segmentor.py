@@ -77,6 +77,7 @@ class PointSegmentor(LightningModule):
         if len(self.class_names) != classes:
             raise ValueError(f"class_names has {len(self.class_names)} names, but {classes} classes are counted (num_outputs without ignore_index)")
         self._media: dict[str, Media] = {}
+        self.train(self.training)  # Lightning never calls train() before a first validation
 
     def train(self, mode: bool = True) -> "PointSegmentor":
         """A probed backbone stays in evaluation mode, unless ``lp_bn_train``."""

@@ -215,11 +215,15 @@ def voxelize(
     batch_size = int(sample.max()) + 1 if batch_size is None else batch_size
     smallest = torch.full((batch_size, 3), torch.iinfo(torch.int32).max, dtype=torch.int32, device=points.device)
     smallest.scatter_reduce_(0, sample[:, None].expand(-1, 3), cell, reduce="amin")
-    cell = cell - smallest[sample]
-    coords, point2voxel = torch.unique(torch.cat([sample[:, None], cell.long()], dim=1), dim=0, return_inverse=True)
-    first = torch.full((coords.shape[0],), points.shape[0], dtype=torch.long, device=points.device)
+    cell = (cell - smallest[sample]).long()
+    # one integer per voxel, last coordinate fastest, so that sorting the integers sorts the voxels
+    extent = cell.amax(0) + 1
+    key = ((sample * extent[0] + cell[:, 0]) * extent[1] + cell[:, 1]) * extent[2] + cell[:, 2]
+    keys, point2voxel = torch.unique(key, return_inverse=True)
+    first = torch.full(keys.shape, points.shape[0], dtype=torch.long, device=points.device)
     first.scatter_reduce_(0, point2voxel, torch.arange(points.shape[0], device=points.device), reduce="amin")
-    return Voxels(points[first], coords.roll(-1, dims=1).int(), point2voxel, first)
+    coords = torch.cat([cell, sample[:, None]], dim=1)[first].int()
+    return Voxels(points[first], coords, point2voxel, first)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- pooling

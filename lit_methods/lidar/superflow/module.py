@@ -162,6 +162,15 @@ class SuperFlow(LightningModule):
         if batch_idx == 0 and self.trainer.is_global_zero:
             self._draw(batch)
 
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """The same losses on the test split."""
+        self._step(batch, "test_")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """``token`` list[str] and ``embeddings`` list of (n_i, embed_dim): the L2-normalised embedding of every point of the key scans."""
+        embeddings = F.normalize(core.wide(self.embed_points(batch["cur"]).at_points()), dim=1)
+        return {"token": batch["token"], "embeddings": list(embeddings.split(batch["cur"]["points_per_sample"].tolist()))}
+
     def _step(self, batch: dict[str, Any], prefix: str) -> Tensor:
         cur, size = batch["cur"], len(batch["token"])
         if self.hparams["contrast"] == "pixel":

@@ -1,0 +1,46 @@
+# Everything runs in .venv, which the first target sets up. PYTHON chooses the interpreter: 3.10, 3.11 or 3.12.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: superflow test test-slow lint types wheel-check claim-superflow bench-lidar clean
+
+superflow: .venv/installed  ## pretrain on the embedded driving world, about two minutes on two cores
+	$(BIN)/lit fit --config configs/superflow.yaml
+
+test: .venv/installed  ## the whole test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# static checkers follow an installed wheel, not the hook of an editable install
+build/wheel: .venv/installed $(shell git ls-files lit_methods callbacks datamodules configs)
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(BIN)/pip install --quiet --no-deps --target build/wheel dist/*.whl
+
+types: build/wheel
+	MYPYPATH=build/wheel $(BIN)/mypy --config-file pyproject.toml -p lit_methods
+
+wheel-check: build/wheel  ## the wheel, outside the repository: every module imports, every technique is listed
+	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python $(CURDIR)/tests/check_wheel.py $(CURDIR)/build/wheel
+
+claim-superflow: .venv/installed  ## linear probes of pretrained against random backbones, three seeds, with ablations
+	$(BIN)/python benchmarks/superflow_claim.py
+
+bench-lidar: .venv/installed
+	$(BIN)/python benchmarks/lidar.py
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/installed: pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else f"lit-methods needs Python 3.10, 3.11 or 3.12, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=24"
+	$(BIN)/pip install --quiet -e ".[dev]"
+	@touch $@

@@ -1,0 +1,288 @@
+"""A teacher whose weights are the moving average of a student's."""
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lit_methods import distributed
+from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
+from lit_methods.frozen import Frozen
+
+
+@torch.no_grad()
+def ema_update(average: list[Tensor], source: list[Tensor], decay: float) -> None:
+    """``average <- decay * average + (1 - decay) * source``, in place.
+
+    Floating-point (and complex) averages are computed in their own dtype: a float32 average of bfloat16 weights keeps
+    its digits, a bfloat16 average loses every update that is smaller than its spacing. Integer and boolean tensors
+    are copied.
+
+    Args:
+        average: Tensors to be changed.
+        source: As many tensors, of the same shapes, any dtype that converts.
+        decay: In [0, 1]: 0 copies, 1 changes nothing (integers are copied at any decay).
+
+    Raises:
+        ValueError: Another decay, or lists that don't fit together.
+    """
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay is {decay}: give a number from 0 to 1")
+    if len(average) != len(source) or any(a.shape != s.shape for a, s in zip(average, source, strict=True)):
+        raise ValueError(
+            f"{len(average)} averaged tensors don't fit the {len(source)} of the source: the module was changed after the teacher was made"
+        )
+    floating: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for a, s in zip(average, source, strict=True):
+        if a.dtype.is_floating_point or a.dtype.is_complex:
+            averages, sources = floating.setdefault((a.dtype, a.device), ([], []))
+            averages.append(a)
+            sources.append(s.detach().to(device=a.device, dtype=a.dtype))
+        else:
+            a.copy_(s)
+    for averages, sources in floating.values():
+        torch._foreach_lerp_(averages, sources, 1.0 - decay)
+
+
+def warmup_decay(step: int, decay: float) -> float:
+    """``min(decay, (1 + step) / (10 + step))``: an average that forgets its beginning, ``step`` >= 0 updates done before."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def cosine_decay(step: int, total_steps: int, base: float) -> float:
+    """``base`` at step 0, rising to 1 at ``total_steps`` along half a cosine.
+
+    Source: BYOL (arXiv:2006.07733), "Implementation details"; DINO (arXiv:2104.14294) uses the same. Steps beyond
+    ``total_steps`` give 1.
+    """
+    return 1.0 - (1.0 - base) * (math.cos(math.pi * min(1.0, step / max(1, total_steps))) + 1.0) / 2.0
+
+
+def half_life_decay(half_life: float) -> float:
+    """The decay that halves the share of the old average in ``half_life`` > 0 updates."""
+    if half_life <= 0:
+        raise ValueError(f"half_life is {half_life}: give a number of steps above 0")
+    return 0.5 ** (1.0 / half_life)
+
+
+class EMATeacher(OrderedCallback):
+    """Keeps a frozen moving-average copy of the module, or of chosen submodules, as a teacher.
+
+    Runs: the copy is made when fit starts, before the sanity check, from the weights of that moment. It advances when
+    a training batch ends in which an optimiser stepped: accumulation doesn't speed it up. With manual optimisation and
+    several optimisers it advances once per batch in which any of them stepped.
+    Saves: the averages and the step of the last update, so that a resumed teacher is equal bit for bit. Saved under a
+    key of its own per set of arguments: several teachers may be used together. The copy always evaluates, is not part
+    of the module (no optimiser, no checkpoint of the module, no DDP), lives on the module's device, and is the same
+    on all ranks: buffers are taken from rank 0, parameters are equal anyway. After fit it stays available, on the
+    CPU. Doesn't work with strategies that shard weights (FSDP, DeepSpeed), nor with callbacks that re-parametrise the
+    module after fit has started. For evaluating and saving averaged weights use Lightning's ``EMAWeightAveraging``;
+    both may be used together.
+
+    Args:
+        targets: ``fnmatch`` patterns on submodule names; empty: the whole module. A pattern that matches a module and
+            its parts makes a teacher of each.
+        decay: In [0, 1]; the limit of "warmup", the start of "cosine".
+        schedule: "constant"; "warmup": :func:`warmup_decay`; "cosine": :func:`cosine_decay`, from ``decay`` to 1.
+        half_life: In optimiser steps, instead of ``decay``.
+        total_steps: Length of "cosine" in optimiser steps; None: ``trainer.estimated_stepping_batches``.
+        buffers: "copy": running statistics are the student's; "average": floating-point ones are averaged like
+            weights.
+        float32: Keep the average in float32 where the weights have fewer bits.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    conflicts_with = {"ModelPruning": "pruning renames the weights while fit runs, so the teacher's no longer fit the student's"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        targets: Sequence[str] = (),
+        decay: float = 0.999,
+        schedule: Literal["constant", "warmup", "cosine"] = "constant",
+        half_life: float | None = None,
+        total_steps: int | None = None,
+        buffers: Literal["copy", "average"] = "copy",
+        float32: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(targets, str):
+            raise ValueError(f"targets is the string {targets!r}: give a list of patterns, [{targets!r}]")
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decay is {decay}: give a number from 0 to 1")
+        if schedule not in ("constant", "warmup", "cosine"):
+            raise ValueError(f"schedule is {schedule!r}: give 'constant', 'warmup' or 'cosine'")
+        if buffers not in ("copy", "average"):
+            raise ValueError(f"buffers is {buffers!r}: give 'copy' or 'average'")
+        self.targets = list(targets)
+        self.decay = decay if half_life is None else half_life_decay(half_life)
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.buffers = buffers
+        self.float32 = float32
+        self.teachers: dict[str, Frozen] = {}
+        self._students: dict[str, nn.Module] = {}
+        self._wide: dict[str, dict[str, Tensor]] = {}
+        self._latest_step = 0
+        self._loaded: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Differs between teachers of different arguments."""
+        return self._generate_state_key(
+            targets=self.targets, decay=self.decay, schedule=self.schedule, buffers=self.buffers, float32=self.float32
+        )
+
+    @property
+    def teacher(self) -> Frozen:
+        """The one teacher. With several targets ask ``teachers``, by qualified name.
+
+        Raises:
+            RuntimeError: Fit hasn't started, or there are several.
+        """
+        if len(self.teachers) != 1:
+            have = (
+                f"there are {len(self.teachers)}, ask teachers[name]: {list(self.teachers)}"
+                if self.teachers
+                else "it is made when fit starts"
+            )
+            raise RuntimeError(f"EMATeacher has no single teacher: {have}")
+        return next(iter(self.teachers.values()))
+
+    def decay_at(self, step: int) -> float:
+        """Decay of the update that follows optimiser step ``step`` (0 is the first)."""
+        if self.schedule == "warmup":
+            return warmup_decay(step, self.decay)
+        if self.schedule == "cosine":
+            assert self.total_steps is not None
+            return cosine_decay(step, self.total_steps, self.decay)
+        return self.decay
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what can be checked early.
+
+        Raises:
+            ValueError: A strategy that shards weights, or a target that matches nothing.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+            raise ValueError(f"EMATeacher copies whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")
+        self._choose(pl_module)
+        self._latest_step = 0
+        self._loaded = None
+
+    def _choose(self, pl_module: pl.LightningModule) -> None:
+        self._students = {"": pl_module} if not self.targets else select_modules(pl_module, self.targets)
+        self._students = {name: plain_module(module) for name, module in self._students.items()}
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the teachers: the weights are on their device, equal on all ranks, and restored if the run is resumed."""
+        if self.schedule == "cosine" and self.total_steps is None:
+            estimate = trainer.estimated_stepping_batches
+            if not math.isfinite(estimate):
+                raise ValueError(
+                    "schedule='cosine' needs an end, but this run has none: give total_steps, or max_steps / max_epochs to the Trainer"
+                )
+            self.total_steps = int(estimate)
+        self._choose(pl_module)
+        self.teachers = {name: Frozen(_bare_copy(module)) for name, module in self._students.items()}
+        self._wide = {name: self._widened(frozen.module) for name, frozen in self.teachers.items()}
+        if self._loaded is not None:
+            self._restore(self._loaded)
+            self._loaded = None
+
+    def _widened(self, teacher: nn.Module) -> dict[str, Tensor]:
+        half = (torch.bfloat16, torch.float16)
+        return {name: t.detach().float() for name, t in _tensors(teacher).items() if self.float32 and t.dtype in half}
+
+    def _averages(self, name: str) -> dict[str, Tensor]:
+        """The tensors that are averaged: the teacher's own, or float32 ones in their place."""
+        return {**_tensors(self.teachers[name].module), **self._wide[name]}
+
+    @torch.no_grad()
+    def _narrow(self, name: str) -> None:
+        """Give the teacher the rounded averages."""
+        own = _tensors(self.teachers[name].module)
+        for n, wide in self._wide[name].items():
+            own[n].copy_(wide)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Advance if an optimiser stepped."""
+        if trainer.global_step > self._latest_step:
+            self._latest_step = trainer.global_step
+            self._advance(self.decay_at(trainer.global_step - 1))
+
+    @torch.no_grad()
+    def _advance(self, decay: float) -> None:
+        for name, student in self._students.items():
+            averages, source = self._averages(name), _tensors(student)
+            if set(source) != set(averages):
+                raise ValueError(
+                    f"EMATeacher: parameters or buffers of {name or 'the module'} changed their names while fit ran "
+                    f"({sorted(set(source) ^ set(averages))[:4]}): make the change before fit"
+                )
+            buffers = {plain_name(n) for n, _ in student.named_buffers()}
+            copied = buffers if self.buffers == "copy" else set()
+            moving = [n for n in averages if n not in copied]
+            ema_update([averages[n] for n in moving], [source[n] for n in moving], decay)
+            ema_update([averages[n] for n in averages if n in copied], [source[n] for n in averages if n in copied], 0.0)
+            # running statistics differ between ranks until the next forward of DDP
+            distributed.broadcast_tensors([averages[n] for n in averages if n in buffers])
+            self._narrow(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and integers only."""
+        return {
+            "latest_step": self._latest_step,
+            "averages": {name: {n: t.detach() for n, t in self._averages(name).items()} for name in self.teachers},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the state until the teachers exist; Lightning calls this before ``on_fit_start``."""
+        self._loaded = state
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._latest_step = int(state["latest_step"])
+        for name in self.teachers:
+            averages = self._averages(name)
+            saved = state["averages"].get(name)
+            if saved is None or set(saved) != set(averages):
+                raise ValueError(
+                    f"the checkpoint's teacher of {name or 'the module'} has other tensors than this run's: resume with the same "
+                    "module and targets"
+                )
+            for n, tensor in averages.items():
+                tensor.copy_(saved[n])
+            self._narrow(name)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the module; the teachers go to the CPU like the module itself."""
+        self._students = {}
+        for name, frozen in self.teachers.items():
+            frozen.to("cpu")
+            self._wide[name] = {n: t.cpu() for n, t in self._wide[name].items()}
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the module: Lightning doesn't call ``teardown`` here."""
+        self._students = {}
+
+
+def _bare_copy(module: nn.Module) -> nn.Module:
+    """A deep copy that belongs to nobody: no trainer, no wrapped step."""
+    bare = copy.deepcopy(module)
+    vars(bare).pop("training_step", None)
+    return bare
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that aren't saved, by name."""
+    return {plain_name(name): tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()]}

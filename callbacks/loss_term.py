@@ -1,0 +1,175 @@
+"""A loss term that joins the loss of any LightningModule with automatic optimisation."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lit_methods.callbacks.features import FeatureCapture
+from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.wrapping import attach, detach
+from lit_methods.distributed import gather_rows
+
+
+class LossTerm(OrderedCallback):
+    """Adds ``weight * term`` to what ``training_step`` returns. Subclass it and write :meth:`term`.
+
+    Runs: around ``training_step``, from ``setup`` of fit to its end. The term is part of the one loss, so AMP
+    scaling, gradient accumulation (which divides the sum) and DDP treat it like the module's own loss. A step that
+    returns None stays skipped.
+    Logs: ``<name>/<metric>`` for every entry of the term's logs, and ``<name>/loss``, the unweighted term.
+    Saves: nothing.
+    Works with: any module that returns a tensor or a dict with "loss", several optimisers excepted (they need manual
+    optimisation, which is refused); compiled inner networks; any number of terms; Lightning's weight averaging, SWA,
+    pruning, checkpoint and accumulation callbacks in either order. A LightningModule that is compiled as a whole
+    crashes inside Lightning as soon as it logs: compile its networks instead.
+
+    Args:
+        targets: ``fnmatch`` patterns on submodule names whose outputs the term sees; empty: none.
+        weight: Factor of the term, any finite number. Override :meth:`factor` for a schedule.
+
+    Attributes:
+        name: Prefix of the metrics; the class's name in snake_case unless a subclass sets it. A second term of the
+            same name logs as ``<name>_2``.
+    """
+
+    name: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+
+    def __init__(self, targets: Sequence[str] = (), weight: float = 1.0) -> None:
+        super().__init__()
+        if isinstance(targets, str):
+            raise ValueError(f"targets is the string {targets!r}: give a list of patterns, [{targets!r}]")
+        self.targets = list(targets)
+        self.weight = weight
+        self._prefix = self.name
+        self._module: pl.LightningModule | None = None
+        self._features: FeatureCapture | None = None
+
+    def term(self, inputs: dict[str, Any]) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The term, before its factor.
+
+        Args:
+            inputs: What the step knows:
+
+                - ``features``: name -> output of each target; of a target that is called several times in a step, the
+                  last output
+                - ``feature_calls``: name -> all its outputs of this step, in call order
+                - ``batch``: first argument of ``training_step``
+                - ``output``: what ``training_step`` returned, the terms of callbacks before this one included
+                - ``module``: the LightningModule
+                - ``step``: optimiser steps done so far, an int
+                - ``epoch``: the current epoch, an int
+
+        Returns:
+            Scalar tensor, or (scalar tensor, metric -> scalar tensor to log).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define term(self, inputs)")
+
+    def factor(self, step: int) -> float:
+        """Factor of the term after ``step`` optimiser steps: ``weight``. An override must be a pure function of the step."""
+        return self.weight
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of all ranks, with gradient: :func:`lit_methods.distributed.gather_rows`."""
+        return gather_rows(x)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hook into the module.
+
+        Raises:
+            ValueError: The module optimises manually, or a target matches nothing.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(self).__name__} adds to the loss that training_step returns, but {type(pl_module).__name__} calls backward "
+                "itself "
+                "(automatic_optimization = False): add the term's function to its loss there, and remove this callback"
+            )
+        if getattr(pl_module, "_compiler_ctx", None) is not None:
+            rank_zero_warn(
+                f"{type(pl_module).__name__} is compiled as a whole: Lightning crashes when such a module logs. Compile its inner "
+                "networks instead"
+            )
+        self._undo()  # a run that was cut off without notice
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        alike = [callback for callback in callbacks if isinstance(callback, LossTerm) and callback.name == self.name]
+        place = next(i for i, callback in enumerate(alike) if callback is self)
+        self._prefix = self.name if place == 0 else f"{self.name}_{place + 1}"
+        self._module = pl_module
+        self._features = FeatureCapture(pl_module, self.targets, active=False)
+        attach(pl_module, self._add)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to keep features."""
+        assert self._features is not None
+        self._features.clear()
+        self._features.resume()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep none in validation."""
+        assert self._features is not None
+        self._features.pause()
+        self._features.clear()
+
+    def _add(self, output: Any, batch: Any) -> Any:
+        module, features = self._module, self._features
+        assert module is not None
+        assert features is not None
+        if output is None:
+            features.clear()
+            return None
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"training_step of {type(module).__name__} returned {type(output).__name__} without a loss: "
+                f"{type(self).__name__} needs a tensor, a dict with 'loss', or None"
+            )
+        silent = [name for name, calls in features.calls.items() if not calls]
+        if silent:
+            raise ValueError(
+                f"{type(self).__name__}: training_step didn't call {', '.join(silent)}: name submodules in targets that take part in it "
+                "(their __call__, not a method of theirs)"
+            )
+        step = module.trainer.global_step
+        inputs = {
+            "features": features.last,
+            "feature_calls": {name: list(calls) for name, calls in features.calls.items()},
+            "batch": batch,
+            "output": output,
+            "module": module,
+            "step": step,
+            "epoch": module.trainer.current_epoch,
+        }
+        result = self.term(inputs)
+        term, logs = result if isinstance(result, tuple) else (result, {})
+        module.log_dict({f"{self._prefix}/{metric}": value.detach() for metric, value in {"loss": term, **logs}.items()})
+        features.clear()  # the graph lives in the loss now; an optimiser that repeats the step starts afresh
+        total = loss + self.factor(step) * term
+        return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+    def _undo(self) -> None:
+        if self._module is not None:
+            detach(self._module, self._add)
+            self._module = None
+        if self._features is not None:
+            self._features.close()
+            self._features = None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        self._undo()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was: Lightning doesn't call ``teardown`` here."""
+        self._undo()

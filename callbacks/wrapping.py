@@ -1,0 +1,57 @@
+"""Adding to what somebody else's ``training_step`` returns, and leaving without a trace."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+Addition = Callable[[Any, Any], Any]
+
+
+def _is_ours(step: Any) -> bool:
+    return getattr(step, "wrapper", None) is step  # functools.wraps of another wrapper copies the attribute, not the identity
+
+
+def attach(module: LightningModule, add: Addition) -> None:
+    """Pass the output of ``training_step`` through ``add``; any number of additions, which may leave in any order.
+
+    One wrapper per module holds all additions and applies them in the order of attachment. It calls what was there
+    before: the class's method, or what ``torch.compile`` or the user put on the instance. Lightning still sees the
+    signature of the step.
+
+    Args:
+        module: Its instance attribute ``training_step`` is set.
+        add: ``add(output, batch) -> output``. ``output`` is what the step (or the addition before) returned,
+            ``batch`` the step's first argument: the batch on its device, or the iterator for a step that takes
+            ``dataloader_iter``.
+    """
+    step = module.training_step
+    if not _is_ours(step):
+
+        @functools.wraps(step)  # Lightning reads (batch), (batch, batch_idx) or (dataloader_iter) through __wrapped__
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            batch = args[0] if args else next(iter(kwargs.values()), None)
+            return functools.reduce(lambda output, f: f(output, batch), tuple(additions), step(*args, **kwargs))
+
+        additions: list[Addition] = []
+        vars(wrapped).update(wrapper=wrapped, additions=additions, was_own="training_step" in vars(module))
+        module.training_step = wrapped  # type: ignore[method-assign]
+    module.training_step.additions.append(add)  # type: ignore[attr-defined]
+
+
+def detach(module: LightningModule, add: Addition) -> None:
+    """Undo one :func:`attach`; the last one to leave takes the wrapper away. A second call does nothing.
+
+    Call it from ``teardown`` and from ``on_exception``, for Lightning doesn't call ``teardown`` when fit raises. A
+    wrapper that a third party has meanwhile put around ours stays, and ours in it then adds nothing.
+    """
+    step: Any = module.training_step
+    additions = getattr(step, "additions", [])
+    if add not in additions:
+        return
+    additions.remove(add)
+    if not additions and _is_ours(step):
+        del module.training_step  # the class's own method shows through again
+        if step.was_own:
+            module.training_step = step.__wrapped__  # type: ignore[method-assign]

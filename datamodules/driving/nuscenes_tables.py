@@ -1,0 +1,292 @@
+"""The JSON tables of a nuScenes v1.0 release, read once into compact arrays.
+
+Of the 2.6 million rows of ``sample_data.json`` (v1.0-trainval) the key frames of LIDAR_TOP and of the six cameras are kept, and the few
+LiDAR sweeps before each key frame; poses likewise. The result pickles quickly, so that worker processes start quickly.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from lit_methods.datamodules.driving.common import rigid
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
+LIDAR = "LIDAR_TOP"
+_CHUNK = 1 << 22  # characters read at a time
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """Rows of a table one by one, so that a table of gigabytes never stands in memory as a whole.
+
+    Raises:
+        WrongRootError: There is no such table.
+        BrokenRecordError: The file is not a JSON list of objects, or ends too early.
+    """
+    decoder = json.JSONDecoder()
+    try:
+        file = path.open(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise WrongRootError(f"{path} is missing: unpack the metadata archive of this nuScenes version into {path.parent.parent}") from None
+    with file:
+        text, position, number = file.read(_CHUNK).lstrip("\ufeff \t\r\n"), 1, 0
+        if not text.startswith("["):
+            raise BrokenRecordError(path, "table", "expected a JSON list of rows, it begins with " + repr(text[:20]))
+        while True:
+            while position < len(text) and text[position] in " \t\r\n,":
+                position += 1
+            if position < len(text) and text[position] == "]":
+                return
+            try:
+                row, position = decoder.raw_decode(text, position)
+            except json.JSONDecodeError as problem:
+                more = file.read(_CHUNK) if len(text) - position < 8 * _CHUNK else ""  # no row is that long
+                if not more:
+                    raise BrokenRecordError(
+                        path, f"row {number}", f"not valid JSON ({problem.msg}): truncated or broken, unpack the metadata again"
+                    ) from None
+                text, position = text[position:] + more, 0
+                continue
+            if not isinstance(row, dict):
+                raise BrokenRecordError(path, f"row {number}", f"expected an object, got {type(row).__name__}")
+            yield row
+            number += 1
+
+
+def read_table(path: Path, *keys: str) -> Iterator[tuple[Any, ...]]:
+    """The values of ``keys`` in every row.
+
+    Raises:
+        BrokenRecordError: A row lacks a key.
+    """
+    for number, row in enumerate(read_rows(path)):
+        try:
+            yield tuple(row[key] for key in keys)
+        except KeyError as missing:
+            have = ", ".join(row) or "nothing"
+            raise BrokenRecordError(path, f"row {number}", f"lacks the key {missing}; it has {have}") from None
+
+
+def rotation_matrices(quaternions: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n, 4) quaternions (w, x, y, z), as the tables hold them, -> (n, 3, 3) float64 rotations."""
+    return Rotation.from_quat(quaternions[:, [1, 2, 3, 0]]).as_matrix()
+
+
+@dataclass(frozen=True)
+class NuScenesTables:
+    """Key frames and what belongs to them. F frames, R records (one file each), P = R poses, C calibrated sensors.
+
+    Attributes:
+        root: Folder of the data set.
+        version: Folder of the tables.
+        scene_names: Names of the scenes, in the table's order.
+        scene: (F,) int32, scene of each key frame; frames are sorted by scene, then time.
+        lidar: (F,) int32, record of the key scan.
+        cameras: (F, 6) int32, records of the key images in the order of ``CAMERAS``; -1 where there is none.
+        sweeps: (F, S) int32, records of the nearest earlier sweeps that are not key scans, nearest first; -1 at the start of a scene.
+        token: (R,) bytes, sample_data token.
+        file: (R,) bytes, path relative to the root.
+        timestamp: (R,) int64, microseconds.
+        sensor: (R,) int32, row of the calibrations.
+        ego_rotation: (R, 3, 3) float64, vehicle -> world at the record's own time; ``ego_translation`` (R, 3), metres.
+        ego_translation: See above.
+        sensor_rotation: (C, 3, 3) float64, sensor -> vehicle; ``sensor_translation`` (C, 3), metres.
+        sensor_translation: See above.
+        intrinsic: (C, 3, 3) float64, zeros for a LiDAR.
+        lidarseg: (F,) bytes, label file relative to the root; empty where there is none.
+    """
+
+    root: Path
+    version: str
+    scene_names: tuple[str, ...]
+    scene: NDArray[np.int32]
+    lidar: NDArray[np.int32]
+    cameras: NDArray[np.int32]
+    sweeps: NDArray[np.int32]
+    token: NDArray[np.bytes_]
+    file: NDArray[np.bytes_]
+    timestamp: NDArray[np.int64]
+    sensor: NDArray[np.int32]
+    ego_rotation: NDArray[np.float64]
+    ego_translation: NDArray[np.float64]
+    sensor_rotation: NDArray[np.float64]
+    sensor_translation: NDArray[np.float64]
+    intrinsic: NDArray[np.float64]
+    lidarseg: NDArray[np.bytes_]
+
+    def __len__(self) -> int:
+        return len(self.scene)
+
+    def path(self, record: int) -> Path:
+        """File of a record."""
+        return self.root / self.file[record].decode()
+
+    def neighbour(self, frame: int, offset: int) -> int | None:
+        """Key frame ``offset`` steps later (negative: earlier) in the same scene, or None past its border."""
+        other = frame + offset
+        return other if 0 <= other < len(self) and self.scene[other] == self.scene[frame] else None
+
+    def sensor_to_global(self, record: int) -> NDArray[np.float64]:
+        """(4, 4) float64 pose of the sensor at the record's time."""
+        sensor = self.sensor[record]
+        ego = rigid(self.ego_rotation[record], self.ego_translation[record])
+        return ego @ rigid(self.sensor_rotation[sensor], self.sensor_translation[sensor])
+
+    def frames_of(self, scenes: list[str]) -> list[int]:
+        """Key frames of the named scenes, by scene and time."""
+        wanted = np.isin(self.scene, [self.scene_names.index(name) for name in scenes])
+        return np.flatnonzero(wanted).tolist()
+
+
+def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
+    """Read the tables of a release.
+
+    Args:
+        root: Folder that holds ``samples/``, ``sweeps/``, ``lidarseg/`` and the folder of tables.
+        version: That folder: ``v1.0-trainval``, ``v1.0-mini`` or ``v1.0-test``.
+        num_sweeps: Sweeps kept per key frame.
+
+    Returns:
+        The tables, without reading any sensor file.
+
+    Raises:
+        WrongRootError: The root or a table is missing; the message says what was expected and where to get it.
+        BrokenRecordError: A table is truncated, a row lacks a key, or names a row that doesn't exist.
+    """
+    folder = root / version
+    if not folder.is_dir():
+        there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "nothing" if root.is_dir() else "no such folder"
+        raise WrongRootError(
+            f"root={str(root)!r} holds no {version}/ (found: {there}). Expected the official nuScenes layout: {version}/*.json, "
+            "samples/, sweeps/, lidarseg/. "
+            "Get it from https://www.nuscenes.org/nuscenes#download (free account), or set root=null for the built-in world"
+        )
+    scenes = list(read_table(folder / "scene.json", "token", "name"))
+    samples = {token: (scene, stamp) for token, scene, stamp in read_table(folder / "sample.json", "token", "scene_token", "timestamp")}
+    channels = dict(read_table(folder / "sensor.json", "token", "channel"))
+    calibrations = _read_calibrations(folder / "calibrated_sensor.json", channels)
+
+    kept_lidar: dict[str, tuple[str, str, bool]] = {}  # LiDAR record -> its predecessor, its sample, whether a key scan
+    details: dict[str, tuple[str, str, int, str]] = {}  # record -> file, pose, time, calibration
+    key_records: dict[str, dict[str, str]] = {token: {} for token in samples}  # sample -> channel -> record
+    keys = ("token", "sample_token", "ego_pose_token", "calibrated_sensor_token", "timestamp", "is_key_frame", "filename", "prev")
+    table = folder / "sample_data.json"
+    for number, (token, sample, pose, calibration, stamp, is_key, file, previous) in enumerate(read_table(table, *keys)):
+        try:
+            channel = calibrations.channel[calibration]
+        except KeyError:
+            raise BrokenRecordError(
+                table, f"row {number}", f"calibrated_sensor_token {calibration!r} is in no row of calibrated_sensor.json"
+            ) from None
+        if channel == LIDAR:
+            kept_lidar[token] = (previous, sample, is_key)
+        elif not (is_key and channel in CAMERAS):
+            continue
+        details[token] = (file, pose, stamp, calibration)
+        if is_key:
+            if sample not in key_records:
+                raise BrokenRecordError(table, f"row {number}", f"sample_token {sample!r} is in no row of sample.json")
+            key_records[sample][channel] = token
+
+    scene_row = {token: row for row, (token, _) in enumerate(scenes)}
+    for token, (scene, _) in samples.items():
+        if scene not in scene_row:
+            raise BrokenRecordError(folder / "sample.json", f"sample {token}", f"scene_token {scene!r} is in no row of scene.json")
+        if LIDAR not in key_records[token]:
+            raise BrokenRecordError(
+                table, f"sample {token}", f"has no key frame of {LIDAR}: the table is incomplete, unpack the metadata again"
+            )
+    ordered = sorted(samples, key=lambda token: (scene_row[samples[token][0]], samples[token][1]))
+    sweeps = [_previous_sweeps(key_records[token][LIDAR], kept_lidar, num_sweeps) for token in ordered]
+
+    records: dict[str, int] = {}  # record -> row of the compact arrays
+    for token, earlier in zip(ordered, sweeps, strict=True):
+        for record in (*key_records[token].values(), *earlier):
+            records.setdefault(record, len(records))
+    rotation, translation = _read_poses(folder / "ego_pose.json", [details[record][1] for record in records])
+    lidarseg = _read_lidarseg(folder / "lidarseg.json")
+    padded = [[records[record] for record in earlier] + [-1] * (num_sweeps - len(earlier)) for earlier in sweeps]
+    return NuScenesTables(
+        root=root,
+        version=version,
+        scene_names=tuple(name for _, name in scenes),
+        scene=np.array([scene_row[samples[token][0]] for token in ordered], dtype=np.int32),
+        lidar=np.array([records[key_records[token][LIDAR]] for token in ordered], dtype=np.int32),
+        cameras=np.array(
+            [[records.get(key_records[token].get(name, ""), -1) for name in CAMERAS] for token in ordered], dtype=np.int32
+        ).reshape(-1, 6),
+        sweeps=np.array(padded, dtype=np.int32).reshape(len(ordered), num_sweeps),
+        token=np.array([record.encode() for record in records]),
+        file=np.array([details[record][0].encode() for record in records]),
+        timestamp=np.array([details[record][2] for record in records], dtype=np.int64),
+        sensor=np.array([calibrations.row[details[record][3]] for record in records], dtype=np.int32),
+        ego_rotation=rotation,
+        ego_translation=translation,
+        sensor_rotation=calibrations.rotation,
+        sensor_translation=calibrations.translation,
+        intrinsic=calibrations.intrinsic,
+        lidarseg=np.array([lidarseg.get(key_records[token][LIDAR], "").encode() for token in ordered]),
+    )
+
+
+def _previous_sweeps(key_scan: str, chain: dict[str, tuple[str, str, bool]], count: int) -> list[str]:
+    found: list[str] = []
+    record = chain[key_scan][0]
+    while record in chain and len(found) < count:
+        if not chain[record][2]:
+            found.append(record)
+        record = chain[record][0]
+    return found
+
+
+@dataclass(frozen=True)
+class _Calibrations:
+    row: dict[str, int]
+    channel: dict[str, str]
+    rotation: NDArray[np.float64]
+    translation: NDArray[np.float64]
+    intrinsic: NDArray[np.float64]
+
+
+def _read_calibrations(path: Path, channels: dict[str, str]) -> _Calibrations:
+    rows = list(read_table(path, "token", "sensor_token", "rotation", "translation", "camera_intrinsic"))
+    for number, (_, sensor, *_rest) in enumerate(rows):
+        if sensor not in channels:
+            raise BrokenRecordError(path, f"row {number}", f"sensor_token {sensor!r} is in no row of sensor.json")
+    try:
+        rotation = rotation_matrices(np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4))
+        translation = np.array([row[3] for row in rows], dtype=np.float64).reshape(-1, 3)
+        intrinsic = np.array([row[4] or np.zeros((3, 3)) for row in rows], dtype=np.float64).reshape(-1, 3, 3)
+    except (ValueError, TypeError) as problem:
+        raise BrokenRecordError(path, "rotation, translation, camera_intrinsic", f"expected 4, 3 and 3x3 numbers ({problem})") from problem
+    return _Calibrations(
+        {row[0]: number for number, row in enumerate(rows)}, {row[0]: channels[row[1]] for row in rows}, rotation, translation, intrinsic
+    )
+
+
+def _read_poses(path: Path, wanted: list[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    rows: dict[str, list[int]] = {}
+    for row, token in enumerate(wanted):
+        rows.setdefault(token, []).append(row)
+    quaternion, translation = np.full((len(wanted), 4), np.nan), np.full((len(wanted), 3), np.nan)
+    for number, (token, rotation, shift) in enumerate(read_table(path, "token", "rotation", "translation")):
+        if token in rows:
+            try:
+                quaternion[rows[token]], translation[rows[token]] = rotation, shift
+            except (ValueError, TypeError) as problem:
+                raise BrokenRecordError(path, f"row {number}", f"rotation and translation must be 4 and 3 numbers ({problem})") from problem
+    unset = np.isnan(quaternion).any(axis=1) | np.isnan(translation).any(axis=1)
+    if unset.any():
+        raise BrokenRecordError(path, "token", f"no pose {wanted[int(np.argmax(unset))]!r}, which sample_data.json names (or it holds NaN)")
+    return rotation_matrices(quaternion), translation
+
+
+def _read_lidarseg(path: Path) -> dict[str, str]:
+    return dict(read_table(path, "sample_data_token", "filename")) if path.is_file() else {}

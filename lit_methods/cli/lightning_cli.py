@@ -1,0 +1,248 @@
+"""``lit fit | validate | test | predict``: LightningCLI with short names, one run folder and short error messages.
+
+Importing this module imports torch and Lightning (seconds); the other ``lit`` commands never do.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_methods.catalog import package_folder, public_names
+from lit_methods.cli.config_files import mentioned_files, resolve_config_arguments
+from lit_methods.cli.errors import CommandError
+from lit_methods.runs import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder
+
+
+class LitCLI(LightningCLI):
+    """LightningCLI in subclass mode whose runs go to one folder each.
+
+    Args:
+        args: Command-line words, starting with the subcommand; config paths already resolved.
+        config_files: The files behind ``--config``, in order; the first gives an unnamed run its name.
+    """
+
+    def __init__(self, args: list[str], config_files: list[Path]) -> None:
+        self.config_files = config_files
+        self.run_folder: Path | None = None
+        self.started = time.monotonic()
+        super().__init__(
+            LightningModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # RunFolder saves it: the stock callback refuses a second run without a logger
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the keys that concern the run as a whole."""
+        parser.add_argument("--name", type=str | None, default=None, help="Name of the run's folder; default: stem of the first config.")
+        parser.add_argument("--run_root", type=str, default="runs", help="Folder that holds all runs.")
+        parser.add_argument(
+            "--resume", type=str | None, default=None, help="Checkpoint to go on from; `last`: the newest one of the same name."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse without the stock warning about ``sys.argv``, and settle the run's name and checkpoint."""
+        self.config = parser.parse_args(args)
+        config = self.config[self.config.subcommand]
+        config.name = config.name or (self.config_files[0].stem if self.config_files else _class_name(config.model))
+        if config.resume is not None:
+            if config.get("ckpt_path"):
+                raise CommandError("both --resume and --ckpt_path are given: keep one of them")
+            config.ckpt_path, config.resume = self._resumed(config.resume, Path(config.run_root) / config.name), None
+        path = config.get("ckpt_path")
+        if path and path not in ("best", "last", "hpc", "registry") and "://" not in path and not Path(path).exists():
+            raise CommandError(f"checkpoint {path!r} not found\n  give the path of a .ckpt file: runs/<name>/<time>/checkpoints/last.ckpt")
+
+    @staticmethod
+    def _resumed(given: str, runs: Path) -> str:
+        if given != "last":
+            return given
+        found = sorted(runs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise CommandError(f"--resume last: no checkpoint in {runs}/*/checkpoints: give its path, or start without --resume")
+        return str(found[-1])
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's folder and send every logger there."""
+        config = self.config[self.subcommand]
+        dumped = self._parser(self.subcommand).dump(config, skip_none=False, format="yaml")
+        self.resolved_config: dict[str, Any] = yaml.safe_load(dumped)
+        self.run_folder = agree_on_run_folder(Path(config.run_root), config.name)
+        config.trainer.default_root_dir = str(self.run_folder)
+        if not config.trainer.barebones:
+            config.trainer.logger = self._redirected(config.trainer.logger)
+
+    def _redirected(self, loggers: Any) -> Any:
+        """The logger section with every ``save_dir`` set to the run's folder; a CSV logger when none is given."""
+        if loggers is False:
+            return False
+        if loggers is None or loggers is True:
+            loggers = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=Namespace())
+        loggers = loggers if isinstance(loggers, list) else [loggers]
+        folders: list[str] = []
+        for logger in loggers:
+            arguments = logger.setdefault("init_args", Namespace()) if isinstance(logger, dict) else logger.init_args
+            kind = _class_name(logger)
+            if kind in ("CSVLogger", "TensorBoardLogger"):
+                folder = "csv" if kind == "CSVLogger" else "tensorboard"
+                folders.append(folder)
+                count = folders.count(folder)
+                arguments.name, arguments.version = (folder if count == 1 else f"{folder}-{count}"), ""
+            if kind == "WandbLogger":
+                arguments.name = arguments.get("name") or f"{self.run_folder.parent.name}/{self.run_folder.name}"  # type: ignore[union-attr]
+            if "save_dir" in arguments or kind in ("CSVLogger", "TensorBoardLogger"):
+                arguments.save_dir = str(self.run_folder)
+        return loggers
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer with our default callbacks, each unless the user gave one of its kind."""
+        assert self.run_folder is not None
+        settings = self._get(self.config_init, "trainer")
+        given = settings.get("callbacks") or []
+        callbacks: list[Callback] = [*given] if isinstance(given, list) else [given]
+        defaults = [RunFolder(self.run_folder, self.resolved_config)]
+        defaults += [] if settings.get("barebones") else self._default_callbacks(settings, callbacks)
+        trainer = super().instantiate_trainer(callbacks=[defaults[0], *callbacks, *defaults[1:]], **kwargs)
+        profiler: Any = trainer.profiler  # type: ignore[attr-defined]
+        if getattr(profiler, "dirpath", "") is None:
+            profiler.dirpath = self.run_folder / "profiler"
+        return trainer
+
+    @staticmethod
+    def _default_callbacks(settings: Any, given: list[Callback]) -> list[Any]:
+        defaults: list[Any] = []
+        if settings.get("enable_progress_bar") is not False and not any(isinstance(callback, ProgressBar) for callback in given):
+            from lit_methods.callbacks.progress import ThroughputProgressBar
+
+            defaults.append(ThroughputProgressBar())
+        if settings.get("enable_checkpointing") is not False and not any(isinstance(callback, Checkpoint) for callback in given):
+            defaults.append(ModelCheckpoint(save_last=True))  # last.ckpt: a killed run can go on
+        for module, name in (("random_state", "RandomState"), ("dashboard", "Dashboard")):
+            if (package_folder("lit_methods.callbacks") / f"{module}.py").is_file():
+                kind = getattr(importlib.import_module(f"lit_methods.callbacks.{module}"), name)
+                if not any(isinstance(callback, kind) for callback in given):
+                    defaults.append(kind())
+        return defaults
+
+    def before_fit(self) -> None:
+        """Say where the run's files go, and start the clock."""
+        self.started = time.monotonic()
+        if self.trainer.is_global_zero:
+            print(f"run folder: {_short(self.run_folder)}", flush=True)
+
+    before_validate = before_test = before_predict = before_fit
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        from lit_methods.cli.summary import print_summary
+
+        if self.trainer.is_global_zero and self.run_folder is not None:
+            print_summary(self.trainer, self.run_folder, time.monotonic() - self.started)
+
+    after_validate = after_test = after_predict = after_fit
+
+
+def _class_name(config: Any) -> str:
+    """Short class name of a ``{class_path, init_args}`` section."""
+    path = config.get("class_path", "") if hasattr(config, "get") else str(config or "")
+    return path.rpartition(".")[2] or "run"
+
+
+def _short(path: Path | None) -> str:
+    """``path`` relative to the current folder where that is shorter."""
+    try:
+        return str(path.relative_to(Path.cwd()))  # type: ignore[union-attr]
+    except ValueError:
+        return str(path)
+
+
+def _stay_offline_without_login() -> None:
+    """Switch W&B to offline when there is no API key, so that a fresh machine is asked nothing, and say so once."""
+    from lit_methods.callbacks.dashboard import wandb_offline_without_login
+
+    if wandb_offline_without_login() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print("W&B: no login on this machine, so the run stays offline (`wandb login` before a run, or `wandb sync` after it, sends it)")
+
+
+class _Quiet(logging.Filter):
+    """Drops Lightning's advertisements."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith("💡")
+
+
+_QUIET = _Quiet()  # one object: adding it twice does nothing
+
+
+def prepare_mentioned(argv: list[str], files: list[Path]) -> None:
+    """Import those of our public classes whose short names stand in the arguments or files, so that the parser finds them.
+
+    A name inside a dotted path (``my_project.SuperFlow``) is somebody else's and is left alone. W&B is switched to offline where
+    needed before anything imports it, as it reads its environment only once.
+
+    Raises:
+        CommandError: A class needs a library that is not installed.
+    """
+    texts = [*argv, *(re.sub(r"(^|\s)#.*", "", path.read_text(encoding="utf-8", errors="replace"), flags=re.M) for path in files)]
+    words = {word for text in texts for word in re.findall(r"(?<![\w.])[A-Za-z_]\w*(?![\w.])", text)}
+    if any("WandbLogger" in text for text in texts):
+        _stay_offline_without_login()
+    for name, package in public_names().items():
+        if name in words:
+            try:
+                getattr(importlib.import_module(package), name)
+            except ImportError as error:
+                raise CommandError(f"{name} can't be imported: {error}", exit_code=1) from error
+
+
+def run(argv: list[str]) -> int:
+    """Run ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Args:
+        argv: The subcommand and its arguments, without the program's name.
+
+    Raises:
+        CommandError: A mistake in the arguments or configs.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a user's own classes by dotted path
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_QUIET)
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")  # torch to Lightning, not to the user
+    warnings.filterwarnings("ignore", message="The dirpath has changed")  # every run has its own folder
+    argv, files = resolve_config_arguments(argv)
+    prepare_mentioned(argv, mentioned_files(argv, files))
+    cli = LitCLI.__new__(LitCLI)
+    try:
+        cli.__init__(argv, files)  # type: ignore[misc]  # LightningCLI runs inside its constructor; keep the object when it fails
+    except argparse.ArgumentError as error:
+        from lit_methods.cli.explain import explain
+
+        raise CommandError(explain(str(error), cli, argv, files)) from error
+    except SystemExit as stop:
+        trainer = getattr(cli, "trainer", None)
+        last = sorted(cli.run_folder.glob("checkpoints/last*.ckpt")) if trainer is not None and cli.run_folder is not None else []
+        if stop.code and last and trainer is not None and trainer.is_global_zero:
+            print(f"stopped; go on: lit {argv[0]} --config {_short(cli.run_folder)}/config.yaml --ckpt_path {_short(last[-1])}")
+        raise
+    finally:
+        os.environ.pop(RUN_FOLDER_VARIABLE, None)
+        folder = getattr(cli, "run_folder", None)
+        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # nothing was run
+    return 0

@@ -1,0 +1,130 @@
+"""The ``lit`` command. Nothing heavy is imported before a command needs it."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from lit_methods import __version__
+from lit_methods.cli.errors import CommandError, suggest
+
+HELP = """\
+usage: lit <command> [arguments]
+
+Train and evaluate
+  fit, validate, test, predict    run a config, or any LightningModule
+      lit fit --config configs/superflow.yaml
+      lit fit --config base.yaml --config configs/trainer/gpu.yaml --config configs/logger/wandb.yaml
+      lit fit --model my_project.MyModule --data my_project.MyData --trainer.max_epochs 3
+      lit test --config runs/superflow/<time>/config.yaml --ckpt_path runs/superflow/<time>/checkpoints/last.ckpt
+
+Look around
+  list [--family F] [--json]      techniques that are here
+  info <technique>                what it does, its configs, how to run it
+
+Files
+  cp <config> <dest>              copy a shipped config to edit
+  export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors)
+  new <slug> --form callback      skeleton of a new technique, in a checkout of the repository
+
+Any command: --help. `lit fit --help` for the keys of a run. --debug shows full tracebacks. lit --version
+"""
+
+RUN_HELP = """\
+usage: lit {command} [--config FILE]... [--key value]...
+
+  --config FILE               a YAML file; later ones override earlier ones; current folder first, then shipped configs
+  --model CLASS               short name of one of ours (SuperFlow), or a dotted path of yours (my_project.MyModule)
+  --data CLASS                the same for a LightningDataModule
+  --model.ARG, --data.ARG     an argument of that class
+  --trainer.ARG               an argument of lightning.pytorch.Trainer, such as --trainer.max_steps 100
+  --trainer.callbacks+=CLASS  add a callback; --trainer.callbacks.ARG sets an argument of the last one
+  --optimizer, --lr_scheduler for modules without configure_optimizers: a class of torch.optim
+  --ckpt_path, --resume FILE  checkpoint to load or to go on from; --resume last: the newest of the same name
+  --name, --run_root          the run's folder is <run_root>/<name>/<time>; default runs/<stem of first config>
+  --seed_everything N         default 0
+  --print_config              print the resolved config and stop
+
+  lit {command} --model.help SuperFlow     all arguments of a class (also --data.help, --trainer.callbacks.help, ...)
+  lit {command} --help-all                 every key of the trainer
+"""
+
+RUN_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the ``lit`` command.
+
+    Args:
+        argv: Words after the program's name; None: those of the process.
+
+    Returns:
+        Exit status: 0, 1 for bad data or a missing library, 2 for a mistake in the arguments or configs.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words or os.environ.get("LIT_METHODS_DEBUG", "") not in ("", "0")
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except BrokenPipeError:  # `lit list | head`
+        sys.stderr.close()
+        return 0
+    except SystemExit as stop:  # the parser after --print_config and --model.help; Lightning after Ctrl-C
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        known = _known(error)
+        if known is None:
+            raise
+        if debug:
+            traceback.print_exception(error)
+        rank = os.environ.get("LOCAL_RANK", "0")
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {known}", file=sys.stderr)
+        return known.exit_code
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] in ("--version", "version"):
+        print(f"lit-methods {__version__}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command in RUN_COMMANDS:
+        if "--help" in rest or "-h" in rest:
+            print(RUN_HELP.format(command=command), end="")
+            return 0
+        from lit_methods.cli import lightning_cli
+
+        return lightning_cli.run([command, *("--help" if word == "--help-all" else word for word in rest)])
+    commands = _commands()
+    if command not in commands:
+        raise CommandError(f"lit has no command {command!r}" + suggest(command, [*RUN_COMMANDS, *commands]) + "\n  see: lit --help")
+    return commands[command](rest)
+
+
+def _commands() -> dict[str, Callable[[list[str]], int]]:
+    from lit_methods.cli import commands, scaffold
+
+    return {
+        "list": commands.list_techniques,
+        "info": commands.info,
+        "cp": commands.copy,
+        "export": commands.export,
+        "new": scaffold.new,
+    }
+
+
+def _known(error: Exception) -> CommandError | None:
+    """``error`` as a short message when it is one that a user can act on; None for a defect, which keeps its traceback."""
+    if isinstance(error, CommandError):
+        return error
+    if "torch" not in sys.modules:
+        return None
+    from lit_methods.cli.explain import explain_run_error
+
+    return explain_run_error(error)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,66 @@
+"""The closing lines of a run: what came out, and where it is."""
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+def print_summary(trainer: pl.Trainer, folder: Path, seconds: float, metrics: int = 12) -> None:
+    """Print final metrics, wall time and the places of checkpoints, report and logs.
+
+    Args:
+        trainer: After ``fit``, ``validate``, ``test`` or ``predict``.
+        folder: The run's own folder.
+        seconds: Wall time of the run.
+        metrics: How many metrics to show at most.
+    """
+    rows = summary_rows(trainer, folder, seconds, metrics)
+    width = max(len(label) for label, _ in rows)
+    print()
+    print("\n".join(f"{label:{width}}  {value}" for label, value in rows), flush=True)
+
+
+def summary_rows(trainer: pl.Trainer, folder: Path, seconds: float, metrics: int = 12) -> list[tuple[str, str]]:
+    """Rows of the summary as (label, value); only files that exist are named."""
+    stage = str(getattr(trainer.state.fn, "value", trainer.state.fn))
+    fitted = stage == "fit"
+    took = str(datetime.timedelta(seconds=round(seconds)))
+    steps = f", {trainer.global_step} steps" if fitted else ""
+    rows = [("finished" if trainer.state.finished else "stopped", f"{stage}{steps}, {took}")]
+    # test and validate print their own table
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()} if fitted else {}
+    names = [name for name in values if not (name.endswith("_step") and f"{name[:-5]}_epoch" in values)]
+    rows += [(name, f"{values[name]:.4g}") for name in names[:metrics]]
+    if len(names) > metrics:
+        rows.append(("...", f"{len(names) - metrics} more metrics in the logs"))
+    for callback in trainer.checkpoint_callbacks if fitted else []:
+        if isinstance(callback, ModelCheckpoint):
+            rows += _checkpoints(callback, folder)
+    logs = {Path(directory) for directory in (_log_folder(logger) for logger in trainer.loggers) if directory}
+    places = [("report", folder / "report.html"), *(("logs", log) for log in sorted(logs)), ("profile", folder / "profiler")]
+    return rows + [(label, _short(path)) for label, path in [*places, ("run folder", folder)] if path.exists()]
+
+
+def _checkpoints(callback: ModelCheckpoint, folder: Path) -> list[tuple[str, str]]:
+    rows = []
+    if callback.best_model_path and Path(callback.best_model_path).exists():
+        score = "" if callback.best_model_score is None else f"  ({callback.monitor} = {float(callback.best_model_score):.4g})"
+        rows.append(("best checkpoint" if callback.monitor else "checkpoint", _short(Path(callback.best_model_path)) + score))
+    if callback.last_model_path and Path(callback.last_model_path).exists():
+        rows.append(("last checkpoint", _short(Path(callback.last_model_path))))
+    return rows
+
+
+def _log_folder(logger: Any) -> str | None:
+    own = getattr(logger, "log_dir", None)
+    if own:
+        return str(own)
+    save_dir = logger.save_dir
+    return None if save_dir is None else str(Path(save_dir) / "wandb" if type(logger).__name__ == "WandbLogger" else Path(save_dir))
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
