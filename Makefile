@@ -30,7 +30,7 @@ wheel-check: build/wheel  ## the wheel, outside the repository: every module imp
 	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python $(CURDIR)/tests/check_wheel.py $(CURDIR)/build/wheel
 
 claim-superflow: .venv/installed  ## linear probes of pretrained against random backbones, three seeds, with ablations
-	$(BIN)/python benchmarks/superflow_claim.py
+	$(BIN)/python -m lit_methods.claims superflow --jobs 2
 
 bench-lidar: .venv/installed
 	$(BIN)/python benchmarks/lidar.py

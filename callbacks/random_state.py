@@ -105,6 +105,7 @@ class RandomState(OrderedCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the generators back, once."""
         _mend_restart_at_epoch_end(trainer)
+        _mend_forgotten_loader_states(trainer)
         if self._resumed is not None:
             restore_random_state(self._resumed, trainer.strategy.root_device)
             self._resumed = None
@@ -136,3 +137,16 @@ def _mend_restart_at_epoch_end(trainer: pl.Trainer) -> None:
         loop.epoch_progress.increment_completed()
         loop.reset_restart_stage()
         _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]  # FitLoop's own setter would set it back
+
+
+def _mend_forgotten_loader_states(trainer: pl.Trainer) -> None:
+    """Give resumable loaders the place that the checkpoint names.
+
+    A module that asks for ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` makes Lightning set the
+    loaders up before it has read the checkpoint, and it doesn't come back to them.
+    """
+    loop = trainer.fit_loop
+    states = loop._combined_loader_states_to_load
+    if states and loop._combined_loader is not None:
+        loop._combined_loader._load_state_dicts(states)
+        loop._combined_loader_states_to_load = []

@@ -159,7 +159,7 @@ def thin(steps: NDArray[np.int64], values: NDArray[np.float64], limit: int = MAX
     low = np.where(np.isnan(table), np.inf, table).argmin(axis=1)
     high = np.where(np.isnan(table), -np.inf, table).argmax(axis=1)
     offset = np.arange(stretches) * width
-    keep = np.unique(np.concatenate([offset + low, [len(steps) - 1]]))
+    keep = np.unique(np.concatenate([offset + low, offset + high, [len(steps) - 1]]))
     keep = keep[keep < len(steps)]
     return steps[keep], values[keep]
 

@@ -60,9 +60,11 @@ class Killed(Exception):
     """What ends the run in mid-flight."""
 
 
-class _KillAt(pl.Callback):
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
+class KillAt(pl.Callback):
+    """Saves a checkpoint and ends the run with :class:`Killed` when ``trainer.global_step`` reaches ``step``."""
+
+    def __init__(self, step: int, path: str | Path) -> None:
+        self.step, self.path = step, Path(path)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.step:
@@ -104,7 +106,7 @@ def kill_and_resume(
 
     whole = fit(seed, [])
     with contextlib.suppress(Killed):
-        fit(seed, [_KillAt(kill_at, path)])
+        fit(seed, [KillAt(kill_at, path)])
         raise AssertionError(f"the run ended before step {kill_at}")
     return whole, fit(seed + 4711, [], path)
 

@@ -4,7 +4,7 @@
 
 How a page is read: its fenced blocks run from top to bottom in one empty folder. A block whose first line is a comment with a file name
 (``# my_project.py``) is also written to that file. Python blocks share one namespace. YAML blocks are parsed by ``lit fit --print_config``;
-with the info string ``yaml fit`` they are trained for one step, with ``yaml label_map`` they are read as a label map. ``lit`` commands in
+with the info string ``yaml fit`` they are trained for one batch, with ``yaml label_map`` they are read as a label map. ``lit`` commands in
 bash blocks run, except that fit, validate, test and predict only parse; what they would have left behind is put into
 ``runs/<name>/<time>/``, so that later commands of the page find it.
 """
@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import os
 import re
 import shlex
 import shutil
@@ -32,8 +33,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 COMMAND_PAGES = [*PAGES, ROOT / "configs" / "README.md"]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RUNNABLE = [path for path in CONFIGS if path.parent.name in ("configs", "full")]
+CLAIMS = [path for path in CONFIGS if path.parent.name == "claims"]
 LABEL_MAPS = [path for path in CONFIGS if path.parent.name == "label_maps"]
-OPEN_A_BLOCK = ("class_path",)  # says itself what it is
+SPEAK_FOR_THEMSELVES = ("class_path", "claim", "source")
+EXAMPLES = re.compile("two_views|/metric/|^my_|^runs/")  # paths that only an example has
 OTHER_PROGRAMS = ("cd", "git", "make", "pip", "pytest", "python", "ruff", "tensorboard", "wandb")
 
 
@@ -132,7 +135,8 @@ class Page:
             try:
                 self._run(block)
             except BaseException as error:
-                error.add_note(f"in {page_id(self.page)}, line {block.line}") if hasattr(error, "add_note") else None
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(f"in {page_id(self.page)}, line {block.line}")
                 raise
 
     def _run(self, block: Block) -> None:
@@ -162,8 +166,8 @@ class Page:
 
             assert read_label_map(path).table.max() >= 1
         elif options == ["fit"]:
-            quick = "--trainer.max_steps 1 --trainer.limit_val_batches 1 --trainer.num_sanity_val_steps 0 --trainer.accelerator cpu --run_root quick"
-            lit(["fit", "--config", str(path), *quick.split()])
+            quick = "--trainer.limit_train_batches 1 --trainer.limit_val_batches 1 --trainer.accelerator cpu --run_root quick"
+            lit(["fit", "--config", str(path), "--trainer.max_epochs", "1", *quick.split()])
             assert list(self.folder.glob(f"quick/{path.stem}/*/checkpoints/last.ckpt"))
         else:
             assert not options, f"unknown options {options}"
@@ -171,10 +175,10 @@ class Page:
 
     def _run_command(self, words: list[str]) -> None:
         program, *rest = words
-        if program == "lit" and rest[0] in RUN_COMMANDS:
+        if program == "lit" and rest[0] in RUN_COMMANDS and not any(word.endswith("help") for word in rest):
             self._leave_behind(rest, resolved(rest))
         elif program == "lit" and rest[0] == "new":
-            self._new(rest)
+            new_technique(rest, self.folder, self.page)
         elif program == "lit":
             assert lit(rest).strip()
         else:
@@ -193,34 +197,22 @@ class Page:
         (run / "config.yaml").write_text(config, encoding="utf-8")
         torch.save({"state_dict": {"backbone_3d.weight": torch.ones(2)}}, run / "checkpoints" / "last.ckpt")
 
-    def _new(self, words: list[str]) -> None:
-        """``lit new`` in the bare bones of a checkout."""
-        checkout = self.folder / "checkout"
-        for name in ("lit_methods/catalog.py", "lit_methods/__init__.pyi", "callbacks/__init__.pyi", "datamodules/__init__.pyi"):
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, checkout / name)
-        with contextlib.chdir(checkout) if hasattr(contextlib, "chdir") else _chdir(checkout):
-            written = lit(words)
-        self.check_skeleton(written, words[1])
 
-    def check_skeleton(self, written: str, slug: str) -> None:
-        """The page names every file that ``lit new`` wrote."""
-        text = self.page.read_text(encoding="utf-8")
-        for path in re.findall(r"^  (\S+/\S+\.\w+)$", written, flags=re.M):
-            assert (self.folder / "checkout" / path).is_file()
-            assert path in text, f"{page_id(self.page)} doesn't name {path}, which `lit new {slug}` writes"
-
-
-@contextlib.contextmanager
-def _chdir(folder: Path) -> Iterator[None]:
-    import os
-
-    before = Path.cwd()
-    os.chdir(folder)
+def new_technique(words: list[str], folder: Path, page: Path) -> None:
+    """Run ``lit new`` in the bare bones of a checkout; the page must name every file that it writes."""
+    checkout = folder / "checkout"
+    for name in ("lit_methods/catalog.py", "lit_methods/__init__.pyi", "callbacks/__init__.pyi", "datamodules/__init__.pyi"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, checkout / name)
+    os.chdir(checkout)
     try:
-        yield
+        written = re.findall(r"^  (\S+/\S+\.\w+)$", lit(words), flags=re.M)
     finally:
-        os.chdir(before)
+        os.chdir(folder)
+    assert written
+    for path in written:
+        assert (checkout / path).is_file()
+        assert f"`{path}`" in page.read_text(encoding="utf-8"), f"{page_id(page)} doesn't name {path}, which lit new writes"
 
 
 def check_other(words: list[str]) -> None:
@@ -237,13 +229,15 @@ def check_other(words: list[str]) -> None:
         assert not missing, f"pyproject.toml has no extra {missing}"
     if program == "git" and rest[0] == "clone":
         assert f'"{rest[1]}"' in pyproject, f"{rest[1]} is not the address in pyproject.toml"
+    if program == "python" and rest[:1] == ["-m"] and rest[1].startswith("lit_methods"):
+        assert resolves(rest[1]), f"no module {rest[1]}"
     if program in ("python", "pytest"):
         files = [word.partition("::")[0] for word in rest if re.search(r"\.py(::|$)|^tests/", word)]
         missing = [file for file in files if "<" not in file and not (ROOT / file).exists()]
         assert not missing, f"{shlex.join(words)}: no {missing}"
 
 
-@pytest.fixture()
+@pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder; what is imported from it is forgotten."""
     monkeypatch.chdir(tmp_path)
@@ -257,6 +251,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.mark.parametrize("page", COMMAND_PAGES, ids=page_id)
 def test_the_blocks_of_a_page_run(page: Path, workplace: Path) -> None:
     Page(page, workplace).run()
+
+
+@pytest.mark.parametrize("form", ["callback", "module"])
+def test_the_checklist_names_what_lit_new_writes(form: str, workplace: Path) -> None:
+    new_technique(["new", "two_views", "--form", form, "--family", "metric"], workplace, ROOT / "CONTRIBUTING.md")
 
 
 @pytest.mark.parametrize(
@@ -306,8 +305,8 @@ def test_paths_and_names_in_the_text_exist(page: Path) -> None:
     """Paths such as `callbacks/ema.py` and dotted names such as `lit_methods.panels.Curve`; patterns and <placeholders> are left out."""
     missing = []
     for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", without_blocks(page)):
-        if re.fullmatch(r"(?:\w[\w.-]*/)+[\w.-]*\.(?:py|pyi|yaml|md|toml|template)", code) and not code.startswith(("my_", "runs/")):
-            if not any((base / code).exists() for base in (ROOT, page.parent)) and "two_views" not in code:
+        if re.fullmatch(r"(?:\w[\w.-]*/)+[\w.-]*\.(?:py|pyi|yaml|md|toml|template)", code) and not EXAMPLES.search(code):
+            if not any((base / code).exists() for base in (ROOT, page.parent)):
                 missing.append(code)
         elif re.fullmatch(r"lit_methods(?:\.\w+)+", code) and not resolves(code):
             missing.append(code)
@@ -340,7 +339,9 @@ def test_names_that_are_gone_are_found() -> None:
 
 # ---- the table of techniques -----------------------------------------------------------------------------------------------------------
 
-TABLE = re.compile(r"(?<=<!-- techniques: written by `python tests/test_docs.py` from the catalogue -->\n).*?(?=<!-- /techniques -->)", re.S)
+TABLE = re.compile(
+    r"(?<=<!-- techniques: written by `python tests/test_docs.py` from the catalogue -->\n).*?(?=<!-- /techniques -->)", re.S
+)
 
 
 def technique_table() -> str:
@@ -380,7 +381,7 @@ def unexplained_keys(text: str) -> list[str]:
         if not key or line.lstrip().startswith("#"):
             continue
         value, _, comment = (key[2] or "").partition("#")
-        opens = not value.strip() or key[1] in OPEN_A_BLOCK
+        opens = not value.strip() or key[1] in SPEAK_FOR_THEMSELVES
         above = number > 0 and lines[number - 1].lstrip().startswith("#")
         if not (opens or comment.strip() or above):
             found.append(f"line {number + 1}: {key[1]}")
@@ -392,9 +393,16 @@ def test_an_unexplained_key_is_found() -> None:
     assert unexplained_keys(text) == ["line 7: c", "line 8: d"]
 
 
-@pytest.mark.parametrize("config", [path for path in CONFIGS if path not in LABEL_MAPS], ids=page_id)
+@pytest.mark.parametrize("config", [path for path in CONFIGS if path not in LABEL_MAPS + CLAIMS], ids=page_id)
 def test_every_key_is_explained(config: Path) -> None:
     assert unexplained_keys(config.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("config", CLAIMS, ids=page_id)
+def test_every_key_of_a_claim_is_explained(config: Path) -> None:
+    """Inside the arms stand keys of the configs, which are explained there."""
+    text = "\n".join(line for line in config.read_text(encoding="utf-8").splitlines() if line[:1].strip())
+    assert unexplained_keys(text) == []
 
 
 @pytest.mark.parametrize("config", LABEL_MAPS, ids=page_id)
@@ -422,15 +430,11 @@ def test_lists_are_extended_and_not_replaced(config: Path) -> None:
     assert not re.findall(r"^\s*(?:callbacks|logger):", config.read_text(encoding="utf-8"), flags=re.M)
 
 
-def test_comments_name_commands_that_parse(workplace: Path) -> None:
-    """The commands in the heads of the runnable configs."""
-    seen = 0
+def test_the_head_of_a_config_names_its_command() -> None:
     for config in RUNNABLE:
-        for command in re.findall(r"^#\s+(lit (?:fit|test|validate|predict) .*)$", config.read_text(encoding="utf-8"), flags=re.M):
-            words = shlex.split(command)
-            assert words[words.index("--config") + 1] == page_id(config)
-            seen += 1
-    assert seen >= len(RUNNABLE)
+        named = re.findall(r"^#\s+lit fit --config (\S+)", config.read_text(encoding="utf-8"), flags=re.M)
+        assert named, f"{page_id(config)} doesn't say how it is run"
+        assert set(named) == {page_id(config)}
 
 
 def test_the_citation_is_complete() -> None:

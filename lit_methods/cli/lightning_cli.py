@@ -44,7 +44,7 @@ class LitCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=None,  # RunFolder saves it: the stock callback refuses a second run without a logger
             seed_everything_default=0,
-            parser_kwargs={"exit_on_error": False},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False},  # a cut-off key is a typo
             args=args,
         )
 

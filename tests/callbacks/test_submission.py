@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers import run_two_processes, tiny_trainer
 
+from helpers import run_two_processes, tiny_trainer
 from lit_methods.callbacks import SubmissionWriter
 from lit_methods.datamodules import KittiStyleDataModule
 

@@ -22,7 +22,9 @@ def lit(*words: str, cwd: Path, check: bool = True) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=check)
 
 
-@pytest.mark.parametrize("words", [["list"], ["--help"], ["--version"], ["info", "superflow"], ["fit", "--help"], ["fot"], ["cp", "nothing", "x"]])
+@pytest.mark.parametrize(
+    "words", [["list"], ["--help"], ["--version"], ["info", "superflow"], ["fit", "--help"], ["fot"], ["cp", "nothing", "x"]]
+)
 def test_light_commands_import_neither_torch_nor_lightning(words: list[str], tmp_path: Path) -> None:
     code = (
         "import sys; from lit_methods.cli.main import main; main(sys.argv[1:]);"
@@ -64,7 +66,12 @@ def test_list(capsys: pytest.CaptureFixture[str]) -> None:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "superflow"]) == 0
     text = capsys.readouterr().out
-    for part in ("https://arxiv.org/abs/2503.19912", "lit fit --config configs/superflow.yaml", "SuperFlow", *techniques()["superflow"].golden):
+    for part in (
+        "https://arxiv.org/abs/2503.19912",
+        "lit fit --config configs/superflow.yaml",
+        "SuperFlow",
+        *techniques()["superflow"].golden,
+    ):
         assert part in text
     assert main(["info", "superflw"]) == 2
     error = capsys.readouterr().err
@@ -72,7 +79,9 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(error.splitlines()) <= 3
 
 
-def test_cp_copies_a_shipped_config_and_never_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cp_copies_a_shipped_config_and_never_overwrites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["cp", "configs/trainer/cpu.yaml", "mine/cpu.yaml"]) == 0
     shipped = (ROOT / "configs" / "trainer" / "cpu.yaml").read_text()
@@ -161,45 +170,51 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("form", "test_folder"), [("callback", "tests/callbacks/metric"), ("module", "tests/metric")])
-def test_new_writes_a_skeleton_that_lists_itself_and_fails_its_own_tests(form: str, test_folder: str, checkout: Path) -> None:
-    words = ["new", "two_views", "--form", form, "--family", "metric", "--title", "Two Views of One Thing"]
-    said = lit(*words, cwd=checkout).stdout
-    home = "callbacks" if form == "callback" else "lit_methods"
-    written = [
-        f"{home}/metric/two_views.py",
-        "configs/two_views.yaml",
-        "configs/claims/two_views.yaml",
-        "tests/golden/test_two_views.py",
-        f"{test_folder}/test_two_views_technique.py",
-        "docs/techniques/two_views.md",
-        f"{home}/metric/__init__.py",
-        f"{home}/__init__.pyi",
-    ]
-    for path in written:
-        assert (checkout / path).is_file(), path
-        assert path in said
-        assert "$" not in (checkout / path).read_text()
-    assert "two_views  metric" in lit("list", cwd=checkout).stdout
-    package = "lit_methods.callbacks" if form == "callback" else "lit_methods"
-    subprocess.run([sys.executable, "-c", f"from {package} import TwoViews"], cwd=checkout, check=True, timeout=60)
-    again = lit(*words, cwd=checkout, check=False)
-    assert again.returncode == 2
-    assert "TwoViews is already listed" in again.stderr
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/golden/test_two_views.py", test_folder]
-    tests = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
-    assert tests.returncode == 1, tests.stdout
-    assert "NotImplementedError: two_views_loss: write the paper's equation here" in tests.stdout
-    assert "no golden case found" in tests.stdout
-    assert "5 failed" in tests.stdout or "4 failed, 1 passed" in tests.stdout  # the refusal of a wrong shape is written already
+FORMS = {"callback": ("callbacks", "tests/callbacks/metric"), "module": ("lit_methods", "tests/metric")}
 
-    core = checkout / home / "metric" / "two_views.py"  # filled in, the skeleton works
-    text = core.read_text()
-    argument = "weights" if form == "callback" else "features"
-    start = text.index("    raise NotImplementedError")
-    core.write_text(text[:start] + f"    return {argument}.square().sum()\n" + text[text.index("\n", start) + 1 :])
-    tests = subprocess.run([*command[:-2], test_folder], cwd=checkout, capture_output=True, text=True, timeout=120, check=False)
-    assert tests.returncode == 0, tests.stdout
+
+def test_new_writes_skeletons_that_list_themselves_and_fail_their_own_tests(checkout: Path) -> None:
+    for form, (home, tests) in FORMS.items():
+        slug, name = f"two_views_{form}", f"TwoViews{form.capitalize()}"
+        words = ["new", slug, "--form", form, "--family", "metric", "--title", "Two Views of One Thing"]
+        said = lit(*words, cwd=checkout).stdout
+        written = [
+            f"{home}/metric/{slug}.py",
+            f"configs/{slug}.yaml",
+            f"configs/claims/{slug}.yaml",
+            f"tests/golden/test_{slug}.py",
+            f"{tests}/test_{slug}_technique.py",
+            f"docs/techniques/{slug}.md",
+            f"{home}/metric/__init__.py",
+            f"{home}/__init__.pyi",
+        ]
+        for path in written:
+            assert (checkout / path).is_file(), path
+            assert path in said
+            assert "$" not in (checkout / path).read_text()
+        assert [slug, "metric", form] in [line.split()[:3] for line in lit("list", cwd=checkout).stdout.splitlines()]
+        again = lit(*words, cwd=checkout, check=False)
+        assert again.returncode == 2
+        assert f"{name} is already listed" in again.stderr
+
+    def run_tests(*folders: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *folders]
+        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=200, check=False)
+
+    unit = [tests for _, tests in FORMS.values()]
+    unfilled = run_tests("tests/golden/test_two_views_callback.py", "tests/golden/test_two_views_module.py", *unit)
+    assert "8 failed, 2 passed" in unfilled.stdout, unfilled.stdout  # the refusal of a wrong shape is written already
+    assert "NotImplementedError: two_views_module_loss: write the paper's equation here" in unfilled.stdout
+    assert "no golden case found" in unfilled.stdout
+
+    for form, (home, _) in FORMS.items():  # filled in, the skeletons work
+        core = checkout / home / "metric" / f"two_views_{form}.py"
+        text = core.read_text()
+        start = text.index("    raise NotImplementedError")
+        value = f"    return {'weights' if form == 'callback' else 'features'}.square().sum()\n"
+        core.write_text(text[:start] + value + text[text.index("\n", start) + 1 :])
+    filled = run_tests(*unit)
+    assert "8 passed" in filled.stdout, filled.stdout
 
 
 def test_new_refuses_what_it_can_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

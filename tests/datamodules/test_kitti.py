@@ -114,7 +114,7 @@ def test_a_label_map_of_ones_own(root, tmp_path):
         path.write_text(yaml.safe_dump(content | change))
         with pytest.raises(BrokenRecordError, match=message):
             read_label_map(path)
-    with pytest.raises(ValueError, match="dataset='kittti' is neither a shipped label map .*semantickitti"):
+    with pytest.raises(ValueError, match=r"dataset='kittti' is neither a shipped label map .*semantickitti"):
         read_label_map("kittti")
 
 

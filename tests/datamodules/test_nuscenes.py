@@ -176,9 +176,7 @@ def test_rows_of_a_table_larger_than_a_chunk(tmp_path, monkeypatch):
 
 
 def test_sweeps_land_on_the_key_scan(release, tables):
-    """Every scan of the tiny release sees the same fixed landmarks, so a sweep moved into the key frame must coincide with the key "
-    "scan.
-    """
+    """All scans of the tiny release see the same fixed landmarks: a sweep moved into the key frame must lie on the key scan."""
     key, sweep = int(tables.lidar[2]), int(tables.sweeps[2, 1])
     points, other = read_points(tables.path(key), 5), read_points(tables.path(sweep), 5)
     assert (points - other).abs().max() > 0.5  # the car moved and turned in between
@@ -607,7 +605,7 @@ def test_superpixels_that_do_not_fit(copy):
     with pytest.raises(MissingFileError, match=r"CAM_FRONT\.png: superpixels: no such file: give superpixel_root"):
         dataset[0]
     shutil.rmtree(copy / "superpixels")
-    with pytest.raises(WrongRootError, match="no superpixel folder .*superpixels"):
+    with pytest.raises(WrongRootError, match=r"no superpixel folder .*superpixels"):
         datamodule(copy).setup("fit")
 
 
@@ -685,10 +683,8 @@ def real_folder(name):
 
 
 @real
-def test_a_real_frame_lines_up_with_its_boxes():
-    """The corners of the annotated boxes, placed by the annotations' own camera matrices, must agree with projecting through the "
-    "tables.
-    """
+def test_a_real_frame_lines_up_with_its_cameras():
+    """Projecting through the tables' four poses must agree with the info file's own LiDAR-to-camera matrices."""
     root = real_folder("nuscenes_frame")
     tables = read_tables(root, "v1.0-mini", num_sweeps=2)
     assert (len(tables), tables.scene_names) == (1, ("scene-0061",))

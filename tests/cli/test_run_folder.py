@@ -1,0 +1,132 @@
+"""One folder per run: what it holds, that nothing is overwritten, and who agrees on it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
+from lightning.pytorch.loggers import CSVLogger
+
+from helpers import tiny_trainer
+from lit_methods.runs import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, claim_run_folder, git_state, run_dir
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path: Path) -> None:
+    folders = [claim_run_folder(tmp_path, "a b/c") for _ in range(4)]
+    assert len(set(folders)) == 4
+    assert all(folder.is_dir() and folder.parent == tmp_path / "a-b-c" for folder in folders)
+
+
+def test_the_callback_works_in_plain_python(tmp_path: Path) -> None:
+    folder = claim_run_folder(tmp_path, "plain")
+    checkpoint = ModelCheckpoint()
+    trainer = tiny_trainer(
+        max_steps=2,
+        limit_val_batches=0,
+        callbacks=[checkpoint, RunFolder(folder, {"model": {"lr": 0.1}})],
+        logger=CSVLogger(folder, "csv", ""),
+        enable_checkpointing=True,
+    )
+    trainer.fit(BoringModel(), datamodule=BoringDataModule())
+    assert run_dir(trainer) == folder
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == {"model": {"lr": 0.1}}
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 1
+    assert Path(checkpoint.best_model_path).parent == folder / "checkpoints"
+    assert yaml.safe_load((folder / "csv" / "hparams.yaml").read_text())["model"] == {"lr": 0.1}
+
+
+def test_run_dir_without_the_callback_is_the_loggers_folder_or_the_trainers(tmp_path: Path) -> None:
+    assert run_dir(tiny_trainer(logger=CSVLogger(tmp_path, "csv", "0"))) == tmp_path / "csv" / "0"
+    assert run_dir(tiny_trainer(default_root_dir=tmp_path)) == tmp_path
+
+
+def test_a_checkpoint_folder_of_the_users_own_stays(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "mine")
+    trainer = tiny_trainer(max_steps=1, limit_val_batches=0, callbacks=[checkpoint, RunFolder(tmp_path / "run")], enable_checkpointing=True)
+    trainer.fit(BoringModel(), datamodule=BoringDataModule())
+    assert list((tmp_path / "mine").glob("*.ckpt"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_git_state(tmp_path: Path) -> None:
+    assert git_state(tmp_path) is None
+
+    def git(*words: str) -> str:
+        settings = ["-c", "user.name=A", "-c", "user.email=a@example.com", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", "-C", str(tmp_path), *settings, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q", "-b", "trunk")
+    assert git_state(tmp_path) is None  # no commit yet
+    (tmp_path / "file.txt").write_text("one\n")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    clean = git_state(tmp_path)
+    assert clean == {"commit": git("rev-parse", "HEAD"), "branch": "trunk", "dirty": False, "changes": []}
+    (tmp_path / "file.txt").write_text("two\n")
+    dirty = git_state(tmp_path)
+    assert dirty is not None
+    assert dirty["dirty"]
+    assert "file.txt" in dirty["changes"][0]
+
+
+def test_processes_started_by_lightning_read_the_folder_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", RUN_FOLDER_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    first = agree_on_run_folder(tmp_path, "run")
+    assert os.environ[RUN_FOLDER_VARIABLE] == str(first)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert agree_on_run_folder(tmp_path, "run") == first
+    monkeypatch.setenv("LOCAL_RANK", "0")  # left over in the first process: a later run of its own
+    assert agree_on_run_folder(tmp_path, "run") != first
+    monkeypatch.delenv(RUN_FOLDER_VARIABLE)
+
+
+def test_slurm_tasks_agree_without_talking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    other = agree_on_run_folder(tmp_path, "run")
+    assert not other.exists()  # the first task makes it
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert agree_on_run_folder(tmp_path, "run") == other == tmp_path / "run" / "slurm-77-0"
+    assert other.is_dir()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # requeued: another folder
+    assert agree_on_run_folder(tmp_path, "run") == tmp_path / "run" / "slurm-77-0-1"
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    with pytest.raises(FileExistsError):
+        agree_on_run_folder(tmp_path, "run")
+
+
+def test_two_processes_share_one_folder(tmp_path: Path) -> None:
+    """Also that a run stays in one folder with Lightning's own launcher, which starts the command a second time."""
+    demo = "lightning.pytorch.demos.boring_classes."
+    words = ["--model", f"{demo}BoringModel", "--data", f"{demo}BoringDataModule", "--name", "pair"]
+    trainer = {
+        "accelerator": "cpu",
+        "devices": "2",
+        "strategy": "ddp",
+        "max_steps": "2",
+        "limit_val_batches": "1",
+        "enable_model_summary": "false",
+    }
+    for key, value in trainer.items():
+        words += [f"--trainer.{key}", value]
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith(("LOCAL_RANK", "MASTER_", "WORLD_", "NODE_", "SLURM"))
+    }
+    command = [sys.executable, "-m", "lit_methods", "fit", *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "runs" / "pair").iterdir()
+    assert json.loads((folder / "environment.json").read_text())["processes"] == 2
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+    assert done.stdout.count("run folder: ") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
