@@ -1,10 +1,10 @@
 """What a SuperFlow++ pretraining step costs: the parts one by one, the step as a whole, Lightning's share, and memory.
 
-    python benchmarks/lidar.py [--steps 8] [--repeats 3] [--device cpu|cuda] [--threads N] [--json FILE]
+    python benchmarks/lidar.py [--steps 5] [--repeats 3] [--device cpu|cuda] [--threads N] [--json FILE]
 
-Everything is measured on the built-in driving world at the settings of ``configs/superflow.yaml``; about three minutes on two CPU cores,
+Everything is measured on the built-in driving world at the settings of ``configs/superflow.yaml``; some minutes on two CPU cores,
 and the making of the world where it isn't cached yet. Times are medians after a warm-up. ``wall`` is what a clock on the wall shows,
-``cpu`` the time that all threads of this process were busy: when other programs use the cores, wall grows and cpu hardly does, so two
+``cpu`` the time that all threads of this process were busy: when other programs use the cores, wall grows and cpu less so; two
 runs whose wall times differ and whose cpu times agree did the same. On CUDA the clock is read after a synchronisation, which also makes
 Lightning's Python time visible that a free-running step would hide behind the kernels.
 
@@ -60,7 +60,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from numpy.typing import NDArray
 from PIL import Image
@@ -527,7 +527,7 @@ def bound_sentence(split: dict[str, Any], data_alone: dict[str, Any], workers: i
 
 
 class StampedBatches:
-    """Batches in memory that note the time when each is handed out.
+    """Batches in memory that note the time when each is handed out; ``end`` notes the end of the last step.
 
     Args:
         batches: On the device.
@@ -546,8 +546,12 @@ class StampedBatches:
             self.stamps.append(now(self.device))
             yield batch
 
+    def end(self) -> None:
+        """All steps are done."""
+        self.stamps.append(now(self.device))
+
     def steps(self) -> list[Seconds]:
-        """Time from each batch to the next one; the last has none."""
+        """Time of every step: from each batch to the next, from the last to the end."""
         return [after - before for before, after in itertools.pairwise(self.stamps)]
 
 
@@ -556,6 +560,16 @@ def plain_optimizer(module: SuperFlow, steps: int) -> tuple[torch.optim.Optimize
     with mock.patch.object(LightningModule, "trainer", SimpleNamespace(estimated_stepping_batches=steps)):
         recipe: dict[str, Any] = dict(module.configure_optimizers())
     return recipe["optimizer"], recipe["lr_scheduler"]["scheduler"]
+
+
+class EndOfSteps(Callback):
+    """Tells the batches that the trainer's last step is done; as the first callback, before any other closes the epoch."""
+
+    def __init__(self, source: StampedBatches) -> None:
+        self.source = source
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.source.end()
 
 
 def fit_plain(module: SuperFlow, source: StampedBatches) -> None:
@@ -568,6 +582,7 @@ def fit_plain(module: SuperFlow, source: StampedBatches) -> None:
         loss.backward()
         optimizer.step()
         scheduler.step()
+    source.end()
 
 
 def fit_lightning(module: SuperFlow, source: StampedBatches, log_every_n_steps: int) -> None:
@@ -580,6 +595,7 @@ def fit_lightning(module: SuperFlow, source: StampedBatches, log_every_n_steps: 
             default_root_dir=folder,
             logger=CSVLogger(folder, name="csv", version=""),
             callbacks=[
+                EndOfSteps(source),
                 RunFolder(folder, {"model": "SuperFlow"}),
                 ThroughputProgressBar(plain=True),
                 RandomState(),
@@ -616,8 +632,7 @@ def bench_overhead(config: dict[str, Any], batches: list[Batch], repeats: int, d
             whole = now(device) - start
             if repeat >= 0:
                 laps[name].append(source.steps())
-                # the last step has no stamp behind it: taken to last as long as the step before
-                outside[name].append(whole.wall - total(source.steps()).wall - source.steps()[-1].wall)
+                outside[name].append(whole.wall - total(source.steps()).wall)
                 ends[name] = weights_of(module.to(device))
     moved = (ends["plain"] - weights_of(initial)).norm()
     difference = float((ends["plain"] - ends["lightning"]).norm() / moved)
@@ -796,7 +811,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Cost of a SuperFlow++ pretraining step. The file's docstring says how to read the tables."
     )
-    parser.add_argument("--steps", type=int, default=8, help="Training steps per measurement, 2 or more.")
+    parser.add_argument("--steps", type=int, default=5, help="Training steps per measurement, 2 or more.")
     parser.add_argument(
         "--repeats", type=int, default=3, help="Repetitions of the Lightning comparison; projection and voxelisation run 3 times as often."
     )
@@ -831,7 +846,7 @@ def main() -> None:
     print(f"torch {results['torch']}, lightning {results['lightning']}; settings of configs/superflow.yaml")
     data = make_data(config, 0)
     source = iter(data.train_dataloader())
-    on_device = [move_data_to_device(next(source), device) for _ in range(min(arguments.steps + 1, len(data.train_dataloader())))]
+    on_device = [move_data_to_device(next(source), device) for _ in range(min(arguments.steps, len(data.train_dataloader())))]
 
     print(f"\n1. Throughput{'':29}{'Mpoints/s':>11}{'wall ms':>9}{'cpu ms':>9}")
     throughput: dict[str, Any] = {}

@@ -73,6 +73,9 @@ def explain(message: str, cli: Any, argv: list[str], files: list[Path]) -> str:
     parser = getattr(cli, "_subcommand_parsers", {}).get(argv[0])
     if parser is None:
         return _condensed(message)
+    ambiguous = re.search(r"Multiple subclasses with name (\w+)\. .*?: (.*?)\.?$", message, flags=re.M)
+    if ambiguous is not None:
+        return f"{ambiguous.group(1)} is the short name of several classes: give the full path\n  {ambiguous.group(2)}"
     keys = {action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")}
     try:
         tree = Entry({}, "")
@@ -138,8 +141,6 @@ def _from_words(words: list[str], keys: set[str]) -> list[Entry]:
         key = flag.lstrip("-")
         if key in ("config", "c", "help", "h", "print_config") or key.endswith(".help"):
             continue
-        if key == "run-root":
-            key = "run_root"
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:

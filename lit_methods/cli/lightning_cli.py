@@ -225,6 +225,7 @@ def run(argv: list[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_QUIET)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")  # torch to Lightning, not to the user
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # every run has its own folder
+    argv = [re.sub(r"^--[a-z_-]+(?=$|=)", lambda key: "--" + key[0][2:].replace("-", "_"), word) for word in argv]  # --run-root
     argv, files = resolve_config_arguments(argv)
     prepare_mentioned(argv, mentioned_files(argv, files))
     cli = LitCLI.__new__(LitCLI)

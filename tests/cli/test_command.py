@@ -28,7 +28,8 @@ def lit(*words: str, cwd: Path, check: bool = True) -> subprocess.CompletedProce
 def test_light_commands_import_neither_torch_nor_lightning(words: list[str], tmp_path: Path) -> None:
     code = (
         "import sys; from lit_methods.cli.main import main; main(sys.argv[1:]);"
-        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse', 'wandb', 'rich'} & set(sys.modules); sys.exit(f'imported {heavy}' if heavy else 0)"
+        "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse', 'wandb', 'rich'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ trainer:
 MINE = """
 import torch
 from torch import nn
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 class Mine(BoringModel):
@@ -50,10 +50,6 @@ class Bare(LightningModule):
         self.layer = nn.Linear(32, 2)
     def training_step(self, batch, batch_idx):
         return self.layer(batch).square().mean()
-
-class ThroughputProgressBar(Callback):
-    def on_fit_start(self, trainer, pl_module):
-        print("my own callback of that name")
 
 class Broken(BoringModel):
     def training_step(self, batch, batch_idx):
@@ -138,15 +134,24 @@ def test_a_run_goes_on_from_its_checkpoint_and_the_other_commands_read_it(capsys
 def test_configs_compose_and_later_ones_win(capsys: pytest.CaptureFixture[str]) -> None:
     Path("more.yaml").write_text("trainer: {max_steps: 7, callbacks+: [{class_path: ThroughputProgressBar, init_args: {log_seconds: 3}}]}")
     Path("bar.yaml").write_text("trainer: {callbacks+: [{class_path: ModelCheckpoint}]}")
+    Path("namesake.py").write_text("from lightning.pytorch import Callback\nclass EMATeacher(Callback): ...\n")
     files = ["--config", "base.yaml", "--config", "more.yaml", "--config", "bar.yaml", "--config", "configs/trainer/cpu.yaml"]
-    config = resolved(capsys, *files, "--trainer.callbacks+=mine.ThroughputProgressBar")
+    config = resolved(capsys, *files, "--trainer.callbacks+=namesake.EMATeacher")
     assert config["trainer"]["max_steps"] == 7
     assert [entry["class_path"] for entry in config["trainer"]["callbacks"]] == [
-        "lit_methods.callbacks.progress.ThroughputProgressBar",
+        "lit_methods.callbacks.ThroughputProgressBar",
         "lightning.pytorch.callbacks.ModelCheckpoint",
-        "mine.ThroughputProgressBar",  # a dotted path wins over a short name of ours
+        "namesake.EMATeacher",  # a dotted path wins over a short name of ours
     ]
     assert config["trainer"]["callbacks"][0]["init_args"]["log_seconds"] == 3
+
+
+def test_a_short_name_of_two_classes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("twins.py").write_text("from lightning.pytorch import Callback\nclass RandomState(Callback): ...\n")
+    words = ["--config", "base.yaml", "--trainer.callbacks+=twins.RandomState", "--trainer.callbacks+=RandomState"]
+    said = refused(capsys, *words)
+    assert "twins.RandomState" in said
+    assert "lit_methods.callbacks" in said
 
 
 def test_an_optimizer_comes_from_the_config_for_a_module_without_one() -> None:
@@ -181,7 +186,6 @@ def test_callbacks_of_the_user_replace_ours_of_the_same_kind(monkeypatch: pytest
     assert "ThroughputProgressBar" not in kinds(seen[1])
     assert main(["fit", "--config", "base.yaml", "--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false"]) == 0
     assert not {"ThroughputProgressBar", "ModelCheckpoint"} & set(kinds(seen[2]))
-    assert seen[0].default_root_dir != seen[1].default_root_dir
     assert not runs()  # nothing ran, so the empty folders are gone
 
 
@@ -210,7 +214,7 @@ def test_every_logger_writes_into_the_run_and_gets_the_config() -> None:
     (offline,) = (run / "wandb").glob("offline-run-*")
     stored = next(offline.glob("*.wandb")).read_bytes()
     assert b"mine.Mine" in stored  # the config
-    assert "mine" in (run / "profiler" / "fit-profile.txt").read_text() or (run / "profiler" / "fit-profile.txt").stat().st_size > 100
+    assert "run_training_epoch" in (run / "profiler" / "fit-profile.txt").read_text()
     assert not Path("wandb").exists()
 
 
@@ -237,7 +241,7 @@ def test_fragments_run(fragment: str) -> None:
 # -- what is said when something is wrong --------------------------------------------------------------------------------------------
 
 YAML_ERRORS = {
-    "top_level": ("modle: {}\n", ["unknown key 'modle'", "line 1", "model"]),
+    "top_level": ("modle: mine.Mine\n", ["unknown key 'modle'", "line 1", "model"]),
     "top_level_of_trainer": ("max_steps: 3\n", ["unknown key 'max_steps'", "trainer.max_steps"]),
     "trainer_key": ("trainer:\n  max_stps: 3\n", ["trainer.max_stps", "line 2", "max_steps"]),
     "model_argument": (
@@ -263,7 +267,8 @@ YAML_ERRORS = {
         ["model.init_args.inner", "no class 'MinkUNt'", "line 4", "MinkUNet"],
     ),
     "nested_argument": (
-        "model:\n  class_path: mine.Mine\n  init_args:\n    inner:\n      class_path: torch.nn.Linear\n      init_args: {in_features: 2, out_feature: 2}\n",
+        "model:\n  class_path: mine.Mine\n  init_args:\n    inner:\n"
+        "      class_path: torch.nn.Linear\n      init_args: {in_features: 2, out_feature: 2}\n",
         ["Linear has no argument 'out_feature'", "line 6", "out_features"],
     ),
     "nested_required": (

@@ -17,7 +17,7 @@ def fit(bar: ThroughputProgressBar, module: BoringModel, steps: int = 6, **setti
 
 
 def test_plain_lines_are_few_and_hold_loss_metric_and_throughput(capsys: pytest.CaptureFixture[str]) -> None:
-    fit(ThroughputProgressBar(plain=True, log_seconds=1000), Logging())
+    fit(ThroughputProgressBar(plain=True, log_seconds=1000), Logging(), limit_train_batches=6)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert len(lines) == 2  # the first step and the end
     assert "step 1/6" in lines[0]
@@ -35,7 +35,7 @@ def test_a_line_per_step_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
 def test_samples_per_second_count_the_batch_and_leave_out_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     bar = ThroughputProgressBar(plain=True)
     clock = iter(range(1000))
-    trainer = tiny_trainer(max_steps=4, limit_val_batches=0, callbacks=[bar])
+    trainer = tiny_trainer(max_steps=4, limit_val_batches=0, callbacks=[bar], enable_progress_bar=True)
     trainer.fit(BoringModel(), train_dataloaders=torch.utils.data.DataLoader(torch.randn(32, 32), batch_size=8))
     bar._batch_ends.clear()
     bar._batch_ends.extend(float(next(clock)) * 0.5 for _ in range(5))  # two batches a second

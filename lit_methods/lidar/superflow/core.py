@@ -334,8 +334,8 @@ def pool_pixels(pixel_embeddings: Tensor, groups: Tensor, num_groups: int) -> Te
     Returns:
         Q (G, D).
     """
-    flat = F.normalize(wide(pixel_embeddings), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-    return group_mean(flat, groups.flatten(), num_groups)[0]
+    pixels = wide(pixel_embeddings).permute(0, 2, 3, 1).flatten(0, 2)
+    return group_mean(F.normalize(pixels, dim=1), groups.flatten(), num_groups)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- losses

@@ -135,7 +135,8 @@ class SuperFlow(LightningModule):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, c, 3, H, W) in [0, 1] -> (B * c, embed_dim, H, W), raw."""
-        features = self.head_2d(self.teacher(images.flatten(0, 1)))
+        # channels last: pooling reads pixel by pixel
+        features = self.head_2d(self.teacher(images.flatten(0, 1))).contiguous(memory_format=torch.channels_last)
         return F.interpolate(features, size=images.shape[-2:], mode="bilinear", align_corners=True)
 
     def pool(self, cloud: dict[str, Any], groups: Tensor, num_groups: int, images: Tensor | None) -> core.PooledView:
