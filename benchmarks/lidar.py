@@ -66,7 +66,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from lit_methods.callbacks import Dashboard, RandomState, ThroughputProgressBar
+from lit_methods.callbacks import Dashboard, ExactResume, ThroughputProgressBar
 from lit_methods.catalog import configs_folder, public_names
 from lit_methods.datamodules import NuScenesDataModule
 from lit_methods.datamodules.driving.common import read_points
@@ -598,7 +598,7 @@ def fit_lightning(module: SuperFlow, source: StampedBatches, log_every_n_steps: 
                 EndOfSteps(source),
                 RunFolder(folder, {"model": "SuperFlow"}),
                 ThroughputProgressBar(plain=True),
-                RandomState(),
+                ExactResume(),
                 Dashboard(offline_without_login=False),
             ],
             log_every_n_steps=log_every_n_steps,

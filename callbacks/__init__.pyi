@@ -1,9 +1,9 @@
 from .dashboard import Dashboard as Dashboard
 from .ema import EMATeacher as EMATeacher
+from .exact_resume import ExactResume as ExactResume
 from .features import FeatureCapture as FeatureCapture
 from .lidar.dense_to_sparse import DenseToSparse as DenseToSparse
+from .lidar.submission import SubmissionWriter as SubmissionWriter
 from .lidar.temporal_voting import TemporalVoting as TemporalVoting
 from .loss_term import LossTerm as LossTerm
 from .progress import ThroughputProgressBar as ThroughputProgressBar
-from .random_state import RandomState as RandomState
-from .lidar.submission import SubmissionWriter as SubmissionWriter

@@ -43,13 +43,19 @@ def load_into(module: nn.Module, path: Path | str, prefix: str = "") -> None:
         ValueError: Names or shapes differ: the checkpoint belongs to another architecture; the message shows where.
     """
     state, own = read_state_dict(path, prefix), module.state_dict()
-    shapes = [f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here" for k in own if k in state and state[k].shape != own[k].shape]
+    shapes = [
+        f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     differences = {
         "missing in the file": [k for k in own if k not in state],
         "not in this network": [k for k in state if k not in own],
         "of another shape": shapes,
     }
-    found = [f"{len(names)} {what} ({'; '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in differences.items() if names]
+    found = [
+        f"{len(names)} {what} ({'; '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in differences.items() if names
+    ]
     if found:
         raise ValueError(f"{path} is a checkpoint of another architecture than {type(module).__name__}: {'; '.join(found)}")
     module.load_state_dict(state)

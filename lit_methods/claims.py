@@ -1,8 +1,8 @@
 """Re-show a claim of a paper: arms of ordinary ``lit`` runs over several seeds, paired difference, verdict.
 
-``python -m lit_methods.claims superflow`` reads ``configs/claims/superflow.yaml``. Every stage of every arm is a ``lit`` command in a process
-of its own; finished stages are kept under a key of command, config and code version, so an interrupted claim goes on where it stopped, and
-arms share the stages that they begin with.
+``python -m lit_methods.claims superflow`` reads ``configs/claims/superflow.yaml``. Every stage of every arm is a
+``lit`` command in a process of its own; finished stages are kept under a key of command, config and code version, so
+an interrupted claim goes on where it stopped, and arms share the stages that they begin with.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def judge(method: list[float], baseline: list[float], higher: bool = True, gate:
         gate: The advantage must be at least this in every seed.
 
     Returns:
-        ``holds`` if the interval lies on the better side of zero and the gate is met; ``does not hold`` if it lies on the other side, or the
-        advantage misses the gate although it is certain; else ``undecided``.
+        ``holds`` if the interval lies on the better side of zero and the gate is met; ``does not hold`` if it lies on
+        the other side, or the advantage misses the gate although it is certain; else ``undecided``.
 
     Raises:
         ValueError: Fewer than three pairs.

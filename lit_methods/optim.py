@@ -1,10 +1,10 @@
 """Optimiser recipes that several techniques share."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 
 
@@ -19,8 +19,8 @@ def adamw_one_cycle(
     pct_start: float = 0.2,
     div_factor: float = 25.0,
     final_div_factor: float = 100.0,
-) -> dict[str, Any]:
-    """AdamW with a cosine one-cycle schedule per optimiser step, momentum left alone; the return value of ``configure_optimizers``.
+) -> OptimizerLRSchedulerConfig:
+    """AdamW with a cosine one-cycle schedule per optimiser step, as ``configure_optimizers`` returns it.
 
     Args:
         module: Its trainer says how many steps there are.

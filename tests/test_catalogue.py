@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import Killed, assert_state_dicts_equal
 
+from helpers import Killed, assert_state_dicts_equal
 from lit_methods.catalog import configs_folder, package_folder, public_names, techniques
 from lit_methods.checkpoint import read_state_dict
 from lit_methods.cli.main import main
@@ -60,7 +60,9 @@ def test_config_trains_and_a_killed_run_ends_bit_equal(config, tmp_path):
     lit("fit", *file, "--run_root", tmp_path / "resumed", "--ckpt_path", tmp_path / "killed.ckpt")
     resumed = read_state_dict(only_run(tmp_path / "resumed") / "checkpoints" / "last.ckpt")
     assert_state_dicts_equal(resumed, read_state_dict(run / "checkpoints" / "last.ckpt"))
-    assert any(not torch.equal(resumed[name], value) for name, value in read_state_dict(tmp_path / "killed.ckpt").items()), "the last step did nothing"
+    assert any(not torch.equal(resumed[name], value) for name, value in read_state_dict(tmp_path / "killed.ckpt").items()), (
+        "the last step did nothing"
+    )
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -114,6 +116,8 @@ def test_every_public_name_resolves():
 
 
 def test_listing_reads_the_source_only():
-    code = "import lit_methods.catalog as c, sys; c.techniques(); c.public_names(); print('torch' in sys.modules, 'lightning' in sys.modules)"
+    code = (
+        "import lit_methods.catalog as c, sys; c.techniques(); c.public_names(); print('torch' in sys.modules, 'lightning' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
     assert package_folder("lit_methods.callbacks").is_dir()

@@ -25,9 +25,10 @@ def _voxels(features: Any, number: int) -> VoxelFeatures:
 class DenseToSparse(LossTerm):
     """Adds the agreement between a scan's superpixel groups and those of its multi-sweep cloud to the loss.
 
-    The target submodule is a network ``(points, points_per_sample) -> (N, C) features or VoxelFeatures``; its features of the scan are caught
-    where the module computes them (at its first call in a step), and it is run once more on ``batch["dense"]``. The batch is a pretraining batch of the driving family or any
-    dict with the same keys (the scan under ``cur`` or at the top level).
+    The target submodule is a network ``(points, points_per_sample) -> (N, C) features or VoxelFeatures``; its
+    features of the scan are caught where the module computes them (at its first call in a step), and it is run once
+    more on ``batch["dense"]``. The batch is a pretraining batch of the driving family or any dict with the same keys
+    (the scan under ``cur`` or at the top level).
 
     Args:
         target: fnmatch pattern of the submodule, such as ``backbone_3d``.
@@ -61,10 +62,12 @@ class DenseToSparse(LossTerm):
         scan = batch.get("cur", batch)
         missing = [key for key in ("superpixels", "pairing_points") if key not in scan] + [key for key in ("dense",) if key not in batch]
         if missing:
-            raise KeyError(f"DenseToSparse finds no {', '.join(missing)} in the batch: use mode: pretrain with num_sweeps >= 1")
+            raise ValueError(f"DenseToSparse finds no {', '.join(missing)} in the batch: use mode: pretrain with num_sweeps >= 1")
         (name, calls), *more = inputs["feature_calls"].items()
         if more:
-            raise ValueError(f"DenseToSparse takes one submodule, but its target matches {sorted(inputs['feature_calls'])}: be more specific")
+            raise ValueError(
+                f"DenseToSparse takes one submodule, but its target matches {sorted(inputs['feature_calls'])}: be more specific"
+            )
         groups = core.superpixel_groups(scan["superpixels"], self.num_superpixels, self.view_consistency)
         num_groups = self.num_superpixels * groups.shape[0] * (1 if self.view_consistency else groups.shape[1])
         dense = batch["dense"]

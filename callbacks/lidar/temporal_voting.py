@@ -24,7 +24,8 @@ def vote_on_batch(predict: Predictor, batch: dict[str, Any], **options: Any) -> 
 
     Args:
         predict: Cloud -> (N, C) logits.
-        batch: A cloud with ``neighbours`` (see :class:`lit_methods.datamodules.NuScenesDataModule` with ``neighbours >= 1``).
+        batch: A cloud with ``neighbours`` (see :class:`lit_methods.datamodules.NuScenesDataModule` with ``neighbours
+            >= 1``).
         options: Of :func:`lit_methods.lidar.superflow.core.temporal_vote`.
 
     Returns:
@@ -34,7 +35,7 @@ def vote_on_batch(predict: Predictor, batch: dict[str, Any], **options: Any) -> 
         KeyError: The batch has no neighbours.
     """
     if not batch.get("neighbours"):
-        raise KeyError("temporal voting needs batch['neighbours']: set neighbours: 1 (or more) in the datamodule")
+        raise ValueError("temporal voting needs batch['neighbours']: set neighbours: 1 (or more) in the datamodule")
     half = len(batch["neighbours"]) // 2
     clouds = [*batch["neighbours"][:half], batch, *batch["neighbours"][half:]]
     device, samples = batch["points"].device, batch["points_per_sample"].shape[0]
@@ -59,13 +60,15 @@ def vote_on_batch(predict: Predictor, batch: dict[str, Any], **options: Any) -> 
 
 
 class TemporalVoting(OrderedCallback):
-    """Replaces a point segmentor's predictions by those that neighbouring scans agree on, and offers them as pseudo-labels.
+    """Lets neighbouring scans refine a point segmentor's predictions, and offers the result as pseudo-labels.
 
-    Attaches to any LightningModule with a method ``(cloud) -> (N, C) logits`` that its evaluation steps call. Static parts of the scene gain;
-    moving objects break the assumption: watch ``voting/agreement/*`` and list them in ``exclude_classes``.
+    Attaches to any LightningModule with a method ``(cloud) -> (N, C) logits`` that its evaluation steps call. Static
+    parts of the scene gain; moving objects break the assumption: watch ``voting/agreement/*`` and list them in
+    ``exclude_classes``.
 
-    Runs: at validation, test and predict the method's result is replaced by the logarithm of the voted distribution. With ``pseudo_labels``,
-    before each training step ``batch["unlabelled"]["labels"]`` is set from the teacher of the ``EMATeacher`` callback, in evaluation mode.
+    Runs: at validation, test and predict the method's result is replaced by the logarithm of the voted distribution.
+    With ``pseudo_labels``, before each training step ``batch["unlabelled"]["labels"]`` is set from the teacher of the
+    ``EMATeacher`` callback, in evaluation mode.
     Saves: nothing. The rule is our reconstruction: the authors' is not public.
 
     Args:
@@ -239,7 +242,7 @@ class TemporalVoting(OrderedCallback):
         if not self.pseudo_labels:
             return
         if "unlabelled" not in batch:
-            raise KeyError("TemporalVoting with pseudo_labels needs batch['unlabelled']: use mode: semi_supervised in the datamodule")
+            raise ValueError("TemporalVoting with pseudo_labels needs batch['unlabelled']: use mode: semi_supervised in the datamodule")
         predict = getattr(self._teacher(trainer).teacher.module, self.predictor)
         with torch.no_grad():
             own, vote = vote_on_batch(predict, batch["unlabelled"], confidence_threshold=self.confidence_threshold, **self.options)

@@ -162,7 +162,9 @@ def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
     """
     folder = root / version
     if not folder.is_dir():
-        there = ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())) or "nothing" if root.is_dir() else "no such folder"
+        there = (
+            ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())[:8]) or "nothing" if root.is_dir() else "no such folder"
+        )
         raise WrongRootError(
             f"root={str(root)!r} holds no {version}/ (found: {there}). Expected the official nuScenes layout: {version}/*.json, "
             "samples/, sweeps/, lidarseg/. "

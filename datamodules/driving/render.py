@@ -376,7 +376,7 @@ def noise(u: Floats, v: Floats) -> Floats:
     return _noise_table()[np.floor(u).astype(np.int32) & 511, np.floor(v).astype(np.int32) & 511]
 
 
-def scatter(*keys: Floats) -> Floats:
+def scatter(*keys: Floats | Ints) -> Floats:
     """A number in [0, 1) for each integer key tuple: which window is lit, which slab is darker."""
     mixed = np.zeros(np.broadcast(*keys).shape, np.uint32)
     for key in keys:

@@ -29,7 +29,7 @@ SLIDR_HELD_OUT = """
 
 def scene_names(ranges: str) -> set[str]:
     """``"3 12-14"`` -> ``{"scene-0003", "scene-0012", "scene-0013", "scene-0014"}``."""
-    names = set()
+    names: set[str] = set()
     for part in ranges.split():
         first, _, last = part.partition("-")
         names.update(f"scene-{number:04d}" for number in range(int(first), int(last or first) + 1))

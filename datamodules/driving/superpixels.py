@@ -135,7 +135,7 @@ def compute_slic(images: Sequence[tuple[str, Path]], folder: Path, num_superpixe
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), transient=True) as progress:
         task = progress.add_task("SLIC superpixels", total=len(jobs))
         for _ in (
-            map(lambda job: write_slic(*job, num_superpixels), jobs)
+            map(lambda job: write_slic(job[0], job[1], num_superpixels), jobs)
             if num_processes <= 1
             else _in_workers(jobs, num_superpixels, num_processes)
         ):

@@ -32,7 +32,7 @@ from scipy.spatial.transform import Rotation
 
 from lit_methods.datamodules.driving import render
 from lit_methods.datamodules.driving.nuscenes_writer import Row, Tables, write_tables
-from lit_methods.datamodules.driving.render import GROUND, SKY, Floats, Hits, Ints, Posed
+from lit_methods.datamodules.driving.render import GROUND, SKY, Bools, Floats, Hits, Ints, Posed
 from lit_methods.datamodules.driving.street import LIDARSEG_NAMES, Scene, make_scene
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Sun:
         self.rays, self.distance = (rays / distance).astype(np.float32), (distance - 0.1).astype(np.float32)
         self.still = self._lit(0.0, ~scene.moving)
 
-    def _lit(self, time: float, actors: Ints) -> Floats:
+    def _lit(self, time: float, actors: Bools) -> Floats:
         posed = render.pose(self.scene.solids, *self.scene.stand(time), self.place)
         index = np.nonzero(actors[self.scene.solids.actor])[0]
         corners = posed.corners[index]
@@ -171,7 +171,7 @@ class Sun:
 
     def shadows(self, time: float) -> ShadowMap:
         """The shadows at a time in seconds."""
-        lit = self.still * self._lit(time, self.scene.moving)
+        lit = np.multiply(self.still, self._lit(time, self.scene.moving))
         return ShadowMap(self.corner, self.cell, gaussian_filter(lit, 0.8 if self.scene.light.strength > 1 else 4.0))
 
 

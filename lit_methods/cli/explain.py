@@ -392,6 +392,8 @@ def explain_run_error(error: Exception) -> CommandError | None:
     Short are: Lightning's configuration errors, checkpoints that don't fit, and ``ValueError``, ``OSError``, ``ImportError`` that our
     own packages raise on purpose (bad data, wrong root, missing library), in a loader's worker process too.
     """
+    if built := _constructor_error(str(error)):
+        return CommandError(built, exit_code=1)
     if isinstance(error, MisconfigurationException):
         return CommandError(str(error).strip(), exit_code=1)
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
@@ -410,6 +412,15 @@ def explain_run_error(error: Exception) -> CommandError | None:
     if frames and _ours(frames[-1].filename) and not isinstance(error, TypeError):
         return CommandError(text, exit_code=1)
     return None
+
+
+def _constructor_error(text: str) -> str | None:
+    """What a constructor of ours said, out of jsonargparse's account of all types that it tried; None for other errors."""
+    if not text.startswith("Does not validate against any of the Union subtypes"):
+        return None
+    said = re.search(r"Errors:\n\s*- (?:Problem with given class_path '[^']+':\s*)?(.+?)\n\s*- Expected a", text, flags=re.DOTALL)
+    ours = "Given value: Namespace(class_path='lit_methods." in text
+    return " ".join(said.group(1).split()) if said and ours else None
 
 
 def _ours(filename: str) -> bool:

@@ -133,7 +133,7 @@ class LitCLI(LightningCLI):
             defaults.append(ThroughputProgressBar())
         if settings.get("enable_checkpointing") is not False and not any(isinstance(callback, Checkpoint) for callback in given):
             defaults.append(ModelCheckpoint(save_last=True))  # last.ckpt: a killed run can go on
-        for module, name in (("random_state", "RandomState"), ("dashboard", "Dashboard")):
+        for module, name in (("exact_resume", "ExactResume"), ("dashboard", "Dashboard")):
             if (package_folder("lit_methods.callbacks") / f"{module}.py").is_file():
                 kind = getattr(importlib.import_module(f"lit_methods.callbacks.{module}"), name)
                 if not any(isinstance(callback, kind) for callback in given):

@@ -1,12 +1,12 @@
 """MinkUNet, the sparse-voxel U-Net of image-to-LiDAR pretraining, on spconv.
 
-Architecture as in the SuperFlow code base (after Choy et al., arXiv:1904.08755): MinkUNet-34 without heads has 37,873,280 parameters,
-MinkUNet-18 21,721,472, MinkUNet-50 31,774,912. The whole network runs in float32: spconv has no bfloat16 kernels and the recipe is float32.
+Architecture as in the SuperFlow code base (after Choy et al., arXiv:1904.08755): MinkUNet-34 without heads has
+37,873,280 parameters, MinkUNet-18 21,721,472, MinkUNet-50 31,774,912. The whole network runs in float32: spconv has
+no bfloat16 kernels and the recipe is float32.
 """
 
 import importlib
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -155,7 +155,7 @@ class MinkUNet(nn.Module):
         native = importlib.import_module("spconv.core").ConvAlgo
         for module in self.modules():
             if hasattr(module, "algo"):
-                module.algo = native.Native if device.type == "cpu" or math.prod(module.kernel_size) > 32 else native.MaskImplicitGemm
+                module.algo = native.Native if device.type == "cpu" else native.MaskImplicitGemm
         self._algo_device = device.type
 
     def forward(self, points: Tensor, points_per_sample: Tensor) -> VoxelFeatures:

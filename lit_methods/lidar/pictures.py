@@ -29,7 +29,7 @@ def ramp(value: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
 
 
 def superpixel_overlay(view: dict[str, Any], sample: int = 0) -> ImageMedia:
-    """The images of one sample with superpixels blended in (below) and the paired points, coloured by distance, drawn on top (above).
+    """The images of one sample: above with the paired points coloured by distance, below with superpixels blended in.
 
     Args:
         view: A view of the pretraining batch.

@@ -10,8 +10,8 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 class PointIoU(MulticlassConfusionMatrix):
     """IoU of every class over all points of a split; points labelled ``ignore_index`` are left out.
 
-    A class that neither occurs nor is predicted is NaN and takes no part in the mean. An output for the ignored class is allowed: predicting
-    it is a miss of the true class.
+    A class that neither occurs nor is predicted is NaN and takes no part in the mean. An output for the ignored class
+    is allowed: predicting it is a miss of the true class.
 
     Args:
         num_outputs: Width of the predictions, the ignored class included.

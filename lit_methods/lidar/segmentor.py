@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lit_methods.checkpoint import load_into
@@ -17,21 +18,23 @@ from lit_methods.panels import CloudPanel, Curve, Media, Panel, TableMedia, Tabl
 
 
 class PointSegmentor(LightningModule):
-    """A 3D backbone and one linear layer: cross-entropy + 2 x Lovasz-softmax on voxels, mIoU on points (SuperFlow's downstream protocol).
+    """A 3D backbone and one linear layer: SuperFlow's downstream protocol.
 
-    A voxel's label is that of its first point; a point's prediction is that of its voxel. Batches: see
-    :class:`lit_methods.datamodules.NuScenesDataModule` with ``mode: segment``, or ``semi_supervised``: there the batch holds ``labelled`` and
-    ``unlabelled`` clouds, and the ``TemporalVoting`` callback puts voted labels of an EMA teacher into the latter before the step.
+    Cross-entropy and 2 x Lovasz-softmax on voxels, mIoU on points. A voxel's label is that of its first point; a
+    point's prediction is that of its voxel. Batches: see :class:`lit_methods.datamodules.NuScenesDataModule` with
+    ``mode: segment``, or ``semi_supervised``: there the batch holds ``labelled`` and ``unlabelled`` clouds, and the
+    ``TemporalVoting`` callback puts voted labels of an EMA teacher into the latter before the step.
 
     Args:
-        backbone_3d: (points, points_per_sample) -> ``VoxelFeatures`` with an attribute ``out_channels``, such as ``MinkUNet``.
+        backbone_3d: (points, points_per_sample) -> ``VoxelFeatures`` with an attribute ``out_channels``, such as
+            ``MinkUNet``.
         num_outputs: Width of the linear layer; 17 for nuScenes: 16 classes and the ignored one.
         ignore_index: Label that takes no part in loss and metric.
         class_names: Names of the classes without the ignored one; None numbers them.
         pretrained: Checkpoint whose ``backbone_3d.`` weights are loaded; None starts at random.
         protocol: ``linear_probe`` trains the linear layer alone on the frozen backbone, ``finetune`` trains all.
-        lp_bn_train: In a linear probe, keep batch norm in batch-statistics mode and its running means moving, as the official code does by
-            accident; False is a frozen backbone in the strict sense.
+        lp_bn_train: In a linear probe, keep batch norm in batch-statistics mode and its running means moving, as the
+            official code does by accident; False is a frozen backbone in the strict sense.
         lovasz_weight: Factor of the Lovasz term.
         unlabelled_weight: Factor of the loss on voted pseudo-labels.
         learning_rate: Peak of the one-cycle schedule.
@@ -40,8 +43,12 @@ class PointSegmentor(LightningModule):
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
-        Curve("Segmentation loss", ("segmentor/loss", "segmentor/loss_ce", "segmentor/loss_lovasz", "segmentor/loss_unlabelled"), goal="min"),
-        Curve("mIoU on held-out scans", ("segmentor/val_miou", "segmentor/test_miou"), note="Mean over the classes that occur.", goal="max"),
+        Curve(
+            "Segmentation loss", ("segmentor/loss", "segmentor/loss_ce", "segmentor/loss_lovasz", "segmentor/loss_unlabelled"), goal="min"
+        ),
+        Curve(
+            "mIoU on held-out scans", ("segmentor/val_miou", "segmentor/test_miou"), note="Mean over the classes that occur.", goal="max"
+        ),
         Curve("IoU per class", ("segmentor/val_iou/*",), goal="max"),
         TablePanel("IoU per class, last validation", "segmentor/iou"),
         CloudPanel("Prediction", "segmentor/prediction", note="A held-out scan, colour: predicted class."),
@@ -75,7 +82,9 @@ class PointSegmentor(LightningModule):
         classes = len(self.val_iou.counted)
         self.class_names = tuple(class_names or (str(c) for c in self.val_iou.counted))
         if len(self.class_names) != classes:
-            raise ValueError(f"class_names has {len(self.class_names)} names, but {classes} classes are counted (num_outputs without ignore_index)")
+            raise ValueError(
+                f"class_names has {len(self.class_names)} names, but {classes} classes are counted (num_outputs without ignore_index)"
+            )
         self._media: dict[str, Media] = {}
         self.train(self.training)  # Lightning never calls train() before a first validation
 
@@ -108,7 +117,7 @@ class PointSegmentor(LightningModule):
         logs = {"loss_ce": losses["ce"], "loss_lovasz": losses["lovasz"]}
         if "unlabelled" in batch:
             if "labels" not in batch["unlabelled"]:
-                raise KeyError("batch['unlabelled'] has no labels: add the EMATeacher and TemporalVoting (pseudo_labels: true) callbacks")
+                raise ValueError("batch['unlabelled'] has no labels: add the EMATeacher and TemporalVoting (pseudo_labels: true) callbacks")
             logs["loss_unlabelled"] = self._losses(batch["unlabelled"])["total"]
             loss = loss + self.hparams["unlabelled_weight"] * logs["loss_unlabelled"]
         size = len(labelled["token"])
@@ -153,21 +162,28 @@ class PointSegmentor(LightningModule):
         first = int(batch["points_per_sample"][0])
         points = batch["points"][:first, :3]
         for key, labels in (("prediction", predicted), ("truth", batch["labels"])):
-            self._media[f"segmentor/{key}"] = pictures.label_cloud(points, labels[:first], self.class_names, f"{key}, scan {batch['token'][0]}")
+            self._media[f"segmentor/{key}"] = pictures.label_cloud(
+                points, labels[:first], self.class_names, f"{key}, scan {batch['token'][0]}"
+            )
 
     def dashboard_media(self) -> dict[str, Media]:
         """Pictures and table of the last evaluation."""
         return self._media
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """``token`` list[str] and ``labels`` list of (n_i,) int64 training ids, one entry per scan; ``SubmissionWriter`` writes them to files."""
+        """Labels of the scans of a batch, which ``SubmissionWriter`` writes to files.
+
+        Returns:
+            ``token`` list[str] and ``labels`` list of (n_i,) int64 training ids, one entry per scan, never the
+            ignored id.
+        """
         logits = self.point_logits(batch)
         ignore = self.hparams["ignore_index"]
         if 0 <= ignore < logits.shape[1]:  # a submission has no ignored class
             logits = logits.index_fill(1, torch.tensor([ignore], device=logits.device), -torch.inf)
         return {"token": batch["token"], "labels": list(logits.argmax(dim=1).split(batch["points_per_sample"].tolist()))}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with one cycle over what is trained."""
         hp = self.hparams
         return adamw_one_cycle(

@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_DINOV2 = {"small": "vit_small_patch14_dinov2.lvd142m", "base": "vit_base_patch14_dinov2.lvd142m", "large": "vit_large_patch14_dinov2.lvd142m"}
+_DINOV2 = {
+    "small": "vit_small_patch14_dinov2.lvd142m",
+    "base": "vit_base_patch14_dinov2.lvd142m",
+    "large": "vit_large_patch14_dinov2.lvd142m",
+}
 
 
 class DINOv2(nn.Module):
@@ -15,8 +19,8 @@ class DINOv2(nn.Module):
 
     Args:
         size: ``small`` (384 channels), ``base`` (768) or ``large`` (1024).
-        weights: None downloads the released weights from the hub; a path reads a local state dict in timm's format (``.pth`` or
-            ``.safetensors``); ``random`` keeps the initialisation, for tests.
+        weights: None downloads the released weights from the hub; a path reads a local state dict in timm's format
+            (``.pth`` or ``.safetensors``); ``random`` keeps the initialisation, for tests.
         image_size: (H, W) in pixels, multiples of 14.
     """
 
@@ -34,7 +38,9 @@ class DINOv2(nn.Module):
             raise ValueError(f"image_size must be multiples of {self.stride}, got {tuple(image_size)}")
         local = weights is not None and weights != "random"
         if local and not Path(str(weights)).is_file():
-            raise FileNotFoundError(f"weights={str(weights)!r} is no file: give a timm state dict of {_DINOV2[size]}, or null to download it")
+            raise FileNotFoundError(
+                f"weights={str(weights)!r} is no file: give a timm state dict of {_DINOV2[size]}, or null to download it"
+            )
         self.vit = timm.create_model(
             _DINOV2[size],
             pretrained=weights is None or local,
@@ -42,20 +48,24 @@ class DINOv2(nn.Module):
             img_size=tuple(image_size),
             num_classes=0,
         )
-        self.embed_dim: int = self.vit.embed_dim
+        self.embed_dim = int(self.vit.embed_dim)  # type: ignore[arg-type]
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) in [0, 1] -> (n, C, H / 14, W / 14)."""
-        return self.vit.forward_intermediates((images - self.mean) / self.std, indices=[-1], norm=False, intermediates_only=True)[0]
+        normed = (images - self.mean) / self.std
+        return self.vit.forward_intermediates(normed, indices=[-1], norm=False, intermediates_only=True)[0]  # type: ignore[operator]
 
 
 class PatchStatistics(nn.Module):
-    """A teacher without weights or download, for the embedded world: colour and gradient statistics of each patch and its surroundings.
+    """A teacher without weights or download: colour and gradient statistics of each patch and its surroundings.
 
-    Per patch: mean and standard deviation of R, G, B; eight orientation bins of the brightness gradient; mean colour of the 3x3 and 7x7 patches
-    around; the patch's height in the image. It knows nothing of categories: those come from the superpixels.
+    Per patch: mean and standard deviation of R, G, B; eight orientation bins of the brightness gradient; mean colour
+    of the 3x3 and 7x7 patches around; the patch's height in the image. It knows nothing of categories: those come
+    from the superpixels.
 
     Args:
         stride: Patch edge in pixels; image sides must be multiples of it.

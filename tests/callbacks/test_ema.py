@@ -27,8 +27,8 @@ from helpers import (
     tiny_trainer,
 )
 from lit_methods.callbacks.ema import EMATeacher, cosine_decay, ema_update, half_life_decay, warmup_decay
+from lit_methods.callbacks.exact_resume import ExactResume
 from lit_methods.callbacks.features import FeatureCapture
-from lit_methods.callbacks.random_state import RandomState
 from lit_methods.datamodules.loaders import make_loader
 
 
@@ -258,7 +258,7 @@ def test_killed_and_resumed(tmp_path: Path, kill_at: int, float32: bool) -> None
     def build() -> tuple[pl.LightningModule, Any, list[pl.Callback]]:
         Distils.ema = EMATeacher(["network"], decay=0.5, schedule="warmup", float32=float32)
         teachers.append(Distils.ema)
-        return Distils(), images(), [RandomState(), Distils.ema]
+        return Distils(), images(), [ExactResume(), Distils.ema]
 
     precision = "bf16-true" if float32 else "32-true"
     whole, resumed = kill_and_resume(build, 6, kill_at, tmp_path, precision=precision)

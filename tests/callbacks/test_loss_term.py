@@ -24,8 +24,8 @@ from helpers import (
     run_two_processes,
     tiny_trainer,
 )
+from lit_methods.callbacks.exact_resume import ExactResume
 from lit_methods.callbacks.loss_term import LossTerm
-from lit_methods.callbacks.random_state import RandomState
 from lit_methods.datamodules.loaders import make_loader
 
 
@@ -317,5 +317,5 @@ def test_killed_and_resumed(tmp_path: Path, kill_at: int) -> None:
         def factor(self, step: int) -> float:
             return 0.3 * step
 
-    whole, resumed = kill_and_resume(lambda: (Classifier(), images(), [RandomState(), Warming(["network.5"])]), 6, kill_at, tmp_path)
+    whole, resumed = kill_and_resume(lambda: (Classifier(), images(), [ExactResume(), Warming(["network.5"])]), 6, kill_at, tmp_path)
     assert_state_dicts_equal(resumed, whole)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from helpers import Classifier, Images, tiny_trainer
 from lit_methods.callbacks.ema import EMATeacher
+from lit_methods.callbacks.exact_resume import ExactResume
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.callbacks.ordering import OrderedCallback, sort_callbacks
-from lit_methods.callbacks.random_state import RandomState
 from lit_methods.datamodules.loaders import make_loader
 
 
@@ -143,7 +143,7 @@ OURS = {
     "LossTerm": lambda: Term(["network.5"]),
     "EMATeacher": lambda: EMATeacher(["network"], decay=0.5),
     "whole EMATeacher": lambda: EMATeacher(decay=0.5),
-    "RandomState": RandomState,
+    "ExactResume": ExactResume,
 }
 THEIRS = {
     "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.5),

@@ -147,10 +147,10 @@ def test_configs_compose_and_later_ones_win(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_short_name_of_two_classes_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("twins.py").write_text("from lightning.pytorch import Callback\nclass RandomState(Callback): ...\n")
-    words = ["--config", "base.yaml", "--trainer.callbacks+=twins.RandomState", "--trainer.callbacks+=RandomState"]
+    Path("twins.py").write_text("from lightning.pytorch import Callback\nclass ExactResume(Callback): ...\n")
+    words = ["--config", "base.yaml", "--trainer.callbacks+=twins.ExactResume", "--trainer.callbacks+=ExactResume"]
     said = refused(capsys, *words)
-    assert "twins.RandomState" in said
+    assert "twins.ExactResume" in said
     assert "lit_methods.callbacks" in said
 
 
@@ -179,7 +179,7 @@ def test_callbacks_of_the_user_replace_ours_of_the_same_kind(monkeypatch: pytest
     monkeypatch.setattr("lit_methods.cli.summary.summary_rows", lambda *args: [("run", "none")])
     kinds = lambda trainer: sorted(type(callback).__name__ for callback in trainer.callbacks)  # noqa: E731
     assert main(["fit", "--config", "base.yaml"]) == 0
-    assert {"RunFolder", "ThroughputProgressBar", "ModelCheckpoint", "RandomState", "Dashboard"} <= set(kinds(seen[0]))
+    assert {"RunFolder", "ThroughputProgressBar", "ModelCheckpoint", "ExactResume", "Dashboard"} <= set(kinds(seen[0]))
     given = ["--trainer.callbacks+=TQDMProgressBar", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=link"]
     assert main(["fit", "--config", "base.yaml", *given]) == 0
     assert kinds(seen[1]).count("ModelCheckpoint") == 1

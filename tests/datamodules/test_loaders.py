@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from helpers import Killed, run_two_processes, tiny_trainer
 from lit_methods import distributed
-from lit_methods.callbacks.random_state import RandomState
+from lit_methods.callbacks.exact_resume import ExactResume
 from lit_methods.datamodules.loaders import RankSampler, ResumableLoader, make_loader
 
 
@@ -109,8 +109,8 @@ def test_resume_from_the_checkpoint_of_an_epochs_end(
 ) -> None:
     def fit(ckpt_path: Path | None, **kwargs: Any) -> list[Any]:
         module = Recorder()
-        # RandomState mends how Lightning restarts a run with max_steps
-        callbacks = [ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=at_train_end), RandomState()]
+        # ExactResume mends how Lightning restarts a run with max_steps
+        callbacks = [ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=at_train_end), ExactResume()]
         trainer = tiny_trainer(enable_checkpointing=True, callbacks=callbacks, limit_val_batches=int(validate), **kwargs)
         val = make_loader(Draws(4), 2, shuffle=False, seed=0)
         trainer.fit(module, one_loader(workers), val, ckpt_path=ckpt_path, weights_only=True)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
-from golden import GoldenCase, Kind, golden_test
 from torch import Tensor
 
+from golden import GoldenCase, Kind, golden_test
 from lit_methods.lidar.superflow import core
 
 POSES = (
@@ -82,7 +82,9 @@ def compare_project(case: GoldenCase, key: str, ours: np.ndarray, reference: np.
     assert not wrong[:, 0].any(), "cameras differ"
     assert np.abs(ours - reference).max() <= 1
     camera, xyz = reference[:, 0], a["in_points"][case.expected["out_pairing_points"], :3].astype(np.float64)
-    world = (xyz @ a["in_lidar2ego_rotation"].T + a["in_lidar2ego_translation"]) @ a["in_ego2global_rotation"].T + a["in_ego2global_translation"]
+    world = (xyz @ a["in_lidar2ego_rotation"].T + a["in_lidar2ego_translation"]) @ a["in_ego2global_rotation"].T + a[
+        "in_ego2global_translation"
+    ]
     ego = np.einsum("nj,njk->nk", world - a["in_cam_ego2global_translation"][camera], a["in_cam_ego2global_rotation"][camera])
     seen = np.einsum("nj,njk->nk", ego - a["in_cam_sensor2ego_translation"][camera], a["in_cam_sensor2ego_rotation"][camera])
     image = np.einsum("nkj,nj->nk", a["in_cam_intrinsic"][camera], seen)

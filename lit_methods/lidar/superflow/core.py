@@ -1,9 +1,10 @@
 r"""SuperFlow++ maths: tensors in, tensors out.
 
-Sources: SuperFlow++ (arXiv:2503.19912) and its predecessor SuperFlow (arXiv:2407.06190). The golden vectors of this file were made with the
-authors' code, Xiangxu-0103/SuperFlow at commit 7dbdd1c: ``superflow/models/selfsup/superflow.py`` (losses),
-``superflow/models/data_preprocessors/data_preprocessor.py`` (voxels), ``superflow/datasets/transforms`` (projection, pairs, sweeps);
-the Lovasz loss with MMDetection3D at fe25f7a. The rule of temporal voting is not public: ours is a reconstruction from the paper's abstract.
+Sources: SuperFlow++ (arXiv:2503.19912) and its predecessor SuperFlow (arXiv:2407.06190). The golden vectors of this
+file were made with the authors' code, Xiangxu-0103/SuperFlow at commit 7dbdd1c:
+``superflow/models/selfsup/superflow.py`` (losses), ``superflow/models/data_preprocessors/data_preprocessor.py``
+(voxels), ``superflow/datasets/transforms`` (projection, pairs, sweeps); the Lovasz loss with MMDetection3D at
+fe25f7a. The rule of temporal voting is not public: ours is a reconstruction from the paper's abstract.
 
 Order of this file: projection and pairs, dense cloud, voxels, pooling, losses, segmentation loss, temporal voting.
 """
@@ -50,7 +51,7 @@ def project_points(
     image_width: int,
     min_dist: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Pair LiDAR points with the pixels that they fall on, through the ego poses at the LiDAR's and at each camera's own time.
+    """Pair LiDAR points with the pixels that they fall on, through the poses at the LiDAR's and each camera's time.
 
     Args:
         points: (N, >= 3) float32, x, y, z in metres in the LiDAR frame.
@@ -60,7 +61,8 @@ def project_points(
         ego2global_translation: See above.
         cam_sensor2ego_rotation: (c, 3, 3) camera -> vehicle; likewise ``cam_sensor2ego_translation`` (c, 3).
         cam_sensor2ego_translation: See above.
-        cam_ego2global_rotation: (c, 3, 3) vehicle -> world at each camera's time; likewise ``cam_ego2global_translation`` (c, 3).
+        cam_ego2global_rotation: (c, 3, 3) vehicle -> world at each camera's time; likewise
+            ``cam_ego2global_translation`` (c, 3).
         cam_ego2global_translation: See above.
         cam_intrinsic: (c, 3, 3) pinhole matrices for the native image size.
         image_height: Native height in pixels, the same for all cameras.
@@ -68,8 +70,9 @@ def project_points(
         min_dist: Points at this depth or nearer are dropped, metres.
 
     Returns:
-        ``pairing_points`` (M,) int64 row in ``points``, and ``pairing_images`` (M, 3) int64 (camera, row, column); cameras one after the other,
-        points in input order. A pixel is kept when 0 < u < W-1 and 0 < v < H-1 before rounding half to even.
+        ``pairing_points`` (M,) int64 row in ``points``, and ``pairing_images`` (M, 3) int64 (camera, row, column);
+        cameras one after the other, points in input order. A pixel is kept when 0 < u < W-1 and 0 < v < H-1 before
+        rounding half to even.
     """
     rows, pixels = [], []
     world = _translate(_rotate(points[:, :3], lidar2ego_rotation), lidar2ego_translation)
@@ -118,7 +121,9 @@ def resize_superpixels(superpixels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(superpixels[None], size=size, mode="nearest")[0]
 
 
-def flip_cameras(flip: Tensor, pairing_images: Tensor, superpixels: Tensor, images: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def flip_cameras(
+    flip: Tensor, pairing_images: Tensor, superpixels: Tensor, images: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mirror chosen cameras left to right: pixels, ids and pairs together.
 
     Args:
@@ -142,13 +147,13 @@ def flip_cameras(flip: Tensor, pairing_images: Tensor, superpixels: Tensor, imag
 
 
 def dense_cloud(points: Tensor, sweeps: Sequence[Tensor], lidar2sensor: Tensor) -> Tensor:
-    """The key scan followed by its sweeps, all in the key scan's LiDAR frame (MMDetection3D's convention of the stored matrix).
+    """The key scan followed by its sweeps, all in the key scan's LiDAR frame (stored matrices as in MMDetection3D).
 
     Args:
         points: (N, >= 4) float32 x, y, z (metres), intensity of the key scan.
         sweeps: One (n_s, >= 4) float32 cloud per sweep, each in its own frame.
-        lidar2sensor: (S, 4, 4) with (R | t) in its top rows; row-vector form ``p_key = p_sweep @ R - t``. For a true rigid key -> sweep
-            motion (R, t0) pass ``t = t0 @ R``.
+        lidar2sensor: (S, 4, 4) with (R | t) in its top rows; row-vector form ``p_key = p_sweep @ R - t``. For a true
+            rigid key -> sweep motion (R, t0) pass ``t = t0 @ R``.
 
     Returns:
         (N', 4) float32, the key scan's N points first.
@@ -186,7 +191,7 @@ def voxelize(
     voxel_type: VoxelType = "cylinder",
     batch_size: int | None = None,
 ) -> Voxels:
-    """Round points to voxels; one voxel list for a batch, samples one after the other, sorted by (a, b, c) within a sample.
+    """Round points to voxels: one list for a batch, sample after sample, sorted by (a, b, c) within a sample.
 
     Args:
         points: (N, C >= 3) float32, x, y, z in metres first.
@@ -342,9 +347,12 @@ def pool_pixels(pixel_embeddings: Tensor, groups: Tensor, num_groups: int) -> Te
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
-    """One-directional InfoNCE: rows of ``a`` against all rows of ``b``, positives on the diagonal. Nothing is normalised or detached inside.
+    """One-directional InfoNCE: rows of ``a`` against all rows of ``b``, positives on the diagonal.
 
-    ``mean_i -log softmax_j(<a_i, b_j> / temperature)_i`` over the rows of the mask. Computed outside autocast, without a host sync.
+    Nothing is normalised or detached inside.
+
+    ``mean_i -log softmax_j(<a_i, b_j> / temperature)_i`` over the rows of the mask. Computed outside autocast,
+    without a host sync.
 
     Args:
         a: (n, D).
@@ -372,7 +380,9 @@ def retrieval_accuracy(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     return (hit & mask).sum() / mask.sum().clamp(min=1)
 
 
-def dense_to_sparse_loss(k: Tensor, k_dense: Tensor, mask: Tensor, temperature: float = 0.07, mode: Literal["nce", "cosine"] = "nce") -> Tensor:
+def dense_to_sparse_loss(
+    k: Tensor, k_dense: Tensor, mask: Tensor, temperature: float = 0.07, mode: Literal["nce", "cosine"] = "nce"
+) -> Tensor:
     """Agreement of a scan's groups with those of its dense, multi-sweep cloud.
 
     Args:
@@ -444,7 +454,7 @@ def superflow_losses(
 
 
 def effective_rank(embeddings: Tensor, mask: Tensor) -> Tensor:
-    """exp of the entropy of the normalised singular values of the mask's rows (Roy & Vetterli 2007): 1 when all rows are parallel."""
+    """Exp of the entropy of the normalised singular values of the mask's rows (Roy & Vetterli 2007): 1 when all rows are parallel."""
     with torch.autocast(embeddings.device.type, enabled=False):
         rows = wide(embeddings.detach()) * mask[:, None]
         share = torch.linalg.svdvals(rows)
@@ -546,7 +556,8 @@ def temporal_vote(
         min_frames: A voxel with points of fewer frames doesn't vote: its points keep their own distribution.
         confidence_threshold: Labels with a confidence below it become ``ignore_index`` (equal is kept).
         ignore_index: Label of unsure points.
-        mode: ``soft`` adds probabilities up, ``hard`` one-hot votes; the fallback is the own soft distribution in both.
+        mode: ``soft`` adds probabilities up, ``hard`` one-hot votes; the fallback is the own soft distribution in
+            both.
         exclude_classes: Points predicted as one of these (moving objects, say) neither give nor take votes.
         sample: (N,) int64, sample of each point in a batch of scenes; None for a single scene.
 

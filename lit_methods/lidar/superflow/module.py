@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lit_methods.catalog import Technique
@@ -49,20 +50,23 @@ TECHNIQUE = Technique(
 class SuperFlow(LightningModule):
     """Image-to-LiDAR pretraining with semantic superpixels (arXiv:2503.19912, arXiv:2407.06190).
 
-    A step embeds four clouds (the key frame, its neighbours, its dense multi-sweep cloud) and the images of three key frames, pools both over
-    superpixels, and adds up the spatial, dense-to-sparse and flow-based temporal contrasts. Batches: see
-    :class:`lit_methods.datamodules.NuScenesDataModule` with ``mode: pretrain``.
+    A step embeds four clouds (the key frame, its neighbours, its dense multi-sweep cloud) and the images of three key
+    frames, pools both over superpixels, and adds up the spatial, dense-to-sparse and flow-based temporal contrasts.
+    Batches: see :class:`lit_methods.datamodules.NuScenesDataModule` with ``mode: pretrain``.
 
-    Saves: 3D backbone, both heads, optimiser, schedule. The teacher is frozen and stays out of optimiser, checkpoint and DDP. Negatives are
-    those of the local batch, or of all ranks with ``gather_negatives``. The number of groups, hence of negatives, is that of one micro-batch:
-    gradient accumulation doesn't raise it.
+    Saves: 3D backbone, both heads, optimiser, schedule. The teacher is frozen and stays out of optimiser, checkpoint
+    and DDP. Negatives are those of the local batch, or of all ranks with ``gather_negatives``. The number of groups,
+    hence of negatives, is that of one micro-batch: gradient accumulation doesn't raise it.
 
-    Baselines by configuration: SLidR = ``view_consistency: false, use_d2s: false, use_temporal: false`` with SLIC superpixels and one frame
-    (``configs/superflow_slidr.yaml``); PPKT = the same with ``contrast: pixel`` (``configs/superflow_ppkt.yaml``).
+    Baselines by configuration: SLidR = ``view_consistency: false, use_d2s: false, use_temporal: false`` with SLIC
+    superpixels and one frame (``configs/superflow_slidr.yaml``); PPKT = the same with ``contrast: pixel``
+    (``configs/superflow_ppkt.yaml``).
 
     Args:
-        backbone_3d: (points, points_per_sample) -> ``VoxelFeatures`` with an attribute ``out_channels``, such as ``MinkUNet``.
-        backbone_2d: Image teacher, (n, 3, H, W) in [0, 1] -> (n, C, H / stride, W / stride), with ``embed_dim`` and ``stride``.
+        backbone_3d: (points, points_per_sample) -> ``VoxelFeatures`` with an attribute ``out_channels``, such as
+            ``MinkUNet``.
+        backbone_2d: Image teacher, (n, 3, H, W) in [0, 1] -> (n, C, H / stride, W / stride), with ``embed_dim`` and
+            ``stride``.
         num_superpixels: Ids per sample (17 semantic categories), or per image without view consistency.
         embed_dim: Width D of the common space.
         temperature: Of every InfoNCE.
@@ -199,7 +203,9 @@ class SuperFlow(LightningModule):
         dense = None
         if hp["use_d2s"]:
             if "dense" not in batch:
-                raise KeyError("use_d2s needs batch['dense'], the multi-sweep cloud: set num_sweeps >= 1 in the datamodule, or use_d2s: false")
+                raise ValueError(
+                    "use_d2s needs batch['dense'], the multi-sweep cloud: set num_sweeps >= 1 in the datamodule, or use_d2s: false"
+                )
             dense = self.pool(batch["dense"], groups[0], num_groups, None)
         losses = core.superflow_losses(
             cur,
@@ -244,7 +250,7 @@ class SuperFlow(LightningModule):
         """Pictures of the last validation's first batch."""
         return self._media
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with one cycle per run (betas .9, .999, eps 1e-6)."""
         hp = self.hparams
         return adamw_one_cycle(

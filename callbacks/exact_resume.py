@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lit_methods import distributed
 from lit_methods.callbacks.ordering import OrderedCallback
 
-_KEY = "lit_methods.RandomState"
+_KEY = "lit_methods.ExactResume"
 
 
 def capture_random_state(device: torch.device | None = None) -> dict[str, Any]:
@@ -53,22 +53,23 @@ def restore_random_state(state: dict[str, Any], device: torch.device | None = No
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
 
 
-class RandomState(OrderedCallback):
-    """Makes a killed and resumed run that draws random numbers end like the uninterrupted one, bit for bit on the CPU.
+class ExactResume(OrderedCallback):
+    """Makes a killed and resumed run end like the uninterrupted one, bit for bit on the CPU; ``lit`` adds it to every run.
 
-    Runs: when a checkpoint is saved, the global generators of EVERY rank go into it (one collective, so all ranks
-    must save, as Lightning asks anyway). After a resume they are put back when training starts, behind set-up and the
-    sanity check, and before the first batch is read. A callback that draws random numbers in ``on_train_start`` must
-    stand before this one. Validation inside fit is taken out of the stream: what it draws is undone at its end, for a
-    resume may skip it.
+    Three things stand in the way. (1) Random numbers: Lightning doesn't save the global generators. When a checkpoint
+    is saved, those of EVERY rank go into it (one collective, so all ranks must save, as Lightning asks anyway); after
+    a resume they are put back when training starts, behind set-up and sanity check and before the first batch is
+    read. Validation inside fit is taken out of the stream: what it draws is undone at its end, for a resume may skip
+    it. (2) With ``max_steps``, Lightning (seen in 2.6.6) trains one batch of a run that is resumed from an epoch's end
+    as if it belonged to the old epoch, or counts the epoch twice. (3) A module that asks for
+    ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` makes Lightning forget the place of its loaders.
+
     Saves: tensors, numbers and lists, about 15 kB per rank. Needs the same number of ranks at the resume, else it
-    warns and restores nothing. It also mends a fault of Lightning (seen in 2.6.6): with ``max_steps``, a run resumed
-    from a checkpoint of an epoch's end trains one batch as if it belonged to the old epoch, or counts the epoch
-    twice.
+    warns and restores no generator.
     Loaders: those of :func:`~lit_methods.datamodules.loaders.make_loader` draw nothing from the global generators. A
     plain ``DataLoader`` draws its workers' seed whenever an iterator is made, which a resume does at other moments.
-    Not covered: random numbers drawn in ``LightningModule.on_train_start``, and generators that a module or data set
-    owns.
+    Not covered: random numbers drawn in ``on_train_start`` of the module or of a callback behind this one, and
+    generators that a module or data set owns.
     """
 
     def __init__(self) -> None:
@@ -92,9 +93,11 @@ class RandomState(OrderedCallback):
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep this rank's state until training starts."""
+        if trainer.state.fn != "fit":
+            return
         everyone = checkpoint.get(_KEY)
         if everyone is None:
-            rank_zero_warn("the checkpoint holds no state of the random number generators: it was saved without RandomState")
+            rank_zero_warn("the checkpoint holds no state of the random number generators: it was saved without ExactResume")
         elif len(everyone) != trainer.world_size:
             rank_zero_warn(
                 f"the checkpoint was saved by {len(everyone)} ranks and is resumed by {trainer.world_size}: random numbers start anew"

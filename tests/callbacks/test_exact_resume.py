@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from helpers import Classifier, Images, assert_state_dicts_equal, cloned_state, kill_and_resume, run_two_processes, tiny_trainer
 from lit_methods import distributed
-from lit_methods.callbacks.random_state import RandomState, capture_random_state, restore_random_state
+from lit_methods.callbacks.exact_resume import ExactResume, capture_random_state, restore_random_state
 from lit_methods.datamodules.loaders import make_loader
 
 
@@ -68,7 +68,7 @@ class Data(pl.LightningDataModule):
 @pytest.mark.parametrize("kill_at", [3, 5, 7])
 @pytest.mark.parametrize("kwargs", [{}, {"limit_val_batches": 0}, {"num_sanity_val_steps": 2}, {"val_check_interval": 2}])
 def test_bit_equal_after_a_kill(tmp_path: Path, kill_at: int, kwargs: dict[str, Any]) -> None:
-    whole, resumed = kill_and_resume(lambda: (Noisy(), Data(), [RandomState()]), 12, kill_at, tmp_path, **kwargs)
+    whole, resumed = kill_and_resume(lambda: (Noisy(), Data(), [ExactResume()]), 12, kill_at, tmp_path, **kwargs)
     assert_state_dicts_equal(resumed, whole)
 
 
@@ -84,7 +84,7 @@ def test_bit_equal_after_a_resume_at_an_epochs_end(tmp_path: Path, length: dict[
         pl.seed_everything(seed, verbose=False)
         module = Noisy()
         save = ModelCheckpoint(tmp_path / str(seed), filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=at_train_end)
-        trainer = tiny_trainer(enable_checkpointing=True, callbacks=[save, RandomState()], **length)
+        trainer = tiny_trainer(enable_checkpointing=True, callbacks=[save, ExactResume()], **length)
         trainer.fit(module, datamodule=Data(), ckpt_path=ckpt_path, weights_only=True)
         assert trainer.global_step == length.get("max_steps", 15)
         return cloned_state(module) | {"epoch": torch.tensor(trainer.current_epoch)}
@@ -97,7 +97,7 @@ def test_validation_takes_nothing_from_training(tmp_path: Path) -> None:
     def fit(limit_val_batches: int) -> dict[str, Tensor]:
         pl.seed_everything(3, verbose=False)
         module = Noisy()
-        trainer = tiny_trainer(max_epochs=2, callbacks=[RandomState()], limit_val_batches=limit_val_batches, val_check_interval=2)
+        trainer = tiny_trainer(max_epochs=2, callbacks=[ExactResume()], limit_val_batches=limit_val_batches, val_check_interval=2)
         trainer.fit(module, datamodule=Data())
         return cloned_state(module)
 
@@ -114,24 +114,24 @@ def test_a_checkpoint_saved_within_validation_holds_the_state_of_training(tmp_pa
             trainer.save_checkpoint(tmp_path / "a.ckpt")
 
     saves = Saves()
-    tiny_trainer(max_epochs=1, limit_val_batches=1, callbacks=[RandomState(), saves]).fit(Noisy(), datamodule=Data())
-    (saved,) = torch.load(tmp_path / "a.ckpt", weights_only=True)["lit_methods.RandomState"]
+    tiny_trainer(max_epochs=1, limit_val_batches=1, callbacks=[ExactResume(), saves]).fit(Noisy(), datamodule=Data())
+    (saved,) = torch.load(tmp_path / "a.ckpt", weights_only=True)["lit_methods.ExactResume"]
     assert not torch.equal(saves.training, saves.validation)
     assert torch.equal(saved["torch"], saves.training)
 
 
 def test_other_checkpoints_are_taken_with_a_warning(tmp_path: Path) -> None:
     def resume(path: Path) -> None:
-        trainer = tiny_trainer(max_steps=3, limit_val_batches=0, callbacks=[RandomState()])
+        trainer = tiny_trainer(max_steps=3, limit_val_batches=0, callbacks=[ExactResume()])
         trainer.fit(Noisy(), datamodule=Data(), ckpt_path=path)
 
     trainer = tiny_trainer(max_steps=2, limit_val_batches=0)
     trainer.fit(Noisy(), datamodule=Data())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.warns(UserWarning, match="saved without RandomState"):
+    with pytest.warns(UserWarning, match="saved without ExactResume"):
         resume(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=False)
-    checkpoint["lit_methods.RandomState"] = [capture_random_state()] * 2
+    checkpoint["lit_methods.ExactResume"] = [capture_random_state()] * 2
     torch.save(checkpoint, tmp_path / "b.ckpt")
     with pytest.warns(UserWarning, match="saved by 2 ranks and is resumed by 1"):
         resume(tmp_path / "b.ckpt")
@@ -140,7 +140,7 @@ def test_other_checkpoints_are_taken_with_a_warning(tmp_path: Path) -> None:
 def train_with_a_stream_per_rank(tmp_path: Path, resume: bool) -> tuple[dict[str, Tensor], float]:
     pl.seed_everything(100 * resume + distributed.rank(), verbose=False)
     module = Classifier()
-    callbacks = [RandomState(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)]
+    callbacks = [ExactResume(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)]
     trainer = tiny_trainer(max_steps=5, devices=2, strategy="ddp", callbacks=callbacks, enable_checkpointing=True, limit_val_batches=0)
     data = make_loader(Images(), 4, shuffle=True, seed=1, drop_last=True)
     trainer.fit(module, data, ckpt_path=tmp_path / "step=2.ckpt" if resume else None, weights_only=True)
