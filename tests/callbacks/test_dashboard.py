@@ -340,7 +340,7 @@ def test_wandb_offline_holds_every_panel(tmp_path: Path) -> None:
     try:
         fit(tmp_path, dashboard=dashboard, logger=logger)
     finally:
-        wandb.teardown()  # waits until the log is on disk
+        wandb.finish()  # waits until the log is on disk; teardown() would leave no W&B for later tests
     (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     records = list(transaction_log(log))
     rows = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]

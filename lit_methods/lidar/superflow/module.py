@@ -96,7 +96,8 @@ class SuperFlow(LightningModule):
             note="Share of groups whose nearest partner is their own.",
             goal="max",
         ),
-        Curve("Groups and pairs per step", ("superflow/num_groups", "superflow/num_pairs"), note="A fall means fewer negatives."),
+        Curve("Groups per step", ("superflow/num_groups",), note="A fall means fewer negatives."),
+        Curve("Point-pixel pairs per step", ("superflow/num_pairs",)),
         Curve("Cosine of positive and negative pairs", ("superflow/positive_cosine", "superflow/negative_cosine")),
         Curve("Effective rank of the pooled embeddings", ("superflow/effective_rank",), note="Falling towards 1 is collapse.", goal="max"),
         ImagePanel("Superpixels and projected points", "superflow/superpixels", note="Point colour is depth; edges must line up."),
@@ -239,7 +240,7 @@ class SuperFlow(LightningModule):
         cur = batch["cur"]
         first = int(cur["points_per_sample"][0])
         with torch.no_grad():
-            embedding = self.embed_points(cur).at_points()[:first]
+            embedding = F.normalize(self.embed_points(cur).at_points()[:first], dim=1)
         points = cur["points"][:first, :3]
         self._media = {
             "superflow/superpixels": pictures.superpixel_overlay(cur),
