@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: superflow test test-slow lint types wheel-check claim-superflow bench-lidar clean
 
-superflow: .venv/installed  ## pretrain on the embedded driving world, about two minutes on two cores
+superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
 
 test: .venv/installed  ## the whole test suite
