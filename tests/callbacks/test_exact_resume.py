@@ -153,3 +153,21 @@ def test_every_rank_gets_its_own_stream_back(tmp_path: Path) -> None:
     assert draw_0 != draw_1
     assert (again_0, again_1) == (draw_0, draw_1)
     assert_state_dicts_equal(resumed, whole)
+
+
+class AsksForSteps(Classifier):
+    """Lightning sets its loaders up before it has read the checkpoint."""
+
+    def configure_optimizers(self):  # type: ignore[no-untyped-def,override]
+        optimiser = super().configure_optimizers()
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.1, total_iters=total)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def test_a_module_that_asks_for_the_number_of_steps_goes_on_with_the_next_batch(tmp_path: Path) -> None:
+    def build() -> tuple[pl.LightningModule, Any, list[pl.Callback]]:
+        return AsksForSteps(), make_loader(Images(24), 4, shuffle=True, seed=0), [ExactResume()]
+
+    whole, resumed = kill_and_resume(build, 5, 2, tmp_path, max_epochs=2)
+    assert_state_dicts_equal(resumed, whole)
