@@ -636,8 +636,10 @@ def bench_overhead(config: dict[str, Any], batches: list[Batch], repeats: int, d
                 ends[name] = weights_of(module.to(device))
     moved = (ends["plain"] - weights_of(initial)).norm()
     difference = float((ends["plain"] - ends["lightning"]).norm() / moved)
-    # on CUDA atomic additions sum in any order, and the first steps of Adam enlarge what is near zero
-    if not difference <= (1e-5 if device.type == "cpu" else 0.1):
+    # on CUDA, and now and then with several CPU threads, sums come out in another order, and Adam's first steps enlarge
+    # what is near zero
+    exact = device.type == "cpu" and torch.get_num_threads() == 1
+    if not difference <= (1e-5 if exact else 0.1):
         raise AssertionError(f"the two sides did not do the same: their weights differ by {difference:.2g} of the way they moved")
     plain, by_lightning = laps["plain"], laps["lightning"]
     pairs = [(a, b) for one, other in zip(plain, by_lightning, strict=True) for a, b in zip(one, other, strict=True)]
@@ -680,8 +682,9 @@ def peak_bytes(device: torch.device) -> int:
 def memory_side(config: dict[str, Any], side: str, device: torch.device) -> dict[str, int]:
     """Two training steps in this process, which has done nothing else yet."""
     if side != "config":
-        size = tuple(config["data"]["init_args"]["image_size"])
-        config["model"]["init_args"]["backbone_2d"] = DINOv2("small", weights="random", image_size=(size[0], size[1]))
+        height, width = (-(-n // DINOv2.stride) * DINOv2.stride for n in config["data"]["init_args"]["image_size"])
+        config["data"]["init_args"]["image_size"] = [height, width]  # whole patches
+        config["model"]["init_args"]["backbone_2d"] = DINOv2("small", weights="random", image_size=(height, width))
     module = make_module(config, device)
     if side == "vit-gradients":
         module.teacher = module.teacher.module.requires_grad_(True)  # type: ignore[assignment]  # no longer under no_grad

@@ -68,7 +68,8 @@ class ExactResume(OrderedCallback):
     warns and restores no generator.
     Loaders: those of :func:`~lit_methods.datamodules.loaders.make_loader` draw nothing from the global generators. A
     plain ``DataLoader`` draws its workers' seed whenever an iterator is made, which a resume does at other moments.
-    Not covered: random numbers drawn in ``on_train_start`` of the module or of a callback behind this one, and
+    Not covered: sums of several CPU threads, which now and then come out in another order (``OMP_NUM_THREADS=1`` is
+    exact); random numbers drawn in ``on_train_start`` of the module or of a callback behind this one, and
     generators that a module or data set owns.
     """
 
