@@ -20,7 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lit_methods.catalog import package_folder, public_names
+from lit_methods.catalog import public_names
 from lit_methods.cli.config_files import mentioned_files, resolve_config_arguments
 from lit_methods.cli.errors import CommandError
 from lit_methods.runs import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder
@@ -133,11 +133,10 @@ class LitCLI(LightningCLI):
             defaults.append(ThroughputProgressBar())
         if settings.get("enable_checkpointing") is not False and not any(isinstance(callback, Checkpoint) for callback in given):
             defaults.append(ModelCheckpoint(save_last=True))  # last.ckpt: a killed run can go on
-        for module, name in (("exact_resume", "ExactResume"), ("dashboard", "Dashboard")):
-            if (package_folder("lit_methods.callbacks") / f"{module}.py").is_file():
-                kind = getattr(importlib.import_module(f"lit_methods.callbacks.{module}"), name)
-                if not any(isinstance(callback, kind) for callback in given):
-                    defaults.append(kind())
+        from lit_methods.callbacks.dashboard import Dashboard
+        from lit_methods.callbacks.exact_resume import ExactResume
+
+        defaults += [kind() for kind in (ExactResume, Dashboard) if not any(isinstance(callback, kind) for callback in given)]
         return defaults
 
     def before_fit(self) -> None:

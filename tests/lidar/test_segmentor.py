@@ -16,16 +16,6 @@ from lit_methods.datamodules import NuScenesDataModule
 from lit_methods.lidar.point_metrics import PointIoU, mean_iou
 
 
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[1] / "datamodules"))
-    from tiny_nuscenes import write_release
-
-    return write_release(tmp_path_factory.mktemp("nuscenes"))
-
-
 def data(root: Path, **kwargs) -> NuScenesDataModule:
     return NuScenesDataModule(root=root, **({"version": "v1.0-mini", "mode": "segment", "batch_size": 2} | kwargs))
 

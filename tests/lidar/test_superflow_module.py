@@ -15,18 +15,6 @@ from lit_methods import DINOv2, MinkUNet, PatchStatistics, SuperFlow
 from lit_methods.datamodules import NuScenesDataModule
 from lit_methods.lidar.minkunet import VoxelFeatures
 
-sys_path_of_release = Path(__file__).parents[1] / "datamodules"
-
-
-@pytest.fixture(scope="module")
-def release(tmp_path_factory) -> Path:
-    import sys
-
-    sys.path.insert(0, str(sys_path_of_release))
-    from tiny_nuscenes import write_release
-
-    return write_release(tmp_path_factory.mktemp("nuscenes"))
-
 
 def data(root: Path, **kwargs) -> NuScenesDataModule:
     options = {"version": "v1.0-mini", "image_size": (32, 64), "batch_size": 1, "pretrain_split": "train", "cameras": 2}
