@@ -264,6 +264,15 @@ class EMATeacher(OrderedCallback):
                 tensor.copy_(saved[n])
             self._narrow(name)
 
+    def averaged(self) -> dict[str, Tensor]:
+        """All averaged tensors, those of the teachers and their float32 versions, by their names in the module; to be changed in place."""
+        found = {}
+        for target in self.teachers:
+            prefix = f"{target}." if target else ""
+            for tensors in (_tensors(self.teachers[target].module), self._wide[target]):
+                found.update({prefix + name: tensor for name, tensor in tensors.items()})
+        return found
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the module; the teachers go to the CPU like the module itself."""
         self._students = {}

@@ -1,0 +1,1 @@
+"""Sparse weights: masks, densities, schedules and counters, and the techniques built from them."""

@@ -1,0 +1,246 @@
+"""What all callbacks with masks share: one store, re-applied wherever a dead weight could come back to life."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lit_methods import distributed
+from lit_methods.callbacks.ema import EMATeacher
+from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.sparsity.store import MaskStore, prunable_weights
+from lit_methods.callbacks.targets import plain_name
+
+
+def refuse_sharded(trainer: pl.Trainer, who: str) -> None:
+    """Raise if the strategy cuts weights into pieces, which a mask of the whole weight doesn't fit.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed or tensor parallelism.
+    """
+    if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+        raise ValueError(f"{who} masks whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")
+
+
+def notify_mask_updated(trainer: pl.Trainer, pl_module: pl.LightningModule, source: Any) -> None:
+    """Call ``on_mask_updated(trainer, pl_module, source)`` of every callback that has it, on all ranks."""
+    for callback in list(trainer.callbacks):  # type: ignore[attr-defined]
+        listen = getattr(callback, "on_mask_updated", None)
+        if callable(listen):
+            listen(trainer, pl_module, source)
+
+
+class MaskCallback(OrderedCallback):
+    """Base of the callbacks that keep chosen weights at exactly 0.
+
+    Subclasses say which masks a run starts with (:meth:`initial_masks`), and may change them later (:meth:`after_step`). Everything else is
+    here:
+
+    Runs: masks are made when fit starts, on rank 0, and broadcast; weights are masked at once and again after every step of every
+    optimiser (a hook of the optimiser itself, so that manual optimisation, accumulation and AMP need nothing special), as is the
+    optimiser's memory of dead weights. Averaged copies (``EMATeacher``, Lightning's ``WeightAveraging``) are masked when masks change.
+    Every change calls ``on_mask_updated(trainer, pl_module, callback)`` of all callbacks that have it.
+    Saves: masks, the step counts per optimiser and the state of the random generator. A resumed run takes them over and makes no new ones.
+    Works on one device and under DDP, where the ranks' masks are compared at the start and after every change. Refuses strategies that
+    shard weights, Lightning's ``ModelPruning``, and a second mask callback on the same weights. After fit the module is an ordinary
+    one, whose dead weights are 0.
+
+    Args:
+        targets: ``fnmatch`` patterns on submodule names; empty: every linear, convolution and attention module.
+        skip: Patterns on submodule names that stay dense.
+        seed: Of everything random about the masks.
+        mask_gradients: Set gradients of dead weights to 0 before clipping and the optimiser's step, so that they count in no norm.
+        mask_optimizer_state: Set momenta and moments of dead weights to 0 after every step.
+    """
+
+    runs_after: Sequence[str] = ("EMATeacher", "WeightAveraging")  # type: ignore[misc]
+    conflicts_with: Mapping[str, str] = {  # type: ignore[misc]
+        "ModelPruning": "it renames the weights while fit runs; MagnitudePruning and RandomPruning of lit_methods do the same by masks"
+    }
+
+    def __init__(
+        self,
+        targets: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        seed: int = 0,
+        mask_gradients: bool = True,
+        mask_optimizer_state: bool = True,
+    ) -> None:
+        super().__init__()
+        if isinstance(targets, str) or isinstance(skip, str):
+            raise ValueError(f"targets and skip are lists of patterns, got targets={targets!r}, skip={skip!r}: write ['encoder.*']")
+        self.targets, self.skip, self.seed = list(targets), list(skip), seed
+        self.mask_gradients, self.mask_optimizer_state = mask_gradients, mask_optimizer_state
+        self.store: MaskStore | None = None
+        self.generator = torch.Generator().manual_seed(seed)
+        self._owned: list[list[str]] = []  # per optimiser: names of its masked weights
+        self._steps: list[int] = []  # per optimiser
+        self._handles: list[Any] = []
+        self._told = 0  # version of the masks that everybody knows
+        self._loaded: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Differs between callbacks of different targets: several may be used together."""
+        return self._generate_state_key(targets=self.targets, skip=self.skip)
+
+    # ---- for subclasses ----------------------------------------------------------------------------------------------------------------
+
+    def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Name -> bool mask of every weight; called once, on rank 0 alone."""
+        raise NotImplementedError
+
+    def wants_gradients(self, step: int) -> bool:
+        """Whether :meth:`after_step` will need the dense gradients of optimiser step ``step`` (counted from 1)."""
+        return False
+
+    def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Changed masks after optimiser step ``step`` (counted from 1 for the optimiser that owns ``names``); {} for none.
+
+        Args:
+            step: Steps that this optimiser has made.
+            names: Its masked weights. Their values are those after the step, dead ones already 0 again.
+            gradients: Dense gradients of this step, averaged over ranks and micro-batches and unscaled, where they were wanted.
+        """
+        return {}
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Choose the weights, and refuse what can't work.
+
+        Raises:
+            ValueError: A pattern that matches nothing, a sharding strategy, or two mask callbacks on one weight.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        refuse_sharded(trainer, type(self).__name__)
+        weights = self.chosen(pl_module)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is not self and isinstance(other, MaskCallback):
+                shared = sorted(set(weights) & set(other.chosen(pl_module)))
+                if shared:
+                    raise ValueError(
+                        f"{type(self).__name__} and {type(other).__name__} both mask {shared[0]!r} (and {len(shared) - 1} more): "
+                        "give them different targets"
+                    )
+
+    def chosen(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
+        """The weights that this callback masks, by name."""
+        return prunable_weights(pl_module, self.targets, self.skip)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make or restore the masks, apply them, and listen to the optimisers."""
+        self.store = MaskStore(self.chosen(pl_module))
+        if self._loaded is not None:
+            self.store.load_state_dict(self._loaded)
+            self.generator.set_state(self._loaded["generator"])
+        else:
+            if distributed.rank() == 0:
+                self.store.set(self.initial_masks(trainer, pl_module, self.store.weights))
+            state = self.generator.get_state()
+            distributed.broadcast_tensors([*self.store.masks.values(), state])
+            self.generator.set_state(state)
+        self.store.follow_device()
+        self.store.apply()
+        self._apply_to_averages(trainer)
+        self._check_ranks()
+        self._told = self.store.version
+        optimizers: list[torch.optim.Optimizer] = trainer.optimizers
+        held = [{id(parameter) for group in optimizer.param_groups for parameter in group["params"]} for optimizer in optimizers]
+        self._owned = [[name for name, weight in self.store.weights.items() if id(weight) in ids] for ids in held]
+        self._steps = [int(step) for step in self._loaded["steps"]] if self._loaded is not None else [0] * len(optimizers)
+        self._loaded = None
+        self._handles = [
+            optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._stepped(optimizer, index))
+            for index, optimizer in enumerate(optimizers)
+        ]
+        self._gradients: dict[str, Tensor] = {}
+        active, total = map(sum, zip(*self.store.counts().values(), strict=True))
+        rank_zero_info(
+            f"{type(self).__name__}: {len(self.store.weights)} weights, {active:,} of {total:,} entries active ({active / total:.2%}): "
+            f"{', '.join(self.store.weights)}"
+        )
+        notify_mask_updated(trainer, pl_module, self)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Keep dense gradients where they are wanted, then mask them; before clipping."""
+        if self.store is None:
+            return
+        index = next(index for index, own in enumerate(trainer.optimizers) if own is getattr(optimizer, "_optimizer", optimizer))
+        names = self._owned[index]
+        if self.wants_gradients(self._steps[index] + 1):
+            grads = {name: self.store.weights[name].grad for name in names}
+            self._gradients = {name: grad.detach().clone() for name, grad in grads.items() if grad is not None}
+        if self.mask_gradients:
+            self.store.apply_to_gradients(names)
+
+    @torch.no_grad()
+    def _stepped(self, optimizer: torch.optim.Optimizer, index: int) -> None:
+        """After each optimiser step: dead weights back to 0, then the technique's own change of masks."""
+        assert self.store is not None
+        names = self._owned[index]
+        self._steps[index] += 1
+        self.store.apply(names)
+        gradients, self._gradients = self._gradients, {}
+        changed = self.after_step(self._steps[index], names, gradients)
+        if changed:
+            self.store.set(changed)
+            self.store.apply(changed)
+            self._check_ranks()
+        if self.mask_optimizer_state and (changed or not self.mask_gradients):  # else it is 0 already
+            self.store.apply_to_optimizer(optimizer, names)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Mask averaged copies and tell the others when masks have changed."""
+        if self.store is not None and self.store.version != self._told:
+            self._told = self.store.version
+            self._apply_to_averages(trainer)
+            notify_mask_updated(trainer, pl_module, self)
+
+    def _check_ranks(self) -> None:
+        assert self.store is not None
+        if distributed.world_size() > 1:
+            packed = torch.cat([mask.flatten() for mask in self.store.masks.values()])
+            if not distributed.same_on_all_ranks(packed):
+                raise RuntimeError(f"{type(self).__name__}: the masks differ between ranks, so do the weights or gradients they come from")
+
+    def _apply_to_averages(self, trainer: pl.Trainer) -> None:
+        assert self.store is not None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EMATeacher):
+                self.store.apply_to(callback.averaged())
+            elif isinstance(callback, WeightAveraging) and callback._average_model is not None:
+                self.store.apply_to({plain_name(name): tensor for name, tensor in callback._average_model.module.named_parameters()})
+
+    def sparsity_masks(self) -> dict[str, Tensor]:
+        """Parameter name -> bool mask, as it is now; {} before fit."""
+        return {} if self.store is None else self.store.masks
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, steps and the generator's state."""
+        if self.store is None:
+            return {}
+        return {**self.store.state_dict(), "steps": list(self._steps), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the state until fit starts; Lightning calls this before ``on_fit_start``."""
+        self._loaded = state or None
+
+    def _leave(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the optimisers; the store stays readable."""
+        self._leave()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the optimisers: Lightning doesn't call ``teardown`` here."""
+        self._leave()

@@ -1,0 +1,121 @@
+"""How much of each layer stays: layer-wise densities as pure functions of the weights' shapes.
+
+Sources: ER (SET, Mocanu et al. 2018), ERK (RigL, Evci et al. 2020) and the plus variants as in the released code of "The Unreasonable
+Effectiveness of Random Pruning" (arXiv:2202.02643; VITA-Group/Random_Pruning@871077f, CIFAR/sparselearning/core.py and ImageNet/core.py),
+against which golden vectors test them; ERK also against Shiweiliuiiiiiii/In-Time-Over-Parameterization@1b6a89e.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+Method = Literal["uniform", "uniform_plus", "er", "erk", "erk_plus"]
+
+
+def layer_density(
+    shapes: Sequence[Sequence[int]],
+    density: float,
+    method: Method = "erk",
+    *,
+    power: float = 1.0,
+    first: int | None = None,
+    last: int | None = None,
+    last_density: float | None = None,
+    exact_budget: bool = True,
+) -> list[float]:
+    """Density of each layer, so that ``density`` of all weights stay.
+
+    Args:
+        shapes: Weight shapes, output dimension first, kernel dimensions last.
+        density: Share of all weights that stays, in (0, 1].
+        method: ``uniform``; ``er`` and ``erk``: proportional to (sum of dimensions) / (product of dimensions), ``er`` without the kernel's;
+            ``uniform_plus``: first layer dense, last one at least ``last_density``; ``erk_plus``: the last layer at ``last_density``,
+            ERK on the rest.
+        power: Exponent of the ER and ERK ratio.
+        first: Index of the first layer, for ``uniform_plus``; None: 0.
+        last: Index of the classifier, for the plus variants; None: the last one.
+        last_density: Density of the classifier: ``uniform_plus`` at least that (default 0.2), ``erk_plus`` exactly that (default 1).
+        exact_budget: ``uniform_plus`` meets the budget; False: as in the released code, which misses it a little (see the source).
+
+    Returns:
+        One float in [0, 1] per layer. Layers that would exceed 1 become dense and the rest takes over their share; sum(density_l * N_l)
+        is then ``density`` * N to rounding, as far as the fixed layers leave room.
+
+    Raises:
+        ValueError: An unknown method, a density out of range, or a budget smaller than the fixed layers need.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density is {density}, expected a share in (0, 1]")
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(get_args(Method))}")
+    sizes = [math.prod(shape) for shape in shapes]
+    total = sum(sizes)
+    if method == "uniform":
+        return [density] * len(sizes)
+    if method in ("er", "erk"):
+        return _proportional(sizes, _ratios(shapes, method, power), density * total)
+    last = len(sizes) - 1 if last is None else last % len(sizes)
+    found = [0.0] * len(sizes)
+    if method == "erk_plus":
+        found[last] = 1.0 if last_density is None else last_density
+        rest = [index for index in range(len(sizes)) if index != last]
+        budget = _positive(density * total - found[last] * sizes[last], density, method)
+        ratios = _ratios([shapes[index] for index in rest], "erk", power)
+        for index, value in zip(rest, _proportional([sizes[index] for index in rest], ratios, budget), strict=True):
+            found[index] = value
+        return found
+    first = 0 if first is None else first % len(sizes)
+    floor = 0.2 if last_density is None else last_density
+    found[last], found[first] = max(density, floor), 1.0
+    rest = [index for index in range(len(sizes)) if index not in (first, last)]
+    if exact_budget:
+        budget = _positive(density * total - sizes[first] - found[last] * sizes[last], density, method)
+        share = min(1.0, budget / max(1, sum(sizes[index] for index in rest)))
+    elif density < floor:
+        share = _positive(density * total - sizes[first] - floor * sizes[last], density, method) / total
+    else:
+        share = density
+    for index in rest:
+        found[index] = share
+    return found
+
+
+def _positive(budget: float, density: float, method: str) -> float:
+    if budget < 0:
+        raise ValueError(f"density {density} is too small for {method}: its fixed layers alone need more; lower last_density or use erk")
+    return budget
+
+
+def _ratios(shapes: Sequence[Sequence[int]], method: str, power: float) -> list[float]:
+    used = [shape[:2] if method == "er" else shape for shape in shapes]
+    return [(sum(shape) / math.prod(shape)) ** power for shape in used]
+
+
+def _proportional(sizes: Sequence[int], ratios: Sequence[float], budget: float) -> list[float]:
+    """Densities eps * ratio that spend ``budget`` weights; layers above 1 become dense, those tied at the maximum together."""
+    dense: set[int] = set()
+    while len(dense) < len(sizes):
+        free = [index for index in range(len(sizes)) if index not in dense]
+        # sum over free of eps * ratio * N = budget - sum over dense of N
+        eps = (budget - sum(sizes[index] for index in dense)) / sum(ratios[index] * sizes[index] for index in free)
+        largest = max(ratios[index] for index in free)
+        if largest * eps <= 1 + 1e-12:  # not 1: near density 1 the last layer's is 1 up to rounding
+            break
+        dense.update(index for index in free if ratios[index] == largest)
+    return [1.0 if index in dense else min(1.0, eps * ratios[index]) for index in range(len(sizes))]
+
+
+def exact_counts(sizes: Sequence[int], densities: Sequence[float]) -> list[int]:
+    """Kept weights per layer, whole numbers: each at its density, rounded so that the total is the rounded total (largest remainders).
+
+    Args:
+        sizes: Weights per layer.
+        densities: Densities per layer, in [0, 1].
+    """
+    wanted = [size * density for size, density in zip(sizes, densities, strict=True)]
+    counts = [math.floor(value + 1e-9) for value in wanted]
+    missing = round(sum(wanted)) - sum(counts)
+    by_remainder = sorted(range(len(sizes)), key=lambda index: counts[index] - wanted[index])
+    for index in [index for index in by_remainder if counts[index] < sizes[index]][: max(0, missing)]:
+        counts[index] += 1
+    return counts

@@ -1,0 +1,166 @@
+"""Dynamic sparse training: masks that change while the network learns (SET, RigL), on any LightningModule."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lit_methods.callbacks.sparsity.callback import MaskCallback
+from lit_methods.callbacks.sparsity.density import Method, exact_counts, layer_density
+from lit_methods.callbacks.sparsity.drop_grow import update_mask
+from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
+from lit_methods.callbacks.sparsity.schedules import cosine_drop, exponential_drop, is_update_step
+from lit_methods.callbacks.sparsity.sparseland import SparsityCard
+
+
+class DynamicSparsity(MaskCallback):
+    """Trains a sparse network from the start: every ``interval`` optimiser steps the smallest weights give way to new ones.
+
+    SET (Mocanu et al. 2018) grows at random, RigL (Evci et al., arXiv:1911.11134) where the dense gradient is largest, ``static`` keeps the
+    first masks. The update follows the released code of Sparse-IFT (see :mod:`lit_methods.callbacks.sparsity.drop_grow`). Dense gradients
+    are kept on update steps alone. An update whose gradients aren't finite is left out.
+
+    Runs, saves, works with: see :class:`MaskCallback`. With several optimisers each updates the masks of its own weights, counting its own
+    steps.
+
+    Args:
+        density: Share of the chosen weights that is active, in (0, 1].
+        method: ``static``, ``set`` or ``rigl``.
+        distribution: How the density is spread over the layers: ``uniform``, ``er``, ``erk`` or a plus variant of
+            :func:`~lit_methods.callbacks.sparsity.density.layer_density`.
+        start: First masks: ``random``, each entry by itself; ``random_exact``, the exact count; ``magnitude``, the largest initial weights.
+        interval: Optimiser steps between two updates.
+        drop_fraction: Share of the active weights that is replaced at the first updates, in [0, 1].
+        anneal: ``cosine`` to 0 at the last update, ``constant``, or ``exponential``: times exp(-``rate`` * progress).
+        rate: Of ``exponential``.
+        begin: Updates come after this step.
+        end_fraction: Updates end before this share of all optimiser steps.
+        total_steps: All optimiser steps; None: ``trainer.estimated_stepping_batches``.
+        targets: See :class:`MaskCallback`, as ``skip``, ``seed``, ``mask_gradients`` and ``mask_optimizer_state``.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    conflicts_with = {  # noqa: RUF012
+        **MaskCallback.conflicts_with,
+        "StochasticWeightAveraging": "the mean of networks with different masks isn't sparse; EMATeacher's copy is masked at each update",
+    }
+
+    def __init__(
+        self,
+        density: float,
+        method: Literal["static", "set", "rigl"] = "rigl",
+        distribution: Method = "erk",
+        start: Literal["random", "random_exact", "magnitude"] = "random_exact",
+        interval: int = 100,
+        drop_fraction: float = 0.3,
+        anneal: Literal["cosine", "constant", "exponential"] = "cosine",
+        rate: float = 3.0,
+        begin: int = 0,
+        end_fraction: float = 0.75,
+        total_steps: int | None = None,
+        targets: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        seed: int = 0,
+        mask_gradients: bool = True,
+        mask_optimizer_state: bool = True,
+    ) -> None:
+        super().__init__(targets, skip, seed, mask_gradients, mask_optimizer_state)
+        for name, value in {"drop_fraction": drop_fraction, "end_fraction": end_fraction}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: give a share from 0 to 1")
+        if not 0 < density <= 1:
+            raise ValueError(f"density is {density}: give a share above 0, at most 1")
+        if interval < 1:
+            raise ValueError(f"interval is {interval}: give a number of optimiser steps, at least 1")
+        for name, choice, choices in (
+            ("method", method, ("static", "set", "rigl")),
+            ("start", start, ("random", "random_exact", "magnitude")),
+            ("anneal", anneal, ("cosine", "constant", "exponential")),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name} is {choice!r}: give one of {', '.join(choices)}")
+        self.density, self.method, self.distribution, self.start = density, method, distribution, start
+        self.interval, self.drop_fraction, self.anneal, self.rate = interval, drop_fraction, anneal, rate
+        self.begin, self.end_fraction, self.total_steps = begin, end_fraction, total_steps
+        self.layer_densities: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    @property
+    def sparsity_card(self) -> SparsityCard:
+        """What kind of sparsity this is."""
+        still = self.method == "static"
+        return SparsityCard(
+            stage="before" if still else "during",
+            regime="sparse_to_sparse",
+            mask="static" if still else "dynamic",
+            layerwise=self.distribution,
+            criterion={"static": "magnitude" if self.start == "magnitude" else "random", "set": "other", "rigl": "gradient"}[self.method],
+            cost=self.method,
+            update_interval=self.interval,
+        )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle the schedule's end and the layers' densities, then make the masks."""
+        if self.method != "static" and self.total_steps is None:
+            estimate = trainer.estimated_stepping_batches
+            if estimate == float("inf"):
+                raise ValueError(
+                    f"{type(self).__name__} needs an end of its schedule: give total_steps, or max_steps / max_epochs to the Trainer"
+                )
+            self.total_steps = int(estimate)
+        weights = self.chosen(pl_module)
+        shares = layer_density([weight.shape for weight in weights.values()], self.density, self.distribution)
+        self.layer_densities = dict(zip(weights, shares, strict=True))
+        self._counts = dict(zip(weights, exact_counts([weight.numel() for weight in weights.values()], shares), strict=True))
+        super().on_fit_start(trainer, pl_module)
+
+    def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Random or by magnitude, at the layers' densities."""
+        masks = {}
+        for name, weight in weights.items():
+            if self.start == "random":
+                masks[name] = random_mask(weight.shape, self.layer_densities[name], self.generator)
+            elif self.start == "random_exact":
+                masks[name] = keep_largest(torch.rand(weight.shape, generator=self.generator), self._counts[name])
+            else:
+                masks[name] = keep_largest(weight.abs(), self._counts[name])
+        return masks
+
+    def fraction(self, step: int) -> float:
+        """Share of the active weights that an update after ``step`` replaces."""
+        end = int(self.end_fraction * (self.total_steps or 0))
+        if self.anneal == "cosine":
+            return cosine_drop(step, self.drop_fraction, self.begin, end)
+        if self.anneal == "exponential":
+            return exponential_drop(step, self.drop_fraction, self.begin, end, self.rate)
+        return self.drop_fraction
+
+    def is_update(self, step: int) -> bool:
+        """Whether masks change after optimiser step ``step``, counted from 1."""
+        end = int(self.end_fraction * (self.total_steps or 0))
+        return self.method != "static" and is_update_step(step, self.interval, self.begin, end)
+
+    def wants_gradients(self, step: int) -> bool:
+        """RigL grows by them."""
+        return self.method == "rigl" and self.is_update(step)
+
+    def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Drop and grow in every layer."""
+        assert self.store is not None
+        if not self.is_update(step):
+            return {}
+        changed = {}
+        for name in names:
+            weight, mask = self.store.weights[name], self.store.masks[name]
+            if self.method == "set":
+                score = torch.rand(weight.shape, generator=self.generator).to(weight.device)
+            elif name in gradients and bool(gradients[name].isfinite().all()):
+                score = gradients[name].abs()
+            else:
+                continue
+            changed[name] = update_mask(weight, mask, score, self.fraction(step), self._counts[name])
+        return changed

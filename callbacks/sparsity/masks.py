@@ -1,0 +1,112 @@
+"""Masks from scores: which weights stay. Pure functions; every count is exact and ties go to the lowest index."""
+
+import torch
+from torch import Tensor
+
+
+def _comparable(score: Tensor) -> Tensor:
+    """Half types as float32, which keeps their order: not every selection kernel knows them."""
+    return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+
+
+def _first_true(candidates: Tensor, count: Tensor | int) -> Tensor:
+    """The first ``count`` True entries along the last dimension."""
+    return candidates & (candidates.cumsum(-1) <= count)
+
+
+def keep_largest(score: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` largest scores of a tensor.
+
+    Args:
+        score: Any shape, any real dtype; infinities allowed, no NaN.
+        count: Entries to keep, 0 to ``score.numel()``.
+
+    Returns:
+        bool, shape of ``score``, exactly ``count`` True; of equal scores the one with the lower flat index is kept.
+
+    Raises:
+        ValueError: ``count`` is out of range.
+    """
+    if not 0 <= count <= score.numel():
+        raise ValueError(f"count is {count}, but a tensor of shape {tuple(score.shape)} has {score.numel()} entries to keep")
+    if count in (0, score.numel()):
+        return torch.full_like(score, count > 0, dtype=torch.bool)
+    flat = _comparable(score.detach()).flatten()
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    above = flat > threshold
+    return (above | _first_true(flat == threshold, count - above.sum())).view(score.shape)
+
+
+def random_mask(shape: torch.Size | tuple[int, ...], density: float, generator: torch.Generator, exact: bool = False) -> Tensor:
+    """A random mask on the CPU.
+
+    Args:
+        shape: Shape of the weight.
+        density: Share that is kept, in [0, 1].
+        generator: CPU generator; the same state gives the same mask on every machine.
+        exact: Keep exactly ``round(density * numel)`` entries; otherwise each entry is kept independently with probability ``density``.
+
+    Returns:
+        bool, ``shape``.
+
+    Raises:
+        ValueError: ``density`` is out of range.
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density is {density}, expected a share in [0, 1]")
+    uniform = torch.rand(shape, generator=generator)
+    return keep_largest(-uniform, round(density * uniform.numel())) if exact else uniform < density
+
+
+def nm_mask(weight: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
+    """N:M mask: of every ``m`` consecutive weights along ``dim`` the ``n`` with the largest magnitude stay.
+
+    Args:
+        weight: At least ``dim + 1`` dimensions, real and without NaN: a linear (out, in) or convolution (out, in/groups, ...) weight.
+        n: Kept per group, 0 <= n <= m.
+        m: Size of a group; must divide ``weight.shape[dim]``, so that no group crosses a row.
+        dim: 1: groups run over the inputs (row mode); 0: over the outputs (column mode).
+
+    Returns:
+        bool, shape of ``weight``, exactly ``n`` True in each group; of equal magnitudes the first along ``dim`` is kept.
+
+    Raises:
+        ValueError: The groups don't fit.
+    """
+    if not 0 <= n <= m or m < 1:
+        raise ValueError(f"a pattern of {n}:{m} can't be: expected 0 <= n <= m and m >= 1")
+    size = weight.shape[dim]
+    if size % m:
+        raise ValueError(
+            f"{n}:{m} doesn't fit a weight of shape {tuple(weight.shape)}: dimension {dim} has {size} entries, no multiple of {m}, "
+            "so that groups would cross rows; choose another pattern, another dim, or leave this layer out of the targets"
+        )
+    if n == m:
+        return torch.ones_like(weight, dtype=torch.bool)
+    groups = _comparable(weight.detach()).abs().movedim(dim, -1).unflatten(-1, (size // m, m))
+    if n == 0:
+        mask = torch.zeros_like(groups, dtype=torch.bool)
+    elif m <= 8:  # a weight stays if fewer than n others beat it: m * m comparisons, faster than selecting
+        columns = groups.unbind(-1)
+        mask = torch.stack([_beaten_by(columns, i) < n for i in range(m)], dim=-1)
+    else:
+        threshold = groups.kthvalue(m - n + 1, dim=-1, keepdim=True).values
+        above = groups > threshold
+        mask = above | _first_true(groups == threshold, n - above.sum(-1, keepdim=True))
+    return mask.flatten(-2).movedim(-1, dim)
+
+
+def _beaten_by(columns: tuple[Tensor, ...], i: int) -> Tensor:
+    """How many of the others come before column ``i``: larger, or equal and further to the left."""
+    count = torch.zeros_like(columns[i], dtype=torch.int8)
+    for j, other in enumerate(columns):
+        if j != i:
+            count += other >= columns[i] if j < i else other > columns[i]
+    return count
+
+
+def is_nm(weight: Tensor, n: int, m: int, dim: int = 1) -> bool:
+    """Whether no group of ``m`` along ``dim`` has more than ``n`` non-zero entries."""
+    if weight.shape[dim] % m:
+        return False
+    return bool(((weight != 0).movedim(dim, -1).unflatten(-1, (-1, m)).sum(-1) <= n).all())

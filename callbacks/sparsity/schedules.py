@@ -1,0 +1,34 @@
+"""Schedules of sparse training, pure functions of the optimiser step: a resumed run is where it would have been."""
+
+import math
+
+
+def cubic_sparsity(step: int, start: int, end: int, initial: float, final: float) -> float:
+    """Sparsity of gradual magnitude pruning (Zhu and Gupta, arXiv:1710.01878, eq. 1).
+
+    Args:
+        step: Optimiser steps so far.
+        start: First step at which sparsity grows.
+        end: Step from which it stays at ``final``; >= start.
+        initial: Sparsity up to ``start``, in [0, 1].
+        final: Sparsity from ``end`` on, in [0, 1].
+    """
+    if step <= start:
+        return initial if step < end else final
+    return final + (initial - final) * (1 - min(1.0, (step - start) / (end - start))) ** 3
+
+
+def cosine_drop(step: int, initial: float, begin: int, end: int, floor: float = 0.0) -> float:
+    """Drop fraction that falls from ``initial`` at ``begin`` to ``floor`` at ``end`` along half a cosine (RigL; DSL with its floor)."""
+    progress = min(1.0, max(0.0, (step - begin) / (end - begin)))
+    return floor + (initial - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def exponential_drop(step: int, initial: float, begin: int, end: int, rate: float) -> float:
+    """Drop fraction ``initial * exp(-rate * progress)``, progress from 0 at ``begin`` to 1 at ``end``."""
+    return initial * math.exp(-rate * (step - begin) / (end - begin))
+
+
+def is_update_step(step: int, interval: int, begin: int = 0, end: float = math.inf) -> bool:
+    """Whether masks change after optimiser step ``step``, counted from 1: a multiple of ``interval``, strictly between the two."""
+    return begin < step < end and step % interval == 0

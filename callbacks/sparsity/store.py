@@ -1,0 +1,166 @@
+"""The mask store: which weights of a model are masked, and with what. Nothing here knows Lightning."""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
+
+
+def prunable_types() -> tuple[type[nn.Module], ...]:
+    """Module classes whose matrices and kernels are masked by default: linear, convolution, attention projections."""
+    found: list[type[nn.Module]] = [nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention]
+    return tuple(found)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")  # GPT-2's linear layer
+
+
+def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """Weights that a sparsity technique may mask: no biases, norms or embeddings.
+
+    Args:
+        root: Any module, also a compiled one.
+        targets: ``fnmatch`` patterns on submodule names such as ``encoder.*``; empty: every linear, convolution and attention module. A
+            module that a pattern names is taken whatever its type, an embedding for example.
+        skip: Patterns on submodule names that stay dense, such as ``head``; each must match something.
+
+    Returns:
+        Parameter name -> parameter with at least two dimensions, in the order of ``root.named_modules()``. A tied weight stands there once,
+        under its first name; by default it is left out if one of its owners is no prunable type (a head tied to an embedding).
+
+    Raises:
+        ValueError: A pattern matches nothing, or nothing is left.
+    """
+    types = prunable_types()
+    everything = {plain_name(name): module for name, module in root.named_modules()}
+    if targets:
+        chosen = select_modules(root, targets)
+    else:
+        chosen = {name: module for name, module in everything.items() if isinstance(module, types) or _is_conv1d(module)}
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in everything):
+            raise ValueError(f"skip pattern {pattern!r} matches no submodule of {type(root).__name__}: correct it or leave it out")
+    dense = {
+        id(parameter)
+        for module in everything.values()
+        if not targets and not isinstance(module, types) and not _is_conv1d(module)
+        for parameter in module.parameters(recurse=False)
+    }
+    weights: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, module in chosen.items():
+        if any(fnmatchcase(name, pattern) for pattern in skip):
+            continue
+        for own, parameter in plain_module(module).named_parameters(recurse=False):
+            if parameter.ndim >= 2 and id(parameter) not in dense and id(parameter) not in seen:
+                seen.add(id(parameter))
+                weights[plain_name(f"{name}.{own}" if name else own)] = parameter
+    if not weights:
+        raise ValueError(
+            f"no weight of {type(root).__name__} is left to prune: targets={list(targets)} with skip={list(skip)} hold no parameter with "
+            "two dimensions or more; targets name modules (such as 'encoder.*'), not parameters"
+        )
+    return weights
+
+
+class MaskStore:
+    """Parameter name -> bool mask, for the weights of one model.
+
+    Args:
+        weights: Parameter name -> parameter, as from :func:`prunable_weights`. All masks are True at first.
+
+    Attributes:
+        masks: Name -> bool tensor on the parameter's device, shape of the parameter. Change them by :meth:`set` alone.
+        version: Counts the calls of :meth:`set`.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+        self.weights = dict(weights)
+        self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
+        self._dead = {name: ~mask for name, mask in self.masks.items()}
+        self.version = 0
+
+    def set(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace some masks; the weights change at the next :meth:`apply`.
+
+        Raises:
+            ValueError: An unknown name, another shape, or no bool tensor.
+        """
+        for name, mask in masks.items():
+            if name not in self.weights:
+                raise ValueError(f"there is no masked weight {name!r}: the store holds {', '.join(itertools.islice(self.weights, 8))}, ...")
+            weight = self.weights[name]
+            if mask.shape != weight.shape or mask.dtype != torch.bool:
+                raise ValueError(f"mask of {name!r} is {tuple(mask.shape)} {mask.dtype}, expected {tuple(weight.shape)} torch.bool")
+            self.masks[name] = mask.to(weight.device)
+            self._dead[name] = ~self.masks[name]
+        self.version += 1
+
+    def follow_device(self) -> None:
+        """Move the masks to where the weights are."""
+        self.masks = {name: mask.to(self.weights[name].device) for name, mask in self.masks.items()}
+        self._dead = {name: ~mask for name, mask in self.masks.items()}
+
+    @torch.no_grad()
+    def apply(self, names: Iterable[str] | None = None) -> None:
+        """Set dead weights to exactly 0 (also where they are infinite or NaN)."""
+        for name in self.weights if names is None else names:
+            self.weights[name].masked_fill_(self._dead[name], 0.0)
+
+    @torch.no_grad()
+    def apply_to_gradients(self, names: Iterable[str] | None = None) -> None:
+        """Set the gradients of dead weights to 0, in place."""
+        for name in self.weights if names is None else names:
+            gradient = self.weights[name].grad
+            if gradient is not None:
+                gradient.masked_fill_(self._dead[name], 0.0)
+
+    @torch.no_grad()
+    def apply_to_optimizer(self, optimizer: torch.optim.Optimizer, names: Iterable[str] | None = None) -> None:
+        """Set the optimiser's memory of dead weights to 0: every state tensor that has the weight's shape (momentum, Adam's moments)."""
+        for name in self.weights if names is None else names:
+            weight = self.weights[name]
+            for value in optimizer.state.get(weight, {}).values():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    value.masked_fill_(self._dead[name], 0.0)
+
+    @torch.no_grad()
+    def apply_to(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set dead weights of a copy to 0, such as an averaged model: name -> tensor; other names are left alone."""
+        for name, dead in self._dead.items():
+            if name in tensors:
+                tensors[name].masked_fill_(dead.to(tensors[name].device), 0.0)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Name -> (active weights, all weights)."""
+        active = torch.stack([mask.sum() for mask in self.masks.values()]).tolist()  # one wait for the device
+        return {name: (int(count), mask.numel()) for (name, mask), count in zip(self.masks.items(), active, strict=True)}
+
+    def density(self) -> float:
+        """Active share of all weights of the store."""
+        counts = list(self.counts().values())
+        return sum(active for active, _ in counts) / sum(total for _, total in counts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks by name, on the CPU."""
+        return {"masks": {name: mask.cpu() for name, mask in self.masks.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the masks.
+
+        Raises:
+            ValueError: The checkpoint's masks are of other weights.
+        """
+        saved = state["masks"]
+        if set(saved) != set(self.weights):
+            odd = sorted(set(saved) ^ set(self.weights))[:6]
+            raise ValueError(
+                f"the checkpoint's masks are of other weights ({', '.join(odd)}): resume with the same module, targets and skip"
+            )
+        self.set(saved)
