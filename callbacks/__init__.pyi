@@ -2,8 +2,14 @@ from .dashboard import Dashboard as Dashboard
 from .ema import EMATeacher as EMATeacher
 from .exact_resume import ExactResume as ExactResume
 from .features import FeatureCapture as FeatureCapture
+from .finite import FiniteGuard as FiniteGuard
 from .lidar.dense_to_sparse import DenseToSparse as DenseToSparse
 from .lidar.submission import SubmissionWriter as SubmissionWriter
 from .lidar.temporal_voting import TemporalVoting as TemporalVoting
 from .loss_term import LossTerm as LossTerm
+from .preemption import Preemption as Preemption
 from .progress import ThroughputProgressBar as ThroughputProgressBar
+from .sparsity.dynamic import DynamicSparsity as DynamicSparsity
+from .sparsity.sparseland import SparsityCard as SparsityCard
+from .sparsity.sparseland import SparsityReport as SparsityReport
+from .step_cost import StepCost as StepCost

@@ -1,30 +1,34 @@
 """One dashboard for every technique: W&B, TensorBoard and a self-contained ``report.html`` from panels that are declared once."""
 
 import datetime
+import hashlib
 import json
-import netrc
 import os
+import re
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
-from urllib.parse import urlsplit
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lit_methods.catalog import techniques
 from lit_methods.panels import CloudMedia, Curve, HistogramMedia, ImageMedia, Media, Panel
-from lit_methods.report import Record, ReportData, Section, Status, read_history, record_line, render_report, subsample, write_atomically
+from lit_methods.report import Record, ReportData, Section, Status, read_history, record_line, render_report, write_atomically
+from lit_methods.report_html import subsample
+from lit_methods.run_record import read_notes, run_facts, save_run
 from lit_methods.runs import run_dir
+from lit_methods.wandb_runs import attempt, has_login, keep_training
 
 STEP = "trainer/global_step"  # the horizontal axis that Lightning's WandbLogger logs with every metric
 
@@ -50,28 +54,32 @@ class Dashboard(pl.Callback):
 
     It asks the LightningModule and all callbacks for ``panels`` and ``dashboard_media()`` (see :mod:`lit_methods.panels`) and writes
 
-    - ``report.html`` and ``metrics.jsonl`` into the run's folder. The report is replaced as a whole at each validation epoch end (training
-      epoch end without validation), at the end of fit, validate and test, and when the run breaks off, then marked as interrupted;
-    - to each ``WandbLogger``: axes and summaries (best and last value) of the declared metrics, and the media at the same times;
+    - ``report.html``, ``metrics.jsonl`` and what ``lit report`` draws the report from again (``report.json``, ``media/``) into the run's
+      folder. They are replaced as a whole at each validation epoch end (training epoch end without validation), at the end of fit, validate
+      and test, and when the run breaks off, then marked as interrupted;
+    - ``artifacts/<name>.pt`` for what ``dashboard_artifacts()`` returns, such as masks, at the same times where it has changed;
+    - to each ``WandbLogger``: axes and summaries (best and last value) of the declared metrics, and the media and artifacts at the same
+      times. If W&B fails in mid-run (server, process, disk), one warning tells so and the training goes on;
     - to each ``TensorBoardLogger``: pictures and histograms.
 
     Scalar metrics reach the loggers through ``self.log`` as ever; the dashboard reads along at the loggers' rhythm
     (``Trainer(log_every_n_steps=...)``) and adds nothing to other steps.
 
-    Runs: on rank 0 alone, so ``dashboard_media()`` must not call a collective. Nothing is written during the sanity check, with
-    ``fast_dev_run`` and in ``predict``. A full disk or an unwritable folder gives one warning and never stops the training.
+    Runs: on rank 0 alone, so ``dashboard_media()`` and ``dashboard_artifacts()`` must not call a collective. Nothing is written during the
+    sanity check, with ``fast_dev_run`` and in ``predict``. A full disk or an unwritable folder gives one warning and never stops the
+    training.
     Saves: nothing in checkpoints. A run that is resumed in its own folder goes on with that folder's ``metrics.jsonl``; a new run in an old
     folder replaces both files.
 
     Args:
         title: Heading of the report; by default the module's class and the folder's name.
-        report: Write ``report.html`` and ``metrics.jsonl``.
+        report: Write ``report.html``, ``report.json``, ``media/`` and ``metrics.jsonl``.
         offline_without_login: Set ``WANDB_MODE=offline`` for this process where no W&B login is found and the variable is unset: W&B then
             never asks for a key, and ``wandb sync`` uploads the run later.
 
     Raises:
         TypeError: In ``setup``, for a panel that is none of ours; while running, for media of another type than its panel.
-        ValueError: While running, for media under a key that no panel declares.
+        ValueError: While running, for media under a key that no panel declares, or artifacts with a bad name or with a name twice.
     """
 
     def __init__(self, title: str | None = None, report: bool = True, offline_without_login: bool = True) -> None:
@@ -83,6 +91,9 @@ class Dashboard(pl.Callback):
         self.history: list[Record] = []
         self._providers: list[Any] = []
         self._sections: list[Section] = []
+        self._artifact_providers: list[Any] = []
+        self._defined: set[tuple[int, str]] = set()  # W&B logger and metric
+        self._artifacts: dict[str, str] = {}  # name -> digest of what was kept last
         self._recorder: _Recorder | None = None
         self._active = self._fresh = self._warned = False
         self._started = 0.0
@@ -102,13 +113,15 @@ class Dashboard(pl.Callback):
         if not self._active:
             return
         if folder != self.folder:
-            self.folder, self.history, self._fresh = folder, [], True
+            self.folder, self.history, self._fresh, self._artifacts, self._defined = folder, [], True, {}, set()
         self._started = time.monotonic()
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._providers, self._sections = gather_panels([pl_module, *callbacks])
+        self._artifact_providers = [candidate for candidate in (pl_module, *callbacks) if hasattr(candidate, "dashboard_artifacts")]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                self._define_metrics(logger)
+                keep_training(logger, self._define_new_metrics)
+                attempt(logger, lambda logger=logger: _add_tags(logger, [pl_module, *callbacks]))  # type: ignore[misc]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the folder's history where a resumed fit starts, or drop what an earlier run left there."""
@@ -154,7 +167,7 @@ class Dashboard(pl.Callback):
             trainer.loggers = [logger for logger in trainer.loggers if logger is not self._recorder]
             self._recorder = None
         self._active = False
-        self._providers = []
+        self._providers, self._artifact_providers = [], []
 
     # ---- history -----------------------------------------------------------------------------------------------------------------------
 
@@ -216,12 +229,11 @@ class Dashboard(pl.Callback):
             ]
             if media_to_loggers:
                 self._send_media(trainer)
+            self._keep_artifacts(trainer)
         if self.report:
-            self._write(
-                lambda folder: write_atomically(
-                    folder / "report.html", render_report(self._report_data(trainer, pl_module, status, message))
-                )
-            )
+            data = self._report_data(trainer, pl_module, status, message)
+            self._write(lambda folder: save_run(folder, data))
+            self._write(lambda folder: write_atomically(folder / "report.html", render_report(data)))
 
     def _report_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule, status: Status, message: str) -> ReportData:
         folder = cast(Path, self.folder)
@@ -242,24 +254,30 @@ class Dashboard(pl.Callback):
             progress=tuple(progress),
             config=config.read_text(encoding="utf-8") if config.is_file() else _hyperparameters(pl_module),
             checkpoints=tuple(_checkpoints(trainer, folder)),
+            notes=read_notes(folder),
             facts={
                 "Model": {
                     "class": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
                     "parameters": f"{sum(p.numel() for p in pl_module.parameters()):,}",
                     "trainable": f"{sum(p.numel() for p in pl_module.parameters() if p.requires_grad):,}",
                 },
-                "Git": _facts(folder / "git.json"),
-                "Environment": _facts(folder / "environment.json"),
+                **run_facts(folder),
             },
         )
 
-    def _define_metrics(self, logger: WandbLogger) -> None:
-        for curve in (panel for section in self._sections for panel in section.panels if isinstance(panel, Curve)):
-            for metric in curve.metrics:
-                for name in (metric,) if metric.endswith("*") else (metric, f"{metric}_step", f"{metric}_epoch"):
-                    full = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{name}" if logger._prefix else name
-                    summary = f"{curve.goal},last" if curve.goal else None  # None: W&B's own, the last value
-                    logger.experiment.define_metric(full, step_metric=STEP, step_sync=True, summary=summary)
+    def _define_new_metrics(self, logger: WandbLogger, metrics: Mapping[str, float]) -> None:
+        """Tell W&B axis and summary of each declared metric before its first value.
+
+        By name, as W&B keeps no best value for a glob like ``segmentor/iou/*`` where Lightning has defined ``*``.
+        """
+        new = [name for name in metrics if (id(logger), name) not in self._defined]
+        self._defined.update((id(logger), name) for name in new)
+        curves = [panel for section in self._sections for panel in section.panels if isinstance(panel, Curve)] if new else []
+        for curve in reversed(curves):  # the first one that shows a metric decides
+            for name in curve.select(new):
+                full = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{name}" if logger._prefix else name
+                summary = f"{curve.goal},last" if curve.goal else "last"
+                logger.experiment.define_metric(full, step_metric=STEP, step_sync=True, summary=summary)
 
     def _send_media(self, trainer: pl.Trainer) -> None:
         media: dict[str, Media] = {}
@@ -271,10 +289,23 @@ class Dashboard(pl.Callback):
         step = self.history[-1].step if self.history else trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.experiment.log({**{key: _for_wandb(item) for key, item in media.items()}, STEP: step})
+                row = {**{key: _for_wandb(item) for key, item in media.items()}, STEP: step}
+                attempt(logger, lambda logger=logger, row=row: logger.experiment.log(row))  # type: ignore[misc]
             elif isinstance(logger, TensorBoardLogger):
                 for key, item in media.items():
                     _to_tensorboard(logger.experiment, key, item, step)
+
+    def _keep_artifacts(self, trainer: pl.Trainer) -> None:
+        for name, tensors in ask_for_artifacts(self._artifact_providers).items():
+            digest = tensors_digest(tensors)
+            if self._artifacts.get(name) == digest:
+                continue
+            self._artifacts[name] = digest
+            self._write(lambda folder, name=name, tensors=tensors: save_tensors(folder / "artifacts" / f"{name}.pt", tensors))  # type: ignore[misc]
+            path = cast(Path, self.folder) / "artifacts" / f"{name}.pt"
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger) and path.is_file():
+                    attempt(logger, lambda logger=logger, name=name, path=path: _log_artifact(logger, name, path, trainer.global_step))  # type: ignore[misc]
 
 
 # ---- panels ----------------------------------------------------------------------------------------------------------------------------
@@ -333,26 +364,86 @@ def ask_for_media(provider: Any, panels: tuple[Panel, ...]) -> dict[str, Media]:
     return media
 
 
+# ---- artifacts -------------------------------------------------------------------------------------------------------------------------
+
+
+def ask_for_artifacts(providers: list[Any]) -> dict[str, dict[str, Tensor]]:
+    """What the providers' ``dashboard_artifacts()`` return, by name; names checked.
+
+    Raises:
+        TypeError: Something else than a dict of tensors.
+        ValueError: A name that can't be a file's, or that two providers use.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for provider in providers:
+        where = f"{type(provider).__name__}.dashboard_artifacts()"
+        for name, tensors in provider.dashboard_artifacts().items():
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII):
+                raise ValueError(f"{where} returned the name {name!r}: use letters, digits, '.', '_' and '-', as it names a file")
+            if name in found:
+                raise ValueError(f"{where} returned {name!r}, which another callback or the module returns, too: choose another name")
+            if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+                raise TypeError(f"{where}[{name!r}] must be a dict of tensors, got {type(tensors).__name__}")
+            found[name] = tensors
+    return found
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values; one tensor at a time comes to the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a ``.pt`` file that ``torch.load(path, weights_only=True)`` reads on any machine, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, partial)  # clone: a view drags its base along
+        os.replace(partial, path)
+    except RuntimeError as error:  # how torch.save reports a full disk
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _add_tags(logger: WandbLogger, candidates: list[Any]) -> None:
+    """Tag the run with the slugs of the techniques in it, by which ``lit dashboard`` finds it."""
+    names = {type(candidate).__name__ for candidate in candidates}
+    slugs = [slug for slug, entry in techniques().items() if any(path.rpartition(".")[2] in names for path in entry.classes)]
+    run = logger.experiment
+    missing = [slug for slug in slugs if slug not in (run.tags or ())]
+    if missing:
+        run.tags = (*(run.tags or ()), *missing)
+
+
+def _log_artifact(logger: WandbLogger, name: str, path: Path, step: int) -> None:
+    import wandb
+
+    run = logger.experiment
+    artifact = wandb.Artifact(f"{name}-{run.id}", type="mask", metadata={STEP: step})
+    artifact.add_file(str(path))  # copied at once, so that a later version doesn't change this one
+    run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+
+
 # ---- facts -----------------------------------------------------------------------------------------------------------------------------
 
 
 def wandb_offline_without_login() -> bool:
     """Set ``WANDB_MODE=offline`` in this process if W&B has no key and no mode is chosen; W&B would ask for one, or fail.
 
-    A key is looked for where ``wandb login`` and W&B's documentation put it: ``WANDB_API_KEY``, ``WANDB_IDENTITY_TOKEN_FILE``, the netrc
-    file. Neither W&B nor the network is touched. W&B reads the variable once, so that after a ``wandb.login(key=...)`` in this process it
-    has no effect.
+    See :func:`lit_methods.wandb_runs.has_login` for where a key is looked for. W&B reads the variable once, so that after a
+    ``wandb.login(key=...)`` in this process it has no effect.
 
     Returns:
         Whether the mode was set here.
     """
-    if any(name in os.environ for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+    if "WANDB_MODE" in os.environ or has_login():
         return False
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        with suppress(OSError, netrc.NetrcParseError):  # absent, unreadable or broken: no login there
-            if path and netrc.netrc(Path(path).expanduser()).authenticators(host):
-                return False
     os.environ["WANDB_MODE"] = "offline"
     return True
 
@@ -372,14 +463,6 @@ def _hyperparameters(pl_module: pl.LightningModule) -> str:
     """The module's ``save_hyperparameters`` as YAML, for runs without the ``lit`` command."""
     plain = json.loads(json.dumps(dict(pl_module.hparams), default=str))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else ""
-
-
-def _facts(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    flat = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in facts.items()}
-    return {name: str(value) for name, value in flat.items() if value not in (None, "")}
 
 
 def _checkpoints(trainer: pl.Trainer, folder: Path) -> list[tuple[str, str, str]]:

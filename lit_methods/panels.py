@@ -14,6 +14,16 @@ A LightningModule or a Callback declares::
 ``dashboard_media`` is called on rank 0 alone, at the end of each validation epoch and at the end of fit, validate and test.
 It must not call a collective: gather what it needs earlier, on all ranks, and no later than ``on_validation_epoch_end`` or
 ``on_test_epoch_end``, so that the order of the callbacks doesn't matter. It returns what it has: a key may be missing.
+
+What is to be kept with a run but is no picture, such as the masks of a sparse network, a module or callback returns by name; it needs no
+panel for that::
+
+    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
+        return {"masks": self.masks}
+
+At the same times as the media, and under the same rule about collectives, each is written to ``artifacts/<name>.pt`` in the run's folder
+(``torch.load(path, weights_only=True)`` gives the dict back, on the CPU) and logged to W&B as an artifact ``<name>-<run id>`` of type
+``mask``, if it has changed since the last time. Names are unique in a run and made of ASCII letters, digits, ``.``, ``_`` and ``-``.
 """
 
 from dataclasses import dataclass

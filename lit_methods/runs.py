@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning.pytorch as pl
 import torch
@@ -90,6 +90,44 @@ def _agree_under_torchrun(root: Path, name: str) -> Path:
     return Path(store.get(key).decode())  # waits for rank 0
 
 
+def lock_run(folder: Path) -> IO[str] | None:
+    """Hold the run in ``folder`` as long as this process lives or the file that is returned is open.
+
+    The lock is the process's own: loader workers don't inherit it, so it goes with the process even if they outlive it.
+
+    Returns:
+        None where another process holds it, or where the file system knows no locks.
+    """
+    try:
+        import fcntl
+
+        file = open(folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process holds the run in ``folder``; False where that can't be known."""
+    if not (folder / ".lock").is_file():
+        return False
+    try:
+        import fcntl
+
+        with open(folder / ".lock", "a", encoding="utf-8") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
+
+
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit, branch and uncommitted changes of the git checkout that holds ``folder``; None outside a checkout.
 
@@ -135,18 +173,23 @@ class RunFolder(pl.Callback):
     """Keeps everything that belongs to a run in one folder, whatever the loggers.
 
     Runs: in ``setup``, on rank 0. Writes ``config.yaml`` (resolved config), ``git.json`` (absent outside a git checkout) and
-    ``environment.json``; sends every ``ModelCheckpoint`` without a ``dirpath`` to ``checkpoints/``; logs the config to every
-    logger. Saves: nothing in checkpoints. The ``lit`` command adds it; in Python give it to the ``Trainer`` like any callback.
+    ``environment.json``; sends every ``ModelCheckpoint`` without a ``dirpath`` to ``checkpoints/``; logs the config and,
+    under ``git``, commit, branch and ``dirty`` to every logger. Saves: nothing in checkpoints. The ``lit`` command adds it; in Python
+    give it to the ``Trainer`` like any callback.
 
     Args:
         folder: The run's own folder, from :func:`claim_run_folder`.
         config: Resolved config: mappings, lists, strings, numbers only. None: no ``config.yaml``.
+        restart_from: Checkpoint with which the run goes on in its own folder. The files of its first start stay, and a line with this
+            start's environment and git state is appended to ``restarts.jsonl``.
     """
 
-    def __init__(self, folder: Path | str, config: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path | str, config: dict[str, Any] | None = None, restart_from: Path | str | None = None) -> None:
         super().__init__()
         self.folder = Path(folder)
         self.config = config
+        self.restart_from = restart_from
+        self._lock: IO[str] | None = None
         self._written = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -158,18 +201,41 @@ class RunFolder(pl.Callback):
             return
         self._written = True
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._write_json("environment.json", environment_state(trainer))
+        self._lock = lock_run(self.folder)
         git = git_state(Path.cwd())
+        if self.restart_from is not None:
+            line = json.dumps({"from": str(self.restart_from), "environment": environment_state(trainer), "git": git})
+            with open(self.folder / "restarts.jsonl", "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            return
+        self._write_json("environment.json", environment_state(trainer))
         if git is not None:
             self._write_json("git.json", git)
+        logged = dict(self.config or {})
+        if git is not None:
+            logged["git"] = {key: git[key] for key in ("commit", "branch", "dirty")}
+        for logger in trainer.loggers if logged else ():
+            logger.log_hyperparams(logged)
         if self.config is not None:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             path = self.folder / "config.yaml"
             path.write_text(f"# lit {getattr(stage, 'value', stage)} --config {path}\n{text}", encoding="utf-8")
             for logger in trainer.loggers:
-                logger.log_hyperparams(self.config)
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the folder."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the folder."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -25,7 +25,8 @@ from lit_methods.panels import (
     TableMedia,
     TablePanel,
 )
-from lit_methods.report import Record, ReportData, Section, read_history, record_line, render_report, subsample, thin, write_atomically
+from lit_methods.report import Record, ReportData, Section, read_history, record_line, render_report, write_atomically
+from lit_methods.report_html import subsample, thin
 
 EVIL = "<script>alert('x')</script>&\"{{plotly}}"
 
@@ -151,12 +152,13 @@ def test_key_figures_name_the_best_value_by_goal(page: Page) -> None:
 
 def test_charts_hold_the_logged_values(page: Page) -> None:
     curves = [chart for chart in page.charts.values() if chart["kind"] == "curve"]
-    assert curves[0]["traces"] == [{"name": "flow/loss", "x": [9, 19, 29], "y": [3.0, 1.0, 2.0]}]
+    assert curves[0]["traces"] == [{"name": "flow/loss", "label": "flow/loss", "x": [9, 19, 29], "y": [3.0, 1.0, 2.0], "color": 0}]
     assert [trace["name"] for trace in curves[1]["traces"]] == ["flow/accuracy/a", "flow/accuracy/b"]
+    assert [trace["label"] for trace in curves[1]["traces"]] == ["a", "b"]  # what all share is in the heading
     assert len(curves) == 2 + 5  # two declared ones with values, and one for each of all metrics
     assert [c["traces"][0]["y"] for c in curves if c["traces"][0]["name"] == "bad"] == [[None]]
     (histogram,) = (chart for chart in page.charts.values() if chart["kind"] == "histogram")
-    assert histogram == {"kind": "histogram", "counts": [3.0, 0.0, 5.0], "edges": [0.0, 1.0, 2.0, 4.0]}
+    assert histogram == {"kind": "histogram", "counts": [3.0, 0.0, 5.0], "edges": [0.0, 1.0, 2.0, 4.0], "color": 0}
 
 
 def test_a_cloud_has_one_trace_per_class_in_its_own_colours(page: Page) -> None:
@@ -297,3 +299,49 @@ def test_a_curve_finds_lightnings_forms_of_a_name() -> None:
     names = ["loss_epoch", "loss", "loss_step", "lossy", "iou/car", "iou/road"]
     assert Curve("", ("loss",)).select(names) == ["loss_epoch", "loss", "loss_step"]
     assert Curve("", ("iou/*", "loss_step", "iou/car")).select(names) == ["iou/car", "iou/road", "loss_step"]
+
+
+# ---- the style sheet -------------------------------------------------------------------------------------------------------------------
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of WCAG 2.1 of a colour such as ``#1a2b3c`` or ``#fff``."""
+    digits = color[1:] if len(color) == 7 else "".join(2 * c for c in color[1:])
+    channels = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of WCAG 2.1, 1 to 21."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_texts_and_lines_stand_out_in_every_scheme() -> None:
+    assert contrast("#000000", "#fff") == pytest.approx(21)
+    style = Path(report.__file__).with_name("report_template.html").read_text(encoding="utf-8")
+    schemes = [dict(re.findall(r"--([a-z0-9]+): (#[0-9a-f]{3,6});", block)) for block in re.findall(r":root[^{]*\{([^}]*)\}", style)]
+    schemes = [scheme for scheme in schemes if "ink" in scheme]
+    assert len(schemes) == 3  # light, dark, paper
+    for scheme in schemes:
+        texts = {name: scheme[name] for name in ("ink", "soft", "accent", "bad", "good")}
+        wrong = {f"{name} on {on}": contrast(color, scheme[on]) for name, color in texts.items() for on in ("page", "card")}
+        wrong |= {f"{name} on wash": contrast(texts[name], scheme["wash"]) for name in ("ink", "soft")}
+        # a run's letter is written in the card's colour on the run's colour
+        wrong |= {f"c{i} on card": contrast(scheme[f"c{i}"], scheme["card"]) for i in range(10)}
+        assert {name: ratio for name, ratio in wrong.items() if ratio < 4.5} == {}
+        assert len({scheme[f"c{i}"] for i in range(10)}) == 10
+
+
+def test_notes_are_shown_as_they_are() -> None:
+    page = Page(render_report(ReportData("t", "unknown", notes=f"first\n\nsecond {EVIL}\n")))
+    assert f"first\n\nsecond {EVIL}" in page.text
+    assert {"class": "pill unknown"} in page.all("span")
+    assert "Notes" not in Page(render_report(ReportData("t", "running", notes=" \n"))).text
+
+
+def test_a_link_leads_to_the_web_alone() -> None:
+    sections = (Section("A", (), summary="s", url="javascript:alert(1)"), Section("B", (), summary="s", url="https://example.org/a"))
+    page = Page(render_report(ReportData("t", "running", sections)))
+    assert [link["href"] for link in page.all("a") if not link["href"].startswith("#")] == ["https://example.org/a"]

@@ -3,6 +3,7 @@
 Only consulted after the parser has refused something, so it can't reject what the parser accepts.
 """
 
+import errno
 import importlib
 import inspect
 import pickle
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
@@ -22,7 +24,9 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from lit_methods.callbacks.finite import NonFiniteError
 from lit_methods.catalog import package_folder, public_names
+from lit_methods.checkpoint_io import UnreadableCheckpoint
 from lit_methods.cli.errors import CommandError, nearest, suggest
 
 # What a class_path at these keys must be a subclass of.
@@ -389,18 +393,27 @@ def _condensed(message: str, lines: int = 5) -> str:
 def explain_run_error(error: Exception) -> CommandError | None:
     """A short message for an error that a user can act on; None for a defect, which keeps its traceback.
 
-    Short are: Lightning's configuration errors, checkpoints that don't fit, and ``ValueError``, ``OSError``, ``ImportError`` that our
-    own packages raise on purpose (bad data, wrong root, missing library), in a loader's worker process too.
+    Short are: Lightning's configuration errors, checkpoints that don't fit, ``ValueError``, ``OSError``, ``ImportError`` that our
+    own packages raise on purpose (bad data, wrong root, missing library), in a loader's worker process too, and what a machine does to
+    a long run: a full disk, a folder that can't be written, a killed loader worker, a full GPU; and a loss that is not finite.
     """
+    if trouble := _machine_trouble(error):
+        return CommandError(trouble, exit_code=1)
     if built := _constructor_error(str(error)):
         return CommandError(built, exit_code=1)
     if isinstance(error, MisconfigurationException):
         return CommandError(str(error).strip(), exit_code=1)
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
         return CommandError(_state_dict_mismatch(str(error)), exit_code=1)
-    if isinstance(error, pickle.UnpicklingError) or "PytorchStreamReader" in str(error):
-        said = str(error).splitlines()[0][:120]
-        return CommandError(f"the checkpoint can't be read: it is cut off, or no checkpoint\n  {said}", exit_code=1)
+    if isinstance(error, pickle.UnpicklingError | UnreadableCheckpoint) or "PytorchStreamReader" in str(error):
+        file = f"{str(error).partition(': ')[0]}: " if isinstance(error, UnreadableCheckpoint) else ""
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if foreign:
+            reason = f"{file}the checkpoint holds a {foreign.group(1)}, and only tensors, numbers, strings, lists and dicts are loaded"
+            advice = "save it without that object, or, if you trust the file: --weights_only false"
+            return CommandError(f"{reason}\n  {advice}", exit_code=1)
+        said = str(error).removeprefix(file).splitlines()[0][:120]
+        return CommandError(f"{file}the checkpoint can't be read: it is cut off, or no checkpoint\n  {said}", exit_code=1)
     if not isinstance(error, ValueError | OSError | ImportError | TypeError):
         return None
     text = str(error)
@@ -411,6 +424,32 @@ def explain_run_error(error: Exception) -> CommandError | None:
     frames = traceback.extract_tb(error.__traceback__)
     if frames and _ours(frames[-1].filename) and not isinstance(error, TypeError):
         return CommandError(text, exit_code=1)
+    return None
+
+
+def _machine_trouble(error: Exception) -> str | None:
+    """What to do about a disk, folder, memory or loader worker that failed a run, and about a loss that is not finite."""
+    text = str(error)
+    if isinstance(error, NonFiniteError):
+        return text
+    if isinstance(error, OSError):
+        file = f": {error.filename}" if error.filename else ""
+        resume = "a run goes on from its last whole checkpoint with --resume auto"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"the disk or the quota is full ({error.strerror}){file}\n  make room, or give another --run_root; {resume}"
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
+            return f"no permission, or no folder to write to ({error.strerror}){file}\n  mend it, or give another --run_root; {resume}"
+    if isinstance(error, torch.OutOfMemoryError):
+        said = text.splitlines()[0][:160]
+        return (
+            f"{said}\n  lower batch_size (with --trainer.accumulate_grad_batches for the same step), or use --trainer.precision bf16-mixed"
+        )
+    died = re.search(r"DataLoader worker \(pid\S* [\d, ]+\) (exited unexpectedly|is killed by signal: \w+)", text)
+    if died:
+        return (
+            f"a {died.group(0)}\n  most often the memory ran out (`dmesg` names the killed process): lower num_workers or batch_size,\n"
+            "  and in a container give more shared memory (--shm-size); the run goes on from its last checkpoint with --resume auto"
+        )
     return None
 
 

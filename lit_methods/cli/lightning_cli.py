@@ -5,6 +5,7 @@ Importing this module imports torch and Lightning (seconds); the other ``lit`` c
 
 import argparse
 import importlib
+import json
 import logging
 import os
 import re
@@ -19,11 +20,16 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_methods.catalog import public_names
+from lit_methods.checkpoint_io import AtomicCheckpointIO, check_readable, remove_leftovers
 from lit_methods.cli.config_files import mentioned_files, resolve_config_arguments
 from lit_methods.cli.errors import CommandError
-from lit_methods.runs import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder
+from lit_methods.cli.resume import FINISHED, Finished, Restart, find_restart, last_checkpoint, newest_readable
+from lit_methods.runs import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, safe_name
+from lit_methods.wandb_runs import finish_runs, open_runs
 
 
 class LitCLI(LightningCLI):
@@ -37,6 +43,8 @@ class LitCLI(LightningCLI):
     def __init__(self, args: list[str], config_files: list[Path]) -> None:
         self.config_files = config_files
         self.run_folder: Path | None = None
+        self.auto = False  # --resume auto
+        self.restart: Restart | None = None
         self.started = time.monotonic()
         super().__init__(
             LightningModule,
@@ -53,7 +61,11 @@ class LitCLI(LightningCLI):
         parser.add_argument("--name", type=str | None, default=None, help="Name of the run's folder; default: stem of the first config.")
         parser.add_argument("--run_root", type=str, default="runs", help="Folder that holds all runs.")
         parser.add_argument(
-            "--resume", type=str | None, default=None, help="Checkpoint to go on from; `last`: the newest one of the same name."
+            "--resume",
+            type=str | None,
+            default=None,
+            help="Checkpoint to go on from; `last`: the newest one of the same name, in a new folder; "
+            "`auto`: go on with the newest unfinished run of the same name and config in its own folder, else start anew.",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -64,29 +76,72 @@ class LitCLI(LightningCLI):
         if config.resume is not None:
             if config.get("ckpt_path"):
                 raise CommandError("both --resume and --ckpt_path are given: keep one of them")
-            config.ckpt_path, config.resume = self._resumed(config.resume, Path(config.run_root) / config.name), None
+            if config.resume == "auto" and self.config.subcommand != "fit":
+                raise CommandError(f"--resume auto goes on with a fit; for {self.config.subcommand} give --ckpt_path, or --resume last")
+            self.auto = config.resume == "auto"
+            if not self.auto:
+                config.ckpt_path = self._resumed(config.resume, Path(config.run_root) / safe_name(config.name))
+            config.resume = None
         path = config.get("ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry") and "://" not in path and not Path(path).exists():
             raise CommandError(f"checkpoint {path!r} not found\n  give the path of a .ckpt file: runs/<name>/<time>/checkpoints/last.ckpt")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's reading of hyperparameters, with an error that names a broken file."""
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if path and Path(path).is_file():
+            if config.get("weights_only") is False:
+                return  # the user trusts the file, and Lightning reads it with weights_only here
+            check_readable(path)
+        super()._parse_ckpt_path()
 
     @staticmethod
     def _resumed(given: str, runs: Path) -> str:
         if given != "last":
             return given
-        found = sorted(runs.glob("*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not found:
+        found = last_checkpoint(runs)
+        if found is None:
             raise CommandError(f"--resume last: no checkpoint in {runs}/*/checkpoints: give its path, or start without --resume")
-        return str(found[-1])
+        return str(found)
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and send every logger there."""
         config = self.config[self.subcommand]
         dumped = self._parser(self.subcommand).dump(config, skip_none=False, format="yaml")
         self.resolved_config: dict[str, Any] = yaml.safe_load(dumped)
-        self.run_folder = agree_on_run_folder(Path(config.run_root), config.name)
+        if self.auto:
+            self.restart = self._restart(Path(config.run_root) / safe_name(config.name))
+        if self.restart is not None:
+            config.ckpt_path = str(self.restart.checkpoint)
+            self.run_folder = self.restart.folder.resolve()
+            os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
+        else:
+            self.run_folder = self._new_folder(Path(config.run_root), config.name)
         config.trainer.default_root_dir = str(self.run_folder)
         if not config.trainer.barebones:
             config.trainer.logger = self._redirected(config.trainer.logger)
+
+    def _restart(self, runs: Path) -> Restart | None:
+        """What ``--resume auto`` goes on with. All processes look for themselves, before any of them writes."""
+        first = os.environ.get(RUN_FOLDER_VARIABLE) if os.environ.get("LOCAL_RANK", "0") != "0" else None
+        if first is not None:  # started by the first process, which has chosen
+            checkpoint = newest_readable([*Path(first, "checkpoints").glob("*.ckpt")])
+            return None if checkpoint is None else Restart(Path(first), checkpoint)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+        try:
+            return find_restart(runs, self.resolved_config, alone=not several)
+        except Finished as finished:
+            print(f"--resume auto: {_short(finished.folder)} has finished, nothing is left to do (without --resume it is run anew)")
+            raise SystemExit(0) from finished
+
+    @staticmethod
+    def _new_folder(root: Path, name: str) -> Path:
+        try:
+            return agree_on_run_folder(root, name)
+        except OSError as error:
+            reason = f"can't make a run folder in {root / safe_name(name)}: {error.strerror or error}"
+            raise CommandError(f"{reason}\n  give a folder that can be written: --run_root <folder>", exit_code=1) from error
 
     def _redirected(self, loggers: Any) -> Any:
         """The logger section with every ``save_dir`` set to the run's folder; a CSV logger when none is given."""
@@ -104,7 +159,11 @@ class LitCLI(LightningCLI):
                 folders.append(folder)
                 count = folders.count(folder)
                 arguments.name, arguments.version = (folder if count == 1 else f"{folder}-{count}"), ""
+                if self.restart is not None and kind == "CSVLogger":  # it deletes the file that it finds
+                    arguments.version = f"restart-{1 + len(list((self.restart.folder / arguments.name).glob('restart-*')))}"
             if kind == "WandbLogger":
+                if self.restart is not None:
+                    arguments.id = arguments.get("id") or _wandb_id(self.restart.folder)
                 arguments.name = arguments.get("name") or f"{self.run_folder.parent.name}/{self.run_folder.name}"  # type: ignore[union-attr]
             if "save_dir" in arguments or kind in ("CSVLogger", "TensorBoardLogger"):
                 arguments.save_dir = str(self.run_folder)
@@ -116,16 +175,17 @@ class LitCLI(LightningCLI):
         settings = self._get(self.config_init, "trainer")
         given = settings.get("callbacks") or []
         callbacks: list[Callback] = [*given] if isinstance(given, list) else [given]
-        defaults = [RunFolder(self.run_folder, self.resolved_config)]
+        defaults = [RunFolder(self.run_folder, self.resolved_config, self.restart.checkpoint if self.restart else None)]
         defaults += [] if settings.get("barebones") else self._default_callbacks(settings, callbacks)
         trainer = super().instantiate_trainer(callbacks=[defaults[0], *callbacks, *defaults[1:]], **kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         profiler: Any = trainer.profiler  # type: ignore[attr-defined]
         if getattr(profiler, "dirpath", "") is None:
             profiler.dirpath = self.run_folder / "profiler"
         return trainer
 
-    @staticmethod
-    def _default_callbacks(settings: Any, given: list[Callback]) -> list[Any]:
+    def _default_callbacks(self, settings: Any, given: list[Callback]) -> list[Any]:
         defaults: list[Any] = []
         if settings.get("enable_progress_bar") is not False and not any(isinstance(callback, ProgressBar) for callback in given):
             from lit_methods.callbacks.progress import ThroughputProgressBar
@@ -135,15 +195,24 @@ class LitCLI(LightningCLI):
             defaults.append(ModelCheckpoint(save_last=True))  # last.ckpt: a killed run can go on
         from lit_methods.callbacks.dashboard import Dashboard
         from lit_methods.callbacks.exact_resume import ExactResume
+        from lit_methods.callbacks.finite import FiniteGuard
+        from lit_methods.callbacks.preemption import Preemption
 
-        defaults += [kind() for kind in (ExactResume, Dashboard) if not any(isinstance(callback, kind) for callback in given)]
-        return defaults
+        own: dict[Any, dict[str, Any]] = {FiniteGuard: {}, ExactResume: {}, Dashboard: {}}
+        if settings.get("enable_checkpointing") is not False:
+            own[Preemption] = {"requeue": self.auto}
+        return defaults + [kind(**arguments) for kind, arguments in own.items() if not any(isinstance(one, kind) for one in given)]
 
     def before_fit(self) -> None:
-        """Say where the run's files go, and start the clock."""
+        """Open the W&B runs, say where the run's files go, and start the clock."""
+        open_runs(self.trainer.loggers, self.run_folder)
         self.started = time.monotonic()
         if self.trainer.is_global_zero:
             print(f"run folder: {_short(self.run_folder)}", flush=True)
+
+        if self.restart is not None and self.trainer.is_global_zero:
+            remove_leftovers(self.restart.folder / "checkpoints")
+            print(f"goes on from {_short(self.restart.checkpoint)}", flush=True)
 
     before_validate = before_test = before_predict = before_fit
 
@@ -152,9 +221,18 @@ class LitCLI(LightningCLI):
         from lit_methods.cli.summary import print_summary
 
         if self.trainer.is_global_zero and self.run_folder is not None:
+            if self.subcommand == "fit" and (self.run_folder / "environment.json").is_file():
+                said = {"step": self.trainer.global_step, "epoch": self.trainer.current_epoch, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+                (self.run_folder / FINISHED).write_text(json.dumps(said) + "\n", encoding="utf-8")
             print_summary(self.trainer, self.run_folder, time.monotonic() - self.started)
 
     after_validate = after_test = after_predict = after_fit
+
+
+def _wandb_id(folder: Path) -> str | None:
+    """Id of the W&B run that an earlier start has left in the run's folder; W&B then goes on with it."""
+    found = sorted(folder.glob("wandb/*run-*-*"), key=lambda path: path.stat().st_mtime)
+    return found[-1].name.rpartition("-")[2] if found else None
 
 
 def _class_name(config: Any) -> str:
@@ -224,23 +302,32 @@ def run(argv: list[str]) -> int:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_QUIET)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")  # torch to Lightning, not to the user
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # every run has its own folder
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # --resume auto
     argv = [re.sub(r"^--[a-z_-]+(?=$|=)", lambda key: "--" + key[0][2:].replace("-", "_"), word) for word in argv]  # --run-root
     argv, files = resolve_config_arguments(argv)
     prepare_mentioned(argv, mentioned_files(argv, files))
     cli = LitCLI.__new__(LitCLI)
+    failed = True
     try:
         cli.__init__(argv, files)  # type: ignore[misc]  # LightningCLI runs inside its constructor; keep the object when it fails
+        failed = False
     except argparse.ArgumentError as error:
         from lit_methods.cli.explain import explain
 
         raise CommandError(explain(str(error), cli, argv, files)) from error
     except SystemExit as stop:
         trainer = getattr(cli, "trainer", None)
+        if trainer is not None and isinstance(stop, SIGTERMException):
+            if trainer.is_global_zero:
+                again = "the same command goes on" if cli.auto else "the same command with --resume auto goes on"
+                print(f"{stop or 'stopped by a signal'}\n{again} (exit status {stop.code})", flush=True)
+            raise
         last = sorted(cli.run_folder.glob("checkpoints/last*.ckpt")) if trainer is not None and cli.run_folder is not None else []
         if stop.code and last and trainer is not None and trainer.is_global_zero:
             print(f"stopped; go on: lit {argv[0]} --config {_short(cli.run_folder)}/config.yaml --ckpt_path {_short(last[-1])}")
         raise
     finally:
+        finish_runs(getattr(getattr(cli, "trainer", None), "loggers", ()), failed)
         os.environ.pop(RUN_FOLDER_VARIABLE, None)
         folder = getattr(cli, "run_folder", None)
         if folder is not None and folder.is_dir() and not any(folder.iterdir()):

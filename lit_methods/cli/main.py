@@ -22,6 +22,12 @@ Look around
   list [--family F] [--json]      techniques that are here
   info <technique>                what it does, its configs, how to run it
 
+Believe and see
+  claims [technique...]           re-show the claims of the papers: method against baseline, verdict, evidence
+  compare <family>                all techniques of a family on one task at equal budget
+  report <run>...                 one run's report anew, or several runs side by side
+  dashboard <technique>           a W&B workspace with the technique's panels
+
 Files
   cp <config> <dest>              copy a shipped config to edit
   export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors)
@@ -40,7 +46,9 @@ usage: lit {command} [--config FILE]... [--key value]...
   --trainer.ARG               an argument of lightning.pytorch.Trainer, such as --trainer.max_steps 100
   --trainer.callbacks+=CLASS  add a callback; --trainer.callbacks.ARG sets an argument of the last one
   --optimizer, --lr_scheduler for modules without configure_optimizers: a class of torch.optim
-  --ckpt_path, --resume FILE  checkpoint to load or to go on from; --resume last: the newest of the same name
+  --ckpt_path, --resume FILE  checkpoint to load or to go on from; --resume last: the newest of the same name, in a new folder
+  --resume auto               fit: go on with the newest unfinished run of this name and config in its own folder, start anew
+                              where there is none, do nothing where it has finished: one command for a job that is requeued
   --name, --run_root          the run's folder is <run_root>/<name>/<time>; default runs/<stem of first config>
   --seed_everything N         default 0
   --print_config              print the resolved config and stop
@@ -59,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Words after the program's name; None: those of the process.
 
     Returns:
-        Exit status: 0, 1 for bad data or a missing library, 2 for a mistake in the arguments or configs.
+        Exit status: 0, 1 for bad data, a missing library or a failed machine, 2 for a mistake in the arguments or configs, 143 for
+        a fit that SIGTERM or SIGUSR1 has stopped behind a checkpoint.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("LIT_METHODS_DEBUG", "") not in ("", "0")
@@ -104,9 +113,13 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import commands, scaffold
+    from lit_methods.cli import claims, commands, dashboard, report, scaffold
 
     return {
+        "claims": claims.claims,
+        "compare": claims.compare,
+        "report": report.report,
+        "dashboard": dashboard.dashboard,
         "list": commands.list_techniques,
         "info": commands.info,
         "cp": commands.copy,

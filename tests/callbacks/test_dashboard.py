@@ -1,10 +1,6 @@
 """The Dashboard on real runs: what it gathers, records, renders, sends to the loggers, and what it leaves alone."""
 
-import json
 import os
-import socket
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from helpers import tiny_trainer
 from lit_methods.callbacks.dashboard import Dashboard, ask_for_media, gather_panels, wandb_offline_without_login
@@ -136,7 +132,7 @@ def test_media_must_fit_their_panels() -> None:
 def test_a_run_leaves_a_report_and_its_history(tmp_path: Path) -> None:
     trainer, dashboard = fit(tmp_path, callbacks=[LearningRateMonitor()])
     assert not trainer.loggers  # the recorder is gone again
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["media", "metrics.jsonl", "report.html", "report.json"]
     history = read_history(tmp_path / "metrics.jsonl")
     assert history == dashboard.history
     loss = {record.step: record.metrics["shown/loss"] for record in history if "shown/loss" in record.metrics}
@@ -280,100 +276,6 @@ def test_the_report_shows_config_facts_and_checkpoints(tmp_path: Path) -> None:
 
 
 # ---- loggers ---------------------------------------------------------------------------------------------------------------------------
-
-
-def transaction_log(path: Path) -> Iterator[Any]:
-    """The records of an offline W&B run: LevelDB's log format with a header of seven bytes, each record a protocol buffer."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:  # the rest of a block that is too short for a header
-            position += 32768 - position % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
-
-
-def items(entries: Any) -> dict[str, Any]:
-    """Keys and values; what belongs to one medium or summary is a dict."""
-    found: dict[str, Any] = {}
-    for entry in entries:
-        first, *inner = entry.nested_key or [entry.key]
-        value = json.loads(entry.value_json)
-        if inner:
-            found.setdefault(first, {})[inner[0]] = value
-        else:
-            found[first] = value
-    return found
-
-
-@pytest.fixture
-def no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh machine: no key, no netrc, no mode, and no way out of Python."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_BASE_URL"):
-        monkeypatch.setenv(name, "")  # remembered, so that what the code sets is undone
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    connect = socket.socket.connect
-
-    def local_only(self: socket.socket, address: Any) -> None:
-        assert self.family == getattr(socket, "AF_UNIX", None) or address[0] in ("127.0.0.1", "localhost", "::1"), f"went out to {address}"
-        connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", local_only)
-
-
-@pytest.mark.usefixtures("no_login")
-def test_wandb_offline_holds_every_panel(tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb")
-    dashboard = Dashboard()
-    assert os.environ["WANDB_MODE"] == "offline"
-    logger = WandbLogger(project="test", save_dir=tmp_path)
-    try:
-        fit(tmp_path, dashboard=dashboard, logger=logger)
-    finally:
-        wandb.finish()  # waits until the log is on disk; teardown() would leave no W&B for later tests
-    (log,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    records = list(transaction_log(log))
-    rows = [items(record.history.item) for record in records if record.WhichOneof("record_type") == "history"]
-    logged = {name for row in rows for name in row}
-    for panel in (*Shown.panels, *Extra.panels):
-        if isinstance(panel, Curve):
-            assert panel.select(sorted(logged)), f"nothing of {panel} was logged"
-        else:
-            # per validation epoch, not per step, and at the step of the metrics beside it
-            assert [row["trainer/global_step"] for row in rows if panel.key in row] == [7, 15], panel
-    kinds = {"shown/image": "image-file", "shown/cloud": "object3D-file", "shown/table": "table-file", "shown/histogram": "histogram"}
-    files = log.parent / "files"
-    for key, kind in kinds.items():
-        for row in rows:
-            if key in row:
-                assert row[key]["_type"] == kind
-                assert kind == "histogram" or (files / row[key]["path"]).is_file()
-    assert [row["shown/loss"] for row in rows if "shown/loss" in row] == [92.0, 96.0, 100.0, 96.0]
-
-    defined = {
-        record.metric.name or record.metric.glob_name: record.metric for record in records if record.WhichOneof("record_type") == "metric"
-    }
-    assert defined["shown/loss"].step_metric == "trainer/global_step"
-    assert defined["shown/loss"].summary.min
-    assert not defined["shown/loss"].summary.max
-    assert defined["shown/score/*"].summary.max
-    assert "extra/value" in defined
-    summary: dict[str, Any] = {}
-    for record in records:
-        if record.WhichOneof("record_type") == "summary":
-            summary |= items(record.summary.update)
-    assert summary["shown/loss"] == {"last": 96.0, "min": 92.0}
-    assert summary["shown/mean"] == {"last": 11.5, "min": 3.5}
 
 
 @pytest.mark.usefixtures("no_login")

@@ -1,0 +1,157 @@
+"""Whether two arms had the same chances. Pure functions of resolved configs (nested dicts) and of what was measured."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+# what decides how many steps a fit stage takes
+SCHEDULE = (
+    "max_epochs",
+    "max_steps",
+    "max_time",
+    "min_epochs",
+    "min_steps",
+    "limit_train_batches",
+    "overfit_batches",
+    "accumulate_grad_batches",
+    "devices",
+    "num_nodes",
+    "fast_dev_run",
+)
+
+Config = Mapping[str, Any]
+
+
+class Difference(NamedTuple):
+    """One way in which an arm differs from the one that it is compared with: its kind, and the two sides in words."""
+
+    kind: str
+    text: str
+
+
+class ResolvedStage(NamedTuple):
+    """A stage's command, its resolved config, and the keys that the claim file sets in it."""
+
+    command: str
+    config: Config
+    set: tuple[str, ...] = ()
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value; lists stay values."""
+    if not isinstance(config, Mapping) or not config:
+        return {prefix: config}
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return found
+
+
+def config_differences(one: Config, other: Config, leave_out: Sequence[str] = ()) -> list[str]:
+    """``key: value (other's value)`` for every dotted key in which two configs differ."""
+    a, b = flat(one), flat(other)
+    keys = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key not in leave_out)
+    return [f"{key}: {_short(a.get(key))} ({_short(b.get(key))})" for key in keys]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def schedules(stages: Sequence[ResolvedStage]) -> list[dict[str, Any]]:
+    """For each fit stage, what decides its number of steps: keys of the trainer, and the batch size."""
+    found = []
+    for stage in stages:
+        if stage.command == "fit":
+            trainer = stage.config.get("trainer") or {}
+            data = {key: value for key, value in flat(stage.config.get("data") or {}).items() if key.rpartition(".")[2] == "batch_size"}
+            found.append({key: trainer.get(key) for key in SCHEDULE} | data)
+    return found
+
+
+def before_running(
+    arm: str,
+    reference: str,
+    resolved: Mapping[str, Sequence[ResolvedStage]],
+    *,
+    seed_keys: Sequence[str],
+    tuned: Mapping[str, Sequence[str]],
+    units: Sequence[str],
+) -> list[Difference]:
+    """Differences that the resolved configs show: of evaluation data, seeds, tuned hyperparameters and, for the unit ``steps``, schedules.
+
+    Args:
+        arm: Name of one arm.
+        reference: Name of the arm that it is compared with.
+        resolved: Arm -> its stages.
+        seed_keys: Keys that take the seed; they don't count as a difference of the data.
+        tuned: Arm -> keys that were tuned; an arm that isn't listed isn't compared in this.
+        units: Units of the budget.
+    """
+    found = []
+    ours, theirs = resolved[arm], resolved[reference]
+    one_data, other_data = ({"data": stages[-1].config.get("data")} for stages in (ours, theirs))
+    if changed := config_differences(one_data, other_data, seed_keys):
+        found.append(Difference("data", f"last stage's {'; '.join(changed)}"))
+    for name, stages in ((arm, ours), (reference, theirs)):
+        own = sorted({key for stage in stages for key in stage.set if key in seed_keys})
+        if own:
+            found.append(Difference("seeds", f"{name} sets {', '.join(own)} itself"))
+    if arm in tuned and reference in tuned and len(tuned[arm]) != len(tuned[reference]):
+        found.append(Difference("tuned", f"{len(tuned[arm])} tuned hyperparameters ({len(tuned[reference])})"))
+    if "steps" in units:
+        one, other = schedules(ours), schedules(theirs)
+        if len(one) != len(other):
+            found.append(Difference("steps", f"{len(one)} fit stages ({len(other)})"))
+        else:
+            changes = [
+                f"fit {number}: {text}" for number, pair in enumerate(zip(one, other, strict=True), 1) for text in config_differences(*pair)
+            ]
+            if changes:
+                found.append(Difference("steps", "; ".join(changes)))
+    return found
+
+
+def unknown_tuned(tuned: Mapping[str, Sequence[str]], resolved: Mapping[str, Sequence[ResolvedStage]]) -> list[str]:
+    """Tuned keys that no stage of their arm has, as ``arm: key``."""
+    return [f"{arm}: {key}" for arm, keys in tuned.items() for key in keys if not any(key in flat(stage.config) for stage in resolved[arm])]
+
+
+def after_running(
+    measured: Mapping[str, Sequence[Mapping[str, float]]], arm: str, reference: str, units: Sequence[str], tolerance: float
+) -> list[Difference]:
+    """Differences of the measured budget: any seed in which a unit differs by more than ``tolerance`` (relative to the larger).
+
+    Args:
+        measured: Arm -> for each seed unit -> value.
+        arm: Name of one arm.
+        reference: Name of the arm that it is compared with.
+        units: Units of the budget.
+        tolerance: 0 for exactly equal.
+    """
+    found = []
+    for unit in units:
+        pairs = [(one[unit], other[unit]) for one, other in zip(measured[arm], measured[reference], strict=True)]
+        apart = [pair for pair in pairs if abs(pair[0] - pair[1]) > tolerance * max(map(abs, pair))]
+        if apart:
+            found.append(Difference(unit, f"{apart[0][0]:,.0f} {unit} ({apart[0][1]:,.0f})"))
+    return found
+
+
+def merged(found: Sequence[Difference]) -> list[Difference]:
+    """One difference a kind, in the order of first appearance."""
+    texts: dict[str, list[str]] = {}
+    for difference in found:
+        if difference.text not in texts.setdefault(difference.kind, []):
+            texts[difference.kind].append(difference.text)
+    return [Difference(kind, "; ".join(several)) for kind, several in texts.items()]
+
+
+def undeclared(found: Sequence[Difference], declared: Mapping[str, str]) -> list[Difference]:
+    """Differences that nobody gave a reason for."""
+    return [difference for difference in found if difference.kind not in declared]
+
+
+def stale(found: Sequence[Difference], declared: Mapping[str, str], kinds: Sequence[str]) -> list[str]:
+    """Declared kinds among ``kinds`` that don't exist."""
+    return sorted(kind for kind in declared if kind in kinds and kind not in {difference.kind for difference in found})

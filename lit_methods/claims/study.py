@@ -1,0 +1,257 @@
+"""A claim or a comparison as its YAML file declares it, checked: arms of ``lit`` stages, metric, seeds, budget, differences, cost."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_methods.cli.errors import CommandError, suggest
+
+UNITS = ("steps", "parameters", "flops")
+KINDS = ("data", "seeds", "tuned", *UNITS)  # of differences that may be declared
+_STAGE_KEYS = ("command", "config", "set", "callbacks", "checkpoint")
+_COMMON = {"source", "metric", "direction", "seeds", "seed_keys", "threads", "budget", "tuned", "differences", "arms", "reports", "cost"}
+_CLAIM_KEYS = _COMMON | {"claim", "method", "baseline", "gate", "paper"}
+_COMPARE_KEYS = _COMMON | {"question", "reference"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One ``lit`` command of an arm.
+
+    Attributes:
+        command: ``fit``, ``validate`` or ``test``.
+        configs: Files for ``--config``, below ``configs/``.
+        set: Key -> value; ``{checkpoint}`` stands for the last checkpoint of the stages before.
+        callbacks: Class names of further callbacks.
+        checkpoint: Value of ``--ckpt_path``, or "".
+    """
+
+    command: str
+    configs: tuple[str, ...]
+    set: dict[str, Any] = field(default_factory=dict)
+    callbacks: tuple[str, ...] = ()
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A further figure without a verdict: ``metric`` of an arm's last stage, or of an extra stage after it."""
+
+    name: str
+    arm: str
+    metric: str
+    stage: Stage | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Arms whose stage number ``stage`` is timed in turn, for ``steps`` training steps each time; the last one is what is compared with."""
+
+    arms: tuple[str, ...]
+    stage: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """What both kinds of file declare.
+
+    Attributes:
+        kind: ``claim`` or ``compare``.
+        slug: Stem of the file.
+        sentence: The claim, or the question of a comparison.
+        source: Where the paper says it.
+        metric: Name of the logged metric that decides; its last value in an arm's last stage counts.
+        higher: Whether larger is better.
+        gate: Advantage that every seed must show.
+        seeds: All arms run with each of them.
+        seed_keys: Keys that take the seed, in every stage.
+        threads: Torch threads of one run.
+        arms: Name -> stages.
+        reference: The baseline of a claim, the reference of a comparison.
+        judged: Arms that must be fair to the reference: the method of a claim, all others of a comparison.
+        units: What must be equal: ``steps``, ``parameters``, ``flops``.
+        tolerance: Relative difference of the measured budget that still counts as equal.
+        tuned: Arm -> keys that were chosen by looking at results.
+        differences: Arm -> kind -> reason in words.
+        reports: Further figures.
+        cost: What is timed, or None.
+        paper: The paper's own figures, as they stand in the file.
+    """
+
+    kind: str
+    slug: str
+    sentence: str
+    source: str
+    metric: str
+    higher: bool
+    gate: float
+    seeds: tuple[int, ...]
+    seed_keys: tuple[str, ...]
+    threads: int
+    arms: dict[str, tuple[Stage, ...]]
+    reference: str
+    judged: tuple[str, ...]
+    units: tuple[str, ...]
+    tolerance: float
+    tuned: dict[str, tuple[str, ...]]
+    differences: dict[str, dict[str, str]]
+    reports: tuple[Report, ...]
+    cost: Cost | None
+    paper: dict[str, Any]
+
+    def against(self, arm: str) -> str:
+        """The arm that ``arm`` is held against: judged ones against the reference, ablations of a claim against its method."""
+        return self.reference if arm in self.judged else self.judged[0]
+
+
+def read_study(path: Path, kind: str = "claim") -> Study:
+    """Read and check a file.
+
+    Args:
+        path: ``configs/claims/<slug>.yaml`` or ``configs/compare/<family>.yaml``.
+        kind: ``claim`` or ``compare``.
+
+    Raises:
+        CommandError: Anything that the file lacks or has too much; the message names file and field.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise CommandError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise CommandError(f"{path} must be a mapping of keys, got {type(content).__name__}")
+    return _Reader(path, kind, content).study()
+
+
+class _Reader:
+    def __init__(self, path: Path, kind: str, content: dict[str, Any]) -> None:
+        self.path, self.kind, self.content = path, kind, content
+
+    def fail(self, problem: str) -> CommandError:
+        return CommandError(f"{self.path}: {problem}")
+
+    def known(self, keys: Any, allowed: Any, where: str) -> None:
+        for key in keys:
+            if key not in allowed:
+                raise self.fail(f"{where} has no {key!r}{suggest(str(key), map(str, allowed))}")
+
+    def get(self, key: str, kind: Any, default: Any = None) -> Any:
+        value = self.content.get(key, default)
+        if value is None or not isinstance(value, kind) or isinstance(value, bool):
+            expected = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+            raise self.fail(f"{key} must be {expected}, got {value!r}" if key in self.content else f"{key} is missing ({expected})")
+        return value
+
+    def study(self) -> Study:
+        is_claim = self.kind == "claim"
+        self.known(self.content, _CLAIM_KEYS if is_claim else _COMPARE_KEYS, f"a {self.kind}")
+        arms = {name: self.stages(name, stages) for name, stages in self.get("arms", dict).items()}
+        reference = self.arm("baseline" if is_claim else "reference", arms)
+        judged = (self.arm("method", arms),) if is_claim else tuple(name for name in arms if name != reference)
+        if reference in judged or not judged:
+            raise self.fail("method and baseline must be two arms" if is_claim else "a comparison needs at least two arms")
+        direction = self.get("direction", str)
+        if direction not in ("higher", "lower"):
+            raise self.fail(f"direction must be higher or lower, got {direction!r}")
+        seeds = self.get("seeds", list)
+        if not seeds or not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
+            raise self.fail(f"seeds must be different whole numbers, got {seeds}")
+        budget = self.get("budget", dict)
+        self.known(budget, ("unit", "tolerance"), "budget")
+        units = budget.get("unit")
+        units = (units,) if isinstance(units, str) else tuple(units or ())
+        if not units or not set(units) <= set(UNITS):
+            raise self.fail(f"budget.unit must be one or several of {', '.join(UNITS)}, got {budget.get('unit')!r}")
+        return Study(
+            kind=self.kind,
+            slug=self.path.stem,
+            sentence=self.get("claim" if is_claim else "question", str),
+            source=self.get("source", str, ""),
+            metric=self.get("metric", str),
+            higher=direction == "higher",
+            gate=float(self.get("gate", (int, float), 0.0)),
+            seeds=tuple(seeds),
+            seed_keys=tuple(self.get("seed_keys", list, ["seed_everything"])),
+            threads=self.get("threads", int, 1),
+            arms=arms,
+            reference=reference,
+            judged=judged,
+            units=units,
+            tolerance=float(budget.get("tolerance", 0.0)),
+            tuned=self.tuned(arms, (reference, *judged)),
+            differences=self.differences(judged, is_claim),
+            reports=tuple(self.report(entry, arms) for entry in self.get("reports", list, [])),
+            cost=self.cost(arms, is_claim),
+            paper=dict(self.content.get("paper") or {}),
+        )
+
+    def arm(self, key: str, arms: dict[str, Any]) -> str:
+        name = str(self.get(key, str))
+        if name not in arms:
+            raise self.fail(f"{key} names no arm: {name!r}{suggest(name, arms)}")
+        return name
+
+    def stages(self, arm: str, entries: Any) -> tuple[Stage, ...]:
+        if not isinstance(entries, list) or not entries:
+            raise self.fail(f"arms.{arm} must be a list of stages, got {entries!r}")
+        stages = tuple(self.stage(entry, f"arms.{arm}[{index}]") for index, entry in enumerate(entries))
+        if "{checkpoint}" in f"{stages[0].set} {stages[0].checkpoint}":
+            raise self.fail(f"arms.{arm}[0] asks for the {{checkpoint}} of the stage before, and is the first")
+        return stages
+
+    def stage(self, entry: Any, where: str) -> Stage:
+        if not isinstance(entry, dict) or "config" not in entry:
+            raise self.fail(f"{where} must be a mapping with command and config, got {entry!r}")
+        self.known(entry, _STAGE_KEYS, where)
+        command = entry.get("command", "fit")
+        if command not in ("fit", "validate", "test"):
+            raise self.fail(f"{where}.command must be fit, validate or test, got {command!r}")
+        configs = entry["config"] if isinstance(entry["config"], list) else [entry["config"]]
+        callbacks = tuple(entry.get("callbacks") or ())
+        return Stage(command, tuple(configs), dict(entry.get("set") or {}), callbacks, entry.get("checkpoint") or "")
+
+    def tuned(self, arms: dict[str, Any], needed: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        tuned = self.get("tuned", dict)
+        self.known(tuned, arms, "tuned")
+        for arm in needed:
+            if not isinstance(tuned.get(arm), list):
+                raise self.fail(f"tuned.{arm} must list the keys that were chosen by looking at results ([] for none)")
+        return {arm: tuple(keys) for arm, keys in tuned.items()}
+
+    def differences(self, judged: tuple[str, ...], is_claim: bool) -> dict[str, dict[str, str]]:
+        declared = self.get("differences", dict, {})
+        if is_claim:
+            declared = {judged[0]: declared} if declared else {}
+        self.known(declared, judged, "differences")
+        for arm, reasons in declared.items():
+            self.known(reasons, KINDS, f"differences of {arm}" if not is_claim else "differences")
+            for kind, reason in reasons.items():
+                if not isinstance(reason, str) or len(reason.split()) < 3:
+                    raise self.fail(f"differences: {kind} needs its reason in words, got {reason!r}")
+        return {arm: dict(reasons) for arm, reasons in declared.items()}
+
+    def report(self, entry: dict[str, Any], arms: dict[str, Any]) -> Report:
+        self.known(entry, ("name", "arm", "metric", "stage"), "reports")
+        missing = [key for key in ("name", "arm", "metric") if key not in entry]
+        if missing or entry["arm"] not in arms:
+            raise self.fail(f"reports: {entry} needs name, metric and one of the arms {sorted(arms)}")
+        stage = self.stage(entry["stage"], f"reports ({entry['name']}).stage") if entry.get("stage") else None
+        return Report(entry["name"], entry["arm"], entry["metric"], stage)
+
+    def cost(self, arms: dict[str, Any], is_claim: bool) -> Cost | None:
+        entry = self.content.get("cost")
+        if not entry:
+            return None
+        keys = ("method", "baseline") if is_claim else ("arms",)
+        self.known(entry, (*keys, "stage", "steps"), "cost")
+        names = tuple(entry.get(key) for key in keys) if is_claim else tuple(entry.get("arms") or ())
+        stage, steps = entry.get("stage", 0), entry.get("steps", 10)
+        for name in names:
+            if name not in arms or not 0 <= stage < len(arms[name]) or arms[name][stage].command != "fit":
+                raise self.fail(f"cost: {name!r} is no arm whose stage {stage} is a fit; arms are {', '.join(arms)}")
+        if not isinstance(steps, int) or steps < 3:
+            raise self.fail(f"cost.steps must be a whole number of 3 or more, as the first two are warm-up, got {steps!r}")
+        return Cost(names, stage, steps)

@@ -1,0 +1,72 @@
+"""From paired values, one pair a seed, to an interval and a verdict. Pure functions of lists of numbers."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LEAST_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Paired comparison of two arms.
+
+    Attributes:
+        mean: Mean difference, method - baseline, in the metric's unit.
+        low: Lower end of the 95 % t-interval of the mean.
+        high: Upper end.
+        better: Seeds in which the method is better.
+        verdict: ``holds``, ``does not hold`` or ``undecided``.
+    """
+
+    mean: float
+    low: float
+    high: float
+    better: int
+    verdict: str
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of ``values`` and the ends of its 95 % interval after Student's t (n - 1 degrees of freedom).
+
+    Values that are all equal have an interval of width 0.
+
+    Raises:
+        ValueError: Fewer than two values, or one that isn't finite.
+    """
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        raise ValueError(f"an interval needs at least 2 finite values, got {list(values)}")
+    from scipy import stats
+
+    mean = statistics.fmean(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def judge(method: Sequence[float], baseline: Sequence[float], higher: bool = True, gate: float = 0.0) -> Verdict:
+    """Decide a claim from paired values, one pair a seed.
+
+    Args:
+        method: Values of the method.
+        baseline: Values of the baseline, same seeds.
+        higher: Whether larger is better.
+        gate: The advantage must be at least this in every seed.
+
+    Returns:
+        ``holds`` if the interval lies on the better side of zero and the gate is met; ``does not hold`` if it lies on
+        the other side, or the advantage misses the gate although it is certain; else ``undecided``.
+
+    Raises:
+        ValueError: Fewer than three pairs, or a value that isn't finite.
+    """
+    if len(method) != len(baseline) or len(method) < LEAST_SEEDS:
+        raise ValueError(f"a verdict needs at least {LEAST_SEEDS} seeds of both arms, got {len(method)} and {len(baseline)}")
+    sign = 1 if higher else -1
+    gains = [sign * (a - b) for a, b in zip(method, baseline, strict=True)]
+    mean, least, most = t_interval(gains)
+    verdict = "undecided"
+    if least > 0 or most < 0:
+        verdict = "holds" if least > 0 and min(gains) >= gate else "does not hold"
+    low, high = sorted((sign * least, sign * most))
+    return Verdict(sign * mean, low, high, sum(gain > 0 for gain in gains), verdict)

@@ -1,0 +1,119 @@
+"""Where a run goes on: the newest checkpoint that can be read, and ``--resume auto``."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_methods.checkpoint_io import UnreadableCheckpoint, check_readable
+from lit_methods.runs import in_use
+
+FINISHED = "finished.json"  # written at the end of a fit that came to its end
+# what says where a run lies and goes on, and not what it does
+_PLACES = ("name", "run_root", "resume", "ckpt_path", "weights_only")
+
+
+@dataclass(frozen=True)
+class Restart:
+    """A run that goes on in its own folder."""
+
+    folder: Path
+    checkpoint: Path
+
+
+class Finished(Exception):
+    """The newest run with this config has come to its end: nothing is left to do."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} has finished: nothing to do (leave out --resume auto to run it anew)")
+        self.folder = folder
+
+
+def newest_readable(checkpoints: list[Path]) -> Path | None:
+    """The newest checkpoint with which a fit can go on; broken ones are named on the standard error.
+
+    Args:
+        checkpoints: ``.ckpt`` files or folders of sharded ones.
+
+    Returns:
+        None when there is none.
+    """
+    for path in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        problem = unreadable(path)
+        if problem is None:
+            return path
+        print(f"warning: {path} is left out: {problem}", file=sys.stderr)
+    return None
+
+
+def unreadable(path: Path) -> str | None:
+    """Why a fit can't go on from ``path``; None when it can. Tensors are mapped, not read."""
+    if path.is_dir():
+        return None if (path / "meta.pt").is_file() else "a folder without meta.pt is no sharded checkpoint"
+    try:
+        content = check_readable(path)
+    except UnreadableCheckpoint as error:
+        said = str(error).removeprefix(f"{path}: ").splitlines()[0][:100]
+        return f"it can't be read, it is cut off or no checkpoint ({said})"
+    if "loops" not in content or "optimizer_states" not in content:
+        return "it holds weights only"
+    return None
+
+
+def last_checkpoint(runs: Path) -> Path | None:
+    """The newest readable ``last.ckpt`` below ``runs/*/checkpoints``."""
+    return newest_readable([*runs.glob("*/checkpoints/last*.ckpt")])
+
+
+def find_restart(runs: Path, config: dict[str, Any], alone: bool = True) -> Restart | None:
+    """The run that ``--resume auto`` goes on with.
+
+    Args:
+        runs: Folder of all runs of that name.
+        config: The resolved config of this start.
+        alone: Leave out runs that another process is writing; False where several processes look at the same time.
+
+    Returns:
+        The newest run with the same config that has a readable checkpoint; None when there is none.
+
+    Raises:
+        Finished: The newest run with the same config has come to its end.
+    """
+    candidates = [folder for folder in runs.glob("*") if (folder / "config.yaml").is_file()]
+    for folder in sorted(candidates, key=_last_written, reverse=True):
+        changed = differing_keys(_read(folder / "config.yaml"), config)
+        if changed:
+            shown = ", ".join(changed[:4]) + (", ..." if len(changed) > 4 else "")
+            print(f"--resume auto: {folder} is left out, its config differs: {shown}", file=sys.stderr)
+        elif (folder / FINISHED).is_file():
+            raise Finished(folder)
+        elif alone and in_use(folder):
+            print(f"--resume auto: {folder} is left out, another process is writing it", file=sys.stderr)
+        else:
+            checkpoint = newest_readable([*(folder / "checkpoints").glob("*.ckpt")])
+            if checkpoint is not None:
+                return Restart(folder, checkpoint)
+    return None
+
+
+def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two configs, places aside."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [prefix or "everything"]
+    keys = [key for key in {**one, **other} if prefix or key not in _PLACES]
+    found = [differing_keys(one.get(key), other.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
+    return [key for part in found for key in part]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):  # a kill while it was written
+        return None
+
+
+def _last_written(folder: Path) -> int:
+    files = [folder / "config.yaml", *(folder / "checkpoints").glob("*.ckpt"), folder / FINISHED]
+    return max(file.stat().st_mtime_ns for file in files if file.exists())

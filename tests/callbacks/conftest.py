@@ -1,0 +1,5 @@
+"""Fixtures of the callbacks' tests."""
+
+from wandb_log import no_login
+
+__all__ = ["no_login"]

@@ -1,0 +1,120 @@
+"""``lit claims`` and ``lit compare`` from the words to the files that they leave, with stages that take milliseconds."""
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_methods.catalog import Technique
+from lit_methods.claims.plan import make_plan
+from lit_methods.claims.runner import Runner
+from lit_methods.cli import claims as command
+from lit_methods.cli.main import main
+
+FAKE = Path(__file__).parent / "fake_lit.py"
+ARMS = """
+metric: acc
+direction: higher
+seeds: [0, 1, 2]
+seed_keys: [seed]
+budget: {unit: steps}
+tuned: {good: [], bad: []}
+arms:
+  good: [{command: fit, config: a.yaml, set: {stage: good}}]
+  bad: [{command: fit, config: a.yaml, set: {stage: bad}}]
+"""
+CLAIM = (
+    "claim: Good is better.\nsource: table 1\nmethod: good\nbaseline: bad\ncost: {method: good, baseline: bad, stage: 0, steps: 5}\n" + ARMS
+)
+COMPARISON = "question: Which is best?\nreference: bad\ncost: {arms: [good, bad], stage: 0, steps: 5}\n" + ARMS
+
+
+def resolve(commands: dict[str, list[str]], threads: int) -> dict[str, Any]:
+    """The words themselves as the config, but for the seed."""
+    return {name: {"words": " ".join(words).replace(f"--seed {words[words.index('--seed') + 1]}", "")} for name, words in commands.items()}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
+    monkeypatch.setattr("lit_methods.claims.plan.make_plan", functools.partial(make_plan, resolve=resolve))
+    monkeypatch.setattr("lit_methods.claims.runner.Runner", functools.partial(Runner, child=(sys.executable, str(FAKE))))
+    technique = Technique("mini", "Mini Things", "", "demo", "module", (), (), (), "Good is better.", "")
+    monkeypatch.setattr(command, "techniques", lambda: {"mini": technique})
+    for folder, name, text in (("claims", "mini", CLAIM), ("compare", "demo", COMPARISON)):
+        path = tmp_path / "configs" / folder / f"{name}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def test_a_claim_leaves_verdict_record_and_page(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["claims", "mini", "--jobs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "good - bad: +0.2" in said
+    assert ": holds" in said
+    assert "cost per training step, good against bad: +0 s" in said
+    summary = json.loads((workplace / "runs/claims/mini/summary.json").read_text())
+    record = json.loads((workplace / "runs/claims/evidence/mini.json").read_text())
+    assert record == summary
+    assert str(workplace) not in json.dumps(record), "a path of one machine"
+    assert "| **holds** |" in (workplace / "runs/claims/evidence.md").read_text()
+    assert "| **holds** |" in (workplace / "runs/claims/mini/row.md").read_text()
+    assert main(["claims", "mini"]) == 0
+    assert "6 stages, 6 of them kept from before" in capsys.readouterr().out
+
+
+def test_what_is_not_the_claim_as_it_stands_gives_no_evidence(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["claims", "mini", "--quick"]) == 0
+    assert "smoke only: no verdict" in capsys.readouterr().out
+    assert main(["claims", "mini", "--seeds", "0", "1"]) == 0
+    assert "no verdict: that needs at least 3 seeds" in capsys.readouterr().out
+    assert main(["claims", "mini", "--data.more", "1"]) == 0
+    said = capsys.readouterr().out
+    assert ": holds" in said
+    assert "no evidence stored, as words were passed on" in said
+    assert main(["claims", "mini", "--no-evidence"]) == 0
+    assert not (workplace / "runs/claims/evidence").exists()
+    assert not (workplace / "runs/claims/evidence.md").exists()
+
+
+def test_words_that_are_passed_on_reach_every_stage(workplace: Path) -> None:
+    assert main(["claims", "mini", "--seeds", "4", "--trainer.max_epochs", "7", "--wandb"]) == 0
+    results = [json.loads(path.read_text()) for path in workplace.glob("runs/claims/stages/a-s4-*/result.json")]
+    assert len(results) == 2
+    for result in results:
+        words = " ".join(result["words"])
+        assert "--trainer.max_epochs 7" in words
+        assert "--config configs/logger/wandb.yaml" in words
+
+
+def test_a_plan_runs_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["claims", "mini", "--plan"]) == 0
+    assert "6 stages" in capsys.readouterr().out
+    assert not (workplace / "log.txt").exists()
+
+
+def test_a_failing_claim_gives_a_short_error(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = workplace / "configs/claims/mini.yaml"
+    path.write_text(CLAIM.replace("{stage: bad}", "{stage: bad, behave: diverge}"))
+    assert main(["claims", "mini"]) == 1
+    error = capsys.readouterr().err
+    assert "bad, seed 0, stage a-s0-" in error
+    assert "acc is nan" in error
+    assert "Traceback" not in error
+
+
+def test_a_comparison_leaves_table_plot_and_json(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "demo", "--jobs", "2"]) == 0
+    assert "| good | 0.7 | 0.8 | 0.9 | 0.8 | 0.1 | +0.2 [+0.2, +0.2] | 10 | 4 | 0.1 |" in capsys.readouterr().out
+    folder = workplace / "runs/claims/compare-demo"
+    summary = json.loads((folder / "compare.json").read_text())
+    assert summary["cost"] == {"good": 0.1, "bad": 0.1}
+    assert summary["machine"]["cores"] >= 1
+    assert "![plot](compare.svg)" in (folder / "compare.md").read_text()
+    assert (folder / "compare.svg").read_text().count("<circle") == 6
+    assert not (workplace / "runs/claims/evidence").exists()
