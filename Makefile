@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: superflow test test-slow lint types wheel-check claim-superflow bench-lidar clean
+.PHONY: superflow test test-slow test-faults lint types wheel-check claims docs notebooks bench-lidar bench-logging clean
 
 superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
@@ -12,6 +12,9 @@ test: .venv/installed  ## the whole test suite
 
 test-slow: .venv/installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-faults: .venv/installed  ## kill runs at random points, and compare what they end with; about ten minutes
+	$(BIN)/python -m pytest -m slow tests/test_faults.py -s
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -29,11 +32,20 @@ types: build/wheel
 wheel-check: build/wheel  ## the wheel, outside the repository: every module imports, every technique is listed
 	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python $(CURDIR)/tests/check_wheel.py $(CURDIR)/build/wheel
 
-claim-superflow: .venv/installed  ## linear probes of pretrained against random backbones, three seeds, with ablations
-	$(BIN)/python -m lit_methods.claims superflow --jobs 2
+claims: .venv/installed  ## re-show every claim, and write docs/evidence.md; hours, but finished stages are kept
+	$(BIN)/lit claims --jobs 2
+
+docs: .venv/installed  ## the site, in site/; a warning or a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: .venv/installed  ## run them all and keep their outputs
+	$(BIN)/python notebooks/execute.py
 
 bench-lidar: .venv/installed
 	$(BIN)/python benchmarks/lidar.py
+
+bench-logging: .venv/installed
+	$(BIN)/python benchmarks/logging_cost.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -5,8 +5,8 @@
 How a page is read: its fenced blocks run from top to bottom in one empty folder. A block whose first line is a comment with a file name
 (``# my_project.py``) is also written to that file. Python blocks share one namespace. YAML blocks are parsed by ``lit fit --print_config``;
 with the info string ``yaml fit`` they are trained for one batch, with ``yaml label_map`` they are read as a label map. ``lit`` commands in
-bash blocks run, except that fit, validate, test and predict only parse; what they would have left behind is put into
-``runs/<name>/<time>/``, so that later commands of the page find it.
+bash blocks run, except that fit, validate, test and predict only parse, claims and compare only plan, and dashboard sends nothing; what
+runs would have left behind is put into ``runs/<name>/<time>/``, so that later commands of the page find it.
 """
 
 import contextlib
@@ -30,13 +30,14 @@ from lit_methods.cli.main import RUN_COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMAND_PAGES = [*PAGES, ROOT / "configs" / "README.md"]
+COMMAND_PAGES = [*PAGES, ROOT / "configs" / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "notebooks" / "README.md"]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 RUNNABLE = [path for path in CONFIGS if path.parent.name in ("configs", "full")]
-CLAIMS = [path for path in CONFIGS if path.parent.name == "claims"]
+CLAIMS = [path for path in CONFIGS if path.parent.name in ("claims", "compare")]
 LABEL_MAPS = [path for path in CONFIGS if path.parent.name == "label_maps"]
 SPEAK_FOR_THEMSELVES = ("class_path", "claim", "source")
 EXAMPLES = re.compile("two_views|/metric/|^my_|^runs/")  # paths that only an example has
+ONLY_SHOWN = {"claims": "--plan", "compare": "--plan", "dashboard": "--dry-run"}  # what keeps a command from hours of work or a service
 OTHER_PROGRAMS = ("cd", "git", "make", "pip", "pytest", "python", "ruff", "tensorboard", "wandb")
 
 
@@ -179,6 +180,8 @@ class Page:
             self._leave_behind(rest, resolved(rest))
         elif program == "lit" and rest[0] == "new":
             new_technique(rest, self.folder, self.page)
+        elif program == "lit" and rest[0] in ONLY_SHOWN:
+            assert lit([*(word for word in rest if word != "--page"), ONLY_SHOWN[rest[0]]]).strip()
         elif program == "lit":
             assert lit(rest).strip()
         else:
@@ -265,6 +268,8 @@ def test_the_checklist_names_what_lit_new_writes(form: str, workplace: Path) -> 
         ("yaml", "model:\n  class_path: SuperFlow\n  init_args:\n    temprature: 1\n", "temperature"),
         ("bash", "lit fit --config configs/superflaw.yaml\n", "superflow.yaml"),
         ("bash", "lit infos superflow\n", "no command"),
+        ("bash", "lit claims superflaw\n", "superflow"),
+        ("bash", "lit dashboard superflaw\n", "superflow"),
         ("bash", "make superflaw\n", "superflaw"),
         ("bash", 'pip install ".[lidarr]"\n', "lidarr"),
         ("bash", "python -m pytest tests/test_nothing.py\n", "test_nothing"),
@@ -276,6 +281,13 @@ def test_a_wrong_block_is_found(info: str, text: str, problem: str, workplace: P
     page = ROOT / "docs" / "index.md"
     with pytest.raises(BaseException, match=problem):
         Page(page, workplace)._run(Block((info,), text, 1))
+
+
+@pytest.mark.parametrize("page", COMMAND_PAGES, ids=page_id)
+def test_code_stands_between_fences(page: Path) -> None:
+    """An indented block would be shown as code, and not be tested."""
+    indented = re.findall(r"(?:\A|\n)\n((?: {4}|\t)\S.*)", without_blocks(page))
+    assert not indented, f"write a fenced block instead of {indented[0]!r}"
 
 
 # ---- links, paths, names ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,470 @@
+"""Makes the site out of the repository: pages that are no files of ``docs/``, the navigation, links that work on GitHub and on the site.
+
+One text has one home. ``README.md``, ``CONTRIBUTING.md``, ``CHANGELOG.md`` and the READMEs of folders become pages as they are; parts of
+the README become pages of their own (``README_PARTS``). The gallery, the list of techniques, the box at the head of a technique's page and
+the API reference are written from the catalogue and the stubs. Nothing of the package but its catalogue is imported: neither torch nor
+Lightning.
+
+Called by mkdocs (``hooks`` in ``mkdocs.yml``): ``on_config``, ``on_files``, ``on_page_markdown``.
+"""
+
+import ast
+import html
+import posixpath
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from mkdocs.exceptions import PluginError
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
+from pymdownx.slugs import slugify
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+from lit_methods.catalog import Technique, package_folder, public_names, techniques  # noqa: E402
+
+PACKAGES = ("lit_methods", "lit_methods.callbacks", "lit_methods.datamodules")
+
+# page of the site <- file of the repository outside docs/
+WHOLE_FILES = {
+    "add_a_technique.md": "CONTRIBUTING.md",
+    "configs.md": "configs/README.md",
+    "benchmarks.md": "benchmarks/README.md",
+    "changes.md": "CHANGELOG.md",
+    "notebooks.md": "notebooks/README.md",
+}
+# page of the site <- (title, headings of the README); a single heading becomes the title itself
+README_PARTS = {
+    "quick_start.md": ("Quick start", ("Install", "1. Run a config", "3. Compare two runs")),
+    "attach.md": ("Attach to your own module", ("2. Attach a callback to your own module",)),
+}
+# (section, pages in order); pages that aren't there are left out, files of docs/ that stand nowhere come last
+NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "Guide",
+        (
+            "quick_start.md",
+            "attach.md",
+            "notebooks.md",
+            "configs.md",
+            "driving_data.md",
+            "image_classification.md",
+            "dashboards.md",
+            "reports.md",
+            "long_runs.md",
+            "errors.md",
+        ),
+    ),
+    ("Evidence", ("evidence.md", "benchmarks.md")),
+    ("Develop", ("add_a_technique.md", "design.md", "changes.md")),
+)
+API_MODULES = ("lit_methods.panels", "lit_methods.datamodules.errors")  # public beside the stubs: what one writes panels and data with
+PICTURES = ("webp", "png", "svg")
+
+_slug: Callable[[str, str], str] = slugify(case="lower")
+
+
+# ---- the catalogue ---------------------------------------------------------------------------------------------------------------------
+
+
+def families() -> dict[str, list[Technique]]:
+    """Techniques by family, both sorted."""
+    found: dict[str, list[Technique]] = {}
+    for entry in sorted(techniques().values(), key=lambda entry: (entry.family, entry.slug)):
+        found.setdefault(entry.family, []).append(entry)
+    return found
+
+
+def family_title(family: str) -> str:
+    """``sparse_attention`` -> ``Sparse attention``; LiDAR is written as it is."""
+    return {"lidar": "LiDAR"}.get(family, family.replace("_", " ").capitalize())
+
+
+def short_title(entry: Technique) -> str:
+    """The part of the title before the colon when it is short, as in "SuperFlow++: Enhanced ...", else the whole title."""
+    head, colon, _ = entry.title.partition(":")
+    return head if colon and len(head) <= 40 else entry.title
+
+
+def picture(slug: str) -> Path | None:
+    """The technique's picture in the gallery."""
+    return next((path for kind in PICTURES if (path := ROOT / "docs" / "gallery" / f"{slug}.{kind}").is_file()), None)
+
+
+def picture_alt(slug: str) -> str:
+    """The picture's alternative text, from the technique's own page; "" where the page doesn't show it."""
+    page = ROOT / "docs" / "techniques" / f"{slug}.md"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    found = re.search(rf"!\[([^\]]*)\]\(\.\./gallery/{re.escape(slug)}\.\w+\)", text)
+    return " ".join(found[1].split()) if found else ""
+
+
+# ---- generated pages -------------------------------------------------------------------------------------------------------------------
+
+
+def gallery(entries: list[Technique], to_docs: str = "") -> str:
+    """Cards of techniques as HTML; ``to_docs`` leads from the page to the site's root."""
+    cards = []
+    for entry in entries:
+        image = picture(entry.slug)
+        shown = ""
+        if image is not None:
+            shown = f'<img src="{to_docs}gallery/{image.name}" alt="{html.escape(picture_alt(entry.slug))}" loading="lazy">'
+        form = "module" if entry.form == "module" else "callback for any module"
+        cards.append(
+            f'<a href="{to_docs}techniques/{entry.slug}.html">{shown}<strong>{html.escape(short_title(entry))}</strong>'
+            f"<span>{html.escape(entry.summary)}</span><em>{html.escape(family_title(entry.family))}, {form}</em></a>"
+        )
+    return '<div class="gallery">\n' + "\n".join(cards) + "\n</div>\n"
+
+
+def techniques_page() -> str:
+    """The overview of all techniques: a gallery per family, and the table of claims."""
+    parts = ["# Techniques\n", "`lit list` prints them, `lit info <technique>` says more about one.\n"]
+    for family, entries in families().items():
+        parts += [f"## {family_title(family)}\n", gallery(entries, to_docs="../")]
+        parts += ["| technique | form | paper | claim that is re-shown |", "|---|---|---|---|"]
+        for entry in entries:
+            paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "-"
+            parts.append(f"| [`{entry.slug}`]({entry.slug}.md) | {entry.form} | {paper} | {entry.claim or '-'} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def at_a_glance(entry: Technique) -> str:
+    """The box at the head of a technique's page, from its catalogue entry."""
+    names = public_names()
+    classes = []
+    for dotted in entry.classes:
+        name = dotted.rpartition(".")[2]
+        classes.append(f"[`{name}`][{names[name]}.{name}]" if name in names else f"`{dotted}`")
+    rows = {
+        "paper": f"[arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "",
+        "family": f"[{family_title(entry.family)}](index.md#{_slug(family_title(entry.family), '-')}), as a {entry.form}",
+        "classes": ", ".join(classes),
+        "configs": ", ".join(f"[`{config}`](../../configs/{config})" for config in entry.configs),
+        "golden vectors": ", ".join(f"`{kind}`" for kind in entry.golden),
+        "claim": entry.claim,
+    }
+    lines = [f"    **{name}:** {value}<br>" for name, value in rows.items() if value]
+    return '!!! abstract "At a glance"\n\n' + "\n".join(lines) + "\n"
+
+
+def readme_sections() -> dict[str, str]:
+    """Text below each heading of the README that some page of the site shows, deeper headings included."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    fences = [match.span() for match in re.finditer(r"^```.*?^```", text, flags=re.M | re.S)]
+    found = [match for match in re.finditer(r"^(#+) (.+)$", text, flags=re.M) if not any(a <= match.start() < b for a, b in fences)]
+    sections = {}
+    for index, heading in enumerate(found):
+        end = next((later.start() for later in found[index + 1 :] if len(later[1]) <= len(heading[1])), len(text))
+        sections[heading[2]] = text[heading.end() : end].strip("\n")
+    return sections
+
+
+def readme_page(title: str, headings: tuple[str, ...]) -> str:
+    """A page made of sections of the README."""
+    sections = readme_sections()
+    gone = [heading for heading in headings if heading not in sections]
+    if gone:
+        raise PluginError(f"README.md has no heading {gone[0]!r}: README_PARTS in docs/tools/hooks.py shows it on the site")
+    parts = [f"# {title}\n"]
+    for heading in headings:
+        parts += [] if len(headings) == 1 else [f"## {_without_number(heading)}\n"]
+        parts.append(sections[heading] + "\n")
+    return "\n".join(parts)
+
+
+def _without_number(heading: str) -> str:
+    return re.sub(r"^\d+\. ", "", heading)
+
+
+def public_classes() -> dict[str, tuple[str, str]]:
+    """Public name -> (package, family), from the stubs; the family is "" for what belongs to none."""
+    found = {}
+    for package in PACKAGES:
+        stub = ast.parse((package_folder(package) / "__init__.pyi").read_text(encoding="utf-8"))
+        for node in stub.body:
+            if isinstance(node, ast.ImportFrom):
+                first, _, rest = (node.module or "").partition(".")
+                is_family = bool(rest) or (package_folder(package) / first).is_dir()
+                for alias in node.names:
+                    found[alias.asname or alias.name] = (package, first if is_family else "")
+    return found
+
+
+def core_functions() -> dict[str, list[str]]:
+    """Names of ``lit_methods.functional`` by family, "" for those of none."""
+    tree = ast.parse((ROOT / "lit_methods" / "functional.py").read_text(encoding="utf-8"))
+    found: dict[str, list[str]] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lit_methods."):
+            parts = [part for part in (node.module or "").split(".")[1:] if part not in ("callbacks", "datamodules")]
+            found.setdefault(parts[0] if len(parts) > 1 else "", []).extend(alias.asname or alias.name for alias in node.names)
+    return found
+
+
+def api_pages() -> dict[str, tuple[str, str, str]]:
+    """Path of each page of the API reference -> (group of the navigation, title, text)."""
+    pages = {}
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for name, place in public_classes().items():
+        grouped.setdefault(place, []).append(name)
+    titles = {"lit_methods": "Modules and networks", "lit_methods.callbacks": "Callbacks", "lit_methods.datamodules": "Data"}
+    for (package, family), names in sorted(grouped.items(), key=lambda item: (PACKAGES.index(item[0][0]), item[0][1])):
+        title = family_title(family) if family else "General"
+        head = f"# {titles[package]}: {title}\n\n`from {package} import ...`\n\n"
+        text = head + "\n".join(f"::: {package}.{name}\n" for name in names)
+        pages[f"api/{package}{'.' + family if family else ''}.md"] = (titles[package], title, text)
+    for family, names in sorted(core_functions().items()):
+        title = family_title(family) if family else "General"
+        head = f"# Functions: {title}\n\n`from lit_methods.functional import ...`: pure functions for a bare PyTorch loop.\n\n"
+        text = head + "\n".join(f"::: lit_methods.functional.{name}\n" for name in sorted(names))
+        pages[f"api/lit_methods.functional{'.' + family if family else ''}.md"] = ("Functions", title, text)
+    for module in API_MODULES:
+        text = f"::: {module}\n    options: {{heading_level: 1, show_root_full_path: true}}\n"
+        pages[f"api/{module}.md"] = ("Panels and errors", module.rpartition(".")[2].capitalize(), text)
+    return pages
+
+
+def api_index(pages: dict[str, tuple[str, str, str]]) -> str:
+    """The first page of the API reference: every public class with the page that describes it."""
+    parts = ["# API reference\n", "Written from the docstrings of the public names. Short class names work in YAML as they stand here.\n"]
+    previous = ""
+    for path, (group, title, text) in pages.items():
+        if group != previous:
+            parts.append(f"\n## {group}\n")
+            previous = group
+        names = re.findall(r"^::: ([\w.]+)$", text, flags=re.M)
+        shown = ", ".join(f"[`{name.rpartition('.')[2]}`]({posixpath.basename(path)}#{name})" for name in names)
+        parts.append(f"- [{title}]({posixpath.basename(path)}): {shown}")
+    return "\n".join(parts) + "\n"
+
+
+def generated_pages() -> dict[str, str]:
+    """Every page that no file holds: path in the site -> Markdown."""
+    pages = {path: readme_page(*part) for path, part in README_PARTS.items()}
+    pages["techniques/index.md"] = techniques_page()
+    api = api_pages()
+    pages |= {path: text for path, (_, _, text) in api.items()}
+    pages["api/index.md"] = api_index(api)
+    return pages
+
+
+# ---- mkdocs: configuration, files, navigation ------------------------------------------------------------------------------------------
+
+
+def source_view(folder: Path) -> None:
+    """Copy the sources under ``folder`` as their import names say, so that griffe finds them without importing.
+
+    Names that a package resolves lazily (``lazy_loader.attach_stub``, ``lazy_loader.attach``) become imports in its ``__init__.py``.
+    """
+    for package in PACKAGES:
+        source = package_folder(package)
+        for path in sorted(source.rglob("*.py")):
+            copy = folder / package.replace(".", "/") / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_text(encoding="utf-8")
+            copy.write_text(text + lazy_imports(path) if path.name == "__init__.py" else text, encoding="utf-8")
+
+
+def lazy_imports(init: Path) -> str:
+    """The imports that stand for the lazy names of a package: its stub, or ``submod_attrs`` of ``lazy_loader.attach``."""
+    stub = init.with_suffix(".pyi")
+    if stub.is_file():
+        return "\n" + stub.read_text(encoding="utf-8")
+    lines = [""]
+    for node in ast.walk(ast.parse(init.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "attach":
+            for word in node.keywords:
+                if word.arg == "submod_attrs":
+                    attributes = ast.literal_eval(word.value)
+                    lines += [f"from .{module} import {name} as {name}" for module, names in attributes.items() for name in names]
+    return "\n".join(lines) + "\n"
+
+
+_view: Path | None = None
+
+
+@event_priority(100)  # before mkdocstrings reads its paths
+def on_config(config: Any) -> Any:
+    """Point mkdocstrings at the packages."""
+    global _view
+    _view = Path(tempfile.mkdtemp(prefix="lit-methods-docs-"))
+    source_view(_view)
+    handler = config.plugins["mkdocstrings"].config.handlers["python"]
+    handler["paths"] = [str(_view)]
+    handler["options"]["extensions"] = [str(ROOT / path) for path in handler["options"]["extensions"]]
+    return config
+
+
+def on_post_build(config: Any) -> None:
+    """Remove what ``on_config`` made."""
+    if _view is not None:
+        shutil.rmtree(_view, ignore_errors=True)
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that are no files of ``docs/``, and make the navigation."""
+    for path, source in WHOLE_FILES.items():
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / source)))
+    for path, text in generated_pages().items():
+        files.append(File.generated(config, path, content=text))
+    config.nav = navigation({file.src_uri for file in files if file.is_documentation_page()})
+    return files
+
+
+def navigation(present: set[str]) -> list[Any]:
+    """The navigation: what stands in ``NAVIGATION`` and is there, techniques by family, the API, then every other page.
+
+    Args:
+        present: Paths of all pages.
+    """
+    nav: list[Any] = [{"Home": "index.md"}]
+    used = {"index.md"}
+    for section, pages in NAVIGATION:
+        shown = [page for page in pages if page in present]
+        if shown:
+            nav.append({section: shown})
+        used.update(shown)
+    by_family: list[Any] = [
+        {family_title(family): [{short_title(entry): f"techniques/{entry.slug}.md"} for entry in entries]}
+        for family, entries in families().items()
+    ]
+    nav.insert(2, {"Techniques": ["techniques/index.md", *by_family]})
+    groups: dict[str, list[dict[str, str]]] = {}
+    for path, (group, title, _) in api_pages().items():
+        groups.setdefault(group, []).append({title: path})
+    nav.insert(4, {"API": ["api/index.md", *({group: pages} for group, pages in groups.items())]})
+    used |= {f"techniques/{slug}.md" for slug in techniques()} | {"techniques/index.md", "api/index.md", *api_pages()}
+    if others := sorted(present - used):
+        nav.append({"More": others})
+    return nav
+
+
+# ---- Markdown: the same text on GitHub and on the site ---------------------------------------------------------------------------------
+
+
+def repository_path(src_uri: str) -> str:
+    """The file of the repository whose links a page of the site carries."""
+    if src_uri in WHOLE_FILES:
+        return WHOLE_FILES[src_uri]
+    return "README.md" if src_uri in README_PARTS else f"docs/{src_uri}"
+
+
+def site_target(path: str, anchor: str, present: set[str]) -> str | None:
+    """The page of the site, with anchor, that shows a file of the repository; None where no page does.
+
+    Args:
+        path: Relative to the repository.
+        anchor: Without ``#``, "" for none.
+        present: Paths of all pages.
+    """
+    if path == "README.md":
+        return _readme_target(anchor)
+    page = next((page for page, source in WHOLE_FILES.items() if source == path), None)
+    if page is None and path.startswith("docs/"):
+        page = path.removeprefix("docs/") if path.removeprefix("docs/") in present else None
+    return None if page is None else page + (f"#{anchor}" if anchor else "")
+
+
+def _readme_target(anchor: str) -> str | None:
+    if not anchor:
+        return "index.md"
+    if anchor == "techniques":
+        return "techniques/index.md"
+    for page, (_, headings) in README_PARTS.items():
+        for heading in headings:
+            if anchor == _slug(heading, "-"):
+                return page if len(headings) == 1 else f"{page}#{_slug(_without_number(heading), '-')}"
+    return None
+
+
+def rewritten(target: str, src_uri: str, present: set[str], repository: str) -> str:
+    """A link of the repository as one of the site: to the page that shows the file, else to the file in the repository.
+
+    Args:
+        target: What stands in the link, relative to the page's file in the repository.
+        src_uri: The page.
+        present: Paths of all files of the site.
+        repository: Address of the repository.
+    """
+    if re.match(r"[a-z][a-z+.-]*:|#|//", target):
+        return target
+    path, _, anchor = target.partition("#")
+    here = repository_path(src_uri)
+    wanted = posixpath.normpath(posixpath.join(posixpath.dirname(here), path))
+    if wanted.startswith("docs/") and wanted.removeprefix("docs/") in present and here.startswith("docs/"):
+        return target
+    place = site_target(wanted, anchor, present)
+    if place is None and wanted.startswith("docs/") and wanted.removeprefix("docs/") in present:
+        place = wanted.removeprefix("docs/")  # a picture
+    if place is not None:
+        page, _, anchor = place.partition("#")
+        return posixpath.relpath(page, posixpath.dirname(src_uri) or ".") + (f"#{anchor}" if anchor else "")
+    if not (ROOT / wanted).exists():
+        return target  # mkdocs says that it leads nowhere
+    kind = "tree" if (ROOT / wanted).is_dir() else "blob"
+    return f"{repository}/{kind}/main/{quote(wanted)}" + (f"#{anchor}" if anchor else "")
+
+
+def split_fences(markdown: str) -> Iterator[tuple[bool, str]]:
+    """(is a fenced block, text) in order."""
+    for part in re.split(r"(^```.*?^```[^\n]*$)", markdown, flags=re.M | re.S):
+        if part:
+            yield part.startswith("```"), part
+
+
+def fence_for_the_site(block: str) -> str:
+    """The info string without our test options; a first line that names a file becomes the block's title."""
+    language, body = re.match(r"```(\w+)[^\n]*\n(.*)", block, flags=re.S).groups()  # type: ignore[union-attr]
+    named = re.match(r"#\s*([\w./-]+\.(?:py|yaml))\s*\n", body)
+    if named:
+        return f'```{language} title="{named[1]}"\n{body[named.end() :]}'
+    return f"```{language}\n{body}"
+
+
+def prose_for_the_site(text: str, link: Callable[[str], str]) -> str:
+    """Links go through ``link``; a list right below a paragraph gets the empty line that Python-Markdown needs."""
+
+    def shown(found: re.Match[str]) -> str:
+        return f"]({link(found[1])}{found[2]})"
+
+    pieces = re.split(r"(`+[^`\n]*`+)", text)
+    text = "".join(piece if piece.startswith("`") else _TARGET.sub(shown, piece) for piece in pieces)
+    text = re.sub(r"(?<!^)(?<=[^\n])\n(?=(?:[-*] |1\. ))", _list_start, text)
+    return text
+
+
+_TARGET = re.compile(r"\]\(([^)\s]+)((?:\s+\"[^\"]*\")?)\)")
+
+
+def _list_start(found: re.Match[str]) -> str:
+    line = found.string[found.string.rfind("\n", 0, found.start()) + 1 : found.start()]
+    in_list = bool(re.match(r"(?:[-*] |\d+\. |\s)", line)) or not line.strip()
+    return "\n" if in_list else "\n\n"
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Everything that a page of the repository needs to be one of the site."""
+    src_uri = page.file.src_uri
+    present = {file.src_uri for file in files}
+
+    def link(target: str) -> str:
+        return rewritten(target, src_uri, present, config.extra["repository"])
+
+    if src_uri == "index.md":
+        page.meta["hide"] = ["navigation", "toc"]  # room for the gallery
+        markdown = markdown.replace("<!-- gallery -->", gallery([entry for entries in families().values() for entry in entries]))
+    if src_uri == "evidence.md":
+        page.meta["hide"] = ["navigation", "toc"]  # and for the wide table
+    slug = Path(src_uri).stem
+    if src_uri == f"techniques/{slug}.md" and slug in techniques():
+        markdown = re.sub(r"\A(# .+\n)", lambda title: f"{title[1]}\n{at_a_glance(techniques()[slug])}\n", markdown, count=1)
+    return "".join(fence_for_the_site(part) if fenced else prose_for_the_site(part, link) for fenced, part in split_fences(markdown))

@@ -1,0 +1,320 @@
+"""The site builds without a warning, every link in it leads somewhere, and nothing public is left out of it."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from lit_methods.catalog import public_names, techniques
+
+ROOT = Path(__file__).resolve().parents[1]
+GALLERY = ROOT / "docs" / "gallery"
+needs_mkdocs = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings_handlers")),
+    reason='mkdocs isn\'t installed: pip install -e ".[docs]"',
+)
+
+
+# ---- reading the built pages -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Page:
+    """What a built page links to and can be linked to."""
+
+    title: str = ""
+    anchors: set[str] = field(default_factory=set)
+    links: list[str] = field(default_factory=list)
+    loaded: list[str] = field(default_factory=list)  # scripts, styles, pictures: fetched by the browser on its own
+    images: list[dict[str, str]] = field(default_factory=list)
+
+
+class _Reader(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.page, self.in_title = Page(), False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attrs}
+        self.page.anchors.update(given[name] for name in ("id", "name") if given.get(name))
+        self.in_title = self.in_title or (tag == "title" and not self.page.title)
+        if tag == "a" and given.get("href"):
+            self.page.links.append(given["href"])
+        if tag == "link" and given.get("href") and given.get("rel") != "canonical":
+            self.page.loaded.append(given["href"])
+        if tag in ("script", "img", "iframe", "source") and given.get("src"):
+            self.page.loaded.append(given["src"])
+        if tag == "img":
+            self.page.images.append(given)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.in_title = self.in_title and tag != "title"
+
+    def handle_data(self, data: str) -> None:
+        if self.in_title:
+            self.page.title += data
+
+
+def read(html: str) -> Page:
+    reader = _Reader()
+    reader.feed(html)
+    return reader.page
+
+
+@cache
+def read_file(path: Path) -> Page:
+    return read(path.read_text(encoding="utf-8"))
+
+
+def broken_links(site: Path) -> list[str]:
+    """Links and loaded files of all pages that lead nowhere inside the site, and what is loaded from elsewhere."""
+    found = []
+    for path in sorted(site.rglob("*.html")):
+        page = read_file(path)
+        for target in [*page.links, *page.loaded]:
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc:
+                if target in page.loaded and parts.scheme != "data":
+                    found.append(f"{path.relative_to(site)} loads {target}")
+                continue
+            file = path if not parts.path else (path.parent / unquote(parts.path)).resolve()
+            if not file.is_file() or not file.is_relative_to(site):
+                if path.name != "404.html":  # its links are those of the server's root
+                    found.append(f"{path.relative_to(site)} -> {target}: no such file")
+            elif parts.fragment and file.suffix == ".html" and unquote(parts.fragment) not in read_file(file).anchors:
+                found.append(f"{path.relative_to(site)} -> {target}: no such anchor")
+    return found
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built as ``make docs`` builds it."""
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]  # --quiet would hide warnings from --strict
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, f"mkdocs build --strict:\n{built.stdout[-2000:]}{built.stderr[-4000:]}"
+    return folder
+
+
+# ---- the built site --------------------------------------------------------------------------------------------------------------------
+
+
+@needs_mkdocs
+def test_every_link_leads_somewhere_and_nothing_comes_from_the_network(site: Path) -> None:
+    assert len(list(site.rglob("*.html"))) > 15
+    assert broken_links(site) == []
+    styles = "".join(path.read_text(encoding="utf-8") for path in site.rglob("*.css"))
+    assert not re.findall(r"(?:@import|url\()\s*[\"']?https?://", styles)
+
+
+@needs_mkdocs
+def test_every_public_name_has_an_entry(site: Path) -> None:
+    anchors = set().union(*(read_file(path).anchors for path in (site / "api").glob("*.html")))
+    assert {f"{package}.{name}" for name, package in public_names().items()} <= anchors
+    functions = ast.literal_eval((ROOT / "lit_methods" / "functional.py").read_text(encoding="utf-8").partition("__all__ = ")[2])
+    assert {f"lit_methods.functional.{name}" for name in functions} <= anchors
+    text = "".join(path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html"))
+    assert "Factor of the term" in text  # docstrings of arguments, not just names
+    assert ":class:" not in text
+
+
+@needs_mkdocs
+def test_every_technique_has_a_page_and_a_picture_that_is_described(site: Path) -> None:
+    home = read_file(site / "index.html")
+    for slug in techniques():
+        page = read_file(site / "techniques" / f"{slug}.html")
+        shown = [image for image in page.images if f"gallery/{slug}." in image["src"]]
+        assert shown, f"docs/techniques/{slug}.md doesn't show its picture: ![alternative text](../gallery/{slug}.webp)"
+        assert len(shown[0].get("alt", "")) > 40, f"docs/techniques/{slug}.md: say what the picture shows"
+        assert f"techniques/{slug}.html" in home.links
+        on_home = [image for image in home.images if f"gallery/{slug}." in image["src"]]
+        assert [image["alt"] for image in on_home] == [" ".join(shown[0]["alt"].split())]
+
+
+@needs_mkdocs
+def test_every_picture_has_an_alternative_text(site: Path) -> None:
+    for path in site.rglob("*.html"):
+        assert all(image.get("alt", "").strip() for image in read_file(path).images), path
+
+
+@needs_mkdocs
+def test_pages_of_the_repository_are_there_and_read_well(site: Path) -> None:
+    pages = "quick_start attach notebooks configs errors techniques/index benchmarks add_a_technique design changes"
+    for page in pages.split():
+        assert (site / f"{page}.html").is_file(), page
+    for path in site.rglob("*.html"):
+        text = re.sub(r"<(pre|code|script|style)\b.*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.S)
+        assert "```" not in text, f"{path.name}: a fence that isn't a block"
+        assert not re.search(r"<p>[^<]*\n[-*] \S", text), f"{path.name}: a list that isn't one"
+        assert not re.search(r"<p>[^<]*\n\|.*\|", text), f"{path.name}: a table that isn't one"
+    quick = (site / "quick_start.html").read_text(encoding="utf-8")
+    assert "lit fit --config configs/superflow.yaml" in re.sub(r"<[^>]+>", "", quick)
+    assert 'filename">my_project.py' in (site / "attach.html").read_text(encoding="utf-8")
+    assert not list(site.rglob("*.py"))
+
+
+@needs_mkdocs
+def test_the_search_works_without_a_server(site: Path) -> None:
+    assert (site / "search" / "search_index.js").is_file()
+    assert "assets/iframe-worker.js" in read_file(site / "index.html").loaded
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<h2 id="one">x</h2><a href="b.html#two"></a><a href="#one"></a><a href="https://x.org"></a>')
+    (tmp_path / "b.html").write_text('<a href="a.html#gone"></a><a href="c.html"></a><script src="https://cdn.org/x.js"></script>')
+    assert broken_links(tmp_path.resolve()) == [
+        "a.html -> b.html#two: no such anchor",
+        "b.html -> a.html#gone: no such anchor",
+        "b.html -> c.html: no such file",
+        "b.html loads https://cdn.org/x.js",
+    ]
+
+
+# ---- the gallery -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slug", techniques())
+def test_every_technique_has_a_small_picture(slug: str) -> None:
+    from PIL import Image
+
+    found = [path for path in GALLERY.glob(f"{slug}.*") if path.suffix in (".webp", ".png", ".svg")]
+    assert len(found) == 1, f"docs/gallery/{slug}.webp: python docs/make_gallery.py {slug}"
+    assert found[0].stat().st_size <= 100_000
+    if found[0].suffix != ".svg":
+        with Image.open(found[0]) as picture:
+            assert picture.width >= 600
+            assert len(picture.convert("RGB").resize((32, 18)).getcolors(32 * 18)) > 20, "the picture is all but empty"
+
+
+def test_no_picture_is_left_behind() -> None:
+    assert {path.stem for path in GALLERY.iterdir() if path.is_file()} <= set(techniques())
+
+
+def _script(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_picture_comes_out_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest picture of the run, else its curve, on a canvas of one shape and small enough."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    from lit_methods.catalog import Technique
+
+    make = _script(ROOT / "docs" / "make_gallery.py")
+    entry = Technique("none", "None", "", "lidar", "module", (), (), (), "", "")
+    with pytest.raises(FileNotFoundError, match="folder of a run"):
+        make.draw(entry, tmp_path)
+    lines = [{"step": step, "epoch": 0, "metrics": {"none/loss": 10.0 - step}} for step in range(10)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    curve = np.asarray(make.draw(entry, tmp_path)).astype(int)
+    line = (curve == make.LINE).all(axis=-1)
+    rows, columns = line.nonzero()
+    assert rows[columns.argmin()] < 100 < 500 < rows[columns.argmax()]  # a falling loss
+    (tmp_path / "media").mkdir()
+    Image.new("RGB", (20, 10), (200, 30, 40)).save(tmp_path / "media" / "picture.png")
+    picture = make.draw(entry, tmp_path)
+    assert picture.size == make.SIZE
+    assert picture.getpixel((576, 324)) == (200, 30, 40)
+    assert picture.getpixel((576, 5)) == make.BACKGROUND
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8))
+    best = len(make.encoded(noise))
+    monkeypatch.setattr(make, "MAX_BYTES", best - 1)
+    assert 0 < len(make.encoded(noise)) < best
+    monkeypatch.setattr(make, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="less detail"):
+        make.encoded(noise)
+
+
+# ---- links of the repository as links of the site --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hooks() -> ModuleType:
+    pytest.importorskip("mkdocs", reason='mkdocs isn\'t installed: pip install -e ".[docs]"')
+    return _script(ROOT / "docs" / "tools" / "hooks.py")
+
+
+PRESENT = {"index.md", "design.md", "quick_start.md", "attach.md", "configs.md", "techniques/index.md", "techniques/superflow.md"}
+PRESENT |= {"add_a_technique.md", "gallery/superflow.webp", "benchmarks.md", "changes.md"}
+
+
+@pytest.mark.parametrize(
+    ("page", "target", "wanted"),
+    [
+        ("design.md", "techniques/superflow.md#claim", "techniques/superflow.md#claim"),
+        ("design.md", "../CONTRIBUTING.md", "add_a_technique.md"),
+        ("design.md", "../configs/README.md#rules", "configs.md#rules"),
+        ("design.md", "../README.md", "index.md"),
+        ("techniques/superflow.md", "../../README.md#techniques", "index.md"),
+        ("techniques/superflow.md", "../gallery/superflow.webp", "../gallery/superflow.webp"),
+        ("add_a_technique.md", "docs/design.md#shared-pieces", "design.md#shared-pieces"),
+        ("quick_start.md", "configs/README.md", "configs.md"),
+        ("attach.md", "docs/techniques/superflow.md", "techniques/superflow.md"),
+        ("index.md", "../README.md#2-attach-a-callback-to-your-own-module", "attach.md"),
+        ("index.md", "../README.md#3-compare-two-runs", "quick_start.md#compare-two-runs"),
+        ("index.md", "../LICENSE", "https://example.org/blob/main/LICENSE"),
+        ("techniques/superflow.md", "../../configs/full", "https://example.org/tree/main/configs/full"),
+        ("index.md", "../README.md#tests", "https://example.org/blob/main/README.md#tests"),
+        ("index.md", "https://arxiv.org/abs/2503.19912", "https://arxiv.org/abs/2503.19912"),
+        ("index.md", "#techniques", "#techniques"),
+        ("index.md", "../no_such_file.md", "../no_such_file.md"),  # left as it is: mkdocs reports it
+    ],
+)
+def test_a_link_of_the_repository_becomes_one_of_the_site(hooks: ModuleType, page: str, target: str, wanted: str) -> None:
+    assert hooks.rewritten(target, page, PRESENT, "https://example.org") == wanted
+
+
+def test_markdown_for_the_site(hooks: ModuleType) -> None:
+    text = "See [`code`](a.md):\n- one\n- two\n  more\n\n1. first\n2. second\n\n`[no](link.md)`\n"
+    assert hooks.prose_for_the_site(text, lambda target: f"<{target}>") == (
+        "See [`code`](<a.md>):\n\n- one\n- two\n  more\n\n1. first\n2. second\n\n`[no](link.md)`\n"
+    )
+    assert hooks.fence_for_the_site("```yaml fit\n# my_run.yaml\nmodel: A\n```") == '```yaml title="my_run.yaml"\nmodel: A\n```'
+    assert hooks.fence_for_the_site("```bash\nlit list\n```") == "```bash\nlit list\n```"
+
+
+def test_docstrings_become_markdown() -> None:
+    pytest.importorskip("griffe", reason='griffe isn\'t installed: pip install -e ".[docs]"')
+    to_markdown = _script(ROOT / "docs" / "tools" / "docstrings.py").to_markdown
+    assert to_markdown("See :class:`~a.B` and :mod:`c`::\n\n    x = 1 <y>\n\nmean(1 - <k, q>), ``<k>``, 1 < 2") == (
+        "See `a.B` and `c`:\n\n    x = 1 <y>\n\nmean(1 - &lt;k, q>), ``<k>``, 1 < 2"
+    )
+
+
+def test_new_pages_find_their_place(hooks: ModuleType) -> None:
+    present = {"index.md", "design.md", "errors.md", "brand_new.md", "techniques/index.md", "api/index.md"}
+    nav = hooks.navigation(present)
+    assert nav[0] == {"Home": "index.md"}
+    assert nav[-1] == {"More": ["brand_new.md"]}
+    assert {"Guide": ["errors.md"]} in nav
+    listed = str(nav)
+    assert all(f"techniques/{slug}.md" in listed for slug in techniques())
+    assert "evidence.md" not in listed  # not there: not in the navigation
+
+
+def test_the_readme_keeps_the_parts_that_the_site_shows(hooks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mkdocs.exceptions import PluginError
+
+    for page, part in hooks.README_PARTS.items():
+        assert len(hooks.readme_page(*part)) > 500, page
+    with pytest.raises(PluginError, match="no heading 'Gone'"):
+        hooks.readme_page("Title", ("Gone",))
