@@ -4,5 +4,11 @@ from .lidar.segmentor import PointSegmentor as PointSegmentor
 from .lidar.superflow import SuperFlow as SuperFlow
 from .lidar.teachers import DINOv2 as DINOv2
 from .lidar.teachers import PatchStatistics as PatchStatistics
+from .vision.classifier import ImageClassifier as ImageClassifier
+from .vision.networks import MLP as MLP
+from .vision.networks import CifarResNet as CifarResNet
+from .vision.networks import CifarResNet18 as CifarResNet18
+from .vision.networks import SmallConvNet as SmallConvNet
+from .vision.networks import TimmNetwork as TimmNetwork
 
 __version__: str

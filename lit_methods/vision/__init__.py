@@ -1,0 +1,1 @@
+"""Image classification: the module and the networks that many techniques share."""

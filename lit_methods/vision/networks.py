@@ -1,0 +1,220 @@
+"""Networks for image classification: (B, C, H, W) float images -> (B, num_classes) logits."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them, on flattened input.
+
+    Submodules: ``layers.0`` to ``layers.k``, all ``nn.Linear``; the last one gives the logits.
+
+    Args:
+        widths: Number of inputs, hidden widths, number of classes; at least two numbers, such as [64, 256, 10].
+        bias: All layers have a bias.
+
+    Raises:
+        ValueError: Fewer than two widths, or one below 1.
+    """
+
+    def __init__(self, widths: Sequence[int], bias: bool = True) -> None:
+        super().__init__()
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"widths={list(widths)}: give the number of inputs, hidden widths and the number of classes, each 1 or more")
+        self.widths = tuple(widths)
+        self.layers = nn.ModuleList(nn.Linear(inside, outside, bias) for inside, outside in pairwise(widths))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, ...) with ``widths[0]`` values per sample -> (B, widths[-1])."""
+        x = images.flatten(1)
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class SmallConvNet(nn.Module):
+    """3x3 convolutions, each with batch norm and ReLU, one 2x2 max pooling after the second, global mean, linear.
+
+    Submodules: ``convs.i`` (no bias), ``norms.i``, ``head``.
+
+    Args:
+        channels: Output channels of the convolutions, two or more of them.
+        in_channels: 1 for grey images, 3 for colour.
+        num_classes: Width of the output.
+
+    Raises:
+        ValueError: Fewer than two convolutions.
+    """
+
+    def __init__(self, channels: Sequence[int] = (12, 16, 16), in_channels: int = 1, num_classes: int = 10) -> None:
+        super().__init__()
+        if len(channels) < 2:
+            raise ValueError(f"channels={list(channels)}: give two or more, one for each convolution")
+        pairs = list(zip([in_channels, *channels[:-1]], channels, strict=True))
+        self.convs = nn.ModuleList(nn.Conv2d(inside, outside, 3, padding=1, bias=False) for inside, outside in pairs)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(outside) for outside in channels)
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_channels, H, W), H and W >= 2 -> (B, num_classes)."""
+        x = images
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = F.relu(norm(conv(x)))
+            if index == 1:
+                x = self.pool(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class _BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut.
+
+    Where the shape changes, the shortcut is a 1x1 convolution with batch norm (``projection``, He et al.'s option B) or every second pixel
+    with zeros for the new channels, half of them on either side (option A, without weights).
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, projection: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.new_channels = stride, channels - in_channels
+        self.downsample: nn.Module | None = None
+        if projection and (stride > 1 or in_channels != channels):
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
+        elif self.stride > 1 or self.new_channels:
+            before = self.new_channels // 2
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+        x = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+def _stage(in_channels: int, channels: int, blocks: int, stride: int, projection: bool) -> nn.Sequential:
+    first = _BasicBlock(in_channels, channels, stride, projection)
+    return nn.Sequential(first, *(_BasicBlock(channels, channels, 1, projection) for _ in range(blocks - 1)))
+
+
+def _initialise(module: nn.Module) -> None:
+    """Kaiming normal, fan-out, for the convolutions: He et al. 2015."""
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Conv2d):
+            nn.init.kaiming_normal_(submodule.weight, mode="fan_out", nonlinearity="relu")
+
+
+class CifarResNet(nn.Module):
+    """ResNet-20, 32, 44, 56, 110 for 32x32 images: He et al. 2015 (arXiv:1512.03385), section 4.2, shortcuts without weights.
+
+    Submodules: ``conv1``, ``bn1``, ``layer1`` to ``layer3``, each a sequence of blocks ``layer2.0`` with ``conv1``, ``bn1``, ``conv2``,
+    ``bn2``; ``linear``: the names of widespread CIFAR checkpoints, which put ``module.`` in front.
+
+    Args:
+        depth: 6n + 2: 8, 14, 20, 32, 44, 56, 110, ...
+        width: Channels of the first stage; the others have two and four times as many.
+        num_classes: Width of the output.
+        in_channels: 3 for colour, 1 for grey images.
+
+    Raises:
+        ValueError: ``depth`` isn't 6n + 2.
+    """
+
+    def __init__(self, depth: int = 20, width: int = 16, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth={depth} is not 6n + 2: give 20, 32, 44, 56 or 110")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks, 1, projection=False)
+        self.layer2 = _stage(width, 2 * width, blocks, 2, projection=False)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, 2, projection=False)
+        self.linear = nn.Linear(4 * width, num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, num_classes)."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+class CifarResNet18(nn.Module):
+    """ResNet-18 for 32x32 images: a 3x3 stem without pooling, four stages of two blocks, 1x1 convolutions as shortcuts.
+
+    Submodules are named as in torchvision: ``conv1``, ``bn1``, ``layer1`` to ``layer4`` with ``downsample``, ``fc``.
+
+    Args:
+        width_factor: Factor of the widths 64, 128, 256, 512; the products are truncated.
+        num_classes: Width of the output.
+        in_channels: 3 for colour, 1 for grey images.
+
+    Raises:
+        ValueError: The first stage has no channel left.
+    """
+
+    def __init__(self, width_factor: float = 1.0, num_classes: int = 100, in_channels: int = 3) -> None:
+        super().__init__()
+        widths = [int(width * width_factor) for width in (64, 128, 256, 512)]
+        if widths[0] < 1:
+            raise ValueError(f"width_factor={width_factor} leaves {widths[0]} channels in the first stage: give 1/64 or more")
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = _stage(widths[0], widths[0], 2, 1, projection=True)
+        self.layer2 = _stage(widths[0], widths[1], 2, 2, projection=True)
+        self.layer3 = _stage(widths[1], widths[2], 2, 2, projection=True)
+        self.layer4 = _stage(widths[2], widths[3], 2, 2, projection=True)
+        self.fc = nn.Linear(widths[3], num_classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, num_classes)."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+class TimmNetwork(nn.Module):
+    """Any network of timm, such as ``vit_base_patch16_224``, ``resnet50`` or ``resnet18``; its submodules stand under ``model.``.
+
+    Args:
+        name: Name in timm.
+        num_classes: Width of the output.
+        pretrained: Load timm's weights; they are downloaded once, if they aren't there yet.
+        options: Further arguments of ``timm.create_model``, such as ``{drop_path_rate: 0.1, img_size: 64}``.
+
+    Raises:
+        ValueError: timm has no such network; the message names similar ones.
+    """
+
+    def __init__(self, name: str, num_classes: int = 1000, pretrained: bool = False, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        import timm
+
+        if not timm.is_model(name.partition(".")[0]):
+            import difflib
+
+            near = difflib.get_close_matches(name, timm.list_models(), n=4) or timm.list_models(f"*{name}*")[:4]
+            hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
+            raise ValueError(f"timm {timm.__version__} has no network {name!r}: {hint}")
+        self.model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **(options or {}))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that timm keeps out of weight decay, such as position embeddings."""
+        listed: set[str] = getattr(self.model, "no_weight_decay", set)()
+        return {f"model.{name}" for name in listed}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, num_classes)."""
+        return self.model(images)
+
+
+__all__ = ["MLP", "CifarResNet", "CifarResNet18", "SmallConvNet", "TimmNetwork"]

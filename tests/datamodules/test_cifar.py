@@ -1,0 +1,160 @@
+"""CIFAR: the official files whole, partial and broken, augmentation, the built-in images."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import tiny_trainer
+from lit_methods import CifarResNet, ImageClassifier
+from lit_methods.checkpoint import read_state_dict
+from lit_methods.datamodules import CIFARDataModule
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.vision.cifar import crop_and_flip, read_pickle
+from lit_methods.datamodules.vision.shapes import draw_shapes
+
+
+def write_release(root, name="cifar10", number=6, protocol=2):
+    """Files of the release with ``number`` images each; image k of a file is filled with k in red and the file's number in blue."""
+    ten = name == "cifar10"
+    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    folder.mkdir(parents=True)
+    classes = 10 if ten else 100
+    for order, file in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if ten else ["train", "test"]):
+        data = np.zeros((number, 3, 32, 32), np.uint8)
+        data[:, 0], data[:, 2] = np.arange(number)[:, None, None], order
+        labels = [k + order if k + order < classes else 0 for k in range(number)]
+        key = b"labels" if ten else b"fine_labels"
+        (folder / file).write_bytes(pickle.dumps({b"data": data.reshape(number, -1), key: labels}, protocol))
+    names = [f"class {k}" for k in range(classes)]
+    meta = {"label_names": names} if ten else {"fine_label_names": names, "coarse_label_names": []}
+    (folder / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(meta, protocol))
+    return folder
+
+
+def prepared(root=None, **kwargs):
+    data = CIFARDataModule(root, **({"batch_size": 4} | kwargs))
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(("name", "files", "last"), [("cifar10", 5, 4), ("cifar100", 1, 0)])
+def test_the_official_layout_is_read(name, files, last, protocol, tmp_path):
+    write_release(tmp_path, name, protocol=protocol)
+    data = prepared(tmp_path, name=name, augment=False, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
+    assert (len(data.train_set), len(data.test_set)) == (6 * files, 6)
+    assert (data.num_classes, data.class_names[3]) == (10 if name == "cifar10" else 100, "class 3")
+    sample = data.train_set[(0, 6 * files - 1)]
+    assert sample["image"].shape == (3, 32, 32)
+    assert sample["image"].mean((1, 2)).tolist() == pytest.approx([5, 0, last])
+    assert sample["label"] == 5 + last
+
+
+def test_validation_images_are_taken_from_the_training_images(tmp_path):
+    write_release(tmp_path)
+    data = prepared(tmp_path, val_size=10, seed=3)
+
+    def identity(dataset):
+        return {(int(image[0, 0, 0]), int(image[2, 0, 0])) for image in map(dataset.read, range(len(dataset)))}
+
+    train, held_out = identity(data.train_set), identity(data.val_set)
+    assert (len(train), len(held_out)) == (20, 10)
+    assert not train & held_out
+    assert identity(prepared(tmp_path, val_size=10, seed=4).val_set) == held_out
+    with pytest.raises(ValueError, match="val_size=30"):
+        prepared(tmp_path, val_size=30)
+
+
+def rewrite(path, **changes):
+    content = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(content | {key.encode(): value for key, value in changes.items()}, 2))
+
+
+def test_broken_files_are_named_with_their_field(tmp_path):
+    folder = write_release(tmp_path)
+    file = folder / "data_batch_3"
+    whole = file.read_bytes()
+    for spoil, error, words in (
+        (lambda: file.write_bytes(whole[:5000]), BrokenRecordError, "data_batch_3: pickle: 5000 bytes.*truncated"),
+        (lambda: file.write_bytes(b""), BrokenRecordError, "data_batch_3: pickle"),
+        (
+            lambda: rewrite(file, labels=[1, 2, 3, 10, 0, 0]),
+            BrokenRecordError,
+            r"data_batch_3: labels: label 10 of image 3 is not in 0\.\.9",
+        ),
+        (lambda: rewrite(file, labels=[1, 2]), BrokenRecordError, "data_batch_3: labels: expected 6 integers"),
+        (lambda: rewrite(file, data=np.zeros((6, 3071), np.uint8)), BrokenRecordError, r"data_batch_3: data: expected \(n, 3072\)"),
+        (lambda: file.write_bytes(pickle.dumps({"data": 1})), BrokenRecordError, "data_batch_3: labels: the field is missing"),
+        (file.unlink, MissingFileError, "data_batch_3"),
+    ):
+        spoil()
+        with pytest.raises(error, match=words):
+            prepared(tmp_path)
+        file.write_bytes(whole)
+    with pytest.raises(WrongRootError, match="cifar-100-python"):
+        prepared(tmp_path, name="cifar100")
+
+
+def test_no_code_runs_from_a_pickle(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("sprung").touch, ())
+
+    (tmp_path / "trap").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(BrokenRecordError, match="which no CIFAR file needs"):
+        read_pickle(tmp_path / "trap")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_augmentation_is_a_crop_and_a_flip_that_follow_from_the_draw():
+    image = torch.arange(1, 3 * 32 * 32 + 1).reshape(3, 32, 32)
+    padded = torch.zeros(3, 40, 40, dtype=image.dtype)
+    padded[:, 4:36, 4:36] = image
+    possible = {}
+    for top in range(9):
+        for left in range(9):
+            crop = padded[:, top : top + 32, left : left + 32]
+            possible[crop.numpy().tobytes()] = (top, left, 0)
+            possible[crop.flip(2).numpy().tobytes()] = (top, left, 1)
+    seen = [possible[crop_and_flip(image, (0, epoch, 7)).numpy().tobytes()] for epoch in range(300)]
+    tops, lefts, flips = (set(column) for column in zip(*seen, strict=True))
+    assert (tops, lefts, flips) == (set(range(9)), set(range(9)), {0, 1})
+    assert torch.equal(crop_and_flip(image, (0, 5, 7)), crop_and_flip(image, (0, 5, 7)))
+
+
+def test_batches_are_the_same_with_workers_and_held_out_images_are_not_augmented():
+    alone, helped = (next(iter(prepared(num_workers=workers, batch_size=32).train_dataloader())) for workers in (0, 2))
+    assert torch.equal(alone["image"], helped["image"])
+    assert torch.equal(alone["label"], helped["label"])
+    data = prepared()
+    assert torch.equal(data.val_set[(0, 3)]["image"], data.val_set[(9, 3)]["image"])
+    assert not torch.equal(data.train_set[(0, 3)]["image"], data.train_set[(1, 3)]["image"])
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_built_in_images_are_balanced_and_repeatable(classes):
+    images, labels = draw_shapes(400, classes, 32, seed=0)
+    assert set(np.bincount(labels, minlength=classes)) == {400 // classes}
+    assert np.array_equal(images, draw_shapes(400, classes, 32, seed=0)[0])
+    assert not np.array_equal(images, draw_shapes(400, classes, 32, seed=1)[0])
+    assert images.shape == (400, 32, 32, 3)
+
+
+def test_a_small_network_learns_the_built_in_images():
+    torch.manual_seed(0)
+    data, model = CIFARDataModule(batch_size=50, augment=False), ImageClassifier(CifarResNet(8, width=4), learning_rate=0.1)
+    tiny_trainer(max_epochs=2, limit_val_batches=0).fit(model, datamodule=data)
+    (result,) = tiny_trainer().test(model, datamodule=data, verbose=False)
+    assert result["classifier/test_accuracy"] > 0.3, "chance is 0.1"
+
+
+def test_real_images_are_told_apart_by_published_weights(test_data):
+    data = prepared(test_data / "cifar10", augment=False, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), batch_size=200)
+    assert (len(data.train_set), len(data.test_set), data.class_names[9]) == (4000, 1000, "truck")
+    model = ImageClassifier(CifarResNet(20))
+    weights = read_state_dict(test_data / "models" / "cifar_resnet" / "resnet20-12fca82f.th", "module.")
+    model.network.load_state_dict(model.network.state_dict() | weights)
+    (result,) = tiny_trainer(limit_test_batches=2).test(model, datamodule=data, verbose=False)
+    assert result["classifier/test_accuracy"] > 0.7
