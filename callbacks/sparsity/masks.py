@@ -86,13 +86,12 @@ def nm_mask(weight: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
     groups = _comparable(weight.detach()).abs().movedim(dim, -1).unflatten(-1, (size // m, m))
     if n == 0:
         mask = torch.zeros_like(groups, dtype=torch.bool)
-    elif m <= 8:  # a weight stays if fewer than n others beat it: m * m comparisons, faster than selecting
+    elif m <= 8:  # a weight stays if fewer than n others beat it: m * m comparisons, faster than sorting
         columns = groups.unbind(-1)
         mask = torch.stack([_beaten_by(columns, i) < n for i in range(m)], dim=-1)
     else:
-        threshold = groups.kthvalue(m - n + 1, dim=-1, keepdim=True).values
-        above = groups > threshold
-        mask = above | _first_true(groups == threshold, n - above.sum(-1, keepdim=True))
+        order = groups.argsort(dim=-1, descending=True, stable=True)
+        mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], True)
     return mask.flatten(-2).movedim(-1, dim)
 
 

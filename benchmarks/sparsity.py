@@ -1,0 +1,214 @@
+"""What sparse training costs: steps with and without masks in turns, and each mask function beside the way one would write it at first.
+
+    python benchmarks/sparsity.py [--rounds 9] [--steps 6] [--threads 1] [--json FILE]
+
+1. A training step of a ResNet-18 (batch 16, 64 x 64 pixels) and of a small ViT (batch 32, 32 x 32) with ``DynamicSparsity``, static and
+   RigL, beside the same fit without it. A round fits both sides, the first of them in turns, and takes the median step; the ratio is with /
+   without of one round, its median and quartiles are printed. Target for a static mask: at most 1.05.
+2. ``nm_mask`` at 2:4, 4:8 and 1:32 on a 1024 x 4096 weight beside sorting each group (the masks must be equal), and beside
+   ``torch.topk``, which is right only without ties.
+3. One mask update of RigL on a 4-million-weight layer beside sorting the whole layer.
+4. Memory of masks: bytes per weight.
+
+Use an idle machine. Both sides run in this process with ``--threads`` torch threads.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import timm
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from lit_methods.callbacks.sparsity.drop_grow import update_mask
+from lit_methods.callbacks.sparsity.dynamic import DynamicSparsity
+from lit_methods.callbacks.sparsity.masks import keep_largest, nm_mask
+
+WARM_UP = 2
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+class Classifier(pl.LightningModule):
+    """Any network on random images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+class Clock(pl.Callback):
+    """Seconds from the end of one batch to the end of the next."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Note the time."""
+        self.ends.append(time.perf_counter())
+
+    def median(self) -> float:
+        """Of the steps after the warm-up."""
+        return statistics.median(b - a for a, b in zip(self.ends[WARM_UP:], self.ends[WARM_UP + 1 :], strict=False))
+
+
+def fit(network: Callable[[], nn.Module], size: int, batch: int, steps: int, callbacks: list[pl.Callback]) -> float:
+    """Median seconds per step of one fit."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
+    loader = [[images, labels]] * (steps + WARM_UP + 1)
+    clock = Clock()
+    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[*callbacks, clock], **silent)  # type: ignore[arg-type]
+    trainer.fit(Classifier(network()), train_dataloaders=loader)
+    return clock.median()
+
+
+def bench_steps(rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Ratio of a step with masks to one without, per network and method."""
+    networks: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+        "ResNet-18": (lambda: resnet18(num_classes=10), 64, 16),
+        "ViT, 6 x 192": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10), 32, 32),
+    }
+    rows = []
+    for name, (network, size, batch) in networks.items():
+        for method, interval in (("static", 1), ("rigl", 100), ("rigl", 1)):
+            ratios, plain = [], []
+            for turn in range(rounds):
+                sides = {}
+                for side in ("with", "without") if turn % 2 else ("without", "with"):
+                    mask = DynamicSparsity(0.1, method, interval=interval, end_fraction=1.0)  # type: ignore[arg-type]
+                    sides[side] = fit(network, size, batch, steps, [mask] if side == "with" else [])
+                ratios.append(sides["with"] / sides["without"])
+                plain.append(sides["without"])
+            label = method if method == "static" else f"{method}, update every {interval} steps"
+            rows.append({"network": name, "masks": label, "ratio": quartiles(ratios), "plain_ms": 1e3 * statistics.median(plain)})
+    return rows
+
+
+def in_turns(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side, one call of each per round, the order reversed every other round."""
+    for call in sides.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name in sides if turn % 2 else reversed(list(sides)):
+            start = time.perf_counter()
+            sides[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def nm_by_sorting(weight: Tensor, n: int, m: int) -> Tensor:
+    """Each group sorted, the first n places of the order switched on: right also with ties."""
+    groups = weight.abs().unflatten(1, (-1, m))
+    order = groups.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], True).flatten(1)
+
+
+def nm_by_topk(weight: Tensor, n: int, m: int) -> Tensor:
+    """``torch.topk`` in each group: which of two equal weights stays is left open."""
+    groups = weight.abs().unflatten(1, (-1, m))
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.topk(n, dim=-1).indices, True).flatten(1)
+
+
+def update_by_sorting(weight: Tensor, mask: Tensor, score: Tensor, fraction: float, target: int) -> Tensor:
+    """RigL's update with two sorts of the whole layer."""
+    active = int(mask.sum())
+    magnitude = weight.abs().masked_fill(~mask, -1.0).flatten()
+    kept = torch.zeros_like(mask).flatten()
+    kept[magnitude.argsort(descending=True, stable=True)[: active - int(fraction * active)]] = True
+    rest = score.flatten().masked_fill(kept, -1.0)
+    kept[rest.argsort(descending=True, stable=True)[: target - int(kept.sum())]] = True
+    return kept.view_as(mask)
+
+
+def bench_masks(rounds: int) -> list[dict[str, Any]]:
+    """Mask functions beside plain formulations."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1024, 4096, generator=generator)
+    rows = []
+    for n, m in ((2, 4), (4, 8), (1, 32)):
+        assert torch.equal(nm_mask(weight, n, m), nm_by_sorting(weight, n, m)), f"{n}:{m} masks differ"
+        sides: dict[str, Callable[[], Any]] = {
+            "ours": lambda n=n, m=m: nm_mask(weight, n, m),  # type: ignore[misc]
+            "sorting": lambda n=n, m=m: nm_by_sorting(weight, n, m),  # type: ignore[misc]
+            "topk": lambda n=n, m=m: nm_by_topk(weight, n, m),  # type: ignore[misc]
+        }
+        rows.append({"what": f"nm_mask {n}:{m}, 1024 x 4096", **compared(in_turns(sides, rounds))})
+    mask = keep_largest(torch.rand(weight.shape, generator=generator), weight.numel() // 10)
+    sparse, score, target = weight * mask, torch.rand(weight.shape, generator=generator), int(mask.sum())
+    assert torch.equal(update_mask(sparse, mask, score, 0.3, target), update_by_sorting(sparse, mask, score, 0.3, target)), "updates differ"
+    sides = {
+        "ours": lambda: update_mask(sparse, mask, score, 0.3, target),
+        "sorting": lambda: update_by_sorting(sparse, mask, score, 0.3, target),
+    }
+    rows.append({"what": "RigL update, 1024 x 4096 at 10 %", **compared(in_turns(sides, rounds))})
+    return rows
+
+
+def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Milliseconds of ours, and how many times longer the others took: median and quartiles over the rounds."""
+    ratios = {
+        name: quartiles([other / ours for other, ours in zip(values, seconds["ours"], strict=True)])
+        for name, values in seconds.items()
+        if name != "ours"
+    }
+    return {"ours_ms": 1e3 * statistics.median(seconds["ours"]), "others_longer": ratios}
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9, help="measurements of each figure (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=6, help="timed training steps of a fit (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    found: dict[str, Any] = {"torch": torch.__version__, "threads": options.threads, "rounds": options.rounds}
+    found["masks"] = bench_masks(options.rounds)
+    for row in found["masks"]:
+        others = ", ".join(f"{name} {r[1]:.2f} x as long ({r[0]:.2f} to {r[2]:.2f})" for name, r in row["others_longer"].items())
+        print(f"{row['what']:32} {row['ours_ms']:8.1f} ms; {others}", flush=True)
+    found["steps"] = bench_steps(options.rounds, options.steps)
+    for row in found["steps"]:
+        low, middle, high = row["ratio"]
+        name = f"{row['network']}, {row['masks']}"
+        print(f"{name:42} {row['plain_ms']:8.1f} ms without; with / without {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
+    weight = torch.zeros(1000, 1000)
+    found["mask_bytes_per_weight"] = 2 * torch.ones_like(weight, dtype=torch.bool).element_size()
+    print(f"masks: {found['mask_bytes_per_weight']} bytes per weight (the mask and its complement)")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    worst = max(row["ratio"][1] for row in found["steps"] if row["masks"] == "static")
+    print(f"static masks: largest median ratio {worst:.3f}, target 1.05: {'met' if worst <= 1.05 else 'missed'}")
+    return int(worst > 1.05)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
