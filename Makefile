@@ -1,6 +1,8 @@
 # Everything runs in .venv, which the first target sets up. PYTHON chooses the interpreter: 3.10, 3.11 or 3.12.
 PYTHON ?= python3
 BIN := .venv/bin
+# Test processes, one thread each. 0: all tests in one process, in order.
+WORKERS ?= 2
 
 .PHONY: superflow test test-slow test-faults lint types wheel-check claims docs notebooks bench-lidar bench-logging clean
 
@@ -8,7 +10,7 @@ superflow: .venv/installed  ## pretrain on the embedded driving world, a few min
 	$(BIN)/lit fit --config configs/superflow.yaml
 
 test: .venv/installed  ## the whole test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: .venv/installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
