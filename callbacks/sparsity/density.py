@@ -53,7 +53,7 @@ def layer_density(
     if method == "uniform":
         return [density] * len(sizes)
     if method in ("er", "erk"):
-        return _proportional(sizes, _ratios(shapes, method, power), density * total)
+        return _proportional(sizes, _ratios(shapes, method, power), density * total)[0]
     last = len(sizes) - 1 if last is None else last % len(sizes)
     found = [0.0] * len(sizes)
     if method == "erk_plus":
@@ -61,7 +61,7 @@ def layer_density(
         rest = [index for index in range(len(sizes)) if index != last]
         budget = _positive(density * total - found[last] * sizes[last], density, method)
         ratios = _ratios([shapes[index] for index in rest], "erk", power)
-        for index, value in zip(rest, _proportional([sizes[index] for index in rest], ratios, budget), strict=True):
+        for index, value in zip(rest, _proportional([sizes[index] for index in rest], ratios, budget)[0], strict=True):
             found[index] = value
         return found
     first = 0 if first is None else first % len(sizes)
@@ -91,8 +91,15 @@ def _ratios(shapes: Sequence[Sequence[int]], method: str, power: float) -> list[
     return [(sum(shape) / math.prod(shape)) ** power for shape in used]
 
 
-def _proportional(sizes: Sequence[int], ratios: Sequence[float], budget: float) -> list[float]:
-    """Densities eps * ratio that spend ``budget`` weights; layers above 1 become dense, those tied at the maximum together."""
+def erk_dense_layers(shapes: Sequence[Sequence[int]], density: float, power: float = 1.0) -> list[bool]:
+    """Which layers ERK leaves dense, because their share would exceed 1. At ``density`` 1 the last layer's share is 1 and doesn't."""
+    sizes = [math.prod(shape) for shape in shapes]
+    dense = _proportional(sizes, _ratios(shapes, "erk", power), density * sum(sizes))[1]
+    return [index in dense for index in range(len(sizes))]
+
+
+def _proportional(sizes: Sequence[int], ratios: Sequence[float], budget: float) -> tuple[list[float], set[int]]:
+    """Densities eps * ratio that spend ``budget`` weights, and the layers above 1 that became dense, those tied at the maximum together."""
     dense: set[int] = set()
     while len(dense) < len(sizes):
         free = [index for index in range(len(sizes)) if index not in dense]
@@ -102,7 +109,7 @@ def _proportional(sizes: Sequence[int], ratios: Sequence[float], budget: float) 
         if largest * eps <= 1 + 1e-12:  # not 1: near density 1 the last layer's is 1 up to rounding
             break
         dense.update(index for index in free if ratios[index] == largest)
-    return [1.0 if index in dense else min(1.0, eps * ratios[index]) for index in range(len(sizes))]
+    return [1.0 if index in dense else min(1.0, eps * ratios[index]) for index in range(len(sizes))], dense
 
 
 def exact_counts(sizes: Sequence[int], densities: Sequence[float]) -> list[int]:

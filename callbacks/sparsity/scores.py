@@ -44,17 +44,17 @@ def grasp_scores(weights: Sequence[Tensor], losses: Sequence[Tensor]) -> list[Te
     return [score / norm for score in scores]
 
 
-def kept_shares(scores: Sequence[Tensor], density: float, remove: str = "lowest") -> list[float]:
-    """Share of each layer that stays if the scores of all layers compete; ties with the threshold stay.
+def kept_masks(scores: Sequence[Tensor], density: float, remove: str = "lowest") -> list[Tensor]:
+    """What stays if the scores of all layers compete; ties with the threshold stay.
 
     Args:
-        scores: One tensor per layer.
+        scores: One tensor per layer, no NaN.
         density: Share of all weights that stays, in (0, 1].
         remove: ``lowest`` keeps the int(density * N) highest (SNIP). ``highest`` removes the int((1 - density) * N) highest, of which the
             last one stays after all, as in GraSP's code.
 
     Returns:
-        One share per layer, in [0, 1].
+        One bool mask per layer, its scores' shape.
 
     Raises:
         ValueError: No weight would be kept or removed where at least one must be, or ``remove`` is unknown.
@@ -65,8 +65,12 @@ def kept_shares(scores: Sequence[Tensor], density: float, remove: str = "lowest"
     count = int(density * every.numel()) if remove == "lowest" else int((1 - density) * every.numel())
     if count < 1:
         if remove == "highest":
-            return [1.0] * len(scores)
+            return [torch.ones_like(score, dtype=torch.bool) for score in scores]
         raise ValueError(f"density {density} of {every.numel()} weights keeps none")
     threshold = every.kthvalue(every.numel() - count + 1).values
-    kept = [score >= threshold if remove == "lowest" else score <= threshold for score in scores]
-    return [float(mask.sum()) / mask.numel() for mask in kept]
+    return [score >= threshold if remove == "lowest" else score <= threshold for score in scores]
+
+
+def kept_shares(scores: Sequence[Tensor], density: float, remove: str = "lowest") -> list[float]:
+    """Share of each layer that stays, in [0, 1]; see :func:`kept_masks`."""
+    return [float(mask.sum()) / mask.numel() for mask in kept_masks(scores, density, remove)]

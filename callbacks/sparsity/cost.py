@@ -1,0 +1,161 @@
+"""What a sparse network costs: FLOPs and bytes in theory, seconds and memory as measured. The two never mix.
+
+Formulas: the common rules of sparse training (RigL, arXiv:1911.11134), see :mod:`~lit_methods.callbacks.sparsity.flops`.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lit_methods.callbacks.sparsity.flops import Macs
+from lit_methods.callbacks.step_cost import peak_memory
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Theoretical cost of one forward pass, 2 FLOPs per MAC.
+
+    Attributes:
+        macs_dense: Weight -> MACs.
+        macs_sparse: Weight -> MACs if only kept weights are multiplied.
+        attention_macs: Products in which no weight takes part, such as attention scores and values. Sparse weights don't reduce them.
+        flops_dense: All of it, with dense weights.
+        flops_sparse: All of it, with kept weights only.
+    """
+
+    macs_dense: dict[str, float]
+    macs_sparse: dict[str, float]
+    attention_macs: float
+    flops_dense: float
+    flops_sparse: float
+
+    @property
+    def ratio(self) -> float:
+        """Sparse / dense, attention included. This is theory, no speed."""
+        return self.flops_sparse / self.flops_dense
+
+    @property
+    def ratio_without_attention(self) -> float:
+        """Sparse / dense of the weights alone."""
+        return sum(self.macs_sparse.values()) / sum(self.macs_dense.values())
+
+
+def theoretical_cost(macs: Macs, density: Mapping[str, float], samples: int = 1) -> Cost:
+    """Cost per sample at given layer densities.
+
+    Args:
+        macs: As counted.
+        density: Weight -> kept share; weights that aren't named are dense.
+        samples: How many samples were counted.
+    """
+    dense = {name: count / samples for name, count in macs.per_weight.items()}
+    sparse = {name: count * density.get(name, 1.0) for name, count in dense.items()}
+    other = macs.other / samples
+    return Cost(dense, sparse, other, 2 * (sum(dense.values()) + other), 2 * (sum(sparse.values()) + other))
+
+
+def expected_nonzeros(sizes: Sequence[int], densities: Sequence[float]) -> list[float]:
+    """Kept weights per layer, before rounding."""
+    return [size * density for size, density in zip(sizes, densities, strict=True)]
+
+
+def size_in_bytes(shape: Sequence[int], kept: int, itemsize: int, two_four: bool = False) -> dict[str, int]:
+    """Bytes of one weight in several formats.
+
+    Args:
+        shape: Of the weight; a kernel counts as a matrix (outputs, everything else).
+        kept: Weights that are not 0.
+        itemsize: Bytes of one value.
+        two_four: Also 2:4, whose metadata are 2 bits per kept value; two of four values are stored.
+
+    Returns:
+        ``dense``; ``csr`` with int32 columns and row pointers; ``bitmask``: values and one bit per position; ``2:4`` if asked for.
+    """
+    number = math.prod(shape)
+    sizes = {
+        "dense": number * itemsize,
+        "csr": kept * (itemsize + 4) + 4 * (shape[0] + 1),
+        "bitmask": kept * itemsize + math.ceil(number / 8),
+    }
+    if two_four:
+        sizes["2:4"] = number // 2 * itemsize + math.ceil(number // 2 * 2 / 8)
+    return sizes
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured, and with what.
+
+    Attributes:
+        seconds: Median of one call.
+        repeats: Calls that were timed.
+        peak_mib: Highest memory during them; what it means is in ``memory``, as in
+            :class:`~lit_methods.callbacks.StepCost`.
+        memory: ``cuda``, ``resident`` or ``resident, above the earlier peak``.
+        kernel: How zeros are treated, such as ``dense-masked`` (they are multiplied like any number), ``csr``, ``2:4``, ``compacted``.
+        device: Such as ``cpu`` or the GPU's name.
+        batch_size: Samples per call.
+    """
+
+    seconds: float
+    repeats: int
+    peak_mib: float
+    memory: str
+    kernel: str
+    device: str
+    batch_size: int
+
+
+def measure(call: Callable[[], Any], device: torch.device, kernel: str, batch_size: int, repeats: int = 20, warmup: int = 5) -> Timing:
+    """Time a call on the device where it runs, without gradients.
+
+    Args:
+        call: One forward pass.
+        device: On CUDA each call is waited for.
+        kernel: See :class:`Timing`.
+        batch_size: Samples per call.
+        repeats: Timed calls, at least 20.
+        warmup: Calls before them.
+
+    Raises:
+        ValueError: Fewer than 20 repeats: their median says too little.
+    """
+    if repeats < 20:
+        raise ValueError(f"repeats is {repeats}: give at least 20, or the median says too little")
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    seconds = []
+    with torch.no_grad():
+        for _ in range(warmup):
+            call()
+        wait()
+        peak = peak_memory(device)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            call()
+            wait()
+            seconds.append(time.perf_counter() - start)
+    highest, memory = peak()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return Timing(statistics.median(seconds), repeats, round(highest / 2**20, 1), memory, kernel, name, batch_size)
+
+
+def speedup(dense: Timing, sparse: Timing) -> float:
+    """How much faster ``sparse`` is than ``dense``: from timings alone, never from FLOPs (guard 1).
+
+    Raises:
+        TypeError: Something that wasn't measured.
+        ValueError: Timings on other devices or batch sizes.
+    """
+    if not isinstance(dense, Timing) or not isinstance(sparse, Timing):
+        raise TypeError("a speed-up is a ratio of two timings: pass what measure() returns; a ratio of FLOPs is called flops_ratio")
+    if (dense.device, dense.batch_size) != (sparse.device, sparse.batch_size):
+        raise ValueError(
+            f"timings of {dense.device}, batch {dense.batch_size} and of {sparse.device}, batch {sparse.batch_size} don't compare: "
+            "measure both in the same way"
+        )
+    return dense.seconds / sparse.seconds
