@@ -9,7 +9,11 @@ from .lidar.temporal_voting import TemporalVoting as TemporalVoting
 from .loss_term import LossTerm as LossTerm
 from .preemption import Preemption as Preemption
 from .progress import ThroughputProgressBar as ThroughputProgressBar
+from .reliability import Reliability as Reliability
+from .sparsity.dsl_recommendation import DSL as DSL
 from .sparsity.dynamic import DynamicSparsity as DynamicSparsity
+from .sparsity.progressive_gradient_flow import NMSparsity as NMSparsity
+from .sparsity.random_pruning import RandomPruning as RandomPruning
 from .sparsity.sparseland import SparsityCard as SparsityCard
 from .sparsity.sparseland import SparsityReport as SparsityReport
 from .step_cost import StepCost as StepCost

@@ -4,6 +4,9 @@ from .lidar.segmentor import PointSegmentor as PointSegmentor
 from .lidar.superflow import SuperFlow as SuperFlow
 from .lidar.teachers import DINOv2 as DINOv2
 from .lidar.teachers import PatchStatistics as PatchStatistics
+from .recommendation.lightgcn import LightGCN as LightGCN
+from .recommendation.multvae import MultVAE as MultVAE
+from .recommendation.neumf import NeuMF as NeuMF
 from .vision.classifier import ImageClassifier as ImageClassifier
 from .vision.networks import MLP as MLP
 from .vision.networks import CifarResNet as CifarResNet

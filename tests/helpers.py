@@ -273,6 +273,7 @@ def resnet_classifier() -> Classifier:
 
 def compiled_classifier() -> Classifier:
     """Its inner network is compiled, with the backend that only traces."""
+    torch._dynamo.reset()  # torch reuses what it traced of another network of this shape, and that one's hooks, or their absence
     torch.manual_seed(7)
     return Classifier(torch.compile(small_network(), backend="eager"))  # type: ignore[arg-type]
 

@@ -1,7 +1,7 @@
 """What all callbacks with masks share: one store, re-applied wherever a dead weight could come back to life."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lit_methods import distributed
 from lit_methods.callbacks.ema import EMATeacher
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.sparsity.masks import own_seed
 from lit_methods.callbacks.sparsity.store import MaskStore, prunable_weights
 from lit_methods.callbacks.targets import plain_name
 
@@ -57,9 +58,9 @@ class MaskCallback(OrderedCallback):
         mask_optimizer_state: Set momenta and moments of dead weights to 0 after every step.
     """
 
-    runs_after: Sequence[str] = ("EMATeacher", "WeightAveraging")  # type: ignore[misc]
+    runs_after: ClassVar[Sequence[str]] = ("EMATeacher", "WeightAveraging")
     conflicts_with: Mapping[str, str] = {  # type: ignore[misc]
-        "ModelPruning": "it renames the weights while fit runs; MagnitudePruning and RandomPruning of lit_methods do the same by masks"
+        "ModelPruning": "it renames the weights while fit runs; DynamicSparsity and RandomPruning do the same by masks"
     }
 
     def __init__(
@@ -76,7 +77,7 @@ class MaskCallback(OrderedCallback):
         self.targets, self.skip, self.seed = list(targets), list(skip), seed
         self.mask_gradients, self.mask_optimizer_state = mask_gradients, mask_optimizer_state
         self.store: MaskStore | None = None
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(own_seed(type(self).__name__, seed))
         self._owned: list[list[str]] = []  # per optimiser: names of its masked weights
         self._steps: list[int] = []  # per optimiser
         self._handles: list[Any] = []

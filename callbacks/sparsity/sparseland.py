@@ -701,6 +701,7 @@ class SparsityReport(OrderedCallback):
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Guards 2 and 3, on weights as the next forward pass will use them and on the optimisers' state."""
         self._checked = trainer.global_step
+        self._observe(trainer, pl_module)  # masks that are made anew in every forward pass have moved since the last event
         for name in self._nonzero_where_removed({name: self._value(name) for name in self._last}):
             self._warn(2, f"{name}: something (weight decay, momentum, averaging, loading) has brought removed weights back")
         parameters = _parameters(pl_module)

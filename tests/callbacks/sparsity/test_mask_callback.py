@@ -160,6 +160,17 @@ def test_bf16_keeps_the_count():
     assert len(set(watch.densities)) == 1
 
 
+@pytest.mark.parametrize("start", ["random", "random_exact"])
+def test_masks_are_not_drawn_from_the_numbers_of_the_weights(start):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 400), torch.nn.ReLU(), torch.nn.Linear(400, 4))
+    module = Classifier(network)
+    callback = rigl(method="static", start=start, seed=0)
+    tiny_trainer(max_steps=1, callbacks=[callback]).fit(module, loader())
+    kept = network[1].weight[callback.store.masks["network.1.weight"]]
+    assert 0.45 < float((kept > 0).float().mean()) < 0.55
+
+
 def test_what_cannot_work_is_refused():
     module = Classifier()
     with pytest.raises(ValueError, match=r"both mask 'network\.0\.weight'"):

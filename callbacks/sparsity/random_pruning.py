@@ -1,0 +1,418 @@
+"""Random pruning at initialisation: a random mask with a well chosen density per layer, kept for the whole training (arXiv:2202.02643).
+
+Golden vectors come from VITA-Group/Random_Pruning@871077f: CIFAR/sparselearning/core.py (densities of the layers; ERK+ from
+ImageNet/core.py) and CIFAR/sparselearning/snip.py (shares of the layers by SNIP and GraSP). The maths stand in
+:mod:`~lit_methods.callbacks.sparsity.density`, :mod:`~lit_methods.callbacks.sparsity.scores` and
+:mod:`~lit_methods.callbacks.sparsity.masks`. Left out: the code's switch to masks that change, which is
+:class:`~lit_methods.callbacks.DynamicSparsity`. The paper's further measures are in :class:`~lit_methods.callbacks.Reliability`.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+
+from lit_methods.callbacks.logits import Key, inputs_and_labels, logits_of, require_logits
+from lit_methods.callbacks.sparsity.callback import MaskCallback
+from lit_methods.callbacks.sparsity.density import Method as DensityMethod
+from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
+from lit_methods.callbacks.sparsity.masks import keep_largest, own_seed, random_mask
+from lit_methods.callbacks.sparsity.scores import grasp_scores, kept_masks, snip_scores
+from lit_methods.callbacks.sparsity.sparseland import SparsityCard, shadow
+from lit_methods.catalog import Technique
+from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+
+TECHNIQUE = Technique(
+    slug="random_pruning",
+    title="The Unreasonable Effectiveness of Random Pruning: Return of the Most Naive Baseline for Sparse Training",
+    arxiv="2202.02643",
+    family="sparsity",
+    form="callback",
+    classes=("lit_methods.callbacks.RandomPruning", "lit_methods.callbacks.Reliability"),
+    configs=("random_pruning.yaml",),
+    golden=("layer_density", "snip_ratio", "grasp_ratio"),
+    claim="With random static masks at 95 % sparsity, layer densities by ER reach a higher accuracy than uniform ones.",
+    summary="Trains with a random mask that is drawn before training, at layer densities by shape (ER, ERK), SNIP, GraSP or magnitude.",
+)
+
+Method = Literal["uniform", "uniform_plus", "er", "erk", "erk_plus", "snip", "grasp", "global_magnitude"]
+ScoreMethod = Literal["snip", "grasp", "global_magnitude"]
+
+# ---- the maths -------------------------------------------------------------------------------------------------------------------------
+
+
+def layer_scores(
+    forward: Callable[[Tensor], Tensor],
+    weights: Sequence[Tensor],
+    inputs: Tensor | None,
+    labels: Tensor | None,
+    method: ScoreMethod,
+    temperature: float = 200.0,
+) -> list[Tensor]:
+    """Scores whose competition over all layers gives the layers' shares, see :func:`kept_masks` and :data:`REMOVED`.
+
+    Args:
+        forward: Inputs (B, ...) -> (B, C) logits or log-probabilities, through ``weights``.
+        weights: Leaves of the graph, any shapes.
+        inputs: (B, ...); for GraSP B >= 2, split into two halves as they stand; None for ``global_magnitude``.
+        labels: (B,) int64; None for ``global_magnitude``.
+        method: ``snip``: |w * dL/dw| of the cross-entropy L. ``grasp``: -w * Hg, with outputs divided by ``temperature``.
+            ``global_magnitude``: |w|.
+        temperature: Of GraSP, > 0.
+
+    Returns:
+        One tensor per weight, its shape; no graph.
+
+    Raises:
+        ValueError: A weight takes no part in the loss, or scores aren't finite.
+    """
+    if method == "global_magnitude":
+        scores = [weight.detach().abs() for weight in weights]
+    else:
+        assert inputs is not None
+        assert labels is not None
+        try:
+            if method == "snip":
+                scores = snip_scores(weights, F.cross_entropy(forward(inputs), labels))
+            else:
+                half = len(inputs) // 2
+                parts = ((inputs[:half], labels[:half]), (inputs[half:], labels[half:]))
+                scores = grasp_scores(weights, [F.cross_entropy(forward(x) / temperature, y) for x, y in parts])
+        except RuntimeError as error:
+            if "not have been used" not in str(error):
+                raise
+            raise ValueError(
+                f"{method} scores need weights that take part in the loss, but one doesn't: leave its layer out by skip"
+            ) from error
+    if not all(bool(score.isfinite().all()) for score in scores):
+        raise ValueError(f"{method} scores aren't finite: look at the inputs, or choose method='erk', which needs no data")
+    return scores
+
+
+REMOVED: dict[str, str] = {"snip": "lowest", "grasp": "highest", "global_magnitude": "lowest"}
+"""Which scores of :func:`layer_scores` are removed, for :func:`~lit_methods.callbacks.sparsity.scores.kept_masks`."""
+
+
+def balanced_batch(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The first ``per_class`` samples of every class, sorted by class.
+
+    Args:
+        batches: Inputs (B, ...) and labels (B,) in 0..num_classes-1. No more of them are read than needed.
+        per_class: Samples per class, >= 1.
+        num_classes: C.
+
+    Returns:
+        Inputs (C * per_class, ...) and labels (C * per_class,).
+
+    Raises:
+        ValueError: A label out of range, or too few samples of a class.
+    """
+    seen = torch.zeros(num_classes, dtype=torch.int64)
+    chosen: list[tuple[Tensor, Tensor]] = []
+    for inputs, labels in batches:
+        there = labels.cpu()
+        if bool(((there < 0) | (there >= num_classes)).any()):
+            raise ValueError(
+                f"labels reach from {int(there.min())} to {int(there.max())}, but the network tells {num_classes} classes apart"
+            )
+        earlier = F.one_hot(there, num_classes).cumsum(0).gather(1, there[:, None])[:, 0] - 1  # of the same class in this batch
+        keep = (earlier + seen[there] < per_class).to(labels.device)
+        chosen.append((inputs[keep], labels[keep]))
+        seen += torch.bincount(there, minlength=num_classes)
+        if int(seen.min()) >= per_class:
+            break
+    if int(seen.min()) < per_class:
+        raise ValueError(
+            f"there are {int(seen.min())} training samples of class {int(seen.argmin())}, but samples_per_class is {per_class}: lower it"
+        )
+    inputs, labels = (torch.cat(parts) for parts in zip(*chosen, strict=True))
+    order = labels.argsort(stable=True)
+    return inputs[order], labels[order]
+
+
+# ---- one batch, without leaving a trace ------------------------------------------------------------------------------------------------
+
+
+class _AloneNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm of any shape on one process."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+def independent_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
+    """A copy that shares nothing with the module, in training mode, that logs nothing and waits for no other process."""
+    keep = (trainer, *trainer.callbacks, *trainer.loggers)  # type: ignore[attr-defined]
+    twin = copy.deepcopy(shadow(trainer, pl_module), {id(one): one for one in keep})
+    for module in twin.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.__class__ = _AloneNorm  # type: ignore[assignment]
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in twin.parameters()):
+        twin = twin.float()
+    return twin.train()
+
+
+def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
+    """Batches of the training loader of this rank, on the device, as a first epoch would bring them; the loader itself is not advanced.
+
+    Raises:
+        ValueError: The training data are neither a ``DataLoader`` nor a list of batches.
+    """
+    loader: Any = trainer.fit_loop._data_source.dataloader()
+    if isinstance(loader, DataLoader):
+        live = getattr(loader, "_iterator", None)  # of persistent workers
+        shared = [one for one in (loader.dataset, loader.collate_fn, loader.worker_init_fn, live) if one is not None]
+        loader = copy.deepcopy(loader, {id(one): one for one in shared})
+        loader._iterator = None
+        loader.num_workers, loader.timeout = 0, 0.0
+    elif not isinstance(loader, list | tuple):
+        raise ValueError(
+            f"SNIP and GraSP take a batch from a training DataLoader, got {type(loader).__name__}: choose a method by shape, such as 'erk'"
+        )
+    for batch in loader:
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+# ---- the callback ----------------------------------------------------------------------------------------------------------------------
+
+
+class RandomPruning(MaskCallback):
+    """Draws a random mask before training, with a density for each layer, and keeps it: static sparse training.
+
+    ``snip``, ``grasp`` and ``global_magnitude`` let the scores of all layers compete; only the shares of the layers are used, and the
+    positions are random, unless ``positions`` is ``score``: that is the baseline, SNIP and GraSP themselves.
+
+    SNIP and GraSP take one batch of the training data on rank 0, in a copy of the module in training mode: its weights, running
+    statistics, hooks, the loader's place and the generators of random numbers are as before. Data sets that carry a generator of their
+    own are read once more. They need a classifier: (B, classes) logits from ``logits`` and (B,) labels in the batch. Scores are computed in
+    float32 or wider.
+
+    Runs, saves, works with: see :class:`MaskCallback`. Also saved: the wanted densities and the gradient norm of the first step.
+    Logs: at each epoch's end ``random_pruning/density``, kept share of the masked weights, and ``random_pruning/gradient_norm_at_init``,
+    the norm of all gradients of the first optimiser's first step, over kept weights.
+
+    Args:
+        density: Share of the chosen weights that is kept, in (0, 1]; 0.05 is 95 % sparsity.
+        method: Densities by shape: ``uniform``, ``uniform_plus`` (first layer dense, last one at least ``last_density``), ``er``, ``erk``,
+            ``erk_plus`` (last layer at ``last_density``); by one batch: ``snip``, ``grasp``; by the initial weights: ``global_magnitude``.
+        positions: ``random``, or ``score``: keep the positions that the scores of ``snip``, ``grasp`` or ``global_magnitude`` choose.
+        exact: Keep the exact count in every layer; False: each entry by itself, as in the paper, so that densities vary a little.
+        power: Exponent of the ratios of ``er``, ``erk`` and ``erk_plus``.
+        last_density: Of the classifier, for the plus methods; null: 0.2 for ``uniform_plus``, 1 for ``erk_plus``.
+        exact_budget: ``uniform_plus`` meets the density; False: as in the authors' code, which misses it a little.
+        first_layer: Name of the first layer for ``uniform_plus``; null: the first of the chosen ones.
+        last_layer: Name of the classifier for the plus methods; null: the last of the chosen ones.
+        samples_per_class: Of GraSP's batch, which has every class equally often.
+        temperature: GraSP divides logits by it.
+        redraw: SNIP draws the weights of its copy anew (Xavier normal) first, as in the authors' code; training weights stay.
+        logits: Method or submodule that maps the inputs of a batch to (B, classes) logits; ``forward``: the module itself.
+        inputs: Key or position of the inputs in a batch; null: ``image``, or 0.
+        labels: Key or position of the labels; null: ``label``, or 1.
+        targets: See :class:`MaskCallback`, as ``skip``, ``seed``, ``mask_gradients`` and ``mask_optimizer_state``.
+
+    Raises:
+        ValueError: An argument outside its range; at fit start, data that SNIP or GraSP can't use.
+        TypeError: In ``setup``, SNIP or GraSP find no logits.
+    """
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        TablePanel("Density per layer", "random_pruning/layers", note="Wanted, and as drawn. A layer near 0 cuts the network."),
+        Curve("Density of the random masks", ("random_pruning/density",), note="Constant: the masks stay."),
+        Curve("Gradient norm at initialisation", ("random_pruning/gradient_norm_at_init",), note="Compare between methods; near 0 is bad."),
+    )
+
+    def __init__(
+        self,
+        density: float,
+        method: Method = "erk",
+        positions: Literal["random", "score"] = "random",
+        exact: bool = False,
+        power: float = 1.0,
+        last_density: float | None = None,
+        exact_budget: bool = True,
+        first_layer: str | None = None,
+        last_layer: str | None = None,
+        samples_per_class: int = 25,
+        temperature: float = 200.0,
+        redraw: bool = True,
+        logits: str = "forward",
+        inputs: Key = None,
+        labels: Key = None,
+        targets: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        seed: int = 0,
+        mask_gradients: bool = True,
+        mask_optimizer_state: bool = True,
+    ) -> None:
+        super().__init__(targets, skip, seed, mask_gradients, mask_optimizer_state)
+        if not 0 < density <= 1:
+            raise ValueError(f"density is {density}: give a share above 0, at most 1")
+        for name, choice, choices in (("method", method, get_args(Method)), ("positions", positions, ("random", "score"))):
+            if choice not in choices:
+                raise ValueError(f"{name} is {choice!r}: give one of {', '.join(choices)}")
+        if positions == "score" and method not in REMOVED:
+            raise ValueError(
+                f"positions='score' needs scores, which {method!r} has not: choose {', '.join(REMOVED)}, or positions='random'"
+            )
+        if last_density is not None and not 0 < last_density <= 1:
+            raise ValueError(f"last_density is {last_density}: give a share above 0, at most 1, or null")
+        if samples_per_class < 1 or temperature <= 0:
+            raise ValueError(f"samples_per_class is {samples_per_class} and temperature is {temperature}: give 1 or more, and above 0")
+        self.generator.manual_seed(own_seed("random_pruning", seed))
+        self.density, self.method, self.positions, self.exact, self.power = density, method, positions, exact, power
+        self.last_density, self.exact_budget, self.first_layer, self.last_layer = last_density, exact_budget, first_layer, last_layer
+        self.samples_per_class, self.temperature, self.redraw = samples_per_class, temperature, redraw
+        self.logits, self.inputs, self.labels = logits, inputs, labels
+        self.layer_densities: dict[str, float] = {}  # wanted; on rank 0
+        self._gradient_norm: Tensor | None = None
+
+    @property
+    def sparsity_card(self) -> SparsityCard:
+        """What kind of sparsity this is."""
+        by_score = {"snip": "gradient", "grasp": "gradient", "global_magnitude": "magnitude"}
+        return SparsityCard(
+            stage="before",
+            regime="sparse_to_sparse",
+            mask="static",
+            layerwise="global" if self.method == "global_magnitude" else self.method,
+            criterion=by_score[self.method] if self.positions == "score" else "random",  # type: ignore[arg-type]
+            cost="static",
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Choose the weights, and refuse what can't work."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            if self.method in ("snip", "grasp"):
+                require_logits(pl_module, self.logits, f"{type(self).__name__} with method={self.method!r}")
+            names = list(self.chosen(pl_module))
+            self._place(names, "first_layer", self.first_layer)
+            self._place(names, "last_layer", self.last_layer)
+
+    def _place(self, names: Sequence[str], argument: str, layer: str | None) -> int | None:
+        """Index of a layer among the weights."""
+        if layer is None:
+            return None
+        found = [index for index, name in enumerate(names) if layer in (name, name.rpartition(".")[0])]
+        if not found:
+            raise ValueError(f"{argument} is {layer!r}, which is none of the masked layers: {', '.join(names)}")
+        return found[0]
+
+    def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """Random at the layers' densities, or where the scores say."""
+        if self.method in REMOVED:
+            masks = kept_masks(self._scores(trainer, pl_module), self.density, REMOVED[self.method])
+            shares = [float(mask.sum()) / mask.numel() for mask in masks]
+        else:
+            names, method = list(weights), self.method
+            assert method in get_args(DensityMethod)
+            shares = layer_density(
+                [weight.shape for weight in weights.values()],
+                self.density,
+                method,  # type: ignore[arg-type]
+                power=self.power,
+                first=self._place(names, "first_layer", self.first_layer),
+                last=self._place(names, "last_layer", self.last_layer),
+                last_density=self.last_density,
+                exact_budget=self.exact_budget,
+            )
+        self.layer_densities = dict(zip(weights, shares, strict=True))
+        if self.positions == "score":
+            return dict(zip(weights, masks, strict=True))
+        if not self.exact:
+            return {name: random_mask(weights[name].shape, share, self.generator) for name, share in self.layer_densities.items()}
+        counts = exact_counts([weight.numel() for weight in weights.values()], shares)
+        drawn = {name: torch.rand(weight.shape, generator=self.generator) for name, weight in weights.items()}
+        return {name: keep_largest(score, count) for (name, score), count in zip(drawn.items(), counts, strict=True)}
+
+    def _scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Tensor]:
+        """Scores of the chosen weights, in a copy of the module."""
+        if self.method == "global_magnitude":
+            return layer_scores(torch.clone, list(self.chosen(pl_module).values()), None, None, "global_magnitude")
+        # scoring takes random numbers (dropout, augmentation) and may use kernels without second derivatives
+        with isolate_rng(pl_module.device.type == "cuda"), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(self.seed)
+            twin = independent_copy(trainer, pl_module)
+            weights = [weight.requires_grad_() for weight in self.chosen(twin).values()]
+            batches = (inputs_and_labels(batch, self.inputs, self.labels) for batch in training_batches(trainer))
+            first = next(batches, None)
+            if first is None:
+                raise ValueError(f"method={self.method!r} needs a training batch, but the training data are empty")
+            if self.method == "grasp":
+                with torch.no_grad():
+                    classes = logits_of(independent_copy(trainer, pl_module), self.logits, first[0]).shape[1]
+                inputs, labels = balanced_batch(_after(first, batches), self.samples_per_class, classes)
+            else:
+                inputs, labels = first
+                if self.redraw:
+                    self._redraw(weights)
+            return layer_scores(
+                lambda x: logits_of(twin, self.logits, x),
+                weights,
+                inputs,
+                labels,
+                "snip" if self.method == "snip" else "grasp",
+                self.temperature,
+            )
+
+    @torch.no_grad()
+    def _redraw(self, weights: Sequence[Tensor]) -> None:
+        """Xavier normal, the same on every machine."""
+        generator = torch.Generator().manual_seed(own_seed("random_pruning", self.seed) + 1)
+        for weight in weights:
+            weight.copy_(nn.init.xavier_normal_(torch.empty(weight.shape), generator=generator))
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Mask gradients; at the first step, take their norm."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self._gradient_norm is None and self.store is not None:
+            mask_of = {id(weight): self.store.masks[name] for name, weight in self.store.weights.items()}
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
+            squares = [(p.grad.detach().float() * mask_of.get(id(p), 1)).square().sum() for p in parameters]
+            self._gradient_norm = torch.stack([square.to(pl_module.device) for square in squares]).sum().sqrt()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log density and the first step's gradient norm."""
+        assert self.store is not None
+        pl_module.log("random_pruning/density", self.store.density())
+        if self._gradient_norm is not None:
+            pl_module.log("random_pruning/gradient_norm_at_init", self._gradient_norm.to(pl_module.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all mask callbacks save, the wanted densities, and the first gradient norm."""
+        state = super().state_dict()
+        return state and {**state, "layer_densities": dict(self.layer_densities), "gradient_norm": self._gradient_norm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the state until fit starts."""
+        super().load_state_dict(state)
+        if state:
+            self.layer_densities, self._gradient_norm = dict(state["layer_densities"]), state["gradient_norm"]
+
+    def dashboard_media(self) -> dict[str, Media]:
+        """Table of the layers."""
+        if self.store is None:
+            return {}
+        rows = []
+        for name, (kept, number) in self.store.counts().items():
+            shape = " x ".join(map(str, self.store.weights[name].shape))
+            rows.append((name, shape, number, self.layer_densities.get(name), kept / number, kept))
+        return {"random_pruning/layers": TableMedia(("layer", "shape", "weights", "wanted density", "density", "kept"), tuple(rows))}
+
+    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
+        """The masks."""
+        where = "".join("-" + re.sub(r"[^A-Za-z0-9]+", "-", pattern).strip("-") for pattern in (*self.targets, *self.skip))
+        return {} if self.store is None else {f"random_pruning_masks{where}": self.store.masks}
+
+
+def _after(first: tuple[Tensor, Tensor], rest: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    yield first
+    yield from rest

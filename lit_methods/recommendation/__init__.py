@@ -1,0 +1,1 @@
+"""Recommenders that learn from implicit feedback: LightGCN, NeuMF, MultVAE."""
