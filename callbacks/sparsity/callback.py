@@ -59,7 +59,7 @@ class MaskCallback(OrderedCallback):
     """
 
     runs_after: ClassVar[Sequence[str]] = ("EMATeacher", "WeightAveraging")
-    conflicts_with: Mapping[str, str] = {  # type: ignore[misc]
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         "ModelPruning": "it renames the weights while fit runs; DynamicSparsity and RandomPruning do the same by masks"
     }
 

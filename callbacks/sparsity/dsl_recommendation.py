@@ -6,7 +6,7 @@ schedule, which doesn't work there. Where the maths here differ from that code: 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
@@ -213,7 +213,7 @@ class DSL(MaskCallback):
         ValueError: An argument outside its range.
     """
 
-    conflicts_with = {  # noqa: RUF012
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         **MaskCallback.conflicts_with,
         "StochasticWeightAveraging": "the mean of networks with different masks isn't sparse; EMATeacher's copy is masked at each update",
     }

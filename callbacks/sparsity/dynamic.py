@@ -1,7 +1,7 @@
 """Dynamic sparse training: masks that change while the network learns (SET, RigL), on any LightningModule."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -44,7 +44,7 @@ class DynamicSparsity(MaskCallback):
         ValueError: An argument outside its range.
     """
 
-    conflicts_with = {  # noqa: RUF012
+    conflicts_with: ClassVar[Mapping[str, str]] = {
         **MaskCallback.conflicts_with,
         "StochasticWeightAveraging": "the mean of networks with different masks isn't sparse; EMATeacher's copy is masked at each update",
     }
