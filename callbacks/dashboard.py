@@ -492,7 +492,7 @@ def _for_wandb(item: Media) -> Any:
         return wandb.Object3D(np.concatenate([cloud.points, cloud.colors], axis=1, dtype=np.float64))
     if isinstance(item, HistogramMedia):
         return wandb.Histogram(np_histogram=(item.counts, item.edges))
-    return wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows])
+    return wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows], allow_mixed_types=True)
 
 
 def _to_tensorboard(writer: Any, key: str, item: Media, step: int) -> None:

@@ -146,14 +146,20 @@ def shown_by_run(config: str) -> tuple[str, ...]:
     return tuple(re.findall(r"class_path:\s*(?:[\w.]*\.)?(\w+)", (configs_folder() / config).read_text(encoding="utf-8")))
 
 
+# what eight steps are too few for: slug -> further words; and a panel that needs another data set beside the config's
+SHORTENED = {"sparseland": "--trainer.callbacks.interval 2"}
+NEEDS_MORE = {"Detection of unknown inputs (AUROC)"}
+
+
 @pytest.mark.parametrize("slug", sorted(techniques()))
 def test_a_run_logs_what_the_workspace_shows(slug: str, tmp_path: Path) -> None:
     """One short run of the technique's first config, offline: its log against the panels of its workspace."""
     technique = techniques()[slug]
     config = technique.configs[0]
     words = f"--config configs/{config} --config configs/logger/wandb.yaml --trainer.max_epochs 2 --trainer.limit_train_batches 4"
-    quick = "--trainer.limit_val_batches 1 --trainer.log_every_n_steps 2 --trainer.accelerator cpu --trainer.enable_progress_bar false"
-    assert main(["fit", *words.split(), *quick.split(), "--run_root", str(tmp_path)]) == 0
+    quick = "--trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 1.0 "
+    quick += "--trainer.limit_val_batches 1 --trainer.log_every_n_steps 2 --trainer.accelerator cpu --trainer.enable_progress_bar false"
+    assert main(["fit", *words.split(), *quick.split(), *SHORTENED.get(slug, "").split(), "--run_root", str(tmp_path)]) == 0
     run = read_run(tmp_path)
     assert run.exit_code == 0
     assert slug in run.tags
@@ -166,6 +172,8 @@ def test_a_run_logs_what_the_workspace_shows(slug: str, tmp_path: Path) -> None:
     for section in sections:
         for panel in section.panels:
             names = getattr(panel, "media_keys", None) or getattr(panel, "y", None) or [getattr(panel, "table_name", None)]
+            if getattr(panel, "title", "") in NEEDS_MORE:
+                continue
             if pattern := getattr(panel, "metric_regex", None):
                 assert any(re.search(pattern, name) for name in run.names), f"{panel.title}: nothing like {pattern} among {run.names}"
             elif names[0]:
@@ -191,4 +199,5 @@ def test_a_run_logs_what_the_workspace_shows(slug: str, tmp_path: Path) -> None:
             assert (defined.summary.min, defined.summary.max) == (curve.goal == "min", curve.goal == "max"), name
     metrics = next(tmp_path.rglob("metrics.jsonl"))
     own = {name for line in metrics.read_text().splitlines() for name in json.loads(line)["metrics"]}
-    assert own == set(run.names) - set(keys) - {"trainer/global_step", "epoch"}  # the same names as in the report
+    media = {name for name in run.names if any(isinstance(value, dict) for value in run.values(name))}
+    assert own == set(run.names) - media - {"trainer/global_step", "epoch"}  # the same names as in the report

@@ -39,7 +39,7 @@ TECHNIQUE = Technique(
     ),
     configs=("dsl_recommendation.yaml",),
     golden=("mask_update", "update_ratio", "topk_metrics", "lightgcn_loss"),
-    claim="With 10 % of the embedding table active, DSL reaches a higher Recall@20 than a static random mask of the same density.",
+    claim="With 10 % of LightGCN's embedding table active, DSL reaches a higher Recall@20 than a static random mask of the same density.",
     summary="Trains recommenders sparse from the start: small weights give way to those with the largest gradient, at a constant budget.",
 )
 
@@ -193,8 +193,8 @@ class DSL(MaskCallback):
         start: First masks. ``uniform``: each entry by itself with probability ``density``; ``lottery_ticket``: the largest initial weights
             of all chosen tensors together.
         death: What is pruned: ``magnitude``, ``set``, ``taylor`` or ``threshold``; see :func:`prune`.
-        growth: What grows: ``gradient``; ``random``; ``random_unfired``, at random, never active ones first; ``momentum``: Adam's
-            |mean| / sqrt(mean of squares), or SGD's |momentum|.
+        growth: What grows: ``gradient``; ``random``; ``random_unfired``, at random, never active ones first; ``momentum``: size of
+            Adam's mean / sqrt(mean of squares), or of SGD's momentum.
         interval: Optimiser steps between two updates.
         initial_ratio: Share of the active weights that the first updates replace, in [0, 1].
         min_ratio: Share at the end, in [0, 1].

@@ -53,7 +53,8 @@ TECHNIQUE = Technique(
     classes=("lit_methods.callbacks.SparsityReport", "lit_methods.callbacks.DynamicSparsity"),
     configs=("sparseland.yaml",),
     golden=("erk_density", "itop_and_stability", "cnn_flops", "transformer_flops", "training_flops"),
-    claim="Dynamic sparse training explores more weights than the density that it keeps, static sparse training does not.",
+    claim="Dynamic sparse training explores more weights than the density that it keeps (ITOP rate above density), "
+    "static sparse training doesn't.",
     summary="Reports density, FLOPs, exploration, health, size and measured speed of a sparse network, and warns of misleading claims.",
 )
 
