@@ -37,7 +37,8 @@ class StepCost(pl.Callback):
     ``peak_mib``              CUDA: ``torch.cuda.max_memory_allocated`` between start and end of training, everything included. CPU: how far
                               the highest resident memory of the process during training lies above that at its start. Linux measures
                               this exactly (the high-water mark is reset at the start); where it can't be reset, growth that stays below
-                              an earlier peak isn't seen, and ``memory`` says so
+                              an earlier peak isn't seen, and ``memory`` says so. Memory that the allocator had kept from before isn't
+                              growth: compare runs in processes of their own
     ``memory``                which of the three: ``cuda``, ``resident`` or ``resident, above the earlier peak``
     ``flops_per_batch``       with ``flops``: floating-point operations of one training batch, forward, backward and optimiser, as
                               ``torch.utils.flop_counter`` knows them: matrix products, convolutions and attention; not what libraries such

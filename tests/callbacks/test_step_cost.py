@@ -1,6 +1,7 @@
 """What StepCost measures, on modules whose cost is known."""
 
 import json
+import mmap
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,14 @@ from lit_methods.callbacks import StepCost
 from lit_methods.callbacks.step_cost import peak_memory
 
 
+def touch(mib: int) -> mmap.mmap:
+    """Fresh memory, all of it resident. A tensor may get pages which its allocator kept from an earlier test: no growth."""
+    fresh = mmap.mmap(-1, mib * 2**20)
+    for start in range(0, len(fresh), mmap.PAGESIZE):
+        fresh[start] = 1
+    return fresh
+
+
 class Slow(Classifier):
     """Sleeps in its step, and holds on to memory."""
 
@@ -23,7 +32,8 @@ class Slow(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, torch.Tensor]:
         time.sleep(self.seconds)
-        torch.ones(self.mib * 2**18 + 1)
+        if self.mib:
+            touch(self.mib).close()
         return super().training_step(batch, batch_idx)
 
 
@@ -100,8 +110,7 @@ def test_the_counter_is_left_when_the_step_fails(tmp_path: Path) -> None:
 
 
 def test_memory_is_the_growth_during_training(tmp_path: Path) -> None:
-    big = torch.ones(200 * 2**18)  # an earlier peak of 200 MiB
-    del big
+    touch(200).close()  # an earlier peak
     found = fit(tmp_path, Slow(0.0, mib=100), StepCost(), max_epochs=1)
     if found["memory"] == "resident":
         assert 95 <= found["peak_mib"] < 195
@@ -113,13 +122,13 @@ def test_memory_is_the_growth_during_training(tmp_path: Path) -> None:
 
 def test_peak_memory_counts_from_its_start() -> None:
     peak = peak_memory(torch.device("cpu"))
-    held = torch.ones(64 * 2**18)
+    held = touch(64)
     bytes_, how = peak()
     assert how.startswith("resident")
     assert bytes_ >= 0
     if how == "resident":
         assert bytes_ >= 60 * 2**20
-    del held
+    held.close()
 
 
 def test_steps_behind_a_validation_are_not_timed(tmp_path: Path) -> None:
