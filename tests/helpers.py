@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import io
 import multiprocessing as mp
 import os
@@ -22,9 +23,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+@functools.cache
+def _scratch() -> str:
+    """One folder per test process, removed at its end."""
+    folder = tempfile.TemporaryDirectory(prefix="lit_methods_tests_")
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
 def tiny_trainer(**kwargs: Any) -> pl.Trainer:
-    """A trainer for the CPU that writes nothing; any argument of ``pl.Trainer`` overrides."""
+    """A trainer for the CPU that writes nothing (its callbacks: into a temporary folder); any argument of ``pl.Trainer`` overrides."""
     defaults: dict[str, Any] = {
+        "default_root_dir": _scratch(),
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,

@@ -143,7 +143,7 @@ def _run_one(command: str, name: str, file: Path, options: argparse.Namespace, p
     rounds = {}
     if study.cost is not None:
         print("cost: both arms in turn, nothing beside them", flush=True)
-        steps, turns = (4, 1) if options.quick else (study.cost.steps, 3)
+        steps, turns = (8, 1) if options.quick else (study.cost.steps, 3)
         rounds = measure(runner, cost_nodes(study.cost, plan, seeds[0], steps, turns))
     summary["overrides"] = [*passed, *(QUICK if options.quick else [])]
     gpus = sorted({gpu for result in results.values() for gpu in _gpus(runner.root / result["run"])})
