@@ -311,6 +311,13 @@ class RandomPruning(MaskCallback):
         if self.method in REMOVED:
             masks = kept_masks(self._scores(trainer, pl_module), self.density, REMOVED[self.method])
             shares = [float(mask.sum()) / mask.numel() for mask in masks]
+            whole = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+            if abs(whole - self.density) > 0.1 * self.density + 2 / sum(mask.numel() for mask in masks):
+                raise ValueError(
+                    f"method={self.method!r} would keep {whole:.1%} of the weights where density is {self.density:.1%}, as that many have "
+                    "the same score: with maps smaller than their kernels, for example, most scores are exactly 0. Give larger inputs, or "
+                    "choose a method by shape, such as 'erk'"
+                )
         else:
             names, method = list(weights), self.method
             assert method in get_args(DensityMethod)

@@ -55,6 +55,8 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
             "configs.md",
             "driving_data.md",
             "image_classification.md",
+            "sparse_training.md",
+            "super_resolution.md",
             "dashboards.md",
             "reports.md",
             "long_runs.md",

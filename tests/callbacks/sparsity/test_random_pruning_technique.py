@@ -20,6 +20,7 @@ from helpers import (
     compiled_classifier,
     fingerprint,
     kill_and_resume,
+    resnet_classifier,
     run_two_processes,
     tiny_trainer,
 )
@@ -369,3 +370,11 @@ def test_scores_that_are_not_finite_are_refused():
     data.images[0] = float("nan")
     with pytest.raises(ValueError, match="snip scores aren't finite"):
         fit(pruning("snip"), data=DataLoader(data, batch_size=6))
+
+
+def test_scores_that_tie_are_no_threshold():
+    callback = RandomPruning(0.4, method="snip", logits="network", samples_per_class=1)
+    trainer = tiny_trainer(max_epochs=1, callbacks=[callback])
+    with pytest.raises(ValueError, match=r"method='snip' would keep 100.0% of the weights where density is 40.0%"):
+        trainer.fit(resnet_classifier(), DataLoader(Images(), batch_size=12))
+    assert trainer.global_step == 0
