@@ -27,6 +27,7 @@ import lightning.pytorch as pl
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
 from lit_methods.callbacks.sparsity.drop_grow import update_mask
@@ -77,7 +78,8 @@ def fit(network: Callable[[], nn.Module], size: int, batch: int, steps: int, cal
     """Median seconds per step of one fit."""
     torch.manual_seed(0)
     images, labels = torch.randn(batch, 3, size, size), torch.randint(0, 10, (batch,))
-    loader = [[images, labels]] * (steps + WARM_UP + 1)
+    batches: Any = [[images, labels]] * (steps + WARM_UP + 1)
+    loader = DataLoader(batches, batch_size=None)
     clock = Clock()
     silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[*callbacks, clock], **silent)  # type: ignore[arg-type]
@@ -201,8 +203,8 @@ def main() -> int:
         name = f"{row['network']}, {row['masks']}"
         print(f"{name:42} {row['plain_ms']:8.1f} ms without; with / without {middle:.3f} ({low:.3f} to {high:.3f})", flush=True)
     weight = torch.zeros(1000, 1000)
-    found["mask_bytes_per_weight"] = 2 * torch.ones_like(weight, dtype=torch.bool).element_size()
-    print(f"masks: {found['mask_bytes_per_weight']} bytes per weight (the mask and its complement)")
+    found["mask_bytes_per_weight"] = torch.ones_like(weight, dtype=torch.bool).element_size()
+    print(f"masks: {found['mask_bytes_per_weight']} byte per weight")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     worst = max(row["ratio"][1] for row in found["steps"] if row["masks"] == "static")

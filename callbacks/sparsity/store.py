@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
 
@@ -62,11 +63,26 @@ def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequenc
                 seen.add(id(parameter))
                 weights[plain_name(f"{name}.{own}" if name else own)] = parameter
     if not weights:
+        taken = any(is_parametrized(plain_module(module)) for module in chosen.values())
+        why = "; they are parametrised already, by another callback perhaps" if taken else ""
         raise ValueError(
             f"no weight of {type(root).__name__} is left to prune: targets={list(targets)} with skip={list(skip)} hold no parameter with "
-            "two dimensions or more; targets name modules (such as 'encoder.*'), not parameters"
+            f"two dimensions or more{why}; targets name modules (such as 'encoder.*'), not parameters"
         )
     return weights
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@torch.no_grad()
+def zero_removed_(tensor: Tensor, mask: Tensor) -> None:
+    """Set a floating-point tensor to exactly 0 where ``mask`` (bool, its shape) is False, in place, also where it is infinite or NaN."""
+    if tensor.device.type == "cpu":  # five times faster there than masked_fill_: and with all bits, or none
+        bits = _BITS[tensor.element_size()]
+        tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
+    else:
+        tensor.masked_fill_(~mask, 0.0)
 
 
 class MaskStore:
@@ -83,7 +99,6 @@ class MaskStore:
     def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
         self.weights = dict(weights)
         self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
-        self._dead = {name: ~mask for name, mask in self.masks.items()}
         self.version = 0
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
@@ -99,19 +114,17 @@ class MaskStore:
             if mask.shape != weight.shape or mask.dtype != torch.bool:
                 raise ValueError(f"mask of {name!r} is {tuple(mask.shape)} {mask.dtype}, expected {tuple(weight.shape)} torch.bool")
             self.masks[name] = mask.to(weight.device)
-            self._dead[name] = ~self.masks[name]
         self.version += 1
 
     def follow_device(self) -> None:
         """Move the masks to where the weights are."""
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in self.masks.items()}
-        self._dead = {name: ~mask for name, mask in self.masks.items()}
 
     @torch.no_grad()
     def apply(self, names: Iterable[str] | None = None) -> None:
         """Set dead weights to exactly 0 (also where they are infinite or NaN)."""
         for name in self.weights if names is None else names:
-            self.weights[name].masked_fill_(self._dead[name], 0.0)
+            zero_removed_(self.weights[name], self.masks[name])
 
     @torch.no_grad()
     def apply_to_gradients(self, names: Iterable[str] | None = None) -> None:
@@ -119,7 +132,7 @@ class MaskStore:
         for name in self.weights if names is None else names:
             gradient = self.weights[name].grad
             if gradient is not None:
-                gradient.masked_fill_(self._dead[name], 0.0)
+                zero_removed_(gradient, self.masks[name])
 
     @torch.no_grad()
     def apply_to_optimizer(self, optimizer: torch.optim.Optimizer, names: Iterable[str] | None = None) -> None:
@@ -128,14 +141,14 @@ class MaskStore:
             weight = self.weights[name]
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
-                    value.masked_fill_(self._dead[name], 0.0)
+                    zero_removed_(value, self.masks[name])
 
     @torch.no_grad()
     def apply_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Set dead weights of a copy to 0, such as an averaged model: name -> tensor; other names are left alone."""
-        for name, dead in self._dead.items():
+        for name, mask in self.masks.items():
             if name in tensors:
-                tensors[name].masked_fill_(dead.to(tensors[name].device), 0.0)
+                zero_removed_(tensors[name], mask.to(tensors[name].device))
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Name -> (active weights, all weights)."""
