@@ -1,0 +1,1 @@
+"""Consistency models: one kit of parts (levels, curricula, metrics, samplers) and the techniques that are built of them."""

@@ -1,0 +1,58 @@
+"""Number of noise levels over training, and the rate of CT's teacher, as pure functions of the optimiser step."""
+
+import math
+from typing import Literal
+
+
+def doubling_stage_length(total_steps: int, s0: int, s1: int, rounding: Literal["floor", "ceil"] = "floor") -> int:
+    """K': optimiser steps of a stage of :func:`doubling_levels`.
+
+    Args:
+        total_steps: K >= 1.
+        s0: Intervals at the start, >= 1.
+        s1: Intervals at the end, >= s0.
+        rounding: ``floor``: floor(K / (log2(floor(s1 / s0)) + 1)), iCT. ``ceil``: ceil(K / log2(ceil(s1 / s0) + 1)), EPG's code.
+
+    Returns:
+        At least 1.
+    """
+    if rounding == "floor":
+        return max(1, math.floor(total_steps / (math.log2(s1 // s0) + 1)))
+    return max(1, math.ceil(total_steps / math.log2(math.ceil(s1 / s0) + 1)))
+
+
+def doubling_levels(step: int, total_steps: int, s0: int = 10, s1: int = 1280, rounding: Literal["floor", "ceil"] = "floor") -> int:
+    """N(k) = min(s0 2^floor(k / K'), s1) + 1: the curriculum of iCT (arXiv:2310.14189, Table 1).
+
+    Args:
+        step: k, optimiser steps done.
+        total_steps: K, of the whole training.
+        s0: Intervals at the start.
+        s1: Intervals at the end.
+        rounding: ``ceil``: EPG's variant, whose first doubling comes at k = 1; see :func:`doubling_stage_length`.
+
+    Returns:
+        Levels, one more than intervals.
+    """
+    length = doubling_stage_length(total_steps, s0, s1, rounding)
+    stage = step // length if rounding == "floor" else -(-step // length)
+    return min(s0 * 2 ** min(stage, 64), s1) + 1
+
+
+def square_root_levels(step: int, total_steps: int, s0: int = 2, s1: int = 150) -> int:
+    """N(k) = max(ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1), 1) + 1: the curriculum of CT (arXiv:2303.01469, Appendix C).
+
+    Arguments as in :func:`doubling_levels`.
+    """
+    return max(math.ceil(math.sqrt(step / total_steps * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1), 1) + 1
+
+
+def ct_teacher_decay(levels: int, s0: int = 2, initial: float = 0.9) -> float:
+    """Decay mu = exp(s0 ln(mu0) / N'): how much of itself CT's teacher keeps at a step.
+
+    Args:
+        levels: N(k). The paper divides by N, the released code by N' = N - 1, which golden vectors ask for.
+        s0: Intervals at the start.
+        initial: mu0 in (0, 1).
+    """
+    return math.exp(s0 * math.log(initial) / (levels - 1))

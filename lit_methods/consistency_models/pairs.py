@@ -1,0 +1,78 @@
+"""The consistency loss between two noise levels of the same sample and noise, for any network, metric and weight."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_methods.consistency_models.levels import boundary_scalings, like
+from lit_methods.consistency_models.randomness import SameRandomness
+
+Network = Callable[..., Tensor]
+Metric = Callable[[Tensor, Tensor], Tensor]
+
+
+def consistency_function(network: Network, sigma_min: float | Tensor = 0.002, sigma_data: float = 0.5) -> Callable[..., Tensor]:
+    """f(x, sigma) = c_skip x + c_out F(c_in x, ln(sigma) / 4), with f(x, sigma_min) = x exactly.
+
+    Args:
+        network: F: (B, ...) in the dtype of x, (B,) noise condition, and whatever else f is given -> (B, ...).
+        sigma_min: Smallest level.
+        sigma_data: Standard deviation of the data.
+
+    Returns:
+        f of x (B, ...) and sigma (B,); further arguments go to the network. Scalings are computed in float32 or wider, also under autocast.
+    """
+
+    def f(x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
+        wide = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+        skip, out, inp, noise = boundary_scalings(wide, sigma_min, sigma_data)
+        answer = network(like(inp, x) * x, noise, *condition)
+        return like(skip, x) * x + like(out, x) * answer.to(x.dtype)
+
+    return f
+
+
+class PairLoss(NamedTuple):
+    """Losses (B,), and the two answers (B, ...)."""
+
+    losses: Tensor
+    student: Tensor
+    teacher: Tensor
+
+
+def consistency_pair_loss(
+    student: Callable[..., Tensor],
+    teacher: Callable[..., Tensor],
+    x: Tensor,
+    noise: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    metric: Metric,
+    weight: Tensor,
+    *condition: Tensor,
+) -> PairLoss:
+    """Losses lambda d(f(x + sigma_{i+1} z, sigma_{i+1}), sg f-(x + sigma_i z, sigma_i)) (arXiv:2303.01469, Eq. 10).
+
+    Student and teacher draw the same random numbers, so that dropout drops the same units. The teacher is whatever it is given to be:
+    the student itself in iCT, an average of it in CT. It gets no gradient.
+
+    Args:
+        student: f of (B, ...) and (B,).
+        teacher: f-, likewise.
+        x: (B, ...) data.
+        noise: z, like ``x``: one for both levels.
+        lower: (B,) sigma_i.
+        upper: (B,) sigma_{i+1}.
+        metric: (B, ...) and (B, ...) -> (B,).
+        weight: (B,) lambda.
+        condition: Further arguments of both.
+    """
+    same = SameRandomness(x.device)
+    answer = student(x + like(upper, x) * noise, upper, *condition)
+    with torch.no_grad(), same.again():
+        target = teacher(x + like(lower, x) * noise, lower, *condition)
+    with torch.autocast(x.device.type, enabled=False):
+        losses = weight * metric(answer, target)
+    return PairLoss(losses, answer, target)

@@ -1,0 +1,60 @@
+"""Samples from any consistency function, in one step or several."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Consistency = Callable[[Tensor, Tensor], Tensor]
+
+
+def descending_time(index: int, steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> float:
+    """Level ``index`` of ``steps`` levels that descend from ``sigma_max`` (index 0) to ``sigma_min``."""
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return float((high + index / (steps - 1) * (low - high)) ** rho)
+
+
+@torch.no_grad()
+def multistep_sample(
+    f: Consistency,
+    start: Tensor,
+    times: Sequence[float],
+    noises: Sequence[Tensor] | None = None,
+    *,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    clip: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Alternate x = f(x, t) and noise up to the next time, for each pair of times (arXiv:2303.01469, Algorithm 1).
+
+    Args:
+        f: Consistency function of (B, ...) and (B,) noise levels.
+        start: (B, ...) noise times the first level.
+        times: Descending levels t_1 > ... > t_n, n >= 2, clipped to [sigma_min, sigma_max] where noise of that size is added. f is called
+            at all but the last, which is ``sigma_min``, so that no noise stays: (80, 0.002) is one step.
+        noises: One for each time but the first, standard normal, like ``start``; None: drawn.
+        sigma_min: Smallest level.
+        sigma_max: Largest level.
+        clip: Clamp every answer of f to [-1, 1], before noise is added.
+        generator: For noises that are drawn.
+
+    Returns:
+        (B, ...).
+
+    Raises:
+        ValueError: Fewer than two times.
+    """
+    if len(times) < 2:
+        raise ValueError(f"times are {list(times)}: give at least two, from the level of the noise down to sigma_min")
+    x = start
+    for number, (time, following) in enumerate(pairwise(times)):
+        x = f(x, torch.full((len(x),), time, dtype=x.dtype, device=x.device))
+        if clip:
+            x = x.clamp(-1.0, 1.0)
+        size = max(min(max(following, sigma_min), sigma_max) ** 2 - sigma_min**2, 0.0) ** 0.5
+        if size > 0:
+            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) if noises is None else noises[number]
+            x = x + noise * size
+    return x
