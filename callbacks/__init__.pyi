@@ -1,5 +1,6 @@
 from .dashboard import Dashboard as Dashboard
 from .ema import EMATeacher as EMATeacher
+from .ema_removal import EMARemoval as EMARemoval
 from .exact_resume import ExactResume as ExactResume
 from .features import FeatureCapture as FeatureCapture
 from .finite import FiniteGuard as FiniteGuard
@@ -10,10 +11,17 @@ from .loss_term import LossTerm as LossTerm
 from .preemption import Preemption as Preemption
 from .progress import ThroughputProgressBar as ThroughputProgressBar
 from .reliability import Reliability as Reliability
+from .sample_grid import SampleGrid as SampleGrid
+from .sparsity.adams import AdamS as AdamS
+from .sparsity.cast import CAST as CAST
 from .sparsity.dsl_recommendation import DSL as DSL
 from .sparsity.dynamic import DynamicSparsity as DynamicSparsity
+from .sparsity.issp import IterativeSoftShrinkage as IterativeSoftShrinkage
+from .sparsity.masksparsity import MaskedBNSparsity as MaskedBNSparsity
 from .sparsity.progressive_gradient_flow import NMSparsity as NMSparsity
 from .sparsity.random_pruning import RandomPruning as RandomPruning
+from .sparsity.sparse_ift import SparseIFT as SparseIFT
 from .sparsity.sparseland import SparsityCard as SparsityCard
 from .sparsity.sparseland import SparsityReport as SparsityReport
 from .step_cost import StepCost as StepCost
+from .weight_ema import WeightEMA as WeightEMA

@@ -1,6 +1,11 @@
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
+from .generative.images import GenerativeCIFARDataModule as GenerativeCIFARDataModule
+from .generative.images import GenerativeDigitsDataModule as GenerativeDigitsDataModule
+from .generative.toys import RingDataModule as RingDataModule
 from .recommendation.ratings import RatingsDataModule as RatingsDataModule
+from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule
+from .text.text import TextDataModule as TextDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule

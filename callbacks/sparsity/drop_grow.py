@@ -68,8 +68,8 @@ def drop_below_threshold(weight: Tensor, mask: Tensor, fraction: float) -> Tenso
 
 
 def target_count(numel: int, sparsity: float) -> int:
-    """Active weights of a layer as the released code counts them: (1 - sparsity) * numel in float32, then truncated."""
-    return int(torch.tensor(1 - sparsity, dtype=torch.float32) * numel)
+    """Active weights of a layer as the released code counts them: (1 - sparsity) * numel, rounded to float32, then truncated."""
+    return int(torch.tensor((1 - sparsity) * numel, dtype=torch.float32))
 
 
 def update_mask(weight: Tensor, mask: Tensor, score: Tensor, fraction: float, target: int) -> Tensor:

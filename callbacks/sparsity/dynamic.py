@@ -11,7 +11,7 @@ from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.density import Method, exact_counts, layer_density
 from lit_methods.callbacks.sparsity.drop_grow import update_mask
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
-from lit_methods.callbacks.sparsity.schedules import cosine_drop, exponential_drop, is_update_step
+from lit_methods.callbacks.sparsity.schedules import drop_fraction, is_update_step
 from lit_methods.callbacks.sparsity.sparseland import SparsityCard
 
 
@@ -113,10 +113,20 @@ class DynamicSparsity(MaskCallback):
                 )
             self.total_steps = int(estimate)
         weights = self.chosen(pl_module)
-        shares = layer_density([weight.shape for weight in weights.values()], self.density, self.distribution)
-        self.layer_densities = dict(zip(weights, shares, strict=True))
-        self._counts = dict(zip(weights, exact_counts([weight.numel() for weight in weights.values()], shares), strict=True))
+        self.layer_densities = self.densities(weights)
+        self._counts = self.counts(weights)
         super().on_fit_start(trainer, pl_module)
+
+    def densities(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Density of each weight."""
+        return dict(
+            zip(weights, layer_density([weight.shape for weight in weights.values()], self.density, self.distribution), strict=True)
+        )
+
+    def counts(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
+        """Active entries of each weight after an update, from ``layer_densities``."""
+        sizes = [weight.numel() for weight in weights.values()]
+        return dict(zip(weights, exact_counts(sizes, [self.layer_densities[name] for name in weights]), strict=True))
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Random or by magnitude, at the layers' densities."""
@@ -133,11 +143,7 @@ class DynamicSparsity(MaskCallback):
     def fraction(self, step: int) -> float:
         """Share of the active weights that an update after ``step`` replaces."""
         end = int(self.end_fraction * (self.total_steps or 0))
-        if self.anneal == "cosine":
-            return cosine_drop(step, self.drop_fraction, self.begin, end)
-        if self.anneal == "exponential":
-            return exponential_drop(step, self.drop_fraction, self.begin, end, self.rate)
-        return self.drop_fraction
+        return drop_fraction(step, self.anneal, self.drop_fraction, self.begin, end, self.rate)
 
     def is_update(self, step: int) -> bool:
         """Whether masks change after optimiser step ``step``, counted from 1."""

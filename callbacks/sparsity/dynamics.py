@@ -20,6 +20,11 @@ def union(seen: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, 
     return {name: mask | seen[name] if name in seen else mask.clone() for name, mask in masks.items()}
 
 
+def intersection(always: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Positions that were active at all times so far, by weight."""
+    return {name: mask & always[name] if name in always else mask.clone() for name, mask in masks.items()}
+
+
 def itop_rate(seen: Mapping[str, Tensor]) -> tuple[float, dict[str, float]]:
     """In-time over-parameterisation: share of weights that were ever active, in all and by weight.
 

@@ -15,11 +15,11 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.utils import parametrize
 
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.callback import MaskCallback, notify_mask_updated, refuse_sharded
+from lit_methods.callbacks.sparsity.callback import notify_mask_updated, refuse_sharded
 from lit_methods.callbacks.sparsity.masks import is_nm, keep_largest, nm_mask
+from lit_methods.callbacks.sparsity.parametrized import LatentWeight, ParametrizedWeight, refuse_unfit
 from lit_methods.callbacks.sparsity.sparseland import SparsityCard
 from lit_methods.callbacks.sparsity.store import prunable_weights
 from lit_methods.callbacks.targets import plain_module, plain_name
@@ -98,12 +98,19 @@ def flow_factor(recipe: Recipe, steps: int, decay: float) -> float:
     return math.exp(-decay * steps) if recipe == "mdgf_exp" else 0.0
 
 
+def _scaled(weight: Tensor, mask: Tensor, beta: Tensor | float) -> Tensor:
+    """W * (M + (1 - M) beta)."""
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):  # some times faster there, and bit-equal
+        return weight * mask.to(weight.dtype).clamp_(min=beta)
+    return torch.where(mask, weight, weight * beta)
+
+
 class _StraightThrough(torch.autograd.Function):
     """W * (M + (1 - M) beta) forwards, the identity backwards."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask: Tensor, beta: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.where(mask, weight, weight * beta)
+        return _scaled(weight, mask, beta)
 
     @staticmethod
     @once_differentiable
@@ -125,7 +132,7 @@ def masked_weight(weight: Tensor, mask: Tensor, beta: Tensor | float, gradient: 
         Shape and dtype of ``weight``.
     """
     if gradient == "exact":
-        return torch.where(mask, weight, weight * beta)
+        return _scaled(weight, mask, beta)
     factor = beta if isinstance(beta, Tensor) else torch.tensor(beta, dtype=torch.float64)
     return _StraightThrough.apply(weight, mask, factor)  # type: ignore[no-any-return]
 
@@ -334,7 +341,7 @@ class _Flow:
         return 1.0 if self.phase.beta > 0 else self.kept
 
 
-class MaskedForward(nn.Module):
+class MaskedForward(LatentWeight):
     """Parametrisation: latent weight -> masked weight of the phase. The mask is made anew from the latent weight at every forward pass."""
 
     def __init__(self, flow: _Flow, dim: int) -> None:
@@ -351,75 +358,13 @@ class MaskedForward(nn.Module):
             return weight
         return masked_weight(weight, self.mask(weight), self.flow.beta, self.flow.gradient)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """An assigned weight becomes the latent one."""
-        return weight
 
-
-def _plain_on_save(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """State-dict hook: the effective weight under the name that it has without us."""
-    chains: Any = module.parametrizations
-    for name, chain in chains.items():
-        if isinstance(chain[0], MaskedForward):
-            state.pop(f"{prefix}parametrizations.{name}.original", None)
-            with torch.no_grad():
-                state[f"{prefix}{name}"] = getattr(module, name).detach()
-
-
-def _plain_on_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook before loading: a weight under its plain name becomes the latent one."""
-    chains: Any = module.parametrizations
-    for name, chain in chains.items():
-        if isinstance(chain[0], MaskedForward) and f"{prefix}{name}" in state:
-            state[f"{prefix}parametrizations.{name}.original"] = state.pop(f"{prefix}{name}")
-
-
-@dataclass
-class _Layer:
+class _Layer(ParametrizedWeight):
     """A weight that we parametrise."""
 
-    module: nn.Module
-    attribute: str
-    flow: _Flow
-    dim: int
-
-    def attach(self) -> None:
-        self.order = list(self.module._parameters)
-        self.masking = MaskedForward(self.flow, self.dim)
-        hooked = parametrize.is_parametrized(self.module)  # by us, for another weight of this module
-        parametrize.register_parametrization(self.module, self.attribute, self.masking)
-        self.latent: nn.Parameter = self.module.parametrizations[self.attribute].original  # type: ignore[index, union-attr, assignment]
-        self.handles = (
-            []
-            if hooked
-            else [
-                self.module.register_state_dict_post_hook(_plain_on_save),
-                self.module.register_load_state_dict_pre_hook(_plain_on_load),
-            ]
-        )
-
-    def detach(self) -> None:
-        """The effective weight becomes an ordinary parameter again, the same object and at its old place.
-
-        Not by ``remove_parametrizations``: it takes the attribute out of a class that copies of the module (an EMA teacher) share.
-        """
-        module, attribute = self.module, self.attribute
-        with torch.no_grad():
-            self.latent.data = getattr(module, attribute).detach().clone()
-        for handle in self.handles:
-            handle.remove()
-        chains: Any = module.parametrizations
-        del chains[attribute]
-        if not len(chains):
-            del module.parametrizations
-            module.__class__ = type(module).__bases__[0]
-        elif not any(isinstance(chain[0], MaskedForward) for chain in chains.values()):
-            delattr(type(module), attribute)  # somebody else's parametrisation stays, and its class with it
-        own = module._parameters
-        own[attribute] = self.latent
-        for name in self.order:
-            if name in own:
-                own[name] = own.pop(name)
+    def __init__(self, module: nn.Module, attribute: str, flow: _Flow, dim: int) -> None:
+        self.flow, self.masking = flow, MaskedForward(flow, dim)
+        super().__init__(module, attribute, self.masking)
 
     @torch.no_grad()
     def mask(self) -> Tensor:
@@ -648,7 +593,7 @@ class NMSparsity(OrderedCallback):
         self._detach()
         self._reset()
         patterns = self.chosen(pl_module)
-        self._refuse(trainer, pl_module, set(patterns))
+        refuse_unfit(trainer, pl_module, "NMSparsity", set(patterns))
         if self.recipe == "dense":
             return
         modules = {plain_name(name): plain_module(module) for name, module in pl_module.named_modules()}
@@ -677,26 +622,6 @@ class NMSparsity(OrderedCallback):
         self._layers = layers
         kinds = ", ".join(f"{n}:{m}" for n, m in self._flows) if not self.rate else f"{self.rate:.0%} unstructured"
         rank_zero_info(f"NMSparsity ({self.recipe}, {kinds}): {len(layers)} weights: {', '.join(layers)}")
-
-    def _refuse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, names: set[str]) -> None:
-        if foreign := sorted(name for name in names if ".parametrizations." in name):
-            raise ValueError(
-                f"NMSparsity: {foreign[0]} belongs to another parametrisation: leave that module out of targets, or add it to skip"
-            )
-        owners: dict[int, list[str]] = {}
-        for name, parameter in pl_module.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(plain_name(name))
-        for tied in owners.values():
-            if len(set(tied)) > 1 and names & set(tied):
-                raise ValueError(
-                    f"NMSparsity: {' and '.join(dict.fromkeys(tied))} are one tied weight: leave it out with skip, or untie it"
-                )
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            shared = sorted(names & set(other.chosen(pl_module))) if isinstance(other, MaskCallback) else []
-            if shared:
-                raise ValueError(
-                    f"NMSparsity and {type(other).__name__} both mask {shared[0]!r} (and {len(shared) - 1} more): give them other targets"
-                )
 
     def _stages(self, n: int, m: int, end: float) -> list[tuple[int, int]]:
         """All patterns of a weight on its way to n:m."""

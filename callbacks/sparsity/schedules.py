@@ -29,6 +29,29 @@ def exponential_drop(step: int, initial: float, begin: int, end: int, rate: floa
     return initial * math.exp(-rate * (step - begin) / (end - begin))
 
 
+def drop_fraction(step: int, anneal: str, initial: float, begin: int, end: int, rate: float = 3.0) -> float:
+    """Drop fraction at an update between ``begin`` and ``end``.
+
+    Args:
+        step: Optimiser steps so far.
+        anneal: ``cosine``: :func:`cosine_drop` to 0; ``exponential``: :func:`exponential_drop`; ``constant``.
+        initial: At ``begin``.
+        begin: Step from which it falls.
+        end: Step of the end; > ``begin``.
+        rate: Of ``exponential``.
+
+    Raises:
+        ValueError: An unknown ``anneal``.
+    """
+    if anneal == "cosine":
+        return cosine_drop(step, initial, begin, end)
+    if anneal == "exponential":
+        return exponential_drop(step, initial, begin, end, rate)
+    if anneal == "constant":
+        return initial
+    raise ValueError(f"anneal is {anneal!r}: give one of cosine, constant, exponential")
+
+
 def is_update_step(step: int, interval: int, begin: int = 0, end: float = math.inf) -> bool:
     """Whether masks change after optimiser step ``step``, counted from 1: a multiple of ``interval``, strictly between the two."""
     return begin < step < end and step % interval == 0

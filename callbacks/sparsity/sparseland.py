@@ -288,7 +288,9 @@ def shadow(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningMo
         vars(twin).pop(step, None)
     for module in twin.modules():
         module._forward_hooks.clear()  # they watch; pre-hooks may make weights
-    silent = {"log": _ignore, "log_dict": _ignore, "logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
+    silent: dict[str, Any] = {"log": _ignore, "log_dict": _ignore}
+    silent |= {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
+    silent["__qualname__"] = f"shadow.<locals>.{type(twin).__name__}"  # else the command finds it beside the class of that name
     twin.__class__ = type(type(twin).__name__, (type(twin),), silent)
     twin.trainer = trainer
     return twin.eval()
@@ -308,6 +310,43 @@ def _call(twin: pl.LightningModule, name: str, batch: Any, precision: Any) -> An
     others = (0, 0)[: max(0, len(names) - 1)] if name.endswith("_step") else ()
     with precision:
         return method(batch, *others)
+
+
+def count_on_batch(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, forward: str | None = None
+) -> tuple[Macs | None, str, list[str]]:
+    """Count a forward pass of a batch through a :func:`shadow` of the module; generators of random numbers stay as they were.
+
+    Args:
+        trainer: Its trainer.
+        pl_module: Any module.
+        batch: As the training step gets it, on the device.
+        forward: Name of the method that is run; None: the first step that works.
+
+    Returns:
+        MACs of the batch by parameter (None: nothing could be run), the method's name, and what went wrong on the way.
+    """
+    weights = {name: weight for name, weight in _parameters(pl_module).items() if weight.ndim >= 2}
+    problems: list[str] = []
+    with isolate_rng(pl_module.device.type == "cuda"):
+        try:
+            twin = shadow(trainer, pl_module)
+            candidates = _runs(twin, forward)
+        except Exception as error:  # a module may hold anything
+            return None, "", [f"no copy of the module can be made: {type(error).__name__}: {error}"]
+        for name in candidates:
+            # autocast makes copies of the weights, which the counter doesn't know; it is off here and in count_macs
+            precision = nullcontext() if "mixed" in str(trainer.precision) else trainer.precision_plugin.val_step_context()
+            inputs = apply_to_collection(batch, Tensor, torch.clone)
+            try:
+                macs = count_macs(twin, lambda name=name, p=precision, x=inputs: _call(twin, name, x, p), weights)  # type: ignore[misc]
+            except Exception as error:  # the user's code, on a batch that it may not be made for
+                problems.append(f"{name}: {type(error).__name__}: {error}")
+                continue
+            if sum(macs.per_weight.values()):
+                return macs, name, problems
+            problems.append(f"{name}: no weight is used")
+    return None, "", problems
 
 
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------
@@ -637,29 +676,10 @@ class SparsityReport(OrderedCallback):
 
     def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         """One forward pass on a shadow of the module, on all ranks, as a step may gather."""
-        weights = {name: weight for name, weight in _parameters(pl_module).items() if weight.ndim >= 2}
-        problems: list[str] = []
+        macs, method, problems = count_on_batch(trainer, pl_module, batch, self.forward)
         found: dict[str, Any] | None = None
-        include_cuda = pl_module.device.type == "cuda"
-        with isolate_rng(include_cuda):
-            try:
-                twin = shadow(trainer, pl_module)
-                candidates = _runs(twin, self.forward)
-            except Exception as error:  # a module may hold anything
-                problems, candidates = [f"no copy of the module can be made: {type(error).__name__}: {error}"], []
-            for name in candidates:
-                # autocast makes copies of the weights, which the counter doesn't know; it is off here and in count_macs
-                precision = nullcontext() if "mixed" in str(trainer.precision) else trainer.precision_plugin.val_step_context()
-                inputs = apply_to_collection(batch, Tensor, torch.clone)
-                try:
-                    macs = count_macs(twin, lambda name=name, p=precision, x=inputs: _call(twin, name, x, p), weights)  # type: ignore[misc]
-                except Exception as error:  # the user's code, on a batch that it may not be made for
-                    problems.append(f"{name}: {type(error).__name__}: {error}")
-                    continue
-                if sum(macs.per_weight.values()):
-                    found = {"per_weight": macs.per_weight, "other": macs.other, "samples": _samples(batch) or 1, "method": name}
-                    break
-                problems.append(f"{name}: no weight is used")
+        if macs is not None:
+            found = {"per_weight": macs.per_weight, "other": macs.other, "samples": _samples(batch) or 1, "method": method}
         ready = distributed.gather_rows(torch.tensor([found is not None], device=pl_module.device), with_grad=False)
         if bool(ready.all()):
             self._macs = found

@@ -83,20 +83,21 @@ class _BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.new_channels = stride, channels - in_channels
+        self.stride = stride
         self.downsample: nn.Module | None = None
         if projection and (stride > 1 or in_channels != channels):
             self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         shortcut = x
         if self.downsample is not None:
             shortcut = self.downsample(x)
-        elif self.stride > 1 or self.new_channels:
-            before = self.new_channels // 2
-            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
-        x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+        elif new := y.shape[1] - x.shape[1]:  # read off the tensors: the widths may have been scaled
+            shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, new // 2, new - new // 2))
+        elif self.stride > 1:
+            shortcut = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + shortcut)
 
 
 def _stage(in_channels: int, channels: int, blocks: int, stride: int, projection: bool) -> nn.Sequential:

@@ -1,0 +1,226 @@
+"""Causal language modelling with any causal model of Hugging Face transformers."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lit_methods.checkpoint import load_into
+from lit_methods.panels import Curve, Panel
+
+# ---- the maths -------------------------------------------------------------------------------------------------------------------------
+
+
+def token_losses(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies of the tokens, and how many they are.
+
+    Args:
+        logits: (..., V) floating point.
+        labels: (...) int64: the token that follows; ``ignore_index``: don't count.
+        ignore_index: See ``labels``.
+
+    Returns:
+        Sum in nats, float32 or wider, and int64 count.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        flat = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
+        total = F.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="sum")
+    return total, (labels != ignore_index).sum()
+
+
+def warmup_cosine(step: int, total_steps: int, warmup_share: float, final_share: float) -> float:
+    """Factor of the learning rate at optimiser step ``step`` (from 0): linear rise, then half a cosine down to ``final_share``.
+
+    Args:
+        step: Steps done.
+        total_steps: Of the training, >= 1.
+        warmup_share: Share of the steps that rise, in [0, 1).
+        final_share: Factor at the end, in [0, 1]; 1: constant.
+    """
+    warmup = round(warmup_share * total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
+    return final_share + (1 - final_share) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> nn.Module:
+    """A model for ``AutoModelForCausalLM``, in float32.
+
+    Args:
+        name_or_path: Folder with ``config.json`` and weights, or a name that transformers finds in its cache or downloads.
+        config: Instead: ``model_type`` and the arguments of its configuration, for random weights.
+
+    Raises:
+        ImportError: transformers is not installed; the message names the extra.
+        ValueError: Both or neither are given, or ``config`` names no model that transformers knows.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('CausalLM needs transformers: pip install "lit-methods[language]"') from error
+    if (name_or_path is None) == (config is None):
+        raise ValueError(
+            f"name_or_path is {name_or_path!r} and config is {config!r}: give one of them, a model's folder, or a configuration such as "
+            "{model_type: llama, hidden_size: 64, ...}"
+        )
+    if name_or_path is not None:
+        return transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)  # type: ignore[no-any-return]
+    assert config is not None
+    settings = dict(config)
+    kind = settings.pop("model_type", None)
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if kind not in known:
+        raise ValueError(f"config.model_type is {kind!r}: give a causal model of transformers, such as llama, gpt2 or opt")
+    return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(kind, **settings), dtype=torch.float32)  # type: ignore[no-any-return]
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------------------------
+
+
+class CausalLM(LightningModule):
+    """Trains a causal language model on windows of tokens.
+
+    Batches, such as those of ``TextDataModule``: ``input_ids`` (B, L) int64 and ``labels`` (B, L) int64, the token that follows each
+    (aligned with the logits, not shifted inside as transformers does it); -100 doesn't count.
+
+    Logged: ``language/loss`` of each training batch, per token in nats; ``language/val_loss`` and ``language/val_perplexity`` over all
+    validation tokens, and likewise ``test``. A perplexity depends on the tokenizer and on the length of the windows.
+
+    Args:
+        name_or_path: Folder (or name) of a pretrained model of transformers; loaded in float32.
+        config: Instead: ``model_type`` and the arguments of its configuration; weights are random.
+        pretrained: Checkpoint of this class that the model starts from.
+        learning_rate: Of AdamW, after the warm-up.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        weight_decay: Of AdamW, for all weights.
+        warmup_share: Share of the steps in which the learning rate rises.
+        final_share: Learning rate at the end, as a share of the full one; a cosine leads there; 1: constant.
+        gradient_checkpointing: Compute activations twice to save memory.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: A value outside its range, or no model.
+    """
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Curve("Loss per token (nats)", ("language/loss", "language/val_loss", "language/test_loss"), goal="min"),
+        Curve("Perplexity", ("language/val_perplexity", "language/test_perplexity"), goal="min"),
+    )
+
+    def __init__(
+        self,
+        name_or_path: str | None = None,
+        config: dict[str, Any] | None = None,
+        pretrained: Path | None = None,
+        learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        warmup_share: float = 0.05,
+        final_share: float = 0.1,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate={learning_rate}: give a number above 0")
+        if not 0 <= warmup_share < 1 or not 0 <= final_share <= 1:
+            raise ValueError(f"warmup_share={warmup_share} must lie in [0, 1), final_share={final_share} in [0, 1]")
+        self.save_hyperparameters()
+        model: Any = causal_model(name_or_path, config).train()  # transformers gives it in eval mode
+        if pretrained is not None:
+            load_into(model, pretrained, "model.")
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.model = model
+        self.eval_loss = MeanMetric()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, L) int64 tokens -> (B, L, V) logits of the tokens that follow."""
+        return self.model(input_ids=input_ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    def setup(self, stage: str) -> None:
+        """Compare the size of the vocabulary with the data's.
+
+        Raises:
+            ValueError: The data have more tokens than the model.
+        """
+        size, own = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None), self.model.config.vocab_size
+        if size is not None and size > own:
+            raise ValueError(f"the data have {size} different tokens, the model {own}: set config.vocab_size to {size} or more")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean loss of the batch's tokens."""
+        total, count = token_losses(self(batch["input_ids"]), batch["labels"])
+        loss = total / count.clamp(min=1)
+        self.log("language/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
+        return loss
+
+    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+        total, count = token_losses(self(batch["input_ids"]), batch["labels"])
+        self.eval_loss.update(total / count.clamp(min=1), weight=count.to(total.dtype))
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds a batch to the metrics."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Adds a batch to the metrics."""
+        self._evaluate(batch)
+
+    def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
+        loss = self.eval_loss.compute()
+        self.log_dict({f"language/{stage}_loss": loss, f"language/{stage}_perplexity": loss.exp()}, prog_bar=True)
+        self.eval_loss.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs loss and perplexity over all tokens of all ranks."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs loss and perplexity over all tokens of all ranks."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Log-probability of each label.
+
+        Returns:
+            ``log_prob`` (B, L) float32, 0 where a label doesn't count; ``labels`` (B, L).
+        """
+        labels = batch["labels"]
+        losses = F.cross_entropy(self(batch["input_ids"]).float().transpose(1, 2), labels, reduction="none")
+        return {"log_prob": -losses, "labels": labels}
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, with warm-up and cosine per step.
+
+        Raises:
+            ValueError: The training has no end, and the schedule needs one.
+        """
+        hp = self.hparams
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=hp["learning_rate"], betas=tuple(hp["betas"]), eps=hp["eps"], weight_decay=hp["weight_decay"]
+        )
+        self.trainer.fit_loop.setup_data()  # the next line asks for the loader, and with max_steps alone nobody has made it yet
+        total = self.trainer.estimated_stepping_batches
+        constant = hp["warmup_share"] == 0 and hp["final_share"] == 1
+        if not math.isfinite(total) and not constant:
+            raise ValueError("warmup_share and final_share count from the end of the training, and this one has none: set max_steps")
+
+        def factor(step: int) -> float:
+            return 1.0 if constant else warmup_cosine(step, int(total), hp["warmup_share"], hp["final_share"])
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+__all__ = ["CausalLM", "causal_model", "token_losses", "warmup_cosine"]

@@ -1,0 +1,1 @@
+"""Super-resolution: the module, networks and metrics that techniques for it share."""
