@@ -18,8 +18,9 @@ class EMARemoval(OrderedCallback):
     tensors become those of the student (their storage is shared), so that the module's own update of the teacher changes nothing, and no
     memory is spent on a second set. It is the opposite of ``EMATeacher``.
 
-    Runs: from the start of fit, before the sanity check; after fit both branches have tensors of their own again, equal ones. Saves:
-    nothing; checkpoints hold both branches, and may be resumed with or without it. The teacher stays as the module uses it, in its mode.
+    Runs: from the start of fit, before the sanity check. During validation and after fit both branches have tensors of their own, equal
+    ones, so that callbacks which lend averaged weights can be used together with it. Saves: nothing; checkpoints hold both branches, and
+    may be resumed with or without it. The teacher stays as the module uses it, in its mode.
     Not with strategies that shard weights.
 
     Args:
@@ -60,15 +61,27 @@ class EMARemoval(OrderedCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tie them; weights are on their device and restored by now."""
-        student, teacher = self._branches(pl_module)
+        _, teacher = self._branches(pl_module)
         trained = {id(parameter) for one in trainer.optimizers for group in one.param_groups for parameter in group["params"]}
         if any(id(parameter) in trained for parameter in teacher.parameters()):
             raise ValueError(f"EMARemoval: an optimiser trains {self.teacher!r}, which is to follow {self.student!r}: leave it out there")
-        mine, theirs = (dict(branch.state_dict(keep_vars=True)) for branch in (student, teacher))
+        self._tie(pl_module)
+        rank_zero_info(f"EMARemoval: {self.teacher} has the weights of {self.student}; {len(self._tied)} tensors")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tensors of their own: callbacks that lend averaged weights for validation swap tensor by tensor."""
+        self._untie()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tie them again."""
+        if trainer.state.fn == "fit":
+            self._tie(pl_module)
+
+    def _tie(self, pl_module: pl.LightningModule) -> None:
+        mine, theirs = (dict(branch.state_dict(keep_vars=True)) for branch in self._branches(pl_module))
         self._tied = list(theirs.values())
         for name, value in theirs.items():
             value.data = mine[name].data
-        rank_zero_info(f"EMARemoval: {self.teacher} has the weights of {self.student}; {len(self._tied)} tensors")
 
     def _untie(self) -> None:
         tied, self._tied = self._tied, []

@@ -8,8 +8,9 @@ model (CD), and LPIPS.
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,19 +19,48 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from lit_methods.callbacks.ema import ema_update
+from lit_methods.callbacks.sparsity.masks import own_seed
 from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_levels, square_root_levels
 from lit_methods.consistency_models.evaluation import sliced_wasserstein
 from lit_methods.consistency_models.levels import inverse_gap, karras_levels, lognormal_probabilities, uniform_probabilities
 from lit_methods.consistency_models.metrics import absolute, pseudo_huber, square
 from lit_methods.consistency_models.pairs import PairLoss, consistency_function, consistency_pair_loss
 from lit_methods.consistency_models.sampling import multistep_sample
+from lit_methods.distributed import gather_rows
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 
 Curriculum = Literal["doubling", "square_root"]
-Levels = Literal["lognormal", "uniform"]
+LevelDraws = Literal["lognormal", "uniform"]
 Metric = Literal["pseudo_huber", "l2", "l1"]
 Weight = Literal["inverse_gap", "one"]
 Teacher = Literal["stopgrad", "ema"]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a batch is trained with: noise (B, ...), i in 1..N-1, both levels and weight, each (B,), and N."""
+
+    noise: Tensor
+    index: Tensor
+    lower: Tensor
+    upper: Tensor
+    weight: Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Of N levels: sigma (N,), and chances and weights of the pairs, (N - 1,) each; float32."""
+
+    count: int
+    sigma: Tensor
+    chances: Tensor
+    weights: Tensor
+
+
+class _Pictures(NamedTuple):
+    data: Tensor
+    samples: dict[int, Tensor]
 
 
 class ConsistencyTraining(LightningModule):
@@ -43,11 +73,12 @@ class ConsistencyTraining(LightningModule):
     ``label`` (B,) int64. ``forward`` is f. Sampling and validation use the weights as they are: attach ``WeightEMA``, which lends its
     averaged weights then, as the paper has it. The averaged teacher of CT is another thing; it lives in ``teacher_network``.
 
-    Logged: ``consistency/loss``, ``consistency/levels`` (N), ``consistency/weight`` (mean lambda), ``consistency/teacher_decay`` (with
-    ``teacher: ema``), ``consistency/loss_q1`` to ``_q4``, the mean loss of the samples whose level lies in each quarter of the index range;
-    ``consistency/val_sw2`` and ``consistency/val_sw2_<n>_steps``, the sliced Wasserstein distance of as many samples as there are
-    validation data to these, for one step and for several.
-    ``predict_step`` takes a batch of anything and returns as many samples for each number of steps.
+    Logged: ``consistency/loss``; every ``log_every_n_steps`` steps ``consistency/levels`` (N), ``consistency/weight`` (mean lambda),
+    ``consistency/teacher_decay`` (with ``teacher: ema``) and ``consistency/loss_q1`` to ``_q4``, the mean loss of the samples whose level
+    lies in each quarter of the index range; after validation ``consistency/val_sw2`` and ``consistency/val_sw2_<n>_steps``, the sliced
+    Wasserstein distance of as many samples as there are validation data to these, for one step and for several (``test_sw2`` after a test).
+    All validation data and samples are kept in memory until then: limit them for large images.
+    ``predict_step`` returns as many samples as a batch has images, for each number of steps; ``SampleGrid`` writes them as pictures.
 
     Args:
         network: F of (B, ...) and (B,) noise condition ln(sigma) / 4, and labels if there are classes -> (B, ...).
@@ -74,7 +105,8 @@ class ConsistencyTraining(LightningModule):
         eps: Of RAdam.
         total_steps: K of the curriculum; None: ``trainer.estimated_stepping_batches`` when training first starts. Saved: a resumed run
             keeps its curriculum, also if it is to train longer.
-        grid: Samples of a picture; 0: none.
+        grid: Images in a row of the dashboard's picture; 0: no picture.
+        seed: Of levels and noise, in training as in sampling. Dropout draws from the global generators.
 
     Raises:
         ValueError: An argument outside its range.
@@ -85,7 +117,7 @@ class ConsistencyTraining(LightningModule):
         Curve("Loss by noise level", ("consistency/loss_q?",), note="Quarters of the index range, from small noise (q1) to large (q4)."),
         Curve("Noise levels", ("consistency/levels",)),
         Curve("Distance of samples to data", ("consistency/val_sw2*",), note="Sliced Wasserstein; lower is better."),
-        ImagePanel("Samples", "consistency/samples", note="One step above, the longest sampling below; the same noise in every epoch."),
+        ImagePanel("Samples", "consistency/samples", note="Of one step first, of the longest sampling last; the same noise every time."),
     )
 
     def __init__(
@@ -94,7 +126,7 @@ class ConsistencyTraining(LightningModule):
         curriculum: Curriculum = "doubling",
         s0: int = 10,
         s1: int = 1280,
-        levels: Levels = "lognormal",
+        levels: LevelDraws = "lognormal",
         p_mean: float = -1.1,
         p_std: float = 2.0,
         metric: Metric = "pseudo_huber",
@@ -114,9 +146,10 @@ class ConsistencyTraining(LightningModule):
         eps: float = 1e-8,
         total_steps: int | None = None,
         grid: int = 16,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        choices = (("curriculum", curriculum, Curriculum), ("levels", levels, Levels), ("metric", metric, Metric))
+        choices = (("curriculum", curriculum, Curriculum), ("levels", levels, LevelDraws), ("metric", metric, Metric))
         for name, value, known in (*choices, ("weight", weight, Weight), ("teacher", teacher, Teacher)):
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(known))}")
@@ -130,25 +163,29 @@ class ConsistencyTraining(LightningModule):
         self.network = network
         self.teacher_network = copy.deepcopy(network).requires_grad_(False) if teacher == "ema" else None
         self.curriculum: Curriculum = curriculum
-        self.levels: Levels = levels
+        self.levels: LevelDraws = levels
         self.metric: Metric = metric
         self.total_steps = total_steps
-        self._batch_step = 0
-        self._samples: dict[int, Tensor] = {}
-        self._seen: list[tuple[Tensor, dict[int, Tensor]]] = []  # validation data and as many samples
+        self._known: Levels | None = None
+        self._seen: list[tuple[Tensor, dict[int, Tensor]]] = []  # data and as many samples
+        self._pictures: _Pictures | None = None
 
     # ---- f -------------------------------------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
         """f(x, sigma): (B, ...), (B,) and labels -> (B, ...)."""
-        hp = self.hparams
-        return consistency_function(self.network, hp["sigma_min"], hp["sigma_data"])(x, sigma, *condition)
+        return self._f(self.network)(x, sigma, *condition)
 
     def teach(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
         """The teacher's f: of the network itself, or of its average."""
-        hp = self.hparams
-        network = self.network if self.teacher_network is None else self.teacher_network
-        return consistency_function(network, hp["sigma_min"], hp["sigma_data"])(x, sigma, *condition)
+        return self._f(self.network if self.teacher_network is None else self.teacher_network)(x, sigma, *condition)
+
+    def _f(self, network: nn.Module) -> Callable[..., Tensor]:
+        def narrow(x: Tensor, *rest: Tensor) -> Tensor:  # with precision bf16-true the network is narrower than f
+            answer: Tensor = network(x.to(self.dtype), *rest)  # type: ignore[arg-type]
+            return answer
+
+        return consistency_function(narrow, self.hparams["sigma_min"], self.hparams["sigma_data"])
 
     def num_levels(self, step: int) -> int:
         """N at an optimiser step."""
@@ -169,54 +206,79 @@ class ConsistencyTraining(LightningModule):
         """The curriculum needs an end."""
         if self.total_steps is None:
             estimate = self.trainer.estimated_stepping_batches
-            if not math.isfinite(estimate):
+            if not math.isfinite(estimate) or estimate < 1:
                 raise ValueError("the curriculum needs an end, and this training has none: set max_steps, max_epochs, or total_steps")
             self.total_steps = int(estimate)
 
-    def draw(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Noise like ``x``, lower and upper levels (B,) of its samples, and N."""
-        hp = self.hparams
+    def _levels_of(self, count: int, device: torch.device) -> Levels:
+        """Levels, chances and weights of N levels; made anew where N changes."""
+        if self._known is None or (self._known.count, self._known.sigma.device) != (count, device):
+            hp = self.hparams
+            sigma = karras_levels(count, hp["sigma_min"], hp["sigma_max"], hp["rho"])
+            lognormal = self.levels == "lognormal"
+            chances = lognormal_probabilities(sigma, hp["p_mean"], hp["p_std"]) if lognormal else uniform_probabilities(sigma)
+            gaps = inverse_gap(sigma[:-1], sigma[1:]) if hp["weight"] == "inverse_gap" else torch.ones_like(chances)
+            self._known = Levels(count, *(table.to(device, torch.float32) for table in (sigma, chances, gaps)))
+        return self._known
+
+    def draw(self, x: Tensor, batch_idx: int) -> Drawn:
+        """Noise and levels of a batch. They follow from seed, epoch, batch and rank alone, not from the global generators.
+
+        W ranks therefore draw what one process draws that accumulates over W times as many batches.
+        """
         count = self.num_levels(self.trainer.global_step)
-        sigma = karras_levels(count, hp["sigma_min"], hp["sigma_max"], hp["rho"])
-        chances = lognormal_probabilities(sigma, hp["p_mean"], hp["p_std"]) if self.levels == "lognormal" else uniform_probabilities(sigma)
-        index = torch.multinomial(chances, len(x), replacement=True)
-        lower, upper = (sigma[index + offset].to(x.device, torch.float32) for offset in (0, 1))
-        return torch.randn_like(x), lower, upper, count
+        known = self._levels_of(count, x.device)
+        place = f"ConsistencyTraining {self.trainer.current_epoch} {batch_idx * self.trainer.world_size + self.trainer.global_rank}"
+        generator = torch.Generator(x.device).manual_seed(own_seed(place, self.hparams["seed"]))
+        index = torch.multinomial(known.chances, len(x), replacement=True, generator=generator) + 1
+        noise = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+        return Drawn(noise, index, known.sigma[index - 1], known.sigma[index], known.weights[index - 1], count)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The consistency loss of Eq. 5 of iCT."""
-        x = batch["image"]
-        noise, lower, upper, count = self.draw(x)
-        weight = inverse_gap(lower, upper) if self.hparams["weight"] == "inverse_gap" else torch.ones_like(lower)
-        found = consistency_pair_loss(self, self.teach, x, noise, lower, upper, self.distance, weight, *self._condition(batch))
-        loss = self.loss(found, x, upper)
-        self.log_dict({"consistency/loss": loss.detach(), "consistency/levels": float(count), "consistency/weight": weight.mean()})
-        self._log_quarters(found.losses.detach(), upper, count)
+        x = batch["image"].float()
+        drawn = self.draw(x, batch_idx)
+        found = consistency_pair_loss(
+            self, self.teach, x, drawn.noise, drawn.lower, drawn.upper, self.distance, drawn.weight, *self._condition(batch)
+        )
+        loss = self.loss(found, x, drawn)
+        self.log("consistency/loss", loss.detach())
+        if self.logs_now():
+            self.log_dict(self.details(found, x, drawn), on_step=True, on_epoch=False)
         return loss
 
-    def loss(self, found: PairLoss, x: Tensor, upper: Tensor) -> Tensor:
+    def loss(self, found: PairLoss, x: Tensor, drawn: Drawn) -> Tensor:
         """Mean over the batch."""
         return found.losses.mean()
+
+    def logs_now(self) -> bool:
+        """Whether what this step logs is written down: the rest needn't be computed."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.trainer.global_step + 1) % every == 0
+
+    def details(self, found: PairLoss, x: Tensor, drawn: Drawn) -> dict[str, Tensor | float]:
+        """What is logged beside the loss."""
+        quarter = ((drawn.index - 1) * 4).div(drawn.count - 1, rounding_mode="floor")
+        inside = quarter[:, None] == torch.arange(4, device=quarter.device)
+        means = (found.losses.detach()[:, None] * inside).sum(0) / inside.sum(0)  # NaN where no sample fell
+        logs: dict[str, Tensor | float] = {f"consistency/loss_q{number}": mean for number, mean in enumerate(means, start=1)}
+        if self.teacher_network is not None:
+            logs["consistency/teacher_decay"] = self._teacher_decay()
+        return logs | {"consistency/levels": float(drawn.count), "consistency/weight": drawn.weight.mean()}
 
     def _condition(self, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
         return (batch["label"],) if self.hparams["num_classes"] is not None else ()
 
-    def _log_quarters(self, losses: Tensor, upper: Tensor, count: int) -> None:
+    def _teacher_decay(self) -> float:
+        """Of the step that is being taken."""
         hp = self.hparams
-        low, high = hp["sigma_min"] ** (1 / hp["rho"]), hp["sigma_max"] ** (1 / hp["rho"])
-        quarter = ((upper ** (1 / hp["rho"]) - low) / (high - low) * 4).ceil().clamp(1, 4)
-        inside = quarter[:, None] == torch.arange(1, 5, device=losses.device)
-        means = (losses[:, None] * inside).sum(0) / inside.sum(0)  # NaN where no sample fell
-        self.log_dict({f"consistency/loss_q{number}": mean for number, mean in enumerate(means, start=1)}, on_epoch=False, on_step=True)
+        return ct_teacher_decay(self.num_levels(self.trainer.global_step), hp["s0"], hp["teacher_decay"])
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """CT's teacher follows after an optimiser step."""
-        step = self.trainer.global_step
-        if self.teacher_network is not None and step != self._batch_step:
-            decay = ct_teacher_decay(self.num_levels(step - 1), self.hparams["s0"], self.hparams["teacher_decay"])
-            ema_update(_state(self.teacher_network), _state(self.network), decay)
-            self.log("consistency/teacher_decay", decay)
-        self._batch_step = step
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """CT's teacher follows at once: a checkpoint that a callback saves when the batch ends has it."""
+        super().optimizer_step(*args, **kwargs)
+        if self.teacher_network is not None:
+            ema_update(_state(self.teacher_network), _state(self.network), self._teacher_decay())
 
     def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
         """RAdam at a constant rate."""
@@ -225,13 +287,11 @@ class ConsistencyTraining(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The curriculum's length belongs to the run."""
-        checkpoint["consistency_training"] = {"total_steps": self.total_steps, "batch_step": self._batch_step}
+        checkpoint["consistency_training"] = {"total_steps": self.total_steps}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it over."""
-        state = checkpoint.get("consistency_training", {})
-        self.total_steps = state.get("total_steps", self.total_steps)
-        self._batch_step = state.get("batch_step", 0)
+        self.total_steps = checkpoint.get("consistency_training", {}).get("total_steps", self.total_steps)
 
     # ---- sampling ------------------------------------------------------------------------------------------------------------------------
 
@@ -253,45 +313,100 @@ class ConsistencyTraining(LightningModule):
         settings = {"sigma_min": hp["sigma_min"], "sigma_max": hp["sigma_max"], "clip": hp["clip"]}
         return multistep_sample(lambda x, t: self(x, t, *condition), noise * hp["sigma_max"], times, generator=generator, **settings)
 
-    def _draw_samples(self, count: int, shape: Sequence[int], condition: tuple[Tensor, ...], seed: int) -> dict[int, Tensor]:
-        """Steps -> samples, of the same noise each time."""
-        noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-        found = {}
-        for steps in range(1, len(self.hparams["sample_times"]) + 2):
-            again = torch.Generator(self.device).manual_seed(seed + 1)
-            found[steps] = self.sample(noise, steps, *condition, generator=again)
-        return found
+    def _draw_samples(self, batch: dict[str, Tensor], batch_idx: int, purpose: str) -> dict[int, Tensor]:
+        """Steps -> as many samples as the batch has, of the same noise each time; other ranks draw other noise."""
+        place = f"{purpose} {batch_idx * self.trainer.world_size + self.trainer.global_rank}"
+        seeds = [own_seed(f"{place} {part}", self.hparams["seed"]) for part in ("start", "between")]
+        data = batch["image"]
+        noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(seeds[0])).to(data.device)
+        return {
+            steps: self.sample(noise, steps, *self._condition(batch), generator=torch.Generator(data.device).manual_seed(seeds[1]))
+            for steps in range(1, len(self.hparams["sample_times"]) + 2)
+        }
+
+    def _see(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        drawn = self._draw_samples(batch, batch_idx, "evaluation")
+        self._seen.append((batch["image"].float().cpu(), {steps: samples.float().cpu() for steps, samples in drawn.items()}))
+
+    def _compare(self, name: str) -> None:
+        """Log how far the samples of all ranks are from the data of all ranks."""
+        if not self._seen:
+            raise ValueError(f"rank {self.global_rank} has seen no data to compare samples with: take fewer ranks or a smaller batch_size")
+        data = gather_rows(torch.cat([one for one, _ in self._seen]), with_grad=False)
+        found = {
+            steps: gather_rows(torch.cat([samples[steps] for _, samples in self._seen]), with_grad=False) for steps in self._seen[0][1]
+        }
+        self._seen = []
+        for steps, samples in found.items():
+            distance = sliced_wasserstein(samples.flatten(1), data.flatten(1))
+            self.log(name if steps == 1 else f"{name}_{steps}_steps", distance.to(self.device), rank_zero_only=False)
+        self._pictures = _Pictures(data, found)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation left."""
+        self._seen = []
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test left."""
+        self._seen = []
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Draw as many samples as there are data: here, where ``WeightEMA`` lends its weights."""
-        data = batch["image"]
-        self._seen.append((data, self._draw_samples(len(data), data.shape[1:], self._condition(batch), seed=batch_idx)))
+        self._see(batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """As in validation."""
+        self._see(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Say how far the samples are from the data."""
-        data, drawn = (list(part) for part in zip(*self._seen, strict=True))
-        self._seen = []
-        samples = {steps: torch.cat([part[steps] for part in drawn]) for steps in drawn[0]}
-        for steps, found in samples.items():
-            distance = sliced_wasserstein(found.flatten(1).float(), torch.cat(data).flatten(1).float())
-            self.log("consistency/val_sw2" if steps == 1 else f"consistency/val_sw2_{steps}_steps", distance, sync_dist=True)
-        self._samples = {steps: found[: self.hparams["grid"]].detach().float().cpu() for steps, found in samples.items()}
+        self._compare("consistency/val_sw2")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``<n>_steps`` -> as many samples as the batch has, for each number of steps."""
-        data = batch["image"]
-        drawn = self._draw_samples(len(data), data.shape[1:], self._condition(batch), seed=1000 + batch_idx)
-        return {f"{steps}_steps": samples for steps, samples in drawn.items()}
+    def on_test_epoch_end(self) -> None:
+        """Say how far the samples are from the data."""
+        self._compare("consistency/test_sw2")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """``<n>_steps`` -> as many samples as the batch has images, for each number of steps; of the batch, shape and labels are used."""
+        return {f"{steps}_steps": samples for steps, samples in self._draw_samples(batch, batch_idx, "prediction").items()}
 
     def dashboard_media(self) -> dict[str, Media]:
-        """A grid of samples, where they are images."""
-        first = next(iter(self._samples.values()), None)
-        if first is None or first.ndim != 4 or len(first) == 0:
+        """Samples of the last validation: a grid of images, or the density of points in the plane; nothing for other data."""
+        if self._pictures is None:
             return {}
-        rows = torch.cat(list(self._samples.values())).add(1).div(2).clamp(0, 1)
-        picture = make_grid(rows, nrow=len(first), padding=1).mul(255).round().byte().permute(1, 2, 0)
-        words = f"{len(first)} samples in {', '.join(f'{steps}' for steps in self._samples)} steps, one row each"
+        data, found = self._pictures
+        steps = [str(count) for count in found]
+        if data.ndim == 4 and data.shape[1] in (1, 3) and self.hparams["grid"]:
+            shown = [samples[: self.hparams["grid"]] for samples in found.values()]
+            rows = torch.cat(shown).add(1).div(2).clamp(0, 1)
+            picture = make_grid(rows, nrow=len(shown[0]), padding=1).mul(255).round().byte().permute(1, 2, 0)
+            words = f"{len(shown[0])} samples in {', '.join(steps)} steps, one row each"
+        elif data.ndim == 2 and data.shape[1] == 2:
+            limit = 1.25 * float(data.abs().max())
+            picture = torch.cat([density_picture(points, limit) for points in (data, *found.values())], dim=1)
+            words = f"Density of the data on the left; of samples in {', '.join(steps)} steps beside it"
+        else:
+            return {}
         return {"consistency/samples": ImageMedia(picture.contiguous().numpy(), alt=words)}
+
+
+def density_picture(points: Tensor, limit: float, size: int = 192) -> Tensor:
+    """How many points fall into each pixel of a square around 0, bright where there are many; points outside aren't seen.
+
+    Args:
+        points: (N, 2).
+        limit: Half the side of the square, > 0.
+        size: Pixels a side.
+
+    Returns:
+        (size, size, 3) uint8, the second coordinate upwards.
+    """
+    place = ((points + limit) * (size / (2 * limit))).floor()
+    place = place[((place >= 0) & (place < size)).all(1)].long()
+    counts = torch.bincount((size - 1 - place[:, 1]) * size + place[:, 0], minlength=size**2).view(size, size).float()
+    bright = (counts / counts.max().clamp(min=1)).sqrt()[:, :, None]
+    low, high = torch.tensor([13.0, 20.0, 33.0]), torch.tensor([240.0, 220.0, 130.0])
+    return (low + bright * (high - low)).round().byte()
 
 
 def _state(module: nn.Module) -> list[Tensor]:

@@ -74,5 +74,6 @@ def consistency_pair_loss(
     with torch.no_grad(), same.again():
         target = teacher(x + like(lower, x) * noise, lower, *condition)
     with torch.autocast(x.device.type, enabled=False):
-        losses = weight * metric(answer, target)
+        wide = torch.promote_types(answer.dtype, torch.float32)
+        losses = weight * metric(answer.to(wide), target.to(wide))
     return PairLoss(losses, answer, target)

@@ -1,0 +1,1 @@
+"""Data for generative models: points in the plane, and images in [-1, 1]."""

@@ -1,0 +1,104 @@
+"""Images in [-1, 1] for generative models, read by the classification datamodules."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_methods.datamodules.generative.base import GenerativeDataModule, Tensors
+from lit_methods.datamodules.vision.cifar import built_in_release, read_release
+from lit_methods.datamodules.vision.digits import DigitsDataModule
+
+
+class GenerativeDigitsDataModule(GenerativeDataModule):
+    """Handwritten digits that scikit-learn ships, smoothly enlarged.
+
+    Batches: ``image`` (B, 1, S, S) float32 in [-1, 1], ``label`` (B,) int64 in 0..9. The split is that of ``DigitsDataModule``.
+
+    Args:
+        image_size: S, 8 or more; the images have 8 x 8 pixels of their own.
+        num_train: Images for training, 1 to 1796; the rest of the 1,797 is for validation.
+        batch_size: Images per process and step.
+        val_batch_size: Images per process and validation step.
+        num_samples: Samples that ``lit predict`` draws, at most as many as there are validation images.
+        num_workers: Processes that read data; the images lie in memory, so 0 is fastest.
+        seed: Of the order.
+
+    Raises:
+        ValueError: A number lies outside its range.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 16,
+        num_train: int = 1500,
+        batch_size: int = 128,
+        val_batch_size: int = 128,
+        num_samples: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_samples=num_samples, num_workers=num_workers, seed=seed)
+        if image_size < 8:
+            raise ValueError(f"image_size={image_size}: give 8 or more, the images have 8 x 8 pixels")
+        self.save_hyperparameters()
+        self.digits = DigitsDataModule(num_train=num_train)
+
+    def setup(self, stage: str) -> None:
+        """Read, split, enlarge."""
+        if self.train_set is not None:
+            return
+        self.digits.setup("fit")
+        self.train_set, self.val_set = (self._enlarged(part) for part in (self.digits.train_set, self.digits.val_set))
+
+    def _enlarged(self, part: object) -> Tensors:
+        samples = [part[0, index] for index in range(len(part))]  # type: ignore[arg-type, index]
+        images: Tensor = torch.stack([sample["image"] for sample in samples])
+        size = self.hparams["image_size"]
+        if size != 8:
+            images = F.interpolate(images, (size, size), mode="bicubic", align_corners=False).clamp(0, 1)
+        return Tensors(images * 2 - 1, torch.tensor([sample["label"] for sample in samples]))
+
+
+class GenerativeCIFARDataModule(GenerativeDataModule):
+    """CIFAR-10 for generative models.
+
+    Batches: ``image`` (B, 3, 32, 32) float32 in [-1, 1], ``label`` (B,) int64 in 0..9. Validation sees the test images.
+
+    Args:
+        root: Folder that holds ``cifar-10-batches-py``, whole or with fewer images per file. None: built-in images of shapes and
+            textures, 2,000 for training and 500 for validation.
+        flip: Mirror half of the training images, other ones in every epoch.
+        batch_size: Images per process and step.
+        val_batch_size: Images per process and validation step.
+        num_samples: Samples that ``lit predict`` draws, at most as many as there are test images.
+        num_workers: Processes that read data; the images lie in memory.
+        seed: Of order and mirroring.
+
+    Raises:
+        WrongRootError: ``root`` doesn't hold the release.
+        BrokenRecordError: A file is missing, truncated or wrong; the message names it and the field.
+    """
+
+    def __init__(
+        self,
+        root: Path | None = None,
+        flip: bool = True,
+        batch_size: int = 128,
+        val_batch_size: int = 500,
+        num_samples: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_samples=num_samples, num_workers=num_workers, seed=seed)
+        self.root, self.flip = root if root is None else Path(root), flip
+        self.save_hyperparameters()
+
+    def setup(self, stage: str) -> None:
+        """Read everything into memory."""
+        if self.train_set is not None:
+            return
+        train, test, _ = built_in_release("cifar10") if self.root is None else read_release(self.root, "cifar10")
+        self.train_set = Tensors(torch.tensor(train[0]), torch.tensor(train[1]), self.flip, self.seed)
+        self.val_set = Tensors(torch.tensor(test[0]), torch.tensor(test[1]))
