@@ -1052,8 +1052,9 @@ class SparseIFT(DynamicSparsity):
             raise ValueError(f"{where}, with {dict(settings)}; this callback has {own}: use the same settings")
 
     def chosen(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
-        """The masked weights of the transformed layers, by name."""
-        assert self.transformation is not None
+        """The masked weights of the transformed layers, by name; none before ``setup``."""
+        if self.transformation is None:
+            return {}
         parameters = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
         names = [name for layer in self.transformation.layers for name in layer.sparse]
         missing = [name for name in names if name not in parameters]

@@ -95,7 +95,7 @@ class _HuggingFace:
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
-            raise ImportError('TextDataModule(level="tokenizer") needs transformers: pip install "lit-methods[language]"') from error
+            raise ImportError('TextDataModule(level="tokenizer") needs transformers: pip install "lit-methods[transformers]"') from error
         self._inner: Any = AutoTokenizer.from_pretrained(path)
         self.vocab_size = len(self._inner)
 

@@ -65,7 +65,7 @@ def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> 
     try:
         import transformers
     except ImportError as error:
-        raise ImportError('CausalLM needs transformers: pip install "lit-methods[language]"') from error
+        raise ImportError('CausalLM needs transformers: pip install "lit-methods[transformers]"') from error
     if (name_or_path is None) == (config is None):
         raise ValueError(
             f"name_or_path is {name_or_path!r} and config is {config!r}: give one of them, a model's folder, or a configuration such as "
