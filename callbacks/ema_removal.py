@@ -3,8 +3,9 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.sparsity.callback import refuse_sharded
@@ -12,16 +13,15 @@ from lit_methods.callbacks.targets import plain_module, select_modules
 
 
 class EMARemoval(OrderedCallback):
-    """Ties a module's teacher to its student: both have the same weights, always, and the teacher gets no gradient.
+    """Makes a module's teacher a plain copy of its student, always: the student teaches itself, without a gradient.
 
-    For any LightningModule with a student and a teacher branch of the same layers: consistency training, BYOL, mean teacher. The teacher's
-    tensors become those of the student (their storage is shared), so that the module's own update of the teacher changes nothing, and no
-    memory is spent on a second set. It is the opposite of ``EMATeacher``.
+    For any LightningModule with a student and a teacher branch of the same layers: consistency training, BYOL, mean teacher. It is the
+    opposite of ``EMATeacher``. The teacher's weights and buffers are set to the student's when fit starts, after every step of an optimiser
+    and before every batch, so that the module's own update of the teacher, wherever it stands, has nothing left to average. The two
+    branches don't share storage: an update in two parts, ``mul_`` and then ``add_``, would change the student, too.
 
-    Runs: from the start of fit, before the sanity check. During validation and after fit both branches have tensors of their own, equal
-    ones, so that callbacks which lend averaged weights can be used together with it. Saves: nothing; checkpoints hold both branches, and
-    may be resumed with or without it. The teacher stays as the module uses it, in its mode.
-    Not with strategies that shard weights.
+    Runs: in training. Cost: a copy of the weights a step. Saves: nothing; checkpoints hold both branches, and may be resumed with or
+    without it. The teacher stays as the module uses it, in its mode. Not with strategies that shard weights.
 
     Args:
         student: Name of the submodule that learns.
@@ -36,7 +36,9 @@ class EMARemoval(OrderedCallback):
         if student == teacher:
             raise ValueError(f"student and teacher are both {student!r}: name two submodules")
         self.student, self.teacher = student, teacher
-        self._tied: list[Any] = []
+        self._source: list[Tensor] = []
+        self._copy: list[Tensor] = []
+        self._hooks: list[Any] = []
 
     def _branches(self, pl_module: pl.LightningModule) -> tuple[nn.Module, nn.Module]:
         found = [plain_module(next(iter(select_modules(pl_module, [name]).values()))) for name in (self.student, self.teacher)]
@@ -49,49 +51,53 @@ class EMARemoval(OrderedCallback):
             return
         refuse_sharded(trainer, "EMARemoval")
         pairs = [
-            {name: (tuple(value.shape), value.dtype) for name, value in branch.state_dict(keep_vars=True).items()}
-            for branch in self._branches(pl_module)
+            {name: (tuple(value.shape), value.dtype) for name, value in _state(branch).items()} for branch in self._branches(pl_module)
         ]
         if pairs[0] != pairs[1]:
             odd = next(name for name in {**pairs[0], **pairs[1]} if pairs[0].get(name) != pairs[1].get(name))
             raise ValueError(
                 f"EMARemoval: {self.student!r} and {self.teacher!r} differ in {odd} ({pairs[0].get(odd)} and {pairs[1].get(odd)}): a "
-                "teacher can be tied to a student of the same layers alone"
+                "teacher can be the copy of a student of the same layers alone"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tie them; weights are on their device and restored by now."""
-        _, teacher = self._branches(pl_module)
+        """Copy; weights are on their device and restored by now."""
+        student, teacher = self._branches(pl_module)
         trained = {id(parameter) for one in trainer.optimizers for group in one.param_groups for parameter in group["params"]}
         if any(id(parameter) in trained for parameter in teacher.parameters()):
             raise ValueError(f"EMARemoval: an optimiser trains {self.teacher!r}, which is to follow {self.student!r}: leave it out there")
-        self._tie(pl_module)
-        rank_zero_info(f"EMARemoval: {self.teacher} has the weights of {self.student}; {len(self._tied)} tensors")
+        mine, theirs = _state(student), _state(teacher)
+        self._source, self._copy = list(mine.values()), [theirs[name] for name in mine]
+        self._follow()
+        self._hooks = [optimiser.register_step_post_hook(self._follow) for optimiser in trainer.optimizers]
+        rank_zero_info(f"EMARemoval: {self.teacher} is a copy of {self.student}, not its average; {len(self._copy)} tensors")
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tensors of their own: callbacks that lend averaged weights for validation swap tensor by tensor."""
-        self._untie()
+    @torch.no_grad()
+    def _follow(self, *_: Any) -> None:
+        torch._foreach_copy_(self._copy, self._source)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tie them again."""
-        if trainer.state.fn == "fit":
-            self._tie(pl_module)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Undo what the module made of the teacher since the optimiser's step."""
+        self._follow()
 
-    def _tie(self, pl_module: pl.LightningModule) -> None:
-        mine, theirs = (dict(branch.state_dict(keep_vars=True)) for branch in self._branches(pl_module))
-        self._tied = list(theirs.values())
-        for name, value in theirs.items():
-            value.data = mine[name].data
+    def _leave(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._source, self._copy, self._hooks = [], [], []
 
-    def _untie(self) -> None:
-        tied, self._tied = self._tied, []
-        for value in tied:
-            value.data = value.data.clone()
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy once more: the module may have averaged behind the last step, or another callback lent weights for good."""
+        self._follow()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Tensors of their own again."""
-        self._untie()
+        """Let go of both."""
+        self._leave()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Tensors of their own again: Lightning doesn't call ``teardown`` here."""
-        self._untie()
+        """Let go of both: Lightning doesn't call ``teardown`` here."""
+        self._leave()
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, also those that aren't saved."""
+    return {name: tensor.detach() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}

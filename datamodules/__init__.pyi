@@ -2,6 +2,7 @@ from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .generative.images import GenerativeCIFARDataModule as GenerativeCIFARDataModule
 from .generative.images import GenerativeDigitsDataModule as GenerativeDigitsDataModule
+from .generative.images import GenerativeImageNetDataModule as GenerativeImageNetDataModule
 from .generative.toys import RingDataModule as RingDataModule
 from .recommendation.ratings import RatingsDataModule as RatingsDataModule
 from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule

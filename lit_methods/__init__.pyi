@@ -2,6 +2,8 @@ from .catalog import Technique as Technique
 from .consistency_models.ict import ConsistencyTraining as ConsistencyTraining
 from .consistency_models.networks import NoiseMLP as NoiseMLP
 from .consistency_models.networks import SmallUNet as SmallUNet
+from .consistency_models.rcm import RCM as RCM
+from .consistency_models.rcm import RingTeacher as RingTeacher
 from .consistency_models.slct import SLCT as SLCT
 from .consistency_models.slct import NonScalingLayerNorm as NonScalingLayerNorm
 from .language.causal_lm import CausalLM as CausalLM
