@@ -128,7 +128,7 @@ class ConsistencyTraining(LightningModule):
 
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve("Loss", ("consistency/loss",), note="Jumps up where the number of levels doubles: the weights grow with it."),
-        Curve("Loss by noise level", ("consistency/loss_q?",), note="Quarters of the index range, from small noise (q1) to large (q4)."),
+        Curve("Loss by noise level", ("consistency/loss_q*",), note="Quarters of the index range, from small noise (q1) to large (q4)."),
         Curve("Noise levels", ("consistency/levels",)),
         Curve("Distance of samples to data", ("consistency/val_sw2*",), note="Sliced Wasserstein; lower is better."),
         ImagePanel("Samples", "consistency/samples", note="Of one step first, of the longest sampling last; the same noise every time."),

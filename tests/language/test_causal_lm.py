@@ -106,7 +106,7 @@ def test_what_cannot_work_is_refused():
 
 def test_without_transformers_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"lit-methods\[language\]"):
+    with pytest.raises(ImportError, match=r"lit-methods\[transformers\]"):
         causal_model(None, CONFIG)
 
 
