@@ -15,7 +15,10 @@ import pytest
 
 
 def transaction_log(path: Path) -> Iterator[Any]:
-    """The records of a run's ``.wandb`` file: LevelDB's log format with a header of seven bytes, each record a protocol buffer."""
+    """The records of a run's ``.wandb`` file: LevelDB's log format with a header of seven bytes, each record a protocol buffer.
+
+    A record that isn't yet written to its end (the file is still being written, or its writer was killed) ends the log.
+    """
     from wandb.proto import wandb_internal_pb2
 
     data, position, parts = path.read_bytes(), 7, b""
@@ -25,6 +28,8 @@ def transaction_log(path: Path) -> Iterator[Any]:
             position += 32768 - position % 32768
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):
+            return
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
