@@ -73,6 +73,7 @@ def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequenc
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_AT_ONCE = 2**18  # weights whose bits are made at a time: they stay in the processor's cache
 
 
 @torch.no_grad()
@@ -80,7 +81,9 @@ def zero_removed_(tensor: Tensor, mask: Tensor) -> None:
     """Set a floating-point tensor to exactly 0 where ``mask`` (bool, its shape) is False, in place, also where it is infinite or NaN."""
     if tensor.device.type == "cpu":  # five times faster there than masked_fill_: and with all bits, or none
         bits = _BITS[tensor.element_size()]
-        tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
+        rows = max(1, _AT_ONCE * len(tensor) // max(1, tensor.numel()))
+        for part, kept in zip(tensor.view(bits).split(rows), mask.split(rows), strict=True):
+            part.bitwise_and_(kept.to(bits).neg_())
     else:
         tensor.masked_fill_(~mask, 0.0)
 
