@@ -3,10 +3,17 @@ from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .generative.images import GenerativeCIFARDataModule as GenerativeCIFARDataModule
 from .generative.images import GenerativeDigitsDataModule as GenerativeDigitsDataModule
 from .generative.images import GenerativeImageNetDataModule as GenerativeImageNetDataModule
+from .generative.latents import LatentDataModule as LatentDataModule
+from .generative.shards import LatentShardsDataModule as LatentShardsDataModule
 from .generative.toys import RingDataModule as RingDataModule
+from .metric_learning.images import RetrievalImagesDataModule as RetrievalImagesDataModule
+from .metric_learning.open_world import OpenWorldDataModule as OpenWorldDataModule
 from .recommendation.ratings import RatingsDataModule as RatingsDataModule
+from .regression.ages import AgeDataModule as AgeDataModule
+from .regression.bars import BarsDataModule as BarsDataModule
 from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule
 from .text.text import TextDataModule as TextDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
+from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule

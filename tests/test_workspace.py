@@ -147,7 +147,11 @@ def shown_by_run(config: str) -> tuple[str, ...]:
 
 
 # what eight steps are too few for: slug -> further words; and a panel that needs another data set beside the config's
-SHORTENED = {"issp": "--trainer.callbacks.prune_iters 4", "sparseland": "--trainer.callbacks.interval 2"}
+SHORTENED = {
+    "issp": "--trainer.callbacks.prune_iters 4",
+    "rcm": "--model.init_args.pretrain_iterations 1 --model.init_args.tangent_warmup 2",
+    "sparseland": "--trainer.callbacks.interval 2",
+}
 NEEDS_MORE = {"Detection of unknown inputs (AUROC)"}
 
 

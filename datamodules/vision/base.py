@@ -4,7 +4,7 @@ A batch is ``{"image": (B, C, H, W) float32, "label": (B,) int64}``. Augmentatio
 worker or rank that reads the sample.
 """
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import lightning.pytorch as pl
@@ -25,6 +25,7 @@ class LabelledImages(Dataset[dict[str, Any]]):
         labels: (N,) integers.
         transform: (image, (seed, epoch, index)) -> (C, H, W) float32.
         seed: Of the augmentation.
+        names: File names by index, where the images are files.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class LabelledImages(Dataset[dict[str, Any]]):
         labels: NDArray[np.integer[Any]],
         transform: Callable[[Any, tuple[int, int, int]], Tensor],
         seed: int,
+        names: Sequence[str] = (),
     ) -> None:
-        self.read, self.labels, self.transform, self.seed = read, labels, transform, seed
+        self.read, self.labels, self.transform, self.seed, self.names = read, labels, transform, seed, names
 
     def __len__(self) -> int:
         return len(self.labels)

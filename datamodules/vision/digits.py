@@ -50,6 +50,8 @@ class DigitsDataModule(ClassificationDataModule):
             raise ValueError(f"train_size={train_size}: give 1 to num_train={num_train}, or null for all of them")
         if not 0 <= label_noise <= 1:
             raise ValueError(f"label_noise={label_noise} is a share of the training labels: give 0 to 1")
+        # not read from hparams: below another datamodule Lightning puts that one's there
+        self.num_train, self.train_size, self.label_noise = num_train, train_size, label_noise
         self.save_hyperparameters()
         self.class_names = tuple("0123456789")
 
@@ -59,12 +61,12 @@ class DigitsDataModule(ClassificationDataModule):
             return
         from sklearn.datasets import load_digits
 
-        digits, hp = load_digits(), self.hparams
+        digits = load_digits()
         images = torch.from_numpy((digits.images / 16).astype(np.float32))[:, None]
         labels = digits.target.astype(np.int64)
-        train, held_out = fixed_split(len(labels), hp["num_train"])
-        train = train[: hp["train_size"]]
-        noisy = redraw_labels(labels[train], hp["label_noise"], 10, self.seed)
+        train, held_out = fixed_split(len(labels), self.num_train)
+        train = train[: self.train_size]
+        noisy = redraw_labels(labels[train], self.label_noise, 10, self.seed)
         self.train_set = LabelledImages(partial(operator.getitem, images[torch.from_numpy(train)]), noisy, _as_it_is, self.seed)
         self.val_set = LabelledImages(partial(operator.getitem, images[torch.from_numpy(held_out)]), labels[held_out], _as_it_is, self.seed)
         self.test_set = self.val_set

@@ -205,14 +205,15 @@ class ImageNetDataModule(ClassificationDataModule):
             raise ValueError(f"interpolation={interpolation!r} is neither 'bilinear' nor 'bicubic'")
         self.save_hyperparameters()
         self.root, self.class_list = (path if path is None else Path(path) for path in (root, class_list))
+        # not read from hparams: below another datamodule Lightning puts that one's there
+        self._training = (image_size, auto_augment, random_erasing, interpolation, (crop_scale[0], crop_scale[1]))
+        self._held_out = (image_size, interpolation)
 
     def setup(self, stage: str) -> None:
         """List the files."""
         if self.val_set is not None:
             return
-        hp = self.hparams
-        train = _TrainTransform(hp["image_size"], hp["auto_augment"], hp["random_erasing"], hp["interpolation"], tuple(hp["crop_scale"]))
-        held_out = _EvalTransform(hp["image_size"], hp["interpolation"])
+        train, held_out = _TrainTransform(*self._training), _EvalTransform(*self._held_out)
         if self.root is None:
             self.class_names = KINDS
             self.train_set, self.val_set = (
@@ -233,7 +234,7 @@ class ImageNetDataModule(ClassificationDataModule):
 
     def _listed(self, folder: Path, transform: Any) -> LabelledImages:
         files, labels = list_images(folder, self.class_names)
-        return LabelledImages(partial(read_image, folder, files), labels, transform, self.seed)
+        return LabelledImages(partial(read_image, folder, files), labels, transform, self.seed, files)
 
     def _drawn(self, number: int, seed: int, transform: Any) -> LabelledImages:
         pictures, labels = draw_shapes(number, 10, _BUILT_IN[2], seed)

@@ -1,7 +1,10 @@
-"""Number of noise levels over training, and the rate of CT's teacher, as pure functions of the optimiser step."""
+"""Number of noise levels over training, their distance in a pair, and the rate of CT's teacher, as pure functions of the optimiser step."""
 
 import math
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 
 def doubling_stage_length(total_steps: int, s0: int, s1: int, rounding: Literal["floor", "ceil"] = "floor") -> int:
@@ -56,3 +59,33 @@ def ct_teacher_decay(levels: int, s0: int = 2, initial: float = 0.9) -> float:
         initial: mu0 in (0, 1).
     """
     return math.exp(s0 * math.log(initial) / (levels - 1))
+
+
+def ect_stage(step: int, delta: int = 1, first: int = 100_000, length: int = 100_000) -> int:
+    """Stage of ECT's curriculum (arXiv:2406.14548) in EPG's form: ``delta`` at first, and one more whenever ``length`` steps are over.
+
+    Args:
+        step: Optimiser steps done.
+        delta: Stage at the start; 0: a phase of denoising, see :func:`ect_lower`.
+        first: d0, steps of the first stage, >= 0.
+        length: d1, steps of every further one, >= 1.
+    """
+    return delta if step < first else (step - (first - length)) // length + delta
+
+
+def ect_lower(upper: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: float = 1.0, sigma_min: float = 0.002) -> Tensor:
+    """Lower level r = max(t (1 - q^-stage (1 + k sigmoid(-b t))), sigma_min) of a pair (ECT, arXiv:2406.14548).
+
+    Args:
+        upper: t, any shape, in any float dtype: give float32 or wider.
+        stage: Of :func:`ect_stage`. At 0 all are ``sigma_min``.
+        q: > 1: how much nearer the levels come with each stage.
+        k: How much wider pairs are where t is small.
+        b: How fast that fades with t.
+        sigma_min: Smallest level.
+
+    Returns:
+        Like ``upper``, at most as large as it where it is at least ``sigma_min``.
+    """
+    share = float(q) ** -stage * (1 + k * torch.sigmoid(-b * upper))
+    return (upper * (1 - share)).clamp(min=sigma_min)

@@ -23,6 +23,7 @@ from lit_methods.callbacks.sparsity.masks import own_seed
 from lit_methods.catalog import Technique
 from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_levels, square_root_levels
 from lit_methods.consistency_models.evaluation import sliced_wasserstein
+from lit_methods.consistency_models.latents import LatentSpace
 from lit_methods.consistency_models.levels import inverse_gap, karras_levels, lognormal_probabilities, uniform_probabilities
 from lit_methods.consistency_models.metrics import absolute, pseudo_huber, square
 from lit_methods.consistency_models.pairs import PairLoss, consistency_function, consistency_pair_loss
@@ -93,6 +94,10 @@ class ConsistencyTraining(LightningModule):
     Wasserstein distance of as many samples as there are validation data to these, for one step and for several (``test_sw2`` after a test).
     All validation data and samples are kept in memory until then: limit them for large images.
     ``predict_step`` returns as many samples as a batch has images, for each number of steps; ``SampleGrid`` writes them as pictures.
+    ``validation_step`` returns them, too: ``SampleQuality`` makes FID, precision and recall of them.
+
+    On latents give the ``autoencoder``, and data by ``LatentDataModule``: pictures and predictions are decoded. The statistics of the
+    latents are part of the module's ``state_dict``; the autoencoder isn't trained and isn't saved.
 
     Args:
         network: F of (B, ...) and (B,) noise condition ln(sigma) / 4, and labels if there are classes -> (B, ...).
@@ -119,6 +124,7 @@ class ConsistencyTraining(LightningModule):
         eps: Of RAdam.
         total_steps: K of the curriculum; None: ``trainer.estimated_stepping_batches`` when training first starts. Saved: a resumed run
             keeps its curriculum, also if it is to train longer.
+        autoencoder: Whose latents the data are; None: the data are what is wanted.
         grid: Images in a row of the dashboard's picture; 0: no picture.
         seed: Of levels and noise, in training as in sampling. Dropout draws from the global generators.
 
@@ -159,6 +165,7 @@ class ConsistencyTraining(LightningModule):
         weight_decay: float = 0.0,
         eps: float = 1e-8,
         total_steps: int | None = None,
+        autoencoder: nn.Module | None = None,
         grid: int = 16,
         seed: int = 0,
     ) -> None:
@@ -173,16 +180,25 @@ class ConsistencyTraining(LightningModule):
             raise ValueError(f"c is {c}: give a number above 0, or null for 0.00054 sqrt(D)")
         if list(sample_times) != sorted(sample_times, reverse=True) or any(not sigma_min < time < sigma_max for time in sample_times):
             raise ValueError(f"sample_times are {list(sample_times)}: give descending levels between {sigma_min} and {sigma_max}")
-        self.save_hyperparameters(ignore=["network"])
+        self.save_hyperparameters(ignore=["network", "autoencoder"])
         self.network = network
         self.teacher_network = copy.deepcopy(network).requires_grad_(False) if teacher == "ema" else None
+        self.latents = None if autoencoder is None else LatentSpace(autoencoder, sigma_data)
         self.curriculum: Curriculum = curriculum
         self.levels: LevelDraws = levels
         self.metric: Metric = metric
+        # not hyperparameters of every subclass, and a subclass that `lit` makes has its own arguments alone in hparams
+        self.c, self.pair_weight, self.teacher_decay, self.clip = c, weight, teacher_decay, clip
         self.total_steps = total_steps
         self._known: Levels | None = None
         self._seen: list[tuple[Tensor, dict[int, Tensor]]] = []  # data and as many samples
         self._pictures: _Pictures | None = None
+
+    def setup(self, stage: str) -> None:
+        """Take over the statistics of the latents, if the data have any."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if self.latents is not None and isinstance(getattr(data, "latent_mean", None), Tensor):
+            self.latents.set_statistics(data.latent_mean, data.latent_std)
 
     # ---- f -------------------------------------------------------------------------------------------------------------------------------
 
@@ -210,8 +226,7 @@ class ConsistencyTraining(LightningModule):
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """The metric: (B, ...) twice -> (B,)."""
         if self.metric == "pseudo_huber":
-            c = self.hparams["c"]
-            return pseudo_huber(a, b, 0.00054 * math.sqrt(a[0].numel()) if c is None else c)
+            return pseudo_huber(a, b, 0.00054 * math.sqrt(a[0].numel()) if self.c is None else self.c)
         return square(a, b) if self.metric == "l2" else absolute(a, b)
 
     # ---- training ------------------------------------------------------------------------------------------------------------------------
@@ -231,7 +246,7 @@ class ConsistencyTraining(LightningModule):
             sigma = karras_levels(count, hp["sigma_min"], hp["sigma_max"], hp["rho"])
             lognormal = self.levels == "lognormal"
             chances = lognormal_probabilities(sigma, hp["p_mean"], hp["p_std"]) if lognormal else uniform_probabilities(sigma)
-            gaps = inverse_gap(sigma[:-1], sigma[1:]) if hp["weight"] == "inverse_gap" else torch.ones_like(chances)
+            gaps = inverse_gap(sigma[:-1], sigma[1:]) if self.pair_weight == "inverse_gap" else torch.ones_like(chances)
             self._known = Levels(count, *(table.to(device, torch.float32) for table in (sigma, chances, gaps)))
         return self._known
 
@@ -286,7 +301,7 @@ class ConsistencyTraining(LightningModule):
     def _teacher_decay(self) -> float:
         """Of the step that is being taken."""
         hp = self.hparams
-        return ct_teacher_decay(self.num_levels(self.trainer.global_step), hp["s0"], hp["teacher_decay"])
+        return ct_teacher_decay(self.num_levels(self.trainer.global_step), hp["s0"], self.teacher_decay)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """CT's teacher follows at once: a checkpoint that a callback saves when the batch ends has it."""
@@ -324,8 +339,12 @@ class ConsistencyTraining(LightningModule):
                 f"{steps} steps need {steps - 1} sample_times between the largest and smallest level: give them, or fewer steps"
             )
         times = [hp["sigma_max"], *hp["sample_times"][: steps - 1], hp["sigma_min"]]
-        settings = {"sigma_min": hp["sigma_min"], "sigma_max": hp["sigma_max"], "clip": hp["clip"]}
+        settings = {"sigma_min": hp["sigma_min"], "sigma_max": hp["sigma_max"], "clip": self.clip}
         return multistep_sample(lambda x, t: self(x, t, *condition), noise * hp["sigma_max"], times, generator=generator, **settings)
+
+    def to_images(self, samples: Tensor) -> Tensor:
+        """What samples (B, ...) look like: decoded, if they are latents."""
+        return samples if self.latents is None else self.latents.decode(samples)
 
     def _draw_samples(self, batch: dict[str, Tensor], batch_idx: int, purpose: str) -> dict[int, Tensor]:
         """Steps -> as many samples as the batch has, of the same noise each time; other ranks draw other noise."""
@@ -338,9 +357,10 @@ class ConsistencyTraining(LightningModule):
             for steps in range(1, len(self.hparams["sample_times"]) + 2)
         }
 
-    def _see(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def _see(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         drawn = self._draw_samples(batch, batch_idx, "evaluation")
         self._seen.append((batch["image"].float().cpu(), {steps: samples.float().cpu() for steps, samples in drawn.items()}))
+        return {f"{steps}_steps": samples for steps, samples in drawn.items()}
 
     def _compare(self, name: str) -> None:
         """Log how far the samples of all ranks are from the data of all ranks."""
@@ -364,13 +384,13 @@ class ConsistencyTraining(LightningModule):
         """Forget what an interrupted test left."""
         self._seen = []
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Draw as many samples as there are data: here, where ``WeightEMA`` lends its weights."""
-        self._see(batch, batch_idx)
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Draw as many samples as there are data: here, where ``WeightEMA`` lends its weights. Returns ``<n>_steps`` -> samples."""
+        return self._see(batch, batch_idx)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """As in validation."""
-        self._see(batch, batch_idx)
+        return self._see(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Say how far the samples are from the data."""
@@ -382,16 +402,20 @@ class ConsistencyTraining(LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """``<n>_steps`` -> as many samples as the batch has images, for each number of steps; of the batch, shape and labels are used."""
-        return {f"{steps}_steps": samples for steps, samples in self._draw_samples(batch, batch_idx, "prediction").items()}
+        drawn = self._draw_samples(batch, batch_idx, "prediction")
+        return {f"{steps}_steps": self.to_images(samples) for steps, samples in drawn.items()}
 
     def dashboard_media(self) -> dict[str, Media]:
         """Samples of the last validation: a grid of images, or the density of points in the plane; nothing for other data."""
         if self._pictures is None:
             return {}
         data, found = self._pictures
-        steps = [str(count) for count in found]
-        if data.ndim == 4 and data.shape[1] in (1, 3) and self.hparams["grid"]:
-            shown = [samples[: self.hparams["grid"]] for samples in found.values()]
+        steps, grid = [str(count) for count in found], self.hparams["grid"]
+        if (
+            data.ndim == 4
+            and grid
+            and (shown := [self.to_images(samples[:grid]).cpu() for samples in found.values()])[0].shape[1] in (1, 3)
+        ):
             rows = torch.cat(shown).add(1).div(2).clamp(0, 1)
             picture = make_grid(rows, nrow=len(shown[0]), padding=1).mul(255).round().byte().permute(1, 2, 0)
             words = f"{len(shown[0])} samples in {', '.join(steps)} steps, one row each"

@@ -45,3 +45,17 @@ def geman_mcclure(a: Tensor, b: Tensor, c: float | Tensor) -> Tensor:
     """2 m / (m + 4 c^2) with the mean of squares m: (B, ...) -> (B,)."""
     m = square(a, b)
     return 2 * m / (m + 4 * c**2)
+
+
+def detached_pseudo_huber(a: Tensor, b: Tensor, c: float | Tensor) -> Tensor:
+    """S / sg sqrt(S + c^2) with the sum of squares S: (B, ...) -> (B,) (EPG's code, arXiv:2510.12586).
+
+    The denominator has no gradient, so the gradient is twice that of :func:`pseudo_huber`.
+
+    Args:
+        a: (B, ...).
+        b: The same shape.
+        c: > 0; 0.06 in EPG.
+    """
+    squares = square(a, b, "sum")
+    return squares / (squares.detach() + c**2).sqrt()

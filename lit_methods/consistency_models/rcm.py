@@ -1,20 +1,17 @@
 """rCM: a diffusion model distilled into one of 1 to 4 steps, by continuous-time consistency with score regularisation (arXiv:2510.08431).
 
-Maths from the card of NVlabs/rcm@5b41aa9: rcm/models/t2v_model_distill_rcm.py, rcm/utils/denoiser_scaling.py, rcm/utils/timestep_utils.py,
-whose results are the golden vectors. sCM (arXiv:2410.11081), score distillation alone (DMD2, arXiv:2405.14867, without its GAN loss)
-and discrete consistency distillation are settings of the same module. Attention with its derivative:
-:mod:`~lit_methods.consistency_models.attention_jvp`. Left out: sCM's learned weight, sharded weights, context parallelism, GAN losses.
-
-Notation: x_t = cos t x0 + sin t z with t in [0, pi/2] (TrigFlow), F = dx_t/dt, so x0 = cos t x_t - sin t F. All of it is float64; networks
-are called in the dtype of the data.
+Networks as functions of time: :mod:`~lit_methods.consistency_models.trigflow`; losses, schedule and sampler:
+:mod:`~lit_methods.consistency_models.rcm_losses`; attention with its derivative: :mod:`~lit_methods.consistency_models.attention_jvp`, and
+a transformer made of it: :mod:`~lit_methods.consistency_models.wan`. Here: the module, and a teacher for trials. sCM
+(arXiv:2410.11081), score distillation alone (DMD2, arXiv:2405.14867, without its GAN loss) and discrete consistency distillation are
+settings of the module. Left out: context parallelism, GAN losses.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -25,467 +22,60 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_methods import distributed
 from lit_methods.callbacks.ema import ema_update
 from lit_methods.callbacks.weight_ema import power_decay, power_exponent
+from lit_methods.catalog import Technique
+from lit_methods.checkpoint import load_into
 from lit_methods.consistency_models.evaluation import sliced_wasserstein
-from lit_methods.consistency_models.levels import like
+from lit_methods.consistency_models.ict import density_picture
+from lit_methods.consistency_models.networks import fourier_features
+from lit_methods.consistency_models.rcm_losses import (
+    MID_TIMES,
+    Phase,
+    Simulation,
+    TangentMode,
+    WarmupStyle,
+    critic_loss,
+    dcm_loss,
+    dmd_loss,
+    phase_at,
+    sample,
+    scm_loss,
+    simulate,
+    total,
+)
+from lit_methods.consistency_models.trigflow import (
+    Predict,
+    Prediction,
+    Wrapped,
+    guided,
+    noisy,
+    rectified_flow,
+    shift_time,
+    trig_time,
+    trigflow,
+)
+from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 
+TECHNIQUE = Technique(
+    slug="rcm",
+    title="Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency",
+    arxiv="2510.08431",
+    family="consistency_models",
+    form="module",
+    classes=("lit_methods.RCM", "lit_methods.RingTeacher", "lit_methods.WanTransformer"),
+    configs=("rcm.yaml",),
+    golden=("attention_jvp", "scaling", "scm_loss", "dcm_loss", "dmd_loss", "critic_loss", "phase_schedule", "sampler"),
+    claim=(
+        "On a ring of 8 Gaussians, score distillation beside the continuous-time consistency loss puts more one-step samples near a mode."
+    ),
+    summary="Distils a diffusion model into one of 1 to 4 steps, by continuous-time consistency and score distillation; sCM is a setting.",
+)
+
 Wrapper = Literal["rectified_flow", "trigflow"]
 Consistency = Literal["scm", "dcm", "none"]
-WarmupStyle = Literal["rcm", "scm"]
-TangentMode = Literal["jvp", "semi_continuous", "discrete"]
 Profile = Literal["power", "constant"]
-
-MID_TIMES = (1.5, 1.4, 1.0)
-
-# ---- networks as functions of TrigFlow time --------------------------------------------------------------------------------------------
-
-
-class Prediction(NamedTuple):
-    """What a network says of x_t: the clean sample and the velocity dx_t/dt, (B, ...) float64 each."""
-
-    x0: Tensor
-    velocity: Tensor
-
-
-Predict = Callable[[Tensor, Tensor], Prediction]
-
-
-class FlowScalings(NamedTuple):
-    """x0 = skip x_t + out v(inp x_t, noise) for a rectified-flow network v, each like the time."""
-
-    skip: Tensor
-    out: Tensor
-    inp: Tensor
-    noise: Tensor
-
-
-def flow_scalings(time: Tensor, time_scale: float = 1000.0) -> FlowScalings:
-    """Scalings that turn a rectified-flow network into one of TrigFlow time.
-
-    Args:
-        time: Any shape, in [0, pi/2].
-        time_scale: Of the rectified-flow time that the network is told.
-    """
-    total = time.cos() + time.sin()
-    return FlowScalings(1 / total, -time.sin() / total, 1 / total, time_scale * time.sin() / total)
-
-
-def flow_time(time: Tensor) -> Tensor:
-    """Rectified-flow time u = sin t / (sin t + cos t) of TrigFlow time."""
-    return time.sin() / (time.sin() + time.cos())
-
-
-def trig_time(flow: Tensor) -> Tensor:
-    """TrigFlow time arctan(u / (1 - u)) of rectified-flow time u in [0, 1]."""
-    return torch.atan2(flow, 1 - flow)
-
-
-def shift_time(flow: Tensor, shift: float = 5.0) -> Tensor:
-    """Shift u / (1 + (shift - 1) u): rectified-flow time with more mass at large noise; u in [0, 1]."""
-    return shift * flow / (1 + (shift - 1) * flow)
-
-
-def rectified_flow(network: Callable[..., Tensor], dtype: torch.dtype, *condition: Tensor, time_scale: float = 1000.0) -> Predict:
-    """A velocity network v(x, 1000 u, condition), as a function of (x_t, t).
-
-    Args:
-        network: (B, ...), (B,) and conditions -> (B, ...).
-        dtype: That the network is called in; the time is float32 at least.
-        condition: Passed on.
-        time_scale: Of the time that it is told.
-    """
-
-    def predict(x: Tensor, time: Tensor) -> Prediction:
-        x, time = x.double(), time.double()
-        skip, out, inp, noise = flow_scalings(time, time_scale)
-        v = network((like(inp, x) * x).to(dtype), noise.to(_wide(dtype)), *condition).double()
-        x0 = like(skip, x) * x + like(out, x) * v
-        return Prediction(x0, (like(time.cos(), x) * x - x0) / like(time.sin(), x))
-
-    return predict
-
-
-def trigflow(network: Callable[..., Tensor], dtype: torch.dtype, *condition: Tensor) -> Predict:
-    """A network that is F(x_t, t, condition) itself (sCM with sigma_data 1); arguments as for :func:`rectified_flow`."""
-
-    def predict(x: Tensor, time: Tensor) -> Prediction:
-        x, time = x.double(), time.double()
-        velocity = network(x.to(dtype), time.to(_wide(dtype)), *condition).double()
-        return Prediction(like(time.cos(), x) * x - like(time.sin(), x) * velocity, velocity)
-
-    return predict
-
-
-def guided(conditional: Predict, unconditional: Predict, guidance: float) -> Predict:
-    """Classifier-free guidance: unconditional + guidance (conditional - unconditional), of x0 as of the velocity; 1 or less: none."""
-    if guidance <= 1:
-        return conditional
-
-    def predict(x: Tensor, time: Tensor) -> Prediction:
-        pairs = zip(unconditional(x, time), conditional(x, time), strict=True)
-        return Prediction(*(without + guidance * (with_ - without) for without, with_ in pairs))
-
-    return predict
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _noisy(x0: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-    return like(time.cos(), x0) * x0 + like(time.sin(), x0) * noise
-
-
-def _finite(*tensors: Tensor) -> Tensor:
-    """(B,) bool: the samples in which every number of every tensor is finite."""
-    return torch.stack([tensor.flatten(1).isfinite().all(1) for tensor in tensors]).all(0)
-
-
-def _only(good: Tensor, x: Tensor) -> Tensor:
-    """0 in place of the other samples, in the values and in the gradients."""
-    return torch.where(like(good, x), x, 0.0)
-
-
-def _placed(good: Tensor, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """Harmless inputs for the other samples: a NaN that has been in a network is in all its gradients, masked afterwards or not."""
-    return _only(good, x), torch.where(good, time, 0.5)
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.flatten(1).sum(1)
-
-
-# ---- losses ----------------------------------------------------------------------------------------------------------------------------
-
-
-class ScmLoss(NamedTuple):
-    """The continuous-time consistency loss and what led to it; float64.
-
-    Attributes:
-        losses: (B,), 0 for samples with a number that isn't finite.
-        xt: (B, ...) noisy samples.
-        student: (B, ...) velocity of the student with its graph, 0 for those samples.
-        teacher: (B, ...) velocity of the teacher, not masked.
-        df_dt: (B, ...) -cos t (F - F_T) - (sin t x_t + tangent), not masked: for logs, its factors are mixed.
-        tangent_norm: (B,) norm of g before it is normalised, 0 for those samples.
-        good: (B,) bool, the other samples.
-    """
-
-    losses: Tensor
-    xt: Tensor
-    student: Tensor
-    teacher: Tensor
-    df_dt: Tensor
-    tangent_norm: Tensor
-    good: Tensor
-
-
-def velocity_tangent(student: Predict, x: Tensor, time: Tensor, drift: Tensor, mode: TangentMode = "jvp", step: float = 1e-4) -> Tensor:
-    """Cos t sin t dF/dt along a trajectory of velocity ``drift``, without gradient.
-
-    The factor stands in the tangents of x and t already, so that nothing grows without bound on the way.
-
-    Args:
-        student: Of (x, t).
-        x: (B, ...) float64.
-        time: (B,) float64.
-        drift: (B, ...), the teacher's velocity.
-        mode: ``jvp``: exact. ``semi_continuous``: exact in x, a difference in t. ``discrete``: a difference in both.
-        step: h of the differences.
-    """
-    factor = time.cos() * time.sin()
-    wide = like(factor, x)
-
-    def velocity(x: Tensor, time: Tensor) -> Tensor:
-        return student(x, time).velocity
-
-    with torch.no_grad():
-        if mode == "jvp":
-            exact: Tensor = torch.func.jvp(velocity, (x, time), (wide * drift, factor))[1]
-            return exact
-        here = velocity(x, time)
-        cos, sin = math.cos(step), math.sin(step)
-        if mode == "discrete":
-            return wide * (cos * here - velocity(cos * x - sin * drift, time - step)) / sin
-        spatial: Tensor = torch.func.jvp(lambda x: velocity(x, time), (x,), (wide * drift,))[1]
-        return spatial + wide * (cos * here - velocity(x, time - step)) / sin
-
-
-def scm_loss(
-    student: Predict,
-    teacher: Predict,
-    x0: Tensor,
-    noise: Tensor,
-    time: Tensor,
-    warmup: float = 1.0,
-    scale: float = 100.0,
-    tangent_eps: float = 0.1,
-    warmup_style: WarmupStyle = "rcm",
-    tangent_mode: TangentMode = "jvp",
-) -> ScmLoss:
-    """Continuous-time consistency distillation with normalised tangents: scale ||F - sg(F) - g||^2, gradient -2 scale g dF.
-
-    Samples with a number that isn't finite have loss and gradient 0: they are taken out before the network that is differentiated, so that
-    the gradients of its weights stay finite (the authors' code masks after it, where 0 times NaN is NaN).
-
-    Args:
-        student: Of (x_t, t); its forward and its forward-mode derivative are taken.
-        teacher: Of (x_t, t), guided where it is; no gradient.
-        x0: (B, ...) clean samples of standard deviation 1.
-        noise: Standard normal, like ``x0``.
-        time: (B,) in (0, pi/2).
-        warmup: r in [0, 1].
-        scale: Of the loss.
-        tangent_eps: Added to the norm of g.
-        warmup_style: ``rcm``: g = -cos t sqrt(1 - r^2 sin^2 t) (F - F_T) - (r cos t sin t x_t + tangent), as in the authors' code. ``scm``:
-            g = -cos^2 t (F - F_T) - r (cos t sin t x_t + tangent), as in arXiv:2410.11081. The same at r = 1.
-        tangent_mode: See :func:`velocity_tangent`.
-    """
-    x0, noise, time = x0.double(), noise.double(), time.double()
-    xt = _noisy(x0, noise, time)
-    with torch.no_grad():
-        drift = teacher(xt, time).velocity
-        tangent = velocity_tangent(student, xt, time, drift, tangent_mode)
-        good = _finite(xt, drift, tangent)
-    velocity = _only(good, student(*_placed(good, xt, time)).velocity)
-    fixed = velocity.detach()
-    with torch.no_grad():
-        cos, sin = like(time.cos(), xt), like(time.sin(), xt)
-        gap = fixed - drift
-        if warmup_style == "rcm":
-            g = -cos * (1 - (warmup * sin) ** 2).sqrt() * gap - (warmup * cos * sin * xt + tangent)
-        else:
-            g = -(cos**2) * gap - warmup * (cos * sin * xt + tangent)
-        g = _only(good, g)
-        norm = _sum(g.square()).sqrt()
-        g = g / like(norm + tangent_eps, g)
-        df_dt = -cos * gap - (sin * xt + tangent)
-    losses = scale * _sum((velocity - fixed - g).square())
-    return ScmLoss(losses, xt, velocity, drift, df_dt, norm, good)
-
-
-class DcmLoss(NamedTuple):
-    """The discrete consistency loss: ``losses`` (B,), first ``time`` (B,), ``xt`` (B, ...) there, ``good`` (B,) bool."""
-
-    losses: Tensor
-    time: Tensor
-    xt: Tensor
-    good: Tensor
-
-
-def dcm_loss(
-    student: Predict,
-    teacher: Predict,
-    x0: Tensor,
-    noise: Tensor,
-    uniform: Tensor,
-    total_steps: int = 48,
-    skip: int = 1,
-    shift: float = 5.0,
-    scale: float = 100.0,
-) -> DcmLoss:
-    """Discrete consistency distillation: scale ||x0(x_t0, t0) - sg x0(x_skip, t_skip)||^2, ``skip`` Euler steps of the teacher apart.
-
-    Args:
-        student: Of (x_t, t).
-        teacher: Of (x_t, t).
-        x0: (B, ...).
-        noise: Like ``x0``.
-        uniform: (B,) in [0, 1).
-        total_steps: Intervals of the time axis.
-        skip: Intervals that a pair spans, 1 <= skip <= total_steps.
-        shift: See :func:`shift_time`.
-        scale: Of the loss.
-
-    Raises:
-        ValueError: Another ``skip``.
-    """
-    if not 1 <= skip <= total_steps:
-        raise ValueError(f"skip is {skip}: give 1 to total_steps={total_steps}")
-    x0, noise, uniform = x0.double(), noise.double(), uniform.double() * (1 - skip / total_steps)
-    steps = torch.arange(skip + 1, dtype=torch.float64, device=x0.device)[:, None] / total_steps
-    times = trig_time(shift_time(1 - (uniform + steps).clamp(max=1.0), shift))  # (skip + 1, B), descending
-    start = x = _noisy(x0, noise, times[0])
-    with torch.no_grad():
-        for now, following in pairwise(times):
-            x = x - like(now - following, x) * teacher(x, now).velocity
-        target = student(x, times[-1]).x0
-        good = _finite(start, target)
-    found = student(*_placed(good, start, times[0])).x0
-    losses = scale * _sum((_only(good, found) - _only(good, target)).square())
-    return DcmLoss(losses, times[0], start, good)
-
-
-class Simulation(NamedTuple):
-    """Samples of the student, ``x0`` (B, ...), and the ``times`` (n - 1, B) between its steps."""
-
-    x0: Tensor
-    times: Tensor
-
-
-def simulate(student: Predict, start: Tensor, noises: Tensor, draws: Tensor | None = None) -> Simulation:
-    """Backward simulation: samples of the student in n steps, of which the last one has a graph.
-
-    Args:
-        student: Of (x_t, t).
-        start: (B, ...) standard normal, taken as x at pi/2.
-        noises: (n - 1, B, ...) standard normal.
-        draws: (n - 1, B) times, of which the running minimum is taken; None: 1.5, 1.4, 1.0, for n <= 4.
-
-    Raises:
-        ValueError: More steps than fixed times.
-    """
-    if draws is None:
-        if len(noises) > len(MID_TIMES):
-            raise ValueError(f"{len(noises) + 1} steps have no fixed times: give draws, or at most {len(MID_TIMES) + 1} steps")
-        draws = torch.tensor(MID_TIMES[: len(noises)], dtype=torch.float64, device=start.device)[:, None].expand(-1, len(start))
-    times = draws.double().cummin(0).values if len(draws) else draws.double()
-    x = start.double()
-    time = torch.full((len(x),), math.pi / 2, dtype=torch.float64, device=x.device)
-    for noise, following in zip(noises, times, strict=True):
-        with torch.no_grad():
-            x = _noisy(student(x, time).x0, noise.double(), following)
-        time = following
-    return Simulation(student(*_placed(_finite(x, time[:, None]), x, time)).x0, times)
-
-
-class DmdLoss(NamedTuple):
-    """The score distillation loss; float64.
-
-    Attributes:
-        losses: (B,), 0 for samples with a number that isn't finite.
-        xt: (B, ...) the student's samples with noise.
-        fake: (B, ...) clean samples by the fake score.
-        teacher: (B, ...) by the teacher.
-        weight: (B,) mean |G - teacher|.
-        good: (B,) bool.
-    """
-
-    losses: Tensor
-    xt: Tensor
-    fake: Tensor
-    teacher: Tensor
-    weight: Tensor
-    good: Tensor
-
-
-def dmd_loss(fake: Predict, teacher: Predict, samples: Tensor, noise: Tensor, time: Tensor, scale: float = 1.0) -> DmdLoss:
-    """Score distillation: scale ||G - sg(G - (x0_fake - x0_teacher) / weight)||^2, whose gradient is that of the reverse KL.
-
-    Args:
-        fake: Score of the student's samples; no gradient.
-        teacher: Score of the data, guided where it is; no gradient.
-        samples: (B, ...) G, with its graph.
-        noise: Standard normal, like ``samples``.
-        time: (B,) in (0, pi/2).
-        scale: Of the loss.
-    """
-    time = time.double()
-    with torch.no_grad():
-        fixed = samples.detach().double()
-        xt = _noisy(fixed, noise.double(), time)
-        x0_fake, x0_teacher = fake(xt, time).x0, teacher(xt, time).x0
-        weight = (fixed - x0_teacher).abs().flatten(1).mean(1).clamp(min=1e-5)
-        grad = (x0_fake - x0_teacher) / like(weight, fixed)
-        good = _finite(fixed, grad)
-        target = _only(good, fixed - grad)
-    losses = scale * _sum((_only(good, samples.double()) - target).square())
-    return DmdLoss(losses, xt, x0_fake, x0_teacher, weight, good)
-
-
-class CriticLoss(NamedTuple):
-    """The fake score's loss: ``losses`` (B,), noisy samples ``xt``, its ``prediction`` of the clean ones (B, ...), ``good`` (B,) bool."""
-
-    losses: Tensor
-    xt: Tensor
-    prediction: Tensor
-    good: Tensor
-
-
-def critic_loss(fake: Predict, samples: Tensor, noise: Tensor, time: Tensor, scale: float = 1.0) -> CriticLoss:
-    """Denoising of the student's samples: scale ||G - x0_fake(x_t, t)||^2 / sin^2 t, a flow-matching loss.
-
-    Args:
-        fake: Of (x_t, t), with its graph.
-        samples: (B, ...) G; detached.
-        noise: Like ``samples``.
-        time: (B,) in (0, pi/2).
-        scale: Of the loss.
-    """
-    samples, noise, time = samples.detach().double(), noise.double(), time.double()
-    xt = _noisy(samples, noise, time)
-    good = _finite(xt)
-    safe, when = _placed(good, xt, time)
-    prediction = fake(safe, when).x0
-    losses = scale * _sum((_only(good, samples) - _only(good, prediction)).square()) / when.sin() ** 2
-    return CriticLoss(losses, xt, prediction, good)
-
-
-# ---- schedule and sampling -------------------------------------------------------------------------------------------------------------
-
-
-class Phase(NamedTuple):
-    """What an iteration does.
-
-    Attributes:
-        is_student: The student is trained, else the fake score.
-        effective: Student iterations before this one; in the critic's phase, and this one's number there.
-        effective_critic: Critic iterations before this one.
-        simulation_steps: n of the phase in force.
-        warmup_ratio: r.
-    """
-
-    is_student: bool
-    effective: int
-    effective_critic: int
-    simulation_steps: int
-    warmup_ratio: float
-
-
-def phase_at(iteration: int, tangent_warmup: int = 1000, student_every: int = 5, max_steps: int = 4, dmd: bool = True) -> Phase:
-    """The phase of an iteration, counted from 0.
-
-    Args:
-        iteration: >= 0.
-        tangent_warmup: H: iterations of the student alone, over which r rises to 1.
-        student_every: f: after these, one iteration in f is the student's.
-        max_steps: Backward simulations take 1 to this many steps, in turn.
-        dmd: Without score distillation every iteration is the student's.
-    """
-    after = iteration - tangent_warmup
-    alone = not dmd or after < 0
-    is_student = alone or after % student_every == 0
-    effective = iteration if alone else tangent_warmup + after // student_every
-    critic = iteration - effective - 1
-    ratio = min(1.0, iteration / tangent_warmup) if tangent_warmup else 1.0
-    return Phase(is_student, effective, critic, (effective if is_student else critic) % max_steps + 1, ratio)
-
-
-@torch.no_grad()
-def sample(
-    student: Predict, start: Tensor, noises: Sequence[Tensor] | Tensor, mid_times: Sequence[float] = (), sigma_max: float = 80.0
-) -> Tensor:
-    """Samples in ``len(mid_times) + 1`` steps, from arctan(sigma_max) over ``mid_times`` to 0.
-
-    Args:
-        student: Of (x_t, t).
-        start: (B, ...) standard normal.
-        noises: Standard normal, like ``start``, at least one for each of ``mid_times``.
-        mid_times: Descending, in (0, arctan(sigma_max)).
-        sigma_max: Where sampling starts; larger: sharper and less diverse.
-
-    Returns:
-        (B, ...) float64.
-    """
-    times = [math.atan(sigma_max), *(float(time) for time in mid_times)]
-    x = start.double()
-    for index, time in enumerate(times):
-        x = student(x, torch.full((len(x),), time, dtype=torch.float64, device=x.device)).x0
-        if index + 1 < len(times):
-            x = math.cos(times[index + 1]) * x + math.sin(times[index + 1]) * noises[index].double()
-    return x
-
+Reduction = Literal["mean", "sum"]
 
 # ---- a teacher that is known in closed form --------------------------------------------------------------------------------------------
 
@@ -524,6 +114,26 @@ class RingTeacher(nn.Module):
         return {"quality": (distance < 3 * self.noise).double().mean(), "modes": (shares > 0.02).sum().double()}
 
 
+class TimeWeight(nn.Module):
+    """A learned w(t) of sCM's loss, 0 at first.
+
+    Args:
+        frequencies: Of the time, see :func:`~lit_methods.consistency_models.networks.fourier_features`.
+    """
+
+    def __init__(self, frequencies: int = 8) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.linear = nn.Linear(2 * frequencies, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, time: Tensor) -> Tensor:
+        """(B,) TrigFlow times -> (B,)."""
+        answer: Tensor = self.linear(fourier_features(time.to(self.linear.weight.dtype), self.frequencies))[:, 0]
+        return answer
+
+
 # ---- the module ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -531,13 +141,15 @@ class RCM(LightningModule):
     """Distils a diffusion or flow model into a student that draws a sample in 1 to 4 steps.
 
     Iterations (``accumulate`` batches each) are counted by the module, and the count is saved. At first ``pretrain_iterations`` fit the
-    student to the teacher's velocity, for a student that doesn't start as a copy. Then, by :func:`phase_at`, an iteration trains the
-    student, with the consistency loss and, after the warm-up, the score distillation loss, two backward passes and one optimiser step; or
-    it trains the critic, a copy of the student that learns the score of the student's samples. The average of the student's weights and
-    the learning rates advance in their own phase. Samples and validation use the average.
+    student to the teacher's velocity, for a student that doesn't start as a copy. Then, by
+    :func:`~lit_methods.consistency_models.rcm_losses.phase_at`, an iteration trains the student, with the consistency loss and, after the
+    warm-up, the score distillation loss, two backward passes and one optimiser step; or it trains the critic, a copy of the student that
+    learns the score of the student's samples. The average of the student's weights and the learning rates advance in their own phase.
+    Samples and validation use the average.
 
-    Baselines: sCM is ``dmd_weight: 0``; discrete consistency distillation is ``consistency: dcm`` with ``dmd_weight: 0``; score
-    distillation alone is ``consistency: none`` with ``tangent_warmup: 0``.
+    Baselines: sCM is ``dmd_weight: 0``, with ``warmup_style: scm`` and ``adaptive_weight: true`` to the letter; discrete consistency
+    distillation is ``consistency: dcm`` with ``dmd_weight: 0``; score distillation alone is ``consistency: none`` with
+    ``tangent_warmup: 0``.
 
     Batches: ``image`` (B, ...) floating point of standard deviation 1, and what ``condition`` names. Networks train in eval mode, without
     dropout and with fixed running statistics, which have no place in a derivative. Random numbers follow from the seed of the run,
@@ -545,15 +157,22 @@ class RCM(LightningModule):
     optimisers as ``global_step``. Under DDP gradients are averaged once an iteration. Not with strategies that shard weights. Checkpoints
     hold student, critic, average, optimisers and the count; the teacher is made anew.
 
+    Numbers that aren't finite: a sample that has one before the call that is differentiated is left out, alone. Where that call itself
+    overflows, its gradients are lost; then this process gives the iteration a gradient of 0 (with fp16's loss scaler, which looks itself,
+    the step is left out). Weights stay finite either way, and both are counted.
+
     Logged: ``rcm/consistency_loss``, ``rcm/tangent_norm`` (mean ln of the norm of g before it is normalised, which tells more than the
-    loss), ``rcm/df_dt``, ``rcm/bad_samples`` (with numbers that aren't finite), ``rcm/dmd_loss``, ``rcm/dmd_weight`` (mean |G -
-    x0_teacher|), ``rcm/critic_loss``, ``rcm/pretrain_loss``, ``rcm/student_phase``, ``rcm/simulation_steps``, ``rcm/warmup_ratio``,
-    ``rcm/ema_decay``; ``rcm/val_sw2`` and ``rcm/val_sw2_<n>_steps``, the sliced Wasserstein distance of as many samples as validation
+    loss), ``rcm/df_dt``, ``rcm/dmd_loss``, ``rcm/dmd_weight`` (mean |G - x0_teacher|), ``rcm/critic_loss``, ``rcm/pretrain_loss``,
+    ``rcm/student_phase``, ``rcm/simulation_steps``, ``rcm/warmup_ratio``, ``rcm/ema_decay``, each as it was last before the entry is
+    written; ``rcm/bad_samples`` and ``rcm/bad_simulations`` (samples with numbers that aren't finite), ``rcm/bad_gradients`` (1 where a
+    gradient was dropped); ``rcm/val_sw2`` and ``rcm/val_sw2_<n>_steps``, the sliced Wasserstein distance of as many samples as validation
     data to these; and what the teacher's ``evaluate(samples) -> dict`` says, if it has one, as ``rcm/val_<name>``.
 
     Args:
         teacher: v(x, 1000 u) or F(x, t), see ``wrapper``: (B, ...), (B,) and a condition, if any -> (B, ...). Frozen.
         student: Of the same signature; None: a copy of the teacher.
+        teacher_weights: File with the teacher's weights: a plain state dict, or a checkpoint of Lightning. None: it has them.
+        teacher_prefix: Of their names in the file, such as ``network.``.
         wrapper: ``rectified_flow``: networks are velocities of rectified flow; ``trigflow``: they are F(x_t, t).
         consistency: ``scm`` (rCM and sCM), ``dcm`` or ``none``.
         consistency_weight: Factor of that loss.
@@ -564,14 +183,15 @@ class RCM(LightningModule):
             condition.
         time_mean: Of ln tan t of the consistency loss: 0.7 (Wan 1.3B), 1.5 (14B).
         time_std: Of ln tan t.
-        time_shift: Of the times of score distillation and critic, see :func:`shift_time`.
+        time_shift: Of the times of score distillation and critic, see :func:`~lit_methods.consistency_models.trigflow.shift_time`.
         tangent_warmup: H, iterations in which r rises to 1, without score distillation: 1000 (1.3B), 0 (14B).
         student_every: One iteration in so many is the student's afterwards: 5 (1.3B), 10 (14B).
         max_simulation_steps: Samples of the student take 1 to this many steps, in turn.
         fixed_times: Simulate with the times 1.5, 1.4, 1.0 instead of random ones.
         tangent_eps: Added to the norm of g.
-        warmup_style: See :func:`scm_loss`.
-        tangent_mode: See :func:`velocity_tangent`; ``jvp`` is exact.
+        warmup_style: ``rcm`` or ``scm``, see :func:`~lit_methods.consistency_models.rcm_losses.scm_loss`.
+        adaptive_weight: Learn sCM's weight w(t) of the loss, with the student's optimiser; ``consistency_weight: 1`` goes with it.
+        tangent_mode: See :func:`~lit_methods.consistency_models.rcm_losses.velocity_tangent`; ``jvp`` is exact.
         dcm_steps: Intervals of the time axis, for ``dcm``.
         dcm_skip: Intervals between the two points of a pair.
         pretrain_iterations: Of regression to the teacher, before iteration 0.
@@ -593,7 +213,8 @@ class RCM(LightningModule):
         grid: Samples of a picture; 0: none.
 
     Raises:
-        ValueError: An argument outside its range, or two that contradict each other.
+        FileNotFoundError: No ``teacher_weights`` there.
+        ValueError: An argument outside its range, two that contradict each other, or weights of another network.
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -604,17 +225,24 @@ class RCM(LightningModule):
         ),
         Curve("Losses", ("rcm/consistency_loss", "rcm/dmd_loss", "rcm/critic_loss", "rcm/pretrain_loss")),
         Curve("Phases", ("rcm/student_phase", "rcm/warmup_ratio", "rcm/ema_decay", "rcm/simulation_steps")),
-        Curve("Bad samples", ("rcm/bad_samples",), note="Samples of a batch that were left out: a number wasn't finite.", goal="min"),
+        Curve(
+            "Numbers that aren't finite",
+            ("rcm/bad_samples", "rcm/bad_simulations", "rcm/bad_gradients"),
+            note="Samples of a batch that were left out, and 1 where a whole gradient was.",
+            goal="min",
+        ),
         Curve("Distance of samples to data", ("rcm/val_sw2*",), note="Sliced Wasserstein; lower is better.", goal="min"),
         Curve("Quality", ("rcm/val_quality*",), note="Share of samples near a mode, where the teacher knows its modes.", goal="max"),
         Curve("Modes", ("rcm/val_modes*",), note="How many modes have samples.", goal="max"),
-        ImagePanel("Samples", "rcm/samples", note="From the averaged weights, a row or a panel for each number of steps."),
+        ImagePanel("Samples", "rcm/samples", note="Data, if they are points, and samples of the averaged weights in each number of steps."),
     )
 
     def __init__(
         self,
         teacher: nn.Module,
         student: nn.Module | None = None,
+        teacher_weights: str | None = None,
+        teacher_prefix: str = "",
         wrapper: Wrapper = "rectified_flow",
         consistency: Consistency = "scm",
         consistency_weight: float = 100.0,
@@ -631,6 +259,7 @@ class RCM(LightningModule):
         fixed_times: bool = False,
         tangent_eps: float = 0.1,
         warmup_style: WarmupStyle = "rcm",
+        adaptive_weight: bool = False,
         tangent_mode: TangentMode = "jvp",
         dcm_steps: int = 48,
         dcm_skip: int = 1,
@@ -646,7 +275,7 @@ class RCM(LightningModule):
         ema_shift: int = 0,
         ema_decay: float = 0.99,
         accumulate: int = 1,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Reduction = "mean",
         sigma_max: float = 80.0,
         mid_times: Sequence[float] = MID_TIMES,
         sample_steps: Sequence[int] = (1, 2, 4),
@@ -659,7 +288,7 @@ class RCM(LightningModule):
             ("warmup_style", warmup_style, WarmupStyle),
             ("tangent_mode", tangent_mode, TangentMode),
             ("ema_profile", ema_profile, Profile),
-            ("reduction", reduction, Literal["mean", "sum"]),
+            ("reduction", reduction, Reduction),
         )
         for name, value, known in choices:
             if value not in get_args(known):
@@ -681,6 +310,8 @@ class RCM(LightningModule):
             raise ValueError(f"dcm_skip is {dcm_skip}: give 1 to dcm_steps={dcm_steps}")
         if not 0 <= ema_decay <= 1:
             raise ValueError(f"ema_decay is {ema_decay}: give a number from 0 to 1")
+        if adaptive_weight and consistency != "scm":
+            raise ValueError(f"adaptive_weight is a part of consistency: scm, not of {consistency}: leave it out")
         if consistency == "none" and (dmd_weight == 0 or tangent_warmup > 0):
             raise ValueError("consistency: none leaves score distillation alone: give a dmd_weight above 0 and tangent_warmup: 0")
         if fixed_times and max_simulation_steps > len(MID_TIMES) + 1:
@@ -692,6 +323,8 @@ class RCM(LightningModule):
             raise ValueError(f"mid_times are {list(mid_times)}: give descending times between 0 and arctan(sigma_max) = {top:.4f}")
         if not sample_steps or any(not 1 <= steps <= len(mid_times) + 1 for steps in sample_steps):
             raise ValueError(f"sample_steps are {list(sample_steps)}: give numbers from 1 to {len(mid_times) + 1}, one more than mid_times")
+        if teacher_weights is not None:
+            load_into(teacher, teacher_weights, teacher_prefix)
         if student is None:
             student = copy.deepcopy(teacher)
         if not any(True for _ in student.parameters()):
@@ -702,12 +335,14 @@ class RCM(LightningModule):
         self.student = student.requires_grad_(True)
         self.critic = copy.deepcopy(student) if dmd_weight > 0 else None
         self.average = copy.deepcopy(student).requires_grad_(False)
+        self.weighting = TimeWeight() if adaptive_weight else None
         self.sample_steps = tuple(sample_steps)
         self._exponent = power_exponent(ema_width) if ema_profile == "power" else 0.0
         self._done = 0  # iterations, those of pretraining too
         self._batches = 0  # of the iteration under way
         self._seed: int | None = None
-        self._samples: dict[int, Tensor] = {}
+        self._notes: dict[str, Tensor | float] = {}
+        self._pictures: tuple[Tensor, dict[int, Tensor]] | None = None  # data and samples of the last validation
         self._seen: list[tuple[Tensor, dict[int, Tensor]]] = []
 
     # ---- networks ------------------------------------------------------------------------------------------------------------------------
@@ -716,7 +351,7 @@ class RCM(LightningModule):
         """x0 and velocity that the averaged student predicts: (B, ...), (B,) TrigFlow times -> (B, ...) float64 twice."""
         return self._predict(self.average, x.dtype, condition)(x, time)
 
-    def _predict(self, network: nn.Module, dtype: torch.dtype, condition: tuple[Tensor, ...]) -> Predict:
+    def _predict(self, network: nn.Module, dtype: torch.dtype, condition: tuple[Tensor, ...]) -> Wrapped:
         wrap = rectified_flow if self.hparams["wrapper"] == "rectified_flow" else trigflow
         return wrap(network, dtype, *condition)
 
@@ -805,44 +440,51 @@ class RCM(LightningModule):
         self._batches += 1
         if self._batches == self.hparams["accumulate"]:
             self._step(name, phase)
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.fit_loop.total_batch_idx + 1) % max(1, every) == 0:
+            self.log_dict({f"rcm/{name}": torch.as_tensor(value, dtype=torch.float32) for name, value in self._notes.items()})
+            self._notes = {}
+
+    def _note(self, **values: Tensor | float) -> None:
+        """To be logged with the next entry: a call of ``log`` for each value and batch takes as long as a small network."""
+        self._notes |= values
 
     def _pretrain_losses(self, batch: dict[str, Tensor], x: Tensor, generator: torch.Generator) -> Tensor:
         time = self._consistency_times(x, generator)
-        xt = _noisy(x.double(), self.normal(x.shape, x, generator).double(), time)
+        xt = noisy(x.double(), self.normal(x.shape, x, generator).double(), time)
         condition = self._condition(batch)
         target = self._predict(self.teacher, x.dtype, condition)(xt, time).velocity
         losses = (self._predict(self.student, x.dtype, condition)(xt, time).velocity - target).square().flatten(1).mean(1)
-        self.log("rcm/pretrain_loss", losses.detach().mean())
+        self._note(pretrain_loss=losses.detach().mean())
         return losses
 
     def _student_losses(self, batch: dict[str, Tensor], x: Tensor, generator: torch.Generator, phase: Phase) -> Iterator[Tensor]:
         hp, condition = self.hparams, self._condition(batch)
         student, teacher = self._predict(self.student, x.dtype, condition), self._teach(batch, x.dtype, condition)
-        self.log_dict({"rcm/student_phase": 1.0, "rcm/warmup_ratio": phase.warmup_ratio})
+        self._note(student_phase=1.0, warmup_ratio=phase.warmup_ratio)
         if hp["consistency"] == "scm":
             noise, time = self.normal(x.shape, x, generator), self._consistency_times(x, generator)
-            styles = (hp["warmup_style"], hp["tangent_mode"])
+            styles = (hp["warmup_style"], hp["tangent_mode"], None if self.weighting is None else self.weighting(time))
             found = scm_loss(student, teacher, x, noise, time, phase.warmup_ratio, hp["consistency_weight"], hp["tangent_eps"], *styles)
-            logs = {
-                "rcm/consistency_loss": found.losses.detach().mean(),
-                "rcm/tangent_norm": found.tangent_norm.clamp(min=1e-12).log().mean(),
-                "rcm/df_dt": _sum(found.df_dt.square()).sqrt().mean(),
-                "rcm/bad_samples": (~found.good).sum().double(),
-            }
-            self.log_dict(logs)
+            self._note(
+                consistency_loss=found.losses.detach().mean(),
+                tangent_norm=found.tangent_norm.clamp(min=1e-12).log().mean(),
+                df_dt=total(found.df_dt.square()).sqrt().mean(),
+                bad_samples=(~found.good).sum(),
+            )
             yield found.losses
         elif hp["consistency"] == "dcm":
             noise, uniform = self.normal(x.shape, x, generator), self.uniform((len(x),), x, generator)
             settings = (hp["dcm_steps"], hp["dcm_skip"], hp["time_shift"], hp["consistency_weight"])
             pair = dcm_loss(student, teacher, x, noise, uniform, *settings)
-            self.log_dict({"rcm/consistency_loss": pair.losses.detach().mean(), "rcm/bad_samples": (~pair.good).sum().double()})
+            self._note(consistency_loss=pair.losses.detach().mean(), bad_samples=(~pair.good).sum())
             yield pair.losses
         if self.critic is not None and self.iteration >= hp["tangent_warmup"]:
             made = self._simulate(student, x, generator, phase.simulation_steps)
             noise, time = self.normal(x.shape, x, generator), self._score_times((len(x),), x, generator)
             scored = dmd_loss(self._predict(self.critic, x.dtype, condition), teacher, made.x0, noise, time, hp["dmd_weight"])
-            self.log_dict({"rcm/dmd_loss": scored.losses.detach().mean(), "rcm/dmd_weight": scored.weight.mean()})
-            self.log("rcm/simulation_steps", float(phase.simulation_steps))
+            self._note(dmd_loss=scored.losses.detach().mean(), dmd_weight=scored.weight.mean())
+            self._note(simulation_steps=phase.simulation_steps, bad_simulations=(~scored.good).sum())
             yield scored.losses
 
     def _critic_losses(self, batch: dict[str, Tensor], x: Tensor, generator: torch.Generator, phase: Phase) -> Tensor:
@@ -851,10 +493,10 @@ class RCM(LightningModule):
         with torch.no_grad():
             made = self._simulate(self._predict(self.student, x.dtype, condition), x, generator, phase.simulation_steps)
         noise, time = self.normal(x.shape, x, generator), self._score_times((len(x),), x, generator)
-        losses = critic_loss(self._predict(self.critic, x.dtype, condition), made.x0, noise, time).losses
-        self.log("rcm/critic_loss", losses.detach().mean())
-        self.log_dict({"rcm/student_phase": 0.0, "rcm/simulation_steps": float(phase.simulation_steps)})
-        return losses
+        found = critic_loss(self._predict(self.critic, x.dtype, condition), made.x0, noise, time)
+        self._note(critic_loss=found.losses.detach().mean(), student_phase=0.0)
+        self._note(simulation_steps=phase.simulation_steps, bad_simulations=(~found.good).sum())
+        return found.losses
 
     def _simulate(self, student: Predict, x: Tensor, generator: torch.Generator, steps: int) -> Simulation:
         start, noises = self.normal(x.shape, x, generator), self.normal((steps - 1, *x.shape), x, generator)
@@ -877,9 +519,10 @@ class RCM(LightningModule):
         optimizers, schedulers = self.optimizers(), self.lr_schedulers()
         optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
         scheduler = schedulers[index] if isinstance(schedulers, list) else schedulers
-        network = self.critic if name == "critic" else self.student
-        assert network is not None
-        _average_gradients(network)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a loss scaler must see them: it leaves the step out itself
+            self._note(bad_gradients=drop_bad_gradients(parameters))
+        _average_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad()
         if scheduler is not None:
@@ -888,7 +531,7 @@ class RCM(LightningModule):
         if name == "student":
             decay = power_decay(phase.effective + hp["ema_shift"], self._exponent) if hp["ema_profile"] == "power" else hp["ema_decay"]
             ema_update(_state(self.average), _state(self.student), decay)
-            self.log("rcm/ema_decay", decay)
+            self._note(ema_decay=decay)
         self._done += 1
         self._batches = 0
         if name == "pretrain" and self.iteration == 0:  # what comes starts from the student as it is now
@@ -904,7 +547,8 @@ class RCM(LightningModule):
         """AdamW for student and critic, Adam for pretraining, each with a learning rate that counts the iterations of its own phase."""
         hp = self.hparams
         common = {"betas": tuple(hp["betas"]), "weight_decay": hp["weight_decay"]}
-        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(self.student.parameters(), lr=hp["learning_rate"], **common)]
+        learned = [*self.student.parameters(), *(() if self.weighting is None else self.weighting.parameters())]
+        optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(learned, lr=hp["learning_rate"], **common)]
         if self.critic is not None:
             optimizers.append(torch.optim.AdamW(self.critic.parameters(), lr=hp["critic_learning_rate"], **common))
         if hp["pretrain_iterations"] > 0:
@@ -953,33 +597,48 @@ class RCM(LightningModule):
         again = {steps: torch.Generator(data.device).manual_seed(seed + 1) for steps in self.sample_steps}
         return {steps: self.sample(noise, steps, *self._condition(batch), generator=again[steps]) for steps in self.sample_steps}
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Draw as many samples as there are data."""
-        self._seen.append((batch["image"], self._draw(batch, 2 * (batch_idx * distributed.world_size() + distributed.rank()))))
+    def _see(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        drawn = self._draw(batch, 2 * (batch_idx * distributed.world_size() + distributed.rank()))
+        self._seen.append((batch["image"].float().cpu(), {steps: samples.float().cpu() for steps, samples in drawn.items()}))
+        return {f"{steps}_steps": samples for steps, samples in drawn.items()}
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation left."""
+        self._seen = []
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test left."""
+        self._seen = []
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Draw as many samples as there are data: ``<n>_steps`` -> (B, ...)."""
+        return self._see(batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """As in validation."""
+        return self._see(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Say how far the samples are from the data."""
         self._evaluate("val")
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As in validation."""
-        self.validation_step(batch, batch_idx)
 
     def on_test_epoch_end(self) -> None:
         """As in validation, ``rcm/test_...``."""
         self._evaluate("test")
 
     def _evaluate(self, split: str) -> None:
-        data, drawn = (list(part) for part in zip(*self._seen, strict=True))
-        self._seen = []
-        found = {steps: torch.cat([part[steps] for part in drawn]) for steps in self.sample_steps}
+        """Log how far the samples of all ranks are from the data of all ranks."""
+        if not self._seen:
+            raise ValueError(f"rank {self.global_rank} has seen no data to compare samples with: take fewer ranks or a smaller batch_size")
+        data = gather_rows(torch.cat([one for one, _ in self._seen]), with_grad=False)
+        found = {steps: gather_rows(torch.cat([drawn[steps] for _, drawn in self._seen]), with_grad=False) for steps in self.sample_steps}
+        self._seen, self._pictures = [], (data, found)
         known = getattr(self.teacher.module, "evaluate", None)
-        for place, (steps, samples) in enumerate(found.items()):
-            values = {"sw2": sliced_wasserstein(samples.flatten(1).float(), torch.cat(data).flatten(1).float())}
-            values |= known(samples) if known is not None else {}
-            ending = "" if place == 0 else f"_{steps}_steps"
-            self.log_dict({f"rcm/{split}_{name}{ending}": value for name, value in values.items()}, sync_dist=True)
-        self._samples = {steps: samples.detach().float().cpu() for steps, samples in found.items()}
+        for steps, samples in found.items():
+            values = {"sw2": sliced_wasserstein(samples.flatten(1), data.flatten(1))}
+            values |= known(samples.to(self.device)) if known is not None else {}
+            ending = "" if steps == 1 else f"_{steps}_steps"
+            self.log_dict({f"rcm/{split}_{name}{ending}": value.to(self.device) for name, value in values.items()}, rank_zero_only=False)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """``<n>_steps`` -> as many samples as the batch has, for each of ``sample_steps``."""
@@ -987,41 +646,47 @@ class RCM(LightningModule):
         return {f"{steps}_steps": samples for steps, samples in drawn.items()}
 
     def dashboard_media(self) -> dict[str, Media]:
-        """A grid of samples where they are images, a picture of their density where they are points in the plane."""
-        count = self.hparams["grid"]
-        first = next(iter(self._samples.values()), None)
-        if first is None or count == 0:
+        """Of the last validation: a grid of samples where they are images, the density of points in the plane, nothing for other data."""
+        if self._pictures is None or self.hparams["grid"] == 0:
             return {}
-        steps = ", ".join(str(steps) for steps in self._samples)
-        if first.ndim == 2 and first.shape[1] == 2:
-            picture = torch.cat([_density(samples) for samples in self._samples.values()], dim=1)
-            return {"rcm/samples": ImageMedia(picture.numpy(), alt=f"where samples of {steps} steps lie in the plane, one panel each")}
-        if first.ndim == 4 and first.shape[1] in (1, 3):
+        data, found = self._pictures
+        steps = ", ".join(str(steps) for steps in found)
+        if data.ndim == 2 and data.shape[1] == 2:
+            limit = 1.25 * float(data.abs().max())
+            picture = torch.cat([density_picture(points, limit) for points in (data, *found.values())], dim=1)
+            words = f"Density of the data on the left; of samples in {steps} steps beside it"
+        elif data.ndim == 4 and data.shape[1] in (1, 3):
             from torchvision.utils import make_grid
 
-            rows = torch.cat([samples[:count] for samples in self._samples.values()]).add(1).div(2).clamp(0, 1)
-            grid = make_grid(rows, nrow=min(count, len(first)), padding=1).mul(255).round().byte().permute(1, 2, 0)
-            return {"rcm/samples": ImageMedia(grid.contiguous().numpy(), alt=f"samples in {steps} steps, one row each")}
-        return {}
+            shown = [samples[: self.hparams["grid"]] for samples in found.values()]
+            picture = make_grid(torch.cat(shown).add(1).div(2).clamp(0, 1), nrow=len(shown[0]), padding=1)
+            picture, words = picture.mul(255).round().byte().permute(1, 2, 0), f"Samples in {steps} steps, one row each"
+        else:
+            return {}
+        return {"rcm/samples": ImageMedia(picture.contiguous().numpy(), alt=words)}
 
 
-def _density(points: Tensor, size: int = 256, reach: float = 2.2) -> Tensor:
-    """Points (N, 2) as light on a dark square of twice ``reach``: (size, size, 3) uint8."""
-    import numpy as np
+def drop_bad_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Set all gradients to 0 where any has a number that isn't finite, or a norm beyond its dtype; without waiting for the device.
 
-    edges = np.linspace(-reach, reach, size + 1)
-    counts, _, _ = np.histogram2d(-points[:, 1].numpy(), points[:, 0].numpy(), bins=(edges, edges))
-    light = torch.from_numpy(np.sqrt(np.minimum(counts, 4) / 4))[..., None]
-    dark, bright = (torch.tensor(colour, dtype=torch.float64) for colour in ((13, 20, 33), (125, 200, 250)))
-    return (dark + light * (bright - dark)).round().byte()
+    Returns:
+        Scalar float32, 1 where they were dropped, else 0.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    bad = ~torch.stack([norm.float() for norm in torch._foreach_norm(gradients)]).isfinite().all()
+    for gradient in gradients:
+        gradient.masked_fill_(bad, 0.0)
+    return bad.float()
 
 
-def _average_gradients(network: nn.Module) -> None:
+def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Mean over the processes, in one message for each dtype."""
     if distributed.world_size() == 1:
         return
     groups: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in network.parameters():
+    for parameter in parameters:
         if parameter.requires_grad:
             if parameter.grad is None:  # the same message on every rank
                 parameter.grad = torch.zeros_like(parameter)

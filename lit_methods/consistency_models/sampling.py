@@ -1,7 +1,8 @@
-"""Samples from any consistency function, in one step or several."""
+"""Samples from any consistency function, in one step or several, and from any denoiser, in many."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -57,4 +58,59 @@ def multistep_sample(
         if size > 0:
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) if noises is None else noises[number]
             x = x + noise * size
+    return x
+
+
+Solver = Literal["heun", "euler", "sde"]
+
+
+@torch.no_grad()
+def denoise_sample(
+    denoise: Callable[[Tensor, float], Tensor],
+    start: Tensor,
+    levels: Sequence[float],
+    solver: Solver = "heun",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Follow the probability-flow ODE dx / dsigma = (x - D(x, sigma)) / sigma, or the reverse SDE, from noise to a sample.
+
+    Heun's method and Euler's are those of EDM (arXiv:2206.00364, Algorithm 1). The step to level 0 is always Euler's. ``sde`` draws each
+    next sample from its exact distribution given x and the denoised sample, as ancestral sampling does (arXiv:2011.13456, Appendix F).
+
+    Args:
+        denoise: D of (B, ...) and their level, a number -> the mean of the clean sample.
+        start: (B, ...) noise times the first level.
+        levels: Descending, > 0; a last step to 0 follows. N levels are N calls of D with ``euler`` and ``sde``, 2 N - 1 with ``heun``.
+        solver: ``heun``, ``euler`` or ``sde``.
+        generator: Of the noise of ``sde``.
+
+    Returns:
+        (B, ...).
+
+    Raises:
+        ValueError: Levels that don't descend, or another solver.
+    """
+    if solver not in ("heun", "euler", "sde"):
+        raise ValueError(f"solver is {solver!r}: give 'heun', 'euler' or 'sde'")
+    if not levels or any(low >= high for high, low in pairwise(levels)) or levels[-1] <= 0:
+        raise ValueError(f"levels are {list(levels)[:4]}...: give descending numbers above 0")
+
+    def slope(x: Tensor, level: float) -> tuple[Tensor, Tensor]:
+        clean = denoise(x, level)
+        return (x - clean) / level, clean
+
+    x = start
+    for level, following in pairwise([*levels, 0.0]):
+        change, clean = slope(x, level)
+        if solver == "sde":
+            fresh = following * (level**2 - following**2) ** 0.5 / level
+            kept = (following / level) ** 2
+            x = clean + kept * (x - clean)
+            if fresh > 0:
+                x = x + fresh * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            continue
+        moved = x + (following - level) * change
+        if solver == "heun" and following > 0:
+            moved = x + (following - level) * (change + slope(moved, following)[0]) / 2
+        x = moved
     return x

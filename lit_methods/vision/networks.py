@@ -44,7 +44,7 @@ class SmallConvNet(nn.Module):
     Args:
         channels: Output channels of the convolutions, two or more of them.
         in_channels: 1 for grey images, 3 for colour.
-        num_classes: Width of the output.
+        num_classes: Width of the output; 0: no ``head``, the output is the mean of the last channels.
 
     Raises:
         ValueError: Fewer than two convolutions.
@@ -58,10 +58,10 @@ class SmallConvNet(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(inside, outside, 3, padding=1, bias=False) for inside, outside in pairs)
         self.norms = nn.ModuleList(nn.BatchNorm2d(outside) for outside in channels)
         self.pool = nn.MaxPool2d(2)
-        self.head = nn.Linear(channels[-1], num_classes)
+        self.head = nn.Linear(channels[-1], num_classes) if num_classes else nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W), H and W >= 2 -> (B, num_classes)."""
+        """(B, in_channels, H, W), H and W >= 2 -> (B, num_classes), or (B, channels[-1]) without a head."""
         x = images
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = F.relu(norm(conv(x)))
@@ -181,6 +181,61 @@ class CifarResNet18(nn.Module):
         x = F.relu(self.bn1(self.conv1(images)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(x.mean(dim=(2, 3)))
+
+
+class _PreActivation(nn.Module):
+    """Norm, leaky ReLU, 3x3 convolution, twice, around a shortcut; where the shape changes, the shortcut is a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(in_channels), nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        same = in_channels == channels and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.leaky_relu(self.bn1(x), 0.1)
+        # where the shape changes, the shortcut starts from the activation, too
+        shortcut = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(active)
+        return shortcut + self.conv2(F.leaky_relu(self.bn2(self.conv1(active)), 0.1))
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-width for 32x32 images (arXiv:1605.07146), with the leaky ReLU of semi-supervised work.
+
+    Submodules: ``conv1``, ``layer1`` to ``layer3``, ``bn``, ``fc``.
+
+    Args:
+        depth: 6n + 4: 28, 40, ...
+        width: Factor of the channels 16, 32, 64.
+        num_classes: Width of the output; 0: no ``fc``, the output is the mean of the last 64 * width channels.
+        in_channels: 3 for colour, 1 for grey images.
+
+    Raises:
+        ValueError: ``depth`` isn't 6n + 4.
+    """
+
+    def __init__(self, depth: int = 28, width: int = 2, num_classes: int = 10, in_channels: int = 3) -> None:
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6:
+            raise ValueError(f"depth={depth} is not 6n + 4: give 10, 16, 22, 28, 34 or 40")
+        widths = [16, 16 * width, 32 * width, 64 * width]
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        for number, (inside, outside) in enumerate(pairwise(widths), start=1):
+            blocks = [_PreActivation(inside, outside, 1 if number == 1 else 2)]
+            blocks += [_PreActivation(outside, outside, 1) for _ in range((depth - 4) // 6 - 1)]
+            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+        self.bn = nn.BatchNorm2d(widths[-1])
+        self.fc = nn.Linear(widths[-1], num_classes) if num_classes else nn.Identity()
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, num_classes), or (B, 64 * width) without ``fc``."""
+        x = self.conv1(images)
+        for number in (1, 2, 3):
+            x = self.get_submodule(f"layer{number}")(x)
+        return self.fc(F.leaky_relu(self.bn(x), 0.1).mean(dim=(2, 3)))
 
 
 class TimmNetwork(nn.Module):

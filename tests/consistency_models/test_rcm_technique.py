@@ -12,20 +12,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, run_two_processes, tiny_trainer
 from lit_methods.consistency_models.networks import NoiseMLP, SmallUNet
-from lit_methods.consistency_models.rcm import (
-    RCM,
-    RingTeacher,
+from lit_methods.consistency_models.rcm import RCM, RingTeacher, drop_bad_gradients
+from lit_methods.consistency_models.rcm_losses import (
     critic_loss,
     dcm_loss,
     dmd_loss,
     phase_at,
-    rectified_flow,
     sample,
     scm_loss,
     simulate,
-    trigflow,
     velocity_tangent,
 )
+from lit_methods.consistency_models.trigflow import rectified_flow, trigflow
 
 DOUBLE = torch.float64
 
@@ -98,8 +96,10 @@ def test_the_tangent_is_the_derivative_along_the_trajectory(mode, limit):
     h = 1e-5
     ahead, behind = (student(x + sign * h * drift, time + sign * h).velocity for sign in (1, -1))
     expected = (time.cos() * time.sin())[:, None] * (ahead - behind) / (2 * h)
-    found = velocity_tangent(student, x, time, drift, mode)
+    velocity, found = velocity_tangent(student, x, time, drift, mode)
+    torch.testing.assert_close(velocity, student(x, time).velocity)
     assert not found.requires_grad
+    assert not velocity.requires_grad
     assert (found - expected).abs().max() < limit * expected.abs().max()
 
 
@@ -154,6 +154,51 @@ def test_a_bad_sample_leaves_the_gradients_of_the_others(loss, place, kind):
     torch.testing.assert_close(found, expected)
 
 
+def test_a_learned_weight_divides_the_loss_of_scm_and_learns_the_loss_itself():
+    net = network()
+    student, teacher = trigflow(net, DOUBLE), trigflow(network(1), DOUBLE)
+    plain = scm_loss(student, teacher, *inputs(), scale=1.0)
+    weight = torch.linspace(-1, 1, 6, dtype=DOUBLE).requires_grad_()
+    found = scm_loss(student, teacher, *inputs(), scale=3.0, log_weight=weight)
+    torch.testing.assert_close(found.losses, 3 * (weight.exp() * plain.losses / 2 - weight))
+    (of_weight,) = torch.autograd.grad(found.losses.sum(), weight, retain_graph=True)
+    torch.testing.assert_close(of_weight, 3 * (weight.exp() * plain.losses / 2 - 1), msg="0 where e^-w is the loss")
+    ours = torch.autograd.grad(found.losses.sum(), found.student)[0]
+    theirs = torch.autograd.grad(plain.losses.sum(), plain.student)[0]
+    torch.testing.assert_close(ours, 3 * weight.exp()[:, None] / 2 * theirs)
+
+
+def test_a_bad_sample_teaches_the_weight_nothing():
+    weight, (x0, noise, time) = torch.zeros(6, dtype=DOUBLE).requires_grad_(), inputs()
+    found = scm_loss(trigflow(network(), DOUBLE), trigflow(network(1), DOUBLE), bad("nan", x0), noise, time, log_weight=weight)
+    (gradient,) = torch.autograd.grad(found.losses.sum(), weight)
+    assert gradient[2] == 0
+    assert gradient.isfinite().all()
+    assert (gradient[[0, 1, 3, 4, 5]] != 0).all()
+
+
+def test_a_student_that_overflows_at_a_sample_is_seen_before_the_gradient():
+    """Value without bound, tangent with one: only the value tells."""
+
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, dtype=DOUBLE))
+
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            # the derivative of the last term is 0, the term is inf at the third sample
+            return self.weight * torch.tanh(x) + self.weight / (x.detach()[:, :1] - spot).sign().abs() * 1e-3
+
+    x0, noise, time = inputs()
+    spot = (time.cos()[2] * x0[2] + time.sin()[2] * noise[2])[0]
+    net = Steep()
+    found = scm_loss(trigflow(net, DOUBLE), trigflow(network(1), DOUBLE), x0, noise, time)
+    found.losses.sum().backward()
+    assert found.good.tolist() == [True, True, False, True, True, True]
+    assert net.weight.grad.isfinite().all()
+    assert net.weight.grad.abs().max() > 0
+
+
 @pytest.mark.parametrize("spoilt", ["start", "noise"])
 def test_a_bad_sample_in_score_distillation_and_critic(spoilt):
     def run(rows: Tensor, damage: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -172,12 +217,9 @@ def test_a_bad_sample_in_score_distillation_and_critic(spoilt):
     everything, kept = torch.arange(6), torch.tensor([0, 1, 3, 4, 5])
     losses, *found = run(everything, True)
     expected_losses, *expected = run(kept, False)
-    if spoilt == "noise":
-        assert (losses[:, 2] == 0).all()
-        torch.testing.assert_close(losses[:, kept], expected_losses)
-        torch.testing.assert_close(found, expected)
-    else:
-        assert all(gradient.isfinite().all() for part in found for gradient in part)
+    assert (losses[:, 2] == 0).all()
+    torch.testing.assert_close(losses[:, kept], expected_losses)
+    torch.testing.assert_close(found, expected)
 
 
 def test_score_distillation_pushes_from_fake_to_teacher():
@@ -253,7 +295,7 @@ def module(**settings) -> RCM:
 
 def fit(model: RCM, steps: int, **kwargs) -> pl.Trainer:
     pl.seed_everything(0, verbose=False)
-    trainer = tiny_trainer(max_steps=steps, limit_val_batches=0, **kwargs)
+    trainer = tiny_trainer(max_steps=steps, limit_val_batches=0, log_every_n_steps=1, **kwargs)
     trainer.fit(model, points())
     return trainer
 
@@ -319,8 +361,9 @@ def test_the_second_loss_is_added_to_the_first():
         {"consistency": "dcm", "dmd_weight": 0.0},
         {"consistency": "none", "tangent_warmup": 0},
         {"tangent_mode": "discrete"},
+        {"warmup_style": "scm", "adaptive_weight": True, "dmd_weight": 0.0},
     ],
-    ids=["scm", "dcm", "dmd", "discrete"],
+    ids=["scm", "dcm", "dmd", "discrete", "original-scm"],
 )
 def test_baselines_train(settings):
     model = module(**settings)
@@ -328,9 +371,57 @@ def test_baselines_train(settings):
     trainer = fit(model, 5)
     after = cloned_state(model)
     assert all(value.isfinite().all() for value in after.values())
-    assert any(not torch.equal(before[key], after[key]) for key in part(before, "student"))
+    for name in ["student"] + ["weighting"] * ("adaptive_weight" in settings):
+        assert any(not torch.equal(before[key], after[key]) for key in part(before, name)), name
     assert (model.critic is None) == ("dmd_weight" in settings)
     assert ("rcm/consistency_loss" in trainer.callback_metrics) == (settings.get("consistency") != "none")
+
+
+class Overflowing(NoiseMLP):
+    """Overflows at its n-th call with gradient, behind its first layer, for one sample of the batch."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(width=16, depth=2)
+        self.calls, self.at = 0, at
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.calls += 1
+            if self.calls == self.at:
+                x = x * torch.cat([torch.full((1, 1), 3e38), torch.ones(len(x) - 1, 1)])
+        return super().forward(x, noise) * 10
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_network_that_overflows_in_the_differentiated_call_loses_the_iteration_and_not_the_run(at):
+    """At 1 in the consistency loss, at 2 in the last step of the simulation, at 3 in the next student iteration."""
+    torch.manual_seed(3)
+    settings = {"wrapper": "trigflow", "tangent_warmup": 0, "student_every": 1, "learning_rate": 1e-2, "sample_steps": (1,)}
+    model, seen = RCM(RingTeacher(), Overflowing(at), **settings), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            seen.append((trainer.callback_metrics["rcm/bad_gradients"].item(), cloned_state(pl_module)))
+
+    fit(model, 3, callbacks=[Watch()])
+    struck = (at - 1) // 2
+    assert [bad for bad, _ in seen] == [float(step == struck) for step in range(3)]
+    assert all(value.isfinite().all() for _, state in seen for value in state.values())
+    assert any(not torch.equal(value, seen[2][1][key]) for key, value in seen[1][1].items()), "training goes on"
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_one_bad_number_drops_all_gradients(wrong):
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
+    for parameter in parameters[:2]:
+        parameter.grad = torch.ones_like(parameter)
+    assert drop_bad_gradients(parameters) == 0
+    assert all((parameter.grad == 1).all() for parameter in parameters[:2])
+    parameters[1].grad[0, 1] = wrong
+    assert drop_bad_gradients(parameters) == 1
+    assert all((parameter.grad == 0).all() for parameter in parameters[:2])
+    assert parameters[2].grad is None
+    assert drop_bad_gradients(parameters[2:]) == 0
 
 
 def build():
@@ -504,6 +595,7 @@ def test_the_teacher_is_neither_trained_nor_saved(tmp_path):
         ({"accumulate": 0}, "accumulate is 0"),
         ({"dcm_skip": 49}, "dcm_skip"),
         ({"ema_decay": 1.5}, "ema_decay"),
+        ({"consistency": "dcm", "adaptive_weight": True}, "adaptive_weight"),
         ({"tangent_warmup": -1}, "tangent_warmup"),
         ({"fixed_times": True, "max_simulation_steps": 5}, "fixed_times"),
     ],

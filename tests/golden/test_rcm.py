@@ -8,20 +8,15 @@ from torch import Tensor
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.weight_ema import power_decay, power_exponent
 from lit_methods.consistency_models.attention_jvp import attention_with_tangent
-from lit_methods.consistency_models.rcm import (
+from lit_methods.consistency_models.rcm_losses import critic_loss, dcm_loss, dmd_loss, phase_at, sample, scm_loss, simulate
+from lit_methods.consistency_models.trigflow import (
     Predict,
-    critic_loss,
-    dcm_loss,
-    dmd_loss,
+    Wrapped,
     flow_scalings,
     flow_time,
     guided,
-    phase_at,
     rectified_flow,
-    sample,
-    scm_loss,
     shift_time,
-    simulate,
     trig_time,
 )
 
@@ -39,7 +34,7 @@ class Network:
         a, b, d = self.parts.values()
         return torch.tanh(x.flatten(1) @ a.T + (tau / 1000)[:, None].to(x.dtype) * b + d + condition).view_as(x)
 
-    def predict(self, conditional: bool = True) -> Predict:
+    def predict(self, conditional: bool = True) -> Wrapped:
         condition = self.condition if conditional else torch.zeros_like(self.condition)
         return rectified_flow(self, self.condition.dtype, condition, time_scale=self.scale)
 

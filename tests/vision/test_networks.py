@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_methods import MLP, CifarResNet, CifarResNet18, SmallConvNet, TimmNetwork
+from lit_methods import MLP, CifarResNet, CifarResNet18, SmallConvNet, TimmNetwork, WideResNet
 from lit_methods.checkpoint import read_state_dict
 
 
@@ -28,8 +28,9 @@ def test_mlp_names_its_layers_and_applies_relu_between_them():
         (CifarResNet18(width_factor=2**0.5, num_classes=5), (1, 3, 16, 16), 20, None),
         (SmallConvNet(), (2, 1, 8, 8), 3, None),
         (TimmNetwork("resnet18", num_classes=4), (2, 3, 32, 32), 20, None),
+        (WideResNet(28, 2), (2, 3, 32, 32), 28, 1_467_610),  # 1.5 million in the paper's table 4
     ],
-    ids=["resnet20", "resnet8-grey", "resnet18", "resnet18-wide", "small", "timm"],
+    ids=["resnet20", "resnet8-grey", "resnet18", "resnet18-wide", "small", "timm", "wrn-28-2"],
 )
 def test_shapes_and_sizes(network, shape, convolutions, parameters):
     outputs = network.eval()(torch.zeros(shape))
@@ -81,3 +82,10 @@ def test_published_weights_load_and_classify(depth, file, test_data):
     with torch.no_grad():
         predicted = network((images - mean.view(3, 1, 1)) / std.view(3, 1, 1)).argmax(1)
     assert (predicted.numpy() == sample["labels"]).sum() >= 90
+
+
+def test_a_network_without_a_head_gives_features():
+    for network, width in ((SmallConvNet((4, 6), num_classes=0), 6), (WideResNet(10, 1, num_classes=0, in_channels=1), 64)):
+        assert network(torch.zeros(2, 1, 8, 8)).shape == (2, width)
+    with pytest.raises(ValueError, match="6n"):
+        WideResNet(20)

@@ -1,0 +1,1 @@
+"""Imbalanced regression: what attaches to any regression module."""

@@ -1,0 +1,1 @@
+"""Metric learning: losses on embeddings that attach to any module."""

@@ -1,0 +1,358 @@
+"""Latents of an autoencoder, stored once and standardised: sLCT's data (arXiv:2502.01441)."""
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from lit_methods.consistency_models.latents import DigitAutoencoder, standardise
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule, Tensors
+from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
+
+IMAGE_KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+CHUNK = 256  # latents, or images to encode, at a time
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------------------
+
+
+class LatentFiles:
+    """Latents on disk, read when they are asked for: ``<name>.npy`` (N, C, H, W), memory-mapped, or a folder of files, one a latent.
+
+    Args:
+        root: Folder.
+        name: Of the file or folder in it.
+
+    Raises:
+        WrongRootError: There is neither.
+        BrokenRecordError: A file is no array of the right shape, or not finite.
+    """
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.whole: NDArray[Any] | None = None
+        self.files: list[Path] = []
+        self.file = root / f"{name}.npy"
+        if self.file.is_file():
+            self.whole = _load(self.file, mmap_mode="r")
+            if self.whole.ndim != 4:
+                raise BrokenRecordError(
+                    self.file, "latents", f"expected an array (N, C, H, W), got {self.whole.shape}: encode the images again"
+                )
+            self.shape: tuple[int, ...] = self.whole.shape[1:]
+            return
+        self.files = sorted((root / name).glob("*.npy"))
+        if not self.files:
+            raise WrongRootError(
+                f"root={str(root)!r} has neither {name}.npy nor {name}/*.npy: give images= and autoencoder= to encode them, or root=null "
+                "for the built-in digits"
+            )
+        self.shape = _one(self.files[0], None).shape
+
+    def __len__(self) -> int:
+        return len(self.files) if self.whole is None else len(self.whole)
+
+    def __getitem__(self, index: Sequence[int]) -> Tensor:
+        """(B, C, H, W) float32, as stored."""
+        if self.whole is None:
+            found = np.stack([_one(self.files[k], self.shape) for k in index])
+        else:
+            found = np.asarray(self.whole[np.asarray(index)], dtype=np.float32)
+        good = np.isfinite(found).reshape(len(found), -1).all(1)
+        if not good.all():
+            wrong = index[int(np.flatnonzero(~good)[0])]
+            where = self.file if self.whole is not None else self.files[wrong]
+            raise BrokenRecordError(where, f"latent {wrong}", "holds a NaN or an infinity: encode that image again")
+        return torch.from_numpy(found)
+
+
+def _load(file: Path, **options: Any) -> NDArray[Any]:
+    try:
+        return np.load(file, **options)  # type: ignore[no-any-return]
+    except (OSError, ValueError, EOFError) as problem:
+        raise BrokenRecordError(file, "array", f"can't be read ({problem}): truncated or no .npy file, copy it again") from problem
+
+
+def _one(file: Path, shape: tuple[int, ...] | None) -> NDArray[np.float32]:
+    found = _load(file)
+    found = found[0] if found.ndim == 4 and len(found) == 1 else found
+    if found.ndim != 3 or (shape is not None and found.shape != shape):
+        raise BrokenRecordError(file, "latent", f"expected an array {shape or '(C, H, W)'}, got {found.shape}: encode that image again")
+    return found.astype(np.float32)
+
+
+class _Statistics(pickle.Unpickler):
+    """Reads {"mean": tensor, "std": tensor} as NumPy pickles it, and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch.storage", "_load_from_bytes"):
+            return lambda content: torch.load(io.BytesIO(content), weights_only=True)
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return torch._utils._rebuild_tensor_v2
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+            # taken from an example, as their home differs between NumPy 1 and 2
+            return (np.zeros(0) if name == "_reconstruct" else np.float32(0)).__reduce__()[0]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"it would load {module}.{name}, which statistics don't need")
+
+
+def read_statistics(file: Path, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of latents (C, H, W), in their own scale.
+
+    Args:
+        file: An array (2, C, 1, 1) or (2, C, H, W), or the authors' pickled ``{"mean": ..., "std": ...}`` of (C, H, W) tensors.
+        shape: C, H, W.
+
+    Raises:
+        BrokenRecordError: Anything else; a pickle that asks for code isn't run.
+    """
+    try:
+        with file.open("rb") as stream:
+            version = np.lib.format.read_magic(stream)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            found = _Statistics(stream).load() if header(stream)[2].hasobject else np.load(file)
+        if isinstance(found, np.ndarray) and found.dtype == object:
+            found = found.item()
+        pair = (found["mean"], found["std"]) if isinstance(found, dict) else (found[0], found[1])
+        mean, std = (torch.as_tensor(part, dtype=torch.float32) for part in pair)
+        mean, std = mean.reshape(mean.shape[-3:]), std.reshape(std.shape[-3:])
+        torch.broadcast_shapes(mean.shape, tuple(shape))
+    except FileNotFoundError:
+        raise MissingFileError(file, "statistics", "no such file: copy it beside the latents, or let prepare_data compute it") from None
+    except Exception as problem:
+        raise BrokenRecordError(
+            file, "statistics", f"no mean and std for latents of {tuple(shape)} ({problem}): remove it, to have it computed"
+        ) from problem
+    if mean.shape[0] != shape[0] or not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+        raise BrokenRecordError(
+            file, "statistics", f"mean and std of {tuple(mean.shape)} must be finite, std above 0: remove it, to have it computed"
+        )
+    return mean, std
+
+
+def channel_statistics(batches: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over batches (B, C, H, W), in one pass: (C, 1, 1) float32 each.
+
+    Raises:
+        ValueError: There is no batch.
+    """
+    count, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        wide = batch.double()
+        total, squares = total + wide.sum((0, 2, 3)), squares + wide.square().sum((0, 2, 3))
+        count += wide.numel() // wide.shape[1]
+    if not count:
+        raise ValueError("there are no latents to take statistics of")
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=1e-12).sqrt()
+    return mean.float()[:, None, None], std.float()[:, None, None]
+
+
+@torch.no_grad()
+def encode_folder(images: Path, target: Path, autoencoder: nn.Module, size: int, factor: float, mirrored: bool = False) -> int:
+    """Encode all images below a folder into one array (N, C, h, w) float32, on the GPU if there is one.
+
+    Args:
+        images: Folder; sorted by path.
+        target: ``.npy`` file; it is there when it is whole.
+        autoencoder: With ``encode``.
+        size: Images are cropped and resized to (size, size), as ADM does it.
+        factor: What the latents are multiplied with.
+        mirrored: Add the latents of the mirrored images behind.
+
+    Returns:
+        N.
+
+    Raises:
+        WrongRootError: There is no image.
+        BrokenRecordError: An image can't be read.
+    """
+    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_KINDS)
+    if not files:
+        raise WrongRootError(f"images={str(images)!r} has no image ({', '.join(sorted(IMAGE_KINDS))}): give the folder that holds them")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autoencoder = autoencoder.to(device).eval()
+    work = [(file, turned) for turned in ((False, True) if mirrored else (False,)) for file in files]
+    part, stored = target.with_name(f".{target.name}.part"), None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(work), CHUNK):
+        pixels = torch.stack([_pixels(file, size, turned) for file, turned in work[start : start + CHUNK]])
+        latents = torch.cat([autoencoder.encode(few.to(device)) * factor for few in pixels.split(16)]).float().cpu().numpy()  # type: ignore[operator]
+        if stored is None:
+            stored = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(len(work), *latents.shape[1:]))
+        stored[start : start + len(latents)] = latents
+        rank_zero_info(f"{target.name}: {start + len(latents)} of {len(work)} images are encoded")
+    assert stored is not None
+    stored.flush()
+    del stored
+    part.replace(target)
+    autoencoder.cpu()
+    return len(work)
+
+
+def _pixels(file: Path, size: int, turned: bool) -> Tensor:
+    try:
+        with Image.open(file) as image:
+            found = np.asarray(adm_crop(image.convert("RGB"), size), dtype=np.float32)
+    except (OSError, ValueError, SyntaxError) as problem:  # Pillow's ways to say that a file is broken
+        raise BrokenRecordError(file, "image", f"can't be decoded ({problem}): truncated or no image, copy it again") from problem
+    pixels = torch.from_numpy(found).permute(2, 0, 1) / 127.5 - 1
+    return pixels.flip(2) if turned else pixels
+
+
+# ---- the datamodule --------------------------------------------------------------------------------------------------------------------
+
+
+class StoredLatents(Dataset[Batch]):
+    """Latents on disk, standardised when they are read. A loader fetches a whole batch in one go.
+
+    Args:
+        files: Where they are.
+        index: Which of them.
+        mean: (C, 1, 1) or (C, H, W), of latents without ``factor``.
+        std: Likewise.
+        factor: Of the stored latents; it is divided out first.
+    """
+
+    def __init__(self, files: LatentFiles, index: range, mean: Tensor, std: Tensor, factor: float) -> None:
+        self.files, self.index, self.mean, self.std, self.factor = files, index, mean, std, factor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> Batch:
+        """The batch of some (epoch, index)."""
+        return {"image": standardise(self.files[[self.index[k] for _, k in draws]] / self.factor, self.mean, self.std)}
+
+    def __getitem__(self, draw: tuple[int, int]) -> Batch:
+        return {"image": self.__getitems__([draw])["image"][0]}
+
+
+class LatentDataModule(GenerativeDataModule):
+    """Latents of a frozen autoencoder, encoded once, with mean 0 and standard deviation 0.5: (z - mean) / std * 0.5.
+
+    Batches: ``image`` (B, C, H, W) float32; with the built-in digits also ``label`` (B,) int64 in 0..9. Give the module the same
+    ``autoencoder``, so that it can show what it draws; it takes ``latent_mean`` and ``latent_std`` over.
+
+    Layout, as the authors of sLCT have it: ``<root>/<name>/000000000.npy``, ... one latent (C, H, W) a file, and
+    ``<root>/<name>_stat.npy``. Or ``<root>/<name>.npy``, all latents (N, C, H, W), which is memory-mapped. If there is neither and
+    ``images`` is given, ``prepare_data`` encodes these into the latter. Missing statistics are computed for each channel of the training
+    latents, and stored.
+
+    Args:
+        root: Folder of the latents. None: built-in digits of 16 x 16 pixels, encoded by ``DigitAutoencoder`` (4 x 4 x 4).
+        name: Of the data set in it.
+        images: Folder of images, encoded once if there are no latents yet.
+        autoencoder: That encodes them.
+        image_size: Side of the images that are encoded.
+        mirrored: Encode the mirrored images, too, as sLCT does for LSUN Church.
+        latent_factor: Of the stored latents; statistics are those without it.
+        num_val: Latents at the end that are for validation and not for training.
+        batch_size: Latents per process and step.
+        val_batch_size: Latents per process and validation step.
+        num_samples: Samples that ``lit predict`` draws, at most ``num_val``.
+        num_workers: Processes that read data.
+        seed: Of the order.
+
+    Raises:
+        WrongRootError: Neither latents nor images.
+        BrokenRecordError: A file is missing, truncated or wrong; the message names it and the field.
+        ValueError: ``num_val`` leaves nothing, or another number is out of range.
+    """
+
+    train_set: Tensors | StoredLatents | None  # type: ignore[assignment]
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(
+        self,
+        root: Path | None = None,
+        name: str = "latent_celeba_256",
+        images: Path | None = None,
+        autoencoder: nn.Module | None = None,
+        image_size: int = 256,
+        mirrored: bool = False,
+        latent_factor: float = 0.18215,
+        num_val: int = 297,
+        batch_size: int = 128,
+        val_batch_size: int = 128,
+        num_samples: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_samples=num_samples, num_workers=num_workers, seed=seed)
+        if num_val < 1:
+            raise ValueError(f"num_val={num_val}: give 1 or more latents for validation")
+        if not latent_factor > 0:
+            raise ValueError(f"latent_factor={latent_factor}: give a number above 0; 1 for latents without a factor")
+        if images is not None and (root is None or autoencoder is None):
+            raise ValueError("images are encoded by autoencoder into root: give both")
+        self.root, self.images = (None if path is None else Path(path) for path in (root, images))
+        self.save_hyperparameters(ignore=["autoencoder"])
+        self.autoencoder = autoencoder
+
+    @property
+    def _statistics(self) -> Path:
+        assert self.root is not None
+        return self.root / f"{self.hparams['name']}_stat.npy"
+
+    def _split(self, count: int) -> tuple[range, range]:
+        border = count - self.hparams["num_val"]
+        if border < 1:
+            raise ValueError(f"num_val={self.hparams['num_val']} of {count} latents leaves none for training: give less")
+        return range(border), range(border, count)
+
+    def prepare_data(self) -> None:
+        """Encode, and compute statistics, unless both are there."""
+        hp = self.hparams
+        if self.root is None:
+            return
+        target = self.root / f"{hp['name']}.npy"
+        if self.images is not None and not target.is_file() and not (self.root / hp["name"]).is_dir():
+            assert self.autoencoder is not None
+            encode_folder(self.images, target, self.autoencoder, hp["image_size"], hp["latent_factor"], hp["mirrored"])
+        if not self._statistics.is_file():
+            files = LatentFiles(self.root, hp["name"])
+            train = self._split(len(files))[0]
+            chunks = (files[train[start : start + CHUNK]] / hp["latent_factor"] for start in range(0, len(train), CHUNK))
+            part = self._statistics.with_name(f".{self._statistics.name}")
+            np.save(part, np.stack([found.numpy() for found in channel_statistics(chunks)]))
+            part.replace(self._statistics)
+
+    def setup(self, stage: str) -> None:
+        """Open the files, read the validation latents."""
+        if self.train_set is not None:
+            return
+        if self.root is None:
+            return self._setup_digits()
+        files = LatentFiles(self.root, self.hparams["name"])
+        self.latent_mean, self.latent_std = read_statistics(self._statistics, files.shape)
+        settings = (self.latent_mean, self.latent_std, self.hparams["latent_factor"])
+        train, val = (StoredLatents(files, index, *settings) for index in self._split(len(files)))
+        self.train_set = train
+        self.val_set = Tensors(val.__getitems__([(0, k) for k in range(len(val))])["image"])
+
+    def _setup_digits(self) -> None:
+        data = GenerativeDigitsDataModule(image_size=DigitAutoencoder.SIZE, num_train=1797 - self.hparams["num_val"])
+        data.setup("fit")
+        assert data.train_set is not None
+        assert data.val_set is not None
+        coder = self.autoencoder or DigitAutoencoder()
+        with torch.no_grad():
+            train, val = (coder.encode(part.images) for part in (data.train_set, data.val_set))  # type: ignore[operator]
+        self.latent_mean, self.latent_std = channel_statistics(iter([train]))
+        self.train_set = Tensors(standardise(train, self.latent_mean, self.latent_std), data.train_set.labels)
+        self.val_set = Tensors(standardise(val, self.latent_mean, self.latent_std), data.val_set.labels)

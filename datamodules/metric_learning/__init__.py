@@ -1,0 +1,1 @@
+"""Data for metric learning: training and test classes are disjoint."""

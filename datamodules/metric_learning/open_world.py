@@ -1,0 +1,89 @@
+"""Vectors of many classes that differ in how far they spread: an open world in seconds."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lit_methods.datamodules.generative.base import Tensors, as_it_is
+from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
+
+FEATURES = 64
+_LATENT = 8  # dimensions of class and nuisance
+
+
+def open_world(num_classes: int, per_class: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Samples x = tanh(A (mu_c + s_c eps) + B (n_c eta)) with class spreads s_c in [0.15, 0.75] and nuisances n_c in [0.3, 2], log-uniform.
+
+    A and B are the same for all classes, mu_c, eps and eta standard normal in 8 dimensions.
+
+    Returns:
+        (num_classes * per_class, 64) and the classes, sample k of every class before sample k + 1 of any.
+    """
+    signal, clutter = rng.normal(size=(2, FEATURES, _LATENT)) / np.sqrt(_LATENT)
+    spread, nuisance = (np.exp(rng.uniform(np.log(low), np.log(high), num_classes)) for low, high in ((0.15, 0.75), (0.3, 2.0)))
+    centre = rng.normal(size=(num_classes, _LATENT))
+    eps, eta = rng.normal(size=(2, per_class, num_classes, _LATENT))
+    inside = (centre + spread[:, None] * eps) @ signal.T + (nuisance[:, None] * eta) @ clutter.T
+    labels = np.tile(np.arange(num_classes), per_class)
+    return np.tanh(inside).reshape(-1, FEATURES).astype(np.float32), labels
+
+
+class OpenWorldDataModule(RetrievalDataModule):
+    """Vectors of 64 numbers in classes of different spread; evaluation is on classes that training hasn't seen. Nothing is downloaded.
+
+    Batches: ``image`` (B, 64) float32, ``label`` (B,) int64, 0 to ``num_train_classes - 1`` in training and larger in evaluation.
+
+    Args:
+        num_train_classes: Seen classes.
+        num_val_classes: Unseen classes.
+        per_class: Samples of each class.
+        classes_per_batch: Different classes in a training batch.
+        samples_per_class: Samples of each.
+        steps_per_epoch: Batches of a process in an epoch; None: as many as the samples fill.
+        eval_batch_size: Samples per process and evaluation step.
+        num_workers: Processes that read data; the samples lie in memory, so 0 is fastest.
+        seed: Of the classes, their samples and the draws.
+
+    Raises:
+        ValueError: A number is below 1.
+    """
+
+    def __init__(
+        self,
+        num_train_classes: int = 30,
+        num_val_classes: int = 30,
+        per_class: int = 24,
+        classes_per_batch: int = 16,
+        samples_per_class: int = 5,
+        steps_per_epoch: int | None = 50,
+        eval_batch_size: int = 720,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            classes_per_batch=classes_per_batch,
+            samples_per_class=samples_per_class,
+            steps_per_epoch=steps_per_epoch,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        if min(num_train_classes, num_val_classes, per_class) < 1:
+            raise ValueError(
+                f"num_train_classes={num_train_classes}, num_val_classes={num_val_classes}, per_class={per_class}: give 1 or more"
+            )
+        self.save_hyperparameters()
+        self.collate = as_it_is
+
+    def setup(self, stage: str) -> None:
+        """Draw all samples."""
+        if self.train_set is not None:
+            return
+        hp, seen = self.hparams, self.hparams["num_train_classes"]
+        data, labels = open_world(seen + hp["num_val_classes"], hp["per_class"], np.random.default_rng([self.seed, 4]))
+        train = labels < seen
+        self.train_labels = labels[train]
+        self.train_set, self.val_set = (Tensors(torch.from_numpy(data[part]), torch.from_numpy(labels[part])) for part in (train, ~train))
+
+
+__all__ = ["FEATURES", "OpenWorldDataModule", "open_world"]

@@ -1,0 +1,1 @@
+"""Data for regression with skewed labels."""

@@ -1,0 +1,183 @@
+"""AgeDB-DIR and IMDB-WIKI-DIR: the age of a face, with skewed training ages (arXiv:2102.09554)."""
+
+import csv
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples
+from lit_methods.imbalanced_regression.weights import Kernel, Reweight
+
+_FILES = {"agedb": "agedb.csv", "imdb_wiki": "imdb_wiki.csv"}
+_SPLITS = ("train", "val", "test")
+_PAD = 16  # pixels around a training image of 224
+
+
+def read_ages(file: Path) -> dict[str, tuple[list[str], NDArray[np.float32]]]:
+    """Paths and ages of each split.
+
+    Args:
+        file: The benchmark's csv, with the columns ``age``, ``path`` and ``split`` (train, val or test).
+
+    Returns:
+        Split -> paths relative to the file's folder, and (N,) ages in years.
+
+    Raises:
+        BrokenRecordError: A column, or all rows of a split are missing, or a row is wrong; the message names the line.
+    """
+    found: dict[str, tuple[list[str], list[float]]] = {split: ([], []) for split in _SPLITS}
+    with file.open(newline="", encoding="utf-8") as lines:
+        reader = csv.DictReader(lines)
+        if missing := {"age", "path", "split"} - set(reader.fieldnames or ()):
+            raise BrokenRecordError(file, "header", f"the columns {sorted(missing)} are missing: it isn't the benchmark's file")
+        for row in reader:
+            place = f"line {reader.line_num}"
+            try:
+                age = float(row["age"])
+            except (TypeError, ValueError):
+                raise BrokenRecordError(file, place, f"age is {row['age']!r}, expected a number of years") from None
+            if not 0 <= age <= 200 or row["split"] not in found or not row["path"]:
+                raise BrokenRecordError(file, place, f"expected an age of 0 to 200, a path and a split, one of {_SPLITS}; got {row}")
+            found[row["split"]][0].append(row["path"])
+            found[row["split"]][1].append(age)
+    for split, (paths, _) in found.items():
+        if not paths:
+            raise BrokenRecordError(file, "split", f"there is no row of the split {split}: copy the file again")
+    return {split: (paths, np.array(ages, np.float32)) for split, (paths, ages) in found.items()}
+
+
+def _open(root: Path, paths: list[str], index: int) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    path = root / paths[index]
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise MissingFileError(path, "image", "no such file: unpack the images of the benchmark below root") from None
+    except (UnidentifiedImageError, OSError) as problem:
+        raise BrokenRecordError(path, "image", f"can't be decoded ({problem}): copy the file again") from problem
+
+
+class _Prepare:
+    """A PIL image -> (3, S, S) float32 in [-1, 1]; in training a random crop after padding, and a mirror image in half of the cases."""
+
+    def __init__(self, size: int, augment: bool) -> None:
+        self.size, self.augment = size, augment
+
+    def __call__(self, picture: Any, draw: tuple[int, ...]) -> Tensor:
+        from torchvision.transforms.functional import pil_to_tensor
+
+        image = pil_to_tensor(picture.resize((self.size, self.size), resample=2))  # 2: bilinear
+        if self.augment:
+            rng = np.random.default_rng(draw)
+            pad = round(_PAD * self.size / 224)
+            top, left = rng.integers(2 * pad + 1, size=2).tolist()
+            image = torch.nn.functional.pad(image, (pad,) * 4)[:, top : top + self.size, left : left + self.size]
+            image = image.flip(2) if rng.integers(2) else image
+        return image.float().div_(127.5).sub_(1)
+
+
+def _built_in(split: str, count: int) -> tuple[list[Any], NDArray[np.float32]]:
+    """Bars of all angles as pictures, frequent small labels in training."""
+    from PIL import Image
+
+    from lit_methods.datamodules.regression.bars import LABELS, draw_bars
+
+    rng = np.random.default_rng([_SPLITS.index(split), 5])
+    share = np.exp(-np.arange(LABELS) / 9) if split == "train" else np.ones(LABELS)
+    labels = rng.choice(LABELS, count, p=share / share.sum())
+    grey = (255 * np.clip(draw_bars(labels, 0.2, rng)[:, 0], 0, 1)).astype(np.uint8)
+    return [Image.fromarray(one).convert("RGB") for one in grey], labels.astype(np.float32)
+
+
+class AgeDataModule(RegressionDataModule):
+    """AgeDB-DIR or IMDB-WIKI-DIR: faces with the age in years. Training ages are skewed, validation and test balanced.
+
+    Batches: ``image`` (B, 3, S, S) float32 in [-1, 1], ``target`` (B,) float32 years, ``count`` (B,) int64; in training with ``reweight``
+    also ``weight`` (B,) float32, and with ``views`` also ``view_1``, ... like ``image`` with other random crops and mirror images.
+
+    Args:
+        root: Folder with ``agedb.csv`` (or ``imdb_wiki.csv``) of the benchmark and the images that it names. None: built-in pictures of
+            bars whose angle stands for the age, 400 for training.
+        name: ``agedb`` or ``imdb_wiki``.
+        image_size: Side S in pixels.
+        views: Further views of a training image; ConR needs 2.
+        reweight: Weight of a training sample by its age: ``none``, ``inverse`` or ``sqrt_inv`` frequency.
+        lds: Smooth the frequencies over neighbouring ages.
+        lds_kernel: ``gaussian``, ``triang`` or ``laplace``.
+        lds_kernel_size: In years, odd; the benchmark: 5, ConR on AgeDB: 9.
+        lds_sigma: In years; the benchmark: 2, ConR on AgeDB: 1.
+        batch_size: Images per process and step.
+        num_workers: Processes that read images.
+        seed: Of order and augmentation.
+
+    Raises:
+        ValueError: A value lies outside its range.
+        WrongRootError: ``root`` doesn't hold the benchmark.
+        BrokenRecordError: A file is missing or wrong; the message names it and the line.
+    """
+
+    def __init__(
+        self,
+        root: Path | None = None,
+        name: Literal["agedb", "imdb_wiki"] = "agedb",
+        image_size: int = 224,
+        views: int = 0,
+        reweight: Reweight = "none",
+        lds: bool = False,
+        lds_kernel: Kernel = "gaussian",
+        lds_kernel_size: int = 5,
+        lds_sigma: float = 2.0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            reweight=reweight,
+            lds=lds,
+            lds_kernel=lds_kernel,
+            lds_kernel_size=lds_kernel_size,
+            lds_sigma=lds_sigma,
+            bin_width=1.0,
+            num_bins=121,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        if name not in _FILES or image_size < 1 or views < 0:
+            raise ValueError(f"name={name!r} must be agedb or imdb_wiki, image_size={image_size} 1 or more, views={views} not negative")
+        self.save_hyperparameters()
+        self.root, self.release = root if root is None else Path(root), name  # Lightning has a use of its own for `name`
+
+    def setup(self, stage: str) -> None:
+        """Read the table; images are read when they are asked for."""
+        if self.train_set is not None:
+            return
+        if self.root is None:
+            made = {split: _built_in(split, count) for split, count in zip(_SPLITS, (400, 122, 122), strict=True)}
+            reads: dict[str, Any] = {split: pictures.__getitem__ for split, (pictures, _) in made.items()}
+            ages = {split: labels for split, (_, labels) in made.items()}
+        else:
+            file = self.root / _FILES[self.release]
+            if not file.is_file():
+                raise WrongRootError(
+                    f"root={str(self.root)!r} has no {file.name}: put the table of YyzHarry/imbalanced-regression and the images there, "
+                    "or set root=null for the built-in pictures"
+                )
+            table = read_ages(file)
+            reads = {split: partial(_open, self.root, paths) for split, (paths, _) in table.items()}
+            ages = {split: labels for split, (_, labels) in table.items()}
+        labels = dict(zip(_SPLITS, self.known(ages["train"], [ages["val"], ages["test"]]), strict=True))
+        size, views = self.hparams["image_size"], self.hparams["views"]
+        self.train_set = RegressionSamples(reads["train"], labels["train"], _Prepare(size, True), views, self.seed)
+        self.val_set, self.test_set = (RegressionSamples(reads[s], labels[s], _Prepare(size, False)) for s in ("val", "test"))
+
+
+__all__ = ["AgeDataModule", "read_ages"]

@@ -1,0 +1,145 @@
+"""Noisy bars whose angle is the label: imbalanced regression in seconds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lit_methods.datamodules.generative.base import as_it_is
+from lit_methods.datamodules.loaders import ResumableLoader
+from lit_methods.datamodules.regression.base import Labels, RegressionDataModule
+from lit_methods.imbalanced_regression.weights import Kernel, Reweight
+
+LABELS = 61  # 0 to 60
+SIDE = 12  # pixels
+
+
+def draw_bars(labels: NDArray[np.int64], noise: float, rng: np.random.Generator) -> NDArray[np.float32]:
+    """(N, 1, 12, 12) pictures of a bar through about the middle, at an angle of ``label * pi / 61``, with Gaussian noise."""
+    grid = np.arange(SIDE) - (SIDE - 1) / 2
+    angle = (labels * np.pi / LABELS)[:, None, None]
+    offset = rng.uniform(-1.5, 1.5, (len(labels), 1, 1))
+    distance = grid[None, None, :] * np.sin(angle) - grid[None, :, None] * np.cos(angle) - offset
+    pictures = np.exp(-0.5 * distance**2) + rng.normal(0, noise, distance.shape)
+    return pictures[:, None].astype(np.float32)
+
+
+class _Bars(Dataset[dict[str, Tensor]]):
+    """Pictures in memory; a loader fetches a whole batch. Views are the picture with further noise, drawn for a whole epoch at once."""
+
+    def __init__(self, pictures: Tensor, labels: Labels, views: int, view_noise: float, seed: int) -> None:
+        self.pictures, self.labels, self.views, self.view_noise, self.seed = pictures, labels, views, view_noise, seed
+        self._drawn: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _noise(self, epoch: int) -> Tensor:
+        if self._drawn is None or self._drawn[0] != epoch:
+            rng = np.random.default_rng([self.seed, 3, epoch])
+            noise = rng.standard_normal((self.views, *self.pictures.shape), dtype=np.float32)
+            self._drawn = epoch, torch.from_numpy(self.view_noise * noise)
+        return self._drawn[1]
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        index = torch.tensor([index for _, index in draws])
+        pictures = self.pictures[index]
+        batch = {"image": pictures} | self.labels.rows(index)
+        if self.views:
+            epochs = torch.tensor([epoch for epoch, _ in draws])
+            noise = torch.empty(self.views, *pictures.shape)
+            for epoch in epochs.unique().tolist():  # one, but where a batch is put together by hand
+                noise[:, epochs == epoch] = self._noise(epoch)[:, index[epochs == epoch]]
+            batch |= {f"view_{view + 1}": pictures + noise[view] for view in range(self.views)}
+        return batch
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Tensor]:
+        return {name: values[0] for name, values in self.__getitems__([draw]).items()}
+
+
+class BarsDataModule(RegressionDataModule):
+    """Pictures of 12 x 12 pixels with a noisy bar; the label, 0 to 60, is its angle in steps of pi / 61. There is nothing to download.
+
+    Small labels are frequent in training (exponential, mean 9) and equally frequent in validation; labels of fewer than 20 training
+    pictures are few-shot. Validation and test are the same pictures: choose nothing by the one to report it by the other.
+    Batches: ``image`` (B, 1, 12, 12) float32, ``target`` (B,) float32, ``count`` (B,) int64; in training with ``reweight`` also ``weight``
+    (B,) float32, and with ``views`` also ``view_1``, ``view_2``, ... (B, 1, 12, 12), the picture with further noise.
+
+    Args:
+        num_train: Training pictures.
+        num_val: Validation pictures.
+        mean_label: Of the exponential distribution of training labels, in steps.
+        noise: Standard deviation of the noise; the bar's brightness is 1.
+        views: Further views of a training picture; ConR needs 2.
+        view_noise: Standard deviation of their noise.
+        reweight: Weight of a training sample by its label: ``none``, ``inverse`` or ``sqrt_inv`` frequency.
+        lds: Smooth the frequencies over neighbouring labels.
+        lds_kernel: ``gaussian``, ``triang`` or ``laplace``.
+        lds_kernel_size: In labels, odd.
+        lds_sigma: In labels.
+        batch_size: Pictures per process and step.
+        num_workers: Processes that read data; the pictures lie in memory, so 0 is fastest.
+        seed: Of training pictures, order and views. The validation pictures are the same for every seed.
+
+    Raises:
+        ValueError: A value lies outside its range.
+    """
+
+    def __init__(
+        self,
+        num_train: int = 1500,
+        num_val: int = 1500,
+        mean_label: float = 9.0,
+        noise: float = 0.5,
+        views: int = 0,
+        view_noise: float = 0.2,
+        reweight: Reweight = "none",
+        lds: bool = False,
+        lds_kernel: Kernel = "gaussian",
+        lds_kernel_size: int = 5,
+        lds_sigma: float = 2.0,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            reweight=reweight,
+            lds=lds,
+            lds_kernel=lds_kernel,
+            lds_kernel_size=lds_kernel_size,
+            lds_sigma=lds_sigma,
+            bin_width=1.0,
+            num_bins=LABELS,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        if min(num_train, num_val) < 1 or mean_label <= 0 or min(noise, view_noise, views) < 0:
+            raise ValueError(
+                f"num_train={num_train} and num_val={num_val} must be 1 or more, mean_label={mean_label} above 0, "
+                f"noise={noise}, view_noise={view_noise} and views={views} not negative"
+            )
+        self.save_hyperparameters()
+
+    def setup(self, stage: str) -> None:
+        """Draw all pictures."""
+        if self.train_set is not None:
+            return
+        hp, rng, fixed = self.hparams, np.random.default_rng([self.seed, 1]), np.random.default_rng([0, 2])
+        share = np.exp(-np.arange(LABELS) / hp["mean_label"])
+        train = rng.choice(LABELS, hp["num_train"], p=share / share.sum())
+        held_out = fixed.permutation(np.arange(hp["num_val"]) % LABELS)
+        labels, held_labels = self.known(train, [held_out])
+        pictures = (torch.from_numpy(draw_bars(part, hp["noise"], draws)) for part, draws in ((train, rng), (held_out, fixed)))
+        self.train_set = _Bars(next(pictures), labels, hp["views"], hp["view_noise"], self.seed)
+        self.val_set = self.test_set = _Bars(next(pictures), held_labels, 0, 0.0, self.seed)
+
+    def _loader(self, dataset: Dataset | None, *, training: bool = False, collate_fn: Any = as_it_is) -> ResumableLoader:
+        return super()._loader(dataset, training=training, collate_fn=collate_fn)
+
+
+__all__ = ["LABELS", "BarsDataModule", "draw_bars"]

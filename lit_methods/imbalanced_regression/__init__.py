@@ -1,0 +1,1 @@
+"""Regression with skewed labels: module, losses, metrics, weights."""

@@ -1,0 +1,1 @@
+"""Metric learning: embeddings for retrieval, their base losses and their evaluation."""
