@@ -233,7 +233,14 @@ def test_bf16_trains():
 def test_a_loss_of_pytorch_metric_learning_is_a_base_loss():
     losses = pytest.importorskip("pytorch_metric_learning.losses", reason="needs the extra metric-learning")
     module = MetricLearning(MLP([64, 16, 8]), losses.ProxyAnchorLoss(6, 8))
-    tiny_trainer(max_steps=2, limit_val_batches=0, callbacks=[TCM("network")]).fit(module, OpenWorldDataModule(**TINY))
+    before = cloned_state(module)
+    trainer = tiny_trainer(max_steps=2, limit_val_batches=0, callbacks=[TCM("network")])
+    trainer.fit(module, OpenWorldDataModule(**TINY))
+    after = cloned_state(module)
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert "loss.proxies" in trained
+    assert not any(torch.equal(before[name], after[name]) for name in trained)
+    assert trainer.callback_metrics["retrieval/loss"] > 0
 
 
 def test_evaluation_without_pairs_says_so():
