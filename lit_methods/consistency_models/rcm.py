@@ -67,7 +67,8 @@ TECHNIQUE = Technique(
     configs=("rcm.yaml",),
     golden=("attention_jvp", "scaling", "scm_loss", "dcm_loss", "dmd_loss", "critic_loss", "phase_schedule", "sampler"),
     claim=(
-        "On a ring of 8 Gaussians, score distillation beside the continuous-time consistency loss puts more one-step samples near a mode."
+        "On a ring of 8 Gaussians, at equal iterations of the student, score distillation beside the continuous-time consistency loss puts "
+        "more one-step samples near a mode."
     ),
     summary="Distils a diffusion model into one of 1 to 4 steps, by continuous-time consistency and score distillation; sCM is a setting.",
 )
