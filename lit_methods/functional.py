@@ -1,6 +1,12 @@
 """The pure cores of all techniques in one place, for a bare PyTorch loop: tensors in, tensors out. Nothing is implemented here."""
 
 from lit_methods.callbacks.ema import cosine_decay, ema_update, half_life_decay, warmup_decay
+from lit_methods.callbacks.imbalanced_regression.conr import conr_dense_loss, conr_loss
+from lit_methods.callbacks.imbalanced_regression.fds import begin_epoch as fds_begin_epoch
+from lit_methods.callbacks.imbalanced_regression.fds import calibrate as fds_calibrate
+from lit_methods.callbacks.imbalanced_regression.fds import moments as fds_moments
+from lit_methods.callbacks.imbalanced_regression.fds import update as fds_update
+from lit_methods.callbacks.metric_learning.tcm import tcm_loss
 from lit_methods.callbacks.sparsity.adams import adam_update_, ast_momentum, decay_share, decayed_momentum
 from lit_methods.callbacks.sparsity.cast import finalized_weight, scaled_weight
 from lit_methods.callbacks.sparsity.channels import load_pruned, prune_channels
@@ -22,11 +28,19 @@ from lit_methods.callbacks.sparsity.sparse_ift import (
     spectral_gap,
     wide_width,
 )
-from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_levels, square_root_levels
+from lit_methods.consistency_models.attention_jvp import attention_with_tangent, blockwise_attention
+from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_levels, ect_lower, ect_stage, square_root_levels
+from lit_methods.consistency_models.epg import consistency_tuning_loss, denoising_loss, interval_guidance
+from lit_methods.consistency_models.epg_pretrain import cosine_info_nce, pretrain_levels, pretrain_loss
 from lit_methods.consistency_models.levels import boundary_scalings, inverse_gap, karras_levels, lognormal_probabilities
-from lit_methods.consistency_models.metrics import cauchy, geman_mcclure, pseudo_huber
+from lit_methods.consistency_models.metrics import cauchy, detached_pseudo_huber, geman_mcclure, pseudo_huber
 from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss
-from lit_methods.consistency_models.sampling import multistep_sample
+from lit_methods.consistency_models.rcm_losses import critic_loss, dcm_loss, dmd_loss, phase_at, scm_loss, simulate, velocity_tangent
+from lit_methods.consistency_models.sampling import denoise_sample, multistep_sample
+from lit_methods.consistency_models.slct import adaptive_c, couple, early_diffusion_loss, is_early, slct_loss
+from lit_methods.imbalanced_regression.losses import regression_loss
+from lit_methods.imbalanced_regression.metrics import shot_metrics
+from lit_methods.imbalanced_regression.weights import label_weights
 from lit_methods.lidar.superflow.core import (
     dense_cloud,
     dense_to_sparse_loss,
@@ -48,33 +62,63 @@ from lit_methods.lidar.superflow.core import (
     to_batch_rows,
     voxelize,
 )
+from lit_methods.metric_learning.losses import proxy_softmax
+from lit_methods.metric_learning.opis import calibration_range, opis, retrieval_scores
+from lit_methods.semi.alignment import align, moving_marginal
+from lit_methods.semi.graph import edge_edge_loss, node_edge_loss, node_node_loss, propagate
+from lit_methods.semi.shrink import certain_loss, shrink, shrunk_loss, uncertain_loss
 
 __all__ = [
     "adam_update_",
+    "adaptive_c",
+    "align",
     "ast_momentum",
+    "attention_with_tangent",
+    "blockwise_attention",
     "boundary_scalings",
+    "calibration_range",
     "cauchy",
+    "certain_loss",
+    "conr_dense_loss",
+    "conr_loss",
     "consistency_function",
     "consistency_pair_loss",
+    "consistency_tuning_loss",
     "cosine_decay",
     "cosine_drop",
+    "cosine_info_nce",
+    "couple",
+    "critic_loss",
     "ct_teacher_decay",
     "cubic_sparsity",
+    "dcm_loss",
     "decay_pruned",
     "decay_share",
     "decayed_momentum",
+    "denoise_sample",
+    "denoising_loss",
     "dense_cloud",
     "dense_to_sparse_loss",
+    "detached_pseudo_huber",
     "distillation_loss",
+    "dmd_loss",
     "doped_rank",
     "doubling_levels",
     "drop_below_threshold",
     "drop_smallest",
+    "early_diffusion_loss",
+    "ect_lower",
+    "ect_stage",
+    "edge_edge_loss",
     "effective_rank",
     "ema_update",
     "exact_counts",
     "exponential_drop",
     "factorized_width",
+    "fds_begin_epoch",
+    "fds_calibrate",
+    "fds_moments",
+    "fds_update",
     "finalized_weight",
     "flip_cameras",
     "flow_factor",
@@ -86,7 +130,9 @@ __all__ = [
     "grow",
     "half_life_decay",
     "info_nce",
+    "interval_guidance",
     "inverse_gap",
+    "is_early",
     "is_nm",
     "iso_flop_transform",
     "itop_rate",
@@ -95,6 +141,7 @@ __all__ = [
     "kept_masks",
     "kept_shares",
     "kl_to_teacher",
+    "label_weights",
     "layer_density",
     "load_pruned",
     "lognormal_probabilities",
@@ -102,28 +149,48 @@ __all__ = [
     "lovasz_softmax",
     "mask_change",
     "masked_weight",
+    "moving_marginal",
     "multistep_sample",
     "nm_mask",
+    "node_edge_loss",
+    "node_node_loss",
+    "opis",
     "parallel_branches",
+    "phase_at",
     "pool_pixels",
     "pool_points",
+    "pretrain_levels",
+    "pretrain_loss",
     "project_points",
+    "propagate",
+    "proxy_softmax",
     "prune_channels",
     "pseudo_huber",
     "random_mask",
+    "regression_loss",
     "resize_pairs",
     "resize_superpixels",
+    "retrieval_scores",
     "scaled_weight",
+    "scm_loss",
     "segmentation_losses",
+    "shot_metrics",
+    "shrink",
+    "shrunk_loss",
+    "simulate",
+    "slct_loss",
     "snip_scores",
     "spectral_gap",
     "square_root_levels",
     "superflow_losses",
     "superpixel_groups",
+    "tcm_loss",
     "temporal_vote",
     "to_batch_rows",
     "training_flops",
+    "uncertain_loss",
     "update_mask",
+    "velocity_tangent",
     "voxelize",
     "warmup_decay",
     "wide_width",

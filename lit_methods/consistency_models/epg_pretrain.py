@@ -18,12 +18,29 @@ from torch import Tensor, nn
 
 from lit_methods.callbacks.ema import ema_update
 from lit_methods.callbacks.sparsity.masks import own_seed
+from lit_methods.catalog import Technique
 from lit_methods.consistency_models.curricula import doubling_levels
 from lit_methods.consistency_models.epg_networks import Encoded, projection_head
 from lit_methods.consistency_models.epg_views import Views
 from lit_methods.consistency_models.levels import karras_levels, like
 from lit_methods.distributed import gather_rows, rank
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
+
+TECHNIQUE = Technique(
+    slug="epg",
+    title="Advancing End-to-End Pixel Space Generative Modeling via Self-supervised Pre-training",
+    arxiv="2510.12586",
+    family="consistency_models",
+    form="module",
+    classes=("lit_methods.EPGPretrain", "lit_methods.EPGFinetune"),
+    configs=("epg.yaml", "epg_denoise.yaml", "epg_consistency.yaml"),
+    golden=("info_nce", "pretrain_loss", "pretrain_curriculum", "ect_pair", "consistency_loss"),
+    claim=(
+        "On digits, a network whose encoder was pre-trained with representation consistency denoises held-out images better after 50 steps of "
+        "fine-tuning than one trained from scratch."
+    ),
+    summary="Draws images from pixels, without an autoencoder: an encoder of noisy images is pre-trained, then tuned with a decoder.",
+)
 
 Map = Callable[..., Tensor]
 Gather = Callable[[Tensor], Tensor]

@@ -12,11 +12,27 @@ from torch import Tensor, nn
 
 from lit_methods.callbacks.ema import cosine_decay, ema_update
 from lit_methods.callbacks.sparsity.masks import own_seed
+from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows, rank, world_size
 from lit_methods.panels import Curve, Panel
 from lit_methods.semi.alignment import align, moving_marginal
 from lit_methods.semi.fixmatch import Schedule, SemiBatch, SemiSupervised
 from lit_methods.semi.graph import edge_edge_loss, edges, finite_or_zero, node_edge_loss, node_node_loss, propagate
+
+TECHNIQUE = Technique(
+    slug="simmatchv2",
+    title="SimMatchV2: Semi-Supervised Learning with Graph Consistency",
+    arxiv="2308.06692",
+    family="semi",
+    form="module",
+    classes=("lit_methods.SimMatchV2", "lit_methods.PropagationProbe", "lit_methods.datamodules.SemiSupervisedDataModule"),
+    configs=("simmatchv2.yaml",),
+    golden=("losses", "lr_schedule", "ema_update"),
+    claim=(
+        "Propagation over a graph of labelled neighbours makes pseudo labels likelier to be right, for a linear classifier on small digits."
+    ),
+    summary="Few labels: two views of an image agree in their classes, and in their similarities to other images.",
+)
 
 
 class GraphLosses(NamedTuple):
