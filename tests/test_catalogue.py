@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from helpers import Killed, assert_state_dicts_equal
+from helpers import Killed, assert_state_dicts_equal, run_two_processes
 from lit_methods.catalog import configs_folder, package_folder, public_names, techniques
 from lit_methods.checkpoint import read_state_dict
 from lit_methods.cli.main import main
@@ -79,15 +79,33 @@ def test_technique_evaluates_predicts_and_exports(slug, tmp_path):
     assert_state_dicts_equal(exported, read_state_dict(checkpoint))
 
 
+def two_process_words(slug: str, root: Path) -> list[str]:
+    words = ["fit", "--config", f"configs/{techniques()[slug].configs[0]}", *SHORT, "--run_root", root, "--trainer.accelerator", "cpu"]
+    words += ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.init_args.num_workers", 0]
+    return [str(word) for word in words]
+
+
+def fit_in_this_process(words: list[str]) -> int:
+    before = Path.cwd()
+    os.chdir(Path(__file__).parents[1])
+    try:
+        return main(words)
+    finally:
+        os.chdir(before)
+
+
 @pytest.mark.parametrize("slug", SLUGS)
 def test_technique_runs_in_two_processes(slug, tmp_path):
-    config = techniques()[slug].configs[0]
-    words = ["fit", "--config", f"configs/{config}", *SHORT, "--run_root", tmp_path, "--trainer.accelerator", "cpu"]
-    words += ["--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.init_args.num_workers", 0]
-    command = [sys.executable, "-m", "lit_methods", *map(str, words)]
+    assert run_two_processes(fit_in_this_process, two_process_words(slug, tmp_path)) == [0, 0]
+    assert all(value.isfinite().all() for value in read_state_dict(only_run(tmp_path) / "checkpoints" / "last.ckpt").values())
+
+
+def test_the_command_starts_the_second_process(tmp_path):
+    command = [sys.executable, "-m", "lit_methods", *two_process_words("random_pruning", tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert all(value.isfinite().all() for value in read_state_dict(only_run(tmp_path) / "checkpoints" / "last.ckpt").values())
+    assert "MEMBER: 2/2" in done.stdout + done.stderr
+    assert (only_run(tmp_path) / "checkpoints" / "last.ckpt").is_file()
 
 
 @pytest.mark.parametrize("slug", SLUGS)
