@@ -18,7 +18,8 @@ from lit_methods.catalog import configs_folder, package_folder, public_names, te
 from lit_methods.checkpoint import read_state_dict
 from lit_methods.cli.main import main
 
-SHORT = "--trainer.log_every_n_steps 1 --trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.limit_val_batches 1".split()
+LIMITS = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "log_every_n_steps": 1}
+SHORT = [word for name, value in LIMITS.items() for word in (f"--trainer.{name}", value)]
 # computes superpixels for the whole world first
 SLOW = {"superflow_slidr.yaml"}
 CONFIGS = [
