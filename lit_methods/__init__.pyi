@@ -19,6 +19,7 @@ from .consistency_models.rcm import RCM as RCM
 from .consistency_models.rcm import RingTeacher as RingTeacher
 from .consistency_models.slct import SLCT as SLCT
 from .consistency_models.slct import NonScalingLayerNorm as NonScalingLayerNorm
+from .consistency_models.trigflow import VelocityDenoiser as VelocityDenoiser
 from .consistency_models.wan import WanTransformer as WanTransformer
 from .imbalanced_regression.metrics import ShotMetrics as ShotMetrics
 from .imbalanced_regression.module import ImbalancedRegression as ImbalancedRegression

@@ -33,8 +33,8 @@ from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_
 from lit_methods.consistency_models.epg import consistency_tuning_loss, denoising_loss, interval_guidance
 from lit_methods.consistency_models.epg_pretrain import cosine_info_nce, pretrain_levels, pretrain_loss
 from lit_methods.consistency_models.levels import boundary_scalings, inverse_gap, karras_levels, lognormal_probabilities
-from lit_methods.consistency_models.metrics import cauchy, detached_pseudo_huber, geman_mcclure, pseudo_huber
-from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss
+from lit_methods.consistency_models.metrics import cauchy, detached_pseudo_huber, geman_mcclure, perceptual, pseudo_huber
+from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss, heun_step
 from lit_methods.consistency_models.rcm_losses import critic_loss, dcm_loss, dmd_loss, phase_at, scm_loss, simulate, velocity_tangent
 from lit_methods.consistency_models.sampling import denoise_sample, multistep_sample
 from lit_methods.consistency_models.slct import adaptive_c, couple, early_diffusion_loss, is_early, slct_loss
@@ -129,6 +129,7 @@ __all__ = [
     "group_mean",
     "grow",
     "half_life_decay",
+    "heun_step",
     "info_nce",
     "interval_guidance",
     "inverse_gap",
@@ -157,6 +158,7 @@ __all__ = [
     "opis",
     "parallel_branches",
     "phase_at",
+    "perceptual",
     "pool_pixels",
     "pool_points",
     "pretrain_levels",

@@ -36,8 +36,8 @@ TECHNIQUE = Technique(
     configs=("epg.yaml", "epg_denoise.yaml", "epg_consistency.yaml"),
     golden=("info_nce", "pretrain_loss", "pretrain_curriculum", "ect_pair", "consistency_loss"),
     claim=(
-        "On digits, a network whose encoder was pre-trained with representation consistency denoises held-out images better after 50 steps of "
-        "fine-tuning than one trained from scratch."
+        "On digits, a network whose encoder was pre-trained with representation consistency denoises held-out images better after 50 steps "
+        "of fine-tuning than one trained from scratch."
     ),
     summary="Draws images from pixels, without an autoencoder: an encoder of noisy images is pre-trained, then tuned with a decoder.",
 )

@@ -2,14 +2,14 @@
 
 Golden vectors come from openai/consistency_models@e32b69e (curriculum, loss and sampler of CT) and from the equations of the paper (iCT has
 no released code). The maths stand in :mod:`~lit_methods.consistency_models.levels`, :mod:`~lit_methods.consistency_models.curricula`,
-:mod:`~lit_methods.consistency_models.metrics` and :mod:`~lit_methods.consistency_models.pairs`. Left out: distillation from a diffusion
-model (CD), and LPIPS.
+:mod:`~lit_methods.consistency_models.metrics` and :mod:`~lit_methods.consistency_models.pairs`. Left out: the trained weights of LPIPS.
 """
 
 import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -25,10 +25,11 @@ from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_
 from lit_methods.consistency_models.evaluation import sliced_wasserstein
 from lit_methods.consistency_models.latents import LatentSpace
 from lit_methods.consistency_models.levels import inverse_gap, karras_levels, lognormal_probabilities, uniform_probabilities
-from lit_methods.consistency_models.metrics import absolute, pseudo_huber, square
-from lit_methods.consistency_models.pairs import PairLoss, consistency_function, consistency_pair_loss
+from lit_methods.consistency_models.metrics import absolute, perceptual, pseudo_huber, square
+from lit_methods.consistency_models.pairs import PairLoss, consistency_function, consistency_pair_loss, heun_step
 from lit_methods.consistency_models.sampling import multistep_sample
 from lit_methods.distributed import gather_rows
+from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 
 TECHNIQUE = Technique(
@@ -38,7 +39,7 @@ TECHNIQUE = Technique(
     family="consistency_models",
     form="module",
     classes=("lit_methods.ConsistencyTraining", "lit_methods.callbacks.WeightEMA", "lit_methods.callbacks.EMARemoval"),
-    configs=("ict.yaml", "ct.yaml", "ict_digits.yaml"),
+    configs=("ict.yaml", "ct.yaml", "cd.yaml", "ict_digits.yaml"),
     golden=("ct_curriculum", "ict_curriculum", "noise_levels", "ct_loss", "ict_loss", "sampler"),
     claim="On a ring of 8 Gaussians, one-step samples of iCT lie nearer to the data than those of CT, after the same number of steps.",
     summary="Trains a network that makes a sample in one call, without a diffusion model and without an averaged teacher; CT as baseline.",
@@ -46,7 +47,7 @@ TECHNIQUE = Technique(
 
 Curriculum = Literal["doubling", "square_root"]
 LevelDraws = Literal["lognormal", "uniform"]
-Metric = Literal["pseudo_huber", "l2", "l1"]
+Metric = Literal["pseudo_huber", "l2", "l1", "perceptual"]
 Weight = Literal["inverse_gap", "one"]
 Teacher = Literal["stopgrad", "ema"]
 
@@ -107,7 +108,7 @@ class ConsistencyTraining(LightningModule):
         levels: How pairs are drawn: discretised ``lognormal`` (iCT) or ``uniform`` (CT).
         p_mean: Of ln sigma, for ``lognormal``.
         p_std: Of ln sigma, for ``lognormal``.
-        metric: ``pseudo_huber`` (iCT; sum of squares), ``l2`` or ``l1`` (CT; means).
+        metric: ``pseudo_huber`` (iCT; sum of squares), ``l2`` or ``l1`` (CT; means), or ``perceptual``, in the form of LPIPS.
         c: Of Pseudo-Huber; None: 0.00054 sqrt(D).
         weight: ``inverse_gap``: 1 / (sigma_{i+1} - sigma_i) (iCT), or ``one`` (CT).
         teacher: ``stopgrad``: the network itself (iCT). ``ema``: an average of it (CT).
@@ -125,6 +126,9 @@ class ConsistencyTraining(LightningModule):
         total_steps: K of the curriculum; None: ``trainer.estimated_stepping_batches`` when training first starts. Saved: a resumed run
             keeps its curriculum, also if it is to train longer.
         autoencoder: Whose latents the data are; None: the data are what is wanted.
+        features: Of ``perceptual``: images -> features, or a list of them, one a layer; (B, D, ...) each. Not trained, not saved.
+        denoiser: D of noisy samples (B, ...), levels (B,) and labels, if there are classes: a trained diffusion model whose path pairs are
+            taken from (distillation, CD). None: pairs share their noise (CT, iCT). Not trained, not saved.
         grid: Images in a row of the dashboard's picture; 0: no picture.
         seed: Of levels and noise, in training as in sampling. Dropout draws from the global generators.
 
@@ -166,6 +170,8 @@ class ConsistencyTraining(LightningModule):
         eps: float = 1e-8,
         total_steps: int | None = None,
         autoencoder: nn.Module | None = None,
+        features: nn.Module | None = None,
+        denoiser: nn.Module | None = None,
         grid: int = 16,
         seed: int = 0,
     ) -> None:
@@ -180,10 +186,14 @@ class ConsistencyTraining(LightningModule):
             raise ValueError(f"c is {c}: give a number above 0, or null for 0.00054 sqrt(D)")
         if list(sample_times) != sorted(sample_times, reverse=True) or any(not sigma_min < time < sigma_max for time in sample_times):
             raise ValueError(f"sample_times are {list(sample_times)}: give descending levels between {sigma_min} and {sigma_max}")
-        self.save_hyperparameters(ignore=["network", "autoencoder"])
+        if (metric == "perceptual") != (features is not None):
+            raise ValueError("metric: perceptual and features, the network that it compares by, go together: give both or neither")
+        self.save_hyperparameters(ignore=["network", "autoencoder", "features", "denoiser"])
         self.network = network
         self.teacher_network = copy.deepcopy(network).requires_grad_(False) if teacher == "ema" else None
         self.latents = None if autoencoder is None else LatentSpace(autoencoder, sigma_data)
+        self.features = None if features is None else Frozen(features)
+        self.denoiser = None if denoiser is None else Frozen(denoiser)
         self.curriculum: Curriculum = curriculum
         self.levels: LevelDraws = levels
         self.metric: Metric = metric
@@ -227,6 +237,8 @@ class ConsistencyTraining(LightningModule):
         """The metric: (B, ...) twice -> (B,)."""
         if self.metric == "pseudo_huber":
             return pseudo_huber(a, b, 0.00054 * math.sqrt(a[0].numel()) if self.c is None else self.c)
+        if self.features is not None:
+            return perceptual(a, b, self.features.module)
         return square(a, b) if self.metric == "l2" else absolute(a, b)
 
     # ---- training ------------------------------------------------------------------------------------------------------------------------
@@ -266,9 +278,10 @@ class ConsistencyTraining(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The consistency loss of Eq. 5 of iCT."""
         x = batch["image"].float()
-        drawn = self.draw(x, batch_idx)
+        drawn, condition = self.draw(x, batch_idx), self._condition(batch)
+        path = None if self.denoiser is None else partial(_follow, self.denoiser, condition)
         found = consistency_pair_loss(
-            self, self.teach, x, drawn.noise, drawn.lower, drawn.upper, self.distance, drawn.weight, *self._condition(batch)
+            self, self.teach, x, drawn.noise, drawn.lower, drawn.upper, self.distance, drawn.weight, *condition, path=path
         )
         loss = self.loss(found, x, drawn)
         self.log("consistency/loss", loss.detach())
@@ -445,6 +458,10 @@ def density_picture(points: Tensor, limit: float, size: int = 192) -> Tensor:
     bright = (counts / counts.max().clamp(min=1)).sqrt()[:, :, None]
     low, high = torch.tensor([13.0, 20.0, 33.0]), torch.tensor([240.0, 220.0, 130.0])
     return (low + bright * (high - low)).round().byte()
+
+
+def _follow(denoiser: nn.Module, condition: tuple[Tensor, ...], x: Tensor, upper: Tensor, lower: Tensor) -> Tensor:
+    return heun_step(denoiser, x, upper, lower, *condition)
 
 
 def _state(module: nn.Module) -> list[Tensor]:

@@ -4,9 +4,11 @@ Papers differ in whether squares are summed or averaged over the D components; `
 small c half types lose the result.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Reduction = Literal["sum", "mean"]
@@ -59,3 +61,28 @@ def detached_pseudo_huber(a: Tensor, b: Tensor, c: float | Tensor) -> Tensor:
     """
     squares = square(a, b, "sum")
     return squares / (squares.detach() + c**2).sqrt()
+
+
+def perceptual(
+    a: Tensor, b: Tensor, features: Callable[[Tensor], Tensor | Sequence[Tensor]], weights: Sequence[Tensor] | None = None
+) -> Tensor:
+    """Distance of images by the features of a network, in the form of LPIPS (arXiv:1801.03924, Eq. 1): (B, ...) -> (B,).
+
+    Sum over layers of the mean over places of the weighted squares of u_a - u_b, u the features of a place as a vector of length 1.
+
+    Args:
+        a: (B, C, H, W).
+        b: The same shape.
+        features: Images -> one tensor, or one a layer, (B, D, ...) each.
+        weights: (D,) of each layer, >= 0, such as LPIPS's trained ones; None: all 1.
+
+    Returns:
+        (B,) in the dtype of ``a``.
+    """
+    first, second = ([found] if isinstance(found, Tensor) else list(found) for found in (features(a), features(b)))
+    total = torch.zeros(len(a), dtype=a.dtype, device=a.device)
+    for layer, (one, other) in enumerate(zip(first, second, strict=True)):
+        apart = F.normalize(one.to(a.dtype), dim=1) - F.normalize(other.to(a.dtype), dim=1)
+        squares = apart.square().reshape(len(a), apart.shape[1], -1).mean(2)  # (B, D)
+        total = total + (squares if weights is None else squares * weights[layer]).sum(1)
+    return total

@@ -52,8 +52,11 @@ def consistency_pair_loss(
     metric: Metric,
     weight: Tensor,
     *condition: Tensor,
+    path: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> PairLoss:
     """Losses lambda d(f(x + sigma_{i+1} z, sigma_{i+1}), sg f-(x + sigma_i z, sigma_i)) (arXiv:2303.01469, Eq. 10).
+
+    With a ``path`` the second point is where a diffusion model leads the first one: distillation (CD; Eq. 7).
 
     Student and teacher draw the same random numbers, so that dropout drops the same units. The teacher is whatever it is given to be:
     the student itself in iCT, an average of it in CT. It gets no gradient.
@@ -68,12 +71,36 @@ def consistency_pair_loss(
         metric: (B, ...) and (B, ...) -> (B,).
         weight: (B,) lambda.
         condition: Further arguments of both.
+        path: The noisy sample at ``upper`` (B, ...), ``upper`` and ``lower`` -> the sample at ``lower``, such as :func:`heun_step`; None:
+            x + sigma_i z.
     """
+    noisy = x + like(upper, x) * noise
+    with torch.no_grad():
+        nearer = x + like(lower, x) * noise if path is None else path(noisy, upper, lower)
     same = SameRandomness(x.device)
-    answer = student(x + like(upper, x) * noise, upper, *condition)
+    answer = student(noisy, upper, *condition)
     with torch.no_grad(), same.again():
-        target = teacher(x + like(lower, x) * noise, lower, *condition)
+        target = teacher(nearer, lower, *condition)
     with torch.autocast(x.device.type, enabled=False):
         wide = torch.promote_types(answer.dtype, torch.float32)
         losses = weight * metric(answer.to(wide), target.to(wide))
     return PairLoss(losses, answer, target)
+
+
+def heun_step(denoise: Callable[..., Tensor], x: Tensor, upper: Tensor, lower: Tensor, *condition: Tensor) -> Tensor:
+    """One step of Heun's method along dx / dsigma = (x - D(x, sigma)) / sigma, each sample between its own levels.
+
+    Args:
+        denoise: D of (B, ...) and (B,) levels: the mean of the clean sample.
+        x: (B, ...) at ``upper``.
+        upper: (B,) > 0.
+        lower: (B,) > 0.
+        condition: Further arguments of D.
+
+    Returns:
+        (B, ...) at ``lower``.
+    """
+    step = like(lower - upper, x)
+    first = (x - denoise(x, upper, *condition)) / like(upper, x)
+    moved = x + step * first
+    return x + step * (first + (moved - denoise(moved, lower, *condition)) / like(lower, x)) / 2

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_methods.consistency_models.levels import like
 
@@ -141,3 +141,22 @@ def guided(conditional: Predict, unconditional: Predict, guidance: float) -> Pre
         return Prediction(*(without + guidance * (with_ - without) for without, with_ in pairs))
 
     return predict
+
+
+class VelocityDenoiser(nn.Module):
+    """D(x, sigma) of variance-exploding noise, from a network that gives the velocity at TrigFlow times: x0 = cos t x_t - sin t F(x_t, t).
+
+    Args:
+        velocity: F of (B, ...) samples, (B,) times t = arctan(sigma) and labels, such as ``RingTeacher``.
+    """
+
+    def __init__(self, velocity: nn.Module) -> None:
+        super().__init__()
+        self.velocity = velocity
+
+    def forward(self, x: Tensor, sigma: Tensor, *condition: Tensor) -> Tensor:
+        """(B, ...) x0 + sigma z and (B,) -> the mean of x0."""
+        time = sigma.atan()
+        cos, sin = like(time.cos(), x), like(time.sin(), x)
+        answer: Tensor = cos * cos * x - sin * self.velocity(cos * x, time, *condition)
+        return answer

@@ -9,11 +9,13 @@ import torch
 from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_levels, square_root_levels
 from lit_methods.consistency_models.evaluation import sliced_wasserstein
 from lit_methods.consistency_models.levels import inverse_gap, karras_levels, lognormal_probabilities
-from lit_methods.consistency_models.metrics import pseudo_huber, square
+from lit_methods.consistency_models.metrics import perceptual, pseudo_huber, square
 from lit_methods.consistency_models.networks import NoiseMLP, SmallUNet
-from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss
+from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss, heun_step
 from lit_methods.consistency_models.randomness import SameRandomness
+from lit_methods.consistency_models.rcm import RingTeacher
 from lit_methods.consistency_models.sampling import multistep_sample
+from lit_methods.consistency_models.trigflow import VelocityDenoiser
 
 
 def test_the_doubling_curriculum_has_eight_stages_and_stays_at_its_end():
@@ -201,3 +203,46 @@ def test_attention_and_fourier_embedding_of_the_unet():
     assert frequencies.std().item() == pytest.approx(0.02 * 2 * math.pi, rel=0.15)
     with pytest.raises(ValueError, match="stages"):
         SmallUNet(attention=(2,))
+
+
+def test_heuns_step_follows_the_path_of_normal_data():
+    spread, upper, lower = 0.7, torch.tensor([1.0, 0.5], dtype=torch.float64), torch.tensor([0.99, 0.48], dtype=torch.float64)
+    x = torch.tensor([[2.0, -1.0], [0.3, 0.6]], dtype=torch.float64)
+    found = heun_step(lambda x, sigma: x * (spread**2 / (spread**2 + sigma**2))[:, None], x, upper, lower)
+    exact = x * ((spread**2 + lower**2) / (spread**2 + upper**2)).sqrt()[:, None]
+    torch.testing.assert_close(found, exact, rtol=5e-6, atol=0)  # Euler's step is off by 1e-5 and 2e-4
+
+
+def test_a_path_replaces_the_second_point_of_a_pair():
+    x, noise = torch.zeros(3, 2), torch.ones(3, 2)
+    upper, lower = torch.full((3,), 2.0), torch.full((3,), 1.0)
+    seen = []
+
+    def path(noisy, high, low):
+        assert torch.equal(high, upper)
+        assert torch.equal(low, lower)
+        assert not torch.is_grad_enabled()
+        return noisy + 10
+
+    consistency_pair_loss(lambda x, t: x, lambda x, t: seen.append(x) or x, x, noise, lower, upper, square, torch.ones(3), path=path)
+    assert torch.equal(seen[0], torch.full((3, 2), 12.0))
+
+
+def test_a_velocity_is_a_denoiser():
+    ring, sigma = RingTeacher(modes=5, radius=0.65, noise=0.05), torch.tensor([0.05, 0.4, 3.0], dtype=torch.float64)
+    x = torch.tensor([[0.6, 0.1], [0.2, 0.9], [-2.0, 1.0]], dtype=torch.float64)
+    centres = ring.get_buffer("centres")
+    variance = (0.05**2 + sigma**2)[:, None, None]
+    away = x[:, None] - centres
+    share = (-away.square().sum(-1, keepdim=True) / (2 * variance)).softmax(1)
+    mean = (share * (centres + 0.05**2 / variance * away)).sum(1)  # posterior mean of a mixture of Gaussians
+    torch.testing.assert_close(VelocityDenoiser(ring)(x, sigma), mean)
+
+
+def test_the_perceptual_distance_sees_directions_and_weighs_channels():
+    a, b = torch.tensor([[[[3.0]], [[0.0]]]]), torch.tensor([[[[0.0]], [[5.0]]]])  # one place, two channels
+    torch.testing.assert_close(perceptual(a, 7 * a, lambda x: x), torch.zeros(1))
+    torch.testing.assert_close(perceptual(a, b, lambda x: [x, x.flatten(1)]), torch.tensor([4.0]))  # 2 for each layer
+    torch.testing.assert_close(perceptual(a, b, lambda x: x, [torch.tensor([1.0, 0.5])]), torch.tensor([1.5]))
+    wide = torch.cat([a, a], dim=3), torch.cat([a, b], dim=3)
+    torch.testing.assert_close(perceptual(*wide, lambda x: x), torch.tensor([1.0]))  # the mean over two places

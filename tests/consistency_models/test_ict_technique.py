@@ -5,15 +5,17 @@ import pytest
 import torch
 
 from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, run_two_processes, tiny_trainer
-from lit_methods import ConsistencyTraining, NoiseMLP, SmallUNet
+from lit_methods import ConsistencyTraining, NoiseMLP, RingTeacher, SmallUNet, VelocityDenoiser
 from lit_methods.callbacks import EMARemoval, ExactResume, WeightEMA
 from lit_methods.callbacks.ema import ema_update
 from lit_methods.consistency_models.curricula import ct_teacher_decay
 from lit_methods.consistency_models.ict import density_picture
+from lit_methods.consistency_models.pairs import heun_step
 from lit_methods.datamodules import GenerativeDigitsDataModule, RingDataModule
 
 CT = {"curriculum": "square_root", "s0": 2, "s1": 20, "levels": "uniform", "metric": "l2", "weight": "one", "teacher": "ema"}
 ICT = {"s0": 2, "s1": 16}
+CD = CT | {"denoiser": VelocityDenoiser(RingTeacher(modes=8, radius=0.65, noise=0.05))}
 
 
 def module(arm=None, dropout=0.0, **kwargs):
@@ -59,8 +61,7 @@ class Watch(pl.Callback):
         del pl_module.draw
 
 
-@pytest.mark.parametrize("arm", [ICT, CT], ids=["ict", "ct"])
-@pytest.mark.parametrize("kill_at", [3, 7, 10])
+@pytest.mark.parametrize(("arm", "kill_at"), [(ICT, 3), (ICT, 10), (CT, 7), (CT, 10), (CD, 7)])
 def test_a_killed_run_ends_like_an_uninterrupted_one(arm, kill_at, tmp_path):
     def build():
         return module(arm, dropout=0.3), ring(), [ExactResume(), WeightEMA(0.9)]
@@ -258,3 +259,42 @@ def test_wrong_arguments_are_named(wrong, says):
 def test_more_steps_than_times_are_refused():
     with pytest.raises(ValueError, match="sample_times"):
         module().sample(torch.zeros(2, 2), steps=3)
+
+
+def test_distillation_takes_pairs_from_the_path_of_the_diffusion_model():
+    model = module(CD)
+    points = []
+    teach = model.teach
+    model.teach = lambda x, sigma: points.append((x, sigma)) or teach(x, sigma)
+    watch = Watch()
+    data = ring()
+    fit(model, data, callbacks=[watch], max_steps=1)
+    drawn, (nearer, lower) = watch.drawn[0], points[0]
+    data.setup("fit")
+    x = next(iter(data.train_dataloader()))["image"]
+    noisy = x + drawn.upper[:, None] * drawn.noise
+    torch.testing.assert_close(nearer, heun_step(CD["denoiser"], noisy, drawn.upper, drawn.lower))
+    assert torch.equal(lower, drawn.lower)
+    assert not any("denoiser" in name for name in model.state_dict())
+
+
+def test_images_are_compared_by_the_features_of_a_network_that_learns_nothing():
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 4, 3)])
+
+        def forward(self, x):
+            first = self.layers[0](x)
+            return [first, self.layers[1](first.relu())]
+
+    features = Features()
+    before = cloned_state(features)
+    model = ConsistencyTraining(SmallUNet(channels=4, multipliers=(1,)), s0=2, s1=4, metric="perceptual", features=features)
+    start = cloned_state(model.network)
+    fit(model, GenerativeDigitsDataModule(num_train=32, batch_size=8), max_steps=2)
+    assert_state_dicts_equal(features.state_dict(), before)
+    assert any(not torch.equal(start[name], value) for name, value in model.network.state_dict().items())
+    assert not any("features" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="go together"):
+        module(metric="perceptual")
