@@ -34,9 +34,11 @@ class LossTerm(OrderedCallback):
     Attributes:
         name: Prefix of the metrics; the class's name in snake_case unless a subclass sets it. A second term of the
             same name logs as ``<name>_2``.
+        replaces: The term is the whole loss, and what the module returned is thrown away; set it where ``term`` holds that loss, too.
     """
 
     name: str = ""
+    replaces: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -155,7 +157,7 @@ class LossTerm(OrderedCallback):
         term, logs = result if isinstance(result, tuple) else (result, {})
         module.log_dict({f"{self._prefix}/{metric}": value.detach() for metric, value in {"loss": term, **logs}.items()})
         features.clear()  # the graph lives in the loss now; an optimiser that repeats the step starts afresh
-        total = loss + self.factor(step) * term
+        total = self.factor(step) * term if self.replaces else loss + self.factor(step) * term
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
     def _undo(self) -> None:

@@ -1,5 +1,6 @@
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
+from .fewshot.images import FewShotDataModule as FewShotDataModule
 from .generative.images import GenerativeCIFARDataModule as GenerativeCIFARDataModule
 from .generative.images import GenerativeDigitsDataModule as GenerativeDigitsDataModule
 from .generative.images import GenerativeImageNetDataModule as GenerativeImageNetDataModule
@@ -11,6 +12,10 @@ from .metric_learning.open_world import OpenWorldDataModule as OpenWorldDataModu
 from .recommendation.ratings import RatingsDataModule as RatingsDataModule
 from .regression.ages import AgeDataModule as AgeDataModule
 from .regression.bars import BarsDataModule as BarsDataModule
+from .regression.nyud2 import NYUD2DataModule as NYUD2DataModule
+from .regression.sentences import SentencePairsDataModule as SentencePairsDataModule
+from .segmentation.noisy_masks import NoisyMasksDataModule as NoisyMasksDataModule
+from .segmentation.organs import OrganSlicesDataModule as OrganSlicesDataModule
 from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule
 from .text.text import TextDataModule as TextDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule

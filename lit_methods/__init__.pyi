@@ -23,6 +23,9 @@ from .consistency_models.trigflow import VelocityDenoiser as VelocityDenoiser
 from .consistency_models.wan import WanTransformer as WanTransformer
 from .imbalanced_regression.metrics import ShotMetrics as ShotMetrics
 from .imbalanced_regression.module import ImbalancedRegression as ImbalancedRegression
+from .imbalanced_regression.networks import DenseFeatures as DenseFeatures
+from .imbalanced_regression.networks import SentencePairEncoder as SentencePairEncoder
+from .label_store import LabelStore as LabelStore
 from .language.causal_lm import CausalLM as CausalLM
 from .lidar.minkunet import MinkUNet as MinkUNet
 from .lidar.segmentor import PointSegmentor as PointSegmentor
@@ -33,9 +36,17 @@ from .metric_learning.losses import ProxySoftmax as ProxySoftmax
 from .metric_learning.module import MetricLearning as MetricLearning
 from .metric_learning.opis import OPIS as OPIS
 from .metric_learning.opis import RetrievalScores as RetrievalScores
+from .prompting.coprompt import CoPrompt as CoPrompt
+from .prompting.tiny import TinyTowers as TinyTowers
+from .prompting.towers import CLIPTowers as CLIPTowers
 from .recommendation.lightgcn import LightGCN as LightGCN
 from .recommendation.multvae import MultVAE as MultVAE
 from .recommendation.neumf import NeuMF as NeuMF
+from .sample_table import SampleTable as SampleTable
+from .segmentation.module import ImageSegmentor as ImageSegmentor
+from .segmentation.networks import LargeFOV as LargeFOV
+from .segmentation.networks import SmallUNet2d as SmallUNet2d
+from .segmentation.networks import TimmUNet as TimmUNet
 from .semi.fixmatch import FixMatch as FixMatch
 from .semi.propagation_probe import PropagationProbe as PropagationProbe
 from .semi.shrinkmatch import ShrinkMatch as ShrinkMatch

@@ -15,7 +15,27 @@ from torch import Tensor
 from lit_methods.callbacks.embeddings import find_in_batch, rows_of, values_of_batch
 from lit_methods.callbacks.logits import Key
 from lit_methods.callbacks.loss_term import LossTerm
+from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Panel
+
+TECHNIQUE = Technique(
+    slug="conr",
+    title="ConR: Contrastive Regularizer for Deep Imbalanced Regression",
+    arxiv="2309.06651",
+    family="imbalanced_regression",
+    form="callback",
+    classes=(
+        "lit_methods.callbacks.ConR",
+        "lit_methods.callbacks.FDS",
+        "lit_methods.ImbalancedRegression",
+        "lit_methods.ShotMetrics",
+    ),
+    configs=("conr.yaml", "lds_fds.yaml"),
+    golden=("loss", "loss_dense", "lds_weights", "fds", "shot_metrics"),
+    claim="On noisy bars with skewed angles, ConR lowers the mean absolute error of few-shot labels, against the same L1 regression "
+    "without it.",
+    summary="Pulls features of near labels together and pushes those apart whose labels are far but whose predictions are near.",
+)
 
 Variant = Literal["scalar", "dense"]
 

@@ -13,7 +13,28 @@ from torch import Tensor
 from lit_methods.callbacks.embeddings import rows_of, values_of_batch
 from lit_methods.callbacks.logits import Key
 from lit_methods.callbacks.loss_term import LossTerm
+from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Panel
+
+TECHNIQUE = Technique(
+    slug="tcm",
+    title="Threshold-Consistent Margin Loss for Open-World Deep Metric Learning",
+    arxiv="2307.04047",
+    family="metric_learning",
+    form="callback",
+    classes=(
+        "lit_methods.callbacks.TCM",
+        "lit_methods.OPIS",
+        "lit_methods.MetricLearning",
+        "lit_methods.ProxySoftmax",
+        "lit_methods.RetrievalScores",
+    ),
+    configs=("tcm.yaml",),
+    golden=("loss", "calibration_range", "opis"),
+    claim="On synthetic classes that training has not seen, TCM lowers OPIS, the spread of the classes' utility at one distance threshold, "
+    "against the base loss alone.",
+    summary="Adds a loss of the hard pairs beyond two absolute cosine margins, so that all classes can be told apart by one threshold.",
+)
 
 
 class TCMLoss(NamedTuple):

@@ -33,12 +33,12 @@ class ImageList:
     labels: NDArray[np.int64]
 
 
-def _lines(file: Path, fields: int) -> list[list[str]]:
-    """Words of each line.
+def _lines(file: Path, fields: int, head: int = 0) -> list[list[str]]:
+    """Words of each line below the head.
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: A line has another number of words.
+        BrokenRecordError: A line has another number of words, or there is none.
     """
     try:
         rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -47,7 +47,9 @@ def _lines(file: Path, fields: int) -> list[list[str]]:
     for number, row in enumerate(rows, start=1):
         if len(row) != fields:
             raise BrokenRecordError(file, f"line {number}", f"expected {fields} words, got {len(row)}: {' '.join(row)!r}")
-    return rows
+    if len(rows) <= head:
+        raise BrokenRecordError(file, "lines", "there is no image: unpack the release again")
+    return rows[head:]
 
 
 def _number(word: str, file: Path, place: str) -> int:
@@ -94,7 +96,7 @@ def read_sop(root: Path) -> tuple[ImageList, ImageList]:
     """``Ebay_train.txt`` and ``Ebay_test.txt``: image_id, class_id, super_class_id, path."""
 
     def read(file: Path) -> ImageList:
-        rows = _lines(file, 4)[1:]
+        rows = _lines(file, 4, head=1)
         labels = [_number(row[1], file, f"line {number}") for number, row in enumerate(rows, start=2)]
         return ImageList([root / row[3] for row in rows], np.array(labels, np.int64))
 
@@ -235,6 +237,9 @@ class RetrievalImagesDataModule(RetrievalDataModule):
                     f"root={str(self.root)!r} has no {first}: unpack {source} there, or set root=null for the built-in images"
                 )
             train, test = _READERS[self.release](self.root)
+            for part, split in ((train, "training"), (test, "test")):
+                if not part.paths:
+                    raise BrokenRecordError(self.root / first, split, "there is no image of this part: unpack the release again")
             if both := set(train.labels.tolist()) & set(test.labels.tolist()):
                 raise BrokenRecordError(self.root / first, f"class {min(both)}", "it stands in training and test: they must be disjoint")
             seen, own = np.unique(train.labels, return_inverse=True)

@@ -42,15 +42,22 @@ class RegressionSamples(Dataset[dict[str, Any]]):
     Args:
         read: Index -> input as stored.
         labels: Of all samples.
-        transform: (input, (seed, epoch, index, view)) -> tensor. View 0 is ``image``.
+        transform: (input, (seed, epoch, index, view)) -> tensor. View 0 goes by ``name``.
         views: Number of further views, ``view_1``, ``view_2``, ...
         seed: Of the augmentation.
+        name: Key of the input.
     """
 
     def __init__(
-        self, read: Callable[[int], Any], labels: Labels, transform: Callable[[Any, tuple[int, ...]], Tensor], views: int = 0, seed: int = 0
+        self,
+        read: Callable[[int], Any],
+        labels: Labels,
+        transform: Callable[[Any, tuple[int, ...]], Tensor],
+        views: int = 0,
+        seed: int = 0,
+        name: str = "image",
     ) -> None:
-        self.read, self.labels, self.transform, self.views, self.seed = read, labels, transform, views, seed
+        self.read, self.labels, self.transform, self.views, self.seed, self.name = read, labels, transform, views, seed, name
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,7 +65,7 @@ class RegressionSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
         epoch, index = draw
         raw = self.read(index)
-        names = ["image", *(f"view_{view}" for view in range(1, self.views + 1))]
+        names = [self.name, *(f"view_{view}" for view in range(1, self.views + 1))]
         made = {name: self.transform(raw, (self.seed, epoch, index, view)) for view, name in enumerate(names)}
         return made | self.labels.rows(index)
 
@@ -114,7 +121,7 @@ class RegressionDataModule(pl.LightningDataModule):
 
     def bins(self, targets: NDArray[Any]) -> NDArray[np.int64]:
         """Bin of each label; labels that differ by rounding from a bin's edge belong to the upper bin."""
-        return np.minimum(np.floor(targets / self.bin_width + 1e-6).astype(np.int64), self.num_bins - 1)
+        return np.minimum(np.floor(targets.astype(np.float64) / self.bin_width + 1e-4).astype(np.int64), self.num_bins - 1)
 
     def known(self, train: NDArray[Any], parts: Sequence[NDArray[Any]]) -> tuple[Labels, ...]:
         """Labels of the training part, with weights, and of the others, all with the counts of the training part."""

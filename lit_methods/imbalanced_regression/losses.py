@@ -27,11 +27,13 @@ def regression_loss(
         Scalar in float32 or wider.
 
     Raises:
-        ValueError: The shapes differ, or ``loss`` is unknown.
+        ValueError: The shapes differ, ``loss`` is unknown, or ``balanced_mse`` gets weights.
     """
     if predictions.shape != targets.shape or (weights is not None and weights.shape != targets.shape):
         shapes = f"{tuple(predictions.shape)}, {tuple(targets.shape)}" + (f", {tuple(weights.shape)}" if weights is not None else "")
         raise ValueError(f"predictions, targets and weights must have one shape, got {shapes}")
+    if loss == "balanced_mse" and weights is not None:
+        raise ValueError("loss='balanced_mse' balances the labels itself and takes no weights: set reweight of the data to none")
     with torch.autocast(predictions.device.type, enabled=False):
         dtype = torch.promote_types(predictions.dtype, torch.float32)
         predictions, targets = predictions.to(dtype), targets.to(dtype)

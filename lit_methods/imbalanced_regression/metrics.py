@@ -107,7 +107,8 @@ class ShotMetrics(Metric):
 
     def update(self, predictions: Tensor, labels: Tensor, counts: Tensor) -> None:
         """Add a batch of (B,) each."""
-        self.sums += _sums(predictions.detach(), labels, counts, self.many, self.few)
+        added = _sums(predictions.detach(), labels, counts, self.many, self.few)
+        self.sums = self.sums + added  # not in place: after `validate` the sums are an inference tensor
 
     def compute(self) -> dict[str, Tensor]:
         """As :func:`shot_metrics`."""

@@ -17,8 +17,9 @@ from lit_methods.panels import Curve, Panel
 class ImbalancedRegression(LightningModule):
     """Trains features and a regressor on them, and measures errors by how often a label occurs in training.
 
-    Batches: ``image`` (B, ...); ``target``, (B,) or (B, 1, H, W) float32; ``weight`` of the same shape where the data are re-weighted; in
-    evaluation ``count`` of the same shape, the number of training samples with the label. ``ConR`` and ``FDS`` find the submodules
+    Batches: ``image`` (B, ...), or another key by ``inputs``; ``target``, (B,) or (B, 1, H, W) float32; ``weight`` of the same shape where
+    the data are re-weighted; in evaluation ``count`` of the same shape, the number of training samples with the label. Targets that aren't
+    finite aren't evaluated, and maps of another size than their targets are resized in evaluation. ``ConR`` and ``FDS`` find the submodules
     ``backbone`` and ``regressor``.
 
     Logged: ``regression/loss``; after validation, for ``all``, ``many``, ``median`` and ``low`` shots, ``regression/val_mae_<region>``,
@@ -32,6 +33,7 @@ class ImbalancedRegression(LightningModule):
         noise_sigma: Of ``balanced_mse``, in the unit of the target.
         many: A label with more training samples is many-shot.
         few: With fewer: low-shot.
+        inputs: Key of the input in the batch.
         delta1: Log the share of predictions within a factor of 1.25 of the target, for depth.
         optimizer: ``adam`` or ``sgd`` (momentum 0.9).
         learning_rate: At the start.
@@ -57,6 +59,7 @@ class ImbalancedRegression(LightningModule):
         noise_sigma: float = 1.0,
         many: int = 100,
         few: int = 20,
+        inputs: str = "image",
         delta1: bool = False,
         optimizer: Literal["adam", "sgd"] = "adam",
         learning_rate: float = 1e-3,
@@ -82,9 +85,15 @@ class ImbalancedRegression(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The weighted loss."""
         target = batch["target"]
-        loss = regression_loss(self._as(self(batch["image"]), target), target, batch.get("weight"), self.kind, self.hparams["noise_sigma"])
+        loss = regression_loss(self._as(self._predict(batch), target), target, batch.get("weight"), self.kind, self.hparams["noise_sigma"])
         self.log("regression/loss", loss.detach(), prog_bar=True, batch_size=len(target))
         return loss
+
+    def _predict(self, batch: dict[str, Tensor]) -> Tensor:
+        key = self.hparams["inputs"]
+        if key not in batch:
+            raise ValueError(f"the batch has no {key!r}, it has {list(batch)}: name the key of the input by inputs")
+        return self(batch[key])  # type: ignore[no-any-return]
 
     @staticmethod
     def _as(predictions: Tensor, target: Tensor) -> Tensor:
@@ -95,7 +104,10 @@ class ImbalancedRegression(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds a batch to the metrics."""
         target = batch["target"].float()
-        predictions = self._as(self(batch["image"]), target).float()
+        predictions = self._predict(batch).float()
+        if predictions.ndim == 4 and predictions.shape[2:] != target.shape[2:]:
+            predictions = nn.functional.interpolate(predictions, target.shape[2:], mode="bilinear", align_corners=True)
+        predictions = self._as(predictions, target)
         counts = batch.get("count")
         if counts is None:
             raise ValueError(
@@ -134,7 +146,7 @@ class ImbalancedRegression(LightningModule):
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """``prediction`` (B, ...), and ``target`` where the batch has it."""
-        return {"prediction": self(batch["image"])} | ({"target": batch["target"]} if "target" in batch else {})
+        return {"prediction": self._predict(batch)} | ({"target": batch["target"]} if "target" in batch else {})
 
     def configure_optimizers(self) -> torch.optim.Optimizer | OptimizerLRSchedulerConfig:
         """Adam or SGD, the learning rate falling at milestones."""

@@ -125,10 +125,13 @@ class MetricLearning(LightningModule):
             if len(counts) < 2 or int(counts.max()) < 2:
                 rank_zero_warn(f"{len(labels)} samples of {len(counts)} classes make no pairs: evaluate more batches for retrieval scores")
             else:
-                found = self.eval_opis.result()
-                recalls = self.eval_retrieval.scores()
-                self.log_dict({f"retrieval/{stage}_{name}": value.float() for name, value in (recalls | summary(found)).items()})
-                self._media["retrieval/utility"] = utility_curves(found)
+                scores, found = self.eval_retrieval.scores(), self.eval_opis.result()
+                if found is None:
+                    rank_zero_warn("samples of different classes are all equally far apart: there is no range of thresholds for OPIS")
+                else:
+                    scores |= summary(found)
+                    self._media["retrieval/utility"] = utility_curves(found)
+                self.log_dict({f"retrieval/{stage}_{name}": value.float() for name, value in scores.items()})
         self.eval_opis.reset()
         self.eval_retrieval.reset()
 

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 _BLOCK = 2048  # rows and columns of a block: 32 MiB of distances
+_RANGE = 1e-6  # width below which a range of thresholds is but rounding
 _PAIRS = 5_000_000  # pairs that the calibration range is taken from
 
 
@@ -96,7 +97,7 @@ def calibration_range(
         one, other = torch.randint(size, (2, max_pairs), generator=generator).to(labels.device)
         negative = labels[one] != labels[other]
         one, other = one[negative], other[negative]
-        pieces = zip(one.split(_BLOCK * 64), other.split(_BLOCK * 64), strict=True)
+        pieces = zip(one.split(_BLOCK * 8), other.split(_BLOCK * 8), strict=True)
         distances = torch.cat([(2 - 2 * (unit[i] * unit[j]).sum(1)).clamp(min=0).sqrt() for i, j in pieces])
     if not len(distances):
         raise ValueError(f"there is no negative pair among {size} samples: evaluation needs two classes or more")
@@ -203,8 +204,9 @@ def retrieval_scores(embeddings: Tensor, labels: Tensor, top_k: tuple[int, ...] 
     hits: dict[int, list[Tensor]] = {k: [] for k in top_k}
     precisions = []
     rank = torch.arange(1, deepest + 1, device=unit.device)
-    for start in range(0, len(labels), _BLOCK):
-        rows = torch.arange(start, min(start + _BLOCK, len(labels)), device=unit.device)
+    step = max(1, min(_BLOCK, 4 * _BLOCK**2 // len(labels)))  # at most 128 MiB of cosines
+    for start in range(0, len(labels), step):
+        rows = torch.arange(start, min(start + step, len(labels)), device=unit.device)
         cosine = unit[rows] @ unit.T
         cosine[rows - start, rows] = -torch.inf
         right = index[cosine.topk(deepest, dim=1).indices] == index[rows, None]
@@ -275,11 +277,15 @@ class OPIS(_Embeddings):
         self.far_min, self.far_max, self.num_thresholds, self.epsilon = far_min, far_max, num_thresholds, epsilon
         self.max_pairs, self.seed = max_pairs, seed
 
-    def result(self) -> OPISResult:
-        """Everything, the utility of each class at each threshold included, of what is here, without asking other ranks."""
+    def result(self) -> OPISResult | None:
+        """Everything, the utility of each class at each threshold included, of what is here, without asking other ranks.
+
+        Returns:
+            None if the range is a single point: the embeddings have collapsed.
+        """
         embeddings, labels = self.kept()
         d_min, d_max, _ = calibration_range(embeddings, labels, self.far_min, self.far_max, self.max_pairs, self.seed)
-        return opis(embeddings, labels, d_min, d_max, self.num_thresholds, self.epsilon)
+        return opis(embeddings, labels, d_min, d_max, self.num_thresholds, self.epsilon) if d_max - d_min > _RANGE else None
 
     def compute(self) -> dict[str, Tensor]:
         """Scores of everything that was added.
@@ -287,8 +293,14 @@ class OPIS(_Embeddings):
         Returns:
             Scalars, float64: ``opis``, ``eps_opis``, ``d_min``, ``d_max``; and, at the middle of the range, ``far``, ``frr``, ``far_std``,
             ``frr_std``: mean and standard deviation over classes of the rates of false acceptance and false rejection.
+
+        Raises:
+            ValueError: There are no pairs, or samples of different classes are all equally far apart.
         """
-        return summary(self.result())
+        found = self.result()
+        if found is None:
+            raise ValueError("samples of different classes are all equally far apart: there is no range of thresholds for OPIS")
+        return summary(found)
 
 
 def summary(found: OPISResult) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """ConR and FDS: pairs by hand, on modules that aren't ours, over ranks, precision, accumulation, resume; the losses and metrics."""
 
+import json
 import math
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from lit_methods import MLP, ImbalancedRegression, ShotMetrics
 from lit_methods.callbacks import FDS, ConR, ExactResume
 from lit_methods.callbacks.imbalanced_regression.conr import conr_dense_loss, conr_loss
 from lit_methods.callbacks.imbalanced_regression.fds import Buckets, Moments, moments, pooled
+from lit_methods.cli.main import main
 from lit_methods.datamodules import BarsDataModule
 from lit_methods.imbalanced_regression.losses import regression_loss
 from lit_methods.imbalanced_regression.metrics import label_counts, shot_metrics
@@ -169,6 +171,20 @@ def test_fds_takes_a_pass_over_every_training_sample():
     torch.testing.assert_close(fds.statistics.variance[seen], found[2][seen].float(), rtol=1e-4, atol=1e-6)
 
 
+def test_fds_collects_every_second_sample_and_rounds_labels_up_to_their_bucket():
+    _, trainer = fit([fds := FDS(last_bucket=60, collect_every=2)])
+    module, data = trainer.lightning_module, trainer.datamodule
+    half = data.train_set.__getitems__([(0, index) for index in range(0, 48, 2)])
+    with torch.no_grad():
+        found = pooled(moments(module.backbone(half["image"]), fds.buckets.places(half["target"]), 63))
+    seen = found[0] > 0
+    torch.testing.assert_close(fds.statistics.mean[seen], found[1][seen].float(), rtol=1e-5, atol=1e-6)
+    tenths = FDS(last_bucket=49, bucket_width=0.1)
+    edges = torch.arange(50) / 10  # 0.7 / 0.1 is below 7 in float32
+    _, labels = tenths._rows(torch.zeros(50, 2), {"target": edges})
+    assert tenths.buckets.places(labels).tolist() == list(range(1, 51))
+
+
 # ---- resume, ranks, precision, accumulation --------------------------------------------------------------------------------------------
 
 
@@ -256,6 +272,25 @@ def numbers():
     return DataLoader(TensorDataset(x, x.sum(1).round()), batch_size=12)
 
 
+class Photographs(Stranger):
+    """A network that a dependency ships, with one output. Samples: (images, a number)."""
+
+    def __init__(self):
+        import timm
+
+        super().__init__()
+        torch.manual_seed(2)
+        self.network = timm.create_model("resnet10t", in_chans=1, num_classes=1)
+
+    def forward(self, x):
+        return self.network(x)[:, 0]
+
+
+def photographs():
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(TensorDataset(torch.randn(8, 1, 32, 32, generator=generator), torch.arange(8) % 3 * 1.0), batch_size=8)
+
+
 def words():
     tokens = torch.arange(16)[:, None] % 8
     return DataLoader(TensorDataset(tokens, tokens.flip(0)), batch_size=8)
@@ -265,6 +300,7 @@ WIDE = {"window": 1.0, "temperature": 0.5}
 STRANGERS = {
     "conr": (Stranger, numbers, lambda weight: ConR("body", "head", weight=weight, **WIDE)),
     "fds": (Stranger, numbers, lambda weight: FDS("body", first_bucket=0, last_bucket=5, start_smooth=1) if weight else pl.Callback()),
+    "timm": (lambda: Photographs(), photographs, lambda weight: ConR("network.global_pool", "network.fc", weight=weight, **WIDE)),
     "shipped by Lightning": (
         lambda: OfflineTransformer(vocab_size=8),
         words,
@@ -287,6 +323,60 @@ def test_a_strangers_module_learns_from_it_and_is_left_as_it_was(name):
     assert after_term == after_silent == after
     assert_state_dicts_equal(silent, plain)
     assert any(not torch.equal(changed[key], value) for key, value in plain.items())
+
+
+YAML = """
+seed_everything: 0
+model: {class_path: strange_regression.StrangeRegression}
+data: {class_path: BarsDataModule, init_args: {num_train: 32, num_val: 61, views: 2, batch_size: 16}}
+trainer:
+  max_epochs: 3
+  limit_val_batches: 0
+  log_every_n_steps: 1
+  callbacks+:
+    - class_path: FDS
+      init_args: {features: body, last_bucket: 60}
+    - class_path: ConR
+      init_args: {features: body, predictions: head, views: [view_1, view_2], weight: WEIGHT}
+"""
+MODULE = """
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+
+class StrangeRegression(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(144, 8)), nn.Linear(8, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x))[:, 0]
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.l1_loss(self(batch["image"]), batch["target"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+"""
+
+
+def test_a_strangers_module_takes_both_from_yaml(tmp_path, monkeypatch):
+    (tmp_path / "strange_regression.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = []
+    for weight in ("0.0", "4.0"):
+        file = tmp_path / f"{weight}.yaml"
+        file.write_text(YAML.replace("WEIGHT", weight))
+        assert main(["fit", "--config", str(file), "--run_root", str(tmp_path / weight), "--trainer.accelerator", "cpu"]) == 0
+        (run,) = (tmp_path / weight).glob("*/*")
+        logged = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert any(record.get("conr/positives", 0) >= 1 for record in logged)  # the other view of a sample
+        checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+        (statistics,) = [state for name, state in checkpoint["callbacks"].items() if name.startswith("FDS")]
+        assert statistics["mean"].shape == (61, 8)
+        weights.append(checkpoint["state_dict"])
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_what_is_missing_is_said():
@@ -312,6 +402,10 @@ def test_what_is_missing_is_said():
         run(ConR("network.0", "network.7"), TwoOptimisers())
     with pytest.raises(ValueError, match="must come after"):
         FDS(start_update=1, start_smooth=1)
+    with pytest.raises(ValueError, match="range of ratios"):
+        FDS(clip=(2.0, 0.5))
+    with pytest.raises(ValueError, match="no 'tokens'"):
+        regression(inputs="tokens").training_step({"image": torch.zeros(1, 144), "target": torch.zeros(1)}, 0)
     with pytest.raises(ValueError, match="'count'"):
         regression().validation_step({"image": torch.zeros(1, 144), "target": torch.zeros(1)}, 0)
 
@@ -332,6 +426,8 @@ def test_losses_by_hand():
     torch.testing.assert_close(regression_loss(guess, target, loss="balanced_mse", noise_sigma=0.5), balanced)
     with pytest.raises(ValueError, match="one shape"):
         regression_loss(guess[:, None], target)
+    with pytest.raises(ValueError, match="takes no weights"):
+        regression_loss(guess, target, weights, "balanced_mse")
 
 
 def test_rare_labels_weigh_more_and_smoothing_spreads():

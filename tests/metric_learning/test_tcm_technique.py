@@ -1,5 +1,7 @@
 """TCM: its pairs, on modules that aren't ours, over ranks, precision, accumulation, resume; the recipe MetricLearning."""
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -23,6 +25,8 @@ from helpers import (
 from lit_methods import MLP, MetricLearning, ProxySoftmax
 from lit_methods.callbacks import TCM, ExactResume
 from lit_methods.callbacks.metric_learning.tcm import tcm_loss
+from lit_methods.checkpoint import read_state_dict
+from lit_methods.cli.main import main
 from lit_methods.datamodules import OpenWorldDataModule
 from lit_methods.datamodules.loaders import make_loader
 from lit_methods.datamodules.metric_learning.base import ClassBalancedSampler
@@ -90,6 +94,14 @@ def images(batch_size=12):
     return make_loader(Images(), batch_size, shuffle=True, seed=3, drop_last=True)
 
 
+def timm_classifier():
+    """A network that knows nothing of the term; its embeddings are what its last pooling puts out."""
+    import timm
+
+    torch.manual_seed(0)
+    return Classifier(timm.create_model("resnet10t", num_classes=4))
+
+
 def words():
     """Pairs of a word and the next one: the demo's classes."""
     tokens = torch.randint(0, 4, (12, 1), generator=torch.Generator().manual_seed(0))
@@ -100,6 +112,7 @@ STRANGERS = {
     "dict": (Classifier, images, "network.5"),
     "resnet18": (resnet_classifier, images, "network.avgpool"),
     "compiled": (compiled_classifier, images, "network.5"),
+    "timm": (timm_classifier, images, "network.global_pool"),
     "transformer": (lambda: OfflineTransformer(vocab_size=4), words, "model.decoder"),  # shipped by Lightning
 }
 
@@ -125,6 +138,40 @@ def test_a_strangers_module_learns_from_the_term_and_is_left_as_it_was(name):
     assert after_term == after_silent == after
     assert_state_dicts_equal(silent, plain)
     assert any(not torch.equal(changed[key], value) for key, value in plain.items())
+
+
+YAML = """
+model: {class_path: helpers.Classifier}
+trainer:
+  max_steps: 2
+  limit_val_batches: 0
+  log_every_n_steps: 1
+  callbacks+:
+    - class_path: TCM
+      init_args: {embedding: network.5, margin_pos: 1.0, margin_neg: -1.0, weight: WEIGHT}
+"""
+
+
+def test_a_strangers_module_takes_the_term_from_yaml(tmp_path, monkeypatch):
+    (tmp_path / "strange_pairs.py").write_text(
+        "from lightning.pytorch import LightningDataModule\n"
+        "from torch.utils.data import DataLoader\n"
+        "from helpers import Images\n\n\n"
+        "class StrangePairs(LightningDataModule):\n"
+        "    def train_dataloader(self):\n"
+        "        return DataLoader(Images(), 12)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    weights = []
+    for weight in ("0.0", "10.0"):
+        file = tmp_path / f"{weight}.yaml"
+        file.write_text("seed_everything: 0\ndata: {class_path: strange_pairs.StrangePairs}" + YAML.replace("WEIGHT", weight))
+        assert main(["fit", "--config", str(file), "--run_root", str(tmp_path / weight), "--trainer.accelerator", "cpu"]) == 0
+        (run,) = (tmp_path / weight).glob("*/*")
+        logged = [json.loads(line)["metrics"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert any("tcm/hard_negatives" in record for record in logged)
+        weights.append(read_state_dict(run / "checkpoints" / "last.ckpt"))
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_what_is_missing_is_said():
@@ -241,6 +288,26 @@ def test_a_loss_of_pytorch_metric_learning_is_a_base_loss():
     assert "loss.proxies" in trained
     assert not any(torch.equal(before[name], after[name]) for name in trained)
     assert trainer.callback_metrics["retrieval/loss"] > 0
+
+
+def test_collapsed_embeddings_are_said_and_the_run_goes_on():
+    module = recipe()
+    with torch.no_grad():
+        module.network.layers[1].weight.zero_()
+        module.network.layers[1].bias.zero_()[0] = 1.0
+    with pytest.warns(UserWarning, match="equally far apart"):
+        (found,) = tiny_trainer().validate(module, OpenWorldDataModule(**TINY), verbose=False)
+    assert "retrieval/val_opis" not in found
+    assert 0 <= found["retrieval/val_recall_at_1"] <= 1
+
+
+def test_the_curves_of_each_class_are_a_picture():
+    module = recipe()
+    tiny_trainer().validate(module, OpenWorldDataModule(**TINY), verbose=False)
+    picture = module.dashboard_media()["retrieval/utility"]
+    assert "5 classes" in picture.alt
+    colours = {tuple(colour) for colour in picture.pixels.reshape(-1, 3).tolist()}
+    assert {(200, 70, 60), (60, 130, 210), (20, 20, 20)} <= colours  # worst, best, mean
 
 
 def test_evaluation_without_pairs_says_so():

@@ -1,0 +1,1 @@
+"""Callbacks for labels that are wrong, missing or unevenly spread."""

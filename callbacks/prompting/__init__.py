@@ -1,0 +1,1 @@
+"""Callbacks for models of images and texts."""

@@ -1,0 +1,286 @@
+"""Slices of volumes with several organs: Synapse, ACDC, and generated ones. Many slices have no organ at all."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.segmentation.base import Arrays, SegmentationDataModule, SegmentationSamples, Volumes, flip_or_rotate, resize
+
+Name = Literal["generated", "synapse", "acdc"]
+SYNAPSE = ("background", "aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
+ACDC = ("background", "right ventricle", "myocardium", "left ventricle")
+GENERATED = ("background", "bright", "middle", "dark")
+SIDE, DEPTH = 24, 16  # pixels of a generated slice, slices of a volume
+_WHERE = "registration and preparation: see the TransUNet repository, which the benchmark's layout comes from"
+
+
+def make_volumes(number: int, seed: int, noise: float = 0.25) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Volumes of 16 slices of 24 x 24 pixels with up to three organs, ellipsoids of 1.0, 0.7 and 0.45, in the middle half of the slices.
+
+    Args:
+        number: Of volumes.
+        seed: What is drawn follows from it.
+        noise: Standard deviation of what is added; a smooth field of up to 0.3 is added, too.
+
+    Returns:
+        Images (number, 16, 24, 24) and labels of the same shape, 0 to 3. About half of the slices have no organ.
+    """
+    rng = np.random.default_rng([17, seed])
+    z, y, x = np.ogrid[:DEPTH, :SIDE, :SIDE]
+    images = np.zeros((number, DEPTH, SIDE, SIDE), dtype=np.float32)
+    labels = np.zeros(images.shape, dtype=np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        tilt = rng.uniform(-0.3, 0.3, 2)
+        image += (tilt[0] * (y / SIDE - 0.5) + tilt[1] * (x / SIDE - 0.5)).astype(np.float32)
+        for organ, level in enumerate((1.0, 0.7, 0.45), start=1):
+            if rng.random() < 0.15:
+                continue
+            middle, centre = rng.uniform(6, 10), rng.uniform(6, SIDE - 6, 2)
+            radii = np.array([rng.uniform(2, 3.5), *rng.uniform(2.5, 5.0, 2)])
+            inside = ((z - middle) / radii[0]) ** 2 + ((y - centre[0]) / radii[1]) ** 2 + ((x - centre[1]) / radii[2]) ** 2 <= 1
+            image[inside], label[inside] = level, organ
+    images += rng.normal(0, noise, images.shape).astype(np.float32)
+    return images, labels
+
+
+def add_spurious(labels: NDArray[np.uint8], share: float, seed: int) -> NDArray[np.uint8]:
+    """Labels (N, H, W) with a square of 4 x 4 pixels of some organ in a share of those slices that have none."""
+    rng = np.random.default_rng([19, seed])
+    labels = labels.copy()
+    empty = np.flatnonzero(~labels.reshape(len(labels), -1).any(1))
+    for index in rng.permutation(empty)[: round(share * len(empty))]:
+        row, column = rng.integers(0, labels.shape[1] - 4), rng.integers(0, labels.shape[2] - 4)
+        labels[index, row : row + 4, column : column + 4] = rng.integers(1, len(GENERATED))
+    return labels
+
+
+def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Image and label of a ``.npz`` or ``.h5`` file, of one shape, (H, W) or (S, H, W).
+
+    Raises:
+        MissingFileError: There is no such file.
+        BrokenRecordError: It can't be read, lacks a field, or the fields don't fit.
+        ImportError: h5py isn't installed.
+    """
+    if not path.is_file():
+        raise MissingFileError(path, "file", "it is in the list and not there: unpack the data again, or correct the list")
+    fields: dict[str, Any] = {}
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                fields = {name: arrays[name] for name in ("image", "label") if name in arrays.files}
+        except Exception as error:  # a zip file can be broken in many ways
+            raise BrokenRecordError(path, "file", f"not a readable .npz file ({error}): copy it again") from error
+    else:
+        try:
+            import h5py
+        except ImportError as error:
+            raise ImportError(f"{path.name} is an HDF5 file, which needs h5py: pip install 'lit-methods[segmentation]'") from error
+        try:
+            with h5py.File(path, "r") as arrays:
+                fields = {name: arrays[name][()] for name in ("image", "label") if name in arrays}
+        except OSError as error:
+            raise BrokenRecordError(path, "file", f"not a readable HDF5 file ({error}): copy it again") from error
+    for name in ("image", "label"):
+        if name not in fields:
+            raise BrokenRecordError(path, name, f"the file has {sorted(fields) or 'neither image nor label'}: expected image and label")
+    image, label = np.asarray(fields["image"]), np.asarray(fields["label"])
+    if image.shape != label.shape or image.ndim not in (2, 3):
+        raise BrokenRecordError(path, "label", f"image is {image.shape} and label {label.shape}: expected one shape, (H, W) or (S, H, W)")
+    if not np.isfinite(image).all():
+        raise BrokenRecordError(path, "image", "it has values that aren't finite: prepare the file again")
+    return image.astype(np.float32), label.astype(np.uint8)
+
+
+def _checked(path: Path, dims: int, classes: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    image, label = read_record(path)
+    if image.ndim != dims:
+        raise BrokenRecordError(path, "image", f"it is {image.shape}: expected {'(H, W)' if dims == 2 else '(S, H, W)'}")
+    if label.max(initial=0) >= classes:
+        raise BrokenRecordError(path, "label", f"it goes up to {label.max()}, and there are {classes} classes: is this the right data set?")
+    return image, label
+
+
+class OrganSlicesDataModule(SegmentationDataModule):
+    """Slices of volumes with several organs, each with its index, in one view or two.
+
+    Batches: ``image`` (B, 1, H, W) float32, ``label`` (B, H, W) int64, ``index`` (B,) int64, with two views also ``image_2`` and
+    ``label_2``; generated data also ``dense`` (B,) bool, whether the slice truly has an organ. A view is turned by quarters and flipped, or
+    rotated by less than 20 degrees, and then resized. Test batches are whole volumes with ``volume``; so are validation batches of
+    ``synapse`` and ``acdc``.
+
+    ``generated``: slices of 24 x 24 pixels; half of them have no organ, and a share of these a square that is wrongly labelled. Validation
+    and test are clean. Nothing is downloaded.
+    ``synapse``: ``root/train_npz/case*_slice*.npz`` and ``root/test_vol_h5/case*.npy.h5``, 9 classes. There is no validation part:
+    validation and test are the same volumes.
+    ``acdc``: ``root/ACDC_training_slices/patient*_frame*_slice_*.h5`` and ``root/ACDC_training_volumes/patient*_frame*.h5``, 4 classes.
+    Without lists the patients are taken in order: 70 % for training, 10 % validation, 20 % test.
+    HDF5 needs ``pip install 'lit-methods[segmentation]'``.
+
+    Args:
+        root: Folder of ``synapse`` or ``acdc``; None: generated slices.
+        name: Which data.
+        image_size: Pixels of a side that the network sees; None: as stored.
+        views: 1 or 2 of a training slice.
+        augment: Turn and rotate training slices.
+        train_list: File with the names of the training slices, one a line, without ending; the official subsets are such lists.
+        val_list: Of the validation volumes.
+        test_list: Of the test volumes.
+        num_train: Generated training volumes of 16 slices.
+        num_val: Generated validation volumes, and as many for the test.
+        spurious: Share of generated slices without an organ that get a wrong label.
+        noise: Standard deviation of the generated images' noise.
+        batch_size: Slices per process and step.
+        num_workers: Processes that read data.
+        seed: Of generated training volumes, order and views. The generated validation volumes are the same for every seed.
+
+    Raises:
+        ValueError: A value lies outside its range, or ``root`` and ``name`` don't go together.
+    """
+
+    def __init__(
+        self,
+        root: Path | None = None,
+        name: Name = "generated",
+        image_size: int | None = None,
+        views: int = 2,
+        augment: bool = True,
+        train_list: Path | None = None,
+        val_list: Path | None = None,
+        test_list: Path | None = None,
+        num_train: int = 10,
+        num_val: int = 6,
+        spurious: float = 0.1,
+        noise: float = 0.25,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if name not in get_args(Name):
+            raise ValueError(f"name={name!r}: give one of {', '.join(get_args(Name))}")
+        if (root is None) != (name == "generated"):
+            raise ValueError(f"root={root} and name={name!r}: give root for synapse and acdc, and none for generated")
+        if views not in (1, 2) or not 0 <= spurious <= 1 or min(num_train, num_val) < 1 or noise < 0:
+            raise ValueError(
+                f"views={views} must be 1 or 2, spurious={spurious} in 0 to 1, num_train={num_train} and num_val={num_val} 1 or more, "
+                f"and noise={noise} not negative"
+            )
+        self.root, self.name, self.image_size, self.views, self.augment = (
+            None if root is None else Path(root),
+            name,
+            image_size,
+            views,
+            augment,
+        )
+        self.lists = {"train": train_list, "val": val_list, "test": test_list}
+        self.num_train, self.num_val, self.spurious, self.noise = num_train, num_val, spurious, noise
+        self.class_names = {"generated": GENERATED, "synapse": SYNAPSE, "acdc": ACDC}[name]
+        self.save_hyperparameters(ignore=["root", "train_list", "val_list", "test_list"])  # a path would block a strict resume
+
+    def setup(self, stage: str) -> None:
+        """Generate, or look for the files.
+
+        Raises:
+            WrongRootError: The layout isn't there.
+            MissingFileError: A listed file isn't there.
+        """
+        if self.train_set is not None:
+            return
+        if self.root is None:
+            self._generate()
+            return
+        slices, volumes = (
+            (self.root / "train_npz", self.root / "test_vol_h5")
+            if self.name == "synapse"
+            else (self.root / "ACDC_training_slices", self.root / "ACDC_training_volumes")
+        )
+        for folder in (slices, volumes):
+            if not folder.is_dir():
+                raise WrongRootError(
+                    f"root={str(self.root)!r} has no folder {folder.name}: give the folder of the prepared {self.name} data; {_WHERE}"
+                )
+        endings = (".npz", ".npy.h5") if self.name == "synapse" else (".h5", ".h5")
+        files = [
+            self._files(part, folder, endings[part != "train"]) for part, folder in (("train", slices), ("val", volumes), ("test", volumes))
+        ]
+        self.train_set = SegmentationSamples(len(files[0]), partial(self._slice, files[0]), self._transform, self.views, seed=self.seed)
+        self.val_set, self.test_set = (
+            Volumes([path.name.split(".")[0] for path in part], partial(self._volume, part)) for part in files[1:]
+        )
+
+    def _files(self, part: str, folder: Path, ending: str) -> list[Path]:
+        listed = self.lists[part]
+        if listed is not None:
+            if not Path(listed).is_file():
+                raise MissingFileError(listed, f"{part}_list", "no such file: give the list of names, one a line")
+            names = [line.strip() for line in Path(listed).read_text().splitlines() if line.strip()]
+            paths = [folder / (name if name.endswith(ending) else f"{name}{ending}") for name in names]
+            if missing := [path for path in paths if not path.is_file()]:
+                raise MissingFileError(missing[0], "file", f"one of {len(missing)} that {listed} names and that aren't there")
+        else:
+            paths = sorted(folder.glob(f"*{ending}"))
+            if self.name == "acdc":
+                paths = self._patients(paths, part)
+        if not paths:
+            raise WrongRootError(
+                f"{folder} has no file *{ending} for the {part} part: give the folder of the prepared {self.name} data; {_WHERE}"
+            )
+        return paths
+
+    def _patients(self, paths: Sequence[Path], part: str) -> list[Path]:
+        patient = {path: re.match(r"patient(\d+)", path.name) for path in paths}
+        numbers = sorted({int(found[1]) for found in patient.values() if found})
+        ends = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1.0)}[part]
+        chosen = set(numbers[round(ends[0] * len(numbers)) : round(ends[1] * len(numbers))])
+        return [path for path, found in patient.items() if found and int(found[1]) in chosen]
+
+    def _slice(self, files: Sequence[Path], index: int) -> Arrays:
+        image, label = _checked(files[index], 2, len(self.class_names))
+        return {"image": image, "label": label}
+
+    def _volume(self, files: Sequence[Path], index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        image, label = _checked(files[index], 3, len(self.class_names))
+        return (image if self.image_size is None else resize({"image": image}, (self.image_size, self.image_size))["image"]), label
+
+    def _transform(self, sample: Arrays, rng: np.random.Generator) -> Arrays:
+        if self.augment:
+            sample = flip_or_rotate(sample, rng)
+        return sample if self.image_size is None else resize(sample, (self.image_size, self.image_size))
+
+    def _generate(self) -> None:
+        images, truth = make_volumes(self.num_train, self.seed + 1000, self.noise)
+        flat, clean = images.reshape(-1, SIDE, SIDE), truth.reshape(-1, SIDE, SIDE)
+        labels = add_spurious(clean, self.spurious, self.seed)
+        dense = clean.reshape(len(clean), -1).any(1)
+        self.train_set = SegmentationSamples(
+            len(flat), partial(_row, flat, labels), self._transform, self.views, extra={"dense": dense}, seed=self.seed
+        )
+        held_out, held_out_labels = make_volumes(2 * self.num_val, 0, self.noise)  # the same for every seed
+        val = [part[: self.num_val].reshape(-1, SIDE, SIDE) for part in (held_out, held_out_labels)]
+        self.val_set = SegmentationSamples(len(val[0]), partial(_row, *val), self._fit_size)
+        names = [f"generated {number}" for number in range(self.num_val)]
+        test = held_out[self.num_val :]
+        if self.image_size is not None:
+            test = resize({"image": test}, (self.image_size, self.image_size))["image"]
+        self.test_set = Volumes(names, partial(_pair, test, held_out_labels[self.num_val :]))
+
+    def _fit_size(self, sample: Arrays, rng: np.random.Generator) -> Arrays:
+        return sample if self.image_size is None else resize(sample, (self.image_size, self.image_size))
+
+
+def _row(images: NDArray[Any], labels: NDArray[Any], index: int) -> Arrays:
+    return {"image": images[index], "label": labels[index]}
+
+
+def _pair(images: NDArray[Any], labels: NDArray[Any], index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    return images[index], labels[index]
+
+
+__all__ = ["OrganSlicesDataModule", "add_spurious", "make_volumes", "read_record"]

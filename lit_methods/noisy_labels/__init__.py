@@ -1,0 +1,1 @@
+"""Learning from labels that are wrong, missing or unevenly spread."""

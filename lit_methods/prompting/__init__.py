@@ -1,0 +1,1 @@
+"""Prompt learning for models of images and texts."""

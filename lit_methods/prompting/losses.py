@@ -1,0 +1,176 @@
+"""The maths of CoPrompt (arXiv:2306.01195): adapters, cosines, the consistency term, the learning rate.
+
+Read in ShuvenduRoy/CoPrompt@a2a6c12 (trainers/coprompt.py) and KaiyangZhou/Dassl.pytorch@c61a1b5 (dassl/optim/lr_scheduler.py), where the
+golden vectors come from. Left out: the unused helpers there.
+"""
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Criterion = Literal["cosine", "mse", "l1"]
+Adapter = tuple[Tensor, Tensor]
+
+
+class CoPromptLoss(NamedTuple):
+    """(B, C) logits, and scalars: cross-entropy, consistency of texts and of images, their sum, and the whole loss."""
+
+    logits: Tensor
+    cross_entropy: Tensor
+    consistency_text: Tensor
+    consistency_image: Tensor
+    consistency: Tensor
+    total: Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def adapter_features(features: Tensor, adapter: Adapter | None, mix: float) -> Tensor:
+    """``mix * A(x) + (1 - mix) * x`` with A(x) = ReLU(W2 ReLU(W1 x)), in float32 or wider.
+
+    Args:
+        features: (N, D) floating point.
+        adapter: W1 (H, D) and W2 (D, H), without biases; None: the features as they are.
+        mix: Share of the adapter, in [0, 1].
+
+    Returns:
+        (N, D).
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        x = _wide(features)
+        if adapter is None:
+            return x
+        inside = F.relu(F.linear(x, adapter[0].to(x.dtype)))
+        return mix * F.relu(F.linear(inside, adapter[1].to(x.dtype))) + (1 - mix) * x
+
+
+def cosine_logits(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
+    """Scaled cosines of every image with every class, in float32 or wider.
+
+    Args:
+        image: (B, D) of any length.
+        text: (C, D) of any length.
+        logit_scale: What the cosines are multiplied with; 100 in CLIP.
+
+    Returns:
+        (B, C).
+    """
+    with torch.autocast(image.device.type, enabled=False):
+        return logit_scale * (F.normalize(_wide(image), dim=1) @ F.normalize(_wide(text), dim=1).T)
+
+
+def embedding_consistency(student: Tensor, teacher: Tensor, criterion: Criterion = "cosine") -> Tensor:
+    """How far embeddings are from those of the teacher, row by row; both are normalised here.
+
+    Args:
+        student: (N, D) of any length.
+        teacher: (N, D); gets no gradient.
+        criterion: ``cosine``: 1 - the mean cosine; ``mse`` and ``l1``: the mean over all N D entries of the unit vectors.
+
+    Returns:
+        Scalar >= 0 (but for rounding), float32 or wider.
+
+    Raises:
+        ValueError: The shapes differ, or an unknown criterion.
+    """
+    if student.ndim != 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be (N, D) both, with the rows of the same"
+        )
+    if criterion not in get_args(Criterion):
+        raise ValueError(f"criterion={criterion!r}: give one of {', '.join(get_args(Criterion))}")
+    with torch.autocast(student.device.type, enabled=False):
+        own, target = F.normalize(_wide(student), dim=1), F.normalize(_wide(teacher.detach()), dim=1)
+        if criterion == "cosine":
+            return 1 - (own * target).sum(dim=1).mean()
+        return F.mse_loss(own, target) if criterion == "mse" else F.l1_loss(own, target)
+
+
+def coprompt_loss(
+    image: Tensor,
+    text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    labels: Tensor,
+    *,
+    logit_scale: Tensor | float,
+    consistency_weight: float = 8.0,
+    criterion: Criterion = "cosine",
+    image_adapter: Adapter | None = None,
+    text_adapter: Adapter | None = None,
+    image_mix: float = 0.1,
+    text_mix: float = 0.2,
+) -> CoPromptLoss:
+    """Cross-entropy of the cosines, plus lambda times what text and image embeddings differ from the teacher's. Adapters come first.
+
+    Args:
+        image: (B, D), from the tuned image tower, of any length.
+        text: (C, D), of every class, from the tuned text tower.
+        teacher_image: (B, D), from the frozen tower: another view of the same images.
+        teacher_text: (C, D), from the frozen tower: other words for the same classes.
+        labels: (B,) int64 in 0..C-1.
+        logit_scale: What the cosines are multiplied with.
+        consistency_weight: lambda >= 0.
+        criterion: See :func:`embedding_consistency`.
+        image_adapter: W1 and W2, see :func:`adapter_features`; None: none.
+        text_adapter: Likewise.
+        image_mix: Share of the image adapter.
+        text_mix: Share of the text adapter.
+
+    Returns:
+        Everything in float32 or wider.
+
+    Raises:
+        ValueError: Shapes that don't fit.
+    """
+    if image.ndim != 2 or labels.shape != image.shape[:1]:
+        raise ValueError(f"image must be (B, D) and labels (B,), got {tuple(image.shape)} and {tuple(labels.shape)}")
+    with torch.autocast(image.device.type, enabled=False):
+        own_image, own_text = adapter_features(image, image_adapter, image_mix), adapter_features(text, text_adapter, text_mix)
+        logits = cosine_logits(own_image, own_text, logit_scale)
+        entropy = F.cross_entropy(logits, labels)
+        of_text, of_image = (
+            embedding_consistency(own_text, teacher_text, criterion),
+            embedding_consistency(own_image, teacher_image, criterion),
+        )
+        both = of_text + of_image
+        return CoPromptLoss(logits, entropy, of_text, of_image, both, entropy + consistency_weight * both)
+
+
+def warmup_cosine_rate(
+    epoch: int, learning_rate: float, total_epochs: int, warmup_epochs: int = 1, warmup_learning_rate: float = 1e-5
+) -> float:
+    """Learning rate of an epoch: constant at first, then a cosine over ``total_epochs`` which starts only then and so doesn't reach 0.
+
+    Args:
+        epoch: From 0.
+        learning_rate: Of the first epoch after the warm-up.
+        total_epochs: Of the whole training, >= 1.
+        warmup_epochs: First epochs, with the rate below.
+        warmup_learning_rate: Theirs.
+    """
+    if epoch < warmup_epochs:
+        return warmup_learning_rate
+    return learning_rate * (1 + math.cos(math.pi * (epoch - warmup_epochs) / total_epochs)) / 2
+
+
+def harmonic_mean(one: Tensor, other: Tensor) -> Tensor:
+    """2 a b / (a + b) of two scalars >= 0; 0 where both are 0."""
+    return 2 * one * other / (one + other).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+__all__ = [
+    "CoPromptLoss",
+    "Criterion",
+    "adapter_features",
+    "coprompt_loss",
+    "cosine_logits",
+    "embedding_consistency",
+    "harmonic_mean",
+    "warmup_cosine_rate",
+]

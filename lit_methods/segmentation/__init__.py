@@ -1,0 +1,1 @@
+"""Segmentation of images: small networks, a LightningModule, measures."""
