@@ -84,12 +84,14 @@ class ClassificationDataModule(pl.LightningDataModule):
     Attributes:
         class_names: Names of the classes 0, 1, ...; known after ``setup`` at the latest.
         train_set: Data sets after ``setup``; likewise ``val_set`` and ``test_set``. None: this root has no such split.
+        unlabelled_set: Further training images, whose labels are -1 where they aren't known; None: there are none.
     """
 
     class_names: tuple[str, ...]
     train_set: Dataset | None
     val_set: Dataset | None
     test_set: Dataset | None
+    unlabelled_set: LabelledImages | None
 
     def __init__(self, *, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__()
@@ -97,7 +99,7 @@ class ClassificationDataModule(pl.LightningDataModule):
             raise ValueError(f"batch_size={batch_size}: give 1 or more")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.class_names = ()
-        self.train_set = self.val_set = self.test_set = None
+        self.train_set = self.val_set = self.test_set = self.unlabelled_set = None
 
     @property
     def num_classes(self) -> int:

@@ -148,29 +148,32 @@ def built_in_release(name: Name) -> tuple[Arrays, Arrays, tuple[str, ...]]:
 # ---- images ----------------------------------------------------------------------------------------------------------------------------
 
 
-def crop_and_flip(image: Tensor, draw: tuple[int, int, int]) -> Tensor:
-    """Four black pixels on each side, a random crop of the old size, a mirror image in half of the cases.
+def crop_and_flip(image: Tensor, draw: tuple[int, int, int], border: int = 4, mirror: bool = True) -> Tensor:
+    """Black pixels on each side, a random crop of the old size, a mirror image in half of the cases.
 
     Args:
         image: (C, H, W).
         draw: (seed, epoch, index), which decide everything.
+        border: Pixels on each side.
+        mirror: False: no mirror images, as for digits.
     """
     rng = np.random.default_rng(draw)
-    top, left = rng.integers(9, size=2).tolist()
+    top, left = rng.integers(2 * border + 1, size=2).tolist()
     height, width = image.shape[1:]
-    image = F.pad(image, (4, 4, 4, 4))[:, top : top + height, left : left + width]
-    return image.flip(2) if rng.integers(2) else image
+    image = F.pad(image, (border,) * 4)[:, top : top + height, left : left + width]
+    return image.flip(2) if mirror and rng.integers(2) else image
 
 
-class _Prepare:
-    """(3, 32, 32) uint8 -> float32, augmented and normalised."""
+class Prepare:
+    """(3, H, W) uint8 -> float32, augmented and normalised."""
 
-    def __init__(self, augment: bool, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.augment = augment
+    def __init__(self, augment: bool, mean: Sequence[float], std: Sequence[float], border: int = 4, mirror: bool = True) -> None:
+        self.augment, self.border, self.mirror = augment, border, mirror
         self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
 
     def __call__(self, image: Tensor, draw: tuple[int, int, int]) -> Tensor:
-        return ((crop_and_flip(image, draw) if self.augment else image) / 255 - self.mean) / self.std
+        image = crop_and_flip(image, draw, self.border, self.mirror) if self.augment else image
+        return (image / 255 - self.mean) / self.std
 
 
 class CIFARDataModule(ClassificationDataModule):
@@ -230,5 +233,5 @@ class CIFARDataModule(ClassificationDataModule):
         self.val_set = self._images(images[held_out], labels[held_out], False) if self.val_size else self.test_set
 
     def _images(self, images: NDArray[np.uint8], labels: NDArray[np.int64], augment: bool) -> LabelledImages:
-        prepare = _Prepare(augment, self.mean, self.std)
+        prepare = Prepare(augment, self.mean, self.std)
         return LabelledImages(partial(operator.getitem, torch.tensor(images)), labels, prepare, self.seed)

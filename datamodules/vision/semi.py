@@ -1,6 +1,7 @@
 """A few labelled images beside many without a label, in weak and strong views."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def labelled_subset(labels: NDArray[np.integer[Any]], per_class: int, seed: int)
 class Views(Dataset[dict[str, Any]]):
     """Views of chosen images, asked for by ``(epoch, position)``.
 
-    Samples: ``weak`` (C, H, W); ``strong``, a list of S such; ``index``, the position among the chosen; ``label``.
+    Samples: ``weak`` (C, H, W); ``strong``, a list of S such; ``index``, the position among the chosen; ``label``, where all are known.
 
     Args:
         images: All images, as stored.
@@ -60,6 +61,7 @@ class Views(Dataset[dict[str, Any]]):
 
     def __init__(self, images: LabelledImages, chosen: NDArray[np.int64], weak: View, strong: list[View], repeats: int = 1) -> None:
         self.images, self.chosen, self.weak, self.strong, self.repeats = images, chosen, weak, strong, repeats
+        self.known = bool((images.labels[chosen] >= 0).all())
 
     def __len__(self) -> int:
         return len(self.chosen) * self.repeats
@@ -70,11 +72,20 @@ class Views(Dataset[dict[str, Any]]):
         index, seed = int(self.chosen[position]), self.images.seed + _AGAIN * repeat
         stored = self.images.read(index)
         weak = self.weak(stored, (seed, epoch, index))
-        labels = {"label": int(self.images.labels[index]), "index": position}
+        labels = {"index": position} | ({"label": int(self.images.labels[index])} if self.known else {})
         if not self.strong:
             return {"image": weak, **labels}
         strong = [view(stored, (seed + _SEPARATE * number, epoch, index)) for number, view in enumerate(self.strong)]
         return {"weak": weak, "strong": strong, **labels}
+
+
+def _read(first: LabelledImages, second: LabelledImages, index: int) -> Any:
+    return first.read(index) if index < len(first) else second.read(index - len(first))
+
+
+def joined(first: LabelledImages, second: LabelledImages) -> LabelledImages:
+    """Both, one behind the other, with the seed and transform of the first."""
+    return LabelledImages(partial(_read, first, second), np.concatenate([first.labels, second.labels]), first.transform, first.seed)
 
 
 class SemiSupervisedDataModule(pl.LightningDataModule):
@@ -82,7 +93,8 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
 
     Training batches: ``{"labelled": {"image" (B, C, H, W), "label" (B,), "index" (B,)}, "unlabelled": {"weak" (mu B, C, H, W), "strong", a
     list of S tensors (mu B, C, H, W), "index" (mu B,), "label" (mu B,)}}``. ``index`` counts the labelled images and the unlabelled ones
-    each from 0. The labels of unlabelled images are there for diagnostics alone. An epoch is one pass over the unlabelled images; the
+    each from 0. The unlabelled images are those of training, and behind them the ``unlabelled_set`` of ``data`` (STL-10, SVHN's extra
+    images); their labels are there for diagnostics alone, and only if all are known. An epoch is one pass over the unlabelled images; the
     labelled ones start again as often as needed. Validation and test batches are those of ``data``.
 
     Args:
@@ -148,12 +160,17 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
         )
         self.labelled_classes = torch.from_numpy(images.labels[self.labelled].astype(np.int64))
         everything = np.arange(len(images))
-        self.unlabelled = everything if hp["include_labelled"] else np.setdiff1d(everything, self.labelled)
+        own = everything if hp["include_labelled"] else np.setdiff1d(everything, self.labelled)
+        pool, further = images, self.data.unlabelled_set
+        if further is not None:
+            pool = joined(images, further)
+            own = np.concatenate([own, np.arange(len(images), len(pool))])
+        self.unlabelled = own
         normalised = {name: getattr(self.data, name) for name in ("mean", "std") if hasattr(self.data, name)}
         weak, strong = make_views(hp["policy"], hp["strong_views"], **normalised)
         wanted = hp["batch_size"] * (self.trainer.world_size if self.trainer is not None else 1)
         self.labelled_set = Views(images, self.labelled, weak, [], repeats=-(-wanted // len(self.labelled)))
-        self.unlabelled_set = Views(images, self.unlabelled, weak, strong)
+        self.unlabelled_set = Views(pool, self.unlabelled, weak, strong)
 
     def _loader(self, dataset: Views, batch_size: int) -> ResumableLoader:
         workers = self.hparams["num_workers"]

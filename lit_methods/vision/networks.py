@@ -204,36 +204,42 @@ class _PreActivation(nn.Module):
 class WideResNet(nn.Module):
     """WRN-depth-width for 32x32 images (arXiv:1605.07146), with the leaky ReLU of semi-supervised work.
 
-    Submodules: ``conv1``, ``layer1`` to ``layer3``, ``bn``, ``fc``.
+    Submodules: ``conv1``, ``layer1`` to ``layer3`` (or ``layer4``), ``bn``, ``fc``.
 
     Args:
-        depth: 6n + 4: 28, 40, ...
-        width: Factor of the channels 16, 32, 64.
-        num_classes: Width of the output; 0: no ``fc``, the output is the mean of the last 64 * width channels.
+        depth: 6n + 4: 28, 40, ...; with four stages 8n + 5: 37.
+        width: Factor of the channels 16, 32, 64, 128.
+        num_classes: Width of the output; 0: no ``fc``, the output is the mean of the last channels, 64 * width or 128 * width.
         in_channels: 3 for colour, 1 for grey images.
+        stages: 3, or 4 for larger images such as STL-10's (mem).
 
     Raises:
-        ValueError: ``depth`` isn't 6n + 4.
+        ValueError: ``depth`` doesn't fit the stages.
     """
 
-    def __init__(self, depth: int = 28, width: int = 2, num_classes: int = 10, in_channels: int = 3) -> None:
+    def __init__(self, depth: int = 28, width: int = 2, num_classes: int = 10, in_channels: int = 3, stages: int = 3) -> None:
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth={depth} is not 6n + 4: give 10, 16, 22, 28, 34 or 40")
-        widths = [16, 16 * width, 32 * width, 64 * width]
+        if stages not in (3, 4):
+            raise ValueError(f"stages={stages}: give 3 or 4")
+        blocks_a_stage, left = divmod(depth - stages - 1, 2 * stages)
+        if left or blocks_a_stage < 1:
+            wanted = "6n + 4: give 10, 16, 22, 28, 34 or 40" if stages == 3 else "8n + 5: give 13, 21, 29 or 37"
+            raise ValueError(f"depth={depth} is not {wanted}")
+        self.stages = stages
+        widths = [16, *(16 * 2**stage * width for stage in range(stages))]
         self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
         for number, (inside, outside) in enumerate(pairwise(widths), start=1):
             blocks = [_PreActivation(inside, outside, 1 if number == 1 else 2)]
-            blocks += [_PreActivation(outside, outside, 1) for _ in range((depth - 4) // 6 - 1)]
+            blocks += [_PreActivation(outside, outside, 1) for _ in range(blocks_a_stage - 1)]
             self.add_module(f"layer{number}", nn.Sequential(*blocks))
         self.bn = nn.BatchNorm2d(widths[-1])
         self.fc = nn.Linear(widths[-1], num_classes) if num_classes else nn.Identity()
         _initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, num_classes), or (B, 64 * width) without ``fc``."""
+        """(B, in_channels, H, W) -> (B, num_classes), or the mean of the last channels without ``fc``."""
         x = self.conv1(images)
-        for number in (1, 2, 3):
+        for number in range(1, self.stages + 1):
             x = self.get_submodule(f"layer{number}")(x)
         return self.fc(F.leaky_relu(self.bn(x), 0.1).mean(dim=(2, 3)))
 

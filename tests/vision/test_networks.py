@@ -29,6 +29,7 @@ def test_mlp_names_its_layers_and_applies_relu_between_them():
         (SmallConvNet(), (2, 1, 8, 8), 3, None),
         (TimmNetwork("resnet18", num_classes=4), (2, 3, 32, 32), 20, None),
         (WideResNet(28, 2), (2, 3, 32, 32), 28, 1_467_610),  # 1.5 million in the paper's table 4
+        (WideResNet(37, 2, stages=4), (2, 3, 48, 48), 37, None),
     ],
     ids=["resnet20", "resnet8-grey", "resnet18", "resnet18-wide", "small", "timm", "wrn-28-2"],
 )
@@ -89,3 +90,5 @@ def test_a_network_without_a_head_gives_features():
         assert network(torch.zeros(2, 1, 8, 8)).shape == (2, width)
     with pytest.raises(ValueError, match="6n"):
         WideResNet(20)
+    with pytest.raises(ValueError, match="8n"):
+        WideResNet(28, stages=4)
