@@ -31,7 +31,7 @@ def test_mlp_names_its_layers_and_applies_relu_between_them():
         (WideResNet(28, 2), (2, 3, 32, 32), 28, 1_467_610),  # 1.5 million in the paper's table 4
         (WideResNet(37, 2, stages=4), (2, 3, 48, 48), 37, None),
     ],
-    ids=["resnet20", "resnet8-grey", "resnet18", "resnet18-wide", "small", "timm", "wrn-28-2"],
+    ids=["resnet20", "resnet8-grey", "resnet18", "resnet18-wide", "small", "timm", "wrn-28-2", "wrn-37-2"],
 )
 def test_shapes_and_sizes(network, shape, convolutions, parameters):
     outputs = network.eval()(torch.zeros(shape))
