@@ -19,8 +19,8 @@ from .segmentation.organs import OrganSlicesDataModule as OrganSlicesDataModule
 from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule
 from .text.text import TextDataModule as TextDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
-from .vision.stl10 import STL10DataModule as STL10DataModule
-from .vision.svhn import SVHNDataModule as SVHNDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
 from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule
+from .vision.stl10 import STL10DataModule as STL10DataModule
+from .vision.svhn import SVHNDataModule as SVHNDataModule

@@ -304,8 +304,8 @@ class ADELE(LabelCorrection):
         assert self.store is not None
         counts = torch.zeros(3, self.num_classes, dtype=torch.int64)
         for i in range(len(self.store)):
-            pair = (torch.from_numpy(np.asarray(part).astype(np.int64)) for part in (self.store.original(i), clean(i)))
-            counts += class_counts(*pair, self.num_classes, self.ignore_index)
+            first, truth = (torch.from_numpy(np.asarray(part).astype(np.int64)) for part in (self.store.original(i), clean(i)))
+            counts += class_counts(first, truth, self.num_classes, self.ignore_index)
         return float(iou_of_counts(counts).mean())
 
     # ---- how -------------------------------------------------------------------------------------------------------------------------

@@ -130,11 +130,11 @@ def _augmented(image: Any, depth: Any, rng: np.random.Generator) -> tuple[Any, A
     from PIL import Image, ImageEnhance
 
     if rng.integers(2):
-        image, depth = image.transpose(0), depth.transpose(0)  # left and right
+        image, depth = (part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for part in (image, depth))
     angle = rng.uniform(-_TURN, _TURN)
     edge = [(_EDGE, _EDGE)] * 2
-    image = Image.fromarray(np.pad(np.asarray(image), [*edge, (0, 0)], mode="reflect")).rotate(angle, 2)
-    depth = Image.fromarray(np.pad(np.asarray(depth), edge, mode="reflect")).rotate(angle, 0)
+    image = Image.fromarray(np.pad(np.asarray(image), [*edge, (0, 0)], mode="reflect")).rotate(angle, Image.Resampling.BILINEAR)
+    depth = Image.fromarray(np.pad(np.asarray(depth), edge, mode="reflect")).rotate(angle, Image.Resampling.NEAREST)
     kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for kind in rng.permutation(3):
         image = kinds[kind](image).enhance(1 + rng.uniform(-_JITTER, _JITTER))

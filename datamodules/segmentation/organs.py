@@ -258,13 +258,13 @@ class OrganSlicesDataModule(SegmentationDataModule):
         images, truth = make_volumes(self.num_train, self.seed + 1000, self.noise)
         flat, clean = images.reshape(-1, SIDE, SIDE), truth.reshape(-1, SIDE, SIDE)
         labels = add_spurious(clean, self.spurious, self.seed)
-        dense = clean.reshape(len(clean), -1).any(1)
+        dense = clean.reshape(len(clean), -1).max(1) > 0
         self.train_set = SegmentationSamples(
             len(flat), partial(_row, flat, labels), self._transform, self.views, extra={"dense": dense}, seed=self.seed
         )
         held_out, held_out_labels = make_volumes(2 * self.num_val, 0, self.noise)  # the same for every seed
-        val = [part[: self.num_val].reshape(-1, SIDE, SIDE) for part in (held_out, held_out_labels)]
-        self.val_set = SegmentationSamples(len(val[0]), partial(_row, *val), self._fit_size)
+        val, val_labels = (part[: self.num_val].reshape(-1, SIDE, SIDE) for part in (held_out, held_out_labels))
+        self.val_set = SegmentationSamples(len(val), partial(_row, val, val_labels), self._fit_size)
         names = [f"generated {number}" for number in range(self.num_val)]
         test = held_out[self.num_val :]
         if self.image_size is not None:

@@ -57,8 +57,9 @@ class DenseFeatures(nn.Module):
         super().__init__()
         import timm
 
-        self.encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True)
-        widths = self.encoder.feature_info.channels()
+        encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True)
+        self.encoder = encoder
+        widths = encoder.feature_info.channels()
         self.lateral = nn.ModuleList(nn.Conv2d(width, lateral_channels, 1) for width in widths)
         total = lateral_channels * len(widths)
         self.fuse = nn.Sequential(nn.Conv2d(total, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())

@@ -131,7 +131,7 @@ def fit_iou_curve(
         return None
     parameters = float(a), float(b), float(c)
     with np.errstate(all="ignore"):
-        slopes = np.abs(_slope(np.arange(1, window + 1) + 1e-6, *parameters))
+        slopes = np.abs(_slope(np.arange(1, window + 1, dtype=np.float64) + 1e-6, *parameters))
         change = np.abs(slopes - slopes[0]) / slopes[0]
     if not np.isfinite(change).all():
         return None

@@ -59,7 +59,7 @@ def sentence_table(classes: Sequence[str], descriptions: Mapping[str, Sequence[s
         ValueError: A class has none, or another number than the first; the message names it.
     """
     plain = {_plain(name): list(own) for name, own in descriptions.items()}
-    found = []
+    found: list[list[str]] = []
     for name in classes:
         own = plain.get(_plain(name), [])
         if not own:
@@ -287,7 +287,7 @@ class CoPrompt(LightningModule):
         Raises:
             RuntimeError: Neither it nor :meth:`set_classes` names them.
         """
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if getattr(data, "base_classes", ()):
             named = {name: getattr(data, name) for name in ("new_classes", "descriptions", "template") if hasattr(data, name)}
             self.set_classes(data.base_classes, **named)

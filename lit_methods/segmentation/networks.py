@@ -70,8 +70,9 @@ class TimmUNet(nn.Module):
         super().__init__()
         import timm
 
-        self.encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
-        channels = self.encoder.feature_info.channels()
+        encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
+        self.encoder = encoder
+        channels = encoder.feature_info.channels()
         if len(decoder_channels) != len(channels):
             raise ValueError(
                 f"decoder_channels has {len(decoder_channels)} entries, but {name} has {len(channels)} feature maps: give one for each"
@@ -110,8 +111,9 @@ class LargeFOV(nn.Module):
         super().__init__()
         import timm
 
-        self.encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True, output_stride=8, out_indices=(-1,))
-        deepest = self.encoder.feature_info.channels()[-1]
+        encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True, output_stride=8, out_indices=(-1,))
+        self.encoder = encoder
+        deepest = encoder.feature_info.channels()[-1]
         self.bottleneck = nn.Identity()
         self.head = nn.Sequential(nn.Conv2d(deepest, width, 3, padding=dilation, dilation=dilation), nn.ReLU(), nn.Dropout2d(0.5))
         self.classifier = nn.Conv2d(width, num_classes, 1)
