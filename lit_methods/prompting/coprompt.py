@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -29,6 +30,31 @@ from lit_methods.prompting.losses import (
     warmup_cosine_rate,
 )
 from lit_methods.prompting.towers import TwoTowers
+
+TECHNIQUE = Technique(
+    slug="coprompt",
+    title="Consistency-guided Prompt Learning for Vision-Language Models",
+    arxiv="2306.01195",
+    family="prompting",
+    form="module",
+    classes=(
+        "lit_methods.CoPrompt",
+        "lit_methods.callbacks.TwoTowerConsistency",
+        "lit_methods.CLIPTowers",
+        "lit_methods.TinyTowers",
+        "lit_methods.datamodules.FewShotDataModule",
+    ),
+    configs=("coprompt.yaml", "coprompt_maple.yaml", "coprompt_coop.yaml"),
+    golden=("loss", "lr_schedule", "prompt_transformer"),
+    claim=(
+        "On coloured shapes with 16 images a class, prompts and adapters with the consistency term reach a higher harmonic mean of base and "
+        "new classes' accuracy than without it."
+    ),
+    summary=(
+        "Tunes prompts and adapters of both of CLIP's towers to a few images a class, and keeps embeddings near the frozen towers' on "
+        "perturbed inputs."
+    ),
+)
 
 _CHUNK = 512  # texts that the frozen tower encodes at a time
 SPLITS = ("base", "new")
