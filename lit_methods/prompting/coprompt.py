@@ -47,8 +47,8 @@ TECHNIQUE = Technique(
     configs=("coprompt.yaml", "coprompt_maple.yaml", "coprompt_coop.yaml"),
     golden=("loss", "lr_schedule", "prompt_transformer"),
     claim=(
-        "On coloured shapes with 16 images a class, prompts and adapters with the consistency term reach a higher harmonic mean of base and "
-        "new classes' accuracy than without it."
+        "On coloured shapes with 16 images a class, prompts and adapters with the consistency term reach a higher harmonic mean of base "
+        "and new classes' accuracy than without it."
     ),
     summary=(
         "Tunes prompts and adapters of both of CLIP's towers to a few images a class, and keeps embeddings near the frozen towers' on "
