@@ -14,10 +14,27 @@ from torch import Tensor
 from lit_methods.callbacks.embeddings import find_in_batch
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.callbacks.outputs import resized, rows_of_calls
+from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows, rank
 from lit_methods.noisy_labels.adawac import CONSISTENT, MODES, SINGLE_VIEW, Mode, adawac_loss, has_foreground
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel
 from lit_methods.sample_table import SampleTable
+
+TECHNIQUE = Technique(
+    slug="adawac",
+    title="Adaptively Weighted Data Augmentation Consistency Regularization for Robust Optimization under Concept Shift",
+    arxiv="2210.01891",
+    family="noisy_labels",
+    form="callback",
+    classes=("lit_methods.callbacks.AdaWAC", "lit_methods.ImageSegmentor", "lit_methods.datamodules.OrganSlicesDataModule"),
+    configs=("adawac.yaml",),
+    golden=("weight_update", "loss", "metric"),
+    claim=(
+        "On generated slices, half of them without an organ, AdaWAC learns to give slices with organs a larger weight of supervision than "
+        "those without."
+    ),
+    summary="Every training sample has two learned weights, one for supervision and one for consistency over augmentations.",
+)
 
 _GROUPS = ("sparse", "dense")
 
