@@ -256,6 +256,7 @@ def bare_ict(network: nn.Module, data: list[dict[str, Tensor]]) -> list[float]:
         optimizer.zero_grad()
         found.losses.mean().backward()
         optimizer.step()
+        del found  # else its graph lives on while the next one is built
     times.append(time.perf_counter())
     return [b - a for a, b in itertools.pairwise(times)][WARM_UP:]
 
