@@ -20,10 +20,8 @@ from lit_methods.cli.main import main
 
 LIMITS = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "log_every_n_steps": 1}
 SHORT = [word for name, value in LIMITS.items() for word in (f"--trainer.{name}", value)]
-# computes superpixels for the whole world first
-SLOW = {"superflow_slidr.yaml"}
-CONFIGS = [
-    pytest.param(config, id=Path(config).stem, marks=[pytest.mark.slow] if config in SLOW else [])
+CONFIGS = [  # further configs of a technique take minutes: `make test-slow`
+    pytest.param(config, id=Path(config).stem, marks=[pytest.mark.slow] if config != entry.configs[0] else [])
     for entry in techniques().values()
     for config in entry.configs
 ]
