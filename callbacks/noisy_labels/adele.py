@@ -18,6 +18,7 @@ from lit_methods.callbacks.features import FeatureCapture
 from lit_methods.callbacks.label_correction import LabelCorrection
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.callbacks.outputs import logits_from, resized, rows_of_calls
+from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows, rank
 from lit_methods.label_store import LabelStore
 from lit_methods.noisy_labels.adele import (
@@ -30,6 +31,23 @@ from lit_methods.noisy_labels.adele import (
     multiscale_consistency,
 )
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
+
+TECHNIQUE = Technique(
+    slug="adele",
+    title="Adaptive Early-Learning Correction for Segmentation from Noisy Annotations",
+    arxiv="2110.03740",
+    family="noisy_labels",
+    form="callback",
+    classes=(
+        "lit_methods.callbacks.ADELE",
+        "lit_methods.callbacks.MultiScaleConsistency",
+        "lit_methods.datamodules.NoisyMasksDataModule",
+    ),
+    configs=("adele.yaml",),
+    golden=("consistency_loss", "curve_fit", "label_update", "label_merge", "iou"),
+    claim="On shapes with shifted training outlines, ADELE's corrected labels are nearer to the true masks than the given ones.",
+    summary="Corrects noisy masks class by class once the network has stopped learning fast, with consistency over scales.",
+)
 
 Rule = Literal["images", "slices"]
 

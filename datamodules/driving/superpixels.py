@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from lit_methods.datamodules.driving.common import read_image, write_bytes
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.pictures import open_picture
 
 _SLIC_SIDE = 512  # longer side at which SLIC runs: training resizes images to 448 columns anyway
 
@@ -42,17 +43,9 @@ def read_superpixels(path: Path, native_size: tuple[int, int], num_superpixels: 
         MissingFileError: There is no such file.
         BrokenRecordError: Undecodable, more than one channel, another size than the image, or an id out of range.
     """
-    try:
-        with Image.open(path) as picture:
-            mode, ids = picture.mode, np.array(picture)
-    except FileNotFoundError:
-        raise MissingFileError(
-            path,
-            "superpixels",
-            "no such file: give superpixel_root the folder of <sample_data token>.png files, or set superpixels=slic to compute them",
-        ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as problem:
-        raise BrokenRecordError(path, "superpixels", f"can't be decoded ({problem}): truncated or not a PNG, copy it again") from problem
+    missing = "give superpixel_root the folder of <sample_data token>.png files, or set superpixels=slic to compute them"
+    picture = open_picture(path, "superpixels", missing, mode=None)
+    mode, ids = picture.mode, np.array(picture)
     if ids.ndim != 2 or ids.dtype.kind not in "iu":
         raise BrokenRecordError(path, "superpixels", f"expected one channel of integer ids, got mode {mode} of shape {ids.shape}")
     if ids.shape != native_size:

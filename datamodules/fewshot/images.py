@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
 from lit_methods.datamodules.fewshot import coloured_shapes as shapes
 from lit_methods.datamodules.fewshot.releases import LAYOUTS, Name, choose_shots, read_descriptions, read_release
 from lit_methods.datamodules.loaders import ResumableLoader, make_loader
+from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.vision.base import LabelledImages
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -81,15 +81,7 @@ class PhotoView:
 
 
 def _open(paths: list[Path], index: int) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(paths[index]) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise MissingFileError(paths[index], "image", "no such file: the release is incomplete here, unpack its archive again") from None
-    except (UnidentifiedImageError, OSError) as problem:
-        raise BrokenRecordError(paths[index], "image", f"can't be decoded ({problem}): copy the file again") from problem
+    return open_picture(paths[index])
 
 
 class FewShotDataModule(pl.LightningDataModule):

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -19,6 +18,7 @@ from lit_methods.consistency_models.latents import DigitAutoencoder, standardise
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule, Tensors
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
+from lit_methods.datamodules.pictures import open_picture
 
 IMAGE_KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 CHUNK = 256  # latents, or images to encode, at a time
@@ -204,11 +204,7 @@ def encode_folder(images: Path, target: Path, autoencoder: nn.Module, size: int,
 
 
 def _pixels(file: Path, size: int, turned: bool) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            found = np.asarray(adm_crop(image.convert("RGB"), size), dtype=np.float32)
-    except (OSError, ValueError, SyntaxError) as problem:  # Pillow's ways to say that a file is broken
-        raise BrokenRecordError(file, "image", f"can't be decoded ({problem}): truncated or no image, copy it again") from problem
+    found = np.asarray(adm_crop(open_picture(file), size), dtype=np.float32)
     pixels = torch.from_numpy(found).permute(2, 0, 1) / 127.5 - 1
     return pixels.flip(2) if turned else pixels
 

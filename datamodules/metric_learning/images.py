@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
+from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.vision.base import LabelledImages
 
 Name = Literal["cub", "cars", "sop", "inat"]
@@ -129,15 +130,7 @@ _READERS = {"cub": read_cub, "cars": read_cars, "sop": read_sop, "inat": read_in
 
 
 def _open(paths: list[Path], index: int) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(paths[index]) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise MissingFileError(paths[index], "image", "no such file: the release is incomplete here, unpack its archive again") from None
-    except (UnidentifiedImageError, OSError) as problem:
-        raise BrokenRecordError(paths[index], "image", f"can't be decoded ({problem}): copy the file again") from problem
+    return open_picture(paths[index])
 
 
 class _Prepare:

@@ -8,21 +8,20 @@ from lit_methods.datamodules.generative.base import Tensors, as_it_is
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
 
 FEATURES = 64
-_LATENT = 8  # dimensions of class and nuisance
 
 
-def open_world(num_classes: int, per_class: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def open_world(num_classes: int, per_class: int, dims: int, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Samples x = tanh(A (mu_c + s_c eps) + B (n_c eta)) with class spreads s_c in [0.15, 0.75] and nuisances n_c in [0.3, 2], log-uniform.
 
-    A and B are the same for all classes, mu_c, eps and eta standard normal in 8 dimensions.
+    A and B are the same for all classes, mu_c, eps and eta standard normal in ``dims`` dimensions.
 
     Returns:
         (num_classes * per_class, 64) and the classes, sample k of every class before sample k + 1 of any.
     """
-    signal, clutter = rng.normal(size=(2, FEATURES, _LATENT)) / np.sqrt(_LATENT)
+    signal, clutter = rng.normal(size=(2, FEATURES, dims)) / np.sqrt(dims)
     spread, nuisance = (np.exp(rng.uniform(np.log(low), np.log(high), num_classes)) for low, high in ((0.15, 0.75), (0.3, 2.0)))
-    centre = rng.normal(size=(num_classes, _LATENT))
-    eps, eta = rng.normal(size=(2, per_class, num_classes, _LATENT))
+    centre = rng.normal(size=(num_classes, dims))
+    eps, eta = rng.normal(size=(2, per_class, num_classes, dims))
     inside = (centre + spread[:, None] * eps) @ signal.T + (nuisance[:, None] * eta) @ clutter.T
     labels = np.tile(np.arange(num_classes), per_class)
     return np.tanh(inside).reshape(-1, FEATURES).astype(np.float32), labels
@@ -37,6 +36,7 @@ class OpenWorldDataModule(RetrievalDataModule):
         num_train_classes: Seen classes.
         num_val_classes: Unseen classes.
         per_class: Samples of each class.
+        dims: Dimensions of a class's centre, and of what varies inside the class.
         classes_per_batch: Different classes in a training batch.
         samples_per_class: Samples of each.
         steps_per_epoch: Batches of a process in an epoch; None: as many as the samples fill.
@@ -53,6 +53,7 @@ class OpenWorldDataModule(RetrievalDataModule):
         num_train_classes: int = 30,
         num_val_classes: int = 30,
         per_class: int = 24,
+        dims: int = 16,
         classes_per_batch: int = 16,
         samples_per_class: int = 5,
         steps_per_epoch: int | None = 50,
@@ -68,9 +69,9 @@ class OpenWorldDataModule(RetrievalDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        if min(num_train_classes, num_val_classes, per_class) < 1:
+        if min(num_train_classes, num_val_classes, per_class, dims) < 1:
             raise ValueError(
-                f"num_train_classes={num_train_classes}, num_val_classes={num_val_classes}, per_class={per_class}: give 1 or more"
+                f"num_train_classes={num_train_classes}, num_val_classes={num_val_classes}, per_class={per_class}, dims={dims}: give 1 or more"
             )
         self.save_hyperparameters()
         self.collate = as_it_is
@@ -80,7 +81,7 @@ class OpenWorldDataModule(RetrievalDataModule):
         if self.train_set is not None:
             return
         hp, seen = self.hparams, self.hparams["num_train_classes"]
-        data, labels = open_world(seen + hp["num_val_classes"], hp["per_class"], np.random.default_rng([self.seed, 4]))
+        data, labels = open_world(seen + hp["num_val_classes"], hp["per_class"], hp["dims"], np.random.default_rng([self.seed, 4]))
         train = labels < seen
         self.train_labels = labels[train]
         self.train_set, self.val_set = (Tensors(torch.from_numpy(data[part]), torch.from_numpy(labels[part])) for part in (train, ~train))

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples
 from lit_methods.imbalanced_regression.weights import Kernel, Reweight
 
@@ -53,16 +54,7 @@ def read_ages(file: Path) -> dict[str, tuple[list[str], NDArray[np.float32]]]:
 
 
 def _open(root: Path, paths: list[str], index: int) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    path = root / paths[index]
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise MissingFileError(path, "image", "no such file: unpack the images of the benchmark below root") from None
-    except (UnidentifiedImageError, OSError) as problem:
-        raise BrokenRecordError(path, "image", f"can't be decoded ({problem}): copy the file again") from problem
+    return open_picture(root / paths[index], missing="unpack the images of the benchmark below root")
 
 
 class _Prepare:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule
 from lit_methods.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
 
@@ -83,24 +84,11 @@ def read_list(file: Path) -> list[tuple[Path, Path]]:
     return found
 
 
-def _open(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture
-    except FileNotFoundError:
-        raise MissingFileError(path, "image", "no such file: the benchmark is incomplete here, unpack its archive again") from None
-    except (UnidentifiedImageError, OSError) as problem:
-        raise BrokenRecordError(path, "image", f"can't be decoded ({problem}): copy the file again") from problem
-
-
 def _read(pairs: list[tuple[Path, Path]], unit: float, index: int) -> tuple[Any, Any]:
     """An RGB image, and its depth in metres as a picture of float32."""
     from PIL import Image
 
-    image, stored = (_open(path) for path in pairs[index])
+    image, stored = (open_picture(path, mode=None) for path in pairs[index])
     values = np.asarray(stored)
     if values.ndim != 2 or stored.size != image.size:
         raise BrokenRecordError(pairs[index][1], "depth", f"expected one number a pixel of {image.size}, got {values.shape}")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.loaders import ResumableLoader
+from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationDataModule, SegmentationSamples, resize
 from lit_methods.datamodules.vision.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from lit_methods.label_store import LabelStore
@@ -82,15 +83,8 @@ def read_mask(path: Path, classes: int) -> NDArray[np.uint8]:
         MissingFileError: No such file.
         BrokenRecordError: It can't be read, has several channels, or a value above the last class.
     """
-    from PIL import Image
-
-    if not path.is_file():
-        raise MissingFileError(path, "file", "there is no mask of this name: give a folder with a PNG for every image of the list")
-    try:
-        with Image.open(path) as file:
-            mask = np.array(file)
-    except OSError as error:
-        raise BrokenRecordError(path, "file", f"not a readable image ({error}): copy it again") from error
+    missing = "give a folder with a PNG for every image of the list"
+    mask = np.array(open_picture(path, "mask", missing, mode=None))
     if mask.ndim != 2:
         raise BrokenRecordError(path, "pixels", f"it has the shape {mask.shape}: expected one class index a pixel, not colours")
     wrong = mask[(mask >= classes) & (mask != 255)]
@@ -106,15 +100,8 @@ def read_picture(path: Path) -> NDArray[np.float32]:
         MissingFileError: No such file.
         BrokenRecordError: It can't be read.
     """
-    from PIL import Image
-
-    if not path.is_file():
-        raise MissingFileError(path, "file", "the list names it and it is not there: unpack VOC 2012 again")
-    try:
-        with Image.open(path) as file:
-            return np.asarray(file.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255
-    except OSError as error:
-        raise BrokenRecordError(path, "file", f"not a readable image ({error}): copy it again") from error
+    picture = open_picture(path, missing="the list names it; unpack VOC 2012 again")
+    return np.asarray(picture, dtype=np.float32).transpose(2, 0, 1) / 255
 
 
 def jitter_scale_crop(sample: Arrays, rng: np.random.Generator, crop: int, scales: tuple[float, float], jitter: float) -> Arrays:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.loaders import ResumableLoader, make_loader
+from lit_methods.datamodules.pictures import open_picture
 
 Pixels = NDArray[np.uint8]
 Read = Callable[[int], tuple[Pixels, Pixels, str]]
@@ -67,13 +67,7 @@ def read_rgb(path: Path, field: str) -> Pixels:
         MissingFileError: There is no such file.
         BrokenRecordError: It is truncated or no image.
     """
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except FileNotFoundError:
-        raise MissingFileError(path, field, "no such file: unpack the release again") from None
-    except (OSError, ValueError, SyntaxError) as problem:  # Pillow's ways to say that a file is broken
-        raise BrokenRecordError(path, field, f"can't be decoded ({problem}): truncated or no image, copy it again") from problem
+    return np.asarray(open_picture(path, field, "unpack the release again"))
 
 
 def low_resolution_file(high: Path, scale: int) -> Path | None:

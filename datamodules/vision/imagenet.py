@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
@@ -91,14 +92,7 @@ def read_image(folder: Path, files: Sequence[str], index: int) -> Image.Image:
         MissingFileError: The file has gone.
         BrokenRecordError: It is truncated or no image.
     """
-    path = folder / files[index]
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise MissingFileError(path, "image", "the file was there when training began") from None
-    except (OSError, ValueError, SyntaxError) as problem:  # Pillow's ways to say that a file is broken
-        raise BrokenRecordError(path, "image", f"can't be decoded ({problem}): truncated or no image, copy it again") from problem
+    return open_picture(folder / files[index], missing="it was there when training began")
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------------------------

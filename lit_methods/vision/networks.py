@@ -16,16 +16,17 @@ class MLP(nn.Module):
     Args:
         widths: Number of inputs, hidden widths, number of classes; at least two numbers, such as [64, 256, 10].
         bias: All layers have a bias.
+        relu_last: ReLU behind the last layer, too: features like those of a convolutional network, none below 0.
 
     Raises:
         ValueError: Fewer than two widths, or one below 1.
     """
 
-    def __init__(self, widths: Sequence[int], bias: bool = True) -> None:
+    def __init__(self, widths: Sequence[int], bias: bool = True, relu_last: bool = False) -> None:
         super().__init__()
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths={list(widths)}: give the number of inputs, hidden widths and the number of classes, each 1 or more")
-        self.widths = tuple(widths)
+        self.widths, self.relu_last = tuple(widths), relu_last
         self.layers = nn.ModuleList(nn.Linear(inside, outside, bias) for inside, outside in pairwise(widths))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -33,7 +34,8 @@ class MLP(nn.Module):
         x = images.flatten(1)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
-        return self.layers[-1](x)
+        x = self.layers[-1](x)
+        return F.relu(x) if self.relu_last else x
 
 
 class SmallConvNet(nn.Module):
