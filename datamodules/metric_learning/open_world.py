@@ -71,7 +71,8 @@ class OpenWorldDataModule(RetrievalDataModule):
         )
         if min(num_train_classes, num_val_classes, per_class, dims) < 1:
             raise ValueError(
-                f"num_train_classes={num_train_classes}, num_val_classes={num_val_classes}, per_class={per_class}, dims={dims}: give 1 or more"
+                f"num_train_classes={num_train_classes}, num_val_classes={num_val_classes}, per_class={per_class}, dims={dims}: "
+                "give 1 or more"
             )
         self.save_hyperparameters()
         self.collate = as_it_is
