@@ -95,7 +95,11 @@ def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         raise BrokenRecordError(path, "label", f"image is {image.shape} and label {label.shape}: expected one shape, (H, W) or (S, H, W)")
     if not np.isfinite(image).all():
         raise BrokenRecordError(path, "image", "it has values that aren't finite: prepare the file again")
-    return image.astype(np.float32), label.astype(np.uint8)
+    with np.errstate(invalid="ignore"):
+        whole = label.astype(np.uint8)
+    if (whole != label).any():
+        raise BrokenRecordError(path, "label", "it has values that are no whole number of 0 to 255: prepare the file again")
+    return image.astype(np.float32), whole
 
 
 def _checked(path: Path, dims: int, classes: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

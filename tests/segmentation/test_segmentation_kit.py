@@ -181,6 +181,8 @@ def test_broken_slices_are_named(tmp_path, monkeypatch):
         ({"image": np.zeros((2, 2))}, "a.npz: label: the file has"),
         ({"image": np.zeros((2, 2)), "label": np.zeros((2, 3))}, r"a.npz: label: image is \(2, 2\)"),
         ({"image": np.full((2, 2), np.nan), "label": np.zeros((2, 2))}, "a.npz: image: it has values that aren't finite"),
+        ({"image": np.zeros((2, 2)), "label": np.full((2, 2), 256)}, "a.npz: label: it has values that are no whole number"),
+        ({"image": np.zeros((2, 2)), "label": np.full((2, 2), 0.5)}, "a.npz: label: it has values that are no whole number"),
     ):
         np.savez(path, **fields)
         with pytest.raises(BrokenRecordError, match=problem):
