@@ -124,6 +124,15 @@ def broadcast_seed(seed: int | None = None) -> int:
     return int(carrier)
 
 
+def broadcast_text(text: str) -> str:
+    """Rank 0's ``text`` on every rank."""
+    if world_size() == 1:
+        return text
+    told = [text]
+    dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
 def broadcast_tensors(tensors: list[Tensor]) -> None:
     """Make ``tensors`` equal to rank 0's, in place; one message per dtype. Same shapes, dtypes and number on all ranks; no gradient."""
     if world_size() == 1:

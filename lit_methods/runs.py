@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import lit_methods
+from lit_methods.distributed import broadcast_text, rank, world_size
 
 # Set by the first process of a run for the ones that it starts, which must write to the same folder.
 RUN_FOLDER_VARIABLE = "LIT_METHODS_RUN_FOLDER"
@@ -55,12 +56,15 @@ def safe_name(name: str) -> str:
 def agree_on_run_folder(root: Path, name: str) -> Path:
     """The run's folder, the same in every process of a run, created by the first of them.
 
+    - Where the processes are a group already, rank 0 tells the others.
     - Processes started by Lightning itself read it from the environment variable ``LIT_METHODS_RUN_FOLDER``.
     - Under torchrun, rank 0 tells the others through torchrun's own store.
     - Under SLURM with several tasks it is named after job, step and restart, which all nodes know.
     - Else a new folder is claimed and the environment variable set, for processes that are started later.
     """
     environment = os.environ
+    if world_size() > 1:
+        return Path(broadcast_text(str(claim_run_folder(root, name)) if rank() == 0 else ""))
     if environment.get("LOCAL_RANK", "0") != "0" and RUN_FOLDER_VARIABLE in environment:
         return Path(environment[RUN_FOLDER_VARIABLE])
     if "TORCHELASTIC_RUN_ID" in environment and int(environment.get("WORLD_SIZE", "1")) > 1:

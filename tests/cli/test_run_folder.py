@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
-from helpers import tiny_trainer
+from helpers import run_two_processes, tiny_trainer
 from lit_methods.runs import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, claim_run_folder, git_state, run_dir
 
 
@@ -84,6 +84,16 @@ def test_processes_started_by_lightning_read_the_folder_from_the_environment(tmp
     monkeypatch.setenv("LOCAL_RANK", "0")  # left over in the first process: a later run of its own
     assert agree_on_run_folder(tmp_path, "run") != first
     monkeypatch.delenv(RUN_FOLDER_VARIABLE)
+
+
+def agreed_folder(root: Path) -> str:
+    return str(agree_on_run_folder(root, "run"))
+
+
+def test_processes_that_are_a_group_already_agree(tmp_path: Path) -> None:
+    first, second = run_two_processes(agreed_folder, tmp_path)
+    assert first == second
+    assert [str(path) for path in (tmp_path / "run").iterdir()] == [first]
 
 
 def test_slurm_tasks_agree_without_talking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
