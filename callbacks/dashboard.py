@@ -22,7 +22,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_methods.catalog import techniques
+from lit_methods.catalog import techniques_in
 from lit_methods.panels import CloudMedia, Curve, HistogramMedia, ImageMedia, Media, Panel
 from lit_methods.report import Record, ReportData, Section, Status, read_history, record_line, render_report, write_atomically
 from lit_methods.report_html import subsample
@@ -321,6 +321,7 @@ def gather_panels(candidates: list[Any]) -> tuple[list[Any], list[Section]]:
     providers: list[Any] = []
     sections: list[Section] = []
     shown: set[Curve] = set()
+    present = techniques_in(type(candidate).__name__ for candidate in candidates)
     for candidate in candidates:
         panels = getattr(candidate, "panels", ())
         if not isinstance(panels, (tuple, list)) or not any(isinstance(panel, kinds) for panel in panels):
@@ -335,7 +336,7 @@ def gather_panels(candidates: list[Any]) -> tuple[list[Any], list[Section]]:
             continue
         name = type(candidate).__name__
         count = sum(type(other) is type(candidate) for other in providers)
-        technique = next((t for t in techniques().values() if any(path.rpartition(".")[2] == name for path in t.classes)), None)
+        technique = next((entry for entry in present if name in entry.names), None)
         summary = technique.summary if technique and all(technique.summary != section.summary for section in sections) else ""  # once
         url = f"https://arxiv.org/abs/{technique.arxiv}" if summary and technique and technique.arxiv else ""
         sections.append(Section(f"{name} {count + 1}" if count else name, own, {}, summary, url))
@@ -413,8 +414,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _add_tags(logger: WandbLogger, candidates: list[Any]) -> None:
     """Tag the run with the slugs of the techniques in it, by which ``lit dashboard`` finds it."""
-    names = {type(candidate).__name__ for candidate in candidates}
-    slugs = [slug for slug, entry in techniques().items() if any(path.rpartition(".")[2] in names for path in entry.classes)]
+    slugs = [entry.slug for entry in techniques_in(type(candidate).__name__ for candidate in candidates)]
     run = logger.experiment
     missing = [slug for slug in slugs if slug not in (run.tags or ())]
     if missing:

@@ -5,6 +5,7 @@ Entries are literals, so the catalogue is read from the source with :mod:`ast`: 
 
 import ast
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,11 @@ class Technique:
     golden: tuple[str, ...]
     claim: str
     summary: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Short names of its classes, the main one first."""
+        return tuple(path.rpartition(".")[2] for path in self.classes)
 
 
 def package_folder(package: str) -> Path:
@@ -73,6 +79,16 @@ def techniques() -> dict[str, Technique]:
                 if found.setdefault(entry.slug, entry) != entry:
                     raise ValueError(f"two catalogue entries are called {entry.slug!r}, one of them in {source}: rename one")
     return dict(sorted(found.items()))
+
+
+def techniques_in(names: Iterable[str]) -> list[Technique]:
+    """The techniques that a run with classes of these short names is about.
+
+    Those whose main class is there. Without one, those with any of their classes: several techniques share modules such as
+    ``ImageSegmentor``, which alone don't say which of them it is.
+    """
+    there, entries = set(names), techniques().values()
+    return [entry for entry in entries if entry.names[0] in there] or [entry for entry in entries if there & set(entry.names)]
 
 
 @functools.cache

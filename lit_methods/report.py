@@ -33,7 +33,7 @@ from lit_methods.report_html import (
     slug,
     summary,
     table,
-    technique_note,
+    technique_notes,
 )
 
 Status = Literal["running", "finished", "interrupted", "unknown"]  # unknown: read from a folder that holds only metrics
@@ -252,7 +252,7 @@ def render_report(data: ReportData, origin: str = "", verdict: Callable[[str], s
     parts.append(_all_metrics(charts, series))
 
     about = []
-    if known := "".join(technique_note(section.title, verdict) for section in data.sections):
+    if known := technique_notes([section.title for section in data.sections], verdict):
         about.append(fold("Techniques", known))
     if data.config:
         about.append(fold("Configuration", f'<pre tabindex="0"><code>{escape(data.config)}</code></pre>'))

@@ -27,7 +27,7 @@ from lit_methods.report_html import (
     page,
     slug,
     summary,
-    technique_note,
+    technique_notes,
 )
 from lit_methods.run_record import flat_config
 
@@ -301,7 +301,7 @@ def render_comparison(
     names = _all_names(compared)
     drawn = "".join(_overlaid(charts, name, name, compared) for name in names)
     folded = fold(f"{len(names)} metrics, each in a chart of its own", f'<div class="grid small">{drawn}</div>')
-    technique = "".join(filter(None, (technique_note(section.title, verdict) for section in sections)))
+    technique = technique_notes([section.title for section in sections], verdict)
     parts = {
         "key-figures": ("Key figures", _key_figures(compared, sections)),
         **{anchor: (section.title, body) for anchor, section, body in zip(anchors, sections, bodies, strict=True)},

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_methods.catalog import Technique, techniques
+from lit_methods.catalog import Technique, techniques_in
 from lit_methods.panels import CloudMedia, HistogramMedia, ImageMedia, Media, TableMedia
 
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]  # steps (n,), values (n,)
@@ -297,28 +297,23 @@ def notes(text: str, heading: str = "Notes") -> str:
     return f'<div class="box"><strong>{escape(heading)}</strong><p class="words">{escape(text.strip())}</p></div>' if text.strip() else ""
 
 
-def technique_of(title: str) -> Technique | None:
-    """The catalogue's entry of the class that a section is named after (``SuperFlow``, or ``SuperFlow 2``)."""
-    name = title.split(" ")[0]
-    return next((entry for entry in techniques().values() if any(path.rpartition(".")[2] == name for path in entry.classes)), None)
-
-
-def technique_note(title: str, verdict: Callable[[str], str] = lambda slug: "") -> str:
-    """What the catalogue says about the technique of a section, as HTML; "" for a class that isn't in the catalogue.
+def technique_notes(titles: Sequence[str], verdict: Callable[[str], str] = lambda slug: "") -> str:
+    """What the catalogue says about the techniques of a run, as HTML; "" for classes that aren't in the catalogue.
 
     Args:
-        title: The section's title.
+        titles: Of the run's sections, each named after a class (``SuperFlow``, or ``SuperFlow 2``).
         verdict: The measured verdict on a technique's claim in words, by slug; "" where none is known.
     """
-    technique = technique_of(title)
-    if technique is None:
-        return ""
+    return "".join(_technique_note(technique, verdict) for technique in techniques_in(title.split(" ")[0] for title in titles))
+
+
+def _technique_note(technique: Technique, verdict: Callable[[str], str]) -> str:
     paper = link(f"https://arxiv.org/abs/{technique.arxiv}", f"arXiv:{technique.arxiv}") if technique.arxiv else ""
     claim = f"<p><strong>Claim.</strong> {escape(technique.claim)}</p>" if technique.claim else ""
     judged = verdict(technique.slug) if technique.claim else ""
     measured = f"<p><strong>Measured.</strong> {escape(judged)}</p>" if judged else ""
     return (
-        f'<div class="box"><strong>{escape(title)}: {escape(technique.title)}</strong> {paper}<p>{escape(technique.summary)}</p>'
+        f'<div class="box"><strong>{technique.names[0]}: {escape(technique.title)}</strong> {paper}<p>{escape(technique.summary)}</p>'
         f"{claim}{measured}</div>"
     )
 

@@ -20,7 +20,7 @@ from lit_methods.cli.report import find_runs, short_names
 from lit_methods.panels import CloudMedia, CloudPanel, Curve, ImageMedia, ImagePanel, TableMedia, TablePanel
 from lit_methods.report import Record, ReportData, Section, record_line
 from lit_methods.report_compare import best_of, differences, render_comparison
-from lit_methods.report_html import origin_of, technique_note
+from lit_methods.report_html import origin_of, technique_notes
 from lit_methods.report_html import short_names as short_metrics
 from lit_methods.run_record import load_run, save_run
 
@@ -154,9 +154,12 @@ def test_the_head_says_what_the_runs_are(page: Page) -> None:
 def test_technique_notes_come_from_the_catalogue(page: Page) -> None:
     assert "superflow holds" in page.text
     assert any(link["href"] == "https://arxiv.org/abs/2503.19912" for link in page.all("a"))
-    assert "Measured" not in technique_note("SuperFlow 2")
-    assert "Claim" in technique_note("SuperFlow 2")
-    assert technique_note("Nobody") == ""
+    assert "Measured" not in technique_notes(["SuperFlow 2"])
+    assert "Claim" in technique_notes(["SuperFlow 2"])
+    assert technique_notes(["Nobody"]) == ""
+    shared = technique_notes(["ImageSegmentor", "MultiScaleConsistency", "ADELE"])  # AdaWAC's entry names the module, too
+    assert shared.count("<strong>Claim.") == 1
+    assert "ADELE: Adaptive Early-Learning" in shared
 
 
 def test_everything_is_escaped(page: Page) -> None:

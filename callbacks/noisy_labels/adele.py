@@ -187,6 +187,7 @@ class ADELE(LabelCorrection):
         self.class_names = tuple(class_names or (str(c) for c in range(num_classes)))
         self.quality_classes = num_classes
         self._features: FeatureCapture | None = None
+        self._datamodule: Any = None
         self._fresh()
 
     def _fresh(self) -> None:
@@ -198,7 +199,6 @@ class ADELE(LabelCorrection):
         self._epoch_counts = torch.zeros(3, self.num_classes, dtype=torch.int64)
         self._iou_original: float | None = None
         self._epoch = 0  # epochs done at the last correction
-        self._media: dict[str, Media] = {}
 
     # ---- tracking --------------------------------------------------------------------------------------------------------------------
 
@@ -215,6 +215,7 @@ class ADELE(LabelCorrection):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._undo()
+            self._datamodule = getattr(trainer, "datamodule", None)
             self._features = FeatureCapture(pl_module, [self.network], active=False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -315,8 +316,6 @@ class ADELE(LabelCorrection):
         for c in range(1, self.num_classes):
             logs |= {f"iou/{self.class_names[c]}": total[c], f"update_epoch/{self.class_names[c]}": float(self.update_epochs[c])}
         pl_module.log_dict({f"adele/{name}": value for name, value in logs.items()})
-        if trainer.is_global_zero:
-            self._draw(trainer, clean)
 
     def _original_quality(self, clean: Any) -> float:
         assert self.store is not None
@@ -354,25 +353,26 @@ class ADELE(LabelCorrection):
 
     # ---- pictures --------------------------------------------------------------------------------------------------------------------
 
-    def _draw(self, trainer: pl.Trainer, clean: Any) -> None:
+    def dashboard_media(self) -> dict[str, Media]:
+        """Examples of corrected labels, or of labels as they are before the first correction, and the classes' epochs."""
         from lit_methods.segmentation.module import colour_labels, grey_image
 
-        assert self.store is not None
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        shown = self.store.changed()[:8]
+        if self.store is None:
+            return {}
+        clean = getattr(self._datamodule, "clean_labels", None)
+        shown = (self.store.changed() or list(range(len(self.store))))[:8]
         rows = tuple(
             (self.class_names[c], self.update_epochs[c], self.triggered[c] if self.triggered[c] >= 0 else None)
             for c in range(1, self.num_classes)
         )
-        self._media["adele/classes"] = TableMedia(("class", "update epoch", "corrected after epoch"), rows)
-        if not shown or len({self.store.shape(i) for i in shown}) > 1:
-            shown = [i for i in shown if self.store.shape(i) == self.store.shape(shown[0])]
+        media: dict[str, Media] = {"adele/classes": TableMedia(("class", "update epoch", "corrected after epoch"), rows)}
+        shown = [i for i in shown if self.store.shape(i) == self.store.shape(shown[0])]
         columns: list[NDArray[np.uint8]] = []
         for i in shown:
             parts = [colour_labels(self.store.original(i)), colour_labels(self.store.current(i))]
             if clean is not None:
                 parts.append(colour_labels(np.asarray(clean(i))))
-            image = getattr(datamodule, "training_image", None)
+            image = getattr(self._datamodule, "training_image", None)
             if image is not None:
                 parts.insert(0, grey_image(resized(image(i)[None], self.store.shape(i))[0]))
             columns.append(np.concatenate(parts, axis=0))
@@ -380,11 +380,8 @@ class ADELE(LabelCorrection):
             zoom = max(1, 96 // columns[0].shape[1])
             picture = np.concatenate(columns, axis=1).repeat(zoom, axis=0).repeat(zoom, axis=1)
             alt = "Training images with corrected labels; from top: image, original label, corrected label, and the clean one where known"
-            self._media["adele/corrections"] = ImageMedia(picture, alt)
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """Examples of corrected labels, and the classes' epochs."""
-        return self._media
+            media["adele/corrections"] = ImageMedia(picture, alt)
+        return media
 
     # ---- state -----------------------------------------------------------------------------------------------------------------------
 
