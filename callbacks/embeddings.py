@@ -46,7 +46,7 @@ def find_in_batch(batch: Any, key: Key, default: tuple[str, int], argument: str)
     """
     if isinstance(batch, Mapping):
         wanted: Any = default[0] if key is None else key
-        there, missing = f"the keys {list(batch)}", wanted not in batch
+        there, missing = f"the keys {list(batch)}", wanted not in list(batch)  # also of what has no hash, such as a list of keys
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         wanted = default[1] if key is None else key
         there, missing = f"{len(batch)} parts", not isinstance(wanted, int) or not -len(batch) <= wanted < len(batch)

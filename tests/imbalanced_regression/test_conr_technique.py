@@ -22,6 +22,7 @@ from helpers import (
 )
 from lit_methods import MLP, ImbalancedRegression, ShotMetrics
 from lit_methods.callbacks import FDS, ConR, ExactResume
+from lit_methods.callbacks.embeddings import find_in_batch
 from lit_methods.callbacks.imbalanced_regression.conr import conr_dense_loss, conr_loss
 from lit_methods.callbacks.imbalanced_regression.fds import Buckets, Moments, moments, pooled
 from lit_methods.cli.main import main
@@ -406,6 +407,8 @@ def test_what_is_missing_is_said():
         FDS(clip=(2.0, 0.5))
     with pytest.raises(ValueError, match="no 'tokens'"):
         regression(inputs="tokens").training_step({"image": torch.zeros(1, 144), "target": torch.zeros(1)}, 0)
+    with pytest.raises(ValueError, match=r"has no \['a', 'b'\], it has the keys \['target'\]: name the key .* by labels"):
+        find_in_batch({"target": torch.zeros(1)}, ["a", "b"], ("target", 1), "labels")
     with pytest.raises(ValueError, match="'count'"):
         regression().validation_step({"image": torch.zeros(1, 144), "target": torch.zeros(1)}, 0)
 
