@@ -92,3 +92,12 @@ def test_a_network_without_a_head_gives_features():
         WideResNet(20)
     with pytest.raises(ValueError, match="8n"):
         WideResNet(28, stages=4)
+
+
+def test_features_of_an_mlp_are_above_zero_with_a_relu_at_the_end():
+    torch.manual_seed(0)
+    plain, ending = MLP([6, 5, 4]), MLP([6, 5, 4], relu_last=True)
+    ending.load_state_dict(plain.state_dict())
+    x = torch.randn(8, 6)
+    assert plain(x).min() < 0
+    assert torch.equal(ending(x), plain(x).clamp(min=0))
