@@ -113,7 +113,7 @@ def _panel_titles(technique: Technique) -> list[str]:
             for node in ast.parse(text).body:
                 if isinstance(node, ast.ClassDef) and node.name in wanted:
                     titles += [title for statement in node.body for title in _titles(statement)]
-    return titles
+    return list(dict.fromkeys(titles))  # installed, the callbacks lie inside lit_methods and are met twice
 
 
 def _titles(statement: ast.stmt) -> list[str]:

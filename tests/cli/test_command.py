@@ -74,6 +74,8 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         *techniques()["superflow"].golden,
     ):
         assert part in text
+    assert main(["info", "epg"]) == 0
+    assert capsys.readouterr().out.count("Norm of the gradient") == 1, "a panel of both its modules is named once"
     assert main(["info", "superflw"]) == 2
     error = capsys.readouterr().err
     assert "superflow" in error
