@@ -64,7 +64,8 @@ def spoil_the_folder(trainer: pl.Trainer) -> None:
 
 
 def kill_a_worker(trainer: pl.Trainer) -> None:
-    worker = max(multiprocessing.active_children(), key=lambda child: child.pid or 0)  # other tests may have left helpers behind
+    # other tests may have left helpers behind; names such as Process-7 count up, while the system uses pids again
+    worker = max(multiprocessing.active_children(), key=lambda child: int(child.name.rpartition("-")[2]))
     os.kill(worker.pid or 0, signal.SIGKILL)
     time.sleep(0.2)
 
