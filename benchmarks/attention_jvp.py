@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_methods.consistency_models.attention_jvp import attention_with_tangent, plain_attention
+from lit_methods.consistency_models.rcm.attention_jvp import attention_with_tangent, plain_attention
 
 FORMS = ("blockwise", "plain", "flash")
 

@@ -47,7 +47,9 @@ from lit_methods import (
     SmallUNet,
 )
 from lit_methods.callbacks.sparsity.masks import own_seed
-from lit_methods.consistency_models import epg, epg_pretrain, slct
+from lit_methods.consistency_models import slct
+from lit_methods.consistency_models.epg import finetune as epg
+from lit_methods.consistency_models.epg import pretrain as epg_pretrain
 from lit_methods.functional import (
     consistency_function,
     consistency_pair_loss,

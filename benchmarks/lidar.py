@@ -76,7 +76,7 @@ from lit_methods.lidar.superflow import core
 from lit_methods.lidar.superflow import module as superflow_module
 from lit_methods.lidar.superflow.module import SuperFlow
 from lit_methods.lidar.teachers import DINOv2
-from lit_methods.runs import RunFolder
+from lit_methods.runs.folder import RunFolder
 
 Batch = dict[str, Any]
 CLOUDS = ("cur", "prev", "next", "dense")

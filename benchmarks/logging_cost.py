@@ -37,9 +37,9 @@ from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 from torchvision.models import resnet18
 
-from lit_methods.callbacks.dashboard import Dashboard
+from lit_methods.callbacks.run.dashboard import Dashboard
 from lit_methods.panels import Curve, Panel
-from lit_methods.wandb_runs import finish_runs
+from lit_methods.runs.wandb import finish_runs
 
 WARM_UP = 5
 TARGET = 1.02

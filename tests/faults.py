@@ -17,14 +17,14 @@ import torch
 
 from helpers import Images
 from lit_methods.catalog import techniques
-from lit_methods.checkpoint_io import AtomicCheckpointIO
 from lit_methods.datamodules.loaders import make_loader
+from lit_methods.runs.checkpoints import AtomicCheckpointIO
 
 FIRST, MID, WRITE, BETWEEN = "before the first checkpoint", "mid-epoch", "during checkpoint write", "between epochs"
 PHASES = (FIRST, MID, WRITE, BETWEEN)
 
 # imported once, by the process that all runs are forked from
-PRELOADED = ["lit_methods.cli.lightning_cli", "lit_methods.callbacks.dashboard", "lit_methods.callbacks.preemption"]
+PRELOADED = ["lit_methods.cli.lightning_cli", "lit_methods.callbacks.run.dashboard", "lit_methods.callbacks.run.preemption"]
 PRELOADED += [name.rpartition(".")[0] for entry in techniques().values() for name in entry.classes]
 PRELOADED += ["spconv.pytorch", "lit_methods.datamodules.driving.nuscenes"]
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
 
-from lit_methods.callbacks.embeddings import find_in_batch
+from lit_methods.callbacks.batch import find_in_batch
 from lit_methods.callbacks.logits import Key
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.targets import select_modules
 from lit_methods.distributed import gather_rows
-from lit_methods.imbalanced_regression.weights import Kernel, smoothing_kernel
+from lit_methods.tasks.imbalanced_regression.weights import Kernel, smoothing_kernel
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_methods.runs import run_dir
+from lit_methods.runs.folder import run_dir
 
 
 class SubmissionWriter(pl.Callback):

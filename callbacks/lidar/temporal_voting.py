@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric, SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from lit_methods.callbacks.ema import EMATeacher
+from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.lidar.point_metrics import PointIoU, mean_iou
 from lit_methods.lidar.superflow.core import Vote, temporal_vote

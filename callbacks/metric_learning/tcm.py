@@ -1,7 +1,7 @@
 """TCM: a threshold-consistent margin loss for open-world metric learning (arXiv:2307.04047), attached to any module with embeddings.
 
 No authors' code was found. Golden vectors come from KevinMusgrave/pytorch-metric-learning@216a792 (losses/tcm_loss.py) and from independent
-scripts. The measure that goes with it, OPIS, stands in :mod:`lit_methods.metric_learning.opis`.
+scripts. The measure that goes with it, OPIS, stands in :mod:`lit_methods.tasks.metric_learning.opis`.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_methods.callbacks.embeddings import rows_of, values_of_batch
+from lit_methods.callbacks.batch import rows_of, values_of_batch
 from lit_methods.callbacks.logits import Key
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.catalog import Technique

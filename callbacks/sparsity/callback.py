@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lit_methods import distributed
-from lit_methods.callbacks.ema import EMATeacher
+from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.sparsity.masks import own_seed
 from lit_methods.callbacks.sparsity.store import MaskStore, prunable_weights

@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from lit_methods.callbacks.sparsity.masks import keep_largest
 from lit_methods.callbacks.targets import plain_name
-from lit_methods.checkpoint_io import check_readable
+from lit_methods.runs.checkpoints import check_readable
 
 Side = Literal["in", "out"]
 ChannelPlan = dict[str, dict[str, dict[str, Any]]]

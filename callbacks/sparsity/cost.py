@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from lit_methods.callbacks.run.step_cost import peak_memory
 from lit_methods.callbacks.sparsity.flops import Macs
-from lit_methods.callbacks.step_cost import peak_memory
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold, grow
 from lit_methods.callbacks.sparsity.dynamics import itop_rate, union
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.schedules import cosine_drop
-from lit_methods.callbacks.sparsity.sparseland import SparsityCard
+from lit_methods.callbacks.sparsity.sparseland.callback import SparsityCard
 from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
@@ -32,9 +32,9 @@ TECHNIQUE = Technique(
     form="callback",
     classes=(
         "lit_methods.callbacks.sparsity.dsl_recommendation.DSL",
-        "lit_methods.recommendation.lightgcn.LightGCN",
-        "lit_methods.recommendation.neumf.NeuMF",
-        "lit_methods.recommendation.multvae.MultVAE",
+        "lit_methods.tasks.recommendation.lightgcn.LightGCN",
+        "lit_methods.tasks.recommendation.neumf.NeuMF",
+        "lit_methods.tasks.recommendation.multvae.MultVAE",
         "lit_methods.datamodules.recommendation.ratings.RatingsDataModule",
     ),
     configs=("dsl_recommendation.yaml",),

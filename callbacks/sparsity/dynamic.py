@@ -12,7 +12,7 @@ from lit_methods.callbacks.sparsity.density import Method, exact_counts, layer_d
 from lit_methods.callbacks.sparsity.drop_grow import update_mask
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.schedules import drop_fraction, is_update_step
-from lit_methods.callbacks.sparsity.sparseland import SparsityCard
+from lit_methods.callbacks.sparsity.sparseland.callback import SparsityCard
 
 
 class DynamicSparsity(MaskCallback):

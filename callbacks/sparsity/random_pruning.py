@@ -26,7 +26,7 @@ from lit_methods.callbacks.sparsity.density import Method as DensityMethod
 from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
 from lit_methods.callbacks.sparsity.masks import keep_largest, own_seed, random_mask
 from lit_methods.callbacks.sparsity.scores import grasp_scores, kept_masks, snip_scores
-from lit_methods.callbacks.sparsity.sparseland import SparsityCard, shadow
+from lit_methods.callbacks.sparsity.sparseland.callback import SparsityCard, shadow
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples
-from lit_methods.imbalanced_regression.weights import Kernel, Reweight
+from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
 _FILES = {"agedb": "agedb.csv", "imdb_wiki": "imdb_wiki.csv"}
 _SPLITS = ("train", "val", "test")

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from lit_methods.datamodules.generative.base import as_it_is
 from lit_methods.datamodules.loaders import ResumableLoader
 from lit_methods.datamodules.regression.base import Labels, RegressionDataModule
-from lit_methods.imbalanced_regression.weights import Kernel, Reweight
+from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
 LABELS = 61  # 0 to 60
 SIDE = 12  # pixels

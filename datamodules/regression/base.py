@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_methods.datamodules.loaders import ResumableLoader, make_loader
-from lit_methods.imbalanced_regression.weights import Kernel, Reweight, label_weights, smoothing_kernel
+from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, label_weights, smoothing_kernel
 
 
 class Labels:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule
-from lit_methods.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
+from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
 
 HEIGHT, WIDTH = 228, 304  # pixels of an image after the crop; a training target has half of each
 _SHORT = 240  # pixels of the short side before the crop
@@ -42,7 +42,7 @@ def bin_weights(
         counts: (K,) pixels in each bin.
         reweight: ``inverse`` or ``sqrt_inv``.
         lds: Smooth the frequencies over neighbouring bins.
-        kernel: As in :func:`~lit_methods.imbalanced_regression.weights.smoothing_kernel`.
+        kernel: As in :func:`~lit_methods.tasks.imbalanced_regression.weights.smoothing_kernel`.
         kernel_size: In bins, odd.
         sigma: In bins.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples
-from lit_methods.imbalanced_regression.weights import Kernel, Reweight
+from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
 _FILES = {"train": "train_new.tsv", "val": "dev_new.tsv", "test": "test_new.tsv"}
 _COLUMNS = ("sentence1", "sentence2", "score")

@@ -13,12 +13,12 @@ from scipy import ndimage
 from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
 from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationDataModule, SegmentationSamples, resize
 from lit_methods.datamodules.vision.imagenet import IMAGENET_MEAN, IMAGENET_STD
-from lit_methods.label_store import LabelStore
-from lit_methods.runs import run_dir
+from lit_methods.runs.folder import run_dir
 
 VOC = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dining table", "dog", "horse",

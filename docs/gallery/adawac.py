@@ -19,7 +19,7 @@ def draw(run: Path) -> Image.Image:
         run: The run's folder, with ``config.yaml`` and ``artifacts/adawac_weights.pt``.
     """
     from lit_methods.datamodules import OrganSlicesDataModule
-    from lit_methods.segmentation.module import colour_labels, grey_image
+    from lit_methods.tasks.segmentation.module import colour_labels, grey_image
 
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
     data = OrganSlicesDataModule(**(config | {"augment": False, "views": 1}))

@@ -19,7 +19,7 @@ def draw(run: Path) -> Image.Image:
     """
     from lit_methods import LabelStore
     from lit_methods.datamodules import NoisyMasksDataModule
-    from lit_methods.segmentation.module import colour_labels, grey_image
+    from lit_methods.tasks.segmentation.module import colour_labels, grey_image
 
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]["init_args"]
     data = NoisyMasksDataModule(**(config | {"labels_folder": None}))

@@ -17,7 +17,7 @@ def draw(run: Path) -> Image.Image:
     Args:
         run: A run of ``configs/sparseland.yaml``.
     """
-    import lit_methods.callbacks.sparsity.sparseland as report
+    import lit_methods.callbacks.sparsity.sparseland.callback as report
 
     states = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
     union = report._unpack(next(state["seen"] for name, state in states.items() if name.startswith("SparsityReport")))

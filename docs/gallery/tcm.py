@@ -19,7 +19,7 @@ def draw(run: Path) -> Image.Image:
     Args:
         run: The run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
     """
-    from lit_methods.metric_learning.opis import calibration_range, opis
+    from lit_methods.tasks.metric_learning.opis import calibration_range, opis
 
     embeddings, labels = load(run)
     d_min, d_max, _ = calibration_range(embeddings, labels)

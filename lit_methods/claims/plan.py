@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_methods.claims.fairness import ResolvedStage, flat
 from lit_methods.claims.study import Stage, Study
-from lit_methods.cli.errors import CommandError
+from lit_methods.errors import CommandError
 
 QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
 LIBRARIES = ("torch", "lightning", "numpy")
@@ -111,7 +111,7 @@ def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "commands.json"
         file.write_text(json.dumps(list(commands.values())), encoding="utf-8")
-        command = [sys.executable, "-m", "lit_methods.claims.child", "resolve", str(file)]
+        command = [sys.executable, "-m", "lit_methods.cli.stage", "resolve", str(file)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:

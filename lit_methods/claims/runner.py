@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from lit_methods.claims.child import changed_sources, write_json
 from lit_methods.claims.display import Display
 from lit_methods.claims.plan import Node
-from lit_methods.cli.errors import CommandError
+from lit_methods.cli.stage import changed_sources, write_json
+from lit_methods.errors import CommandError
 
-CHILD = (sys.executable, "-m", "lit_methods.claims.child", "run")
+CHILD = (sys.executable, "-m", "lit_methods.cli.stage", "run")
 GRACE_SECONDS = 10.0  # between asking a stage to stop and killing it
 
 Result = dict[str, Any]

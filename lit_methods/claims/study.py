@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from lit_methods.cli.errors import CommandError, suggest
+from lit_methods.errors import CommandError, suggest
 
 UNITS = ("steps", "parameters", "flops")
 KINDS = ("data", "seeds", "tuned", *UNITS)  # of differences that may be declared

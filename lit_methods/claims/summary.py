@@ -19,7 +19,7 @@ from lit_methods.claims.plan import Node, Plan
 from lit_methods.claims.runner import Result, value_of
 from lit_methods.claims.study import UNITS, Study
 from lit_methods.claims.verdict import LEAST_SEEDS, judge, t_interval
-from lit_methods.cli.errors import CommandError
+from lit_methods.errors import CommandError
 
 
 def check_before(study: Study, plan: Plan, file: Path) -> dict[str, list[Difference]]:

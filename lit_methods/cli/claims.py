@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_methods.catalog import configs_folder, techniques
 from lit_methods.cli.commands import Parser, parsed
-from lit_methods.cli.errors import CommandError, suggest
+from lit_methods.errors import CommandError, suggest
 
 if TYPE_CHECKING:
     from lit_methods.claims.study import Study
@@ -160,9 +160,9 @@ def _run_one(command: str, name: str, file: Path, options: argparse.Namespace, p
 def _conclude_claim(
     study: "Study", summary: dict[str, Any], rounds: Any, folder: Path, gpus: list[str], options: argparse.Namespace
 ) -> None:
-    from lit_methods.claims.child import write_json
     from lit_methods.claims.cost import compare_cost
     from lit_methods.claims.evidence import cost_line, differences_lines, facts, summary_row, values_table, verdict_line
+    from lit_methods.cli.stage import write_json
 
     summary["cost"] = None
     if study.cost is not None:
@@ -202,9 +202,9 @@ def _conclude_claim(
 
 
 def _conclude_comparison(summary: dict[str, Any], rounds: Any, folder: Path, gpus: list[str]) -> None:
-    from lit_methods.claims.child import write_json
     from lit_methods.claims.comparison import comparison_plot, comparison_table, step_seconds
     from lit_methods.claims.evidence import differences_lines, facts
+    from lit_methods.cli.stage import write_json
 
     summary["cost"] = step_seconds(rounds)
     summary |= facts(find_checkout(), "", gpus)

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from lit_methods.catalog import Technique, package_folder, techniques
 from lit_methods.cli.config_files import copy_config
-from lit_methods.cli.errors import CommandError, suggest
+from lit_methods.errors import CommandError, suggest
 
 DOCS = "https://github.com/lit-methods/lit-methods/blob/main/docs/techniques"
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from lit_methods.catalog import configs_folder
-from lit_methods.cli.errors import CommandError, nearest
+from lit_methods.errors import CommandError, nearest
 
 _CONFIG_FLAGS = ("--config", "-c")
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from lit_methods.catalog import techniques
 from lit_methods.cli.commands import Parser, parsed
-from lit_methods.cli.errors import CommandError, suggest
+from lit_methods.errors import CommandError, suggest
 
 T = TypeVar("T")
 
@@ -32,14 +32,14 @@ def dashboard(words: list[str]) -> int:
         raise CommandError(f"no technique {options.technique!r}" + suggest(options.technique, known, otherwise="see: lit list"))
     sends = not (options.dry_run or options.json)
     if sends:
-        from lit_methods.wandb_runs import has_login
+        from lit_methods.runs.wandb import has_login
 
         if not has_login():
             raise CommandError(
                 "no W&B login on this machine: run `wandb login` first, or look at the workspace with --dry-run", exit_code=1
             )
     try:
-        from lit_methods.workspace import lines, spec, workspace
+        from lit_methods.reports.workspace import lines, spec, workspace
 
         entity = options.entity or (_asked(_own_entity) if sends else "<your entity>")
         space = workspace(known[options.technique], entity, options.project, options.name)

@@ -24,10 +24,10 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lit_methods.callbacks.finite import NonFiniteError
+from lit_methods.callbacks.run.finite import NonFiniteError
 from lit_methods.catalog import package_folder, public_names
-from lit_methods.checkpoint_io import UnreadableCheckpoint
-from lit_methods.cli.errors import CommandError, nearest, suggest
+from lit_methods.errors import CommandError, nearest, suggest
+from lit_methods.runs.checkpoints import UnreadableCheckpoint
 
 # What a class_path at these keys must be a subclass of.
 _BASES: dict[str, tuple[type, ...]] = {

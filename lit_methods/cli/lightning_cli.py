@@ -24,12 +24,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_methods.catalog import public_names
-from lit_methods.checkpoint_io import AtomicCheckpointIO, check_readable, remove_leftovers
 from lit_methods.cli.config_files import mentioned_files, resolve_config_arguments
-from lit_methods.cli.errors import CommandError
 from lit_methods.cli.resume import FINISHED, Finished, Restart, find_restart, last_checkpoint, newest_readable
-from lit_methods.runs import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, safe_name
-from lit_methods.wandb_runs import finish_runs, open_runs
+from lit_methods.errors import CommandError
+from lit_methods.runs.checkpoints import AtomicCheckpointIO, check_readable, remove_leftovers
+from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, safe_name
+from lit_methods.runs.wandb import finish_runs, open_runs
 
 
 class LitCLI(LightningCLI):
@@ -188,15 +188,15 @@ class LitCLI(LightningCLI):
     def _default_callbacks(self, settings: Any, given: list[Callback]) -> list[Any]:
         defaults: list[Any] = []
         if settings.get("enable_progress_bar") is not False and not any(isinstance(callback, ProgressBar) for callback in given):
-            from lit_methods.callbacks.progress import ThroughputProgressBar
+            from lit_methods.callbacks.run.progress import ThroughputProgressBar
 
             defaults.append(ThroughputProgressBar())
         if settings.get("enable_checkpointing") is not False and not any(isinstance(callback, Checkpoint) for callback in given):
             defaults.append(ModelCheckpoint(save_last=True))  # last.ckpt: a killed run can go on
-        from lit_methods.callbacks.dashboard import Dashboard
-        from lit_methods.callbacks.exact_resume import ExactResume
-        from lit_methods.callbacks.finite import FiniteGuard
-        from lit_methods.callbacks.preemption import Preemption
+        from lit_methods.callbacks.run.dashboard import Dashboard
+        from lit_methods.callbacks.run.exact_resume import ExactResume
+        from lit_methods.callbacks.run.finite import FiniteGuard
+        from lit_methods.callbacks.run.preemption import Preemption
 
         own: dict[Any, dict[str, Any]] = {FiniteGuard: {}, ExactResume: {}, Dashboard: {}}
         if settings.get("enable_checkpointing") is not False:
@@ -251,7 +251,7 @@ def _short(path: Path | None) -> str:
 
 def _stay_offline_without_login() -> None:
     """Switch W&B to offline when there is no API key, so that a fresh machine is asked nothing, and say so once."""
-    from lit_methods.callbacks.dashboard import wandb_offline_without_login
+    from lit_methods.callbacks.run.dashboard import wandb_offline_without_login
 
     if wandb_offline_without_login() and os.environ.get("LOCAL_RANK", "0") == "0":
         print("W&B: no login on this machine, so the run stays offline (`wandb login` before a run, or `wandb sync` after it, sends it)")

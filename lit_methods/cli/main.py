@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 
 from lit_methods import __version__
-from lit_methods.cli.errors import CommandError, suggest
+from lit_methods.errors import CommandError, suggest
 
 HELP = """\
 usage: lit <command> [arguments]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lit_methods.catalog import package_folder
 from lit_methods.cli.commands import Parser, parsed
-from lit_methods.cli.errors import CommandError, suggest
+from lit_methods.errors import CommandError, suggest
 
 DESCRIPTION = "One run: its report.html drawn anew from what its folder holds. Several: one page that compares them."
 MARKS = ("report.json", "metrics.jsonl", "config.yaml")  # a folder with one of them is a run's
@@ -34,9 +34,9 @@ def report(words: list[str]) -> int:
         return 0
     folders = find_runs(options.runs, options.run_root)
 
-    from lit_methods.report import render_report, write_atomically
-    from lit_methods.report_compare import render_comparison
-    from lit_methods.run_record import load_run
+    from lit_methods.reports.compare import render_comparison
+    from lit_methods.reports.page import render_report, write_atomically
+    from lit_methods.reports.record import load_run
 
     mark = hashlib.blake2b("\n".join(map(str, sorted(folders))).encode(), digest_size=8).hexdigest()
     out = target(options.out, folders, mark, options.force)
@@ -147,7 +147,7 @@ def target(out: Path | None, folders: Sequence[Path], mark: str, force: bool = F
     Raises:
         CommandError: ``out`` is a folder, or a file that isn't a report of these runs.
     """
-    from lit_methods.report_html import origin_of
+    from lit_methods.reports.html import origin_of
 
     if out is None and len(folders) == 1:
         return folders[0] / "report.html"  # always this run's

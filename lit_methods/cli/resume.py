@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from lit_methods.checkpoint_io import UnreadableCheckpoint, check_readable
-from lit_methods.runs import in_use
+from lit_methods.runs.checkpoints import UnreadableCheckpoint, check_readable
+from lit_methods.runs.folder import in_use
 
 FINISHED = "finished.json"  # written at the end of a fit that came to its end
 # what says where a run lies and goes on, and not what it does

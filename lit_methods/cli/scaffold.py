@@ -8,7 +8,7 @@ from pathlib import Path
 from string import Template
 
 from lit_methods.cli.commands import Parser, parsed
-from lit_methods.cli.errors import CommandError
+from lit_methods.errors import CommandError
 
 _ATTACH = {
     "module": """In Python:

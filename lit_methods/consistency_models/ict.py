@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from lit_methods.callbacks.ema import ema_update
+from lit_methods.callbacks.averaging.ema import ema_update
 from lit_methods.callbacks.sparsity.masks import own_seed
 from lit_methods.catalog import Technique
 from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_levels, square_root_levels

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_methods.callbacks.ema import cosine_decay, ema_update
+from lit_methods.callbacks.averaging.ema import cosine_decay, ema_update
 from lit_methods.callbacks.sparsity.masks import own_seed
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows, rank, world_size

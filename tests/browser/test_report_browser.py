@@ -26,8 +26,8 @@ from lit_methods.panels import (
     TableMedia,
     TablePanel,
 )
-from lit_methods.report import Record, ReportData, Section, render_report
-from lit_methods.report_compare import render_comparison
+from lit_methods.reports.compare import render_comparison
+from lit_methods.reports.page import Record, ReportData, Section, render_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the PATH")

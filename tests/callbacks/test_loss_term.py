@@ -24,8 +24,8 @@ from helpers import (
     run_two_processes,
     tiny_trainer,
 )
-from lit_methods.callbacks.exact_resume import ExactResume
 from lit_methods.callbacks.loss_term import LossTerm
+from lit_methods.callbacks.run.exact_resume import ExactResume
 from lit_methods.datamodules.loaders import make_loader
 
 

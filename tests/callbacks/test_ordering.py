@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor
 
 from helpers import Classifier, Images, tiny_trainer
-from lit_methods.callbacks.ema import EMATeacher
-from lit_methods.callbacks.exact_resume import ExactResume
+from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.callbacks.ordering import OrderedCallback, sort_callbacks
+from lit_methods.callbacks.run.exact_resume import ExactResume
 from lit_methods.datamodules.loaders import make_loader
 
 

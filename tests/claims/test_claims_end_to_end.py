@@ -86,7 +86,7 @@ def test_a_claim_in_miniature(task: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(results) == 6
     for file in results:
         result = json.loads(file.read_text())
-        assert {"./my_task.py", "lit_methods/cli/lightning_cli.py", "lit_methods.callbacks/step_cost.py"} <= result["sources"].keys()
+        assert {"./my_task.py", "lit_methods/cli/lightning_cli.py", "lit_methods.callbacks/run/step_cost.py"} <= result["sources"].keys()
         assert (task / "runs/claims" / result["checkpoint"]).is_file()
         assert json.loads((task / "runs/claims" / result["run"] / "environment.json").read_text())["torch_threads"] == 1
 

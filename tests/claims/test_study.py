@@ -14,7 +14,7 @@ from lit_methods.claims.plan import Node, Plan, library_versions, make_plan, res
 from lit_methods.claims.study import Stage, Study, read_study
 from lit_methods.claims.summary import changes, check_before, summarise
 from lit_methods.cli.claims import find_studies, split_words
-from lit_methods.cli.errors import CommandError
+from lit_methods.errors import CommandError
 
 CLAIM: dict[str, Any] = {
     "claim": "Good is better.",

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from helpers import Classifier
-from lit_methods.checkpoint_io import AtomicCheckpointIO, remove_leftovers
 from lit_methods.cli.main import main
 from lit_methods.cli.resume import differing_keys, newest_readable, unreadable
-from lit_methods.runs import in_use, lock_run
+from lit_methods.runs.checkpoints import AtomicCheckpointIO, remove_leftovers
+from lit_methods.runs.folder import in_use, lock_run
 
 WORDS = [
     *("fit", "--model", "helpers.Classifier", "--data", "faults.FewImages", "--name", "run", "--trainer.max_epochs", "1"),

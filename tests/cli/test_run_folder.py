@@ -13,7 +13,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
 from helpers import run_two_processes, tiny_trainer
-from lit_methods.runs import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, claim_run_folder, git_state, run_dir
+from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, claim_run_folder, git_state, run_dir
 
 
 def test_two_runs_in_one_second_get_two_folders(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_methods.consistency_models.attention_jvp import attention_with_tangent, blockwise_attention, plain_attention
+from lit_methods.consistency_models.rcm.attention_jvp import attention_with_tangent, blockwise_attention, plain_attention
 
 SELF, CROSS = (2, 3, 17, 17, 8, 8), (1, 2, 9, 22, 4, 6)  # B, H, S, S_kv, D, D_v
 
@@ -154,7 +154,7 @@ def test_misfits_are_refused():
 
 INTERPRETED = """
 import torch
-from lit_methods.consistency_models.attention_jvp import attention_with_tangent, blockwise_attention, plain_attention
+from lit_methods.consistency_models.rcm.attention_jvp import attention_with_tangent, blockwise_attention, plain_attention
 
 for dtype, limit in ((torch.float32, 2e-6), (torch.float16, 5e-3)):
     for s, s_kv, d in ((40, 40, 16), (7, 45, 32)):

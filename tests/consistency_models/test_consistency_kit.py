@@ -13,9 +13,9 @@ from lit_methods.consistency_models.metrics import perceptual, pseudo_huber, squ
 from lit_methods.consistency_models.networks import NoiseMLP, SmallUNet
 from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss, heun_step
 from lit_methods.consistency_models.randomness import SameRandomness
-from lit_methods.consistency_models.rcm import RingTeacher
+from lit_methods.consistency_models.rcm.module import RingTeacher
+from lit_methods.consistency_models.rcm.trigflow import VelocityDenoiser
 from lit_methods.consistency_models.sampling import multistep_sample
-from lit_methods.consistency_models.trigflow import VelocityDenoiser
 
 
 def test_the_doubling_curriculum_has_eight_stages_and_stays_at_its_end():

@@ -21,11 +21,17 @@ from lit_methods import (
     ShiftedViews,
 )
 from lit_methods.callbacks import ExactResume, WeightEMA
-from lit_methods.callbacks.ema import ema_update
+from lit_methods.callbacks.averaging.ema import ema_update
 from lit_methods.consistency_models.curricula import ect_lower, ect_stage
-from lit_methods.consistency_models.epg import consistency_tuning_loss, denoising_weight, interval_guidance, inverse_distance, nearest_level
-from lit_methods.consistency_models.epg_networks import projection_head, projection_head_of
-from lit_methods.consistency_models.epg_pretrain import (
+from lit_methods.consistency_models.epg.finetune import (
+    consistency_tuning_loss,
+    denoising_weight,
+    interval_guidance,
+    inverse_distance,
+    nearest_level,
+)
+from lit_methods.consistency_models.epg.networks import projection_head, projection_head_of
+from lit_methods.consistency_models.epg.pretrain import (
     consistency_temperature,
     cosine_info_nce,
     neighbour_labels,
@@ -33,7 +39,7 @@ from lit_methods.consistency_models.epg_pretrain import (
     pretrain_loss,
     warmup_factor,
 )
-from lit_methods.consistency_models.epg_views import gaussian_blur, luma, random_crop, turn_hue
+from lit_methods.consistency_models.epg.views import gaussian_blur, luma, random_crop, turn_hue
 from lit_methods.consistency_models.levels import karras_levels
 from lit_methods.consistency_models.metrics import detached_pseudo_huber, pseudo_huber
 from lit_methods.consistency_models.sampling import denoise_sample

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, run_two_processes, tiny_trainer
 from lit_methods.consistency_models.networks import NoiseMLP, SmallUNet
-from lit_methods.consistency_models.rcm import RCM, RingTeacher, drop_bad_gradients
-from lit_methods.consistency_models.rcm_losses import (
+from lit_methods.consistency_models.rcm.core import (
     critic_loss,
     dcm_loss,
     dmd_loss,
@@ -23,7 +22,8 @@ from lit_methods.consistency_models.rcm_losses import (
     simulate,
     velocity_tangent,
 )
-from lit_methods.consistency_models.trigflow import rectified_flow, trigflow
+from lit_methods.consistency_models.rcm.module import RCM, RingTeacher, drop_bad_gradients
+from lit_methods.consistency_models.rcm.trigflow import rectified_flow, trigflow
 
 DOUBLE = torch.float64
 

@@ -7,9 +7,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 
 from helpers import assert_state_dicts_equal, cloned_state, run_two_processes, tiny_trainer
-from lit_methods.consistency_models.rcm import RCM
-from lit_methods.consistency_models.trigflow import rectified_flow
-from lit_methods.consistency_models.wan import Dual, WanTransformer, along, rotary_angles, rotate
+from lit_methods.consistency_models.rcm.module import RCM
+from lit_methods.consistency_models.rcm.trigflow import rectified_flow
+from lit_methods.consistency_models.rcm.wan import Dual, WanTransformer, along, rotary_angles, rotate
 
 DOUBLE = torch.float64
 

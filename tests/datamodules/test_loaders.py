@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from helpers import Killed, run_two_processes, tiny_trainer
 from lit_methods import distributed
-from lit_methods.callbacks.exact_resume import ExactResume
+from lit_methods.callbacks.run.exact_resume import ExactResume
 from lit_methods.datamodules.loaders import RankSampler, ResumableLoader, make_loader
 
 

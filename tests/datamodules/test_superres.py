@@ -10,7 +10,7 @@ from PIL import Image
 from lit_methods.datamodules import SuperResolutionDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.superres.pairs import augment, cut, downsample, low_resolution_file, photographs, read_rgb, to_luma
-from lit_methods.superres.metrics import luminance
+from lit_methods.tasks.superres.metrics import luminance
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:

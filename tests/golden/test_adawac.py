@@ -6,7 +6,7 @@ from torch import Tensor
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.noisy_labels import adawac
 from lit_methods.sample_table import SampleTable
-from lit_methods.segmentation.metrics import dice_and_hd95
+from lit_methods.tasks.segmentation.metrics import dice_and_hd95
 
 
 def weight_update(case: GoldenCase) -> dict[str, Tensor]:

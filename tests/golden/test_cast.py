@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.callbacks.sparsity import cast as core
-from lit_methods.callbacks.sparsity.adams import AdamS
+from lit_methods.callbacks.sparsity.cast import callback as core
+from lit_methods.callbacks.sparsity.cast.adams import AdamS
 from lit_methods.callbacks.sparsity.masks import nm_mask
 
 

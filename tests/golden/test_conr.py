@@ -6,7 +6,7 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.imbalanced_regression import conr, fds
-from lit_methods.imbalanced_regression import metrics, weights
+from lit_methods.tasks.imbalanced_regression import metrics, weights
 
 HYPER = {"window": "similarity_window", "temperature": "temperature", "eta": "eta"}
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.sparsity import dsl_recommendation as dsl
-from lit_methods.recommendation.lightgcn import lightgcn_loss, normalized_adjacency, propagate
-from lit_methods.recommendation.metrics import topk_metrics
+from lit_methods.tasks.recommendation.lightgcn import lightgcn_loss, normalized_adjacency, propagate
+from lit_methods.tasks.recommendation.metrics import topk_metrics
 
 
 def mask_update(case: GoldenCase) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.callbacks.weight_ema import power_decay, power_exponent
-from lit_methods.consistency_models.attention_jvp import attention_with_tangent
-from lit_methods.consistency_models.rcm_losses import critic_loss, dcm_loss, dmd_loss, phase_at, sample, scm_loss, simulate
-from lit_methods.consistency_models.trigflow import (
+from lit_methods.callbacks.averaging.weight_ema import power_decay, power_exponent
+from lit_methods.consistency_models.rcm.attention_jvp import attention_with_tangent
+from lit_methods.consistency_models.rcm.core import critic_loss, dcm_loss, dmd_loss, phase_at, sample, scm_loss, simulate
+from lit_methods.consistency_models.rcm.trigflow import (
     Predict,
     Wrapped,
     flow_scalings,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.sparsity.drop_grow import drop_smallest, target_count, update_mask
-from lit_methods.callbacks.sparsity.sparse_ift import (
+from lit_methods.callbacks.sparsity.sparse_ift.callback import (
     dope,
     doped_rank,
     drop_schedule,
@@ -19,7 +19,7 @@ from lit_methods.callbacks.sparsity.sparse_ift import (
     wide_width,
     width_factor,
 )
-from lit_methods.vision.networks import _BasicBlock
+from lit_methods.tasks.vision.networks import _BasicBlock
 
 
 def isoflop_dims(case: GoldenCase) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.metric_learning import tcm
-from lit_methods.metric_learning import opis as measure
+from lit_methods.tasks.metric_learning import opis as measure
 
 
 def loss(case: GoldenCase) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from lit_methods.callbacks.sparsity.channels import (
     plan_from_shapes,
     prune_channels,
 )
-from lit_methods.vision.networks import CifarResNet, CifarResNet18, SmallConvNet
+from lit_methods.tasks.vision.networks import CifarResNet, CifarResNet18, SmallConvNet
 
 
 class Mixed(nn.Module):

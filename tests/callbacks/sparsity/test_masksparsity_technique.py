@@ -27,7 +27,14 @@ from helpers import (
 from lit_methods import ImageClassifier, SmallConvNet
 from lit_methods.callbacks import EMATeacher, ExactResume, MaskedBNSparsity, NMSparsity, SparsityReport
 from lit_methods.callbacks.sparsity.channels import load_pruned
-from lit_methods.callbacks.sparsity.masksparsity import keep_masks, load_masks, ot_threshold, save_masks, sparse_gradient, threshold_mask
+from lit_methods.callbacks.sparsity.masksparsity.callback import (
+    keep_masks,
+    load_masks,
+    ot_threshold,
+    save_masks,
+    sparse_gradient,
+    threshold_mask,
+)
 from lit_methods.datamodules import DigitsDataModule
 from lit_methods.datamodules.loaders import make_loader
 

@@ -29,7 +29,7 @@ from helpers import (
 from lit_methods.callbacks import DynamicSparsity, EMATeacher, NMSparsity, SparsityReport
 from lit_methods.callbacks.sparsity import progressive_gradient_flow as core
 from lit_methods.callbacks.sparsity.masks import is_nm
-from lit_methods.runs import run_dir
+from lit_methods.runs.folder import run_dir
 
 LINEAR = ["network.5"]  # (8, 144) of helpers.small_network
 

@@ -27,7 +27,7 @@ from helpers import (
 )
 from lit_methods.callbacks import EMATeacher, ExactResume, SparseIFT, SparsityReport
 from lit_methods.callbacks.sparsity.drop_grow import target_count
-from lit_methods.callbacks.sparsity.sparse_ift import (
+from lit_methods.callbacks.sparsity.sparse_ift.callback import (
     Parallel,
     Transformation,
     base_scaling,
@@ -43,7 +43,7 @@ from lit_methods.callbacks.sparsity.sparse_ift import (
     transformation_of,
     wide_width,
 )
-from lit_methods.vision.networks import MLP, CifarResNet, CifarResNet18
+from lit_methods.tasks.vision.networks import MLP, CifarResNet, CifarResNet18
 
 FAMILIES = ("wide", "parallel", "factorized", "doped")
 

@@ -34,7 +34,7 @@ from lit_methods.callbacks.sparsity.dynamic import DynamicSparsity
 from lit_methods.callbacks.sparsity.flops import Macs
 from lit_methods.callbacks.sparsity.health import chains, effective_masks, health
 from lit_methods.callbacks.sparsity.masks import nm_mask
-from lit_methods.callbacks.sparsity.sparseland import (
+from lit_methods.callbacks.sparsity.sparseland.callback import (
     SparsityCard,
     SparsityReport,
     comparison_table,

@@ -1,0 +1,78 @@
+"""Samples that ``predict_step`` returns, as pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lit_methods.distributed import gather_rows
+from lit_methods.runs.folder import run_dir
+
+
+class SampleGrid(BasePredictionWriter):
+    """Writes the samples of ``lit predict`` as one PNG grid for each kind that ``predict_step`` returns.
+
+    For any module whose ``predict_step`` returns {name: (B, 1 or 3, H, W) samples in [-1, 1]}, such as ``1_steps`` and ``2_steps``. The
+    grid ``<name>.png`` shows the first samples in order, of all ranks; ``samples.pt`` holds {name: (N, ...) float32}, whatever their
+    shape, so that points in the plane are kept, too. Runs: after each predict batch and at the end of predict. Saves: nothing.
+
+    Args:
+        output: Folder of the files; null: ``samples/`` in the run's folder.
+        columns: Images in a row.
+        max_images: Images in a grid.
+
+    Raises:
+        ValueError: A number is below 1, or ``predict_step`` returns something else.
+    """
+
+    def __init__(self, output: Path | None = None, columns: int = 8, max_images: int = 64) -> None:
+        super().__init__(write_interval="batch")
+        if columns < 1 or max_images < 1:
+            raise ValueError(f"columns is {columns} and max_images {max_images}: give 1 or more")
+        self.output = None if output is None else Path(output)
+        self.columns, self.max_images = columns, max_images
+        self._found: dict[str, list[Tensor]] = {}
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin anew."""
+        self._found = {}
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Keep the samples."""
+        if not isinstance(prediction, Mapping) or not all(isinstance(value, Tensor) for value in prediction.values()):
+            raise ValueError(
+                f"{type(pl_module).__name__}.predict_step must return a dict of tensors for SampleGrid, got {type(prediction).__name__}"
+            )
+        for name, samples in prediction.items():
+            self._found.setdefault(name, []).append(samples.detach().float().cpu())
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the files, on rank 0."""
+        folder = run_dir(trainer) / "samples" if self.output is None else self.output
+        samples = {name: gather_rows(torch.cat(parts), with_grad=False) for name, parts in self._found.items()}
+        self._found = {}
+        if not trainer.is_global_zero:
+            return
+        from torchvision.utils import save_image
+
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(samples, folder / "samples.pt")
+        for name, images in samples.items():
+            if images.ndim == 4 and images.shape[1] in (1, 3):
+                shown = images[: self.max_images].add(1).div(2).clamp(0, 1)
+                save_image(shown, folder / f"{name}.png", nrow=self.columns, padding=1)
+        rank_zero_info(f"samples are in {folder}")

@@ -1,0 +1,324 @@
+"""AdaWAC as a Callback: every sample's own balance of supervision and consistency (arXiv:2210.01891), for any module with logits.
+
+The maths and its golden vectors: :mod:`lit_methods.callbacks.noisy_labels.adawac.core`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_methods.callbacks.batch import find_in_batch
+from lit_methods.callbacks.loss_term import LossTerm
+from lit_methods.callbacks.noisy_labels.adawac.core import CONSISTENT, MODES, SINGLE_VIEW, Mode, adawac_loss, has_foreground
+from lit_methods.callbacks.outputs import resized, rows_of_calls
+from lit_methods.catalog import Technique
+from lit_methods.distributed import gather_rows, rank
+from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel
+from lit_methods.sample_table import SampleTable
+
+TECHNIQUE = Technique(
+    slug="adawac",
+    title="Adaptively Weighted Data Augmentation Consistency Regularization for Robust Optimization under Concept Shift",
+    arxiv="2210.01891",
+    family="noisy_labels",
+    form="callback",
+    classes=("lit_methods.callbacks.AdaWAC", "lit_methods.ImageSegmentor", "lit_methods.datamodules.OrganSlicesDataModule"),
+    configs=("adawac.yaml",),
+    golden=("weight_update", "loss", "metric"),
+    claim=(
+        "On generated slices, half of them without an organ, AdaWAC learns to give slices with organs a larger weight of supervision than "
+        "those without."
+    ),
+    summary="Every training sample has two learned weights, one for supervision and one for consistency over augmentations.",
+)
+
+_GROUPS = ("sparse", "dense")
+
+
+class AdaWAC(LossTerm):
+    """Replaces the loss of a module by AdaWAC's: each sample's cross-entropy and consistency have weights of its own, and Dice.
+
+    What the module puts out in ``training_step`` is used for the first view; the second view is sent through ``network`` here, unless the
+    step did that, too (views one behind the other). So the cost is one forward pass more. The weights of a sample take a step of mirror
+    ascent before they are used, so that label-dense samples end up supervised and label-sparse ones regularised.
+
+    Needs: a submodule ``network`` that maps images to (B, classes, ...) logits (a mapping with ``out`` or ``logits`` is fine, and so is a
+    coarser grid than the labels'); a submodule ``features`` in it whose output is compared; and in the batch two augmented views with
+    their labels, and the index of each sample in the data set. The modes ``base``, ``reweight-only`` and ``pm-dro`` need one view and no
+    features.
+    Runs: around ``training_step``; it must be set up before other loss terms, whose parts would be thrown away.
+    Logs: ``adawac/loss``, ``ce``, ``consistency``, ``dice``, ``kept`` of each batch; after an epoch ``weight`` (mean weight of the
+    cross-entropy), ``weight_dense`` and ``weight_sparse`` (over samples with and without foreground), ``weight_gap`` (their difference),
+    ``supervised`` (share of samples with a weight above 0.5), ``ce_dense``, ``ce_sparse``, ``consistency_dense``, ``consistency_sparse``.
+    Saves: the weights of all samples; they go on with any number of workers or ranks. On several ranks the rows of a batch are gathered,
+    so that all ranks have the same table; Dice, and the normalisation of the modes with one weight, are each rank's own.
+
+    Args:
+        network: Name of the submodule whose output is the logits.
+        features: Name or ``fnmatch`` pattern of the submodule whose output is compared: the encoder's deepest features.
+        images: Keys or positions of the two views.
+        labels: Keys or positions of their labels, (B, ...) integers, 0 for the background.
+        index: Key or position of the samples' indices, (B,) integers.
+        dense: Key or position of whether a sample is label-dense, (B,) bool, for the logs alone; None: if its first view has foreground.
+        num_samples: Size of the training set; None: that of the training loader.
+        mode: ``adawac``, or a baseline: ``base``, ``pair``, ``pseudo``, ``dac-only``, ``trim-train``, ``trim-ratio``, ``reweight-only``,
+            ``pm-dro``; see :func:`lit_methods.callbacks.noisy_labels.adawac.core.adawac_loss`.
+        rate: eta_w, the step of the weights; the authors: 2 with TransUNet, 8 with a U-Net.
+        consistency: Compare features; False: none, the modes ``pair`` and ``trim-*`` without them.
+        consistency_weight: lambda_AC.
+        dice_ratio: Share of the Dice loss.
+        trim_quantile: Of ``trim-ratio``.
+        entropy: Of ``pm-dro``.
+        ignore_index: Label of pixels that don't count.
+        replace: Throw away the module's own loss; False: add to it.
+        weight: Factor of the whole loss.
+
+    Raises:
+        ValueError: A value lies outside its range.
+    """
+
+    name = "adawac"
+    set_up_before = ("LossTerm",)
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Curve("AdaWAC", ("adawac/loss", "adawac/ce", "adawac/consistency", "adawac/dice"), goal="min"),
+        Curve(
+            "Weight of supervision",
+            ("adawac/weight_dense", "adawac/weight_sparse", "adawac/supervised"),
+            note="Of samples with and without foreground. Dense ones should be above sparse ones.",
+        ),
+        Curve(
+            "What drives the weights",
+            ("adawac/ce_dense", "adawac/ce_sparse", "adawac/consistency_dense", "adawac/consistency_sparse"),
+            note="A sample's weight moves to the larger of its two losses: lower consistency_weight where consistency is always larger.",
+        ),
+        HistogramPanel("Weights of label-dense samples", "adawac/weights_dense", note="1: supervised, 0: regularised."),
+        HistogramPanel("Weights of label-sparse samples", "adawac/weights_sparse", note="1: supervised, 0: regularised."),
+    )
+
+    def __init__(
+        self,
+        network: str = "network",
+        features: str = "network.bottleneck",
+        images: Sequence[str | int] = ("image", "image_2"),
+        labels: Sequence[str | int] = ("label", "label_2"),
+        index: str | int = "index",
+        dense: str | int | None = None,
+        num_samples: int | None = None,
+        mode: Mode = "adawac",
+        rate: float = 1.0,
+        consistency: bool = True,
+        consistency_weight: float = 2.0,
+        dice_ratio: float = 0.5,
+        trim_quantile: float = 0.42108,
+        entropy: float = 0.01,
+        ignore_index: int = 255,
+        replace: bool = True,
+        weight: float = 1.0,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: give one of {', '.join(MODES)}")
+        for name, keys in (("images", images), ("labels", labels)):
+            if isinstance(keys, str) or len(keys) != 2:
+                raise ValueError(f"{name}={keys!r}: give a list of two keys or positions, one for each view")
+        if rate < 0 or consistency_weight < 0 or not 0 <= dice_ratio <= 1 or not 0 <= trim_quantile <= 1 or entropy < 0:
+            raise ValueError(
+                f"rate={rate}, consistency_weight={consistency_weight} and entropy={entropy} must not be negative, "
+                f"dice_ratio={dice_ratio} and trim_quantile={trim_quantile} in 0 to 1"
+            )
+        self.compares = consistency and mode in CONSISTENT
+        super().__init__([network, features] if self.compares else [network], weight)
+        self.replaces = replace
+        self.images, self.labels, self.index, self.dense, self.num_samples = tuple(images), tuple(labels), index, dense, num_samples
+        self.mode, self.rate, self.consistency_weight, self.dice_ratio = mode, rate, consistency_weight, dice_ratio
+        self.trim_quantile, self.entropy, self.ignore_index = trim_quantile, entropy, ignore_index
+        self._fresh()
+
+    def _fresh(self) -> None:
+        size = self.num_samples or 0
+        self.table = SampleTable(size, 2, fill=0.5)
+        self.groups = SampleTable(size, 1, fill=-1, dtype=torch.int8)  # -1: not seen yet, 0: sparse, 1: dense
+        self._sums = torch.zeros(2, 3, dtype=torch.float64)  # group -> sums of ce and consistency, number
+        self._checked = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hook into the module.
+
+        Raises:
+            ValueError: The module optimises manually, or a submodule isn't there.
+        """
+        if stage == "fit":
+            if trainer.global_step == 0:
+                self._fresh()  # an earlier run's weights belong to it
+            names = dict(pl_module.named_modules())
+            if self.targets[0] not in names:
+                known = ", ".join(name for name in names if name and name.count(".") < 2)
+                raise ValueError(
+                    f"network={self.targets[0]!r} is no submodule of {type(pl_module).__name__}: name the one that maps images to logits; "
+                    f"there are {known}"
+                )
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give every sample a row.
+
+        Raises:
+            ValueError: The size of the training set isn't known, or is another than the checkpoint's.
+        """
+        size = self.num_samples
+        if size is None:
+            dataset = getattr(trainer.train_dataloader, "dataset", None)
+            try:
+                size = len(dataset)  # type: ignore[arg-type]
+            except TypeError:
+                raise ValueError(
+                    f"AdaWAC keeps weights for every training sample, and the training loader ({type(trainer.train_dataloader).__name__}) "
+                    "has no data set with a length: give num_samples"
+                ) from None
+        if len(self.table) not in (0, size):
+            raise ValueError(f"the weights are those of {len(self.table)} samples, and the training set has {size}: give the same data")
+        for table in (self.table, self.groups):
+            table.resize(size)
+            table.to(pl_module.device)
+        self._sums = self._sums.to(pl_module.device, torch.float32 if pl_module.device.type == "mps" else torch.float64)
+
+    def term(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of the batch, after the step of its weights.
+
+        Raises:
+            ValueError: The batch or the network's output lacks something.
+        """
+        batch, module = inputs["batch"], inputs["module"]
+        single = self.mode in SINGLE_VIEW
+        wanted = 1 if single else 2
+        labels = [self._find(batch, key, "labels").long() for key in self.labels[:wanted]]
+        index = self._find(batch, self.index, "index")
+        size = len(labels[0])
+        if index.shape != (size,):
+            raise ValueError(
+                f"the batch's {self.index!r} is {tuple(index.shape)} for {size} samples: AdaWAC needs the data set's index of each"
+            )
+        if not self._checked:
+            self.table.check(index)
+            self._checked = True
+        network = self.targets[0]
+        calls = inputs["feature_calls"]
+        rows = rows_of_calls(calls[network], f"network={network!r}")
+        if len(rows) == size and not single:
+            assert self._features is not None
+            module.get_submodule(network)(self._find(batch, self.images[1], "images"))
+            calls = self._features.calls
+            rows = rows_of_calls(calls[network], f"network={network!r}")
+        if len(rows) < wanted * size:
+            raise ValueError(
+                f"network={network!r} put out {len(rows)} rows for {size} samples: expected {size}, or {2 * size} with both views"
+            )
+        views = [resized(rows[k * size : (k + 1) * size], label.shape[1:]) for k, label in enumerate(labels)]
+        latents = None
+        if self.compares:
+            names = [name for name in calls if name != network] or [network]
+            if len(names) != 1:
+                raise ValueError(f"features={self.targets[1]!r} matches {len(names)} submodules, {', '.join(names)}: name one")
+            name = names[0]
+            kept = torch.cat([self._latent(output, name) for output in calls[name]])
+            if len(kept) != 2 * size:
+                raise ValueError(
+                    f"features={name!r} put out {len(kept)} rows for two views of {size} samples: name a submodule that sees both"
+                )
+            latents = kept[:size], kept[size:]
+        found = adawac_loss(
+            (views[0], views[-1]),
+            (labels[0], labels[-1]),
+            latents,
+            self.table.read(index),
+            self.mode,
+            self.rate,
+            self.consistency_weight,
+            self.dice_ratio,
+            self.trim_quantile,
+            self.entropy,
+            self.ignore_index,
+        )
+        with torch.no_grad():
+            dense = has_foreground(labels[0], self.ignore_index) if self.dense is None else self._find(batch, self.dense, "dense").bool()
+            self.table.write(index, found.weights, gather=True)
+            self.groups.write(index, dense[:, None].to(torch.int8), gather=True)
+            each = torch.stack([found.ce, found.consistency, torch.ones_like(found.ce)], dim=1).to(self._sums.dtype)
+            self._sums += torch.stack([(each * mask[:, None]).sum(0) for mask in (~dense, dense)])
+        logs = {"ce": found.ce.mean(), "consistency": found.consistency.mean(), "dice": found.dice.mean(), "kept": found.kept.float()}
+        return found.loss, logs
+
+    def _find(self, batch: Any, key: str | int, argument: str) -> Tensor:
+        what = {
+            "images": "a second augmented view",
+            "labels": "the labels of each view",
+            "index": "the data set's index of each sample",
+            "dense": "whether samples are dense",
+        }
+        there = key in batch if isinstance(batch, Mapping) else isinstance(key, int) and isinstance(batch, Sequence) and key < len(batch)
+        if not there:
+            held = f"the keys {list(batch)}" if isinstance(batch, Mapping) else f"{len(batch)} parts"
+            raise ValueError(
+                f"AdaWAC needs {what[argument]}, and the batch has {held}: let the data set return it, and name its key (or position) by "
+                f"{argument}, which is {getattr(self, argument)!r}"
+            )
+        return find_in_batch(batch, key, ("", 0), argument)
+
+    @staticmethod
+    def _latent(output: Any, name: str) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ValueError(f"features={name!r} puts out a {type(output).__name__}: name a submodule that puts out one tensor")
+        return output
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the weights, on all ranks alike."""
+        weights, groups = self.table.rows[:, 0], self.groups.rows[:, 0]
+        sums = gather_rows(self._sums[None], with_grad=False).sum(0)
+        seen = groups >= 0
+        logs: dict[str, Tensor] = {}
+        if seen.any():
+            logs = {"weight": weights[seen].mean(), "supervised": (weights[seen] > 0.5).float().mean()}
+        for group, name in enumerate(_GROUPS):
+            if (groups == group).any():
+                logs[f"weight_{name}"] = weights[groups == group].mean()
+            if sums[group, 2] > 0:
+                logs |= {f"{loss}_{name}": (sums[group, k] / sums[group, 2]).float() for k, loss in enumerate(("ce", "consistency"))}
+        if "weight_dense" in logs and "weight_sparse" in logs:
+            logs["weight_gap"] = logs["weight_dense"] - logs["weight_sparse"]
+        pl_module.log_dict({f"{self._prefix}/{name}": value for name, value in logs.items()})
+        self._sums.zero_()
+
+    def dashboard_media(self) -> dict[str, Media]:
+        """Histograms of the weights."""
+        weights, groups = self.table.rows[:, 0].float().cpu().numpy(), self.groups.rows[:, 0].cpu().numpy()
+        found: dict[str, Media] = {}
+        for group, name in enumerate(_GROUPS):
+            if (groups == group).any():
+                counts, edges = np.histogram(np.clip(weights[groups == group], 0, 1), bins=40, range=(0.0, 1.0))
+                found[f"adawac/weights_{name}"] = HistogramMedia(counts, edges)
+        return found
+
+    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
+        """The weights of all samples."""
+        return {"adawac_weights": {"weights": self.table.rows, "group": self.groups.rows[:, 0]}} if len(self.table) else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weights and what is known of the samples."""
+        # only rank 0's checkpoint is written, so it holds the sums of all ranks
+        sums = gather_rows(self._sums[None], with_grad=False).sum(0)
+        return {"weights": self.table.rows.clone(), "groups": self.groups.rows.clone(), "sums": sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them."""
+        self.table.resize(len(state_dict["weights"]))
+        self.groups.resize(len(state_dict["groups"]))
+        for mine, saved in ((self.table.rows, "weights"), (self.groups.rows, "groups"), (self._sums, "sums")):
+            mine.copy_(state_dict[saved])
+        if rank():  # the sums of all ranks are rank 0's from now on
+            self._sums.zero_()
+
+
+__all__ = ["AdaWAC"]

@@ -1,0 +1,194 @@
+"""Base of the techniques that change training labels: predict the training images, write the store, go on."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lit_methods.callbacks.noisy_labels.adele.core import class_counts, iou_of_counts
+from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.datamodules.label_store import LabelStore
+from lit_methods.distributed import gather_rows, rank
+
+
+class Correction(NamedTuple):
+    """What a pass over the training images did, over all ranks.
+
+    Attributes:
+        changed: Share of all pixels whose label isn't the original one.
+        images: Number of images with such a pixel.
+        iou: (C,) of the labels now, against clean ones; None without clean ones.
+    """
+
+    changed: float
+    images: int
+    iou: NDArray[np.float64] | None
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Everything in evaluation mode and without gradients; afterwards each submodule has its own mode again."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+class LabelCorrection(OrderedCallback):
+    """Corrects labels at the end of training epochs. Subclass it: :meth:`wants` says when, :meth:`predict` and :meth:`corrected` how.
+
+    Needs a :class:`~lit_methods.LabelStore`, from which the data set reads its labels (``store.current(index)``), and a loader
+    of the training images as they are, without augmentation, in batches ``{"image": (B, C, H, W), "index": (B,)}``. Both are taken from
+    the datamodule, ``label_store`` and ``correction_dataloader()``, or given here. All images of a batch must have labels of one size.
+    Where the datamodule has ``clean_labels(index) -> (H, W)``, the quality of the labels is measured, too.
+    Runs: at the end of a training epoch, before checkpoints are saved. The images are shared out over ranks, and each writes its own.
+    Saves: the current labels of all changed images, compressed. A fresh run starts from the original labels, a resumed one from those of
+    the checkpoint, whatever the store holds, and with any number of workers or ranks.
+
+    Args:
+        store: None: ``trainer.datamodule.label_store``.
+        loader: None: ``trainer.datamodule.correction_dataloader()``, asked for anew at each pass.
+        restart: Every correction starts from the original labels; False: from the current ones, so that errors can add up.
+    """
+
+    def __init__(self, store: LabelStore | None = None, loader: Iterable[Any] | None = None, restart: bool = True) -> None:
+        super().__init__()
+        self.given_store, self.given_loader, self.restart = store, loader, restart
+        self.store: LabelStore | None = None
+        self._saved: dict[str, Any] | None = None
+
+    # ---- what a subclass says --------------------------------------------------------------------------------------------------------
+
+    def wants(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Whether labels are corrected after this epoch; called on all ranks, which must agree."""
+        raise NotImplementedError(f"{type(self).__name__} must define wants(self, trainer, pl_module)")
+
+    def predict(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, size: tuple[int, int]) -> Any:
+        """What is predicted for images (B, C, h, w) whose labels have ``size``; in evaluation mode, without gradients."""
+        raise NotImplementedError(f"{type(self).__name__} must define predict(self, trainer, pl_module, images, size)")
+
+    def corrected(self, labels: Tensor, predicted: Any) -> Tensor:
+        """New labels (B, H, W) from the labels and what :meth:`predict` returned."""
+        raise NotImplementedError(f"{type(self).__name__} must define corrected(self, labels, predicted)")
+
+    # ---- the pass --------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find store and loader.
+
+        Raises:
+            ValueError: One of them isn't there.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        self.store = self.given_store or getattr(datamodule, "label_store", None)
+        who = type(self).__name__
+        if self.store is None:
+            raise ValueError(
+                f"{who} changes labels, and there is no label store: make one with lit_methods.LabelStore.create(folder, labels), let the "
+                f"data set return store.current(index) as its labels, and give {who}(store=...) or datamodule.label_store"
+            )
+        if self.given_loader is None and not hasattr(datamodule, "correction_dataloader"):
+            raise ValueError(
+                f"{who} predicts the training images as they are: give {who}(loader=...), batches with 'image' and 'index' and without "
+                "augmentation, or a datamodule with correction_dataloader()"
+            )
+        if trainer.global_step == 0:
+            self._saved = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the store where the run is: at the original labels, or at the checkpoint's."""
+        assert self.store is not None
+        if trainer.is_global_zero:
+            if self._saved is not None:
+                self.store.load_state_dict(self._saved)
+            elif trainer.global_step == 0:
+                self.store.reset()
+        self._saved = None
+        trainer.strategy.barrier("label store")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Correct, if it is time."""
+        if self.wants(trainer, pl_module):
+            self.correct(trainer, pl_module)
+
+    def correct(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Correction:
+        """One pass over the training images; called on all ranks."""
+        store = self.store
+        assert store is not None
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        if trainer.is_global_zero:
+            store.clear_next()
+        trainer.strategy.barrier("label correction begins")
+        clean = getattr(datamodule, "clean_labels", None)
+        changed = torch.zeros(3, dtype=torch.int64)  # changed pixels, images with one, pixels of this rank's images
+        loader = datamodule.correction_dataloader() if self.given_loader is None else self.given_loader
+        with evaluating(pl_module), store.writer(rank()) as writer:
+            for batch in loader:
+                if not isinstance(batch, dict) or not {"image", "index"} <= set(batch):
+                    raise ValueError(
+                        f"{type(self).__name__} needs batches with 'image' and 'index' from its loader, got {_described(batch)}"
+                    )
+                index = [int(i) for i in batch["index"]]
+                sizes = {store.shape(i) for i in index}
+                if len(sizes) > 1:
+                    raise ValueError(
+                        f"the labels of images {index} have the sizes {sorted(sizes)}: let the loader put images of one size together"
+                    )
+                (size,) = sizes
+                source = [store.original(i) if self.restart else store.current(i) for i in index]
+                labels = torch.from_numpy(np.stack(source).astype(np.int64)).to(pl_module.device)
+                with trainer.precision_plugin.forward_context():
+                    predicted = self.predict(trainer, pl_module, batch["image"].to(pl_module.device), size)
+                found = self.corrected(labels, predicted).cpu().numpy()
+                for i, new in zip(index, found, strict=True):
+                    different = int((new != store.original(i)).sum())
+                    changed += torch.tensor([different, int(different > 0), new.size])
+                    if different or not self.restart:
+                        writer.write(i, new)
+        trainer.strategy.barrier("label correction ends")
+        if trainer.is_global_zero:
+            store.publish(() if self.restart else store.changed())
+        trainer.strategy.barrier("labels are corrected")
+        totals = gather_rows(changed[None], with_grad=False).sum(0)
+        iou = None if clean is None else self.quality(clean)
+        return Correction(float(totals[0]) / max(int(totals[2]), 1), int(totals[1]), iou)
+
+    def quality(self, clean: Any) -> NDArray[np.float64]:
+        """(C,) IoU of the current labels of all images against clean ones, on every rank alike."""
+        assert self.store is not None
+        counts: Tensor | None = None
+        for i in range(len(self.store)):
+            now, truth = (torch.from_numpy(np.asarray(part).astype(np.int64)) for part in (self.store.current(i), clean(i)))
+            each = class_counts(now, truth, self.quality_classes)
+            counts = each if counts is None else counts + each
+        assert counts is not None
+        return iou_of_counts(counts).numpy()
+
+    quality_classes = 256
+
+    def state_dict(self) -> dict[str, Any]:
+        """The corrected labels."""
+        return {"labels": self.store.state_dict()} if self.store is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep them until training starts."""
+        self._saved = state_dict.get("labels")
+
+
+def _described(batch: Any) -> str:
+    return f"the keys {list(batch)}" if isinstance(batch, dict) else type(batch).__name__
+
+
+__all__ = ["Correction", "LabelCorrection", "evaluating"]

@@ -1,0 +1,1 @@
+"""What looks after a run: dashboard, resume, guards, progress, cost."""

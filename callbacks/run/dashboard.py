@@ -1,0 +1,514 @@
+"""One dashboard for every technique: W&B, TensorBoard and a self-contained ``report.html`` from panels that are declared once."""
+
+import datetime
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lit_methods.catalog import techniques_in
+from lit_methods.panels import CloudMedia, Curve, HistogramMedia, ImageMedia, Media, Panel
+from lit_methods.reports.html import subsample
+from lit_methods.reports.page import Record, ReportData, Section, Status, read_history, record_line, render_report, write_atomically
+from lit_methods.reports.record import read_notes, run_facts, save_run
+from lit_methods.runs.folder import run_dir
+from lit_methods.runs.wandb import attempt, has_login, keep_training
+
+STEP = "trainer/global_step"  # the horizontal axis that Lightning's WandbLogger logs with every metric
+
+
+class _Recorder(DummyLogger):
+    """Hands on what the trainer logs: the same names, values and steps that every logger gets, at the same times."""
+
+    def __init__(self, trainer: pl.Trainer, receive: Callable[[dict[str, float], int | None], None]) -> None:
+        super().__init__()
+        self._trainer, self._receive = trainer, receive
+
+    @property
+    def save_dir(self) -> str:
+        """What Lightning takes without any logger, so that checkpoints and ``trainer.log_dir`` stay where they were."""
+        return self._trainer.default_root_dir
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self._receive(metrics, step)
+
+
+class Dashboard(pl.Callback):
+    """Shows what every technique of a run declares: curves, histograms, pictures, point clouds and tables.
+
+    It asks the LightningModule and all callbacks for ``panels`` and ``dashboard_media()`` (see :mod:`lit_methods.panels`) and writes
+
+    - ``report.html``, ``metrics.jsonl`` and what ``lit report`` draws the report from again (``report.json``, ``media/``) into the run's
+      folder. They are replaced as a whole at each validation epoch end (training epoch end without validation), at the end of fit, validate
+      and test, and when the run breaks off, then marked as interrupted;
+    - ``artifacts/<name>.pt`` for what ``dashboard_artifacts()`` returns, such as masks, at the same times where it has changed;
+    - to each ``WandbLogger``: axes and summaries (best and last value) of the declared metrics, and the media and artifacts at the same
+      times. If W&B fails in mid-run (server, process, disk), one warning tells so and the training goes on;
+    - to each ``TensorBoardLogger``: pictures and histograms.
+
+    Scalar metrics reach the loggers through ``self.log`` as ever; the dashboard reads along at the loggers' rhythm
+    (``Trainer(log_every_n_steps=...)``) and adds nothing to other steps.
+
+    Runs: on rank 0 alone, so ``dashboard_media()`` and ``dashboard_artifacts()`` must not call a collective. Nothing is written during the
+    sanity check, with ``fast_dev_run`` and in ``predict``. A full disk or an unwritable folder gives one warning and never stops the
+    training.
+    Saves: nothing in checkpoints. A run that is resumed in its own folder goes on with that folder's ``metrics.jsonl``; a new run in an old
+    folder replaces both files.
+
+    Args:
+        title: Heading of the report; by default the module's class and the folder's name.
+        report: Write ``report.html``, ``report.json``, ``media/`` and ``metrics.jsonl``.
+        offline_without_login: Set ``WANDB_MODE=offline`` for this process where no W&B login is found and the variable is unset: W&B then
+            never asks for a key, and ``wandb sync`` uploads the run later.
+
+    Raises:
+        TypeError: In ``setup``, for a panel that is none of ours; while running, for media of another type than its panel.
+        ValueError: While running, for media under a key that no panel declares, or artifacts with a bad name or with a name twice.
+    """
+
+    def __init__(self, title: str | None = None, report: bool = True, offline_without_login: bool = True) -> None:
+        super().__init__()
+        self.title, self.report = title, report
+        if offline_without_login:  # here, as Lightning starts W&B before any hook of a callback
+            wandb_offline_without_login()
+        self.folder: Path | None = None
+        self.history: list[Record] = []
+        self._providers: list[Any] = []
+        self._sections: list[Section] = []
+        self._artifact_providers: list[Any] = []
+        self._defined: set[tuple[int, str]] = set()  # W&B logger and metric
+        self._artifacts: dict[str, str] = {}  # name -> digest of what was kept last
+        self._recorder: _Recorder | None = None
+        self._active = self._fresh = self._warned = False
+        self._started = 0.0
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Gather the panels and start to read along."""
+        folder = run_dir(trainer)  # on every rank: it may broadcast
+        silent = bool(trainer.fast_dev_run) or stage == "predict"  # type: ignore[attr-defined]
+        self._active = trainer.is_global_zero and not silent
+        if silent:
+            return
+        if self._recorder is None:  # on every rank, so that all see the same list of loggers
+            self._recorder = _Recorder(trainer, lambda metrics, step: self._record(trainer, metrics, step))
+            trainer.loggers = [*trainer.loggers, self._recorder]
+        if not self._active:
+            return
+        if folder != self.folder:
+            self.folder, self.history, self._fresh, self._artifacts, self._defined = folder, [], True, {}, set()
+        self._started = time.monotonic()
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        self._providers, self._sections = gather_panels([pl_module, *callbacks])
+        self._artifact_providers = [candidate for candidate in (pl_module, *callbacks) if hasattr(candidate, "dashboard_artifacts")]
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                keep_training(logger, self._define_new_metrics)
+                attempt(logger, lambda logger=logger: _add_tags(logger, [pl_module, *callbacks]))  # type: ignore[misc]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with the folder's history where a resumed fit starts, or drop what an earlier run left there."""
+        if self._active and self._fresh:
+            self._begin(keep_until=trainer.global_step if trainer.global_step else -1)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Render where no validation does."""
+        if not trainer.enable_validation:
+            self._render(trainer, pl_module, "running", ask=True)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Render at the end of each validation epoch."""
+        if not trainer.sanity_checking:
+            self._render(trainer, pl_module, "running" if trainer.state.fn == TrainerFn.FITTING else "finished", ask=True)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Render at the end of a test."""
+        self._render(trainer, pl_module, "finished", ask=True)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Render the whole run; the loggers have its media already."""
+        self._render(trainer, pl_module, "finished", ask=True, media_to_loggers=False)
+        if self._active and self.report and self.folder is not None and not self._warned:
+            rank_zero_info(f"Report: {self.folder / 'report.html'}")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave a report of what there is, marked as interrupted; the module isn't asked, it may be broken."""
+        message = f"{type(exception).__name__}{f': {exception}' if str(exception) else ''}, at step {trainer.global_step:,}"
+        try:
+            self._render(trainer, pl_module, "interrupted", message=message)
+        except Exception as error:  # must not hide why the run broke off
+            rank_zero_warn(f"Dashboard could not write the last report: {type(error).__name__}: {error}")
+        finally:
+            self._leave(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the recorder off the trainer."""
+        self._leave(trainer)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        if self._recorder is not None:
+            trainer.loggers = [logger for logger in trainer.loggers if logger is not self._recorder]
+            self._recorder = None
+        self._active = False
+        self._providers, self._artifact_providers = [], []
+
+    # ---- history -----------------------------------------------------------------------------------------------------------------------
+
+    def _record(self, trainer: pl.Trainer, metrics: dict[str, float], step: int | None) -> None:
+        if not self._active:
+            return
+        values = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        if not values:
+            return
+        if self._fresh:
+            self._begin(keep_until=None)
+        epoch = metrics.get("epoch", trainer.current_epoch)
+        record = Record(trainer.global_step if step is None else int(step), int(epoch), values)
+        self.history.append(record)
+        if self.report:
+            self._write(lambda folder: _append(folder / "metrics.jsonl", record_line(record)))
+
+    def _begin(self, keep_until: int | None) -> None:
+        """Take over the folder's history up to a step (None: all of it)."""
+        self._fresh = False
+        path = cast(Path, self.folder) / "metrics.jsonl"
+        if not self.report or not path.is_file():
+            return
+        try:
+            past = read_history(path)
+        except (OSError, ValueError) as error:
+            rank_zero_warn(f"{error}. The file is kept as {path.name}.broken, the history starts anew.")
+            self._write(lambda folder: os.replace(path, folder / f"{path.name}.broken"))
+            past = []
+        self.history = [record for record in past if keep_until is None or record.step <= keep_until] + self.history
+        self._write(lambda folder: write_atomically(folder / "metrics.jsonl", "".join(map(record_line, self.history))))
+
+    def _write(self, write: Callable[[Path], None]) -> None:
+        try:
+            cast(Path, self.folder).mkdir(parents=True, exist_ok=True)
+            write(cast(Path, self.folder))
+        except OSError as error:  # a report isn't worth a training run
+            if not self._warned:
+                rank_zero_warn(f"Dashboard can't write into {self.folder}: {error}. The run goes on, its report is not up to date.")
+            self._warned = True
+
+    # ---- rendering ---------------------------------------------------------------------------------------------------------------------
+
+    def _render(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        status: Status,
+        message: str = "",
+        ask: bool = False,
+        media_to_loggers: bool = True,
+    ) -> None:
+        if not self._active:
+            return
+        if ask:
+            self._sections = [
+                replace(section, media={**section.media, **ask_for_media(provider, section.panels)})
+                for provider, section in zip(self._providers, self._sections, strict=True)
+            ]
+            if media_to_loggers:
+                self._send_media(trainer)
+            self._keep_artifacts(trainer)
+        if self.report:
+            data = self._report_data(trainer, pl_module, status, message)
+            self._write(lambda folder: save_run(folder, data))
+            self._write(lambda folder: write_atomically(folder / "report.html", render_report(data)))
+
+    def _report_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule, status: Status, message: str) -> ReportData:
+        folder = cast(Path, self.folder)
+        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
+        done = trainer.current_epoch if status == "finished" else trainer.current_epoch + 1
+        elapsed = datetime.timedelta(seconds=round(time.monotonic() - self._started))
+        progress = [("Started", f"{datetime.datetime.now() - elapsed:%Y-%m-%d %H:%M}"), ("Duration", _duration(elapsed))]
+        if trainer.state.fn == TrainerFn.FITTING:
+            progress = [("Epoch", f"{done:,} of {epochs:,}" if epochs else f"{done:,}"), ("Step", f"{trainer.global_step:,}"), *progress]
+        progress.append(("Device", f"{trainer.world_size} x {pl_module.device.type}, {trainer.precision}"))
+        config = folder / "config.yaml"
+        return ReportData(
+            title=self.title or f"{type(pl_module).__name__} · {folder.name}",
+            status=status,
+            sections=tuple(self._sections),
+            history=self.history,
+            message=message,
+            progress=tuple(progress),
+            config=config.read_text(encoding="utf-8") if config.is_file() else _hyperparameters(pl_module),
+            checkpoints=tuple(_checkpoints(trainer, folder)),
+            notes=read_notes(folder),
+            facts={
+                "Model": {
+                    "class": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
+                    "parameters": f"{sum(p.numel() for p in pl_module.parameters()):,}",
+                    "trainable": f"{sum(p.numel() for p in pl_module.parameters() if p.requires_grad):,}",
+                },
+                **run_facts(folder),
+            },
+        )
+
+    def _define_new_metrics(self, logger: WandbLogger, metrics: Mapping[str, float]) -> None:
+        """Tell W&B axis and summary of each declared metric before its first value.
+
+        By name, as W&B keeps no best value for a glob like ``segmentor/iou/*`` where Lightning has defined ``*``.
+        """
+        new = [name for name in metrics if (id(logger), name) not in self._defined]
+        self._defined.update((id(logger), name) for name in new)
+        curves = [panel for section in self._sections for panel in section.panels if isinstance(panel, Curve)] if new else []
+        for curve in reversed(curves):  # the first one that shows a metric decides
+            for name in curve.select(new):
+                full = f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}{name}" if logger._prefix else name
+                summary = f"{curve.goal},last" if curve.goal else "last"
+                logger.experiment.define_metric(full, step_metric=STEP, step_sync=True, summary=summary)
+
+    def _send_media(self, trainer: pl.Trainer) -> None:
+        media: dict[str, Media] = {}
+        for section in self._sections:
+            for key, item in section.media.items():
+                media[key if key not in media else f"{key} ({section.title})"] = item
+        if not media:
+            return
+        step = self.history[-1].step if self.history else trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                row = {**{key: _for_wandb(item) for key, item in media.items()}, STEP: step}
+                attempt(logger, lambda logger=logger, row=row: logger.experiment.log(row))  # type: ignore[misc]
+            elif isinstance(logger, TensorBoardLogger):
+                for key, item in media.items():
+                    _to_tensorboard(logger.experiment, key, item, step)
+
+    def _keep_artifacts(self, trainer: pl.Trainer) -> None:
+        for name, tensors in ask_for_artifacts(self._artifact_providers).items():
+            digest = tensors_digest(tensors)
+            if self._artifacts.get(name) == digest:
+                continue
+            self._artifacts[name] = digest
+            self._write(lambda folder, name=name, tensors=tensors: save_tensors(folder / "artifacts" / f"{name}.pt", tensors))  # type: ignore[misc]
+            path = cast(Path, self.folder) / "artifacts" / f"{name}.pt"
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger) and path.is_file():
+                    attempt(logger, lambda logger=logger, name=name, path=path: _log_artifact(logger, name, path, trainer.global_step))  # type: ignore[misc]
+
+
+# ---- panels ----------------------------------------------------------------------------------------------------------------------------
+
+
+def gather_panels(candidates: list[Any]) -> tuple[list[Any], list[Section]]:
+    """Those of the modules and callbacks that declare panels, and a section for each; one that only repeats another's curves has none.
+
+    Raises:
+        TypeError: ``panels`` holds something else beside panels.
+    """
+    kinds = get_args(Panel)
+    providers: list[Any] = []
+    sections: list[Section] = []
+    shown: set[Curve] = set()
+    present = techniques_in(type(candidate).__name__ for candidate in candidates)
+    for candidate in candidates:
+        panels = getattr(candidate, "panels", ())
+        if not isinstance(panels, (tuple, list)) or not any(isinstance(panel, kinds) for panel in panels):
+            continue  # somebody else's attribute of that name
+        for index, panel in enumerate(panels):
+            if not isinstance(panel, kinds):
+                names = ", ".join(kind.__name__ for kind in kinds)
+                raise TypeError(f"{type(candidate).__name__}.panels[{index}] is a {type(panel).__name__}, expected one of {names}")
+        own = tuple(panel for panel in panels if not isinstance(panel, Curve) or panel not in shown)
+        shown.update(panel for panel in own if isinstance(panel, Curve))
+        if not own:
+            continue
+        name = type(candidate).__name__
+        count = sum(type(other) is type(candidate) for other in providers)
+        technique = next((entry for entry in present if name in entry.names), None)
+        summary = technique.summary if technique and all(technique.summary != section.summary for section in sections) else ""  # once
+        url = f"https://arxiv.org/abs/{technique.arxiv}" if summary and technique and technique.arxiv else ""
+        sections.append(Section(f"{name} {count + 1}" if count else name, own, {}, summary, url))
+        providers.append(candidate)
+    return providers, sections
+
+
+def ask_for_media(provider: Any, panels: tuple[Panel, ...]) -> dict[str, Media]:
+    """``provider.dashboard_media()``, checked against what it declares; {} where it has no such method.
+
+    Raises:
+        TypeError: A panel's medium is of another type than the panel shows.
+        ValueError: A key that no panel declares.
+    """
+    if not hasattr(provider, "dashboard_media"):
+        return {}
+    media: dict[str, Media] = provider.dashboard_media()
+    declared = {panel.key: panel for panel in panels if not isinstance(panel, Curve)}
+    where = f"{type(provider).__name__}.dashboard_media()"
+    for key, item in media.items():
+        if key not in declared:
+            raise ValueError(f"{where} returned {key!r}, which no panel declares; declared keys: {', '.join(sorted(declared)) or 'none'}")
+        if not isinstance(item, declared[key].media):
+            expected = declared[key].media.__name__
+            raise TypeError(f"{where}[{key!r}] is a {type(item).__name__}, but {type(declared[key]).__name__} shows a {expected}")
+    return media
+
+
+# ---- artifacts -------------------------------------------------------------------------------------------------------------------------
+
+
+def ask_for_artifacts(providers: list[Any]) -> dict[str, dict[str, Tensor]]:
+    """What the providers' ``dashboard_artifacts()`` return, by name; names checked.
+
+    Raises:
+        TypeError: Something else than a dict of tensors.
+        ValueError: A name that can't be a file's, or that two providers use.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for provider in providers:
+        where = f"{type(provider).__name__}.dashboard_artifacts()"
+        for name, tensors in provider.dashboard_artifacts().items():
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII):
+                raise ValueError(f"{where} returned the name {name!r}: use letters, digits, '.', '_' and '-', as it names a file")
+            if name in found:
+                raise ValueError(f"{where} returned {name!r}, which another callback or the module returns, too: choose another name")
+            if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+                raise TypeError(f"{where}[{name!r}] must be a dict of tensors, got {type(tensors).__name__}")
+            found[name] = tensors
+    return found
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values; one tensor at a time comes to the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a ``.pt`` file that ``torch.load(path, weights_only=True)`` reads on any machine, as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, partial)  # clone: a view drags its base along
+        os.replace(partial, path)
+    except RuntimeError as error:  # how torch.save reports a full disk
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _add_tags(logger: WandbLogger, candidates: list[Any]) -> None:
+    """Tag the run with the slugs of the techniques in it, by which ``lit dashboard`` finds it."""
+    slugs = [entry.slug for entry in techniques_in(type(candidate).__name__ for candidate in candidates)]
+    run = logger.experiment
+    missing = [slug for slug in slugs if slug not in (run.tags or ())]
+    if missing:
+        run.tags = (*(run.tags or ()), *missing)
+
+
+def _log_artifact(logger: WandbLogger, name: str, path: Path, step: int) -> None:
+    import wandb
+
+    run = logger.experiment
+    artifact = wandb.Artifact(f"{name}-{run.id}", type="mask", metadata={STEP: step})
+    artifact.add_file(str(path))  # copied at once, so that a later version doesn't change this one
+    run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+
+
+# ---- facts -----------------------------------------------------------------------------------------------------------------------------
+
+
+def wandb_offline_without_login() -> bool:
+    """Set ``WANDB_MODE=offline`` in this process if W&B has no key and no mode is chosen; W&B would ask for one, or fail.
+
+    See :func:`lit_methods.runs.wandb.has_login` for where a key is looked for. W&B reads the variable once, so that after a
+    ``wandb.login(key=...)`` in this process it has no effect.
+
+    Returns:
+        Whether the mode was set here.
+    """
+    if "WANDB_MODE" in os.environ or has_login():
+        return False
+    os.environ["WANDB_MODE"] = "offline"
+    return True
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _duration(elapsed: datetime.timedelta) -> str:
+    minutes, seconds = divmod(int(elapsed.total_seconds()), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _hyperparameters(pl_module: pl.LightningModule) -> str:
+    """The module's ``save_hyperparameters`` as YAML, for runs without the ``lit`` command."""
+    plain = json.loads(json.dumps(dict(pl_module.hparams), default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else ""
+
+
+def _checkpoints(trainer: pl.Trainer, folder: Path) -> list[tuple[str, str, str]]:
+    """Path (relative to the folder where it lies there), role and score of what the checkpoint callbacks have kept."""
+    rows: dict[str, tuple[str, str]] = {}
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            rows.update({path: ("kept", f"{callback.monitor} {float(score):.5g}") for path, score in callback.best_k_models.items()})
+            if callback.best_model_path:
+                score = "" if callback.best_model_score is None else f"{callback.monitor} {float(callback.best_model_score):.5g}"
+                rows[callback.best_model_path] = ("best" if callback.monitor else "latest", score)
+            if callback.last_model_path:
+                rows.setdefault(callback.last_model_path, ("last", ""))
+    return [(os.path.relpath(path, folder) if Path(path).is_relative_to(folder) else path, *row) for path, row in rows.items()]
+
+
+# ---- loggers ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _for_wandb(item: Media) -> Any:
+    import wandb
+
+    if isinstance(item, ImageMedia):
+        return wandb.Image(item.pixels, caption=item.alt)
+    if isinstance(item, CloudMedia):
+        cloud = subsample(item, 100_000)
+        return wandb.Object3D(np.concatenate([cloud.points, cloud.colors], axis=1, dtype=np.float64))
+    if isinstance(item, HistogramMedia):
+        return wandb.Histogram(np_histogram=(item.counts, item.edges))
+    return wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows], allow_mixed_types=True)
+
+
+def _to_tensorboard(writer: Any, key: str, item: Media, step: int) -> None:
+    if isinstance(item, ImageMedia):
+        writer.add_image(key, item.pixels, step, dataformats="HWC")
+    elif isinstance(item, HistogramMedia):
+        counts, edges = np.asarray(item.counts, dtype=np.float64), np.asarray(item.edges, dtype=np.float64)
+        middle = (edges[1:] + edges[:-1]) / 2
+        writer.add_histogram_raw(
+            key,
+            min=float(edges[0]),
+            max=float(edges[-1]),
+            num=int(counts.sum()),
+            sum=float(counts @ middle),
+            sum_squares=float(counts @ middle**2),
+            bucket_limits=edges[1:].tolist(),
+            bucket_counts=counts.tolist(),
+            global_step=step,
+        )

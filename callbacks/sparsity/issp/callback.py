@@ -1,0 +1,638 @@
+"""Pruning from a random start by iterative soft shrinkage, ISS-P (arXiv:2303.09650), and what it is compared with.
+
+Golden vectors: Jiamian-Wang/Iterative-Soft-Shrinkage-SR at 6e11c43, basicsr/pruner/utils.py (which weights are pruned) and
+basicsr/pruner/ist_pruner.py (the shrinking steps), see tests/golden/data/issp/README.md. Read were that code, its README and the abstract;
+the paper's tables were not readable. Metrics of images stand in :mod:`lit_methods.tasks.superres.metrics`.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, ClassVar, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lit_methods import distributed
+from lit_methods.callbacks.sparsity.callback import MaskCallback
+from lit_methods.callbacks.sparsity.masks import keep_largest, nm_mask, own_seed
+from lit_methods.callbacks.sparsity.sparseland.callback import SparsityCard
+from lit_methods.catalog import Technique
+from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+
+TECHNIQUE = Technique(
+    slug="issp",
+    title="Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution",
+    arxiv="2303.09650",
+    family="sparsity",
+    form="callback",
+    classes=("lit_methods.callbacks.IterativeSoftShrinkage", "lit_methods.SuperResolution"),
+    configs=("issp.yaml",),
+    golden=("pick_pruned", "shrink_steps", "sr_metric"),
+    claim="At 90 % pruned, a super-resolution network trained by ISS-P reaches a higher PSNR than one with a random static mask.",
+    summary="Prunes a network from a random start: the smallest weights shrink a little at every step and may come back, until a switch.",
+)
+
+Method = Literal["iss_p", "iht", "iss_r", "assl", "l1", "scratch", "random"]
+
+LARGEST_SHARE = 0.995
+"""No more than this share of a layer is ever pruned."""
+SAMPLE = 32_400
+"""Weights of a layer from which ``pick="fast"`` takes its threshold."""
+VISIBLE = 1e-3
+"""Pruned weights above this count as still there at the switch."""
+
+# ---- the maths -------------------------------------------------------------------------------------------------------------------------
+
+
+def pruned_count(number: int, pr: float) -> int:
+    """How many of a layer's weights are pruned: min(ceil(pr * number), int(0.995 * number)).
+
+    Args:
+        number: Weights of the layer, >= 0.
+        pr: Wanted share, in [0, 1].
+    """
+    return min(math.ceil(pr * number), int(LARGEST_SHARE * number))
+
+
+def parse_pick(pick: str) -> tuple[int, int] | None:
+    """``"min_19:20"`` -> (19, 20); None for ``"min"`` and ``"fast"``, which have no groups.
+
+    Raises:
+        ValueError: Another text, or more pruned than a group holds.
+    """
+    if pick in ("min", "fast"):
+        return None
+    found = re.fullmatch(r"min_(\d+):(\d+)", pick)
+    if not found or not 0 <= int(found[1]) <= int(found[2]) or int(found[2]) < 1:
+        raise ValueError(f"pick is {pick!r}: give 'min', 'fast', or 'min_N:M' to prune N of every M weights, such as 'min_19:20'")
+    return int(found[1]), int(found[2])
+
+
+def fitting_pattern(n: int, m: int, granularity: int) -> tuple[int, int]:
+    """N and M, both raised by 1 until M divides ``granularity``.
+
+    Args:
+        n: Pruned per group.
+        m: Size of a group, >= 1.
+        granularity: Greatest common divisor of the layers' sizes; 0: anything fits.
+
+    Raises:
+        ValueError: No such M.
+    """
+    for larger in range(m, max(granularity, m) + 1):
+        if granularity % larger == 0:
+            return n + larger - m, larger
+    raise ValueError(
+        f"min_{n}:{m} fits no layers whose sizes have {granularity} as greatest common divisor: choose groups of at most {granularity}, "
+        "leave small layers out by skip, or take pick='min'"
+    )
+
+
+def pick_pruned(score: Tensor, pr: float, pick: str = "min", granularity: int = 0) -> Tensor:
+    """The weights of a layer that are pruned: those with the smallest scores.
+
+    Args:
+        score: |W| of the layer, any shape, >= 0, no NaN.
+        pr: Share that is pruned, in [0, 1]; see :func:`pruned_count`. Doesn't matter for groups.
+        pick: ``min``: the smallest of the whole layer. ``min_N:M``: the N smallest of every M consecutive entries of the flattened layer,
+            after :func:`fitting_pattern`. Mind that N counts the pruned ones.
+        granularity: See :func:`fitting_pattern`; for groups alone.
+
+    Returns:
+        bool, shape of ``score``, True where pruned; of equal scores the first are pruned, as in a stable sort.
+
+    Raises:
+        ValueError: Groups that don't fit the layer, or another ``pick``.
+    """
+    if pick == "fast":
+        raise ValueError("pick='fast' needs a sample of the layer: call pick_below_sample")
+    pattern = parse_pick(pick)
+    if pattern is None:
+        return keep_largest(-score, pruned_count(score.numel(), pr))
+    n, m = fitting_pattern(*pattern, granularity)
+    if score.numel() % m:
+        raise ValueError(f"min_{n}:{m} doesn't fit a layer of {score.numel()} weights, which is no multiple of {m}: use skip or pick='min'")
+    kept = nm_mask(score.flatten().view(-1, m).flip(1), m - n, m).flip(1)  # flipped: of equal scores the last are kept
+    return ~kept.reshape(score.shape)
+
+
+def pick_below_sample(score: Tensor, sample: Tensor, pr: float) -> Tensor:
+    """The fast pick: a threshold from some scores of the layer, instead of sorting all of them.
+
+    Args:
+        score: |W| of the layer, any shape.
+        sample: (S,) scores drawn from it, S >= 1.
+        pr: Share that is pruned, in [0, 1].
+
+    Returns:
+        bool, shape of ``score``: below the (ceil(pr * S) + 1)-th smallest of the sample, or the largest one. About ``pr`` of the layer.
+    """
+    ordered = sample.sort().values
+    return score < ordered[min(math.ceil(pr * len(ordered)), len(ordered) - 1)]
+
+
+def shrink(weight: Tensor, pruned: Tensor, ratio: float) -> Tensor:
+    """``ratio`` * W where pruned, W elsewhere; ratio 0 is hard thresholding (IHT), 1 leaves all as it is.
+
+    Args:
+        weight: W, any shape, floating point.
+        pruned: bool, same shape.
+        ratio: r in [0, 1], 1 less the shrinkage percentage.
+    """
+    return weight.masked_fill(pruned, 0.0) if ratio == 0 else torch.where(pruned, weight * ratio, weight)
+
+
+def shrink_step(weight: Tensor, pr: float, ratio: float, pick: str = "min", granularity: int = 0) -> tuple[Tensor, Tensor]:
+    """What follows an optimiser's step: pick the smallest weights anew and shrink them (ISS-P, IHT).
+
+    Args:
+        weight: As the optimiser left it. The shrinking adds up: give the next step the returned one.
+        pr: Share that is pruned.
+        ratio: Factor r of pruned weights.
+        pick: See :func:`pick_pruned`.
+        granularity: See :func:`pick_pruned`.
+
+    Returns:
+        New weight, and which were pruned (bool).
+    """
+    pruned = pick_pruned(weight.abs(), pr, pick, granularity)
+    return shrink(weight, pruned, ratio), pruned
+
+
+def shrink_ratio(method: Literal["iss_p", "iht"], ratio: float) -> float:
+    """Factor of pruned weights: ``ratio`` for ISS-P, 0 for IHT."""
+    return {"iss_p": ratio, "iht": 0.0}[method]
+
+
+def grow_penalty(penalty: Tensor, pruned: Tensor, delta: float, limit: float = math.inf) -> Tensor:
+    """Coefficients of the growing L2 penalty (ISS-R, ASSL): ``delta`` more where pruned, up to ``limit``; they never fall.
+
+    Args:
+        penalty: Per weight, >= 0.
+        pruned: bool, same shape.
+        delta: Of one update, >= 0.
+        limit: Growth stops here.
+    """
+    return torch.where(pruned, (penalty + delta).clamp(max=limit), penalty)
+
+
+# ---- a schedule that waits -------------------------------------------------------------------------------------------------------------
+
+
+def _hold_schedulers(module: pl.LightningModule, held: Callable[[Any], bool]) -> None:
+    """Leave out ``module.lr_scheduler_step`` while any of the ``held`` says so; any number of them, leaving in any order."""
+    if not hasattr(module.lr_scheduler_step, "holds"):
+        inside = module.lr_scheduler_step
+
+        @functools.wraps(inside)
+        def wrapped(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+            if not any(hold(scheduler) for hold in waiting.holds):
+                inside(scheduler, *args, **kwargs)
+
+        waiting: Any = wrapped
+        waiting.holds, waiting.inside, waiting.was_own = [], inside, "lr_scheduler_step" in vars(module)
+        module.lr_scheduler_step = waiting  # type: ignore[method-assign]
+    step: Any = module.lr_scheduler_step
+    step.holds.append(held)
+
+
+def _let_schedulers_go(module: pl.LightningModule, held: Callable[[Any], bool]) -> None:
+    """Undo one ``_hold_schedulers``; a second call does nothing."""
+    step: Any = module.lr_scheduler_step
+    if held in getattr(step, "holds", ()):
+        step.holds.remove(held)
+        if not step.holds:
+            del module.lr_scheduler_step
+            if step.was_own:
+                module.lr_scheduler_step = step.inside  # type: ignore[method-assign]
+
+
+# ---- the callback ----------------------------------------------------------------------------------------------------------------------
+
+
+class IterativeSoftShrinkage(MaskCallback):
+    """Prunes a network while it is trained from a random start: the smallest weights shrink a little at every step, and may come back.
+
+    After each of the first ``prune_iters`` optimiser steps, the share ``pr`` of smallest magnitudes is picked anew in every layer and
+    multiplied by ``ratio``. Then, at the switch, the last pick becomes the mask: pruned weights are set to 0 and stay there, the rest is
+    fine-tuned. ``method`` says what happens before the switch:
+
+    - ``iss_p``: the above (ISS-P)
+    - ``iht``: pruned weights are set to 0 instead, and may come back, too (iterative hard thresholding)
+    - ``iss_r``: picked every ``reg_interval`` steps; an L2 penalty of its own grows on each picked weight and never falls (ISS-R)
+    - ``assl``: picked once, before the first step; the penalty grows on these, then stays for the last ``stabilize_iters`` steps (ASSL, on
+      weights instead of filters). Meant for a pretrained network.
+    - ``l1``: nothing; at the switch the smallest weights are pruned (one-shot)
+    - ``scratch``: the switch comes before the first step: a static mask of the largest initial weights. From pretrained weights that is
+      L1-norm pruning.
+    - ``random``: the same with a random mask
+
+    Runs: after every step of every optimiser, as a hook of the optimiser itself: accumulation, manual optimisation and AMP (which keeps
+    float32 weights) need nothing special, and shrinking happens once per step. Each optimiser counts its own steps. At the switch the
+    optimiser goes on: moments of kept weights stay, those of pruned ones are cleared (``mask_optimizer_state``). Afterwards everything is
+    as :class:`MaskCallback` says. ``sparsity_masks()`` is all True before the switch, for the network is dense then.
+    Learning rate: schedulers that Lightning steps wait until the switch (``hold_lr``), so that they count from there. Schedulers that a
+    module steps by hand don't.
+    Saves: what :class:`MaskCallback` saves, the present and the first pick, penalties, and the counts of flips.
+    Works on one device and under DDP (all ranks have the same weights, so they pick the same; ``fast`` draws from the same seed).
+    Refuses what :class:`MaskCallback` refuses, and Lightning's ``StochasticWeightAveraging``.
+
+    Logs, on steps that are logged: ``issp/mask_flips``, weights that went in or out of the pick, per 100 steps; ``issp/overlap``, share
+    of the kept weights that the first pick kept, too; ``issp/magnitude_pruned`` and ``issp/magnitude_kept``, mean |W|; ``issp/grad_norm``,
+    ``issp/grad_norm_smallest`` and ``issp/grad_variance``, mean, smallest and mean over the layers. At the end of each epoch
+    ``issp/density`` and ``issp/total_flips``; after the switch ``issp/share_above_at_switch``, share of the pruned weights that were above
+    1e-3, and with ``probe`` ``issp/probe_before``, ``issp/probe_after`` and ``issp/probe_drop``.
+
+    Args:
+        pr: Share of every layer that is pruned, in [0, 1]; see :func:`pruned_count`.
+        method: See above.
+        ratio: r, factor of pruned weights per step, in [0, 1]: 1 less the shrinkage percentage. Authors: 0.95.
+        prune_iters: Optimiser steps before the switch, >= 1; authors: 100,000. ``scratch`` and ``random`` have none.
+        pick: ``min``; ``min_N:M``: N of every M consecutive weights of the flattened layer are pruned instead, N and M raised until M
+            divides all layers' sizes; ``fast``: by a threshold from 32,400 weights of the layer, drawn with repetition, for large layers.
+        reg_interval: Steps between two updates of the penalty.
+        reg_delta: What an update adds; None: so much that ``reg_limit`` is reached when growth ends. Authors: 1e-4.
+        reg_limit: The penalty stops there.
+        stabilize_iters: Last steps before the switch without growth, for ``assl``; authors: 43,150 (after 100,000).
+        hold_lr: Schedulers wait. A warm-up would wait, too: set it to False then.
+        probe: Name of a method of the module that maps a batch to (B,) values, such as ``psnr_y`` of ``SuperResolution``. Its mean over
+            the validation batches is taken with pruned weights as they were and with 0 in their place. None: not measured.
+        targets: See :class:`MaskCallback`, as ``skip``, ``seed``, ``mask_gradients`` and ``mask_optimizer_state``.
+
+    Raises:
+        ValueError: An argument outside its range; at fit start, groups that fit no layers.
+    """
+
+    conflicts_with: ClassVar[Mapping[str, str]] = {
+        **MaskCallback.conflicts_with,
+        "StochasticWeightAveraging": "a mean over the switch isn't sparse; EMATeacher's copy is masked at the switch",
+    }
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Curve("Mask flips per 100 steps", ("issp/mask_flips",), note="Weights that go in or out of the pick. Hard thresholding has few."),
+        Curve("Kept weights that the first pick kept", ("issp/overlap",), note="Falls while the structure is still being looked for."),
+        Curve(
+            "Mean |W| of pruned and kept weights",
+            ("issp/magnitude_pruned", "issp/magnitude_kept"),
+            note="Pruned ones should be small before the switch, or the network jumps there.",
+        ),
+        Curve("Gradient norm of the layers", ("issp/grad_norm", "issp/grad_norm_smallest"), note="Mean and smallest. Near 0: not trained."),
+        Curve("Gradient variance of the layers", ("issp/grad_variance",), note="Mean over the layers."),
+        Curve("Density of the pruned layers", ("issp/density",), note="1 until the switch."),
+        Curve("Mask flips in all", ("issp/total_flips",)),
+        Curve("Pruned weights above 1e-3 at the switch", ("issp/share_above_at_switch",), note="0: the switch changes nothing."),
+        Curve("Probe just before and after the switch", ("issp/probe_before", "issp/probe_after")),
+        Curve("Probe lost at the switch", ("issp/probe_drop",), note="Before less after."),
+        TablePanel("Layers", "issp/layers", note="Gradient norm and variance: of the last logged step."),
+    )
+
+    def __init__(
+        self,
+        pr: float = 0.9,
+        method: Method = "iss_p",
+        ratio: float = 0.95,
+        prune_iters: int = 100_000,
+        pick: str = "min",
+        reg_interval: int = 20,
+        reg_delta: float | None = None,
+        reg_limit: float = 0.5,
+        stabilize_iters: int = 0,
+        hold_lr: bool = True,
+        probe: str | None = None,
+        targets: Sequence[str] = (),
+        skip: Sequence[str] = (),
+        seed: int = 0,
+        mask_gradients: bool = True,
+        mask_optimizer_state: bool = True,
+    ) -> None:
+        super().__init__(targets, skip, seed, mask_gradients, mask_optimizer_state)
+        for name, value in {"pr": pr, "ratio": ratio}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: give a number from 0 to 1")
+        if method not in get_args(Method):
+            raise ValueError(f"method is {method!r}: give one of {', '.join(get_args(Method))}")
+        if prune_iters < 1 or reg_interval < 1:
+            raise ValueError(f"prune_iters={prune_iters} and reg_interval={reg_interval} are numbers of optimiser steps: give 1 or more")
+        if not 0 <= stabilize_iters < prune_iters:
+            raise ValueError(f"stabilize_iters={stabilize_iters} are the last of prune_iters={prune_iters}: give fewer, 0 or more")
+        if reg_limit <= 0 or (reg_delta is not None and reg_delta < 0):
+            raise ValueError(f"reg_limit={reg_limit} must be above 0, and reg_delta={reg_delta} null or not negative")
+        self.pattern = parse_pick(pick)
+        self.pr, self.method, self.ratio, self.pick = pr, method, ratio, pick
+        self.prune_iters = 0 if method in ("scratch", "random") else prune_iters
+        self.reg_interval, self.reg_limit, self.stabilize_iters = reg_interval, reg_limit, stabilize_iters
+        updates = max(1, (prune_iters - (stabilize_iters if method == "assl" else 0)) // reg_interval)
+        self.reg_delta = reg_limit / updates if reg_delta is None else reg_delta
+        self.hold_lr, self.probe = hold_lr, probe
+        self._forget()
+
+    def _forget(self) -> None:
+        self._granularity = 0
+        self._picked: dict[str, Tensor] = {}
+        self._first: dict[str, Tensor] = {}
+        self._penalty: dict[str, Tensor] = {}
+        self._flips: Tensor | None = None  # of all steps
+        self._window = (0, 0)  # step and flips of the last entry in the log
+        self._switch: dict[str, Tensor] = {}  # what was measured there
+        self._spare: dict[str, Tensor] = {}  # weights just before the switch, until the probe has run
+        self._gradient_stats: dict[str, Tensor] = {}  # norm and variance per layer
+
+    @property
+    def sparsity_card(self) -> SparsityCard:
+        """What kind of sparsity this is."""
+        static = self.method in ("scratch", "random")
+        return SparsityCard(
+            stage="before" if static else "during",
+            regime="sparse_to_sparse" if static else "dense_to_sparse",
+            mask="dynamic" if self.method in ("iss_p", "iht", "iss_r") else "static",
+            granularity="unstructured" if self.pattern is None else "n:m",
+            forward_dense=not static,
+            backward_dense=not static,
+            optimizer_dense=not static,
+            criterion="random" if self.method == "random" else "magnitude",
+        )
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Choose the weights, refuse what can't work, and let schedulers wait."""
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        if self.probe is not None and not callable(getattr(pl_module, self.probe, None)):
+            raise ValueError(
+                f"probe is {self.probe!r}, but {type(pl_module).__name__} has no such method: name one that maps a batch to (B,) values, "
+                "or leave probe out"
+            )
+        if self.hold_lr and self.prune_iters:
+            _let_schedulers_go(pl_module, self._waits)
+            _hold_schedulers(pl_module, self._waits)
+
+    def _waits(self, scheduler: Any) -> bool:
+        """Whether a scheduler has to wait after the step that was just made."""
+        optimizer = getattr(scheduler, "optimizer", None)
+        steps = [step for own, step in zip(self._optimizers, self._steps, strict=True) if own is optimizer] or self._steps
+        return max(steps, default=0) <= self.prune_iters
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle the groups, then make or restore masks and picks."""
+        self._forget()
+        loaded = self._loaded
+        if self.pattern is not None:
+            self._granularity = math.gcd(*(weight.numel() for weight in self.chosen(pl_module).values()))
+            n, m = fitting_pattern(*self.pattern, self._granularity)
+            rank_zero_info(f"{type(self).__name__}: {n} of every {m} weights are pruned, {n / m:.2%}")
+        self._optimizers: list[torch.optim.Optimizer] = list(trainer.optimizers)
+        super().on_fit_start(trainer, pl_module)
+        assert self.store is not None
+        device = pl_module.device
+        self._flips = torch.zeros((), dtype=torch.int64, device=device)
+        if loaded is not None:
+            for name in ("picked", "first", "penalty"):
+                setattr(self, f"_{name}", {key: value.to(self.store.weights[key].device) for key, value in loaded[name].items()})
+            self._flips += int(loaded["flips"])
+            self._window = (int(loaded["window"][0]), int(loaded["window"][1]))
+            self._switch = {name: value.to(device) for name, value in loaded["switch"].items()}
+        steps = trainer.estimated_stepping_batches
+        if steps < self.prune_iters:
+            rank_zero_warn(
+                f"{type(self).__name__}: this training has {steps} optimiser steps, but the switch comes after prune_iters="
+                f"{self.prune_iters}: its weights will stay dense. Train longer, or lower prune_iters"
+            )
+
+    def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        """All True, but for the methods that start sparse."""
+        if self.method == "scratch":
+            return {name: ~self._pick(name, weight.detach(), 0) for name, weight in weights.items()}
+        if self.method == "random":
+            draws = {name: torch.rand(weight.shape, generator=self.generator) for name, weight in weights.items()}
+            return {name: ~pick_pruned(draw, self.pr, self._exact_pick, self._granularity) for name, draw in draws.items()}
+        return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+
+    @property
+    def _exact_pick(self) -> str:
+        return "min" if self.pick == "fast" else self.pick
+
+    # ---- pruning -----------------------------------------------------------------------------------------------------------------------
+
+    def _pick(self, name: str, weight: Tensor, step: int) -> Tensor:
+        """The pruned weights of a layer after ``step`` steps, the same on all ranks."""
+        score = weight.abs()
+        if self.pick != "fast":
+            return pick_pruned(score, self.pr, self.pick, self._granularity)
+        flat = score.flatten()
+        if flat.numel() > SAMPLE:
+            generator = torch.Generator(flat.device).manual_seed(own_seed(f"issp {step} {name}", self.seed))
+            flat = flat[torch.randint(flat.numel(), (SAMPLE,), generator=generator, device=flat.device)]
+        return pick_below_sample(score, flat, self.pr)
+
+    def _note(self, name: str, picked: Tensor) -> None:
+        """Count what went in or out of the pick."""
+        before = self._picked.get(name)
+        if before is None:
+            self._first[name] = picked
+        else:
+            assert self._flips is not None
+            self._flips += (before != picked).sum().to(self._flips.device)
+        self._picked[name] = picked
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """Measure gradients on steps that are logged, add the penalty, mask; before clipping."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if self.store is None:
+            return
+        index = next(index for index, own in enumerate(trainer.optimizers) if own is getattr(optimizer, "_optimizer", optimizer))
+        names = [name for name in self._owned[index] if self.store.weights[name].grad is not None]
+        gradients: dict[str, Any] = {name: self.store.weights[name].grad for name in names}
+        if gradients and trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for name, gradient in gradients.items():
+                wide = gradient.float()
+                self._gradient_stats[name] = torch.stack([wide.norm(), wide.var(correction=0)])
+            norms, variances = torch.stack([self._gradient_stats[name].to(pl_module.device) for name in names]).unbind(1)
+            values = {"grad_norm": norms.mean(), "grad_norm_smallest": norms.min(), "grad_variance": variances.mean()}
+            pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
+        if self._steps[index] < self.prune_iters and self.method in ("iss_r", "assl"):
+            for name, gradient in gradients.items():
+                weight = self.store.weights[name]
+                if self.method == "assl" and name not in self._picked:
+                    self._note(name, self._pick(name, weight.detach(), 0))
+                if name in self._penalty:
+                    gradient.add_((self._penalty[name] * weight).to(gradient.dtype))
+
+    def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Shrink or penalise the smallest weights; after the last step of the stage, make the masks."""
+        assert self.store is not None
+        if step > self.prune_iters:
+            return {}
+        last, updates = step == self.prune_iters, step % self.reg_interval == 0
+        repicks = self.method in ("iss_p", "iht") or (self.method == "iss_r" and updates)
+        grows = updates and (self.method == "iss_r" or (self.method == "assl" and step <= self.prune_iters - self.stabilize_iters))
+        for name in names:
+            weight = self.store.weights[name]
+            if repicks or (last and (self.method != "assl" or name not in self._picked)):
+                self._note(name, self._pick(name, weight.detach(), step))
+            if self.method in ("iss_p", "iht"):
+                weight.copy_(shrink(weight, self._picked[name], shrink_ratio(self.method, self.ratio)))  # type: ignore[arg-type]
+            elif grows and name in self._picked:
+                penalty = self._penalty.get(name, torch.zeros_like(weight))
+                self._penalty[name] = grow_penalty(penalty, self._picked[name], self.reg_delta, self.reg_limit)
+        return self._make_masks(names) if last else {}
+
+    def _make_masks(self, names: list[str]) -> dict[str, Tensor]:
+        """The switch."""
+        assert self.store is not None
+        weights = {name: self.store.weights[name] for name in names}
+        above = sum(((weight.abs() > VISIBLE) & self._picked[name]).sum() for name, weight in weights.items())
+        pruned = sum(self._picked[name].sum() for name in names)
+        self._switch["share_above_at_switch"] = torch.as_tensor(above / torch.as_tensor(pruned).clamp(min=1))
+        if self.probe is not None:
+            self._spare |= {name: weight.detach().clone() for name, weight in weights.items()}
+        for name in names:
+            self._penalty.pop(name, None)
+        return {name: ~self._picked[name] for name in names}
+
+    # ---- what is shown -----------------------------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After the switch: averaged copies, the probe. On steps that are logged: flips and magnitudes."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._spare:
+            self._probe_switch(trainer, pl_module)
+        step, every = max(self._steps, default=0), trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not self._picked or not every or trainer.global_step % every or step == self._window[0]:
+            return
+        assert self._flips is not None
+        flips = int(self._flips)  # waits for the device, on logged steps alone
+        values = {**self._magnitudes(), "mask_flips": (flips - self._window[1]) * 100 / (step - self._window[0])}
+        self._window = (step, flips)
+        pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
+
+    @torch.no_grad()
+    def _magnitudes(self) -> dict[str, Any]:
+        """Mean |W| of pruned and kept weights, and the overlap of the kept ones with the first pick."""
+        assert self.store is not None
+        sums = []
+        for name, picked in self._picked.items():
+            size, kept = self.store.weights[name].detach().float().abs(), ~picked
+            both = (kept & ~self._first[name]).sum()
+            sums.append(torch.stack([size.masked_fill(kept, 0).sum(), size.masked_fill(picked, 0).sum(), picked.sum(), kept.sum(), both]))
+        pruned, kept, number_pruned, number_kept, both = torch.stack([one.to(sums[0].device) for one in sums]).double().sum(0).unbind()
+        return {
+            "magnitude_pruned": (pruned / number_pruned.clamp(min=1)).float(),
+            "magnitude_kept": (kept / number_kept.clamp(min=1)).float(),
+            "overlap": (both / number_kept.clamp(min=1)).float(),
+        }
+
+    @torch.no_grad()
+    def _probe_switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The probe on the validation data, with pruned weights as they were just before and with 0 in their place."""
+        assert self.store is not None
+        spare, self._spare = self._spare, {}
+        after = self._probe_mean(trainer, pl_module)
+        if after is None:
+            return
+        for name, weight in spare.items():
+            weight_now, mask = self.store.weights[name], self.store.masks[name]
+            weight_now.copy_(torch.where(mask, weight_now, weight))
+        before = self._probe_mean(trainer, pl_module)
+        self.store.apply(spare)
+        assert before is not None
+        self._switch |= {"probe_before": before, "probe_after": after, "probe_drop": before - after}
+
+    def _probe_mean(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+        """Mean of the probe over the validation samples of all ranks; None where there are none."""
+        assert self.probe is not None
+        modes = {module: module.training for module in pl_module.modules()}
+        pl_module.eval()
+        with isolate_rng(pl_module.device.type == "cuda"), trainer.precision_plugin.forward_context():
+            values = [getattr(pl_module, self.probe)(batch).detach().double().reshape(-1) for batch in _validation_batches(trainer)]
+        for module, mode in modes.items():
+            module.training = mode
+        mine = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64, device=pl_module.device)
+        everyone = distributed.gather_rows(mine, with_grad=False)
+        return everyone.mean().float() if len(everyone) else None
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log density, flips and what was measured at the switch."""
+        assert self.store is not None
+        assert self._flips is not None
+        pl_module.log("issp/density", self.store.density())
+        if self.method in ("iss_p", "iht", "iss_r"):
+            pl_module.log("issp/total_flips", self._flips.float())
+        for name, value in self._switch.items():
+            pl_module.log(f"issp/{name}", value.to(pl_module.device))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the switch has not come."""
+        steps = max(self._steps, default=0)
+        if steps < self.prune_iters:
+            rank_zero_warn(
+                f"{type(self).__name__}: training ended after {steps} of prune_iters={self.prune_iters} steps, before the switch: the "
+                "weights are dense"
+            )
+
+    def dashboard_media(self) -> dict[str, Media]:
+        """Table of the layers."""
+        if self.store is None:
+            return {}
+        rows = []
+        for name, weight in self.store.weights.items():
+            size, picked = weight.detach().float().abs(), self._picked.get(name, ~self.store.masks[name])
+            number = int(picked.sum())
+            means = (float(size[picked].mean()) if number else None, float(size[~picked].mean()) if number < weight.numel() else None)
+            norm, variance = self._gradient_stats[name].tolist() if name in self._gradient_stats else (None, None)
+            rows.append((name, " x ".join(map(str, weight.shape)), number / weight.numel(), *means, norm, variance))
+        columns = ("layer", "shape", "picked", "mean |W| picked", "mean |W| kept", "gradient norm", "gradient variance")
+        return {"issp/layers": TableMedia(columns, tuple(rows))}
+
+    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
+        """The masks."""
+        where = "".join("-" + re.sub(r"[^A-Za-z0-9]+", "-", pattern).strip("-") for pattern in (*self.targets, *self.skip))
+        return {} if self.store is None else {f"issp_masks{where}": self.store.masks}
+
+    # ---- state -------------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What all mask callbacks save, picks, penalties and counts."""
+        state = super().state_dict()
+        if not state:
+            return state
+        return {
+            **state,
+            **{name: dict(getattr(self, f"_{name}")) for name in ("picked", "first", "penalty")},
+            "flips": 0 if self._flips is None else int(self._flips),
+            "window": list(self._window),
+            "switch": dict(self._switch),
+        }
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the optimisers and the schedulers."""
+        super().teardown(trainer, pl_module, stage)
+        _let_schedulers_go(pl_module, self._waits)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of the optimisers and the schedulers."""
+        super().on_exception(trainer, pl_module, exception)
+        _let_schedulers_go(pl_module, self._waits)
+
+
+def _validation_batches(trainer: pl.Trainer) -> Iterator[Any]:
+    """Batches of this rank's validation loaders, on the device, as many as a validation would see."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    if source.instance is None or not source.is_defined() or not trainer.limit_val_batches:
+        return
+    loaders: Any = source.dataloader()
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    limit = trainer.limit_val_batches
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        number = limit if isinstance(limit, int) else None if limit >= 1 else int(limit * len(loader))
+        for batch in islice(loader, number):
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)

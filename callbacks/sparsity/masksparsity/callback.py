@@ -1,0 +1,875 @@
+"""MaskSparsity (arXiv:2201.06776): a sparsity penalty on the batch-norm scales of those channels alone that will be removed.
+
+Golden vectors: CASIA-IVA-Lab/MaskSparsity at 2827de4, netslim/sparse.py and netslim/prune.py, see tests/golden/data/masksparsity/README.md.
+The baseline, with the penalty on all scales, is Network Slimming (arXiv:1708.06519). Removing channels, and the mask that the branches of a
+residual sum agree on, stand in :mod:`~lit_methods.callbacks.sparsity.channels`. Left out: masks from other pruning methods (any file of
+bools serves as one), folding a removed channel's constant into the next bias.
+"""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lit_methods import distributed
+from lit_methods.callbacks.logits import Key
+from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.sparsity.callback import refuse_sharded
+from lit_methods.callbacks.sparsity.channels import (
+    PLAN_KEY,
+    ChannelGroup,
+    ChannelPlan,
+    agree,
+    apply_plan,
+    channel_counts,
+    channel_groups,
+    compose,
+    load_state,
+    make_plan,
+)
+from lit_methods.callbacks.sparsity.flops import count_macs
+from lit_methods.callbacks.sparsity.masks import keep_largest
+from lit_methods.callbacks.sparsity.random_pruning import independent_copy, training_batches
+from lit_methods.callbacks.sparsity.store import prunable_weights
+from lit_methods.callbacks.targets import plain_name
+from lit_methods.catalog import Technique
+from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
+from lit_methods.runs.checkpoints import check_readable
+from lit_methods.runs.folder import run_dir
+
+TECHNIQUE = Technique(
+    slug="masksparsity",
+    title="Pruning-aware Sparse Regularization for Network Pruning",
+    arxiv="2201.06776",
+    family="sparsity",
+    form="callback",
+    classes=("lit_methods.callbacks.MaskedBNSparsity",),
+    configs=("masksparsity.yaml",),
+    golden=("bn_sparse_grad", "residual_group_mask", "channel_prune", "ot_threshold"),
+    claim="Right after the same channels are cut, without fine-tuning, MaskSparsity has a higher accuracy than a sparsity penalty on all "
+    "channels.",
+    summary="Penalises the batch-norm scales of doomed channels alone, then removes those channels for good; with Network Slimming.",
+)
+
+Stage = Literal["baseline", "global_sparsity", "mask", "mask_sparsity", "prune", "finetune"]
+Penalty = Literal["l1", "l2", "smooth_l1", "bounded_l2"]
+Criterion = Literal["threshold", "ot", "ratio", "global_ratio"]
+
+
+# ---- the maths -------------------------------------------------------------------------------------------------------------------------
+
+
+def penalty_gradient(gamma: Tensor, penalty: Penalty, strength: float, learning_rate: float | Tensor = 0.0) -> Tensor:
+    """Gradient of the sparsity penalty on batch-norm scales: strength * r(gamma).
+
+    Args:
+        gamma: Scales, any shape, floating point.
+        penalty: ``l1``: r is the sign, 0 at 0. ``l2``: gamma. ``smooth_l1``: gamma where |gamma| < learning_rate * strength, else the sign,
+            so that scales don't oscillate about 0. ``bounded_l2`` (``shiyan`` in the authors' code): gamma where |gamma| <= 0.09, else 0.
+        strength: lambda, >= 0.
+        learning_rate: Of the optimiser; ``smooth_l1`` alone uses it.
+
+    Returns:
+        Shape and dtype of ``gamma``.
+
+    Raises:
+        ValueError: An unknown penalty.
+    """
+    if penalty == "l1":
+        r = gamma.sign()
+    elif penalty == "l2":
+        r = gamma
+    elif penalty == "smooth_l1":
+        r = torch.where(gamma.abs() < learning_rate * strength, gamma, gamma.sign())
+    elif penalty == "bounded_l2":
+        r = torch.where(gamma.abs() <= 0.09, gamma, torch.zeros_like(gamma))
+    else:
+        raise ValueError(f"penalty is {penalty!r}: give one of {', '.join(get_args(Penalty))}")
+    return strength * r
+
+
+def sparse_gradient(
+    gamma: Tensor, grad: Tensor, prune: Tensor | None, penalty: Penalty, strength: float, learning_rate: float | Tensor = 0.0
+) -> Tensor:
+    """The gradient of batch-norm scales with the penalty's: for channels that will be removed, or for all.
+
+    Args:
+        gamma: (C,) scales.
+        grad: (C,) gradient of the loss.
+        prune: (C,) bool, True: will be removed (the inverse of a keep mask); None: all channels, as in Network Slimming.
+        penalty: See :func:`penalty_gradient`.
+        strength: lambda.
+        learning_rate: See :func:`penalty_gradient`.
+
+    Returns:
+        (C,) dtype of ``grad``.
+    """
+    term = penalty_gradient(gamma, penalty, strength, learning_rate)
+    return grad + (term if prune is None else term.masked_fill(~prune, 0.0)).to(grad.dtype)
+
+
+def ot_threshold(gamma: Tensor, discard: float = 1e-4) -> Tensor:
+    """Threshold that discards a share of the energy (the authors' OT).
+
+    |gamma|, at least 1e-18, in rising order: midway between the first scale at which the cumulated share of the squares exceeds
+    ``discard`` and the one before it; 0 if it is the first of all. 1 (the whole layer) if the largest is below 1e-3.
+
+    Args:
+        gamma: (C,) floating point; computed in its dtype.
+        discard: Share in [0, 1).
+
+    Returns:
+        Scalar; channels with |gamma| above it stay.
+
+    Raises:
+        ValueError: ``discard`` lies outside its range.
+    """
+    if not 0 <= discard < 1:
+        raise ValueError(f"discard is {discard}: give a share of the energy, 0 up to below 1")
+    rising = gamma.detach().abs().clamp(min=1e-18).sort().values
+    energy = rising.square().cumsum(0)
+    first = (energy / energy[-1] > discard).int().argmax()
+    middle = (rising[first] + rising[(first - 1).clamp(min=0)]) / 2
+    found = torch.where(first == 0, torch.zeros_like(middle), middle)
+    return torch.where(rising[-1] < 1e-3, torch.ones_like(found), found)
+
+
+def threshold_mask(gamma: Tensor, threshold: float | Tensor, min_channels: int = 1) -> Tensor:
+    """Channels whose scale is above a threshold, with the authors' guard.
+
+    If fewer than ``min_channels`` are, those at least as large as the ``min_channels``-th largest stay; if ties make that another number,
+    the thresholded mask with channel 0 counts, which may be fewer.
+
+    Args:
+        gamma: (C,) floating point.
+        threshold: >= 0; a channel at the threshold goes.
+        min_channels: >= 1; a layer with no more channels keeps all of them in the guard's case.
+
+    Returns:
+        (C,) bool, True: kept; never all False.
+    """
+    size = gamma.detach().abs()
+    keep = size > threshold
+    if len(keep) <= min_channels:
+        return keep if bool(keep.sum() >= min_channels) else torch.ones_like(keep)
+    largest = size >= size.sort(descending=True).values[min_channels - 1]
+    with_first = keep.clone()
+    with_first[0] = True
+    guarded = torch.where(largest.sum() == min_channels, largest, with_first)
+    return torch.where(keep.sum() < min_channels, guarded, keep)
+
+
+def keep_masks(
+    gammas: Mapping[str, Tensor],
+    criterion: Criterion = "threshold",
+    *,
+    threshold: float = 0.01,
+    energy: float = 1e-4,
+    ratio: float | Mapping[str, float] = 0.5,
+    min_channels: int = 1,
+) -> dict[str, Tensor]:
+    """Which channels stay, by the magnitude of their scales.
+
+    Args:
+        gammas: Name of the batch norm -> (C,) scales.
+        criterion: ``threshold``: |gamma| > ``threshold``. ``ot``: :func:`ot_threshold` of each layer. ``ratio``: the smallest go, a share
+            of each layer. ``global_ratio``: the smallest of all layers together go (Network Slimming).
+        threshold: Of ``threshold``.
+        energy: Share that ``ot`` discards.
+        ratio: Share that goes, in [0, 1]: of each layer, rounded; or pattern of names -> share, where the first that fits counts and a
+            layer that no pattern fits stays whole. ``global_ratio`` takes a number.
+        min_channels: Of each layer stay so many at least, see :func:`threshold_mask`; ``ratio`` keeps them exactly.
+
+    Returns:
+        Name -> (C,) bool.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+    shares = list(ratio.values()) if isinstance(ratio, Mapping) else [ratio]
+    if min_channels < 1 or threshold < 0 or any(not 0 <= share <= 1 for share in shares):
+        raise ValueError(f"min_channels={min_channels} must be 1 or more, threshold={threshold} 0 or more, ratio={ratio} in [0, 1]")
+    sizes = {name: gamma.detach().abs() for name, gamma in gammas.items()}
+    if criterion == "threshold":
+        return {name: threshold_mask(size, threshold, min_channels) for name, size in sizes.items()}
+    if criterion == "ot":
+        return {name: threshold_mask(size, ot_threshold(size.double(), energy), min_channels) for name, size in sizes.items()}
+    if criterion == "ratio":
+        found = {}
+        for name, size in sizes.items():
+            share = next((s for p, s in ratio.items() if fnmatchcase(name, p)), 0.0) if isinstance(ratio, Mapping) else ratio
+            found[name] = keep_largest(size, min(len(size), max(min_channels, len(size) - round(share * len(size)))))
+        return found
+    if criterion != "global_ratio":
+        raise ValueError(f"criterion is {criterion!r}: give one of {', '.join(get_args(Criterion))}")
+    if isinstance(ratio, Mapping):
+        raise ValueError(f"ratio is {dict(ratio)}, but global_ratio takes one share of all channels: give a number, or criterion='ratio'")
+    every = torch.cat([size.float().cpu() for size in sizes.values()]).sort().values
+    count = round(ratio * len(every))
+    limit = float(every[count - 1]) if count else -1.0
+    return {name: threshold_mask(size.float(), limit, min_channels) for name, size in sizes.items()}
+
+
+def save_masks(path: Path | str, keep: Mapping[str, Tensor]) -> None:
+    """Write keep masks to a ``.npz`` or ``.pt`` file: name of the batch norm -> bool, True: kept. Layers that stay whole are left out.
+
+    Raises:
+        ValueError: Another ending.
+    """
+    path = Path(path)
+    partial = {name: mask.cpu() for name, mask in keep.items() if not mask.all()}
+    if path.suffix == ".npz":
+        with path.open("wb") as file:
+            np.savez(file, **{name: mask.numpy() for name, mask in partial.items()})  # type: ignore[arg-type]
+    elif path.suffix == ".pt":
+        torch.save(partial, path)
+    else:
+        raise ValueError(f"{path}: masks are written as .npz or .pt")
+
+
+def load_masks(path: Path | str) -> dict[str, Tensor]:
+    """Read keep masks: name -> (C,) bool, True: kept. A name may be that of the norm or of its weight.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Neither ``.npz`` nor ``.pt``, or an entry is no vector of bools.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"mask={str(path)!r} does not exist: give a .npz or .pt file of keep masks, or a checkpoint")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    elif path.suffix == ".pt":
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"{path} is no file of masks: give .npz or .pt (name of the batch norm -> bool), or a checkpoint (.ckpt)")
+    for name, mask in found.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 1:
+            kind = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{path}: {name!r} is {kind}, expected one bool a channel, True for channels that stay")
+    return {name.removesuffix(".weight"): mask for name, mask in found.items()}
+
+
+# ---- the callback ----------------------------------------------------------------------------------------------------------------------
+
+
+def _inputs(batch: Any, key: Key) -> Tensor:
+    """The network's inputs in a batch."""
+    if isinstance(batch, Mapping):
+        key = "image" if key is None else key
+        found = batch.get(key)
+    elif isinstance(batch, list | tuple):
+        key = 0 if key is None else key
+        found = batch[key] if isinstance(key, int) and -len(batch) <= key < len(batch) else None
+    else:
+        found = batch
+    if not isinstance(found, Tensor):
+        there = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"MaskedBNSparsity finds no tensor {key!r} in the batch ({there}): say by inputs where the network's inputs are")
+    return found
+
+
+class MaskedBNSparsity(OrderedCallback):
+    """Removes channels from any network with batch norms: MaskSparsity, and Network Slimming as its baseline.
+
+    A recipe of stages, a run each; ``weights`` is the checkpoint of the stage before:
+
+    1. ``baseline`` (fit): the dense network; this callback does nothing.
+    2. ``global_sparsity`` (fit): the penalty on the scales of all prunable batch norms (Network Slimming). At its end the smallest scales
+       tell which channels can go.
+    3. ``mask`` (validate, not needed): writes ``masks.npz`` into the run's folder, from the scales in ``weights``.
+    4. ``mask_sparsity`` (fit): starts again from the baseline; the penalty acts on the channels that ``mask`` doesn't keep, on no other.
+    5. ``prune`` (validate or test): removes the channels, evaluates the smaller network, and writes ``checkpoints/pruned.ckpt``.
+    6. ``finetune`` (fit): removes the channels before the optimiser is made, and trains on.
+
+    The penalty's gradient is added to the scales' gradients once per optimiser step: after they are summed over micro-batches and averaged
+    over ranks, unscaled, and clipped. Logged losses don't contain it. (With manual optimisation it is added in
+    ``on_before_optimizer_step``, which comes after the module's own clipping.) Weight decay stays as it is, shifts aren't penalised.
+
+    Prunable are the batch norms whose channels can be traced and removed (see
+    :func:`~lit_methods.callbacks.sparsity.channels.channel_groups`), on a copy, with one batch of the training data, when fit starts; which
+    norms share a mask, and which are left alone and why, is printed. It needs the extra ``sparsity`` (Torch-Pruning).
+
+    Saves: masks, groups of channels, MACs; in ``global_sparsity`` the weights that it started from, so that the next stage can go back to
+    them; once channels are removed, the channel plan, under ``channel_plan`` of the checkpoint. With this callback, fit, validate, test and
+    predict rebuild the smaller network from that before loading; without it, ``load_pruned`` does. Masks aren't applied while training, so
+    there is nothing for ``SparsityReport`` to see before channels are gone.
+    Works with accumulation, AMP, DDP, manual optimisation and several optimisers. Refuses sharding strategies, a second of its kind, and
+    ``ModelPruning``.
+
+    Args:
+        stage: See above.
+        weights: Checkpoint to start from. For ``mask_sparsity`` either the baseline's, or that of the global run, which holds the
+            baseline's weights, too. None: the module as it was built.
+        mask: For ``mask_sparsity``: a ``.npz`` or ``.pt`` file, name of the batch norm -> bool (True: kept), as ``save_masks`` writes it
+            and as it lies in ``artifacts/`` of a run; or a checkpoint, whose scales make it. None: the scales that training starts with.
+        lambda_: Strength of the penalty; authors: 5e-4, 2e-4.
+        penalty: ``l1``, ``l2``, ``smooth_l1`` or ``bounded_l2``, see :func:`penalty_gradient`.
+        criterion: How scales make a mask: ``threshold``, ``ot``, ``ratio`` or ``global_ratio``, see :func:`keep_masks`.
+        threshold: Scales above it stay (authors: 0.01); also that of the log.
+        energy: Share of the energy that ``ot`` discards.
+        ratio: Share of the channels that goes; or pattern -> share.
+        min_channels: Of each layer stay so many at least.
+        cut: What ``prune`` and ``finetune`` remove from a network of ``mask_sparsity``: what its ``mask`` says, or what the criterion says
+            now (``criterion``). A network of ``global_sparsity`` is cut by the criterion.
+        from_scratch: In ``finetune``: take the shape of ``weights`` and none of its values.
+        keep_start: In ``global_sparsity``: save the weights of the start, which makes checkpoints larger.
+        forward: Method or submodule that maps inputs to outputs, for tracing; ``forward``: the module itself.
+        inputs: Key or position of the inputs in a batch; null: ``image``, or 0.
+        input_shape: Of one input, without the batch: trace with random numbers in place of a training batch.
+        targets: ``fnmatch`` patterns on names of batch norms that may be pruned; empty: all.
+        skip: Patterns of those that may not. A group with one of them stays whole.
+
+    Raises:
+        ValueError: An argument outside its range; in ``setup``, files that don't fit.
+        ImportError: Torch-Pruning is missing, in the stages 2 and 4.
+    """
+
+    runs_before: ClassVar[Sequence[str]] = ("SparsityReport", "Dashboard")
+    set_up_before: ClassVar[Sequence[str]] = ("WeightAveraging", "StochasticWeightAveraging", "NMSparsity")
+    conflicts_with: ClassVar[Mapping[str, str]] = {"ModelPruning": "it renames the weights while fit runs"}
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Curve(
+            "Mean |scale| of channels that stay and that go",
+            ("masksparsity/gamma_kept", "masksparsity/gamma_removed"),
+            note="What goes should be near 0 at the end, what stays should not be pushed down with it.",
+        ),
+        Curve("Channels to be removed that are below the threshold", ("masksparsity/removed_below_threshold",), note="1: cutting is free."),
+        HistogramPanel("|scale| of channels that go", "masksparsity/removed", note="One peak at 0 is what the penalty is for."),
+        HistogramPanel("|scale| of channels that stay", "masksparsity/kept", note="Network Slimming moves these to the left, too."),
+        TablePanel("Channels per layer", "masksparsity/layers"),
+        TablePanel(
+            "Before and after removing channels",
+            "masksparsity/pruning",
+            note="While training: what the masks would leave. MACs are theory.",
+        ),
+    )
+
+    def __init__(
+        self,
+        stage: Stage = "mask_sparsity",
+        weights: Path | None = None,
+        mask: Path | None = None,
+        lambda_: float = 5e-4,
+        penalty: Penalty = "l1",
+        criterion: Criterion = "threshold",
+        threshold: float = 0.01,
+        energy: float = 1e-4,
+        ratio: float | dict[str, float] = 0.5,
+        min_channels: int = 1,
+        cut: Literal["mask", "criterion"] = "mask",
+        from_scratch: bool = False,
+        keep_start: bool = True,
+        forward: str = "forward",
+        inputs: Key = None,
+        input_shape: Sequence[int] | None = None,
+        targets: Sequence[str] = (),
+        skip: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("stage", stage, get_args(Stage)),
+            ("penalty", penalty, get_args(Penalty)),
+            ("criterion", criterion, get_args(Criterion)),
+            ("cut", cut, ("mask", "criterion")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}: give one of {', '.join(known)}")
+        if isinstance(targets, str) or isinstance(skip, str):
+            raise ValueError(f"targets and skip are lists of patterns, got targets={targets!r}, skip={skip!r}: write ['backbone.*']")
+        if lambda_ < 0:
+            raise ValueError(f"lambda_ is {lambda_}: give 0 or more")
+        if stage in ("mask", "prune", "finetune") and weights is None:
+            raise ValueError(f"stage={stage!r} needs weights: give the checkpoint of the stage before")
+        if mask is not None and stage != "mask_sparsity":
+            raise ValueError(f"mask goes with stage='mask_sparsity', not with {stage!r}: in other stages the checkpoint tells the channels")
+        self.stage, self.lambda_, self.penalty, self.cut = stage, lambda_, penalty, cut
+        self.weights, self.mask = (None if path is None else Path(path) for path in (weights, mask))
+        self.criterion, self.threshold, self.energy, self.ratio, self.min_channels = criterion, threshold, energy, ratio, min_channels
+        self.from_scratch, self.keep_start, self.forward, self.inputs = from_scratch, keep_start, forward, inputs
+        self.input_shape = None if input_shape is None else list(input_shape)
+        self.targets, self.skip = list(targets), list(skip)
+        keep_masks({}, "threshold", threshold=threshold, ratio=ratio, min_channels=min_channels)  # checks their ranges
+        ot_threshold(torch.ones(1), energy)
+        self.plan: ChannelPlan = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self._norms: dict[str, nn.Module] = {}  # prunable ones, while fit runs
+        self._prune: dict[int, Tensor | None] = {}  # id of a scale -> channels that the penalty acts on
+        self._groups: list[ChannelGroup] = []
+        self._masks: dict[str, Tensor] = {}  # keep; of mask_sparsity
+        self._macs: dict[str, float] = {}  # per sample, before cutting
+        self._start: dict[str, Tensor] = {}
+        self._before: dict[str, float] = {}  # results of the last validation, before cutting
+        self._after: dict[str, float] = {}
+        self._cost: dict[str, tuple[float, float]] = {}  # what -> before and after cutting
+        self._parameters: dict[str, tuple[int, int]] = {}  # name -> entries and dimensions
+        self._scales: tuple[Tensor, Tensor] | None = None  # of kept and removed channels, as they were when cut
+        self._loaded: dict[str, Any] | None = None
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def _penalises(self) -> bool:
+        return self.stage in ("global_sparsity", "mask_sparsity")
+
+    # ---- hooks -------------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Load and cut, before the optimisers are made and before a checkpoint is loaded.
+
+        Raises:
+            ValueError: What can't work: a stage that doesn't train, files that don't fit, a strategy that shards weights.
+            TypeError: The module has nothing to trace.
+        """
+        super().setup(trainer, pl_module, stage)
+        self._release()
+        self._reset()
+        if not _is_cut(pl_module, self.plan):  # another module than last time
+            self.plan = {}
+        self._replace(pl_module, "on_load_checkpoint", self._rebuilding(pl_module))
+        if stage == "fit":
+            refuse_sharded(trainer, "MaskedBNSparsity")
+            if self.stage in ("mask", "prune"):
+                raise ValueError(f"MaskedBNSparsity: stage={self.stage!r} doesn't train: run `lit validate` (trainer.validate), not fit")
+            if self._penalises:
+                self._refuse(pl_module)
+                if pl_module.automatic_optimization:
+                    self._replace(pl_module, "configure_gradient_clipping", self._clipping(pl_module))
+        if self.weights is not None and not self.plan and (stage == "fit" or self.stage in ("mask", "prune")):
+            self._begin(pl_module)
+
+    def _refuse(self, pl_module: pl.LightningModule) -> None:
+        try:
+            found = operator.attrgetter(self.forward)(pl_module)
+        except AttributeError:
+            found = None
+        if not callable(found) or (self.forward == "forward" and not is_overridden("forward", pl_module, pl.LightningModule)):
+            raise TypeError(
+                f"MaskedBNSparsity traces the network, but {type(pl_module).__name__} has no {self.forward!r} that maps inputs to outputs: "
+                "give forward the name of such a method or submodule"
+            )
+
+    def _replace(self, pl_module: pl.LightningModule, name: str, function: Callable[..., Any]) -> None:
+        """Put a function in a method's place, until :meth:`_release`."""
+        own = vars(pl_module).get(name)
+        setattr(pl_module, name, function)
+
+        def undo() -> None:
+            if vars(pl_module).get(name) is function:
+                delattr(pl_module, name)
+                if own is not None:
+                    setattr(pl_module, name, own)
+
+        self._undo.append(undo)
+
+    def _rebuilding(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
+        """``on_load_checkpoint`` that gives the module the widths of the checkpoint first."""
+        original = pl_module.on_load_checkpoint
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> Any:
+            plan = checkpoint.get(PLAN_KEY)
+            if plan and plan != self.plan:
+                if self.plan:
+                    raise ValueError(
+                        f"the checkpoint's network was cut otherwise than that of weights={str(self.weights)!r}: give the same weights"
+                    )
+                apply_plan(pl_module, plan)
+                self.plan = plan
+            return original(checkpoint)
+
+        return on_load_checkpoint
+
+    def _clipping(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
+        """``configure_gradient_clipping`` that adds the penalty after it. Lightning calls it at every step, clipping or not."""
+        original = pl_module.configure_gradient_clipping
+
+        def configure_gradient_clipping(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            original(optimizer, *args, **kwargs)
+            self._penalise(optimizer)
+
+        return configure_gradient_clipping
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Trace the network and make the masks, or restore them.
+
+        Raises:
+            ValueError: A checkpoint of another stage, a mask that doesn't fit, nothing to prune.
+        """
+        if self._loaded is not None and self._loaded.get("stage") != self.stage:
+            raise ValueError(
+                f"MaskedBNSparsity: the checkpoint is of stage {self._loaded.get('stage')!r}, this run of {self.stage!r}: give it as "
+                "weights of the callback; --ckpt_path (or --resume) goes on with a run of the same stage"
+            )
+        if not self._penalises:
+            return
+        if self._loaded is None:
+            with isolate_rng(pl_module.device.type == "cuda"):  # a loader draws a seed, data sets may draw more
+                left = self._trace(trainer, pl_module)
+            self._masks = self._initial_masks(pl_module) if self.stage == "mask_sparsity" else {}
+            if self.stage == "global_sparsity" and self.keep_start:
+                self._start = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
+            self._announce(left)
+        else:
+            self._restore(self._loaded)
+        self._loaded = None
+        self._follow(pl_module)
+        if distributed.world_size() > 1 and self._masks:
+            packed = torch.cat([mask.to(pl_module.device) for mask in self._masks.values()])
+            if not distributed.same_on_all_ranks(packed):
+                raise RuntimeError("MaskedBNSparsity: the masks differ between ranks, so do the weights or files that they come from")
+
+    def _follow(self, pl_module: pl.LightningModule) -> None:
+        """Find the scales, and move the masks to them."""
+        named = {plain_name(name): module for name, module in pl_module.named_modules()}
+        self._norms = {name: named[name] for group in self._groups for name in group.norms}
+        self._parameters = _sizes(pl_module)
+        for name, norm in self._norms.items():
+            gamma: Any = norm.weight
+            if self.stage == "global_sparsity":
+                self._prune[id(gamma)] = None
+            elif not self._masks[name].all():
+                self._prune[id(gamma)] = ~self._masks[name].to(gamma.device)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
+        """With manual optimisation, add the penalty here: the module has clipped already."""
+        if self._penalises and not pl_module.automatic_optimization:
+            self._penalise(optimizer)
+
+    @torch.no_grad()
+    def _penalise(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for gamma in group["params"]:
+                if gamma.grad is not None and id(gamma) in self._prune:
+                    prune = self._prune[id(gamma)]
+                    gamma.grad.copy_(sparse_gradient(gamma, gamma.grad, prune, self.penalty, self.lambda_, group["lr"]))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the scales of channels that stay and that go."""
+        if self._norms:
+            pl_module.log_dict(self._figures(*self._split()))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """While training: keep the results for the table. In the stages ``mask`` and ``prune``: write the file."""
+        if self._penalises and not trainer.sanity_checking:
+            self._before = {name: float(value) for name, value in trainer.callback_metrics.items() if "val" in name}
+        self._write(trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In the stages ``mask`` and ``prune``: write the file."""
+        self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        if self.stage not in ("mask", "prune") or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._after = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        folder = run_dir(trainer)  # on every rank: it may broadcast
+        path = folder / "masks.npz" if self.stage == "mask" else folder / "checkpoints" / "pruned.ckpt"
+        if self.stage == "prune":
+            trainer.save_checkpoint(path)
+        elif trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_masks(path, self._masks)
+        rank_zero_info(f"MaskedBNSparsity: {self.stage} written to {path}")
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what was removed."""
+        self._log_cut(pl_module)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what was removed."""
+        self._log_cut(pl_module)
+
+    def _log_cut(self, pl_module: pl.LightningModule) -> None:
+        if self._scales is not None:
+            shares = {f"masksparsity/{name}_kept": after / before for name, (before, after) in self._cost.items() if before}
+            pl_module.log_dict({name: float(value) for name, value in (self._figures(*self._scales) | shares).items()})
+
+    # ---- which channels ----------------------------------------------------------------------------------------------------------------
+
+    def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
+        """Groups of prunable channels and the MACs of the network; why other norms are left alone."""
+        twin: Any = independent_copy(trainer, pl_module)
+        twin.trainer = None  # what is copied again shouldn't copy it
+
+        def run(net: Any, inputs: Tensor) -> Any:
+            return net(inputs) if self.forward == "forward" else operator.attrgetter(self.forward)(net)(inputs)
+
+        inputs = self._example(trainer, pl_module)
+        groups, left = channel_groups(twin, inputs, run)
+        self._groups = [group for group in groups if all(self._chosen(name) for name in group.norms)]
+        left |= {name: "targets or skip say so" for group in groups if group not in self._groups for name in group.norms}
+        if not self._groups:
+            reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
+            raise ValueError(f"MaskedBNSparsity: no batch norm of {type(pl_module).__name__} can be pruned ({reasons})")
+        counted = count_macs(twin.eval(), lambda: run(twin, inputs), prunable_weights(twin))
+        self._macs = {name: macs / len(inputs) for name, macs in counted.per_weight.items()}
+        return left
+
+    def _example(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
+        """A few inputs of the network."""
+        if self.input_shape is not None:
+            return torch.rand(4, *self.input_shape, device=pl_module.device)
+        try:
+            batch = next(iter(training_batches(trainer)), None)
+        except ValueError as error:
+            raise ValueError(
+                "MaskedBNSparsity traces the network with a batch of a DataLoader, and the training data are something else: give "
+                "input_shape, the shape of one input such as [3, 224, 224]"
+            ) from error
+        if batch is None:
+            raise ValueError("MaskedBNSparsity traces the network with a training batch, but the training data are empty")
+        inputs = _inputs(batch, self.inputs)[:4]
+        return inputs.float() if inputs.is_floating_point() else inputs
+
+    def _chosen(self, name: str) -> bool:
+        wanted = not self.targets or any(fnmatchcase(name, pattern) for pattern in self.targets)
+        return wanted and not any(fnmatchcase(name, pattern) for pattern in self.skip)
+
+    def _by_criterion(self, gammas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks from scales, agreed upon in each group."""
+        masks = keep_masks(
+            gammas,
+            self.criterion,
+            threshold=self.threshold,
+            energy=self.energy,
+            ratio=self.ratio,
+            min_channels=self.min_channels,
+        )
+        return agree(self._groups, masks, gammas, self.min_channels)
+
+    def _gammas_in(self, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+        names = [name for group in self._groups for name in group.norms]
+        if missing := [name for name in names if f"{name}.weight" not in state]:
+            raise ValueError(f"{path} has no weight of the batch norm {missing[0]!r}: give a checkpoint of the same module")
+        return {name: state[f"{name}.weight"] for name in names}
+
+    def _gammas(self) -> dict[str, Tensor]:
+        return {name: norm.weight.detach() for name, norm in self._norms.items()}  # type: ignore[union-attr, operator, misc]
+
+    def _initial_masks(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        if self.mask is None:
+            named = {plain_name(name): parameter.detach().cpu() for name, parameter in pl_module.named_parameters()}
+            return self._by_criterion({name: named[f"{name}.weight"] for group in self._groups for name in group.norms})
+        if self.mask.suffix in (".npz", ".pt"):
+            masks = load_masks(self.mask)
+            named_modules = {plain_name(name) for name, _ in pl_module.named_modules()}
+            prunable = {name for group in self._groups for name in group.norms}
+            if unknown := sorted(set(masks) - named_modules):
+                raise ValueError(f"{self.mask} has a mask of {unknown[0]!r}, which {type(pl_module).__name__} has not")
+            if ignored := sorted(name for name in set(masks) - prunable if not masks[name].all()):
+                rank_zero_warn(f"MaskedBNSparsity: {', '.join(ignored)} can't be pruned, so their masks in {self.mask} don't count")
+            scores = {name: mask.float() for name, mask in masks.items() if name in prunable}
+            whole = {name: torch.ones(group.channels) for group in self._groups for name in group.norms}
+            return agree(self._groups, masks, whole | scores, self.min_channels)
+        content = check_readable(self.mask)
+        return self._by_criterion(self._gammas_in(content.get("state_dict", content), self.mask))
+
+    def _announce(self, left: Mapping[str, str]) -> None:
+        several = [" + ".join(group.norms) for group in self._groups if len(group.norms) > 1]
+        words = f"MaskedBNSparsity ({self.stage}): {sum(len(group.norms) for group in self._groups)} batch norms"
+        if self._masks:
+            kept = [int(mask.sum()) for mask in self._masks.values()]
+            words += f", {sum(kept):,} of {sum(map(len, self._masks.values())):,} channels stay"
+        words += f"; one mask each for {', '.join(several)}" if several else ""
+        words += f"; left alone: {'; '.join(f'{name} ({why})' for name, why in left.items())}" if left else ""
+        rank_zero_info(words)
+
+    # ---- cutting -----------------------------------------------------------------------------------------------------------------------
+
+    def _begin(self, pl_module: pl.LightningModule) -> None:
+        """Load ``weights`` and, in the later stages, cut."""
+        assert self.weights is not None
+        if not self.weights.is_file():
+            raise FileNotFoundError(f"weights={str(self.weights)!r} does not exist: give the checkpoint of the stage before")
+        content = check_readable(self.weights)
+        state, plan = content.get("state_dict", content), content.get(PLAN_KEY) or {}
+        mine: dict[str, Any] = next((s for key, s in content.get("callbacks", {}).items() if key.startswith("MaskedBNSparsity")), {})
+        if self.stage == "mask_sparsity" and mine.get("start"):
+            state = mine["start"]
+        apply_plan(pl_module, plan)
+        self.plan = plan
+        if not self.from_scratch or self.stage != "finetune":
+            load_state(pl_module, state, self.weights)
+        self._before = dict(mine.get("before", {}))
+        if self.stage not in ("mask", "prune", "finetune"):
+            return
+        self._groups = [ChannelGroup.from_state(group) for group in mine.get("groups", [])]
+        if not self._groups:
+            if plan and self.stage != "mask":
+                return  # cut already
+            raise ValueError(
+                f"weights={str(self.weights)!r} doesn't say which channels can go: give a checkpoint of stage global_sparsity or "
+                "mask_sparsity"
+            )
+        gammas = self._gammas_in(state, self.weights)
+        own = mine["stage"] == "mask_sparsity" and self.cut == "mask" and self.stage != "mask"
+        self._masks = {name: mask.clone() for name, mask in mine["masks"].items()} if own else self._by_criterion(gammas)
+        self._scales = _divide(gammas, self._masks)
+        if self.stage != "mask":
+            self._cut(pl_module, mine.get("macs", {}))
+
+    def _cut(self, pl_module: pl.LightningModule, macs: Mapping[str, float]) -> None:
+        plan = make_plan(self._groups, self._masks)
+        self._cost = _cost(_sizes(pl_module), macs, plan)
+        apply_plan(pl_module, plan)
+        self.plan = compose(self.plan, plan)
+        shares = ", ".join(f"{one:,.0f} -> {other:,.0f} {name}" for name, (one, other) in self._cost.items())
+        rank_zero_info(f"MaskedBNSparsity: channels removed, {shares}")
+
+    # ---- what is shown -----------------------------------------------------------------------------------------------------------------
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """|scale| of the channels that stay and that go, by the masks, or by the criterion as it is now."""
+        gammas = self._gammas()
+        return _divide(gammas, self._masks or self._by_criterion(gammas))
+
+    def _figures(self, kept: Tensor, removed: Tensor) -> dict[str, Any]:
+        figures: dict[str, Any] = {"removed_share": len(removed) / max(1, len(kept) + len(removed))}
+        if len(kept) and len(removed):
+            figures |= {
+                "gamma_kept": kept.mean(),
+                "gamma_removed": removed.mean(),
+                "gamma_ratio": kept.mean() / removed.mean().clamp(min=1e-12),
+                "removed_below_threshold": (removed <= self.threshold).float().mean(),
+            }
+        return {f"masksparsity/{name}": value for name, value in figures.items()}
+
+    def keep_masks(self) -> dict[str, Tensor]:
+        """Batch norm -> (C,) bool, True: stays. In ``global_sparsity`` what the criterion says now; {} before fit."""
+        if self._norms and self.stage == "global_sparsity":
+            return self._by_criterion(self._gammas())
+        return dict(self._masks)
+
+    def dashboard_media(self) -> dict[str, Media]:
+        """Histograms of the scales, and tables."""
+        found: dict[str, Media] = {}
+        if self._norms or self._scales is not None:
+            sides = [side.float().cpu().numpy() for side in (self._scales or self._split())]
+            edges = np.linspace(0.0, max((float(side.max()) for side in sides if len(side)), default=1.0) or 1.0, 41)
+            for name, side in zip(("kept", "removed"), sides, strict=True):
+                found[f"masksparsity/{name}"] = HistogramMedia(np.histogram(side, edges)[0], edges)
+        if masks := self.keep_masks():
+            rows = []
+            for index, group in enumerate(self._groups):
+                for name in group.norms:
+                    shared = f"group {index}" if len(group.norms) > 1 else ""
+                    rows.append((name, shared, group.channels, int(masks[name].sum())))
+            found["masksparsity/layers"] = TableMedia(("batch norm", "shares a mask", "channels", "stay"), tuple(rows))
+        cost = self._cost or (_cost(self._parameters, self._macs, make_plan(self._groups, masks)) if masks and self._parameters else {})
+        if cost:
+            rows_cut: list[tuple[Any, ...]] = [(name, before, after) for name, (before, after) in cost.items()]
+            both = sorted(set(self._before) & set(self._after))
+            rows_cut += [(name, self._before[name], self._after[name]) for name in both]
+            found["masksparsity/pruning"] = TableMedia(("what", "before", "after"), tuple(rows_cut))
+        return found
+
+    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
+        """The keep masks; the file serves as ``mask`` of another run."""
+        masks = self.keep_masks()
+        return {"masksparsity_keep_masks": masks} if masks else {}
+
+    # ---- state -------------------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next stage needs; the plan stands in the checkpoint itself."""
+        if not self._penalises:
+            return {"stage": self.stage}
+        return {
+            "stage": self.stage,
+            "groups": [group.state() for group in self._groups],
+            "masks": {name: mask.cpu() for name, mask in self.keep_masks().items()},
+            "macs": dict(self._macs),
+            "start": dict(self._start),
+            "before": dict(self._before),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the state until fit starts; Lightning calls this before ``on_fit_start``."""
+        self._loaded = state or None
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._groups = [ChannelGroup.from_state(group) for group in state["groups"]]
+        self._masks = {name: mask.clone() for name, mask in state["masks"].items()} if self.stage == "mask_sparsity" else {}
+        self._macs, self._start, self._before = dict(state["macs"]), dict(state["start"]), dict(state["before"])
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the plan beside the weights."""
+        if self.plan:
+            checkpoint[PLAN_KEY] = self.plan
+
+    def _release(self) -> None:
+        """Leave the module's methods as they were; masks stay readable."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo = []
+        if self._norms:
+            self._masks = {name: mask.cpu() for name, mask in self.keep_masks().items()}
+            self._norms, self._prune = {}, {}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave an ordinary module."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave an ordinary module: Lightning doesn't call ``teardown`` here."""
+        self._release()
+
+
+def _is_cut(module: nn.Module, plan: ChannelPlan) -> bool:
+    """Whether the module has the widths that a plan leaves."""
+    named = {plain_name(name): submodule for name, submodule in module.named_modules()}
+    return all(
+        channel_counts(named[name]).get(side) == len(cut["kept"]) if name in named else False
+        for name, sides in plan.items()
+        for side, cut in sides.items()
+    )
+
+
+def _sizes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameter -> entries and dimensions."""
+    return {plain_name(name): (parameter.numel(), parameter.ndim) for name, parameter in module.named_parameters()}
+
+
+def _cost(sizes: Mapping[str, tuple[int, int]], macs: Mapping[str, float], plan: ChannelPlan) -> dict[str, tuple[float, float]]:
+    """Parameters and MACs, before and after a plan."""
+
+    def left(name: str) -> float:
+        shares = {side: len(cut["kept"]) / cut["size"] for side, cut in plan.get(name.rpartition(".")[0], {}).items()}
+        return shares.get("out", 1.0) * (shares.get("in", 1.0) if sizes[name][1] > 1 else 1.0)
+
+    after = sum(round(count * left(name)) for name, (count, _) in sizes.items())
+    return {
+        "parameters": (float(sum(count for count, _ in sizes.values())), float(after)),
+        "macs": (sum(macs.values()), sum(count * left(name) for name, count in macs.items() if name in sizes)),
+    }
+
+
+def _divide(gammas: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """|scale| of kept and of removed channels, each in one vector."""
+    kept = torch.cat([gamma[masks[name].to(gamma.device)].abs() for name, gamma in gammas.items()])
+    removed = torch.cat([gamma[~masks[name].to(gamma.device)].abs() for name, gamma in gammas.items()])
+    return kept.detach(), removed.detach()
+
+
+__all__ = [
+    "MaskedBNSparsity",
+    "keep_masks",
+    "load_masks",
+    "ot_threshold",
+    "penalty_gradient",
+    "save_masks",
+    "sparse_gradient",
+    "threshold_mask",
+]

@@ -1,0 +1,1 @@
+"""Progressive gradient flow for N:M sparsity."""

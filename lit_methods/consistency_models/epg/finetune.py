@@ -1,0 +1,622 @@
+"""EPG: images straight from pixels, by pre-training an encoder and fine-tuning it with a decoder (arXiv:2510.12586).
+
+Golden vectors come from AMAP-ML/EPG@bf76f78 (rcm/rcm_denoiser.py, rcm/resample.py) and @8b57ede (rcm/utils.py), transcribed. Stage 1 is in
+:mod:`~lit_methods.consistency_models.epg.pretrain`; this is stage 2. The curriculum of pairs stands in
+:mod:`~lit_methods.consistency_models.curricula`, the metric in :mod:`~lit_methods.consistency_models.metrics`, the samplers in
+:mod:`~lit_methods.consistency_models.sampling`. Left out: FID, which needs the weights of Inception.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+from lit_methods.callbacks.sparsity.masks import own_seed
+from lit_methods.checkpoint import read_state_dict
+from lit_methods.consistency_models.curricula import ect_lower, ect_stage
+from lit_methods.consistency_models.epg.networks import Encoded, projection_head_of
+from lit_methods.consistency_models.epg.pretrain import (
+    Gather,
+    Map,
+    Pixels,
+    cosine_info_nce,
+    encode,
+    gather_keys,
+    gradient_norm,
+    logs_now,
+    needs_width,
+    seeded_noise,
+    shift_of,
+    training_length,
+    warmup_factor,
+)
+from lit_methods.consistency_models.evaluation import sliced_wasserstein
+from lit_methods.consistency_models.levels import karras_levels, like
+from lit_methods.consistency_models.metrics import detached_pseudo_huber, square
+from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss
+from lit_methods.consistency_models.sampling import Solver, denoise_sample, multistep_sample
+from lit_methods.distributed import gather_rows
+from lit_methods.frozen import Frozen
+from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
+
+Mode = Literal["denoise", "consistency"]
+Weight = Literal["inverse_gap", "one"]
+
+# ---- the maths -------------------------------------------------------------------------------------------------------------------------
+
+
+def nearest_level(sigma: Tensor, levels: Tensor) -> Tensor:
+    """Index, from 0, of the level that is nearest to each sigma.
+
+    Args:
+        sigma: (B,).
+        levels: (N,) ascending.
+
+    Returns:
+        (B,) int64.
+    """
+    above = torch.bucketize(sigma, levels).clamp(1, len(levels) - 1)
+    return above - (sigma - levels[above - 1] <= levels[above] - sigma).long()
+
+
+def denoising_weight(index: Tensor, levels: Tensor) -> Tensor:
+    """1 / (sigma_i - sigma_{i-1}): of the levels as they are, before any shift.
+
+    Args:
+        index: (B,) int64 from 0; the smallest level, which has none below it, gets the gap to the next one.
+        levels: (N,) ascending.
+    """
+    gaps = levels.diff()
+    return 1 / gaps[(index - 1).clamp(min=0)]
+
+
+def denoising_loss(answer: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean((x0 - x)^2): (B, ...), (B, ...) and (B,) -> (B,)."""
+    with torch.autocast(x.device.type, enabled=False):
+        wide = torch.promote_types(answer.dtype, torch.float32)
+        return weight * square(answer.to(wide), x.to(wide))
+
+
+class TuningLoss(NamedTuple):
+    """Losses of the consistency fine-tuning, (B,) each, both answers (B, ...), and 1 / (t - r) (B,)."""
+
+    consistency: Tensor
+    perceptual: Tensor
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor
+
+
+def inverse_distance(upper: Tensor, lower: Tensor) -> Tensor:
+    """1 / (t - r); 0 where both are equal."""
+    gap = upper - lower
+    return torch.where(gap > 0, 1 / gap.clamp(min=torch.finfo(gap.dtype).tiny), 0.0)
+
+
+def consistency_tuning_loss(
+    student: Callable[..., Tensor],
+    teacher: Callable[..., Tensor],
+    x: Tensor,
+    noise: Tensor,
+    upper: Tensor,
+    lower: Tensor,
+    *condition: Tensor,
+    c: float = 0.06,
+    warmup: bool = False,
+    perceptual: Map | None = None,
+    temperature: float = 0.1,
+    gather: Gather = Tensor.detach,
+) -> TuningLoss:
+    """S / sg sqrt(S + c^2) / (t - r) with S = sum((f(x + t n, t) - sg f-(x + r n, r))^2), and the contrast of answers with images.
+
+    Args:
+        student: f of (B, ...) and (B,), with the boundary at the shifted sigma_min.
+        teacher: f-: in EPG f itself. It gets no gradient, and drops the same units.
+        x: (B, ...) data.
+        noise: n, like ``x``.
+        upper: (B,) t, shifted.
+        lower: (B,) r <= t, shifted.
+        condition: Further arguments of both.
+        c: Of the distance.
+        warmup: The answer is compared with ``x`` itself, and not contrasted: stage 0 of the curriculum.
+        perceptual: Frozen map (B, ...) -> (B, C) of images without noise, whose gradient reaches its input; None: no contrast.
+        temperature: Of the contrast.
+        gather: (B, C) -> (M, C) keys of all processes, those of this one first.
+    """
+    weight = inverse_distance(upper, lower)
+    other = (lambda *_: x) if warmup else teacher
+    found = consistency_pair_loss(student, other, x, noise, lower, upper, partial(detached_pseudo_huber, c=c), weight, *condition)
+    contrast = torch.zeros_like(found.losses)
+    if perceptual is not None and not warmup:
+        with torch.no_grad():
+            keys = gather(perceptual(x))
+        contrast = cosine_info_nce(perceptual(found.student), keys, temperature)
+    return TuningLoss(found.losses, contrast, found.student, found.teacher, weight)
+
+
+def interval_guidance(
+    denoise: Callable[..., Tensor], x: Tensor, sigma: float, labels: Tensor, null: int, scale: float, interval: tuple[float, float]
+) -> Tensor:
+    """D(x; null) + scale (D(x; labels) - D(x; null)) while sigma lies in the interval, D(x; labels) elsewhere (arXiv:2404.07724).
+
+    Args:
+        denoise: D of (B, ...) and (B,) labels.
+        x: (B, ...).
+        sigma: Level, before the resolution shift.
+        labels: (B,) int64.
+        null: Label of no class.
+        scale: 1: no guidance.
+        interval: Above the first, up to the second.
+    """
+    told = denoise(x, labels)
+    if scale == 1 or not interval[0] < sigma <= interval[1]:
+        return told
+    untold = denoise(x, torch.full_like(labels, null))
+    return untold + scale * (told - untold)
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """What a batch is trained with: noise (B, ...), levels (B,) before the shift, and the lower ones or weights (B,)."""
+
+    noise: Tensor
+    sigma: Tensor
+    lower: Tensor
+    weight: Tensor
+
+
+class EPGFinetune(LightningModule):
+    """Stage 2 of EPG: the encoder of stage 1 and a new decoder, trained end to end to denoise, or as a consistency model.
+
+    Batches: ``image`` (B, C, H, W) floating point in [-1, 1]; with ``num_classes`` also ``label`` (B,) int64. ``forward`` is the denoised
+    image x0, or f of the consistency model. Validation and samples use the weights as they are: attach ``WeightEMA``. The encoder is loaded
+    when fit starts, by name and not strictly: what is missing or unknown is said. ``encoder_ckpt: null`` is training from scratch, a
+    baseline. The frozen copy for the contrast is not saved: the file must be there when a run is resumed.
+
+    Logged: ``epg/loss``; every ``log_every_n_steps`` steps ``epg/grad_norm``, ``epg/loss_q1`` to ``_q4`` (mean loss of the quarters of the
+    lognormal that levels are drawn from) and, for consistency, ``epg/stage``, ``epg/consistency``, ``epg/perceptual``. After validation
+    ``epg/val_mse``, the mean squared error of ``forward`` over pixels and ``probe_sigmas``, ``epg/val_mse_<sigma>`` and
+    ``epg/val_sw2``, the sliced Wasserstein distance of as many samples as there are validation data to these (``epg/test_...`` after a
+    test). All validation data and samples are kept until then: limit them for large images. ``predict_step`` returns as many samples as a
+    batch has images, for each number of steps.
+
+    Args:
+        encoder: As in :class:`EPGPretrain`; its blocks go to the decoder.
+        decoder: :class:`Encoded` and (B, D) embeddings of classes or None -> (B, C, H, W), such as ``PixelViTDecoder``.
+        mode: ``denoise`` (EPG-DM) or ``consistency`` (EPG-CM).
+        encoder_ckpt: Checkpoint of stage 1; None: a random encoder.
+        num_classes: Classes that the network is told; None: none.
+        class_dropout: Chance that a label is withheld in training.
+        p_mean: Of ln sigma; None: -1.2 for ``denoise``, -0.4 for ``consistency``.
+        p_std: Of ln sigma.
+        num_levels: ``denoise``: sigma is snapped to the nearest of so many levels; None: it isn't.
+        weight: ``denoise``: ``inverse_gap``, of the levels before the shift, or ``one``.
+        ect_q: ``consistency``: how much nearer the levels of a pair come with each stage.
+        ect_k: How much wider pairs are at small noise.
+        ect_b: How fast that fades.
+        ect_first: Steps of the first stage.
+        ect_length: Steps of every further stage.
+        ect_delta: First stage; 0: it is denoising.
+        c: Of the distance.
+        perceptual_weight: Of the contrast with the frozen encoder; None: 1 with ``encoder_ckpt``, 0 without.
+        perceptual_temperature: > 0.
+        sigma_min: Smallest level.
+        sigma_max: Largest level.
+        rho: Spacing of the levels.
+        sigma_data: Standard deviation of what the encoder sees.
+        base_resolution: As in :class:`EPGPretrain`; None: no shift.
+        pixel_mean: Of pixels in [0, 1], subtracted.
+        pixel_std: By which they are divided then.
+        solver: ``denoise``: ``heun``, ``euler`` or ``sde``.
+        sample_steps: ``denoise``: levels of the sampler.
+        sample_times: ``consistency``: levels of the steps after the first, before the shift, for the longest sampling.
+        guidance: ``denoise``: how strongly samples follow their class; 1: as the network has it.
+        guidance_interval: Levels, before the shift, between which that is done.
+        learning_rate: Of AdamW, after the warm-up.
+        betas: Of AdamW.
+        weight_decay: Of AdamW.
+        warmup_steps: Over which the rate rises.
+        schedule: Of the rate after that: ``cosine`` or ``constant``.
+        gradient_clip: Largest norm of the gradient once the warm-up is over; None: the Trainer's setting all the time.
+        total_steps: Of the cosine; None: the length of the training when it first starts. Saved with the checkpoint.
+        probe_sigmas: Levels, before the shift, of the error after validation.
+        grid: Images in a row of the dashboard's picture; 0: no picture.
+        seed: Of levels, noise and withheld labels. Dropout draws from the global generators.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Curve("Loss", ("epg/loss",), note="For consistency it jumps up where a stage begins: the weights grow."),
+        Curve("Loss by noise level", ("epg/loss_q*",), note="Quarters of the lognormal, from small noise (q1) to large (q4)."),
+        Curve("Norm of the gradient", ("epg/grad_norm",)),
+        Curve("Error of the denoised image", ("epg/val_mse*",), note="Mean square, at some noise levels; lower is better."),
+        Curve("Distance of samples to data", ("epg/val_sw2*",), note="Sliced Wasserstein; lower is better."),
+        ImagePanel("Samples", "epg/samples", note="The same noise every time."),
+    )
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        mode: Mode = "denoise",
+        encoder_ckpt: str | None = None,
+        num_classes: int | None = None,
+        class_dropout: float = 0.1,
+        p_mean: float | None = None,
+        p_std: float = 1.6,
+        num_levels: int | None = 1280,
+        weight: Weight = "inverse_gap",
+        ect_q: float = 2.0,
+        ect_k: float = 8.0,
+        ect_b: float = 1.0,
+        ect_first: int = 100_000,
+        ect_length: int = 100_000,
+        ect_delta: int = 1,
+        c: float = 0.06,
+        perceptual_weight: float | None = None,
+        perceptual_temperature: float = 0.1,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        sigma_data: float = 0.5,
+        base_resolution: int | None = 64,
+        pixel_mean: Sequence[float] = (0.5,),
+        pixel_std: Sequence[float] = (0.5,),
+        solver: Solver = "heun",
+        sample_steps: int = 32,
+        sample_times: Sequence[float] = (),
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.19, 1.61),
+        learning_rate: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.01,
+        warmup_steps: int = 10_000,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        gradient_clip: float | None = None,
+        total_steps: int | None = None,
+        probe_sigmas: Sequence[float] = (0.1, 0.25, 0.5, 1.0, 2.0),
+        grid: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (("mode", mode, Mode), ("weight", weight, Weight), ("solver", solver, Solver)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(known))}")
+        if num_levels is None and weight == "inverse_gap" and mode == "denoise":
+            raise ValueError("weight='inverse_gap' needs the levels of num_levels: give a number, or weight='one'")
+        if not 0 <= class_dropout < 1:
+            raise ValueError(f"class_dropout is {class_dropout}: give a number from 0 to below 1")
+        if perceptual_weight and encoder_ckpt is None:
+            raise ValueError(
+                f"perceptual_weight={perceptual_weight} needs the encoder of stage 1: give encoder_ckpt, or perceptual_weight=0"
+            )
+        if min(ect_delta, ect_first) < 0 or ect_length < 1 or ect_q <= 1:
+            raise ValueError(f"ect_delta={ect_delta}, ect_first={ect_first}, ect_length={ect_length}, ect_q={ect_q}: no such curriculum")
+        if guidance != 1 and (num_classes is None or class_dropout == 0):
+            raise ValueError(f"guidance={guidance} compares with and without a class: give num_classes and a class_dropout above 0")
+        if list(sample_times) != sorted(sample_times, reverse=True) or any(not sigma_min < time < sigma_max for time in sample_times):
+            raise ValueError(f"sample_times are {list(sample_times)}: give descending levels between {sigma_min} and {sigma_max}")
+        self.save_hyperparameters(ignore=["encoder", "decoder"])
+        self.mode: Mode = mode
+        self.encoder, self.decoder = encoder, decoder
+        width = needs_width(encoder)
+        self.classes = None if num_classes is None else nn.Embedding(num_classes + 1, width)  # the last one: no class
+        self.pixels = Pixels(pixel_mean, pixel_std)
+        self.perceptual: Frozen | None = None
+        self.perceptual_weight = (1.0 if encoder_ckpt else 0.0) if perceptual_weight is None else perceptual_weight
+        self.p_mean = {"denoise": -1.2, "consistency": -0.4}[mode] if p_mean is None else p_mean
+        self.total_steps = total_steps
+        self._errors: list[Tensor] = []
+        self._seen: list[tuple[Tensor, dict[int, Tensor]]] = []
+        self._pictures: dict[int, Tensor] = {}
+
+    # ---- the network ---------------------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Load stage 1, before the optimiser is made; a resumed run then gets its own weights."""
+        path = self.hparams["encoder_ckpt"]
+        if stage != "fit" or path is None:
+            return
+        state, own = read_state_dict(path, "encoder."), self.encoder.state_dict()
+        wrong = [f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here" for name in own.keys() & state.keys()
+                 if own[name].shape != state[name].shape]  # fmt: skip
+        if wrong or not own.keys() & state.keys():
+            raise ValueError(
+                f"{path} has another encoder than {type(self.encoder).__name__}: {'; '.join(sorted(wrong)[:3]) or 'no name is the same'}"
+            )
+        found = self.encoder.load_state_dict(state, strict=False)
+        said = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in zip(("missing", "unknown"), found, strict=True) if names]
+        rank_zero_info(f"encoder of {path}: {len(own.keys() & state.keys())} tensors loaded" + "".join(f", {one}" for one in said))
+        if self.mode == "consistency" and self.perceptual_weight:
+            head = projection_head_of(read_state_dict(path, "projector."))
+            frozen = copy.deepcopy(self.encoder)
+            frozen.load_state_dict(state, strict=False)
+            self.perceptual = Frozen(nn.ModuleDict({"encoder": frozen, "projector": head.to(self.dtype)}))
+
+    def network(self, x: Tensor, noise: Tensor, labels: Tensor | None = None) -> Tensor:
+        """F: scaled noisy images (B, ...), noise condition (B,) and labels (B,) -> (B, ...)."""
+        known = None if self.classes is None else self.classes(labels)
+        encoded: Encoded = self.encoder(x.to(self.dtype), noise, known)  # type: ignore[arg-type]
+        answer: Tensor = self.decoder(encoded, known)
+        return answer
+
+    def forward(self, x: Tensor, sigma: Tensor, *labels: Tensor) -> Tensor:
+        """x0(x, sigma) or f(x, sigma): normalised noisy images (B, ...), shifted levels (B,) and labels -> (B, ...) float32."""
+        hp = self.hparams
+        if self.mode == "consistency":
+            return consistency_function(self.network, hp["sigma_min"] * self.shift(x), hp["sigma_data"])(x, sigma, *labels)
+        answer: Tensor = encode(self.network, x, sigma, *labels, sigma_data=hp["sigma_data"])
+        return answer.to(x.dtype)
+
+    def shift(self, x: Tensor) -> float:
+        """By which the levels of these images are multiplied."""
+        return shift_of(x, self.hparams["base_resolution"])
+
+    def embed(self, x: Tensor) -> Tensor:
+        """What the frozen copy of stage 1 makes of images without noise: (B, ...) -> (B, C), with a gradient for ``x``."""
+        assert self.perceptual is not None
+        encoder, projector = self.perceptual.module["encoder"], self.perceptual.module["projector"]  # type: ignore[index]
+        clean = torch.full((len(x),), self.hparams["sigma_min"] * self.shift(x), device=x.device)
+        encoded: Encoded = encode(lambda u, noise: encoder(u.to(self.dtype), noise), x, clean, sigma_data=self.hparams["sigma_data"])
+        found: Tensor = projector(encoded.feature)
+        return found
+
+    # ---- training ------------------------------------------------------------------------------------------------------------------------
+
+    def place(self, batch_idx: int, what: str) -> str:
+        """Names what is drawn for this batch of this rank."""
+        return f"EPGFinetune {what} {self.current_epoch} {batch_idx * self.trainer.world_size + self.global_rank}"
+
+    def stage(self, step: int) -> int:
+        """Of the curriculum, at an optimiser step."""
+        hp = self.hparams
+        return ect_stage(step, hp["ect_delta"], hp["ect_first"], hp["ect_length"])
+
+    def draw(self, x: Tensor, batch_idx: int) -> Drawn:
+        """Noise and levels of a batch. They follow from seed, epoch, batch and rank alone, not from the global generators."""
+        hp = self.hparams
+        normal = seeded_noise(self.place(batch_idx, "levels"), hp["seed"], x.new_empty(len(x)))
+        noise = seeded_noise(self.place(batch_idx, "noise"), hp["seed"], x)
+        sigma = (self.p_mean + hp["p_std"] * normal).exp()
+        if self.mode == "consistency":
+            sigma = sigma.clamp(min=hp["sigma_min"])
+            lower = ect_lower(sigma, self.stage(self.trainer.global_step), hp["ect_q"], hp["ect_k"], hp["ect_b"], hp["sigma_min"])
+            return Drawn(noise, sigma, lower, torch.ones_like(sigma))
+        weight = torch.ones_like(sigma)
+        if hp["num_levels"] is not None:
+            levels = karras_levels(hp["num_levels"], hp["sigma_min"], hp["sigma_max"], hp["rho"]).to(sigma)
+            index = nearest_level(sigma, levels)
+            sigma = levels[index]
+            if hp["weight"] == "inverse_gap":
+                weight = denoising_weight(index, levels)
+        return Drawn(noise, sigma, torch.zeros_like(sigma), weight)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Denoising, or the consistency of pairs with the contrast."""
+        hp, x = self.hparams, self.pixels(batch["image"])
+        drawn, shift = self.draw(x, batch_idx), self.shift(x)
+        labels = self._labels(batch, batch_idx)
+        logs: dict[str, Tensor | float] = {}
+        if self.mode == "denoise":
+            sigma = shift * drawn.sigma
+            losses = denoising_loss(self(x + like(sigma, x) * drawn.noise, sigma, *labels), x, drawn.weight)
+        else:
+            stage = self.stage(self.trainer.global_step)
+            found = consistency_tuning_loss(
+                self,
+                self,
+                x,
+                drawn.noise,
+                shift * drawn.sigma,
+                shift * drawn.lower,
+                *labels,
+                c=hp["c"],
+                warmup=stage == 0,
+                perceptual=None if self.perceptual is None else self.embed,
+                temperature=hp["perceptual_temperature"],
+                gather=gather_keys,
+            )
+            losses = found.consistency + self.perceptual_weight * found.perceptual
+            logs = {
+                "epg/stage": float(stage),
+                "epg/consistency": found.consistency.detach().mean(),
+                "epg/perceptual": found.perceptual.detach().mean(),
+            }
+        loss = losses.mean()
+        self.log("epg/loss", loss.detach())
+        if logs_now(self):
+            self.log_dict(logs | self._quarters(losses.detach(), drawn.sigma), on_step=True, on_epoch=False)
+        return loss
+
+    def _quarters(self, losses: Tensor, sigma: Tensor) -> dict[str, Tensor | float]:
+        edges = torch.tensor([-0.67449, 0.0, 0.67449], device=sigma.device)  # quartiles of a normal
+        quarter = torch.bucketize((sigma.log() - self.p_mean) / self.hparams["p_std"], edges)
+        inside = quarter[:, None] == torch.arange(4, device=sigma.device)
+        means = (losses[:, None] * inside).sum(0) / inside.sum(0)  # NaN where no sample fell
+        return {f"epg/loss_q{number}": mean for number, mean in enumerate(means, start=1)}
+
+    def _labels(self, batch: dict[str, Tensor], batch_idx: int | None = None) -> tuple[Tensor, ...]:
+        """Labels, if there are classes; in training some are withheld."""
+        if self.classes is None:
+            return ()
+        if "label" not in batch:
+            raise ValueError(f"num_classes={self.hparams['num_classes']}, but the batch has no label, only {', '.join(batch)}")
+        labels = batch["label"]
+        if batch_idx is None or self.hparams["class_dropout"] == 0:
+            return (labels,)
+        generator = torch.Generator(labels.device).manual_seed(own_seed(self.place(batch_idx, "classes"), self.hparams["seed"]))
+        withheld = torch.rand(len(labels), generator=generator, device=labels.device) < self.hparams["class_dropout"]
+        return (torch.where(withheld, self.hparams["num_classes"], labels),)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the gradient, before it is clipped."""
+        if logs_now(self):
+            self.log("epg/grad_norm", gradient_norm(self))
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip when the warm-up is over, or as the Trainer says."""
+        own = self.hparams["gradient_clip"]
+        if own is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif self.trainer.global_step >= self.hparams["warmup_steps"]:
+            self.clip_gradients(optimizer, gradient_clip_val=own, gradient_clip_algorithm="norm")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with a warm-up."""
+        hp = self.hparams
+        if hp["schedule"] == "cosine":
+            self.total_steps = training_length(self, self.total_steps)
+        total = self.total_steps or 1
+        optimizer = torch.optim.AdamW(self.parameters(), lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
+        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_factor(step, hp["warmup_steps"], total, hp["schedule"]))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The schedule's length belongs to the run."""
+        checkpoint["epg"] = {"total_steps": self.total_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it over."""
+        self.total_steps = checkpoint.get("epg", {}).get("total_steps", self.total_steps)
+
+    # ---- sampling ------------------------------------------------------------------------------------------------------------------------
+
+    def sample(self, noise: Tensor, *labels: Tensor, steps: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Images in [-1, 1] of standard normal noise (B, C, H, W).
+
+        Args:
+            noise: The shape of a batch of data.
+            labels: (B,), with classes.
+            steps: ``denoise``: levels, 2 or more; None: ``sample_steps``. ``consistency``: network calls, at most one more than there are
+                ``sample_times``; None: 1.
+            generator: Of the noise between steps.
+        """
+        hp, shift = self.hparams, self.shift(noise)
+        if self.mode == "consistency":
+            steps = 1 if steps is None else steps
+            if not 1 <= steps <= len(hp["sample_times"]) + 1:
+                raise ValueError(f"{steps} steps need {steps - 1} sample_times: give them, or fewer steps")
+            low, high = hp["sigma_min"] * shift, hp["sigma_max"] * shift
+            times = [high, *(shift * time for time in hp["sample_times"][: steps - 1]), low]
+
+            def clamped(x: Tensor, sigma: Tensor) -> Tensor:
+                return self.pixels.clamp(self(x, sigma, *labels))
+
+            return self.pixels.back(multistep_sample(clamped, noise * high, times, sigma_min=low, sigma_max=high, generator=generator))
+        levels = karras_levels(steps or hp["sample_steps"], hp["sigma_min"], hp["sigma_max"], hp["rho"]).flip(0).tolist()
+
+        def denoise(x: Tensor, level: float) -> Tensor:
+            sigma = torch.full((len(x),), level, dtype=x.dtype, device=x.device)
+            if not labels:
+                return self.pixels.clamp(self(x, sigma))
+            guided = interval_guidance(
+                lambda x, labels: self(x, sigma, labels),
+                x,
+                level / shift,
+                labels[0],
+                hp["num_classes"],
+                hp["guidance"],
+                (hp["guidance_interval"][0], hp["guidance_interval"][1]),
+            )
+            return self.pixels.clamp(guided)
+
+        start = noise * shift * levels[0]
+        return self.pixels.back(denoise_sample(denoise, start, [shift * level for level in levels], hp["solver"], generator))
+
+    def _draw_samples(self, batch: dict[str, Tensor], batch_idx: int, purpose: str) -> dict[int, Tensor]:
+        """Steps -> as many samples as the batch has, of the same noise each time; other ranks draw other noise."""
+        hp, data = self.hparams, batch["image"]
+        place = f"EPG {purpose} {batch_idx * self.trainer.world_size + self.global_rank}"
+        noise = seeded_noise(f"{place} start", hp["seed"], data.float())
+        counts = [hp["sample_steps"]] if self.mode == "denoise" else range(1, len(hp["sample_times"]) + 2)
+        return {
+            steps: self.sample(
+                noise,
+                *self._labels(batch),
+                steps=steps,
+                generator=torch.Generator(data.device).manual_seed(own_seed(f"{place} between", hp["seed"])),
+            )
+            for steps in counts
+        }
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
+
+    def _see(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        hp, x = self.hparams, self.pixels(batch["image"])
+        place = f"EPG evaluation {batch_idx * self.trainer.world_size + self.global_rank}"
+        errors = []
+        for sigma in hp["probe_sigmas"]:
+            level = torch.full((len(x),), sigma * self.shift(x), device=x.device)
+            noisy = x + like(level, x) * seeded_noise(f"{place} {sigma:g}", hp["seed"], x)
+            errors.append(square(self(noisy, level, *self._labels(batch)).float(), x))
+        self._errors.append(torch.stack(errors, dim=1))
+        drawn = self._draw_samples(batch, batch_idx, "evaluation")
+        self._seen.append((batch["image"].float().cpu(), {steps: samples.float().cpu() for steps, samples in drawn.items()}))
+
+    def _compare(self, part: str) -> None:
+        """Log the errors of all ranks, and how far their samples are from their data."""
+        if not self._seen:
+            raise ValueError(f"rank {self.global_rank} has seen no data: take fewer ranks or a smaller batch_size")
+        errors = gather_rows(torch.cat(self._errors), with_grad=False).mean(0)
+        logs = {f"epg/{part}_mse": errors.mean()}
+        logs |= {f"epg/{part}_mse_{sigma:g}": error for sigma, error in zip(self.hparams["probe_sigmas"], errors, strict=True)}
+        data = gather_rows(torch.cat([one for one, _ in self._seen]), with_grad=False)
+        every = {steps: gather_rows(torch.cat([drawn[steps] for _, drawn in self._seen]), with_grad=False) for steps in self._seen[0][1]}
+        for steps, samples in every.items():
+            name = f"epg/{part}_sw2" if steps == 1 or self.mode == "denoise" else f"epg/{part}_sw2_{steps}_steps"
+            logs[name] = sliced_wasserstein(samples.flatten(1), data.flatten(1)).to(self.device)
+        self.log_dict(logs, rank_zero_only=False)
+        self._pictures = every
+        self._errors, self._seen = [], []
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation left."""
+        self._errors, self._seen = [], []
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test left."""
+        self._errors, self._seen = [], []
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Denoise, and draw as many samples as there are data: here, where ``WeightEMA`` lends its weights."""
+        self._see(batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """As in validation."""
+        self._see(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Compare with the data."""
+        self._compare("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Compare with the data."""
+        self._compare("test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """``<n>_steps`` -> as many samples as the batch has images; of the batch, shape and labels are used."""
+        return {f"{steps}_steps": samples for steps, samples in self._draw_samples(batch, batch_idx, "prediction").items()}
+
+    def dashboard_media(self) -> dict[str, Media]:
+        """Samples of the last validation, one row for each number of steps; nothing for other data than images."""
+        count = self.hparams["grid"]
+        if not count or not self._pictures or next(iter(self._pictures.values())).shape[1] not in (1, 3):
+            return {}
+        shown = [samples[:count] for samples in self._pictures.values()]
+        rows = torch.cat(shown).add(1).div(2).clamp(0, 1)
+        picture = make_grid(rows, nrow=len(shown[0]), padding=1).mul(255).round().byte().permute(1, 2, 0)
+        words = f"{len(shown[0])} samples in {', '.join(map(str, self._pictures))} steps, one row each"
+        return {"epg/samples": ImageMedia(picture.contiguous().numpy(), alt=words)}

@@ -1,0 +1,684 @@
+"""EPG, stage 1: an encoder of noisy images whose features agree along the path from noise to data (arXiv:2510.12586).
+
+Golden vectors come from AMAP-ML/EPG@bf76f78 (rcm/rcm_denoiser.py) and @8b57ede (rcm/utils.py), transcribed. Stage 2 is in
+:mod:`~lit_methods.consistency_models.epg.finetune`. Left out: nothing of the stage; :class:`AugmentedViews` says where its colours differ.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from lit_methods.callbacks.averaging.ema import ema_update
+from lit_methods.callbacks.sparsity.masks import own_seed
+from lit_methods.catalog import Technique
+from lit_methods.consistency_models.curricula import doubling_levels
+from lit_methods.consistency_models.epg.networks import Encoded, projection_head
+from lit_methods.consistency_models.epg.views import Views
+from lit_methods.consistency_models.levels import karras_levels, like
+from lit_methods.distributed import gather_rows, rank
+from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
+
+TECHNIQUE = Technique(
+    slug="epg",
+    title="Advancing End-to-End Pixel Space Generative Modeling via Self-supervised Pre-training",
+    arxiv="2510.12586",
+    family="consistency_models",
+    form="module",
+    classes=("lit_methods.EPGPretrain", "lit_methods.EPGFinetune"),
+    configs=("epg.yaml", "epg_denoise.yaml", "epg_consistency.yaml"),
+    golden=("info_nce", "pretrain_loss", "pretrain_curriculum", "ect_pair", "consistency_loss"),
+    claim=(
+        "On digits, a network whose encoder was pre-trained with representation consistency denoises held-out images better after 50 steps "
+        "of fine-tuning than one trained from scratch."
+    ),
+    summary="Draws images from pixels, without an autoencoder: an encoder of noisy images is pre-trained, then tuned with a decoder.",
+)
+
+Map = Callable[..., Tensor]
+Gather = Callable[[Tensor], Tensor]
+TemperatureSchedule = Literal["constant", "interpolated", "cosine"]
+
+# ---- the maths -------------------------------------------------------------------------------------------------------------------------
+
+
+def cosines(query: Tensor, keys: Tensor) -> Tensor:
+    """Cosine of each row of (B, C) with each of (M, C): (B, M), in float32 or wider also under autocast."""
+    with torch.autocast(query.device.type, enabled=False):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        return F.normalize(query.to(wide), dim=1) @ F.normalize(keys.to(wide), dim=1).T
+
+
+def cosine_info_nce(query: Tensor, keys: Tensor, temperature: float | Tensor) -> Tensor:
+    """logsumexp_j(cos_ij / tau) - cos_ii / tau for each row i: row i of the keys is its positive, all others are negatives.
+
+    Args:
+        query: (B, C).
+        keys: (M, C), M >= B; give them without a gradient. The rows behind the first B are negatives only.
+        temperature: tau > 0, one for the batch.
+
+    Returns:
+        (B,) >= 0, float32 or wider.
+
+    Raises:
+        ValueError: Fewer keys than rows.
+    """
+    if len(keys) < len(query):
+        raise ValueError(f"{len(query)} rows have only {len(keys)} keys: give each row its own key first, then further negatives")
+    logits = cosines(query, keys) / temperature
+    return logits.logsumexp(1) - logits.diagonal()
+
+
+def resolution_shift(height: int, base_resolution: int | None = 64) -> float:
+    """Height / 64, by which every sigma is multiplied: neighbouring pixels of larger images are alike. None as the base: 1."""
+    return 1.0 if base_resolution is None else height / base_resolution
+
+
+class PretrainLevels(NamedTuple):
+    """The levels of a step, shifted: t and t2 of the consistency, t0 of the contrast."""
+
+    high: float
+    low: float
+    clean: float
+
+
+def pretrain_levels(
+    index: int, count: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, shift: float = 1.0
+) -> PretrainLevels:
+    """Level ``index`` + 1, level ``index`` and sigma_min, each times ``shift``.
+
+    Args:
+        index: 1..N-1 of the lower level, ascending. One for the whole global batch, so that all negatives have the same noise level.
+        count: N.
+        sigma_min: Smallest level.
+        sigma_max: Largest level.
+        rho: Spacing of the levels.
+        shift: :func:`resolution_shift`.
+    """
+    low, high = karras_levels(count, sigma_min, sigma_max, rho)[index - 1 : index + 1].tolist()
+    return PretrainLevels(shift * high, shift * low, shift * sigma_min)
+
+
+def encode(encoder: Callable[..., Any], x: Tensor, sigma: Tensor, *condition: Tensor, sigma_data: float = 0.5) -> Any:
+    """encoder(x / sqrt(sigma^2 + sigma_data^2), ln(sigma) / 4, ...) of noisy samples (B, ...) and levels (B,)."""
+    wide = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+    return encoder(like((wide**2 + sigma_data**2).rsqrt(), x).to(x.dtype) * x, wide.log() / 4, *condition)
+
+
+class PretrainLoss(NamedTuple):
+    """Losses of stage 1, (B,) each, and what was compared: (query, keys) of the first contrast and of the consistency."""
+
+    contrastive: Tensor
+    consistency: Tensor
+    contrasted: tuple[Tensor, Tensor]
+    aligned: tuple[Tensor, Tensor]
+
+
+def pretrain_loss(
+    encoder: Map,
+    projector: Map,
+    target_encoder: Map,
+    target_projector: Map,
+    x: Tensor,
+    view1: Tensor,
+    view2: Tensor,
+    noise: Tensor,
+    levels: PretrainLevels,
+    *,
+    sigma_data: float = 0.5,
+    contrastive_temperature: float = 0.2,
+    consistency_temperature: float = 0.1,
+    with_consistency: bool = True,
+    gather: Gather = Tensor.detach,
+) -> PretrainLoss:
+    """Contrast of two views with almost no noise, and agreement of an image's features at two neighbouring levels (arXiv:2510.12586).
+
+    The keys of the contrast come from the averaged target, behind its projector. Those of the consistency are features of the ONLINE
+    encoder, before the projector. Neither has a gradient.
+
+    Args:
+        encoder: E: (B, ...) and (B,) noise condition -> (B, D).
+        projector: g: (B, D) -> (B, C).
+        target_encoder: Average of ``encoder``.
+        target_projector: Average of ``projector``.
+        x: (B, ...) images.
+        view1: Augmented images, like ``x``.
+        view2: Likewise.
+        noise: Like ``x``: one for all five noisy inputs.
+        levels: Of :func:`pretrain_levels`.
+        sigma_data: Standard deviation of the data.
+        contrastive_temperature: tau of the contrast.
+        consistency_temperature: tau of the consistency, at these levels.
+        with_consistency: False: the contrast alone (MoCo v3), the consistency is 0.
+        gather: (B, C) -> (M, C) keys of all processes, those of this one first.
+    """
+
+    def noisy(network: Map, image: Tensor, level: float) -> Tensor:
+        sigma = torch.full((len(image),), level, dtype=torch.promote_types(image.dtype, torch.float32), device=image.device)
+        found: Tensor = encode(network, image + level * noise, sigma, sigma_data=sigma_data)
+        return found
+
+    with torch.no_grad():
+        key1, key2 = (gather(target_projector(noisy(target_encoder, view, levels.clean))) for view in (view1, view2))
+    query1, query2 = (projector(noisy(encoder, view, levels.clean)) for view in (view1, view2))
+    contrastive = cosine_info_nce(query1, key2, contrastive_temperature) + cosine_info_nce(query2, key1, contrastive_temperature)
+    if not with_consistency:
+        return PretrainLoss(contrastive, torch.zeros_like(contrastive), (query1, key2), (query1, key2))
+    with torch.no_grad():
+        keys = gather(noisy(encoder, x, levels.low))
+    query = noisy(encoder, x, levels.high)
+    return PretrainLoss(contrastive, cosine_info_nce(query, keys, consistency_temperature), (query1, key2), (query, keys))
+
+
+def consistency_temperature(
+    schedule: TemperatureSchedule,
+    start: float,
+    end: float,
+    sigma: float,
+    progress: float,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+) -> float:
+    """Temperature of the consistency at a step.
+
+    Args:
+        schedule: ``constant``: ``start`` (the released configs). ``interpolated``: linear in sigma, ``start`` at sigma_min, ``end`` at
+            sigma_max. ``cosine``: from ``start`` to ``end`` over training, along half a cosine.
+        start: > 0.
+        end: > 0; not used by ``constant``.
+        sigma: The higher level, before the resolution shift.
+        progress: Share of the training that is done, in [0, 1].
+        sigma_min: Smallest level.
+        sigma_max: Largest level.
+    """
+    if schedule == "constant":
+        return start
+    share = (sigma - sigma_min) / (sigma_max - sigma_min) if schedule == "interpolated" else (1 - math.cos(math.pi * progress)) / 2
+    return start + (end - start) * share
+
+
+def warmup_factor(step: int, warmup_steps: int, total_steps: int, shape: Literal["cosine", "constant"]) -> float:
+    """Factor of the learning rate: linear up to 1 over ``warmup_steps``, then constant, or half a cosine down to 0 at ``total_steps``."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if shape == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))) / 2
+
+
+def neighbour_labels(query: Tensor, bank: Tensor, labels: Tensor, count: int, leave_out: bool) -> Tensor:
+    """Label that most of the ``count`` nearest rows of the bank have, by cosine.
+
+    Args:
+        query: (N, D).
+        bank: (M, D).
+        labels: (M,) int64 of the bank.
+        count: At most M - 1.
+        leave_out: Row i of the bank doesn't vote for row i of the query (then N = M).
+
+    Returns:
+        (N,) int64.
+    """
+    likeness = cosines(query, bank)
+    if leave_out:
+        likeness.fill_diagonal_(-torch.inf)
+    nearest = labels[likeness.topk(min(count, len(bank) - 1), dim=1).indices]
+    return nearest.mode(1).values
+
+
+# ---- what both stages share ------------------------------------------------------------------------------------------------------------
+
+
+def gather_keys(keys: Tensor) -> Tensor:
+    """Keys of all ranks without a gradient, this rank's first, so that the positives lie on the diagonal."""
+    every = gather_rows(keys, with_grad=False)
+    if len(every) == len(keys):
+        return every
+    ranks = gather_rows(torch.full((len(keys),), rank(), device=keys.device), with_grad=False)
+    return every[(ranks != rank()).byte().argsort(stable=True)]
+
+
+class Pixels(nn.Module):
+    """From images in [-1, 1] to what networks see, and back.
+
+    Args:
+        mean: Of the pixels in [0, 1], for each channel or for all.
+        std: Likewise; (0.5,) for both leaves images as they are.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float] = (0.5,), std: Sequence[float] = (0.5,)) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"pixel_mean {list(mean)} and pixel_std {list(std)} must be as many numbers, the second above 0")
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
+
+    def _fit(self, values: Tensor, x: Tensor) -> Tensor:
+        return values.float().view(1, -1, *[1] * (x.ndim - 2))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, ...) in [-1, 1] -> float32 of about 0.5 standard deviation."""
+        wide = image.float()
+        return ((wide + 1) / 2 - self._fit(self.mean, wide)) / self._fit(self.std, wide)
+
+    def back(self, x: Tensor) -> Tensor:
+        """The inverse."""
+        return 2 * (x * self._fit(self.std, x) + self._fit(self.mean, x)) - 1
+
+    def clamp(self, x: Tensor) -> Tensor:
+        """Keep it within what images in [-1, 1] become."""
+        return self(self.back(x).clamp(-1, 1))
+
+
+def shift_of(x: Tensor, base_resolution: int | None) -> float:
+    """:func:`resolution_shift` of images (B, C, H, W); 1 for what has no height."""
+    return resolution_shift(x.shape[-2], base_resolution) if x.ndim == 4 else 1.0
+
+
+def needs_width(encoder: nn.Module) -> int:
+    """D of an encoder's feature."""
+    width = getattr(encoder, "width", None)
+    if not isinstance(width, int):
+        raise ValueError(f"{type(encoder).__name__} doesn't say how wide its feature is: give it an attribute `width`")
+    return width
+
+
+def training_length(module: LightningModule, asked: int | None) -> int:
+    """Optimiser steps of the training: as asked for, or as the trainer estimates."""
+    if asked is not None:
+        return asked
+    estimate = module.trainer.estimated_stepping_batches
+    if not math.isfinite(estimate) or estimate < 1:
+        raise ValueError("the schedule needs an end, and this training has none: set max_steps, max_epochs, or total_steps")
+    return int(estimate)
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """Norm of all gradients together."""
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
+def logs_now(module: LightningModule) -> bool:
+    """Whether what this step logs is written down: the rest needn't be computed."""
+    every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and (module.trainer.global_step + 1) % every == 0
+
+
+def seeded_noise(place: str, seed: int, x: Tensor) -> Tensor:
+    """Normal noise like ``x`` that follows from place and seed alone; the global generators stay as they are."""
+    generator = torch.Generator(x.device).manual_seed(own_seed(place, seed))
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+
+
+# ---- the module ------------------------------------------------------------------------------------------------------------------------
+
+
+class _Seen(NamedTuple):
+    features: Tensor  # (levels, B, D), the clean level first
+    labels: Tensor | None
+
+
+class EPGPretrain(LightningModule):
+    """Stage 1 of EPG: trains an encoder of noisy images without labels; :class:`EPGFinetune` then draws images with it.
+
+    Batches: ``image`` (B, C, H, W) floating point in [-1, 1], at most mirrored; without ``views`` also ``view1`` and ``view2``, like it;
+    for the accuracies ``label`` (B,) int64. ``forward`` gives features of images at a noise level. Keys of all ranks are negatives.
+    The head has batch norm: set ``sync_batchnorm`` of the Trainer on several GPUs. The target averages parameters; its batch norm has
+    statistics of its own. Not for strategies that shard weights.
+
+    Logged: ``epg/loss``, ``epg/contrastive``, ``epg/consistency``; every ``log_every_n_steps`` steps ``epg/levels`` (N),
+    ``epg/temperature`` (of the consistency), ``epg/grad_norm`` and the mean cosine with the own key and with all others,
+    ``epg/positive_contrastive``, ``epg/negative_contrastive``, ``epg/positive_consistency``, ``epg/negative_consistency``. After
+    validation, for each of ``probe_sigmas``: ``epg/val_match_<sigma>``, the share of noisy images whose
+    feature is most like the clean feature of the same
+    image among all, and, with labels, ``epg/val_knn_<sigma>``, the accuracy of a vote of the nearest clean features of other images
+    (``epg/val_knn_clean``: without noise; ``epg/test_...`` after a test). Features of all validation images are kept until then, and their
+    (N, N) cosines: limit them for a large set. ``predict_step`` returns {"feature": (B, D)} of clean images.
+
+    Args:
+        encoder: (B, C, H, W) and (B,) noise condition ln(sigma) / 4 -> :class:`Encoded`, with an attribute ``width``, such as
+            ``PixelViTEncoder``.
+        views: Makes two views of each image; None: the batch has them.
+        s0: Intervals between levels at the start.
+        s1: At the end.
+        consistency_weight: Of the consistency of features; 0: the contrast alone, a MoCo v3 as a baseline.
+        contrastive_weight: Of the contrast.
+        contrastive_temperature: > 0.
+        temperature: Of the consistency, > 0.
+        final_temperature: Where the schedule ends; None: as ``temperature``.
+        temperature_schedule: ``constant``, ``interpolated`` (over sigma) or ``cosine`` (over training).
+        projector_width: Hidden width of the projection head.
+        projector_dim: Of its output.
+        projector_layers: Its linear layers.
+        target_decay: Share of itself that the target keeps at an optimiser step, in [0, 1].
+        sigma_min: Smallest level.
+        sigma_max: Largest level.
+        rho: Spacing of the levels.
+        sigma_data: Standard deviation of what the encoder sees.
+        base_resolution: Height in pixels at which levels are as they are; others are multiplied by height / this. None: never.
+        pixel_mean: Of pixels in [0, 1], subtracted: one number or one for each channel.
+        pixel_std: By which they are divided then.
+        learning_rate: Of AdamW, after the warm-up.
+        betas: Of AdamW.
+        weight_decay: Of AdamW.
+        warmup_steps: Over which the rate rises.
+        schedule: Of the rate after that: ``cosine`` or ``constant``.
+        total_steps: K of curriculum and schedules; None: the length of the training when it first starts. Saved with the checkpoint.
+        probe_sigmas: Levels, before the resolution shift, at which validation looks.
+        neighbours: That vote.
+        seed: Of views, levels and noise.
+
+    Raises:
+        ValueError: An argument outside its range.
+    """
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        Curve("Loss", ("epg/loss", "epg/contrastive", "epg/consistency"), note="The consistency gets harder where levels come closer."),
+        Curve("Cosine with keys", ("epg/positive_*", "epg/negative_*"), note="Of the own key (high), and of all others (low)."),
+        Curve("Noise levels", ("epg/levels",)),
+        Curve(
+            "Noisy images recognised", ("epg/val_match_*",), note="Share whose feature is most like that of the same image without noise."
+        ),
+        Curve("Accuracy of nearest neighbours", ("epg/val_knn_*",), note="Noisy query, clean neighbours of other images."),
+        Curve("Norm of the gradient", ("epg/grad_norm",)),
+        ImagePanel("Agreement along the path from noise to data", "epg/paths", note="Row: level of the query; column: level of the keys."),
+    )
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        views: Views | None = None,
+        s0: int = 20,
+        s1: int = 1280,
+        consistency_weight: float = 1.0,
+        contrastive_weight: float = 1.0,
+        contrastive_temperature: float = 0.2,
+        temperature: float = 0.1,
+        final_temperature: float | None = None,
+        temperature_schedule: TemperatureSchedule = "constant",
+        projector_width: int = 4096,
+        projector_dim: int = 256,
+        projector_layers: int = 3,
+        target_decay: float = 0.99,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        rho: float = 7.0,
+        sigma_data: float = 0.5,
+        base_resolution: int | None = 64,
+        pixel_mean: Sequence[float] = (0.5,),
+        pixel_std: Sequence[float] = (0.5,),
+        learning_rate: float = 2e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.03,
+        warmup_steps: int = 10_000,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        total_steps: int | None = None,
+        probe_sigmas: Sequence[float] = (0.1, 0.5, 2.0),
+        neighbours: int = 5,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 1 <= s0 <= s1:
+            raise ValueError(f"s0={s0} and s1={s1} are the numbers of intervals at start and end: give 1 <= s0 <= s1")
+        if temperature_schedule not in get_args(TemperatureSchedule):
+            raise ValueError(f"temperature_schedule is {temperature_schedule!r}: give one of {', '.join(get_args(TemperatureSchedule))}")
+        if min(contrastive_temperature, temperature, temperature if final_temperature is None else final_temperature) <= 0:
+            raise ValueError(f"temperatures are {contrastive_temperature}, {temperature} and {final_temperature}: give numbers above 0")
+        if min(consistency_weight, contrastive_weight) < 0:
+            raise ValueError(f"weights are {contrastive_weight} and {consistency_weight}: give 0 or more")
+        if not 0 <= target_decay <= 1:
+            raise ValueError(f"target_decay is {target_decay}: give a number from 0 to 1")
+        self.save_hyperparameters(ignore=["encoder", "views"])
+        self.encoder = encoder
+        self.projector = projection_head(needs_width(encoder), projector_width, projector_dim, projector_layers)
+        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.pixels = Pixels(pixel_mean, pixel_std)
+        self.views = views
+        self.total_steps = total_steps
+        self._seen: list[_Seen] = []
+        self._picture: Tensor | None = None
+
+    # ---- features ------------------------------------------------------------------------------------------------------------------------
+
+    def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
+        """Features (B, D) of images (B, C, H, W) in [-1, 1], to which noise of levels (B,) was added, in units of ``pixel_std``."""
+        found: Tensor = encode(self._feature(self.encoder), self.pixels(image), sigma, sigma_data=self.hparams["sigma_data"])
+        return found
+
+    def _feature(self, encoder: nn.Module) -> Map:
+        def feature(x: Tensor, noise: Tensor) -> Tensor:  # with precision bf16-true the network is narrower than the levels
+            found: Encoded = encoder(x.to(self.dtype), noise)  # type: ignore[arg-type]
+            return found.feature
+
+        return feature
+
+    def shift(self, x: Tensor) -> float:
+        """By which the levels of these images are multiplied."""
+        return shift_of(x, self.hparams["base_resolution"])
+
+    def num_levels(self, step: int) -> int:
+        """N at an optimiser step."""
+        assert self.total_steps is not None
+        return doubling_levels(min(step, self.total_steps), self.total_steps, self.hparams["s0"], self.hparams["s1"], "ceil")
+
+    # ---- training ------------------------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        """The curriculum needs an end. Batch norm of the head should see the global batch."""
+        self.total_steps = training_length(self, self.total_steps)
+        plain = any(type(part) is nn.BatchNorm1d for part in self.projector)
+        if plain and self.trainer.world_size > 1 and self.device.type == "cuda":
+            raise ValueError("each GPU's batch norm would see its own images only: set sync_batchnorm: true in the Trainer")
+
+    def draw_index(self, count: int, batch_idx: int) -> int:
+        """Index in 1..N-1 of the lower level: the same on all ranks, as it follows from seed, epoch and batch."""
+        generator = torch.Generator().manual_seed(own_seed(f"EPGPretrain level {self.current_epoch} {batch_idx}", self.hparams["seed"]))
+        return int(torch.randint(1, count, (), generator=generator))
+
+    def place(self, batch_idx: int) -> str:
+        """Names this batch of this rank, to seed what is drawn for it."""
+        return f"EPG {self.current_epoch} {batch_idx * self.trainer.world_size + self.global_rank}"
+
+    def draw_noise(self, x: Tensor, batch_idx: int) -> Tensor:
+        """The noise of a batch."""
+        return seeded_noise(f"{self.place(batch_idx)} noise", self.hparams["seed"], x)
+
+    def draw_views(self, batch: dict[str, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
+        """Both views, in [-1, 1]."""
+        if self.views is not None:
+            device = batch["image"].device
+            return self.views(
+                batch["image"],
+                torch.Generator(device).manual_seed(own_seed(f"{self.place(batch_idx)} views", self.hparams["seed"])),
+            )
+        if not {"view1", "view2"} <= batch.keys():
+            raise ValueError(f"the batch has {', '.join(batch)}: give it view1 and view2, or give EPGPretrain views, such as ShiftedViews")
+        return batch["view1"], batch["view2"]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Contrast and consistency."""
+        hp, step = self.hparams, self.trainer.global_step
+        x = self.pixels(batch["image"])
+        view1, view2 = (self.pixels(view) for view in self.draw_views(batch, batch_idx))
+        count, shift = self.num_levels(step), self.shift(x)
+        levels = pretrain_levels(self.draw_index(count, batch_idx), count, hp["sigma_min"], hp["sigma_max"], hp["rho"], shift)
+        assert self.total_steps is not None
+        tau = consistency_temperature(
+            hp["temperature_schedule"],
+            hp["temperature"],
+            hp["temperature"] if hp["final_temperature"] is None else hp["final_temperature"],
+            levels.high / shift,
+            min(1.0, step / self.total_steps),
+            hp["sigma_min"],
+            hp["sigma_max"],
+        )
+        found = pretrain_loss(
+            self._feature(self.encoder),
+            self.projector,
+            self._feature(self.target_encoder),
+            self.target_projector,
+            x,
+            view1,
+            view2,
+            self.draw_noise(x, batch_idx),
+            levels,
+            sigma_data=hp["sigma_data"],
+            contrastive_temperature=hp["contrastive_temperature"],
+            consistency_temperature=tau,
+            with_consistency=hp["consistency_weight"] > 0,
+            gather=gather_keys,
+        )
+        contrastive, consistency = found.contrastive.mean(), found.consistency.mean()
+        loss: Tensor = hp["contrastive_weight"] * contrastive + hp["consistency_weight"] * consistency
+        self.log_dict({"epg/loss": loss.detach(), "epg/contrastive": contrastive.detach(), "epg/consistency": consistency.detach()})
+        if logs_now(self):
+            self.log_dict(self._details(found) | {"epg/levels": float(count), "epg/temperature": tau}, on_step=True, on_epoch=False)
+        return loss
+
+    @torch.no_grad()
+    def _details(self, found: PretrainLoss) -> dict[str, Tensor | float]:
+        logs: dict[str, Tensor | float] = {}
+        for name, (query, keys) in {"contrastive": found.contrasted, "consistency": found.aligned}.items():
+            if name == "consistency" and self.hparams["consistency_weight"] == 0:
+                continue
+            likeness = cosines(query, keys)
+            own = likeness.diagonal()
+            logs[f"epg/positive_{name}"] = own.mean()
+            logs[f"epg/negative_{name}"] = (likeness.sum() - own.sum()) / max(1, likeness.numel() - len(own))
+        return logs
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the gradient, before it is clipped."""
+        if logs_now(self):
+            self.log("epg/grad_norm", gradient_norm(self))
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The target follows at once: a checkpoint that a callback saves when the batch ends has it."""
+        super().optimizer_step(*args, **kwargs)
+        for target, online in ((self.target_encoder, self.encoder), (self.target_projector, self.projector)):
+            pairs = [[parameter.data for parameter in one.parameters()] for one in (target, online)]
+            ema_update(pairs[0], pairs[1], self.hparams["target_decay"])
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with a warm-up and a cosine."""
+        hp = self.hparams
+        total = self.total_steps = training_length(self, self.total_steps)
+        trained = [*self.encoder.parameters(), *self.projector.parameters()]
+        optimizer = torch.optim.AdamW(trained, lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
+        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_factor(step, hp["warmup_steps"], total, hp["schedule"]))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The curriculum's length belongs to the run."""
+        checkpoint["epg"] = {"total_steps": self.total_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it over."""
+        self.total_steps = checkpoint.get("epg", {}).get("total_steps", self.total_steps)
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
+
+    def _at(self, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
+        level = torch.full((len(x),), sigma * self.shift(x), device=x.device)
+        found: Tensor = encode(self._feature(self.encoder), x + like(level, x) * noise, level, sigma_data=self.hparams["sigma_data"])
+        return found.float()
+
+    def _see(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        hp, x = self.hparams, self.pixels(batch["image"])
+        place = f"EPG evaluation {batch_idx * self.trainer.world_size + self.global_rank}"
+        noise = seeded_noise(place, hp["seed"], x)
+        if batch_idx == 0:
+            self._picture = self._paths(x[:64], noise[:64])
+        features = torch.stack([self._at(x, noise, sigma) for sigma in (hp["sigma_min"], *hp["probe_sigmas"])])
+        self._seen.append(_Seen(features, batch.get("label")))
+
+    def _paths(self, x: Tensor, noise: Tensor) -> Tensor:
+        """How often a feature finds its own image, over the levels of query and keys; the noisy image along both axes."""
+        sigmas = np.geomspace(0.03, 10.0, 10).tolist()
+        features = F.normalize(torch.stack([self._at(x, noise, sigma) for sigma in sigmas]), dim=2)
+        best = torch.einsum("aid,bjd->abij", features, features).argmax(3)
+        share = (best == torch.arange(len(x), device=x.device)).float().mean(2).cpu()
+        size = 48
+        picture = torch.full((11 * size, 11 * size, 3), 13.0)
+        low, high = torch.tensor([20.0, 30.0, 48.0]), torch.tensor([240.0, 220.0, 130.0])
+        cells = low + share[:, :, None] * (high - low)
+        picture[size:, size:] = cells.repeat_interleave(size, 0).repeat_interleave(size, 1)
+        if x.ndim == 4 and x.shape[1] in (1, 3):
+            shown = torch.stack([self.pixels.back(x[:1] + sigma * self.shift(x) * noise[:1])[0] for sigma in sigmas])
+            shown = (
+                F.interpolate(shown.float().cpu().clamp(-1, 1), (size - 4, size - 4), mode="nearest")
+                .add(1)
+                .mul(127.5)
+                .expand(-1, 3, -1, -1)
+            )
+            for number, image in enumerate(shown.permute(0, 2, 3, 1), start=1):
+                place = slice(number * size + 2, (number + 1) * size - 2)
+                picture[2 : size - 2, place] = picture[place, 2 : size - 2] = image
+        return picture.round().byte()
+
+    def _compare(self, part: str) -> None:
+        """Match noisy with clean features, of all ranks."""
+        if not self._seen:
+            raise ValueError(f"rank {self.global_rank} has seen no data: take fewer ranks or a smaller batch_size")
+        features = gather_rows(torch.cat([one.features for one in self._seen], dim=1).transpose(0, 1).contiguous(), with_grad=False)
+        known = [one.labels for one in self._seen if one.labels is not None]
+        labels = gather_rows(torch.cat(known), with_grad=False) if known else None
+        self._seen = []
+        clean, *noisy = features.transpose(0, 1)
+        own = torch.arange(len(clean), device=clean.device)
+        logs = {}
+        for sigma, found in zip(self.hparams["probe_sigmas"], noisy, strict=True):
+            logs[f"epg/{part}_match_{sigma:g}"] = (cosines(found, clean).argmax(1) == own).float().mean()
+        if labels is not None and len(clean) > 1:
+            names = ["clean", *(f"{sigma:g}" for sigma in self.hparams["probe_sigmas"])]
+            for name, found in zip(names, (clean, *noisy), strict=True):
+                guess = neighbour_labels(found, clean, labels, self.hparams["neighbours"], leave_out=True)
+                logs[f"epg/{part}_knn_{name}"] = (guess == labels).float().mean()
+        self.log_dict(logs, rank_zero_only=False)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an interrupted validation left."""
+        self._seen = []
+
+    def on_test_epoch_start(self) -> None:
+        """Forget what an interrupted test left."""
+        self._seen = []
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Keep features at some levels."""
+        self._see(batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """As in validation."""
+        self._see(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Compare them."""
+        self._compare("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Compare them."""
+        self._compare("test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """{"feature": (B, D)} of images without noise."""
+        x = self.pixels(batch["image"])
+        return {"feature": self._at(x, torch.zeros_like(x), self.hparams["sigma_min"])}
+
+    def dashboard_media(self) -> dict[str, Media]:
+        """Which levels' features find each other, at the last validation."""
+        if self._picture is None:
+            return {}
+        words = "Share of images found by their own feature, over the noise levels of query and keys; bright: all"
+        return {"epg/paths": ImageMedia(self._picture.numpy(), alt=words)}

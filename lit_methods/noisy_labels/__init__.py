@@ -1,1 +1,0 @@
-"""Learning from labels that are wrong, missing or unevenly spread."""

@@ -1,0 +1,1 @@
+"""Hosts to attach techniques to: ordinary modules of common tasks."""
