@@ -314,7 +314,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_paths_and_names_in_the_text_exist(page: Path) -> None:
-    """Paths such as `callbacks/averaging/ema.py` dotted names such as `lit_methods.panels.Curve`; patterns and <placeholders> are left out."""
+    """Paths such as `callbacks/averaging/ema.py`, names such as `lit_methods.panels.Curve`; patterns and <placeholders> are left out."""
     missing = []
     for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", without_blocks(page)):
         if re.fullmatch(r"(?:\w[\w.-]*/)+[\w.-]*\.(?:py|pyi|yaml|md|toml|template)", code) and not EXAMPLES.search(code):

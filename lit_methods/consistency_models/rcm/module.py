@@ -2,9 +2,10 @@
 
 Networks as functions of time: :mod:`~lit_methods.consistency_models.rcm.trigflow`; losses, schedule and sampler:
 :mod:`~lit_methods.consistency_models.rcm.core`; attention with its derivative:
-:mod:`~lit_methods.consistency_models.rcm.attention_jvp`, and a transformer made of it: :mod:`~lit_methods.consistency_models.rcm.wan`. Here: the module, and a teacher for trials. sCM
-(arXiv:2410.11081), score distillation alone (DMD2, arXiv:2405.14867, without its GAN loss) and discrete consistency distillation are
-settings of the module. Left out: context parallelism, GAN losses.
+:mod:`~lit_methods.consistency_models.rcm.attention_jvp`, and a transformer made of it:
+:mod:`~lit_methods.consistency_models.rcm.wan`. Here: the module, and a teacher for trials. sCM (arXiv:2410.11081), score distillation alone
+(DMD2, arXiv:2405.14867, without its GAN loss) and discrete consistency distillation are settings of the module. Left out: context
+parallelism, GAN losses.
 """
 
 import copy
