@@ -46,7 +46,6 @@ from lit_methods import (
     PixelViTEncoder,
     SmallUNet,
 )
-from lit_methods.callbacks.sparsity.masks import own_seed
 from lit_methods.consistency_models import slct
 from lit_methods.consistency_models.epg import finetune as epg
 from lit_methods.consistency_models.epg import pretrain as epg_pretrain
@@ -59,6 +58,7 @@ from lit_methods.functional import (
     lognormal_probabilities,
     pseudo_huber,
 )
+from lit_methods.seeds import own_seed
 
 WARM_UP = 2
 TARGET = 1.05

@@ -23,6 +23,7 @@ from .run.finite import FiniteGuard as FiniteGuard
 from .run.preemption import Preemption as Preemption
 from .run.progress import ThroughputProgressBar as ThroughputProgressBar
 from .run.step_cost import StepCost as StepCost
+from .sparsity.card import SparsityCard as SparsityCard
 from .sparsity.cast.adams import AdamS as AdamS
 from .sparsity.cast.callback import CAST as CAST
 from .sparsity.dsl_recommendation import DSL as DSL
@@ -32,5 +33,4 @@ from .sparsity.masksparsity.callback import MaskedBNSparsity as MaskedBNSparsity
 from .sparsity.progressive_gradient_flow.callback import NMSparsity as NMSparsity
 from .sparsity.random_pruning import RandomPruning as RandomPruning
 from .sparsity.sparse_ift.callback import SparseIFT as SparseIFT
-from .sparsity.sparseland.callback import SparsityCard as SparsityCard
 from .sparsity.sparseland.callback import SparsityReport as SparsityReport

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import lightning.pytorch as pl
 from torch import nn
 
 _SHOWN = 8
@@ -67,3 +68,13 @@ def _candidates(pattern: str, named: dict[str, nn.Module]) -> str:
     nearest = difflib.get_close_matches(pattern, named, n=_SHOWN, cutoff=0.0) if pattern else list(named)[:_SHOWN]
     shown = ", ".join(f"{name} ({type(plain_module(named[name])).__name__})" for name in nearest)
     return f"{'nearest' if pattern else 'first'} of {len(named)} candidates: {shown}"
+
+
+def refuse_sharded(trainer: pl.Trainer, who: str) -> None:
+    """Raise if the strategy cuts weights into pieces, which a mask of the whole weight doesn't fit.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed or tensor parallelism.
+    """
+    if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+        raise ValueError(f"{who} masks whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch import LightningModule
 
 Addition = Callable[[Any, Any], Any]
@@ -55,3 +56,31 @@ def detach(module: LightningModule, add: Addition) -> None:
         del module.training_step  # the class's own method shows through again
         if step.was_own:
             module.training_step = step.__wrapped__  # type: ignore[method-assign]
+
+
+def _hold_schedulers(module: pl.LightningModule, held: Callable[[Any], bool]) -> None:
+    """Leave out ``module.lr_scheduler_step`` while any of the ``held`` says so; any number of them, leaving in any order."""
+    if not hasattr(module.lr_scheduler_step, "holds"):
+        inside = module.lr_scheduler_step
+
+        @functools.wraps(inside)
+        def wrapped(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+            if not any(hold(scheduler) for hold in waiting.holds):
+                inside(scheduler, *args, **kwargs)
+
+        waiting: Any = wrapped
+        waiting.holds, waiting.inside, waiting.was_own = [], inside, "lr_scheduler_step" in vars(module)
+        module.lr_scheduler_step = waiting  # type: ignore[method-assign]
+    step: Any = module.lr_scheduler_step
+    step.holds.append(held)
+
+
+def _let_schedulers_go(module: pl.LightningModule, held: Callable[[Any], bool]) -> None:
+    """Undo one ``_hold_schedulers``; a second call does nothing."""
+    step: Any = module.lr_scheduler_step
+    if held in getattr(step, "holds", ()):
+        step.holds.remove(held)
+        if not step.holds:
+            del module.lr_scheduler_step
+            if step.was_own:
+                module.lr_scheduler_step = step.inside  # type: ignore[method-assign]

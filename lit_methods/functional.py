@@ -1,44 +1,45 @@
 """The pure cores of all techniques in one place, for a bare PyTorch loop: tensors in, tensors out. Nothing is implemented here."""
 
-from lit_methods.callbacks.averaging.ema import cosine_decay, ema_update, half_life_decay, warmup_decay
+from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warmup_decay
 from lit_methods.callbacks.imbalanced_regression.conr import conr_dense_loss, conr_loss
 from lit_methods.callbacks.imbalanced_regression.fds import begin_epoch as fds_begin_epoch
 from lit_methods.callbacks.imbalanced_regression.fds import calibrate as fds_calibrate
 from lit_methods.callbacks.imbalanced_regression.fds import moments as fds_moments
 from lit_methods.callbacks.imbalanced_regression.fds import update as fds_update
 from lit_methods.callbacks.metric_learning.tcm import tcm_loss
-from lit_methods.callbacks.noisy_labels.adawac.core import (
-    adawac_loss,
-    batch_dice,
-    normalised_weights,
-    sample_cross_entropy,
-    update_sample_weights,
-)
-from lit_methods.callbacks.noisy_labels.adele.core import class_iou, corrected_labels, fit_iou_curve, merged_labels, multiscale_consistency
+from lit_methods.callbacks.noisy_labels.adawac.core import adawac_loss, normalised_weights, update_sample_weights
+from lit_methods.callbacks.noisy_labels.adele.core import corrected_labels, fit_iou_curve, merged_labels, multiscale_consistency
 from lit_methods.callbacks.sparsity.cast.adams import adam_update_, ast_momentum, decay_share, decayed_momentum
-from lit_methods.callbacks.sparsity.cast.callback import finalized_weight, scaled_weight
+from lit_methods.callbacks.sparsity.cast.core import finalized_weight, scaled_weight
 from lit_methods.callbacks.sparsity.cast.self_distillation import distillation_loss, kl_to_teacher
 from lit_methods.callbacks.sparsity.channels import load_pruned, prune_channels
 from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
 from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold, drop_smallest, grow, update_mask
 from lit_methods.callbacks.sparsity.dynamics import itop_rate, mask_change
 from lit_methods.callbacks.sparsity.flops import gradual_training_flops, training_flops
+from lit_methods.callbacks.sparsity.latent import masked_weight
 from lit_methods.callbacks.sparsity.masks import is_nm, keep_largest, nm_mask, random_mask
-from lit_methods.callbacks.sparsity.progressive_gradient_flow.callback import decay_pruned, flow_factor, masked_weight
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import decay_pruned, flow_factor
 from lit_methods.callbacks.sparsity.schedules import cosine_drop, cubic_sparsity, exponential_drop
 from lit_methods.callbacks.sparsity.scores import grasp_scores, kept_masks, kept_shares, snip_scores
-from lit_methods.callbacks.sparsity.sparse_ift.callback import (
+from lit_methods.callbacks.sparsity.sparse_ift.core import (
     doped_rank,
     factorized_width,
     folded_frobenius,
-    iso_flop_transform,
     parallel_branches,
     spectral_gap,
     wide_width,
 )
+from lit_methods.callbacks.sparsity.sparse_ift.surgery import iso_flop_transform
 from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_levels, ect_lower, ect_stage, square_root_levels
-from lit_methods.consistency_models.epg.finetune import consistency_tuning_loss, denoising_loss, interval_guidance
-from lit_methods.consistency_models.epg.pretrain import cosine_info_nce, pretrain_levels, pretrain_loss
+from lit_methods.consistency_models.epg.core import (
+    consistency_tuning_loss,
+    cosine_info_nce,
+    denoising_loss,
+    interval_guidance,
+    pretrain_levels,
+    pretrain_loss,
+)
 from lit_methods.consistency_models.levels import boundary_scalings, inverse_gap, karras_levels, lognormal_probabilities
 from lit_methods.consistency_models.metrics import cauchy, detached_pseudo_huber, geman_mcclure, perceptual, pseudo_huber
 from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss, heun_step
@@ -84,6 +85,7 @@ from lit_methods.tasks.imbalanced_regression.metrics import shot_metrics
 from lit_methods.tasks.imbalanced_regression.weights import label_weights
 from lit_methods.tasks.metric_learning.losses import proxy_softmax
 from lit_methods.tasks.metric_learning.opis import calibration_range, opis, retrieval_scores
+from lit_methods.tasks.segmentation.core import batch_dice, class_iou, sample_cross_entropy
 from lit_methods.tasks.segmentation.metrics import dice_and_hd95
 
 __all__ = [

@@ -15,8 +15,8 @@ import yaml
 
 from helpers import Killed, assert_state_dicts_equal, run_two_processes
 from lit_methods.catalog import configs_folder, package_folder, public_names, techniques
-from lit_methods.checkpoint import read_state_dict
 from lit_methods.cli.main import main
+from lit_methods.runs.checkpoints import read_state_dict
 
 LIMITS = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "log_every_n_steps": 1}
 SHORT = [word for name, value in LIMITS.items() for word in (f"--trainer.{name}", value)]

@@ -12,8 +12,8 @@ import pytest
 from faults import BETWEEN, FIRST, MID, PHASES, WRITE, Run, start
 from helpers import assert_state_dicts_equal
 from lit_methods.catalog import configs_folder, techniques
-from lit_methods.checkpoint import read_state_dict
 from lit_methods.cli.resume import FINISHED, unreadable
+from lit_methods.runs.checkpoints import read_state_dict
 
 SEED, KILLS, TERMS = 20, 20, 4
 TINY = ["--model", "helpers.Classifier", "--data", "faults.FewImages", "--name", "tiny", "--trainer.max_epochs", "3"]

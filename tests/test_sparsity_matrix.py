@@ -30,7 +30,7 @@ from lit_methods.callbacks import (
     SparseIFT,
     SparsityReport,
 )
-from lit_methods.callbacks.sparsity.sparse_ift.callback import iso_flop_transform
+from lit_methods.callbacks.sparsity.sparse_ift.surgery import iso_flop_transform
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "sparse_training.md"
 

@@ -10,64 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods import distributed
+from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warmup_decay
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
 from lit_methods.frozen import Frozen
-
-
-@torch.no_grad()
-def ema_update(average: list[Tensor], source: list[Tensor], decay: float) -> None:
-    """``average <- decay * average + (1 - decay) * source``, in place.
-
-    Floating-point (and complex) averages are computed in their own dtype: a float32 average of bfloat16 weights keeps
-    its digits, a bfloat16 average loses every update that is smaller than its spacing. Integer and boolean tensors
-    are copied.
-
-    Args:
-        average: Tensors to be changed.
-        source: As many tensors, of the same shapes, any dtype that converts.
-        decay: In [0, 1]: 0 copies, 1 changes nothing (integers are copied at any decay).
-
-    Raises:
-        ValueError: Another decay, or lists that don't fit together.
-    """
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay is {decay}: give a number from 0 to 1")
-    if len(average) != len(source) or any(a.shape != s.shape for a, s in zip(average, source, strict=True)):
-        raise ValueError(
-            f"{len(average)} averaged tensors don't fit the {len(source)} of the source: the module was changed after the teacher was made"
-        )
-    floating: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
-    for a, s in zip(average, source, strict=True):
-        if a.dtype.is_floating_point or a.dtype.is_complex:
-            averages, sources = floating.setdefault((a.dtype, a.device), ([], []))
-            averages.append(a)
-            sources.append(s.detach().to(device=a.device, dtype=a.dtype))
-        else:
-            a.copy_(s)
-    for averages, sources in floating.values():
-        torch._foreach_lerp_(averages, sources, 1.0 - decay)
-
-
-def warmup_decay(step: int, decay: float) -> float:
-    """``min(decay, (1 + step) / (10 + step))``: an average that forgets its beginning, ``step`` >= 0 updates done before."""
-    return min(decay, (1 + step) / (10 + step))
-
-
-def cosine_decay(step: int, total_steps: int, base: float) -> float:
-    """``base`` at step 0, rising to 1 at ``total_steps`` along half a cosine.
-
-    Source: BYOL (arXiv:2006.07733), "Implementation details"; DINO (arXiv:2104.14294) uses the same. Steps beyond
-    ``total_steps`` give 1.
-    """
-    return 1.0 - (1.0 - base) * (math.cos(math.pi * min(1.0, step / max(1, total_steps))) + 1.0) / 2.0
-
-
-def half_life_decay(half_life: float) -> float:
-    """The decay that halves the share of the old average in ``half_life`` > 0 updates."""
-    if half_life <= 0:
-        raise ValueError(f"half_life is {half_life}: give a number of steps above 0")
-    return 0.5 ** (1.0 / half_life)
 
 
 class EMATeacher(OrderedCallback):

@@ -8,8 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.callback import refuse_sharded
-from lit_methods.callbacks.targets import plain_module, select_modules
+from lit_methods.callbacks.targets import plain_module, refuse_sharded, select_modules
 
 
 class EMARemoval(OrderedCallback):

@@ -3,33 +3,10 @@
 import math
 from typing import Any, Literal
 
-import numpy as np
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
-from lit_methods.callbacks.averaging.ema import ema_update
-
-
-def power_exponent(s: float) -> float:
-    """Exponent gamma of the power profile whose average has the relative width s (arXiv:2312.02696, Eq. 126 and rCM's code).
-
-    The largest real root of gamma^3 + 7 gamma^2 + (16 - s^-2) gamma + (12 - s^-2).
-
-    Args:
-        s: Standard deviation of the average's weights over time, as a share of the training time; in (0, 0.28).
-
-    Raises:
-        ValueError: No such profile.
-    """
-    if not 0 < s < 12**-0.5:
-        raise ValueError(f"s is {s}: give a width above 0 and below {12**-0.5:.4f}, for example 0.1")
-    roots = np.roots([1.0, 7.0, 16.0 - s**-2, 12.0 - s**-2])
-    return float(max(root.real for root in roots if abs(root.imag) < 1e-8 * max(1.0, abs(root))))
-
-
-def power_decay(step: int, exponent: float) -> float:
-    """beta_k = (1 - 1 / (k + 1))^(gamma + 1), how much the average keeps at step k; 0 for k < 1."""
-    return 0.0 if step < 1 else (1.0 - 1.0 / (step + 1)) ** (exponent + 1.0)
+from lit_methods.averages import ema_update, power_decay, power_exponent
 
 
 class WeightEMA(WeightAveraging):

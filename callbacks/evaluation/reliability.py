@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
 from lit_methods import distributed
-from lit_methods.callbacks.logits import Key, inputs_and_labels, logits_of, require_logits
+from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of, require_logits
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.panels import Curve, Panel
 

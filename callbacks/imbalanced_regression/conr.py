@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lit_methods.callbacks.batch import find_in_batch, rows_of, values_of_batch
-from lit_methods.callbacks.logits import Key
+from lit_methods.callbacks.batch import Key, find_in_batch, rows_of, values_of_batch
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Panel

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.hooks import RemovableHandle
 
-from lit_methods.callbacks.batch import find_in_batch
-from lit_methods.callbacks.logits import Key
+from lit_methods.callbacks.batch import Key, find_in_batch
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.targets import select_modules
 from lit_methods.distributed import gather_rows

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_methods.callbacks.batch import rows_of, values_of_batch
-from lit_methods.callbacks.logits import Key
+from lit_methods.callbacks.batch import Key, rows_of, values_of_batch
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Panel

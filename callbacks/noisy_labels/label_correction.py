@@ -1,19 +1,19 @@
 """Base of the techniques that change training labels: predict the training images, write the store, go on."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_methods.callbacks.noisy_labels.adele.core import class_counts, iou_of_counts
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.twin import evaluating
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.distributed import gather_rows, rank
+from lit_methods.tasks.segmentation.core import class_counts, iou_of_counts
 
 
 class Correction(NamedTuple):
@@ -28,19 +28,6 @@ class Correction(NamedTuple):
     changed: float
     images: int
     iou: NDArray[np.float64] | None
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Everything in evaluation mode and without gradients; afterwards each submodule has its own mode again."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, training in modes:
-            child.training = training
 
 
 class LabelCorrection(OrderedCallback):
@@ -191,4 +178,4 @@ def _described(batch: Any) -> str:
     return f"the keys {list(batch)}" if isinstance(batch, dict) else type(batch).__name__
 
 
-__all__ = ["Correction", "LabelCorrection", "evaluating"]
+__all__ = ["Correction", "LabelCorrection"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_methods.callbacks.logits import Key
+from lit_methods.callbacks.batch import Key
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.callbacks.targets import select_modules
 from lit_methods.frozen import Frozen

@@ -23,9 +23,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_methods.catalog import techniques_in
+from lit_methods.files import write_atomically
 from lit_methods.panels import CloudMedia, Curve, HistogramMedia, ImageMedia, Media, Panel
 from lit_methods.reports.html import subsample
-from lit_methods.reports.page import Record, ReportData, Section, Status, read_history, record_line, render_report, write_atomically
+from lit_methods.reports.page import Record, ReportData, Section, Status, read_history, record_line, render_report
 from lit_methods.reports.record import read_notes, run_facts, save_run
 from lit_methods.runs.folder import run_dir
 from lit_methods.runs.wandb import attempt, has_login, keep_training

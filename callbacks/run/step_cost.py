@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lit_methods.reports.page import write_atomically
+from lit_methods.files import write_atomically
 from lit_methods.runs.folder import run_dir
 
 _MIB = 2**20

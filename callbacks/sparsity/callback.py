@@ -12,19 +12,9 @@ from torch import Tensor, nn
 from lit_methods import distributed
 from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.masks import own_seed
 from lit_methods.callbacks.sparsity.store import MaskStore, prunable_weights
-from lit_methods.callbacks.targets import plain_name
-
-
-def refuse_sharded(trainer: pl.Trainer, who: str) -> None:
-    """Raise if the strategy cuts weights into pieces, which a mask of the whole weight doesn't fit.
-
-    Raises:
-        ValueError: FSDP, DeepSpeed or tensor parallelism.
-    """
-    if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
-        raise ValueError(f"{who} masks whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")
+from lit_methods.callbacks.targets import plain_name, refuse_sharded
+from lit_methods.seeds import own_seed
 
 
 def notify_mask_updated(trainer: pl.Trainer, pl_module: pl.LightningModule, source: Any) -> None:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods.callbacks.sparsity.callback import MaskCallback
+from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold, grow
 from lit_methods.callbacks.sparsity.dynamics import itop_rate, union
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.schedules import cosine_drop
-from lit_methods.callbacks.sparsity.sparseland.callback import SparsityCard
 from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods.callbacks.sparsity.callback import MaskCallback
+from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.density import Method, exact_counts, layer_density
 from lit_methods.callbacks.sparsity.drop_grow import update_mask
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.schedules import drop_fraction, is_update_step
-from lit_methods.callbacks.sparsity.sparseland.callback import SparsityCard
 
 
 class DynamicSparsity(MaskCallback):

@@ -1,7 +1,5 @@
 """Masks from scores: which weights stay. Pure functions; every count is exact and ties go to the lowest index."""
 
-import hashlib
-
 import torch
 from torch import Tensor
 
@@ -37,22 +35,6 @@ def keep_largest(score: Tensor, count: int) -> Tensor:
     threshold = flat.kthvalue(flat.numel() - count + 1).values
     above = flat > threshold
     return (above | _first_true(flat == threshold, count - above.sum())).view(score.shape)
-
-
-def own_seed(owner: str, seed: int) -> int:
-    """A seed that nobody else uses, from the user's.
-
-    With the user's own a mask would be drawn from the very numbers that a network seeded alike was initialised with: it would keep, say,
-    the most negative weights of the first layer.
-
-    Args:
-        owner: Name of what draws.
-        seed: The user's seed.
-
-    Returns:
-        In [0, 2**56), the same on every machine.
-    """
-    return int.from_bytes(hashlib.sha256(f"{owner} {seed}".encode()).digest()[:7], "little")
 
 
 def random_mask(shape: torch.Size | tuple[int, ...], density: float, generator: torch.Generator, exact: bool = False) -> Tensor:

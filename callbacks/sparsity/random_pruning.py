@@ -7,7 +7,6 @@ ImageNet/core.py) and CIFAR/sparselearning/snip.py (shares of the layers by SNIP
 :class:`~lit_methods.callbacks.DynamicSparsity`. The paper's further measures are in :class:`~lit_methods.callbacks.Reliability`.
 """
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, get_args
@@ -18,17 +17,18 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader
 
-from lit_methods.callbacks.logits import Key, inputs_and_labels, logits_of, require_logits
+from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of, require_logits
 from lit_methods.callbacks.sparsity.callback import MaskCallback
+from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.density import Method as DensityMethod
 from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
-from lit_methods.callbacks.sparsity.masks import keep_largest, own_seed, random_mask
+from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.scores import grasp_scores, kept_masks, snip_scores
-from lit_methods.callbacks.sparsity.sparseland.callback import SparsityCard, shadow
+from lit_methods.callbacks.twin import independent_copy, training_batches
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.seeds import own_seed
 
 TECHNIQUE = Technique(
     slug="random_pruning",
@@ -139,46 +139,6 @@ def balanced_batch(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, num
 
 
 # ---- one batch, without leaving a trace ------------------------------------------------------------------------------------------------
-
-
-class _AloneNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm of any shape on one process."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        pass
-
-
-def independent_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
-    """A copy that shares nothing with the module, in training mode, that logs nothing and waits for no other process."""
-    keep = (trainer, *trainer.callbacks, *trainer.loggers)  # type: ignore[attr-defined]
-    twin = copy.deepcopy(shadow(trainer, pl_module), {id(one): one for one in keep})
-    for module in twin.modules():
-        if isinstance(module, nn.SyncBatchNorm):
-            module.__class__ = _AloneNorm  # type: ignore[assignment]
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in twin.parameters()):
-        twin = twin.float()
-    return twin.train()
-
-
-def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """Batches of the training loader of this rank, on the device, as a first epoch would bring them; the loader itself is not advanced.
-
-    Raises:
-        ValueError: The training data are neither a ``DataLoader`` nor a list of batches.
-    """
-    loader: Any = trainer.fit_loop._data_source.dataloader()
-    if isinstance(loader, DataLoader):
-        live = getattr(loader, "_iterator", None)  # of persistent workers
-        shared = [one for one in (loader.dataset, loader.collate_fn, loader.worker_init_fn, live) if one is not None]
-        loader = copy.deepcopy(loader, {id(one): one for one in shared})
-        loader._iterator = None
-        loader.num_workers, loader.timeout = 0, 0.0
-    elif not isinstance(loader, list | tuple):
-        raise ValueError(
-            f"SNIP and GraSP take a batch from a training DataLoader, got {type(loader).__name__}: choose a method by shape, such as 'erk'"
-        )
-    for batch in loader:
-        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from typing import Any, TextIO
 
 from lit_methods.claims.display import Display
 from lit_methods.claims.plan import Node
-from lit_methods.cli.stage import changed_sources, write_json
+from lit_methods.claims.sources import changed_sources
 from lit_methods.errors import CommandError
+from lit_methods.files import write_json
 
 CHILD = (sys.executable, "-m", "lit_methods.cli.stage", "run")
 GRACE_SECONDS = 10.0  # between asking a stage to stop and killing it

@@ -162,7 +162,7 @@ def _conclude_claim(
 ) -> None:
     from lit_methods.claims.cost import compare_cost
     from lit_methods.claims.evidence import cost_line, differences_lines, facts, summary_row, values_table, verdict_line
-    from lit_methods.cli.stage import write_json
+    from lit_methods.files import write_json
 
     summary["cost"] = None
     if study.cost is not None:
@@ -204,7 +204,7 @@ def _conclude_claim(
 def _conclude_comparison(summary: dict[str, Any], rounds: Any, folder: Path, gpus: list[str]) -> None:
     from lit_methods.claims.comparison import comparison_plot, comparison_table, step_seconds
     from lit_methods.claims.evidence import differences_lines, facts
-    from lit_methods.cli.stage import write_json
+    from lit_methods.files import write_json
 
     summary["cost"] = step_seconds(rounds)
     summary |= facts(find_checkout(), "", gpus)

@@ -34,8 +34,9 @@ def report(words: list[str]) -> int:
         return 0
     folders = find_runs(options.runs, options.run_root)
 
+    from lit_methods.files import write_atomically
     from lit_methods.reports.compare import render_comparison
-    from lit_methods.reports.page import render_report, write_atomically
+    from lit_methods.reports.page import render_report
     from lit_methods.reports.record import load_run
 
     mark = hashlib.blake2b("\n".join(map(str, sorted(folders))).encode(), digest_size=8).hexdigest()

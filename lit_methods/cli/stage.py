@@ -6,82 +6,18 @@ by what ``--print_config`` says to each.
 """
 
 import contextlib
-import functools
-import hashlib
 import io
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from lit_methods.catalog import package_folder
-
-_PACKAGES = ("lit_methods.callbacks", "lit_methods.datamodules", "lit_methods")  # the last may hold the others
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def imported_sources(started: float = float("inf")) -> dict[str, str]:
-    """SHA-256 of every source file of ours, or below the current folder, that this process has imported.
-
-    Left out are installed libraries (their versions stand in a stage's key) and this package, which runs claims and computes nothing in
-    them. Not seen: what other processes of the run (data loader workers) import by themselves.
-
-    Args:
-        started: Time in seconds since the epoch. A file changed after it may not be what was imported: it gets a hash that no file has.
-
-    Returns:
-        ``<package>/<path>``, or ``./<path>`` below the current folder -> 64 hex digits.
-    """
-    roots = [(package, package_folder(package).resolve()) for package in _PACKAGES] + [(".", Path.cwd().resolve())]
-    own = Path(__file__).resolve().parent
-    found = {}
-    for module in list(sys.modules.values()):
-        name = getattr(module, "__file__", None) or ""
-        if not name.endswith(".py"):
-            continue
-        folder = _real_folder(os.path.dirname(name))
-        package, root = next(((package, root) for package, root in roots if folder.is_relative_to(root)), ("", folder))
-        installed = package == "." and any(part in ("site-packages", "dist-packages") for part in folder.parts)
-        file = folder / os.path.basename(name)
-        if package and not installed and folder != own and file.is_file():
-            changed = file.stat().st_mtime > started
-            found[f"{package}/{file.relative_to(root).as_posix()}"] = "changed during the run" if changed else sha256(file)
-    return dict(sorted(found.items()))
-
-
-@functools.cache
-def _real_folder(folder: str) -> Path:
-    return Path(folder).resolve()
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file's content, 64 hex digits; "" where there is none."""
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
-
-
-def changed_sources(sources: Mapping[str, str]) -> list[str]:
-    """Those of :func:`imported_sources` that don't have that content any more."""
-
-    def file(label: str) -> Path:
-        package, _, path = label.partition("/")
-        return (Path.cwd() if package == "." else package_folder(package)) / path
-
-    return [label for label, digest in sources.items() if sha256(file(label)) != digest]
+from lit_methods.claims.sources import imported_sources
+from lit_methods.files import write_json
 
 
 def run(record: Path, words: list[str]) -> int:

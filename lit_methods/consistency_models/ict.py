@@ -18,8 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from lit_methods.callbacks.averaging.ema import ema_update
-from lit_methods.callbacks.sparsity.masks import own_seed
+from lit_methods.averages import ema_update
 from lit_methods.catalog import Technique
 from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_levels, square_root_levels
 from lit_methods.consistency_models.evaluation import sliced_wasserstein
@@ -31,6 +30,7 @@ from lit_methods.consistency_models.sampling import multistep_sample
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
+from lit_methods.seeds import own_seed
 
 TECHNIQUE = Technique(
     slug="ict",

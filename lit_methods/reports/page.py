@@ -6,7 +6,6 @@ loads nothing from the network, and reads on a phone, in the dark, in print and 
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,16 +125,6 @@ def read_history(path: Path) -> list[Record]:
                 f"{path}, line {count}: not a record with step, epoch and metrics ({error}): mend or delete the line"
             ) from error
     return records
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: a reader never sees half of it, and a crash leaves the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def series_by_name(history: Iterable[Record]) -> dict[str, Series]:

@@ -20,8 +20,9 @@ from typing import Any, get_args
 import numpy as np
 import yaml
 
+from lit_methods.files import write_atomically
 from lit_methods.panels import CloudMedia, Curve, HistogramMedia, ImageMedia, Media, Panel, TableMedia
-from lit_methods.reports.page import ReportData, Section, Status, read_history, write_atomically
+from lit_methods.reports.page import ReportData, Section, Status, read_history
 
 RECORD = "report.json"
 HISTORY = "metrics.jsonl"

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lit_methods.callbacks.sparsity.masks import own_seed
+from lit_methods.seeds import own_seed
 from lit_methods.semi.graph import propagate
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_methods.callbacks.averaging.ema import cosine_decay, ema_update
-from lit_methods.callbacks.sparsity.masks import own_seed
+from lit_methods.averages import cosine_decay, ema_update
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows, rank, world_size
 from lit_methods.panels import Curve, Panel
+from lit_methods.seeds import own_seed
 from lit_methods.semi.alignment import align, moving_marginal
 from lit_methods.semi.fixmatch import Schedule, SemiBatch, SemiSupervised
 from lit_methods.semi.graph import edge_edge_loss, edges, finite_or_zero, node_edge_loss, node_node_loss, propagate

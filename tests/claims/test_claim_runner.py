@@ -16,8 +16,8 @@ from lit_methods.claims.cost import compare_cost, cost_nodes, measure
 from lit_methods.claims.display import Display, clock, estimate
 from lit_methods.claims.plan import Node, Plan
 from lit_methods.claims.runner import Runner, _lock, last_metrics, stop, value_of
+from lit_methods.claims.sources import changed_sources, imported_sources, sha256
 from lit_methods.claims.study import Cost
-from lit_methods.cli.stage import changed_sources, imported_sources, sha256
 from lit_methods.errors import CommandError
 
 FAKE = Path(__file__).parent / "fake_lit.py"

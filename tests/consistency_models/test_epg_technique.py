@@ -20,25 +20,23 @@ from lit_methods import (
     PixelViTEncoder,
     ShiftedViews,
 )
+from lit_methods.averages import ema_update
 from lit_methods.callbacks import ExactResume, WeightEMA
-from lit_methods.callbacks.averaging.ema import ema_update
 from lit_methods.consistency_models.curricula import ect_lower, ect_stage
-from lit_methods.consistency_models.epg.finetune import (
+from lit_methods.consistency_models.epg.core import (
+    consistency_temperature,
     consistency_tuning_loss,
+    cosine_info_nce,
     denoising_weight,
     interval_guidance,
     inverse_distance,
     nearest_level,
-)
-from lit_methods.consistency_models.epg.networks import projection_head, projection_head_of
-from lit_methods.consistency_models.epg.pretrain import (
-    consistency_temperature,
-    cosine_info_nce,
     neighbour_labels,
     pretrain_levels,
     pretrain_loss,
     warmup_factor,
 )
+from lit_methods.consistency_models.epg.networks import projection_head, projection_head_of
 from lit_methods.consistency_models.epg.views import gaussian_blur, luma, random_crop, turn_hue
 from lit_methods.consistency_models.levels import karras_levels
 from lit_methods.consistency_models.metrics import detached_pseudo_huber, pseudo_huber

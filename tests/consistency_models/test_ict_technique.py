@@ -6,8 +6,8 @@ import torch
 
 from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, run_two_processes, tiny_trainer
 from lit_methods import ConsistencyTraining, NoiseMLP, RingTeacher, SmallUNet, VelocityDenoiser
+from lit_methods.averages import ema_update
 from lit_methods.callbacks import EMARemoval, ExactResume, WeightEMA
-from lit_methods.callbacks.averaging.ema import ema_update
 from lit_methods.consistency_models.curricula import ct_teacher_decay
 from lit_methods.consistency_models.ict import density_picture
 from lit_methods.consistency_models.pairs import heun_step

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.consistency_models.curricula import doubling_levels, doubling_stage_length, ect_lower, ect_stage
-from lit_methods.consistency_models.epg.finetune import consistency_tuning_loss
-from lit_methods.consistency_models.epg.pretrain import cosine_info_nce, encode, pretrain_levels, pretrain_loss, resolution_shift
+from lit_methods.consistency_models.epg.core import (
+    consistency_tuning_loss,
+    cosine_info_nce,
+    encode,
+    pretrain_levels,
+    pretrain_loss,
+    resolution_shift,
+)
 from lit_methods.consistency_models.pairs import consistency_function
 
 

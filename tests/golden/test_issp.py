@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.callbacks.sparsity.issp import callback as core
+from lit_methods.callbacks.sparsity.issp import core
 from lit_methods.tasks.superres.metrics import psnr_y, ssim_y
 
 METHOD = {"ISS-P": "iss_p", "IHT": "iht"}

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.sparsity.channels import merge_keep_masks, prune_channels
-from lit_methods.callbacks.sparsity.masksparsity.callback import keep_masks, ot_threshold, sparse_gradient
+from lit_methods.callbacks.sparsity.masksparsity.core import keep_masks, ot_threshold, sparse_gradient
 
 PENALTIES: dict[str, Any] = {"L1": "l1", "L2": "l2", "smoothL1": "smooth_l1", "shiyan": "bounded_l2"}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.callbacks.averaging.weight_ema import power_decay, power_exponent
+from lit_methods.averages import power_decay, power_exponent
 from lit_methods.consistency_models.rcm.attention_jvp import attention_with_tangent
 from lit_methods.consistency_models.rcm.core import critic_loss, dcm_loss, dmd_loss, phase_at, sample, scm_loss, simulate
 from lit_methods.consistency_models.rcm.trigflow import (

@@ -7,18 +7,16 @@ from torch import Tensor, nn
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.sparsity.drop_grow import drop_smallest, target_count, update_mask
-from lit_methods.callbacks.sparsity.sparse_ift.callback import (
-    dope,
+from lit_methods.callbacks.sparsity.sparse_ift.core import (
     doped_rank,
     drop_schedule,
-    factorize,
     factorized_width,
     folded_frobenius,
-    iso_flop_transform,
     parallel_branches,
     wide_width,
     width_factor,
 )
+from lit_methods.callbacks.sparsity.sparse_ift.surgery import dope, factorize, iso_flop_transform
 from lit_methods.tasks.vision.networks import _BasicBlock
 
 

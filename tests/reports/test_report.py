@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lit_methods.files import write_atomically
 from lit_methods.panels import (
     CloudMedia,
     CloudPanel,
@@ -24,9 +25,9 @@ from lit_methods.panels import (
     TableMedia,
     TablePanel,
 )
-from lit_methods.reports import page as report
+from lit_methods.reports import html
 from lit_methods.reports.html import subsample, thin
-from lit_methods.reports.page import Record, ReportData, Section, read_history, record_line, render_report, write_atomically
+from lit_methods.reports.page import Record, ReportData, Section, read_history, record_line, render_report
 
 EVIL = "<script>alert('x')</script>&\"{{plotly}}"
 
@@ -186,7 +187,7 @@ def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
     addresses = [attributes[loading[tag]] for tag, attributes in page.elements if tag in loading and loading[tag] in attributes]
     assert addresses
     assert all(address.startswith("data:") for address in addresses)
-    assert "@import" not in Path(report.__file__).with_name("template.html").read_text(encoding="utf-8")
+    assert "@import" not in Path(html.__file__).with_name("template.html").read_text(encoding="utf-8")
 
 
 def test_user_text_is_escaped_everywhere(page: Page, text: str) -> None:
@@ -242,7 +243,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report.os, "replace", full_disk)
+        patch.setattr("os.replace", full_disk)
         with pytest.raises(OSError, match="No space"):
             write_atomically(path, "new")
     assert path.read_text() == "old"
@@ -320,7 +321,7 @@ def contrast(one: str, other: str) -> float:
 
 def test_texts_and_lines_stand_out_in_every_scheme() -> None:
     assert contrast("#000000", "#fff") == pytest.approx(21)
-    style = Path(report.__file__).with_name("template.html").read_text(encoding="utf-8")
+    style = Path(html.__file__).with_name("template.html").read_text(encoding="utf-8")
     schemes = [dict(re.findall(r"--([a-z0-9]+): (#[0-9a-f]{3,6});", block)) for block in re.findall(r":root[^{]*\{([^}]*)\}", style)]
     schemes = [scheme for scheme in schemes if "ink" in scheme]
     assert len(schemes) == 3  # light, dark, paper

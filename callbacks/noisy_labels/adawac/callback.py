@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_methods.callbacks.batch import find_in_batch
+from lit_methods.callbacks.batch import find_in_batch, resized, rows_of_calls
 from lit_methods.callbacks.loss_term import LossTerm
-from lit_methods.callbacks.noisy_labels.adawac.core import CONSISTENT, MODES, SINGLE_VIEW, Mode, adawac_loss, has_foreground
-from lit_methods.callbacks.outputs import resized, rows_of_calls
+from lit_methods.callbacks.noisy_labels.adawac.core import CONSISTENT, MODES, SINGLE_VIEW, Mode, adawac_loss
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows, rank
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel
 from lit_methods.sample_table import SampleTable
+from lit_methods.tasks.segmentation.core import has_foreground
 
 TECHNIQUE = Technique(
     slug="adawac",

@@ -7,8 +7,9 @@ Golden vectors come from gail-yxie/adawac@7d1b79e: models.py (UNETS_AW_AC.forwar
 from typing import Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from lit_methods.tasks.segmentation.core import batch_dice, has_foreground, sample_cross_entropy
 
 Mode = Literal["adawac", "base", "pair", "pseudo", "dac-only", "trim-train", "trim-ratio", "reweight-only", "pm-dro"]
 MODES: tuple[str, ...] = get_args(Mode)
@@ -76,43 +77,6 @@ def normalised_weights(weights: Tensor, ce: Tensor, rate: float, entropy: float 
         wide = torch.promote_types(torch.promote_types(weights.dtype, ce.dtype), torch.float32)
         logs = weights.detach().to(wide).clamp(min=_FLOOR).log()
         return ((1 - rate * entropy) * logs + rate * ce.detach().to(wide)).softmax(dim=0)
-
-
-def sample_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """(B,): the mean of each sample's pixels whose label isn't ``ignore_index``; 0 where there is none.
-
-    Args:
-        logits: (B, C, ...).
-        labels: (B, ...) int64.
-        ignore_index: Label that doesn't count.
-    """
-    each = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none").reshape(len(labels), -1)
-    return each.sum(1) / (labels != ignore_index).reshape(len(labels), -1).sum(1).clamp(min=1)
-
-
-def batch_dice(logits: Tensor, labels: Tensor, ignore_index: int = -100, smooth: float = 1e-5) -> Tensor:
-    """Soft Dice loss over the pixels of the whole batch: ``1 - (2 sum pt + smooth) / (sum p^2 + sum t^2 + smooth)``, mean over classes.
-
-    Args:
-        logits: (B, C, ...).
-        labels: (B, ...) int64; pixels with ``ignore_index`` are left out.
-        ignore_index: Label that doesn't count.
-        smooth: Keeps classes without a pixel finite.
-
-    Returns:
-        Scalar in 0 to 1.
-    """
-    p = logits.softmax(dim=1)
-    counts = (labels != ignore_index).unsqueeze(1)
-    target = F.one_hot(labels.masked_fill(labels == ignore_index, 0), logits.shape[1]).movedim(-1, 1).to(p.dtype) * counts
-    p = p * counts
-    sums = [part.transpose(0, 1).flatten(1).sum(1) for part in (p * target, p * p, target)]  # a one-hot target is its own square
-    return (1 - (2 * sums[0] + smooth) / (sums[1] + sums[2] + smooth)).mean()
-
-
-def has_foreground(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """(B,) bool: a pixel of the sample (B, ...) is neither 0, the background, nor ``ignore_index``."""
-    return ((labels != 0) & (labels != ignore_index)).reshape(len(labels), -1).any(1)
 
 
 def adawac_loss(
@@ -205,15 +169,4 @@ def adawac_loss(
     return AdaWACLoss(loss, both, dice_both.expand(size), consistency, weights, count)
 
 
-__all__ = [
-    "LEARNED",
-    "MODES",
-    "AdaWACLoss",
-    "Mode",
-    "adawac_loss",
-    "batch_dice",
-    "has_foreground",
-    "normalised_weights",
-    "sample_cross_entropy",
-    "update_sample_weights",
-]
+__all__ = ["LEARNED", "MODES", "AdaWACLoss", "Mode", "adawac_loss", "normalised_weights", "update_sample_weights"]

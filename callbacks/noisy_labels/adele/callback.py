@@ -13,24 +13,22 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_methods.callbacks.batch import find_in_batch
+from lit_methods.callbacks.batch import find_in_batch, logits_from, resized, rows_of_calls
 from lit_methods.callbacks.features import FeatureCapture
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.callbacks.noisy_labels.adele.core import (
     FittedCurve,
-    class_counts,
     corrected_labels,
     fit_iou_curve,
-    iou_of_counts,
     merged_labels,
     multiscale_consistency,
 )
 from lit_methods.callbacks.noisy_labels.label_correction import LabelCorrection
-from lit_methods.callbacks.outputs import logits_from, resized, rows_of_calls
 from lit_methods.catalog import Technique
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.distributed import gather_rows, rank
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
+from lit_methods.tasks.segmentation.core import class_counts, iou_of_counts
 
 TECHNIQUE = Technique(
     slug="adele",

@@ -17,43 +17,6 @@ from torch import Tensor
 # ---- how well the labels are fitted ----------------------------------------------------------------------------------------------------
 
 
-def class_counts(prediction: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """Pixels of each class that are hit, predicted and labelled, without those labelled ``ignore_index``.
-
-    Args:
-        prediction: Any shape, integers; values outside 0 to ``num_classes - 1`` aren't counted.
-        labels: The same shape.
-        num_classes: C.
-        ignore_index: Label that doesn't count.
-
-    Returns:
-        (3, C) int64. Doesn't wait for the device.
-    """
-    if prediction.shape != labels.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} and labels {tuple(labels.shape)} must have one shape")
-    p, t = prediction.flatten().long(), labels.flatten().long()
-    valid = t != ignore_index
-
-    def count(values: Tensor, where: Tensor) -> Tensor:
-        inside = where & (values >= 0) & (values < num_classes)
-        return torch.zeros(num_classes + 1, dtype=torch.int64, device=values.device).scatter_add(
-            0, torch.where(inside, values, num_classes), inside.long()
-        )[:num_classes]
-
-    return torch.stack([count(t, valid & (p == t)), count(p, valid), count(t, valid)])
-
-
-def iou_of_counts(counts: Tensor) -> Tensor:
-    """(C,) float64 in 0 to 1 from the (3, C) of :func:`class_counts`: hits / (predicted + labelled - hits + 1e-10)."""
-    hits, predicted, labelled = counts.double()
-    return hits / (predicted + labelled - hits + 1e-10)
-
-
-def class_iou(prediction: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """(C,) float64 intersection over union of each class; 0 for a class that is nowhere. Arguments as :func:`class_counts`."""
-    return iou_of_counts(class_counts(prediction, labels, num_classes, ignore_index))
-
-
 class FittedCurve(NamedTuple):
     """``a (1 - exp(-x^b / c))`` over epochs x.
 
@@ -333,14 +296,4 @@ def multiscale_consistency(
         return MultiScaleLoss(ce, (divergence * mask).mean(), mixture, certain)
 
 
-__all__ = [
-    "FittedCurve",
-    "MultiScaleLoss",
-    "class_counts",
-    "class_iou",
-    "corrected_labels",
-    "fit_iou_curve",
-    "iou_of_counts",
-    "merged_labels",
-    "multiscale_consistency",
-]
+__all__ = ["FittedCurve", "MultiScaleLoss", "corrected_labels", "fit_iou_curve", "merged_labels", "multiscale_consistency"]

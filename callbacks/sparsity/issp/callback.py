@@ -1,14 +1,11 @@
-"""Pruning from a random start by iterative soft shrinkage, ISS-P (arXiv:2303.09650), and what it is compared with.
+"""ISS-P as a callback.
 
-Golden vectors: Jiamian-Wang/Iterative-Soft-Shrinkage-SR at 6e11c43, basicsr/pruner/utils.py (which weights are pruned) and
-basicsr/pruner/ist_pruner.py (the shrinking steps), see tests/golden/data/issp/README.md. Read were that code, its README and the abstract;
-the paper's tables were not readable. Metrics of images stand in :mod:`lit_methods.tasks.superres.metrics`.
+Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.issp.core`.
 """
 
-import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,10 +17,22 @@ from torch import Tensor, nn
 
 from lit_methods import distributed
 from lit_methods.callbacks.sparsity.callback import MaskCallback
-from lit_methods.callbacks.sparsity.masks import keep_largest, nm_mask, own_seed
-from lit_methods.callbacks.sparsity.sparseland.callback import SparsityCard
+from lit_methods.callbacks.sparsity.card import SparsityCard
+from lit_methods.callbacks.sparsity.issp.core import (
+    SAMPLE,
+    VISIBLE,
+    fitting_pattern,
+    grow_penalty,
+    parse_pick,
+    pick_below_sample,
+    pick_pruned,
+    shrink,
+    shrink_ratio,
+)
+from lit_methods.callbacks.wrapping import _hold_schedulers, _let_schedulers_go
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.seeds import own_seed
 
 TECHNIQUE = Technique(
     slug="issp",
@@ -40,177 +49,14 @@ TECHNIQUE = Technique(
 
 Method = Literal["iss_p", "iht", "iss_r", "assl", "l1", "scratch", "random"]
 
-LARGEST_SHARE = 0.995
 """No more than this share of a layer is ever pruned."""
-SAMPLE = 32_400
 """Weights of a layer from which ``pick="fast"`` takes its threshold."""
-VISIBLE = 1e-3
 """Pruned weights above this count as still there at the switch."""
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
 
 
-def pruned_count(number: int, pr: float) -> int:
-    """How many of a layer's weights are pruned: min(ceil(pr * number), int(0.995 * number)).
-
-    Args:
-        number: Weights of the layer, >= 0.
-        pr: Wanted share, in [0, 1].
-    """
-    return min(math.ceil(pr * number), int(LARGEST_SHARE * number))
-
-
-def parse_pick(pick: str) -> tuple[int, int] | None:
-    """``"min_19:20"`` -> (19, 20); None for ``"min"`` and ``"fast"``, which have no groups.
-
-    Raises:
-        ValueError: Another text, or more pruned than a group holds.
-    """
-    if pick in ("min", "fast"):
-        return None
-    found = re.fullmatch(r"min_(\d+):(\d+)", pick)
-    if not found or not 0 <= int(found[1]) <= int(found[2]) or int(found[2]) < 1:
-        raise ValueError(f"pick is {pick!r}: give 'min', 'fast', or 'min_N:M' to prune N of every M weights, such as 'min_19:20'")
-    return int(found[1]), int(found[2])
-
-
-def fitting_pattern(n: int, m: int, granularity: int) -> tuple[int, int]:
-    """N and M, both raised by 1 until M divides ``granularity``.
-
-    Args:
-        n: Pruned per group.
-        m: Size of a group, >= 1.
-        granularity: Greatest common divisor of the layers' sizes; 0: anything fits.
-
-    Raises:
-        ValueError: No such M.
-    """
-    for larger in range(m, max(granularity, m) + 1):
-        if granularity % larger == 0:
-            return n + larger - m, larger
-    raise ValueError(
-        f"min_{n}:{m} fits no layers whose sizes have {granularity} as greatest common divisor: choose groups of at most {granularity}, "
-        "leave small layers out by skip, or take pick='min'"
-    )
-
-
-def pick_pruned(score: Tensor, pr: float, pick: str = "min", granularity: int = 0) -> Tensor:
-    """The weights of a layer that are pruned: those with the smallest scores.
-
-    Args:
-        score: |W| of the layer, any shape, >= 0, no NaN.
-        pr: Share that is pruned, in [0, 1]; see :func:`pruned_count`. Doesn't matter for groups.
-        pick: ``min``: the smallest of the whole layer. ``min_N:M``: the N smallest of every M consecutive entries of the flattened layer,
-            after :func:`fitting_pattern`. Mind that N counts the pruned ones.
-        granularity: See :func:`fitting_pattern`; for groups alone.
-
-    Returns:
-        bool, shape of ``score``, True where pruned; of equal scores the first are pruned, as in a stable sort.
-
-    Raises:
-        ValueError: Groups that don't fit the layer, or another ``pick``.
-    """
-    if pick == "fast":
-        raise ValueError("pick='fast' needs a sample of the layer: call pick_below_sample")
-    pattern = parse_pick(pick)
-    if pattern is None:
-        return keep_largest(-score, pruned_count(score.numel(), pr))
-    n, m = fitting_pattern(*pattern, granularity)
-    if score.numel() % m:
-        raise ValueError(f"min_{n}:{m} doesn't fit a layer of {score.numel()} weights, which is no multiple of {m}: use skip or pick='min'")
-    kept = nm_mask(score.flatten().view(-1, m).flip(1), m - n, m).flip(1)  # flipped: of equal scores the last are kept
-    return ~kept.reshape(score.shape)
-
-
-def pick_below_sample(score: Tensor, sample: Tensor, pr: float) -> Tensor:
-    """The fast pick: a threshold from some scores of the layer, instead of sorting all of them.
-
-    Args:
-        score: |W| of the layer, any shape.
-        sample: (S,) scores drawn from it, S >= 1.
-        pr: Share that is pruned, in [0, 1].
-
-    Returns:
-        bool, shape of ``score``: below the (ceil(pr * S) + 1)-th smallest of the sample, or the largest one. About ``pr`` of the layer.
-    """
-    ordered = sample.sort().values
-    return score < ordered[min(math.ceil(pr * len(ordered)), len(ordered) - 1)]
-
-
-def shrink(weight: Tensor, pruned: Tensor, ratio: float) -> Tensor:
-    """``ratio`` * W where pruned, W elsewhere; ratio 0 is hard thresholding (IHT), 1 leaves all as it is.
-
-    Args:
-        weight: W, any shape, floating point.
-        pruned: bool, same shape.
-        ratio: r in [0, 1], 1 less the shrinkage percentage.
-    """
-    return weight.masked_fill(pruned, 0.0) if ratio == 0 else torch.where(pruned, weight * ratio, weight)
-
-
-def shrink_step(weight: Tensor, pr: float, ratio: float, pick: str = "min", granularity: int = 0) -> tuple[Tensor, Tensor]:
-    """What follows an optimiser's step: pick the smallest weights anew and shrink them (ISS-P, IHT).
-
-    Args:
-        weight: As the optimiser left it. The shrinking adds up: give the next step the returned one.
-        pr: Share that is pruned.
-        ratio: Factor r of pruned weights.
-        pick: See :func:`pick_pruned`.
-        granularity: See :func:`pick_pruned`.
-
-    Returns:
-        New weight, and which were pruned (bool).
-    """
-    pruned = pick_pruned(weight.abs(), pr, pick, granularity)
-    return shrink(weight, pruned, ratio), pruned
-
-
-def shrink_ratio(method: Literal["iss_p", "iht"], ratio: float) -> float:
-    """Factor of pruned weights: ``ratio`` for ISS-P, 0 for IHT."""
-    return {"iss_p": ratio, "iht": 0.0}[method]
-
-
-def grow_penalty(penalty: Tensor, pruned: Tensor, delta: float, limit: float = math.inf) -> Tensor:
-    """Coefficients of the growing L2 penalty (ISS-R, ASSL): ``delta`` more where pruned, up to ``limit``; they never fall.
-
-    Args:
-        penalty: Per weight, >= 0.
-        pruned: bool, same shape.
-        delta: Of one update, >= 0.
-        limit: Growth stops here.
-    """
-    return torch.where(pruned, (penalty + delta).clamp(max=limit), penalty)
-
-
 # ---- a schedule that waits -------------------------------------------------------------------------------------------------------------
-
-
-def _hold_schedulers(module: pl.LightningModule, held: Callable[[Any], bool]) -> None:
-    """Leave out ``module.lr_scheduler_step`` while any of the ``held`` says so; any number of them, leaving in any order."""
-    if not hasattr(module.lr_scheduler_step, "holds"):
-        inside = module.lr_scheduler_step
-
-        @functools.wraps(inside)
-        def wrapped(scheduler: Any, *args: Any, **kwargs: Any) -> None:
-            if not any(hold(scheduler) for hold in waiting.holds):
-                inside(scheduler, *args, **kwargs)
-
-        waiting: Any = wrapped
-        waiting.holds, waiting.inside, waiting.was_own = [], inside, "lr_scheduler_step" in vars(module)
-        module.lr_scheduler_step = waiting  # type: ignore[method-assign]
-    step: Any = module.lr_scheduler_step
-    step.holds.append(held)
-
-
-def _let_schedulers_go(module: pl.LightningModule, held: Callable[[Any], bool]) -> None:
-    """Undo one ``_hold_schedulers``; a second call does nothing."""
-    step: Any = module.lr_scheduler_step
-    if held in getattr(step, "holds", ()):
-        step.holds.remove(held)
-        if not step.holds:
-            del module.lr_scheduler_step
-            if step.was_own:
-                module.lr_scheduler_step = step.inside  # type: ignore[method-assign]
 
 
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------

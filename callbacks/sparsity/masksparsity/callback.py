@@ -1,9 +1,6 @@
-"""MaskSparsity (arXiv:2201.06776): a sparsity penalty on the batch-norm scales of those channels alone that will be removed.
+"""MaskSparsity as a callback: fixed channels, the penalty, and the channels' removal.
 
-Golden vectors: CASIA-IVA-Lab/MaskSparsity at 2827de4, netslim/sparse.py and netslim/prune.py, see tests/golden/data/masksparsity/README.md.
-The baseline, with the penalty on all scales, is Network Slimming (arXiv:1708.06519). Removing channels, and the mask that the branches of a
-residual sum agree on, stand in :mod:`~lit_methods.callbacks.sparsity.channels`. Left out: masks from other pruning methods (any file of
-bools serves as one), folding a removed channel's constant into the next bias.
+Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.masksparsity.core`.
 """
 
 import operator
@@ -21,9 +18,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lit_methods import distributed
-from lit_methods.callbacks.logits import Key
+from lit_methods.callbacks.batch import Key
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.callback import refuse_sharded
 from lit_methods.callbacks.sparsity.channels import (
     PLAN_KEY,
     ChannelGroup,
@@ -37,10 +33,18 @@ from lit_methods.callbacks.sparsity.channels import (
     make_plan,
 )
 from lit_methods.callbacks.sparsity.flops import count_macs
-from lit_methods.callbacks.sparsity.masks import keep_largest
-from lit_methods.callbacks.sparsity.random_pruning import independent_copy, training_batches
+from lit_methods.callbacks.sparsity.masksparsity.core import (
+    Criterion,
+    Penalty,
+    keep_masks,
+    load_masks,
+    ot_threshold,
+    save_masks,
+    sparse_gradient,
+)
 from lit_methods.callbacks.sparsity.store import prunable_weights
-from lit_methods.callbacks.targets import plain_name
+from lit_methods.callbacks.targets import plain_name, refuse_sharded
+from lit_methods.callbacks.twin import independent_copy, training_batches
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import check_readable
@@ -61,203 +65,9 @@ TECHNIQUE = Technique(
 )
 
 Stage = Literal["baseline", "global_sparsity", "mask", "mask_sparsity", "prune", "finetune"]
-Penalty = Literal["l1", "l2", "smooth_l1", "bounded_l2"]
-Criterion = Literal["threshold", "ot", "ratio", "global_ratio"]
 
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
-
-
-def penalty_gradient(gamma: Tensor, penalty: Penalty, strength: float, learning_rate: float | Tensor = 0.0) -> Tensor:
-    """Gradient of the sparsity penalty on batch-norm scales: strength * r(gamma).
-
-    Args:
-        gamma: Scales, any shape, floating point.
-        penalty: ``l1``: r is the sign, 0 at 0. ``l2``: gamma. ``smooth_l1``: gamma where |gamma| < learning_rate * strength, else the sign,
-            so that scales don't oscillate about 0. ``bounded_l2`` (``shiyan`` in the authors' code): gamma where |gamma| <= 0.09, else 0.
-        strength: lambda, >= 0.
-        learning_rate: Of the optimiser; ``smooth_l1`` alone uses it.
-
-    Returns:
-        Shape and dtype of ``gamma``.
-
-    Raises:
-        ValueError: An unknown penalty.
-    """
-    if penalty == "l1":
-        r = gamma.sign()
-    elif penalty == "l2":
-        r = gamma
-    elif penalty == "smooth_l1":
-        r = torch.where(gamma.abs() < learning_rate * strength, gamma, gamma.sign())
-    elif penalty == "bounded_l2":
-        r = torch.where(gamma.abs() <= 0.09, gamma, torch.zeros_like(gamma))
-    else:
-        raise ValueError(f"penalty is {penalty!r}: give one of {', '.join(get_args(Penalty))}")
-    return strength * r
-
-
-def sparse_gradient(
-    gamma: Tensor, grad: Tensor, prune: Tensor | None, penalty: Penalty, strength: float, learning_rate: float | Tensor = 0.0
-) -> Tensor:
-    """The gradient of batch-norm scales with the penalty's: for channels that will be removed, or for all.
-
-    Args:
-        gamma: (C,) scales.
-        grad: (C,) gradient of the loss.
-        prune: (C,) bool, True: will be removed (the inverse of a keep mask); None: all channels, as in Network Slimming.
-        penalty: See :func:`penalty_gradient`.
-        strength: lambda.
-        learning_rate: See :func:`penalty_gradient`.
-
-    Returns:
-        (C,) dtype of ``grad``.
-    """
-    term = penalty_gradient(gamma, penalty, strength, learning_rate)
-    return grad + (term if prune is None else term.masked_fill(~prune, 0.0)).to(grad.dtype)
-
-
-def ot_threshold(gamma: Tensor, discard: float = 1e-4) -> Tensor:
-    """Threshold that discards a share of the energy (the authors' OT).
-
-    |gamma|, at least 1e-18, in rising order: midway between the first scale at which the cumulated share of the squares exceeds
-    ``discard`` and the one before it; 0 if it is the first of all. 1 (the whole layer) if the largest is below 1e-3.
-
-    Args:
-        gamma: (C,) floating point; computed in its dtype.
-        discard: Share in [0, 1).
-
-    Returns:
-        Scalar; channels with |gamma| above it stay.
-
-    Raises:
-        ValueError: ``discard`` lies outside its range.
-    """
-    if not 0 <= discard < 1:
-        raise ValueError(f"discard is {discard}: give a share of the energy, 0 up to below 1")
-    rising = gamma.detach().abs().clamp(min=1e-18).sort().values
-    energy = rising.square().cumsum(0)
-    first = (energy / energy[-1] > discard).int().argmax()
-    middle = (rising[first] + rising[(first - 1).clamp(min=0)]) / 2
-    found = torch.where(first == 0, torch.zeros_like(middle), middle)
-    return torch.where(rising[-1] < 1e-3, torch.ones_like(found), found)
-
-
-def threshold_mask(gamma: Tensor, threshold: float | Tensor, min_channels: int = 1) -> Tensor:
-    """Channels whose scale is above a threshold, with the authors' guard.
-
-    If fewer than ``min_channels`` are, those at least as large as the ``min_channels``-th largest stay; if ties make that another number,
-    the thresholded mask with channel 0 counts, which may be fewer.
-
-    Args:
-        gamma: (C,) floating point.
-        threshold: >= 0; a channel at the threshold goes.
-        min_channels: >= 1; a layer with no more channels keeps all of them in the guard's case.
-
-    Returns:
-        (C,) bool, True: kept; never all False.
-    """
-    size = gamma.detach().abs()
-    keep = size > threshold
-    if len(keep) <= min_channels:
-        return keep if bool(keep.sum() >= min_channels) else torch.ones_like(keep)
-    largest = size >= size.sort(descending=True).values[min_channels - 1]
-    with_first = keep.clone()
-    with_first[0] = True
-    guarded = torch.where(largest.sum() == min_channels, largest, with_first)
-    return torch.where(keep.sum() < min_channels, guarded, keep)
-
-
-def keep_masks(
-    gammas: Mapping[str, Tensor],
-    criterion: Criterion = "threshold",
-    *,
-    threshold: float = 0.01,
-    energy: float = 1e-4,
-    ratio: float | Mapping[str, float] = 0.5,
-    min_channels: int = 1,
-) -> dict[str, Tensor]:
-    """Which channels stay, by the magnitude of their scales.
-
-    Args:
-        gammas: Name of the batch norm -> (C,) scales.
-        criterion: ``threshold``: |gamma| > ``threshold``. ``ot``: :func:`ot_threshold` of each layer. ``ratio``: the smallest go, a share
-            of each layer. ``global_ratio``: the smallest of all layers together go (Network Slimming).
-        threshold: Of ``threshold``.
-        energy: Share that ``ot`` discards.
-        ratio: Share that goes, in [0, 1]: of each layer, rounded; or pattern of names -> share, where the first that fits counts and a
-            layer that no pattern fits stays whole. ``global_ratio`` takes a number.
-        min_channels: Of each layer stay so many at least, see :func:`threshold_mask`; ``ratio`` keeps them exactly.
-
-    Returns:
-        Name -> (C,) bool.
-
-    Raises:
-        ValueError: An argument outside its range.
-    """
-    shares = list(ratio.values()) if isinstance(ratio, Mapping) else [ratio]
-    if min_channels < 1 or threshold < 0 or any(not 0 <= share <= 1 for share in shares):
-        raise ValueError(f"min_channels={min_channels} must be 1 or more, threshold={threshold} 0 or more, ratio={ratio} in [0, 1]")
-    sizes = {name: gamma.detach().abs() for name, gamma in gammas.items()}
-    if criterion == "threshold":
-        return {name: threshold_mask(size, threshold, min_channels) for name, size in sizes.items()}
-    if criterion == "ot":
-        return {name: threshold_mask(size, ot_threshold(size.double(), energy), min_channels) for name, size in sizes.items()}
-    if criterion == "ratio":
-        found = {}
-        for name, size in sizes.items():
-            share = next((s for p, s in ratio.items() if fnmatchcase(name, p)), 0.0) if isinstance(ratio, Mapping) else ratio
-            found[name] = keep_largest(size, min(len(size), max(min_channels, len(size) - round(share * len(size)))))
-        return found
-    if criterion != "global_ratio":
-        raise ValueError(f"criterion is {criterion!r}: give one of {', '.join(get_args(Criterion))}")
-    if isinstance(ratio, Mapping):
-        raise ValueError(f"ratio is {dict(ratio)}, but global_ratio takes one share of all channels: give a number, or criterion='ratio'")
-    every = torch.cat([size.float().cpu() for size in sizes.values()]).sort().values
-    count = round(ratio * len(every))
-    limit = float(every[count - 1]) if count else -1.0
-    return {name: threshold_mask(size.float(), limit, min_channels) for name, size in sizes.items()}
-
-
-def save_masks(path: Path | str, keep: Mapping[str, Tensor]) -> None:
-    """Write keep masks to a ``.npz`` or ``.pt`` file: name of the batch norm -> bool, True: kept. Layers that stay whole are left out.
-
-    Raises:
-        ValueError: Another ending.
-    """
-    path = Path(path)
-    partial = {name: mask.cpu() for name, mask in keep.items() if not mask.all()}
-    if path.suffix == ".npz":
-        with path.open("wb") as file:
-            np.savez(file, **{name: mask.numpy() for name, mask in partial.items()})  # type: ignore[arg-type]
-    elif path.suffix == ".pt":
-        torch.save(partial, path)
-    else:
-        raise ValueError(f"{path}: masks are written as .npz or .pt")
-
-
-def load_masks(path: Path | str) -> dict[str, Tensor]:
-    """Read keep masks: name -> (C,) bool, True: kept. A name may be that of the norm or of its weight.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Neither ``.npz`` nor ``.pt``, or an entry is no vector of bools.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"mask={str(path)!r} does not exist: give a .npz or .pt file of keep masks, or a checkpoint")
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    elif path.suffix == ".pt":
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    else:
-        raise ValueError(f"{path} is no file of masks: give .npz or .pt (name of the batch norm -> bool), or a checkpoint (.ckpt)")
-    for name, mask in found.items():
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 1:
-            kind = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"{path}: {name!r} is {kind}, expected one bool a channel, True for channels that stay")
-    return {name.removesuffix(".weight"): mask for name, mask in found.items()}
 
 
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------
@@ -863,13 +673,4 @@ def _divide(gammas: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[
     return kept.detach(), removed.detach()
 
 
-__all__ = [
-    "MaskedBNSparsity",
-    "keep_masks",
-    "load_masks",
-    "ot_threshold",
-    "penalty_gradient",
-    "save_masks",
-    "sparse_gradient",
-    "threshold_mask",
-]
+__all__ = ["MaskedBNSparsity"]

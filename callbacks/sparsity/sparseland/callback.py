@@ -9,21 +9,16 @@ The measures themselves stand in :mod:`~lit_methods.callbacks.sparsity.density`,
 """
 
 import copy
-import inspect
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from dataclasses import asdict
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -31,17 +26,19 @@ from torch import Tensor, nn
 
 from lit_methods import distributed
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.callback import refuse_sharded
+from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.cost import Cost, Timing, measure, size_in_bytes, theoretical_cost
 from lit_methods.callbacks.sparsity.dynamics import itop_rate, mask_change, union
-from lit_methods.callbacks.sparsity.flops import Macs, count_macs, training_flops
+from lit_methods.callbacks.sparsity.flops import Macs
 from lit_methods.callbacks.sparsity.health import Health, chains, effective_masks, health
 from lit_methods.callbacks.sparsity.masks import is_nm
+from lit_methods.callbacks.sparsity.sparseland.guards import _aligned, _totals, training_cost
 from lit_methods.callbacks.sparsity.store import prunable_weights
-from lit_methods.callbacks.targets import plain_module, plain_name
+from lit_methods.callbacks.targets import plain_module, plain_name, refuse_sharded
+from lit_methods.callbacks.twin import _call, _parameters, _plain_parameter_name, _samples, count_on_batch, shadow
 from lit_methods.catalog import Technique
+from lit_methods.files import write_atomically
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
-from lit_methods.reports.page import write_atomically
 from lit_methods.runs.folder import run_dir
 
 TECHNIQUE = Technique(
@@ -61,205 +58,10 @@ TECHNIQUE = Technique(
 # ---- taxonomy --------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SparsityCard:
-    """What kind of sparsity a method makes. A callback or module declares it as its attribute ``sparsity_card``.
-
-    Attributes:
-        stage: When weights are chosen: ``before``, ``during`` or ``post`` training.
-        regime: Of the training: ``dense_to_sparse`` starts dense, ``sparse_to_sparse`` never is, and so on.
-        mask: Whether the choice is made once (``static``) or changes (``dynamic``).
-        granularity: What is removed as one.
-        object: What becomes sparse.
-        forward_dense: The forward pass uses dense weights (at some time other than the start or end).
-        backward_dense: Gradients are computed for all weights at every step. Not: RigL, which needs them at updates alone.
-        optimizer_dense: The optimiser's state of removed weights is kept.
-        weights_touched: Weights are trained; False: only masked, as after training.
-        layerwise: How density is spread over layers.
-        criterion: By what weights are chosen.
-        cost: Regime of :func:`~lit_methods.callbacks.sparsity.flops.training_flops`. Gradual pruning is ``static``: its density is
-            followed over time.
-        update_interval: Steps between two updates, for ``cost: rigl``.
-
-    Raises:
-        ValueError: A value that isn't among the choices, or two that contradict each other.
-    """
-
-    stage: Literal["before", "during", "post"]
-    regime: Literal["dense_to_sparse", "sparse_to_sparse", "dense_to_dense", "sparse_to_dense"]
-    mask: Literal["static", "dynamic"]
-    granularity: Literal["unstructured", "n:m", "block", "channel", "head", "layer"] = "unstructured"
-    object: Literal["weights", "activations", "gradients", "attention", "tokens"] = "weights"
-    forward_dense: bool = False
-    backward_dense: bool = False
-    optimizer_dense: bool = False
-    weights_touched: bool = True
-    layerwise: Literal["uniform", "uniform_plus", "er", "erk", "erk_plus", "snip", "grasp", "global", "learned"] = "uniform"
-    criterion: Literal["random", "magnitude", "gradient", "activation", "learned", "other"] = "other"
-    cost: Literal["dense", "static", "set", "rigl", "sparse_momentum", "ste"] = "static"
-    update_interval: int = 100
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(SparsityCard).items():
-            value, choices = getattr(self, name), get_args(hint)
-            if choices and value not in choices:
-                raise ValueError(f"SparsityCard.{name} is {value!r}: give one of {', '.join(choices)}")
-        if self.regime == "sparse_to_sparse" and self.forward_dense:
-            raise ValueError("SparsityCard: a sparse_to_sparse method has no dense forward pass; correct regime or forward_dense")
-
-
-def training_cost(cost: Cost, cards: Mapping[str, SparsityCard]) -> float:
-    """FLOPs to train on one sample: each weight by the regime of the method that masks it, all else dense.
-
-    Args:
-        cost: Of a forward pass, per sample.
-        cards: Weight -> card of the method that masks it.
-    """
-    total = 6 * cost.attention_macs
-    for name, dense in cost.macs_dense.items():
-        card = cards.get(name)
-        if card is None:
-            total += training_flops("static", 2 * dense, 2 * cost.macs_sparse[name])  # dense, where nothing is masked
-        else:
-            total += training_flops(card.cost, 2 * dense, 2 * cost.macs_sparse[name], card.update_interval)
-    return total
-
-
 # ---- guards over several runs ----------------------------------------------------------------------------------------------------------
 
 
-def not_comparable(run: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Why the results of two runs don't compare (guard 4); [] if they do.
-
-    Budgets are equal if samples are, or training FLOPs (1 % apart at most).
-
-    Args:
-        run: Content of a ``sparsity.json``.
-        other: Of another one.
-    """
-    reasons = []
-    a, b = run["training"], other["training"]
-    flops = [side["flops"] for side in (a, b)]
-    same_flops = None not in flops and abs(flops[0] - flops[1]) <= 0.01 * max(flops)
-    if a["samples"] != b["samples"] and not same_flops:
-        reasons.append(f"training budget: {a['samples']:,} and {b['samples']:,} samples, neither equal FLOPs")
-    for key, words in {"density_base": "density base", "layerwise": "layer-wise rule", "masked": "masked layers"}.items():
-        one, two = run["setting"][key], other["setting"][key]
-        if one != two and not (key != "density_base" and (_is_dense(run) or _is_dense(other))):  # a dense run has no rule and no masks
-            if key == "masked":
-                odd = sorted(set(one) ^ set(two))
-                reasons.append(f"{words}: {', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''} in one of them alone")
-            else:
-                reasons.append(f"{words}: {_words(one)} and {_words(two)}")
-    starts = [side["setting"]["pretrained"] for side in (run, other)]
-    if starts[0] != starts[1]:
-        reasons.append("start: {} and {}".format(*({True: "pretrained", False: "from scratch", None: "not stated"}[s] for s in starts)))
-    return reasons
-
-
-def _words(value: Any) -> str:
-    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
-
-
-def _is_dense(run: Mapping[str, Any]) -> bool:
-    return bool(run["density"]["prunable"] == 1)
-
-
-def missing_evidence(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a set of runs lacks before it supports a claim: seeds (guard 9) and baselines (guard 10).
-
-    Args:
-        runs: Contents of ``sparsity.json`` files: all seeds of a method and of what it is compared with.
-
-    Returns:
-        Sentences; [] if nothing is missing. A baseline counts for a run if :func:`not_comparable` has no objection.
-    """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for run in runs:
-        setting = {key: value for key, value in run["setting"].items() if key != "seed"}
-        groups.setdefault(json.dumps([run["method"], run["cards"], setting], sort_keys=True), []).append(run)
-    missing = [f"one seed only: {_label(group[0])}" for group in groups.values() if len({run["setting"]["seed"] for run in group}) < 2]
-
-    def is_kind(run: Mapping[str, Any], criterion: str) -> bool:
-        return bool(run["cards"]) and all(
-            card["criterion"] == criterion and (criterion != "random" or card["mask"] == "static") for card in run["cards"].values()
-        )
-
-    for group in groups.values():
-        run = group[0]
-        if _is_dense(run) or is_kind(run, "random") or is_kind(run, "magnitude"):
-            continue
-        rivals = [other for other in runs if other is not run and not not_comparable(run, other)]
-        alike = [other for other in rivals if _same_layers(run, other)]
-        for what, present in {
-            "dense, same budget": any(map(_is_dense, rivals)),
-            "static random masks with the same layer densities": any(is_kind(other, "random") for other in alike),
-            "magnitude pruning": any(is_kind(other, "magnitude") for other in rivals),
-        }.items():
-            if not present:
-                missing.append(f"no baseline for {_label(run)}: {what}")
-    return missing
-
-
-def _label(run: Mapping[str, Any]) -> str:
-    return f"{_words(run['method'])}, density {run['density']['prunable']:.3g}"
-
-
-def _same_layers(run: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    mine, theirs = ({row["name"]: row for row in side["layers"]} for side in (run, other))
-    return mine.keys() == theirs.keys() and all(
-        abs(row["kept"] - theirs[name]["kept"]) <= 1 + 0.01 * row["kept"] for name, row in mine.items()
-    )
-
-
-def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> TableMedia:
-    """Runs beside each other, theory and measurement in columns of their own, and why a run doesn't compare with the first.
-
-    Args:
-        runs: Name -> content of its ``sparsity.json``; the first is what the others are compared with.
-    """
-    columns = (
-        *("run", "density of prunable weights", "density of all parameters", "FLOPs ratio (theory)", "training FLOPs (theory)"),
-        *("samples", "result", "latency in ms (measured)", "not comparable"),
-    )
-    first = next(iter(runs.values()))
-    rows = []
-    for name, run in runs.items():
-        inference, speed, results = run["inference"], run["speed"], run["results"]
-        rows.append(
-            (
-                name,
-                run["density"]["prunable"],
-                run["density"]["all"],
-                inference["flops_ratio"] if inference else None,
-                run["training"]["flops"],
-                run["training"]["samples"],
-                results[-1]["value"] if results else None,
-                1000 * speed["seconds"] if speed else None,
-                "; ".join(not_comparable(first, run)),
-            )
-        )
-    return TableMedia(columns, tuple(rows))
-
-
 # ---- reading a module ------------------------------------------------------------------------------------------------------------------
-
-
-def _plain_parameter_name(name: str) -> str:
-    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", plain_name(name))
-
-
-def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by the names that they have without ``torch.compile`` and parametrisations; tied ones once."""
-    return {_plain_parameter_name(name): parameter for name, parameter in module.named_parameters()}
-
-
-def _samples(batch: Any) -> int | None:
-    """Size of the first dimension of the first tensor in a batch."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((found for found in map(_samples, values) if found), None)
 
 
 def _pack(masks: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -271,82 +73,6 @@ def _unpack(packed: Mapping[str, Any]) -> dict[str, Tensor]:
         name: torch.from_numpy(np.unpackbits(entry["bits"].numpy(), count=math.prod(entry["shape"])).astype(bool)).view(entry["shape"])
         for name, entry in packed.items()
     }
-
-
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    pass
-
-
-def shadow(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
-    """A copy in eval mode that shares parameters with the module and nothing else: buffers, metrics and counters are its own.
-
-    It logs nothing, and has neither forward hooks nor what callbacks have wrapped around its steps.
-    """
-    shared = [*pl_module.parameters(), trainer, *trainer.callbacks, *trainer.loggers]  # type: ignore[attr-defined]
-    twin = copy.deepcopy(pl_module, {id(one): one for one in shared})
-    for step in ("training_step", "validation_step", "test_step", "predict_step", "log", "log_dict"):
-        vars(twin).pop(step, None)
-    for module in twin.modules():
-        module._forward_hooks.clear()  # they watch; pre-hooks may make weights
-    silent: dict[str, Any] = {"log": _ignore, "log_dict": _ignore}
-    silent |= {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
-    silent["__qualname__"] = f"shadow.<locals>.{type(twin).__name__}"  # else the command finds it beside the class of that name
-    twin.__class__ = type(type(twin).__name__, (type(twin),), silent)
-    twin.trainer = trainer
-    return twin.eval()
-
-
-def _runs(twin: pl.LightningModule, forward: str | None) -> list[str]:
-    """Methods that can run the network on a batch, best first."""
-    if forward is not None:
-        return [forward]
-    steps = ["validation_step", "test_step"] + (["training_step"] if twin.automatic_optimization else [])
-    return [*(step for step in steps if is_overridden(step, twin, pl.LightningModule)), "predict_step"]
-
-
-def _call(twin: pl.LightningModule, name: str, batch: Any, precision: Any) -> Any:
-    method = getattr(twin, name)
-    names = list(inspect.signature(method).parameters)
-    others = (0, 0)[: max(0, len(names) - 1)] if name.endswith("_step") else ()
-    with precision:
-        return method(batch, *others)
-
-
-def count_on_batch(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, forward: str | None = None
-) -> tuple[Macs | None, str, list[str]]:
-    """Count a forward pass of a batch through a :func:`shadow` of the module; generators of random numbers stay as they were.
-
-    Args:
-        trainer: Its trainer.
-        pl_module: Any module.
-        batch: As the training step gets it, on the device.
-        forward: Name of the method that is run; None: the first step that works.
-
-    Returns:
-        MACs of the batch by parameter (None: nothing could be run), the method's name, and what went wrong on the way.
-    """
-    weights = {name: weight for name, weight in _parameters(pl_module).items() if weight.ndim >= 2}
-    problems: list[str] = []
-    with isolate_rng(pl_module.device.type == "cuda"):
-        try:
-            twin = shadow(trainer, pl_module)
-            candidates = _runs(twin, forward)
-        except Exception as error:  # a module may hold anything
-            return None, "", [f"no copy of the module can be made: {type(error).__name__}: {error}"]
-        for name in candidates:
-            # autocast makes copies of the weights, which the counter doesn't know; it is off here and in count_macs
-            precision = nullcontext() if "mixed" in str(trainer.precision) else trainer.precision_plugin.val_step_context()
-            inputs = apply_to_collection(batch, Tensor, torch.clone)
-            try:
-                macs = count_macs(twin, lambda name=name, p=precision, x=inputs: _call(twin, name, x, p), weights)  # type: ignore[misc]
-            except Exception as error:  # the user's code, on a batch that it may not be made for
-                problems.append(f"{name}: {type(error).__name__}: {error}")
-                continue
-            if sum(macs.per_weight.values()):
-                return macs, name, problems
-            problems.append(f"{name}: no weight is used")
-    return None, "", problems
 
 
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------
@@ -904,42 +630,3 @@ class SparsityReport(OrderedCallback):
         if results:
             found["sparsity/results"] = TableMedia(("step", "samples", "training FLOPs", "metric", "value"), tuple(results))
         return found
-
-
-def _aligned(mask: Tensor, card: SparsityCard, source: Any) -> bool:
-    """Whether zeros lie in the units that the card declares; True for those that can't be checked from a mask."""
-    if card.granularity == "layer":
-        return bool(mask.all()) or not bool(mask.any())
-    if card.granularity == "channel" and mask.ndim >= 2:  # every removed weight lies in a removed row or column
-        rows, columns = mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)
-        whole = (rows[:, None] & columns).view(*mask.shape[:2], *[1] * (mask.ndim - 2))
-        return torch.equal(mask, whole.expand_as(mask))
-    n, m = getattr(source, "n", None), getattr(source, "m", None)
-    if card.granularity == "n:m" and isinstance(n, int) and isinstance(m, int):
-        return mask.ndim < 2 or is_nm(mask, n, m, 1) or is_nm(mask, n, m, 0)
-    return True
-
-
-def _totals(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The second table: one row per figure, theory and measurement told apart."""
-    inference, speed, sizes = report["inference"], report["speed"], report["bytes"]
-    rows: list[tuple[str, Any]] = [
-        ("density of the prunable weights", report["density"]["prunable"]),
-        ("density of all parameters", report["density"]["all"]),
-        ("counted by", report["density"]["basis"]),
-    ]
-    if inference:
-        rows += [
-            ("FLOPs of a forward pass, dense (theory, per sample)", inference["flops_dense"]),
-            ("FLOPs of a forward pass, sparse (theory, per sample)", inference["flops_sparse"]),
-            ("ratio, attention included", inference["flops_ratio"]),
-            ("ratio of the weights alone", inference["flops_ratio_without_attention"]),
-            ("training FLOPs so far (theory)", report["training"]["flops"]),
-        ]
-    rows += [(f"{key} (masks)", value) for key, value in report["dynamics"].items()]
-    rows += [(key.replace("_", " "), value) for key, value in report["health"].items()]
-    rows += [(f"bytes of the prunable weights, {key}", value) for key, value in sizes.items()]
-    if speed:
-        where = f"{speed['kernel']}, {speed['device']}, batch {speed['batch_size']}"
-        rows += [(f"latency in ms (measured: {where})", 1000 * speed["seconds"]), (f"peak MiB ({speed['memory']})", speed["peak_mib"])]
-    return rows

@@ -1,14 +1,10 @@
-"""EPG: images straight from pixels, by pre-training an encoder and fine-tuning it with a decoder (arXiv:2510.12586).
+"""EPG, stage 2: a network with the pretrained encoder becomes a diffusion or a consistency model.
 
-Golden vectors come from AMAP-ML/EPG@bf76f78 (rcm/rcm_denoiser.py, rcm/resample.py) and @8b57ede (rcm/utils.py), transcribed. Stage 1 is in
-:mod:`~lit_methods.consistency_models.epg.pretrain`; this is stage 2. The curriculum of pairs stands in
-:mod:`~lit_methods.consistency_models.curricula`, the metric in :mod:`~lit_methods.consistency_models.metrics`, the samplers in
-:mod:`~lit_methods.consistency_models.sampling`. Left out: FID, which needs the weights of Inception.
+The maths stands in :mod:`~lit_methods.consistency_models.epg.core`.
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
@@ -18,148 +14,37 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from lit_methods.callbacks.sparsity.masks import own_seed
-from lit_methods.checkpoint import read_state_dict
 from lit_methods.consistency_models.curricula import ect_lower, ect_stage
-from lit_methods.consistency_models.epg.networks import Encoded, projection_head_of
-from lit_methods.consistency_models.epg.pretrain import (
-    Gather,
-    Map,
+from lit_methods.consistency_models.epg.core import (
     Pixels,
-    cosine_info_nce,
+    consistency_tuning_loss,
+    denoising_loss,
+    denoising_weight,
     encode,
     gather_keys,
-    gradient_norm,
-    logs_now,
+    interval_guidance,
+    nearest_level,
     needs_width,
-    seeded_noise,
     shift_of,
-    training_length,
     warmup_factor,
 )
+from lit_methods.consistency_models.epg.networks import Encoded, projection_head_of
 from lit_methods.consistency_models.evaluation import sliced_wasserstein
 from lit_methods.consistency_models.levels import karras_levels, like
-from lit_methods.consistency_models.metrics import detached_pseudo_huber, square
-from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss
+from lit_methods.consistency_models.metrics import square
+from lit_methods.consistency_models.pairs import consistency_function
 from lit_methods.consistency_models.sampling import Solver, denoise_sample, multistep_sample
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
+from lit_methods.runs.checkpoints import read_state_dict
+from lit_methods.seeds import own_seed, seeded_noise
+from lit_methods.steps import gradient_norm, logs_now, training_length
 
 Mode = Literal["denoise", "consistency"]
 Weight = Literal["inverse_gap", "one"]
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
-
-
-def nearest_level(sigma: Tensor, levels: Tensor) -> Tensor:
-    """Index, from 0, of the level that is nearest to each sigma.
-
-    Args:
-        sigma: (B,).
-        levels: (N,) ascending.
-
-    Returns:
-        (B,) int64.
-    """
-    above = torch.bucketize(sigma, levels).clamp(1, len(levels) - 1)
-    return above - (sigma - levels[above - 1] <= levels[above] - sigma).long()
-
-
-def denoising_weight(index: Tensor, levels: Tensor) -> Tensor:
-    """1 / (sigma_i - sigma_{i-1}): of the levels as they are, before any shift.
-
-    Args:
-        index: (B,) int64 from 0; the smallest level, which has none below it, gets the gap to the next one.
-        levels: (N,) ascending.
-    """
-    gaps = levels.diff()
-    return 1 / gaps[(index - 1).clamp(min=0)]
-
-
-def denoising_loss(answer: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Weighted mean((x0 - x)^2): (B, ...), (B, ...) and (B,) -> (B,)."""
-    with torch.autocast(x.device.type, enabled=False):
-        wide = torch.promote_types(answer.dtype, torch.float32)
-        return weight * square(answer.to(wide), x.to(wide))
-
-
-class TuningLoss(NamedTuple):
-    """Losses of the consistency fine-tuning, (B,) each, both answers (B, ...), and 1 / (t - r) (B,)."""
-
-    consistency: Tensor
-    perceptual: Tensor
-    student: Tensor
-    teacher: Tensor
-    weight: Tensor
-
-
-def inverse_distance(upper: Tensor, lower: Tensor) -> Tensor:
-    """1 / (t - r); 0 where both are equal."""
-    gap = upper - lower
-    return torch.where(gap > 0, 1 / gap.clamp(min=torch.finfo(gap.dtype).tiny), 0.0)
-
-
-def consistency_tuning_loss(
-    student: Callable[..., Tensor],
-    teacher: Callable[..., Tensor],
-    x: Tensor,
-    noise: Tensor,
-    upper: Tensor,
-    lower: Tensor,
-    *condition: Tensor,
-    c: float = 0.06,
-    warmup: bool = False,
-    perceptual: Map | None = None,
-    temperature: float = 0.1,
-    gather: Gather = Tensor.detach,
-) -> TuningLoss:
-    """S / sg sqrt(S + c^2) / (t - r) with S = sum((f(x + t n, t) - sg f-(x + r n, r))^2), and the contrast of answers with images.
-
-    Args:
-        student: f of (B, ...) and (B,), with the boundary at the shifted sigma_min.
-        teacher: f-: in EPG f itself. It gets no gradient, and drops the same units.
-        x: (B, ...) data.
-        noise: n, like ``x``.
-        upper: (B,) t, shifted.
-        lower: (B,) r <= t, shifted.
-        condition: Further arguments of both.
-        c: Of the distance.
-        warmup: The answer is compared with ``x`` itself, and not contrasted: stage 0 of the curriculum.
-        perceptual: Frozen map (B, ...) -> (B, C) of images without noise, whose gradient reaches its input; None: no contrast.
-        temperature: Of the contrast.
-        gather: (B, C) -> (M, C) keys of all processes, those of this one first.
-    """
-    weight = inverse_distance(upper, lower)
-    other = (lambda *_: x) if warmup else teacher
-    found = consistency_pair_loss(student, other, x, noise, lower, upper, partial(detached_pseudo_huber, c=c), weight, *condition)
-    contrast = torch.zeros_like(found.losses)
-    if perceptual is not None and not warmup:
-        with torch.no_grad():
-            keys = gather(perceptual(x))
-        contrast = cosine_info_nce(perceptual(found.student), keys, temperature)
-    return TuningLoss(found.losses, contrast, found.student, found.teacher, weight)
-
-
-def interval_guidance(
-    denoise: Callable[..., Tensor], x: Tensor, sigma: float, labels: Tensor, null: int, scale: float, interval: tuple[float, float]
-) -> Tensor:
-    """D(x; null) + scale (D(x; labels) - D(x; null)) while sigma lies in the interval, D(x; labels) elsewhere (arXiv:2404.07724).
-
-    Args:
-        denoise: D of (B, ...) and (B,) labels.
-        x: (B, ...).
-        sigma: Level, before the resolution shift.
-        labels: (B,) int64.
-        null: Label of no class.
-        scale: 1: no guidance.
-        interval: Above the first, up to the second.
-    """
-    told = denoise(x, labels)
-    if scale == 1 or not interval[0] < sigma <= interval[1]:
-        return told
-    untold = denoise(x, torch.full_like(labels, null))
-    return untold + scale * (told - untold)
 
 
 # ---- the module ------------------------------------------------------------------------------------------------------------------------

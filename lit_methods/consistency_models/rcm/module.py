@@ -21,10 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_methods import distributed
-from lit_methods.callbacks.averaging.ema import ema_update
-from lit_methods.callbacks.averaging.weight_ema import power_decay, power_exponent
+from lit_methods.averages import ema_update, power_decay, power_exponent
 from lit_methods.catalog import Technique
-from lit_methods.checkpoint import load_into
 from lit_methods.consistency_models.evaluation import sliced_wasserstein
 from lit_methods.consistency_models.ict import density_picture
 from lit_methods.consistency_models.networks import fourier_features
@@ -57,6 +55,7 @@ from lit_methods.consistency_models.rcm.trigflow import (
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
+from lit_methods.runs.checkpoints import load_into
 
 TECHNIQUE = Technique(
     slug="rcm",
@@ -203,7 +202,7 @@ class RCM(LightningModule):
         betas: Of both.
         weight_decay: Of both.
         lr_warmup: Iterations of its phase over which each learning rate rises to its value.
-        ema_profile: ``power``, see :func:`lit_methods.callbacks.averaging.weight_ema.power_decay`, or ``constant``.
+        ema_profile: ``power``, see :func:`lit_methods.averages.power_decay`, or ``constant``.
         ema_width: Of ``power``.
         ema_shift: Of ``power``: iterations that are taken as done before.
         ema_decay: Of ``constant``.

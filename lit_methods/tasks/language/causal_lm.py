@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lit_methods.checkpoint import load_into
 from lit_methods.panels import Curve, Panel
+from lit_methods.runs.checkpoints import load_into
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
 

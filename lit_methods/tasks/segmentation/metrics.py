@@ -9,7 +9,7 @@ from scipy import ndimage
 from torch import Tensor
 from torchmetrics import Metric
 
-from lit_methods.callbacks.noisy_labels.adele.core import class_counts
+from lit_methods.tasks.segmentation.core import class_counts
 
 
 class ClassCounts(Metric):
@@ -33,7 +33,7 @@ class ClassCounts(Metric):
         self.counts += class_counts(prediction, labels, self.num_classes, self.ignore_index)
 
     def compute(self) -> Tensor:
-        """(3, num_classes) int64, as :func:`~lit_methods.callbacks.noisy_labels.adele.core.class_counts`."""
+        """(3, num_classes) int64, as :func:`~lit_methods.tasks.segmentation.core.class_counts`."""
         return self.counts
 
 

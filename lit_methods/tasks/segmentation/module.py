@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lit_methods.callbacks.noisy_labels.adawac.core import batch_dice, sample_cross_entropy
 from lit_methods.distributed import gather_rows
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
+from lit_methods.tasks.segmentation.core import batch_dice, sample_cross_entropy
 from lit_methods.tasks.segmentation.metrics import ClassCounts, dice_and_hd95
 
 _COLOURS = np.array(

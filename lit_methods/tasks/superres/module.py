@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from lit_methods.checkpoint import load_into
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
+from lit_methods.runs.checkpoints import load_into
 from lit_methods.tasks.superres.metrics import LuminancePSNR, LuminanceSSIM, psnr_y, to_uint8
 from lit_methods.tasks.superres.networks import enlarge
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
-from lit_methods.checkpoint import load_into
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.runs.checkpoints import load_into
 
 Loss = Literal["cross_entropy", "bce"]
 Schedule = Literal["constant", "cosine", "multistep"]

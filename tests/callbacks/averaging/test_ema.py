@@ -26,7 +26,8 @@ from helpers import (
     run_two_processes,
     tiny_trainer,
 )
-from lit_methods.callbacks.averaging.ema import EMATeacher, cosine_decay, ema_update, half_life_decay, warmup_decay
+from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warmup_decay
+from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.features import FeatureCapture
 from lit_methods.callbacks.run.exact_resume import ExactResume
 from lit_methods.datamodules.loaders import make_loader

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from helpers import Classifier, Images, assert_state_dicts_equal, cloned_state, fingerprint, kill_and_resume, tiny_trainer
+from lit_methods.averages import power_decay, power_exponent
 from lit_methods.callbacks import ExactResume, WeightEMA
-from lit_methods.callbacks.averaging.weight_ema import power_decay, power_exponent
 from lit_methods.datamodules.loaders import make_loader
 
 

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from helpers import Classifier, Images, cloned_state, fingerprint, run_two_processes, tiny_trainer
 from lit_methods.callbacks import Reliability
+from lit_methods.callbacks.batch import inputs_and_labels
 from lit_methods.callbacks.evaluation.reliability import calibration_error, detection_auroc, fast_gradient_sign, negative_log_likelihood
-from lit_methods.callbacks.logits import inputs_and_labels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -25,11 +25,11 @@ from helpers import (
 from lit_methods import MLP, MetricLearning, ProxySoftmax
 from lit_methods.callbacks import TCM, ExactResume
 from lit_methods.callbacks.metric_learning.tcm import tcm_loss
-from lit_methods.checkpoint import read_state_dict
 from lit_methods.cli.main import main
 from lit_methods.datamodules import OpenWorldDataModule
 from lit_methods.datamodules.loaders import make_loader
 from lit_methods.datamodules.metric_learning.base import ClassBalancedSampler
+from lit_methods.runs.checkpoints import read_state_dict
 from lit_methods.tasks.metric_learning.losses import proxy_softmax
 
 TINY = {"num_train_classes": 6, "num_val_classes": 5, "per_class": 6, "classes_per_batch": 4, "samples_per_class": 3, "steps_per_epoch": 4}

@@ -18,18 +18,10 @@ from helpers import (
 )
 from lit_methods import ImageSegmentor, SmallUNet2d
 from lit_methods.callbacks import AdaWAC, ExactResume, LossTerm
-from lit_methods.callbacks.noisy_labels.adawac.core import (
-    MODES,
-    SINGLE_VIEW,
-    adawac_loss,
-    batch_dice,
-    has_foreground,
-    normalised_weights,
-    sample_cross_entropy,
-    update_sample_weights,
-)
+from lit_methods.callbacks.noisy_labels.adawac.core import MODES, SINGLE_VIEW, adawac_loss, normalised_weights, update_sample_weights
 from lit_methods.datamodules import OrganSlicesDataModule
 from lit_methods.datamodules.loaders import make_loader
+from lit_methods.tasks.segmentation.core import batch_dice, has_foreground, sample_cross_entropy
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
 

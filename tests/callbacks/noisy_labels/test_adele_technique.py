@@ -11,16 +11,10 @@ from torch.utils.data import Dataset
 from helpers import assert_state_dicts_equal, cloned_state, fingerprint, kill_and_resume, run_two_processes, tiny_trainer
 from lit_methods import ImageSegmentor, LabelStore, SmallUNet2d
 from lit_methods.callbacks import ADELE, ExactResume, MultiScaleConsistency
-from lit_methods.callbacks.noisy_labels.adele.core import (
-    class_counts,
-    class_iou,
-    corrected_labels,
-    fit_iou_curve,
-    merged_labels,
-    multiscale_consistency,
-)
+from lit_methods.callbacks.noisy_labels.adele.core import corrected_labels, fit_iou_curve, merged_labels, multiscale_consistency
 from lit_methods.datamodules import NoisyMasksDataModule
 from lit_methods.datamodules.loaders import make_loader
+from lit_methods.tasks.segmentation.core import class_counts, class_iou
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
 

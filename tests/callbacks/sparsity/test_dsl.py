@@ -23,8 +23,8 @@ from helpers import (
 from lit_methods import LightGCN
 from lit_methods.callbacks import DSL, EMATeacher, ExactResume
 from lit_methods.callbacks.sparsity.dsl_recommendation import density_by_popularity, global_magnitude_masks, prune, regrow, update_mask
-from lit_methods.callbacks.sparsity.masks import own_seed
 from lit_methods.datamodules import RatingsDataModule
+from lit_methods.seeds import own_seed
 
 
 def random_case(

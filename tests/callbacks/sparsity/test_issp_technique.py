@@ -24,15 +24,8 @@ from helpers import (
     tiny_trainer,
 )
 from lit_methods.callbacks import DynamicSparsity, EMATeacher, ExactResume, IterativeSoftShrinkage, SparsityReport
-from lit_methods.callbacks.sparsity.issp import callback as core
-from lit_methods.callbacks.sparsity.issp.callback import (
-    fitting_pattern,
-    grow_penalty,
-    parse_pick,
-    pick_below_sample,
-    pick_pruned,
-    pruned_count,
-)
+from lit_methods.callbacks.sparsity.issp import core
+from lit_methods.callbacks.sparsity.issp.core import fitting_pattern, grow_penalty, parse_pick, pick_below_sample, pick_pruned, pruned_count
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*before the switch"), pytest.mark.filterwarnings("ignore:.*stay dense")]
 SHAPES = {"network.0.weight": (4, 3, 3, 3), "network.5.weight": (8, 144), "network.7.weight": (4, 8)}

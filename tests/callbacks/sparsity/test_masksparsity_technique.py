@@ -27,7 +27,7 @@ from helpers import (
 from lit_methods import ImageClassifier, SmallConvNet
 from lit_methods.callbacks import EMATeacher, ExactResume, MaskedBNSparsity, NMSparsity, SparsityReport
 from lit_methods.callbacks.sparsity.channels import load_pruned
-from lit_methods.callbacks.sparsity.masksparsity.callback import (
+from lit_methods.callbacks.sparsity.masksparsity.core import (
     keep_masks,
     load_masks,
     ot_threshold,

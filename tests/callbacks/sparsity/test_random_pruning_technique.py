@@ -26,8 +26,9 @@ from helpers import (
 )
 from lit_methods.callbacks import ExactResume, RandomPruning, SparsityReport
 from lit_methods.callbacks.sparsity.density import layer_density
-from lit_methods.callbacks.sparsity.random_pruning import balanced_batch, independent_copy, layer_scores, training_batches
+from lit_methods.callbacks.sparsity.random_pruning import balanced_batch, layer_scores
 from lit_methods.callbacks.sparsity.scores import kept_masks, kept_shares
+from lit_methods.callbacks.twin import independent_copy, training_batches
 
 SHAPES = [(4, 3, 3, 3), (8, 144), (4, 8)]  # of the helpers' small network
 SIZE = sum(int(np.prod(shape)) for shape in SHAPES)

@@ -27,21 +27,23 @@ from helpers import (
 )
 from lit_methods.callbacks import EMATeacher, ExactResume, SparseIFT, SparsityReport
 from lit_methods.callbacks.sparsity.drop_grow import target_count
-from lit_methods.callbacks.sparsity.sparse_ift.callback import (
-    Parallel,
-    Transformation,
+from lit_methods.callbacks.sparsity.sparse_ift.core import (
     base_scaling,
-    dope,
     doped_rank,
     drop_schedule,
-    factorize,
     factorized_width,
     folded_frobenius,
+    spectral_gap,
+    wide_width,
+)
+from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
+    Parallel,
+    Transformation,
+    dope,
+    factorize,
     iso_flop_transform,
     parallelize,
-    spectral_gap,
     transformation_of,
-    wide_width,
 )
 from lit_methods.tasks.vision.networks import MLP, CifarResNet, CifarResNet18
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lit_methods import MLP, CifarResNet, CifarResNet18, SmallConvNet, TimmNetwork, WideResNet
-from lit_methods.checkpoint import read_state_dict
+from lit_methods.runs.checkpoints import read_state_dict
 
 
 def test_mlp_names_its_layers_and_applies_relu_between_them():

@@ -1,0 +1,668 @@
+"""Sparse-IFT's layers, and how they take the place of a module's own."""
+
+import copy
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from lit_methods.callbacks.sparsity.sparse_ift.core import (
+    Family,
+    Init,
+    UVLayer,
+    base_scaling,
+    doped_rank,
+    factorized_width,
+    parallel_branches,
+    wide_width,
+)
+from lit_methods.callbacks.sparsity.store import prunable_weights
+from lit_methods.callbacks.targets import plain_module, plain_name
+from lit_methods.seeds import own_seed
+
+
+class OverFeatures(nn.Module):
+    """Batch norm over the last dimension of (..., features): what linear layers need on vectors and on tokens alike.
+
+    Args:
+        features: Size of the last dimension.
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., features) -> the same shape."""
+        return self.norm(x.flatten(0, -2)).view(x.shape) if x.ndim > 2 else self.norm(x)
+
+
+class Factorized(nn.Module):
+    """V sigma(BN(U x)) in the place of W x; submodules ``u``, ``norm`` (perhaps), ``v``.
+
+    Args:
+        u: First layer.
+        v: Second one, pointwise.
+        norm: Batch norm between them.
+        relu: ReLU after the norm.
+    """
+
+    def __init__(self, u: nn.Module, v: nn.Module, norm: nn.Module | None = None, relu: bool = False) -> None:
+        super().__init__()
+        self.u, self.norm, self.v, self.relu = u, norm, v, relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input and output of the dense layer."""
+        x = self.u(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.v(x.relu() if self.relu else x)
+
+
+class Doped(nn.Module):
+    """W_s x + V U x in the place of W x; submodules ``sparse``, ``u``, ``v``.
+
+    Args:
+        sparse: W_s, of the dense layer's shape.
+        u: First factor of the dense part.
+        v: Second one, pointwise.
+    """
+
+    def __init__(self, sparse: nn.Module, u: nn.Module, v: nn.Module) -> None:
+        super().__init__()
+        self.sparse, self.u, self.v = sparse, u, v
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input and output of the dense layer."""
+        return self.sparse(x) + self.v(self.u(x))
+
+
+class Parallel(nn.Module):
+    """sum_j BN_j(W_j x) in the place of BN(W x); submodules ``branches.j``, ``norms.j``.
+
+    Args:
+        branches: Layers of the dense one's shape.
+        norms: As many norms.
+    """
+
+    def __init__(self, branches: Sequence[nn.Module], norms: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.branches, self.norms = nn.ModuleList(branches), nn.ModuleList(norms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input of the dense layer, output of its norm."""
+        return functools.reduce(torch.add, [norm(branch(x)) for branch, norm in zip(self.branches, self.norms, strict=True)])
+
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
+    """Inputs, outputs, kernel size."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features, ()
+    assert isinstance(layer, _ConvNd)
+    return layer.in_channels, layer.out_channels, tuple(layer.kernel_size)
+
+
+def _new(layer: nn.Module, inputs: int, outputs: int, bias: bool, pointwise: bool = False) -> nn.Module:
+    """A layer of the same kind; a pointwise one has a kernel of 1 and stride 1."""
+    if isinstance(layer, nn.Linear):
+        made: nn.Module = nn.Linear(inputs, outputs, bias)
+    else:
+        assert isinstance(layer, _ConvNd)
+        kind: Any = type(layer)
+        if pointwise:
+            made = kind(inputs, outputs, 1, bias=bias)
+        else:
+            shared = {key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")}
+            made = kind(inputs, outputs, bias=bias, **shared)
+    return made.to(layer.weight.device, layer.weight.dtype)  # type: ignore[arg-type]
+
+
+def _new_norm(layer: nn.Module, features: int) -> nn.Module:
+    made: nn.Module
+    if isinstance(layer, nn.Linear):
+        made = OverFeatures(features)
+    else:
+        made = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}[type(layer)](features)  # type: ignore[index]
+    return made.to(layer.weight.device, layer.weight.dtype)  # type: ignore[arg-type]
+
+
+def _check_layer(layer: nn.Module, groups: bool = False) -> None:
+    if type(layer) not in _LAYERS:
+        raise ValueError(f"{type(layer).__name__} is none of {', '.join(kind.__name__ for kind in _LAYERS)}")
+    if not groups and getattr(layer, "groups", 1) != 1:
+        raise ValueError(f"a convolution in {layer.groups} groups: sizes are known for ordinary ones alone")
+
+
+def factorize(layer: nn.Module, sparsity: float, uv_layer: UVLayer = "nonlinear_relu", sparse_u_only: bool = False) -> Factorized:
+    """Sparse Factorized: new layers in the place of a linear layer or convolution.
+
+    Args:
+        layer: ``nn.Linear`` or ``nn.Conv1d`` to ``nn.Conv3d`` without groups. U has its kernel, stride and padding; V is pointwise and
+            has its bias.
+        sparsity: s.
+        uv_layer: Between U and V: nothing (``linear``), batch norm (``nonlinear_norelu``), batch norm and ReLU (``nonlinear_relu``).
+        sparse_u_only: V will stay dense.
+
+    Returns:
+        Untrained, of torch's own initialisation.
+
+    Raises:
+        ValueError: Another layer, or an unknown ``uv_layer``.
+    """
+    if uv_layer not in get_args(UVLayer):
+        raise ValueError(f"uv_layer is {uv_layer!r}: give one of {', '.join(get_args(UVLayer))}")
+    _check_layer(layer)
+    inputs, outputs, kernel = _sizes(layer)
+    width = factorized_width(inputs, outputs, sparsity, kernel, sparse_u_only)
+    norm = None if uv_layer == "linear" else _new_norm(layer, width)
+    u, v = _new(layer, inputs, width, bias=False), _new(layer, width, outputs, layer.bias is not None, pointwise=True)
+    return Factorized(u, v, norm, uv_layer == "nonlinear_relu")
+
+
+def dope(layer: nn.Module, sparsity: float) -> Doped:
+    """Sparse Doped: new layers in the place of a linear layer or convolution.
+
+    Args:
+        layer: As for :func:`factorize`; the sparse part has its bias.
+        sparsity: s of the sparse part, above 0.
+
+    Returns:
+        Untrained, of torch's own initialisation.
+
+    Raises:
+        ValueError: Another layer, or one that is too small for rank 1.
+    """
+    _check_layer(layer)
+    inputs, outputs, kernel = _sizes(layer)
+    rank = doped_rank(inputs, outputs, sparsity, kernel)
+    if rank < 1:
+        raise ValueError(f"at sparsity {sparsity} a layer from {inputs} to {outputs} features has no FLOPs left for rank 1")
+    sparse = _new(layer, inputs, outputs, layer.bias is not None)
+    return Doped(sparse, _new(layer, inputs, rank, bias=False), _new(layer, rank, outputs, bias=False, pointwise=True))
+
+
+def parallelize(layer: nn.Module, sparsity: float, norm: nn.Module | None = None) -> Parallel:
+    """Sparse Parallel: branches in the place of a layer and of the batch norm that follows it.
+
+    Args:
+        layer: ``nn.Linear`` or ``nn.Conv1d`` to ``nn.Conv3d``. Branches have no bias, their norms have one.
+        sparsity: s.
+        norm: The batch norm that takes the layer's output, whose settings and initial values the branches' norms take over; None: the
+            layer has none, the branches get new ones.
+
+    Returns:
+        Untrained, of torch's own initialisation.
+
+    Raises:
+        ValueError: Another layer.
+    """
+    _check_layer(layer, groups=True)
+    inputs, outputs, _ = _sizes(layer)
+    count = parallel_branches(sparsity)
+    branches = [_new(layer, inputs, outputs, bias=False) for _ in range(count)]
+    return Parallel(branches, [_new_norm(layer, outputs) if norm is None else copy.deepcopy(norm) for _ in range(count)])
+
+
+@dataclass(frozen=True)
+class TransformedLayer:
+    """What stands where a dense layer stood.
+
+    Attributes:
+        name: Of the dense layer.
+        dense_shape: Of its weight.
+        sparse: Names of the weights in its place that are masked.
+        dense: Names of those that stay dense.
+        enlarged: It holds more weights than before, and has the dense layer's FLOPs once it is masked.
+        folded: Names of the weights of U and V, where the two make one linear map.
+    """
+
+    name: str
+    dense_shape: tuple[int, ...]
+    sparse: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+    enlarged: bool = True
+    folded: tuple[str, ...] = ()
+
+    @property
+    def dense_size(self) -> int:
+        """Weights of the dense layer."""
+        return math.prod(self.dense_shape)
+
+
+@dataclass(frozen=True)
+class Transformation:
+    """What :func:`iso_flop_transform` has done to a module.
+
+    Attributes:
+        family: Member of the family.
+        sparsity: s.
+        uv_layer: Of Factorized.
+        sparse_u_only: Of Factorized.
+        layers: All layers whose weights are new, in the module's order.
+    """
+
+    family: str
+    sparsity: float
+    uv_layer: str
+    sparse_u_only: bool
+    layers: tuple[TransformedLayer, ...]
+
+    def settings(self) -> dict[str, Any]:
+        """What must agree between a checkpoint and a run."""
+        found: dict[str, Any] = {"family": self.family, "sparsity": self.sparsity}
+        return found | ({"uv_layer": self.uv_layer, "sparse_u_only": self.sparse_u_only} if self.family == "factorized" else {})
+
+
+_MARK = "_sparse_ift"
+
+
+_PARAMETRISED = "its weight is parametrised, which must come after the transformation"
+
+
+def transformation_of(module: nn.Module) -> Transformation | None:
+    """What has been done to a module or to a part of it; names are those that they have in ``module``. None: nothing.
+
+    Raises:
+        ValueError: Two parts were transformed differently.
+    """
+    found: Transformation | None = None
+    for path, part in module.named_modules():
+        mine = vars(part).get(_MARK)
+        if mine is None:
+            continue
+        prefix = f"{plain_name(path)}." if plain_name(path) else ""
+
+        def named(names: Sequence[str], prefix: str = prefix) -> tuple[str, ...]:
+            return tuple(prefix + name for name in names)
+
+        layers = tuple(
+            replace(one, name=prefix + one.name, sparse=named(one.sparse), dense=named(one.dense), folded=named(one.folded))
+            for one in mine.layers
+        )
+        if found is not None and found.settings() != mine.settings():
+            raise ValueError(f"two parts of {type(module).__name__} are transformed differently: {found.settings()}, {mine.settings()}")
+        found = replace(mine, layers=layers if found is None else (*found.layers, *layers))
+    return found
+
+
+def iso_flop_transform(
+    module: nn.Module,
+    family: Family,
+    sparsity: float,
+    *,
+    targets: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    stem: str | None = None,
+    head: str | None = None,
+    shortcuts: Sequence[str] = ("*downsample*", "*shortcut*"),
+    sparse_shortcuts: bool | None = None,
+    uv_layer: UVLayer = "nonlinear_relu",
+    sparse_u_only: bool = False,
+    init: Init = "kaiming_normal",
+    zero_init_last: bool = False,
+    seed: int = 0,
+) -> Transformation:
+    """Replace layers of a module by larger ones, which have the dense layers' FLOPs once their masks are applied; in place.
+
+    Call it before optimisers are made; it draws from a generator of its own. Masks are not its business: they cover the weights that the
+    result names. Transformed layers are drawn anew.
+
+    Args:
+        module: Any module. ``wide`` scales all of it and takes linear layers, convolutions without groups, batch, layer and group norms;
+            the others replace single ``nn.Linear`` and ``nn.Conv1d`` to ``nn.Conv3d``.
+        family: ``wide``, ``parallel``, ``factorized``, ``doped``, or ``none``: no layer is enlarged, the baseline.
+        sparsity: s of the masks to come, in [0, 1).
+        targets: ``fnmatch`` patterns on names of layers; empty: all linear layers and convolutions but stem, head and shortcuts.
+        skip: Patterns on names of layers that stay dense.
+        stem: Name of the first layer, dense, whose inputs ``wide`` doesn't scale; None: the first linear layer or convolution.
+        head: Name of the last layer, dense, whose outputs ``wide`` doesn't scale; None: the last one.
+        shortcuts: Patterns on names: pointwise convolutions that match are shortcuts.
+        sparse_shortcuts: Mask shortcuts; ``wide`` enlarges them with the rest, the others mask them as they are, as the authors' code
+            does, with fewer FLOPs than before. None: for ``wide`` alone.
+        uv_layer: See :func:`factorize`.
+        sparse_u_only: See :func:`factorize`.
+        init: Of the new weights: ``kaiming_normal`` by fan-out for ReLU, biases 0; ``default``: torch's own. Norms start as the dense
+            network's do.
+        zero_init_last: Start the scale of the last norm of each residual block (``conv1``, ``bn1``, ``conv2``, ``bn2``, ...) at 0.
+        seed: Of the new weights.
+
+    Returns:
+        What was done; :func:`transformation_of` finds it again.
+
+    Raises:
+        ValueError: Something can't be transformed; the message says what and why. The module is then unchanged.
+    """
+    base_scaling(sparsity)
+    for name, value, known in (("family", family, Family), ("uv_layer", uv_layer, UVLayer), ("init", init, Init)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(known))}")
+    if transformation_of(module) is not None:
+        raise ValueError(f"{type(module).__name__} is transformed already: transform a dense module")
+    modules = {plain_name(name): plain_module(part) for name, part in module.named_modules()}
+    matrices = [name for name, part in modules.items() if isinstance(part, (nn.Linear, _ConvNd))]
+    if not matrices:
+        raise ValueError(
+            f"{type(module).__name__} has no linear layer or convolution: if it makes its layers later, call iso_flop_transform at the end "
+            "of its configure_model"
+        )
+    ends = [matrices[0] if stem is None else stem, matrices[-1] if head is None else head]
+    for argument, name in zip(("stem", "head"), ends, strict=True):
+        if name not in matrices:
+            raise ValueError(f"{argument} is {name!r}, no linear layer or convolution of {type(module).__name__}: {', '.join(matrices)}")
+    for name in matrices:
+        wanted = any(fnmatchcase(name, pattern) for pattern in targets) if targets else name not in ends
+        if wanted and not any(fnmatchcase(name, pattern) for pattern in skip):
+            _refuse(module, family, {name: _PARAMETRISED} if hasattr(modules[name], "parametrizations") else {})
+    chosen = [name.rpartition(".")[0] for name in prunable_weights(module, targets, skip)]
+    chosen = [name for name in dict.fromkeys(chosen) if targets or name not in ends]
+    pointwise = {name for name in matrices if set(_sizes(modules[name])[2]) == {1} and any(fnmatchcase(name, p) for p in shortcuts)}
+    masks_shortcuts = family in ("wide", "none") if sparse_shortcuts is None else sparse_shortcuts
+    kept = [name for name in chosen if name in pointwise] if masks_shortcuts else []
+    chosen = [name for name in chosen if name not in pointwise or masks_shortcuts]
+    enlarged = [name for name in chosen if family in ("wide", "none") or name not in kept]
+    if not enlarged:
+        raise ValueError(
+            f"{type(module).__name__} has no hidden layer to transform beside stem {ends[0]!r} and head {ends[1]!r}: name layers by targets"
+        )
+    last_norms = _last_norms(module) if zero_init_last else []
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(own_seed("SparseIFT", seed))  # the CPU's alone: others wouldn't be restored
+        if family == "wide":
+            layers = _widen(module, modules, chosen, ends, sparsity, init)
+        else:
+            layers = _replace(module, modules, family, chosen, set(enlarged), sparsity, uv_layer, sparse_u_only, init)
+    for path in last_norms:
+        _zero_scale(module, path)
+    done = Transformation(family, sparsity, uv_layer, sparse_u_only, tuple(layers))
+    setattr(plain_module(module), _MARK, done)
+    return done
+
+
+def _obstacle(layer: nn.Module, counts: Mapping[int, int]) -> str | None:
+    """Why a layer can't get new weights."""
+    if hasattr(layer, "parametrizations"):
+        return _PARAMETRISED
+    if any(counts.get(id(parameter), 0) > 1 for parameter in layer.parameters()):
+        return "its weight is shared with another layer"
+    if not all(parameter.requires_grad for parameter in layer.parameters()):
+        return "it is frozen, and would be drawn anew"
+    return None
+
+
+def _uses(root: nn.Module) -> dict[int, int]:
+    """By id of a parameter: how many places hold it."""
+    counts: dict[int, int] = {}
+    for _, parameter in root.named_parameters(remove_duplicate=False):
+        counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+    return counts
+
+
+def _refuse(root: nn.Module, family: str, problems: Mapping[str, str]) -> None:
+    if problems:
+        name, why = next(iter(problems.items()))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        way = (
+            "transform a submodule that it can, by network, or choose parallel, factorized or doped"
+            if family == "wide"
+            else "name other layers by targets, or leave it out by skip"
+        )
+        raise ValueError(f"Sparse-IFT {family!r} can't transform {name} of {type(root).__name__}{more}: {why}; {way}")
+
+
+def _initialise(layers: Sequence[nn.Module], init: Init) -> None:
+    for layer in layers:
+        device = layer.weight.device
+        layer.to("cpu")  # the same numbers whatever the device
+        if init == "default":
+            layer.reset_parameters()  # type: ignore[operator]
+        else:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # type: ignore[arg-type]
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+        layer.to(device)  # type: ignore[arg-type]
+
+
+def _parent(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
+    parent, _, child = name.rpartition(".")
+    return modules[parent], child
+
+
+def _following_norm(modules: Mapping[str, nn.Module], name: str) -> str | None:
+    """Name of the batch norm that stands next to a layer in its parent, if it takes the layer's output."""
+    parent, child = _parent(modules, name)
+    names = list(parent._modules)
+    after = names[names.index(child) + 1 :][:1]
+    norm = parent._modules[after[0]] if after else None
+    if type(norm) not in _NORMS or norm.num_features != _sizes(modules[name])[1]:  # type: ignore[union-attr]
+        return None
+    return f"{name.rpartition('.')[0]}.{after[0]}".lstrip(".")
+
+
+def _replace(
+    root: nn.Module,
+    modules: dict[str, nn.Module],
+    family: str,
+    chosen: Sequence[str],
+    enlarged: set[str],
+    sparsity: float,
+    uv_layer: UVLayer,
+    sparse_u_only: bool,
+    init: Init,
+) -> list[TransformedLayer]:
+    """Everything but Wide: layer by layer."""
+    counts, problems = _uses(root), {}
+    made: dict[str, nn.Module] = {}
+    norms: dict[str, str] = {}
+    for name in chosen if family != "none" else ():
+        if name not in enlarged:
+            continue
+        layer, (parent, _) = modules[name], _parent(modules, name)
+        why = _obstacle(layer, counts)
+        if any(getattr(layer, kind, None) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
+            why = "it has hooks, which would be lost: put SparseIFT before the callback that added them"
+        if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, nn.Linear):
+            why = "torch's fast path of TransformerEncoderLayer reads the layer's weight"
+        if why is None:
+            try:
+                if family == "parallel":
+                    norm = _following_norm(modules, name)
+                    made[name] = parallelize(layer, sparsity, None if norm is None else modules[norm])
+                    if norm is not None:
+                        norms[name] = norm
+                elif family == "factorized":
+                    made[name] = factorize(layer, sparsity, uv_layer, sparse_u_only)
+                else:
+                    made[name] = dope(layer, sparsity)
+            except ValueError as error:
+                why = str(error)
+        if why is not None:
+            problems[name] = why
+    _refuse(root, family, problems)
+    layers = []
+    for name in chosen:
+        shape = tuple(modules[name].weight.shape) if hasattr(modules[name], "weight") else ()  # type: ignore[arg-type]
+        new = made.get(name)
+        if new is None:
+            own = [f"{name}.{key}" if name else key for key, value in modules[name].named_parameters(recurse=False) if value.ndim >= 2]
+            for path in own:
+                value = modules[name].get_parameter(path.rpartition(".")[2])
+                layers.append(TransformedLayer(path.rpartition(".")[0], tuple(value.shape), (path,), enlarged=False))
+            continue
+        parts = [part for part in new.modules() if type(part) in _LAYERS]
+        _initialise(parts, init)
+        parent, child = _parent(modules, name)
+        setattr(parent, child, new)
+        if name in norms:
+            setattr(*_parent(modules, norms[name]), nn.Identity())
+        if isinstance(new, Parallel):
+            layers.append(TransformedLayer(name, shape, tuple(f"{name}.branches.{j}.weight" for j in range(len(new.branches)))))
+            continue
+        u, v = f"{name}.u.weight", f"{name}.v.weight"
+        if isinstance(new, Doped):
+            layers.append(TransformedLayer(name, shape, (f"{name}.sparse.weight",), (u, v), folded=(u, v)))
+        else:
+            folded = (u, v) if uv_layer == "linear" else ()
+            layers.append(TransformedLayer(name, shape, (u,) if sparse_u_only else (u, v), (v,) if sparse_u_only else (), folded=folded))
+    return layers
+
+
+def _widen(
+    root: nn.Module,
+    modules: Mapping[str, nn.Module],
+    chosen: Sequence[str],
+    ends: Sequence[str],
+    sparsity: float,
+    init: Init,
+) -> list[TransformedLayer]:
+    """Scale every hidden width, in place, so that hooks and references stay."""
+    names = list(modules)
+    inner = range(names.index(ends[0]), names.index(ends[1]) + 1)  # norms outside see inputs or outputs of the network
+    counts, problems = _uses(root), {}
+    matrices: list[str] = []
+    norms: list[str] = []
+    widths: set[int] = set()
+    for position, (name, part) in enumerate(modules.items()):
+        if isinstance(part, (nn.Linear, _ConvNd)):
+            why = _obstacle(part, counts)
+            if not isinstance(part, _LAYERS):
+                why = f"{type(part).__name__} is none of {', '.join(kind.__name__ for kind in _LAYERS)}"
+            elif getattr(part, "groups", 1) != 1:
+                why = "it is a convolution in groups, whose widths don't scale alike"
+            if why is not None:
+                problems[name] = why
+                continue
+            matrices.append(name)
+            inputs, outputs, _ = _sizes(part)
+            widths |= {inputs} - ({inputs} if name == ends[0] else set())
+            widths |= {outputs} - ({outputs} if name == ends[1] else set())
+        elif isinstance(part, (_BatchNorm, nn.GroupNorm)) or (isinstance(part, nn.LayerNorm) and len(part.normalized_shape) == 1):
+            if position in inner:
+                norms.append(name)
+                widths.add(_norm_width(part))
+        elif any(parameter.numel() > 1 for parameter in part.parameters(recurse=False)):
+            problems[name or type(root).__name__] = f"{type(part).__name__} holds weights of its own, whose widths aren't known"
+    base = math.gcd(*widths)
+    wide = wide_width(base, sparsity)
+
+    def scaled(width: int) -> int:
+        return width // base * wide
+
+    for name in norms:
+        part = modules[name]
+        if isinstance(part, nn.GroupNorm) and scaled(part.num_channels) % part.num_groups:
+            problems[name] = f"{scaled(part.num_channels)} channels don't divide into {part.num_groups} groups"
+    _refuse(root, "wide", problems)
+    layers = []
+    with torch.no_grad():
+        for name in matrices:
+            layer = modules[name]
+            shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
+            inputs, outputs, _ = _sizes(layer)
+            _resize(layer, inputs if name == ends[0] else scaled(inputs), outputs if name == ends[1] else scaled(outputs))
+            weight = f"{name}.weight" if name else "weight"
+            masked, dense = ((weight,), ()) if name in chosen else ((), (weight,))
+            layers.append(TransformedLayer(name, shape, masked, dense, enlarged=name not in ends))
+        for name in norms:
+            _resize_norm(modules[name], scaled(_norm_width(modules[name])))
+        _initialise([modules[name] for name in matrices], init)
+    return layers
+
+
+def _resize(layer: nn.Module, inputs: int, outputs: int) -> None:
+    if isinstance(layer, nn.Linear):
+        layer.in_features, layer.out_features = inputs, outputs
+    else:
+        assert isinstance(layer, _ConvNd)
+        layer.in_channels, layer.out_channels = inputs, outputs
+    assert isinstance(layer.weight, Tensor)
+    layer.weight = nn.Parameter(layer.weight.new_empty(outputs, inputs, *layer.weight.shape[2:]))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(layer.weight.new_empty(outputs))
+
+
+def _norm_width(norm: nn.Module) -> int:
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_channels
+    return int(norm.normalized_shape[0]) if isinstance(norm, nn.LayerNorm) else int(norm.num_features)  # type: ignore[arg-type]
+
+
+def _resize_norm(norm: nn.Module, width: int) -> None:
+    if isinstance(norm, nn.GroupNorm):
+        norm.num_channels = width
+    elif isinstance(norm, nn.LayerNorm):
+        norm.normalized_shape = (width,)
+    else:
+        assert isinstance(norm, _BatchNorm)
+        norm.num_features = width
+    for name, value, ordinary in [(name, getattr(norm, name), one) for name, one in (("weight", 1.0), ("bias", 0.0))]:
+        if isinstance(value, Tensor):
+            start = float(value.flatten()[0])
+            same = bool((value == start).all())  # a start of 0 was meant so
+            setattr(norm, name, nn.Parameter(value.new_full((width,), start if same else ordinary)))
+    for name, ordinary in (("running_mean", 0.0), ("running_var", 1.0)):
+        value = getattr(norm, name, None)
+        if isinstance(value, Tensor):
+            setattr(norm, name, value.new_full((width,), ordinary))
+
+
+def _last_norms(root: nn.Module) -> list[str]:
+    """Names of the last norms of residual blocks, which number their parts: conv1, bn1, conv2, bn2, ..."""
+    found = []
+    for name, part in root.named_modules():
+        numbers = [int(key[2:]) for key in part._modules if re.fullmatch(r"bn\d+", key) and f"conv{key[2:]}" in part._modules]
+        if len(numbers) > 1:
+            found.append(f"{name}.{max(numbers)}" if name else str(max(numbers)))
+    if not found:
+        raise ValueError(f"zero_init_last finds no residual block with conv1, bn1, conv2, bn2 in {type(root).__name__}: set it to false")
+    return found
+
+
+def _zero_scale(root: nn.Module, path: str) -> None:
+    block_name, _, number = path.rpartition(".")
+    block = root.get_submodule(block_name)
+    conv, norm = block.get_submodule(f"conv{number}"), block.get_submodule(f"bn{number}")
+    for one in conv.norms if isinstance(conv, Parallel) and isinstance(norm, nn.Identity) else [norm]:
+        nn.init.zeros_(one.weight)  # type: ignore[arg-type]
+
+
+def flops_against_dense(
+    layers: Sequence[TransformedLayer],
+    macs: Mapping[str, int],
+    sizes: Mapping[str, int],
+    density: Mapping[str, float],
+) -> list[tuple[float, float]]:
+    """MACs of each transformed layer, and of the dense one that stood there.
+
+    A weight of a linear layer or convolution is used equally often whatever the layer's width, so that the dense layer's MACs follow from
+    those of any weight in its place.
+
+    Args:
+        layers: Of the module.
+        macs: Name of a weight -> MACs that all its entries take part in, see
+            :func:`~lit_methods.callbacks.sparsity.flops.count_macs`.
+        sizes: Name -> number of entries.
+        density: Name -> share of active entries; 1 for the others.
+
+    Returns:
+        For each layer (MACs now, MACs of the dense layer).
+    """
+    found = []
+    for layer in layers:
+        weights = (*layer.sparse, *layer.dense)
+        uses = macs[weights[0]] / sizes[weights[0]]
+        found.append((sum(macs[name] * density.get(name, 1.0) for name in weights), uses * layer.dense_size))
+    return found

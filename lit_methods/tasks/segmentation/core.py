@@ -1,0 +1,79 @@
+"""Maths of segmentation that several techniques share: counts, IoU, cross-entropy and Dice."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def class_counts(prediction: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+    """Pixels of each class that are hit, predicted and labelled, without those labelled ``ignore_index``.
+
+    Args:
+        prediction: Any shape, integers; values outside 0 to ``num_classes - 1`` aren't counted.
+        labels: The same shape.
+        num_classes: C.
+        ignore_index: Label that doesn't count.
+
+    Returns:
+        (3, C) int64. Doesn't wait for the device.
+    """
+    if prediction.shape != labels.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and labels {tuple(labels.shape)} must have one shape")
+    p, t = prediction.flatten().long(), labels.flatten().long()
+    valid = t != ignore_index
+
+    def count(values: Tensor, where: Tensor) -> Tensor:
+        inside = where & (values >= 0) & (values < num_classes)
+        return torch.zeros(num_classes + 1, dtype=torch.int64, device=values.device).scatter_add(
+            0, torch.where(inside, values, num_classes), inside.long()
+        )[:num_classes]
+
+    return torch.stack([count(t, valid & (p == t)), count(p, valid), count(t, valid)])
+
+
+def iou_of_counts(counts: Tensor) -> Tensor:
+    """(C,) float64 in 0 to 1 from the (3, C) of :func:`class_counts`: hits / (predicted + labelled - hits + 1e-10)."""
+    hits, predicted, labelled = counts.double()
+    return hits / (predicted + labelled - hits + 1e-10)
+
+
+def class_iou(prediction: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+    """(C,) float64 intersection over union of each class; 0 for a class that is nowhere. Arguments as :func:`class_counts`."""
+    return iou_of_counts(class_counts(prediction, labels, num_classes, ignore_index))
+
+
+def sample_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """(B,): the mean of each sample's pixels whose label isn't ``ignore_index``; 0 where there is none.
+
+    Args:
+        logits: (B, C, ...).
+        labels: (B, ...) int64.
+        ignore_index: Label that doesn't count.
+    """
+    each = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none").reshape(len(labels), -1)
+    return each.sum(1) / (labels != ignore_index).reshape(len(labels), -1).sum(1).clamp(min=1)
+
+
+def batch_dice(logits: Tensor, labels: Tensor, ignore_index: int = -100, smooth: float = 1e-5) -> Tensor:
+    """Soft Dice loss over the pixels of the whole batch: ``1 - (2 sum pt + smooth) / (sum p^2 + sum t^2 + smooth)``, mean over classes.
+
+    Args:
+        logits: (B, C, ...).
+        labels: (B, ...) int64; pixels with ``ignore_index`` are left out.
+        ignore_index: Label that doesn't count.
+        smooth: Keeps classes without a pixel finite.
+
+    Returns:
+        Scalar in 0 to 1.
+    """
+    p = logits.softmax(dim=1)
+    counts = (labels != ignore_index).unsqueeze(1)
+    target = F.one_hot(labels.masked_fill(labels == ignore_index, 0), logits.shape[1]).movedim(-1, 1).to(p.dtype) * counts
+    p = p * counts
+    sums = [part.transpose(0, 1).flatten(1).sum(1) for part in (p * target, p * p, target)]  # a one-hot target is its own square
+    return (1 - (2 * sums[0] + smooth) / (sums[1] + sums[2] + smooth)).mean()
+
+
+def has_foreground(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """(B,) bool: a pixel of the sample (B, ...) is neither 0, the background, nor ``ignore_index``."""
+    return ((labels != 0) & (labels != ignore_index)).reshape(len(labels), -1).any(1)
