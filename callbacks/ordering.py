@@ -16,6 +16,8 @@ class OrderedCallback(Callback):
     follow the sorted order. Where the order of the ``setup`` calls themselves matters, ``set_up_before`` refuses the
     wrong one.
 
+    What ``setup`` does, :meth:`leave` takes back: it is called at the end of a run and when a run raises, so a subclass overrides it alone.
+
     Attributes:
         runs_before: Callbacks whose hooks come after ours.
         runs_after: Callbacks whose hooks come before ours.
@@ -31,6 +33,17 @@ class OrderedCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sort ``trainer.callbacks``; subclasses call ``super().setup(...)``."""
         order_callbacks(trainer)
+
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take back what ``setup`` put on the module or the trainer; a second call does nothing. Nothing, unless a subclass overrides it."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """:meth:`leave`."""
+        self.leave(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """:meth:`leave`: Lightning doesn't call ``teardown`` when a run raises."""
+        self.leave(trainer, pl_module)
 
 
 def _is_named(callback: Callback, name: str) -> bool:

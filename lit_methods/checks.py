@@ -1,0 +1,95 @@
+"""Arguments checked in one line each, with messages that say what was given, what was expected, and what to do."""
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+
+def within(interval: str, /, what: str = "a number", **given: float | None) -> None:
+    """Raise unless every number lies in an interval.
+
+    Args:
+        interval: As in maths: ``[`` and ``]`` include the end, ``(`` and ``)`` exclude it, ``inf`` is infinity, such as ``"(0, 1]"``.
+        what: What the number is, for the message: ``"a share"``, ``"optimiser steps"``.
+        **given: Argument's name -> its value; None (not given) passes.
+
+    Raises:
+        ValueError: The first value outside, NaN included; the message has its name, itself and the interval.
+
+    Example:
+        >>> within("(0, 1]", "a share", density=0.5)
+        >>> within("[1, inf)", "optimiser steps", interval=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: interval is 0: give optimiser steps in [1, inf)
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    for name, value in given.items():
+        if value is None:
+            continue
+        above = value >= low if interval[0] == "[" else value > low
+        below = value <= high if interval[-1] == "]" else value < high
+        if not (above and below):
+            raise ValueError(f"{name} is {value}: give {what} in {interval}")
+
+
+def positive(**given: float | None) -> None:
+    """Raise unless every number is above 0 and finite: :func:`within` of ``(0, inf)``.
+
+    Example:
+        >>> positive(learning_rate=1e-3, temperature=None)
+    """
+    within("(0, inf)", **given)
+
+
+def share(**given: float | None) -> None:
+    """Raise unless every number is a share, 0 to 1: :func:`within` of ``[0, 1]``.
+
+    Example:
+        >>> share(ema_decay=0.999)
+    """
+    within("[0, 1]", **given)
+
+
+def at_least(least: int, /, what: str = "a number", **given: float | None) -> None:
+    """Raise unless every number is ``least`` or more: :func:`within` of ``[least, inf)``.
+
+    Example:
+        >>> at_least(1, "optimiser steps", interval=100)
+    """
+    within(f"[{least}, inf)", what, **given)
+
+
+def one_of(choices: Any, /, **given: str | None) -> None:
+    """Raise unless every value is one of the choices.
+
+    Args:
+        choices: A ``Literal`` type, or the values themselves.
+        **given: Argument's name -> its value; None (not given) passes.
+
+    Raises:
+        ValueError: The first value that isn't; the message lists all choices.
+
+    Example:
+        >>> one_of(("cosine", "linear"), schedule="cosine")
+    """
+    known: Iterable[str] = get_args(choices) or choices
+    for name, value in given.items():
+        if value is not None and value not in known:
+            raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(str, known))}")
+
+
+def patterns(**given: Any) -> None:
+    """Raise if a list of name patterns is a single string, whose letters would each count as a pattern.
+
+    Raises:
+        ValueError: Such a string; the message shows the list to write.
+
+    Example:
+        >>> patterns(targets=["encoder.*"], skip=[])
+    """
+    for name, value in given.items():
+        if isinstance(value, str):
+            raise ValueError(f"{name} is the string {value!r}: give a list of patterns, [{value!r}]")
+
+
+__all__ = ["at_least", "one_of", "patterns", "positive", "share", "within"]
