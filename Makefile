@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Test processes, one thread each. 0: all tests in one process, in order.
 WORKERS ?= 2
 
-.PHONY: superflow test test-slow test-faults lint types wheel-check claims docs notebooks bench-lidar bench-logging clean
+.PHONY: superflow test test-slow test-faults lint types wheel-check claims docs notebooks bench-lidar bench-logging size clean
 
 superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
@@ -48,6 +48,9 @@ bench-lidar: .venv/installed
 
 bench-logging: .venv/installed
 	$(BIN)/python benchmarks/logging_cost.py
+
+size: .venv/installed  ## lines of code, without blanks, comments and docstrings
+	$(BIN)/python benchmarks/size.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

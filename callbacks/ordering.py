@@ -35,7 +35,7 @@ class OrderedCallback(Callback):
         order_callbacks(trainer)
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back what ``setup`` put on the module or the trainer; a second call does nothing. Nothing, unless a subclass overrides it."""
+        """Take back what ``setup`` put on the module or the trainer; a second call does nothing."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """:meth:`leave`."""

@@ -40,7 +40,7 @@ def test_choices_come_from_a_literal_or_a_list() -> None:
     mode = Literal["adam", "sgd"]
     checks.one_of(mode, optimizer="adam", other=None)
     for choices in (mode, ("adam", "sgd")):
-        with pytest.raises(ValueError, match="^optimizer is 'adm': give one of adam, sgd$"):
+        with pytest.raises(ValueError, match=r"^optimizer is 'adm': give one of adam, sgd$"):
             checks.one_of(choices, optimizer="adm")
 
 
