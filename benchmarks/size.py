@@ -1,6 +1,6 @@
 """How much code there is: lines without blanks, comments and docstrings, per folder, per family, and for the largest files.
 
-Run with ``make size``, or ``python benchmarks/size.py``, from the repository. ``python benchmarks/size.py --json`` prints the figures alone.
+Run ``make size``, or ``python benchmarks/size.py`` with ``--json`` for the figures alone.
 """
 
 import ast
