@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and YAML in which every key counts."""
 
 import json
 import os
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 @contextmanager
@@ -44,3 +46,51 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def refuse_repeated_keys(text: str, where: str) -> None:
+    """Raise if a mapping of a YAML text has a key twice: YAML's readers keep the last one and drop the others without a word.
+
+    Args:
+        text: YAML. What can't be parsed passes: the reader says what is wrong with it.
+        where: Its file, for the message.
+
+    Raises:
+        ValueError: The key, its line and the line where it stood first.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return
+    pending, visited = [root] if root is not None else [], set()
+    while pending:
+        node = pending.pop()
+        if id(node) in visited:  # an alias
+            continue
+        visited.add(id(node))
+        lines: dict[str, int] = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(
+                        f"{where}, line {line}: key {key.value!r} stands twice, first in line {lines[key.value]}, "
+                        "and only one would count\n  put what stands below both under one of them"
+                    )
+                lines[key.value] = line
+            pending.append(value)
+        if isinstance(node, yaml.SequenceNode):
+            pending.extend(node.value)
+
+
+def read_yaml(path: Path) -> Any:
+    """Content of a YAML file.
+
+    Raises:
+        ValueError: A key stands twice in one mapping.
+        yaml.YAMLError: It is no YAML.
+        OSError: It can't be read.
+    """
+    text = path.read_text(encoding="utf-8")
+    refuse_repeated_keys(text, str(path))
+    return yaml.safe_load(text)

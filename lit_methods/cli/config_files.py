@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lit_methods.catalog import configs_folder
 from lit_methods.errors import CommandError, nearest
+from lit_methods.files import refuse_repeated_keys
 
 _CONFIG_FLAGS = ("--config", "-c")
 
@@ -77,6 +78,22 @@ def mentioned_files(argv: list[str], files: list[Path]) -> list[Path]:
                     found.append(path)
                     pending.append((path.read_text(encoding="utf-8", errors="replace"), path.parent))
     return found
+
+
+def refuse_repeated(argv: list[str], files: list[Path]) -> None:
+    """Raise if a key stands twice in a mapping of a file or of an argument (``--trainer '{...}'``).
+
+    Raises:
+        CommandError: The file with line and key.
+    """
+    try:
+        for path in files:
+            refuse_repeated_keys(path.read_text(encoding="utf-8", errors="replace"), str(path))
+        for word in argv:
+            if "{" in word:
+                refuse_repeated_keys(word.partition("=")[2] if word.startswith("-") else word, "command line")
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def copy_config(config: str, destination: str, force: bool = False) -> Path:

@@ -24,8 +24,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_methods.catalog import public_names
-from lit_methods.cli.config_files import mentioned_files, resolve_config_arguments
-from lit_methods.cli.resume import FINISHED, Finished, Restart, find_restart, last_checkpoint, newest_readable
+from lit_methods.cli.config_files import mentioned_files, refuse_repeated, resolve_config_arguments
+from lit_methods.cli.resume import FINISHED, Finished, Restart, checkpoints_of, find_restart, last_checkpoint, newest_readable
 from lit_methods.errors import CommandError
 from lit_methods.runs.checkpoints import AtomicCheckpointIO, check_readable, remove_leftovers
 from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, safe_name
@@ -102,7 +102,7 @@ class LitCLI(LightningCLI):
             return given
         found = last_checkpoint(runs)
         if found is None:
-            raise CommandError(f"--resume last: no checkpoint in {runs}/*/checkpoints: give its path, or start without --resume")
+            raise CommandError(f"--resume last: no run in {runs} has a checkpoint: give its path, or start without --resume")
         return str(found)
 
     def before_instantiate_classes(self) -> None:
@@ -126,7 +126,7 @@ class LitCLI(LightningCLI):
         """What ``--resume auto`` goes on with. All processes look for themselves, before any of them writes."""
         first = os.environ.get(RUN_FOLDER_VARIABLE) if os.environ.get("LOCAL_RANK", "0") != "0" else None
         if first is not None:  # started by the first process, which has chosen
-            checkpoint = newest_readable([*Path(first, "checkpoints").glob("*.ckpt")])
+            checkpoint = newest_readable(checkpoints_of(Path(first)))
             return None if checkpoint is None else Restart(Path(first), checkpoint)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
         try:
@@ -305,7 +305,9 @@ def run(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # --resume auto
     argv = [re.sub(r"^--[a-z_-]+(?=$|=)", lambda key: "--" + key[0][2:].replace("-", "_"), word) for word in argv]  # --run-root
     argv, files = resolve_config_arguments(argv)
-    prepare_mentioned(argv, mentioned_files(argv, files))
+    mentioned = mentioned_files(argv, files)
+    refuse_repeated(argv, mentioned)
+    prepare_mentioned(argv, mentioned)
     cli = LitCLI.__new__(LitCLI)
     failed = True
     try:

@@ -22,6 +22,13 @@ from lit_methods.distributed import broadcast_text, rank, world_size
 
 # Set by the first process of a run for the ones that it starts, which must write to the same folder.
 RUN_FOLDER_VARIABLE = "LIT_METHODS_RUN_FOLDER"
+OWNER = "lit_methods_run"  # key of a checkpoint: the run that wrote it
+
+
+def owner_of(folder: Path) -> str:
+    """How a checkpoint names the run that wrote it, also after all runs have moved: ``<name>/<time>``."""
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def claim_run_folder(root: Path, name: str) -> Path:
@@ -178,8 +185,8 @@ class RunFolder(pl.Callback):
 
     Runs: in ``setup``, on rank 0. Writes ``config.yaml`` (resolved config), ``git.json`` (absent outside a git checkout) and
     ``environment.json``; sends every ``ModelCheckpoint`` without a ``dirpath`` to ``checkpoints/``; logs the config and,
-    under ``git``, commit, branch and ``dirty`` to every logger. Saves: nothing in checkpoints. The ``lit`` command adds it; in Python
-    give it to the ``Trainer`` like any callback.
+    under ``git``, commit, branch and ``dirty`` to every logger. Saves: the run's name in checkpoints. The ``lit`` command adds it; in
+    Python give it to the ``Trainer`` like any callback.
 
     Args:
         folder: The run's own folder, from :func:`claim_run_folder`.
@@ -227,6 +234,10 @@ class RunFolder(pl.Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Name the run in its checkpoints, which may lie elsewhere, beside those of other runs."""
+        checkpoint[OWNER] = owner_of(self.folder)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the folder."""
