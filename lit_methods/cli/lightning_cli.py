@@ -4,7 +4,9 @@ Importing this module imports torch and Lightning (seconds); the other ``lit`` c
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import logging
 import os
@@ -70,7 +72,7 @@ class LitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without the stock warning about ``sys.argv``, and settle the run's name and checkpoint."""
-        self.config = parser.parse_args(args)
+        self.config = _expanded(parser.parse_args(args))
         config = self.config[self.config.subcommand]
         config.name = config.name or (self.config_files[0].stem if self.config_files else _class_name(config.model))
         if config.resume is not None:
@@ -82,6 +84,10 @@ class LitCLI(LightningCLI):
             if not self.auto:
                 config.ckpt_path = self._resumed(config.resume, Path(config.run_root) / safe_name(config.name))
             config.resume = None
+        for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):  # Lightning divides by them
+            value = config.trainer.get(key)
+            if isinstance(value, int) and value < 1:
+                raise CommandError(f"trainer.{key} is {value}: give 1 or more")
         path = config.get("ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry") and "://" not in path and not Path(path).exists():
             raise CommandError(f"checkpoint {path!r} not found\n  give the path of a .ckpt file: runs/<name>/<time>/checkpoints/last.ckpt")
@@ -209,6 +215,10 @@ class LitCLI(LightningCLI):
         self.started = time.monotonic()
         if self.trainer.is_global_zero:
             print(f"run folder: {_short(self.run_folder)}", flush=True)
+            if self.subcommand != "fit" and not self.config[self.subcommand].get("ckpt_path"):
+                print(
+                    f"no --ckpt_path: lit {self.subcommand} takes the network as its config builds it (random, unless that loads weights)"
+                )
 
         if self.restart is not None and self.trainer.is_global_zero:
             remove_leftovers(self.restart.folder / "checkpoints")
@@ -227,6 +237,19 @@ class LitCLI(LightningCLI):
             print_summary(self.trainer, self.run_folder, time.monotonic() - self.started)
 
     after_validate = after_test = after_predict = after_fit
+
+
+def _expanded(value: Any) -> Any:
+    """A config with ``~`` as the home folder in every text and path that begins with it."""
+    if isinstance(value, str | Path):
+        return type(value)(os.path.expanduser(value)) if re.match(r"~(/|$)", str(value)) else value
+    if isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            value[key] = _expanded(inner)
+        return value
+    if isinstance(value, dict):
+        return {key: _expanded(inner) for key, inner in value.items()}
+    return [_expanded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _wandb_id(folder: Path) -> str | None:
@@ -288,6 +311,23 @@ def prepare_mentioned(argv: list[str], files: list[Path]) -> None:
                 raise CommandError(f"{name} can't be imported: {error}", exit_code=1) from error
 
 
+def _show_help(argv: list[str], files: list[Path]) -> int:
+    """``--model.help SuperFlow``: all arguments of a class, and none of torch's."""
+    from lit_methods.cli.explain import condense_help, refuse_unknown_help
+
+    refuse_unknown_help(argv)
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            LitCLI(argv, files)
+    except SystemExit as stop:
+        print(condense_help(text.getvalue()), end="")
+        return int(stop.code or 0)
+    except argparse.ArgumentError as error:
+        raise CommandError(str(error).splitlines()[0]) from error
+    return 0
+
+
 def run(argv: list[str]) -> int:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -308,6 +348,8 @@ def run(argv: list[str]) -> int:
     mentioned = mentioned_files(argv, files)
     refuse_repeated(argv, mentioned)
     prepare_mentioned(argv, mentioned)
+    if any(word.partition("=")[0].endswith(".help") for word in argv):
+        return _show_help(argv, files)
     cli = LitCLI.__new__(LitCLI)
     failed = True
     try:

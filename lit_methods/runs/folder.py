@@ -202,6 +202,7 @@ class RunFolder(pl.Callback):
         self.restart_from = restart_from
         self._lock: IO[str] | None = None
         self._written = False
+        self._logged: dict[str, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write the files once, and point the checkpoint callbacks here before their own ``setup`` (they always run last)."""
@@ -225,6 +226,7 @@ class RunFolder(pl.Callback):
         logged = dict(self.config or {})
         if git is not None:
             logged["git"] = {key: git[key] for key in ("commit", "branch", "dirty")}
+        self._logged = logged
         for logger in trainer.loggers if logged else ():
             logger.log_hyperparams(logged)
         if self.config is not None:
@@ -234,6 +236,25 @@ class RunFolder(pl.Callback):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+    def _log_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put sections of the config back that hyperparameters of the same name (``model``, ``data``) have overwritten in the loggers.
+
+        Lightning logs the hyperparameters of module and datamodule behind all ``setup`` hooks; theirs stay below ``hyperparameters``.
+        """
+        hyperparameters = {
+            key: value
+            for part in (pl_module, trainer.datamodule)
+            if part is not None
+            for key, value in part.hparams_initial.items()  # type: ignore[attr-defined]
+        }
+        if overwritten := sorted(set(hyperparameters) & set(self._logged)):
+            config = {key: self._logged[key] for key in overwritten}
+            for logger in trainer.loggers:
+                logger.log_hyperparams(config | {"hyperparameters": {key: hyperparameters[key] for key in overwritten}})
+                logger.save()
+
+    on_fit_start = on_validation_start = on_test_start = on_predict_start = _log_again
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Name the run in its checkpoints, which may lie elsewhere, beside those of other runs."""
