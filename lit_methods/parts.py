@@ -1,8 +1,8 @@
 """What one builds with: datamodules, hosts, networks, losses, metrics, callbacks, and the classes that one subclasses.
 
 A class describes itself, in its own docstring, and the table is read from the sources with :mod:`ast`: neither torch nor Lightning is
-imported. The first sentence says what it is. A paragraph or line that begins with ``Batches:`` or ``Needs:`` says what a datamodule gives
-and what a host or callback wants; for a network it is the docstring of ``forward``. A line ``Cost:`` holds what was measured.
+imported. The first sentence says what it is. A paragraph or line that begins with ``Batches:``, ``Shapes:`` or ``Needs:`` says what a
+datamodule gives and what a host or callback wants; for a network it is the docstring of ``forward``. ``Cost:`` holds what was measured.
 """
 
 import ast
@@ -98,15 +98,15 @@ def _classes() -> dict[str, _Class]:
     return found
 
 
-def _ancestors(name: str) -> set[str]:
-    found: set[str] = set()
+def _ancestors(name: str) -> list[str]:
+    """Names of all base classes, the nearest first."""
+    found: list[str] = []
     pending = [name]
     while pending:
-        known = _classes().get(pending.pop())
-        for base in known.bases if known else []:
-            if base not in found:
-                found.add(base)
-                pending.append(base)
+        known = _classes().get(pending.pop(0))
+        new = [base for base in (known.bases if known else []) if base not in found]
+        found += new
+        pending += new
     return found
 
 
@@ -117,7 +117,7 @@ def _subclassed_elsewhere() -> set[str]:
 
 def _kind(name: str, one: _Class, public: bool, bases: set[str]) -> str:
     above = _ancestors(name)
-    kind = next((kind for kind, roots in _ROOTS.items() if roots & above), "")
+    kind = next((kind for kind, roots in _ROOTS.items() if roots & set(above)), "")
     if kind in ("callback", "") and name in bases:
         return "base class" if kind else "tool"
     if not public:
@@ -141,8 +141,9 @@ def parts() -> tuple[Part, ...]:
             if kind == "tool" and name not in public:
                 continue
             path = f"{public[name]}.{name}" if name in public else f"{one.module}.{name}"
-            shapes = _paragraph(docstring, "Batches|Batch|Shapes|Needs") or _of_forward(one.node) or _of_batch(one.node)
-            found.append(Part(name, kind, one.family, path, _first_sentence(docstring), shapes, _paragraph(docstring, "Cost"), docstring))
+            shapes = next((said for base in (name, *_ancestors(name)) if (said := _shapes(base))), "")
+            line = _plain(docstring.partition("\n\n")[0]) if kind == "base class" else _first_sentence(docstring)
+            found.append(Part(name, kind, one.family, path, line, shapes, _paragraph(docstring, "Cost"), docstring))
     order = list(KINDS)
     return tuple(sorted(found, key=lambda part: (order.index(part.kind), part.family, part.name)))
 
@@ -161,8 +162,18 @@ def _first_sentence(text: str) -> str:
 
 def _paragraph(docstring: str, words: str) -> str:
     """The first sentence behind a word such as ``Batches:`` at the beginning of a line."""
-    found = re.search(rf"^(?:{words}): *(.*?)(?=\n\n|\n\w+: |\Z)", docstring, flags=re.M | re.S)
+    found = re.search(rf"^(?:{words}):\s*(.*?)(?=\n\n|\n\w+: |\Z)", docstring, flags=re.M | re.S)
     return _first_sentence(found[1]).rstrip(".") if found else ""
+
+
+def _shapes(name: str) -> str:
+    known = _classes().get(name)
+    if known is None:
+        return ""
+    docstring = ast.get_docstring(known.node) or ""
+    return (
+        _paragraph(docstring, r"(?:[A-Z][\w ]* b|B)atches(?: \([^)]*\))?|Shapes|Needs") or _of_forward(known.node) or _of_batch(known.node)
+    )
 
 
 def _of_forward(node: ast.ClassDef) -> str:

@@ -98,9 +98,8 @@ def _parts_table(alike: Sequence["Part"]) -> str:
     width = max(len(part.name) for part in alike)
     for part in alike:
         indent = " " * (width + 4)
-        text = [part.line, *([f"batch: {part.shapes}"] if part.kind == "datamodule" and part.shapes else [])]
-        text += [f"shapes: {part.shapes}"] if part.kind != "datamodule" and part.shapes else []
-        text += [f"cost: {part.cost}"] if part.cost else []
+        label = {"datamodule": "batch", "network": "shapes", "loss": "shapes"}.get(part.kind, "needs")
+        text = [part.line, *([f"{label}: {part.shapes}"] if part.shapes else []), *([f"cost: {part.cost}"] if part.cost else [])]
         first, *others = [line for item in text for line in textwrap.wrap(item, 138 - len(indent), subsequent_indent="  ")]
         lines += [f"  {part.name:{width}}  {first}", *(f"{indent}{line}" for line in others)]
     return "\n".join(lines)
