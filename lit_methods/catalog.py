@@ -80,7 +80,12 @@ def _entries(source: Path) -> list[Technique]:
     return found
 
 
-def _collected(folders: Iterable[Path]) -> dict[str, Technique]:
+def collect(folders: Iterable[Path]) -> dict[str, Technique]:
+    """The entries of all sources below the folders, by slug, sorted.
+
+    Raises:
+        ValueError: Two entries share a slug.
+    """
     found: dict[str, Technique] = {}
     for folder in folders:
         for source in sorted(folder.rglob("*.py")):
@@ -97,7 +102,7 @@ def techniques() -> dict[str, Technique]:
     Raises:
         ValueError: Two entries share a slug.
     """
-    return _collected(package_folder(package) for package in PACKAGES)
+    return collect(package_folder(package) for package in PACKAGES)
 
 
 def published() -> dict[str, Technique]:
@@ -120,7 +125,7 @@ def techniques_in(names: Iterable[str]) -> list[Technique]:
     return [entry for entry in entries if entry.names[0] in there] or [entry for entry in entries if there & set(entry.names)]
 
 
-def _stub_names(package: str, stub: Path) -> dict[str, str]:
+def stub_names(package: str, stub: Path) -> dict[str, str]:
     """Short name -> package that exports it, from the imports of a stub."""
     nodes = ast.parse(stub.read_text(encoding="utf-8")).body
     return {alias.asname or alias.name: package for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
@@ -131,7 +136,7 @@ def public_names() -> dict[str, str]:
     """Short public class name -> package that exports it, from the three ``__init__.pyi`` stubs, without importing anything."""
     names: dict[str, str] = {}
     for package in PACKAGES:
-        names.update(_stub_names(package, package_folder(package) / "__init__.pyi"))
+        names.update(stub_names(package, package_folder(package) / "__init__.pyi"))
     return names
 
 
@@ -219,8 +224,8 @@ def _read_plugin(package: str, distribution: str) -> Plugin:
     folder = Path(next(iter(spec.submodule_search_locations))).joinpath(*inside).resolve()
     if not folder.is_dir():
         raise ModuleNotFoundError(f"{folder} is no folder")
-    entries = _collected([folder])
+    entries = collect([folder])
     stub = folder / "__init__.pyi"
     names = {dotted.rpartition(".")[2]: dotted.rpartition(".")[0] for entry in entries.values() for dotted in entry.classes}
-    names.update(_stub_names(package, stub) if stub.is_file() else {})
+    names.update(stub_names(package, stub) if stub.is_file() else {})
     return Plugin(package, distribution, folder, entries, names)
