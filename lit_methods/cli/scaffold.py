@@ -285,15 +285,24 @@ def _template(name: str, words: Mapping[str, str]) -> str:
 
 def _sorted_imports(text: str, first_party: tuple[str, ...]) -> str:
     """Neighbouring ``from`` imports of first-party packages in the order of an import sorter, which depends on their names."""
-    lines = text.splitlines()
-    ours = [bool(found) and found[1] in first_party for found in (re.match(r"from (\w+)[\w.]* import ", line) for line in lines)]
-    start = 0
-    while start < len(lines):
-        end = start
-        while end < len(lines) and ours[end]:
-            end += 1
-        lines[start:end] = sorted(lines[start:end], key=lambda line: line.split()[1].lower())
-        start = max(end, start + 1)
+    lines: list[str] = []
+    modules: dict[str, list[str]] = {}
+
+    def rank(name: str) -> tuple[int, str]:  # constants, classes, functions
+        return (0 if name.isupper() and len(name) > 1 else 1 if name[0].isupper() else 2), name
+
+    def flush() -> None:
+        lines.extend(f"from {module} import {', '.join(names)}" for module, names in sorted(modules.items()))
+        modules.clear()
+
+    for line in text.splitlines():
+        found = re.match(r"from ((\w+)[\w.]*) import (.*)", line)
+        if found and found[2] in first_party:
+            modules[found[1]] = sorted([*modules.get(found[1], []), *found[3].split(", ")], key=rank)
+        else:
+            flush()
+            lines.append(line)
+    flush()
     return "\n".join(lines) + "\n"
 
 
@@ -431,8 +440,9 @@ def _next_steps(skeleton: Skeleton) -> str:
             f"pytest {tests}",
         ]
     else:
+        entry = "" if skeleton.core == skeleton.wiring else f"{skeleton.wiring.as_posix()}: "
         steps = [
-            f"{skeleton.core.as_posix()}: write {slug}_loss; {skeleton.wiring.as_posix()}: fill in the catalogue entry",
+            f"{skeleton.core.as_posix()}: write {slug}_loss; {entry}fill in the catalogue entry",
             f"pytest {tests}",
         ]
         if place.ours:
