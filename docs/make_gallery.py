@@ -20,7 +20,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from lit_methods.catalog import Technique, techniques
+from lit_methods.catalog import Technique, published, techniques
 
 GALLERY = Path(__file__).resolve().parent / "gallery"
 MAX_BYTES = 100_000
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a finished run of the technique; default: its first config is run")
     arguments = parser.parse_args()
     known = techniques()
-    missing = [slug for slug in known if not any((GALLERY / f"{slug}.{kind}").is_file() for kind in ("webp", "png", "svg"))]
+    missing = [slug for slug in published() if not any((GALLERY / f"{slug}.{kind}").is_file() for kind in ("webp", "png", "svg"))]
     slugs = arguments.slugs or missing
     if unknown := [slug for slug in slugs if slug not in known]:
         parser.error(f"no technique {unknown[0]!r}; `lit list` prints them")

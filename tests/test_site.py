@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from lit_methods.catalog import public_names, techniques
+from lit_methods.catalog import public_names, published
 
 ROOT = Path(__file__).resolve().parents[1]
 GALLERY = ROOT / "docs" / "gallery"
@@ -132,7 +132,7 @@ def test_every_public_name_has_an_entry(site: Path) -> None:
 @needs_mkdocs
 def test_every_technique_has_a_page_and_a_picture_that_is_described(site: Path) -> None:
     home = read_file(site / "index.html")
-    for slug in techniques():
+    for slug in published():
         page = read_file(site / "techniques" / f"{slug}.html")
         shown = [image for image in page.images if f"gallery/{slug}." in image["src"]]
         assert shown, f"docs/techniques/{slug}.md doesn't show its picture: ![alternative text](../gallery/{slug}.webp)"
@@ -184,7 +184,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 # ---- the gallery -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slug", techniques())
+@pytest.mark.parametrize("slug", published())
 def test_every_technique_has_a_small_picture(slug: str) -> None:
     from PIL import Image
 
@@ -198,7 +198,7 @@ def test_every_technique_has_a_small_picture(slug: str) -> None:
 
 
 def test_no_picture_is_left_behind() -> None:
-    assert {path.stem for path in GALLERY.iterdir() if path.is_file()} <= set(techniques())
+    assert {path.stem for path in GALLERY.iterdir() if path.is_file()} <= set(published())
 
 
 def _script(path: Path) -> ModuleType:
@@ -307,7 +307,7 @@ def test_new_pages_find_their_place(hooks: ModuleType) -> None:
     assert nav[-1] == {"More": ["brand_new.md"]}
     assert {"Guide": ["errors.md"]} in nav
     listed = str(nav)
-    assert all(f"techniques/{slug}.md" in listed for slug in techniques())
+    assert all(f"techniques/{slug}.md" in listed for slug in published())
     assert "evidence.md" not in listed  # not there: not in the navigation
 
 

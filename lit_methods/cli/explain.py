@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lit_methods.callbacks.run.finite import NonFiniteError
-from lit_methods.catalog import package_folder, public_names
+from lit_methods.catalog import PACKAGES, installed_names, package_folder, public_names
 from lit_methods.errors import CommandError, nearest, suggest
 from lit_methods.runs.checkpoints import UnreadableCheckpoint
 
@@ -341,9 +341,9 @@ def _resolve(name: Entry, path: str, bases: tuple[type, ...]) -> Any:
     if "." not in given:
         names = _names(path, bases)
         if given in names:
-            return names[given] or getattr(importlib.import_module(public_names()[given]), given)
-        if given in public_names():
-            return getattr(importlib.import_module(public_names()[given]), given)
+            return names[given] or getattr(importlib.import_module(installed_names()[given]), given)
+        if given in installed_names():
+            return getattr(importlib.import_module(installed_names()[given]), given)
         reason = f"{path}: there is no class {given!r}{name.place}"
         raise Wrong(reason + suggest(given, names, otherwise="a class of your own goes by its dotted path: my_project.MyClass"))
     module_name, _, attribute = given.rpartition(".")
@@ -509,7 +509,7 @@ def _refuses_settings(filename: str) -> bool:
 
 def _ours(filename: str) -> bool:
     path = Path(filename).resolve()
-    return any(path.is_relative_to(package_folder(name)) for name in ("lit_methods", "lit_methods.callbacks", "lit_methods.datamodules"))
+    return any(path.is_relative_to(package_folder(name)) for name in PACKAGES)
 
 
 def _state_dict_mismatch(message: str) -> str:

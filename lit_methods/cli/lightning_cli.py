@@ -25,7 +25,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_methods.catalog import public_names
+from lit_methods.catalog import installed_names
 from lit_methods.cli.config_files import mentioned_files, refuse_repeated, resolve_config_arguments
 from lit_methods.cli.resume import FINISHED, Finished, Restart, checkpoints_of, find_restart, last_checkpoint, newest_readable
 from lit_methods.errors import CommandError
@@ -291,24 +291,29 @@ _QUIET = _Quiet()  # one object: adding it twice does nothing
 
 
 def prepare_mentioned(argv: list[str], files: list[Path]) -> None:
-    """Import those of our public classes whose short names stand in the arguments or files, so that the parser finds them.
+    """Import those public classes, ours and plugins', whose short names stand in the arguments or files, so that the parser finds them.
 
     A name inside a dotted path (``my_project.SuperFlow``) is somebody else's and is left alone. W&B is switched to offline where
     needed before anything imports it, as it reads its environment only once.
 
     Raises:
-        CommandError: A class needs a library that is not installed.
+        CommandError: A class needs a library that is not installed, or a plugin's module is broken.
     """
     texts = [*argv, *(re.sub(r"(^|\s)#.*", "", path.read_text(encoding="utf-8", errors="replace"), flags=re.M) for path in files)]
     words = {word for text in texts for word in re.findall(r"(?<![\w.])[A-Za-z_]\w*(?![\w.])", text)}
     if any("WandbLogger" in text for text in texts):
         _stay_offline_without_login()
-    for name, package in public_names().items():
+    for name, package in installed_names().items():
         if name in words:
             try:
                 getattr(importlib.import_module(package), name)
             except ImportError as error:
                 raise CommandError(f"{name} can't be imported: {error}", exit_code=1) from error
+            except Exception as error:
+                if package.partition(".")[0] == "lit_methods":
+                    raise
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise CommandError(f"{name} can't be imported from the plugin {package}: {reason}", exit_code=1) from error
 
 
 def _show_help(argv: list[str], files: list[Path]) -> int:

@@ -94,6 +94,8 @@ class _Residual(nn.Module):
 class MinkUNet(nn.Module):
     """Sparse U-Net with four down and four up stages: (points, points_per_sample) -> :class:`VoxelFeatures`.
 
+    Cost: 38 million parameters with the defaults.
+
     Args:
         depth: 18, 34 or 50 (bottleneck blocks).
         in_channels: Features per point, x, y, z first.
