@@ -114,7 +114,31 @@ def before_running(
 
 def unknown_tuned(tuned: Mapping[str, Sequence[str]], resolved: Mapping[str, Sequence[ResolvedStage]]) -> list[str]:
     """Tuned keys that no stage of their arm has, as ``arm: key``."""
-    return [f"{arm}: {key}" for arm, keys in tuned.items() for key in keys if not any(key in flat(stage.config) for stage in resolved[arm])]
+    return [
+        f"{arm}: {key}"
+        for arm, keys in tuned.items()
+        for key in keys
+        if not any(has_key(stage.config, key.split(".")) for stage in resolved[arm])
+    ]
+
+
+def has_key(config: Any, parts: Sequence[str]) -> bool:
+    """Whether a config has a key, written as under ``set``: ``init_args`` may be left out, and a list has what one of its items has.
+
+    Args:
+        config: Nested dicts and lists.
+        parts: The key, split at its dots, such as ``["trainer", "callbacks", "init_args", "l1_decay"]``.
+    """
+    if not parts:
+        return True
+    if isinstance(config, list):
+        return any(has_key(item, parts) for item in config)
+    if not isinstance(config, Mapping):
+        return False
+    key = ".".join(parts)
+    if key in config or (parts[0] in config and has_key(config[parts[0]], parts[1:])):
+        return True
+    return parts[0] != "init_args" and has_key(config.get("init_args"), parts)
 
 
 def after_running(

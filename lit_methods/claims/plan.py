@@ -12,11 +12,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lit_methods.catalog import configs_folder
 from lit_methods.claims.fairness import ResolvedStage, flat
+from lit_methods.claims.keys import config_file
 from lit_methods.claims.study import Stage, Study
-from lit_methods.errors import CommandError
+from lit_methods.errors import CommandError, suggest
 
-QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
+# two training batches, and a validation behind each, whatever the config says: the metric that decides must be there
+QUICK = {
+    "max_epochs": "1",
+    "limit_train_batches": "2",
+    "limit_val_batches": "1",
+    "check_val_every_n_epoch": "1",
+    "val_check_interval": "1",  # in batches: an arm may end after its first step
+}
+QUICK_WORDS = [word for key, value in QUICK.items() for word in (f"--trainer.{key}", value)]
 LIBRARIES = ("torch", "lightning", "numpy")
 
 
@@ -108,6 +118,15 @@ def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str
     Raises:
         CommandError: One of them is refused; the message holds what ``lit`` said.
     """
+    for name, words in commands.items():
+        for given in (words[index + 1] for index, word in enumerate(words) if word == "--config"):
+            if config_file(given) is None:  # said at once: the process below takes seconds to start
+                known = [
+                    f"configs/{path.relative_to(base).as_posix()}"
+                    for base in (Path("configs"), configs_folder())
+                    for path in base.rglob("*.yaml")
+                ]
+                raise CommandError(f"{name}: there is no {given}, neither here nor among the shipped configs{suggest(given, known)}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "commands.json"
         file.write_text(json.dumps(list(commands.values())), encoding="utf-8")

@@ -175,5 +175,5 @@ def summarise(
 
 
 def _last(plan: Plan, name: str, seed: int, results: Mapping[str, Result], metric: str) -> float:
-    node = plan.chains[name][seed][-1]
-    return value_of(results[node.key], metric, node)
+    node, stages = plan.chains[name][seed][-1], plan.resolved.get(name)
+    return value_of(results[node.key], metric, node, stages[-1].config if stages else None)
