@@ -1,14 +1,14 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and how paths are shown."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place to write to, which takes the place of ``path`` when the block ends, and leaves it as it was when the block raises.
 
@@ -32,7 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what counts
+            partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -44,3 +45,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def shown(path: Path) -> str:
+    """A path as a user reads it: below the current folder where it lies there, else as it is."""
+    place = path.resolve()
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(path)
