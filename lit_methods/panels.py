@@ -160,7 +160,7 @@ class Curve:
             raise ValueError(f"Curve {self.title!r}: goal must be 'min', 'max' or None, got {self.goal!r}")
 
     def select(self, names: list[str]) -> list[str]:
-        """Those of the logged ``names`` that this chart shows, in the order of ``metrics``, each once."""
+        """The logged ``names`` that this chart shows, in the order of ``metrics``, each once."""
         found: dict[str, None] = {}
         for metric in self.metrics:
             if metric.endswith("*"):

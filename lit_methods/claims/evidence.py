@@ -22,7 +22,7 @@ Summary = Mapping[str, Any]
 
 
 def values_table(summary: Summary) -> str:
-    """Markdown: one row an arm and one a further figure, with every seed, mean and standard deviation."""
+    """Markdown table with a row for each arm and each further figure: the value of every seed, mean and standard deviation."""
     seeds = summary["seeds"]
     lines = [f"| arm | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | std |", "|---|" + "---|" * (len(seeds) + 2)]
     rows = {name: values for name, values in summary["values"].items()}

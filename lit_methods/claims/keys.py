@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from lit_methods.catalog import configs_folder, package_folder, public_names
+from lit_methods.claims.sources import PACKAGES
 from lit_methods.claims.study import Stage, Study
 from lit_methods.errors import CommandError, nearest
 
-_PACKAGES = ("lit_methods.callbacks", "lit_methods.datamodules", "lit_methods")  # the last may hold the others
 _SECTIONS = ("model", "data", "trainer", "optimizer", "lr_scheduler")
 _ROOT = (*_SECTIONS, "seed_everything", "name", "run_root", "resume", "ckpt_path", "weights_only")
 
@@ -192,7 +192,7 @@ def class_arguments(class_path: str) -> Arguments | None:
 
 def _find(class_path: str) -> tuple[Path, ast.ClassDef] | None:
     module, _, name = class_path.rpartition(".")
-    if module in ("", *_PACKAGES):
+    if module in ("", *PACKAGES):
         module = _stub_modules().get(name, "")
     for place in _places(module):
         for file in [place.with_suffix(".py"), *sorted(place.glob("*.py"))]:
@@ -204,7 +204,7 @@ def _find(class_path: str) -> tuple[Path, ast.ClassDef] | None:
 def _places(module: str) -> list[Path]:
     if not module:
         return []
-    for package in _PACKAGES:
+    for package in PACKAGES:
         if module == package or module.startswith(f"{package}."):
             return [package_folder(package).joinpath(*module.removeprefix(package).strip(".").split("."))]
     return [Path.cwd().joinpath(*module.split("."))]

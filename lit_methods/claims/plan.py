@@ -35,10 +35,10 @@ class Node:
     """A stage for one seed.
 
     Attributes:
-        key: Hash of everything that decides its result, but for our own sources.
+        key: Hash of everything that decides its result, our own sources left out.
         name: Folder name and what is shown: config, seed and key.
         words: Arguments of ``lit``, with ``{checkpoint}``.
-        seed: Of this run.
+        seed: Seed of the run.
         upstream: The stage whose checkpoint it takes, or None.
         arms: Arms that need it.
         kind: Config and seedless key: stages of the same kind take about the same time.
@@ -77,9 +77,9 @@ def stage_words(stage: Stage, seed: int, seed_keys: Sequence[str], extra: Sequen
     """Arguments of ``lit`` for one stage, ``{checkpoint}`` left in.
 
     Args:
-        stage: As declared.
-        seed: Given to every key in ``seed_keys``.
-        seed_keys: Such as ``seed_everything``.
+        stage: The stage as the file declares it.
+        seed: Value of every key in ``seed_keys``.
+        seed_keys: Keys that take the seed, such as ``seed_everything``.
         extra: Words from the command line; they win.
         flops: Count the operations of a training step, too.
     """
@@ -113,7 +113,7 @@ def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str
 
     Args:
         commands: Name for messages -> arguments of ``lit``.
-        threads: Of that process.
+        threads: Torch threads of that process.
 
     Raises:
         CommandError: One of them is refused; the message holds what ``lit`` said.
@@ -152,9 +152,9 @@ def make_plan(study: Study, seeds: Sequence[int], extra: Sequence[str], resolve:
 
     Args:
         study: What the file declares.
-        seeds: Of this run.
+        seeds: Seeds to run, the first of which is the one that configs are resolved with.
         extra: Words for every stage.
-        resolve: :func:`resolve_configs`, or the like.
+        resolve: :func:`resolve_configs`, or a function of its form.
     """
     flops = "flops" in study.units
     stages: dict[str, list[Stage]] = {arm: list(chain) for arm, chain in study.arms.items()}

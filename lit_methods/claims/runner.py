@@ -40,7 +40,7 @@ class Runner:
     Args:
         root: Folder of all stages.
         threads: Torch threads of one stage; results must not depend on how many run at a time.
-        slug: Of the study; W&B groups its runs as ``<slug>-claim``.
+        slug: The study's; W&B groups its runs as ``<slug>-claim``.
         child: Command that takes a file for the sources and then the words of ``lit``.
     """
 
@@ -147,7 +147,7 @@ class Runner:
         return _Process(popen, lock, time.monotonic())
 
     def environment(self, node: Node) -> dict[str, str]:
-        """Of a stage: ours, its threads, and how W&B groups it unless the user has said so."""
+        """Environment variables of a stage: ours, its threads, and how W&B groups it unless the user has said so."""
         grouping = {
             "WANDB_RUN_GROUP": f"{self.slug}-claim",
             "WANDB_JOB_TYPE": "+".join(node.arms),
@@ -242,8 +242,8 @@ def value_of(result: Mapping[str, Any], metric: str, node: Node, config: Mapping
     """A metric of a finished stage.
 
     Args:
-        result: Of the stage.
-        metric: Its name.
+        result: What the stage left.
+        metric: The metric's name.
         node: The stage, for messages.
         config: The stage's resolved config, which may say why a metric is missing.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_methods.catalog import package_folder
 
-_PACKAGES = ("lit_methods.callbacks", "lit_methods.datamodules", "lit_methods")  # the last may hold the others
+PACKAGES = ("lit_methods.callbacks", "lit_methods.datamodules", "lit_methods")  # the last may hold the others
 
 
 def imported_sources(started: float = float("inf")) -> dict[str, str]:
@@ -24,7 +24,7 @@ def imported_sources(started: float = float("inf")) -> dict[str, str]:
     Returns:
         ``<package>/<path>``, or ``./<path>`` below the current folder -> 64 hex digits.
     """
-    roots = [(package, package_folder(package).resolve()) for package in _PACKAGES] + [(".", Path.cwd().resolve())]
+    roots = [(package, package_folder(package).resolve()) for package in PACKAGES] + [(".", Path.cwd().resolve())]
     own = Path(__file__).resolve().parent
     found = {}
     for module in list(sys.modules.values()):
@@ -52,7 +52,7 @@ def sha256(file: Path) -> str:
 
 
 def changed_sources(sources: Mapping[str, str]) -> list[str]:
-    """Those of :func:`imported_sources` that don't have that content any more."""
+    """Files out of :func:`imported_sources` that have another content by now, or are gone."""
 
     def file(label: str) -> Path:
         package, _, path = label.partition("/")

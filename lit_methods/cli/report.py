@@ -11,6 +11,7 @@ from pathlib import Path
 from lit_methods.catalog import package_folder
 from lit_methods.cli.commands import Parser, parsed
 from lit_methods.errors import CommandError, suggest
+from lit_methods.files import shown, write_atomically
 
 DESCRIPTION = "One run: its report.html drawn anew from what its folder holds. Several: one page that compares them."
 MARKS = ("report.json", "metrics.jsonl", "config.yaml")  # a folder with one of them is a run's
@@ -34,7 +35,6 @@ def report(words: list[str]) -> int:
         return 0
     folders = find_runs(options.runs, options.run_root)
 
-    from lit_methods.files import write_atomically
     from lit_methods.reports.compare import render_comparison
     from lit_methods.reports.page import render_report
     from lit_methods.reports.record import load_run
@@ -58,7 +58,7 @@ def report(words: list[str]) -> int:
         write_atomically(out, text)
     except OSError as error:
         raise CommandError(f"{out} can't be written: {error}\n  choose another file with --out", exit_code=1) from error
-    print(f"{'report' if len(runs) == 1 else f'comparison of {len(runs)} runs'}: {_short(out)}")
+    print(f"{'report' if len(runs) == 1 else f'comparison of {len(runs)} runs'}: {shown(out)}")
     return 0
 
 
@@ -103,6 +103,7 @@ def _meant(word: str, root: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
+    """As :func:`lit_methods.reports.record.is_run`, which would cost an import of NumPy."""
     return any((folder / name).is_file() for name in MARKS)
 
 
@@ -162,13 +163,6 @@ def target(out: Path | None, folders: Sequence[Path], mark: str, force: bool = F
     if out.exists() and not (force or own or origin_of(out) == mark):
         raise CommandError(f"--out {out} exists and is no report of these runs: choose another name, or add --force to replace it")
     return out
-
-
-def _short(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def verdict(slug: str) -> str:

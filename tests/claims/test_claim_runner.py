@@ -142,7 +142,8 @@ def test_a_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_leaves_no_process_and_goes_on(log: Path, tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_claim_runner as t;"
+        "import signal, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_claim_runner as t;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell starts what it runs in the background deaf to it
         "from lit_methods.claims.runner import stops_on_sigterm\n"
         "try:\n"
         "    with stops_on_sigterm():\n"
