@@ -161,20 +161,20 @@ def after_running(
     return differences
 
 
-def merged(found: Sequence[Difference]) -> list[Difference]:
+def merged(differences: Sequence[Difference]) -> list[Difference]:
     """One difference a kind, in the order of first appearance."""
     texts: dict[str, list[str]] = {}
-    for difference in found:
+    for difference in differences:
         if difference.text not in texts.setdefault(difference.kind, []):
             texts[difference.kind].append(difference.text)
     return [Difference(kind, "; ".join(several)) for kind, several in texts.items()]
 
 
-def undeclared(found: Sequence[Difference], declared: Mapping[str, str]) -> list[Difference]:
+def undeclared(differences: Sequence[Difference], declared: Mapping[str, str]) -> list[Difference]:
     """Differences that nobody gave a reason for."""
-    return [difference for difference in found if difference.kind not in declared]
+    return [difference for difference in differences if difference.kind not in declared]
 
 
-def stale(found: Sequence[Difference], declared: Mapping[str, str], kinds: Sequence[str]) -> list[str]:
+def stale(differences: Sequence[Difference], declared: Mapping[str, str], kinds: Sequence[str]) -> list[str]:
     """Declared kinds among ``kinds`` that don't exist."""
-    return sorted(kind for kind in declared if kind in kinds and kind not in {difference.kind for difference in found})
+    return sorted(kind for kind in declared if kind in kinds and kind not in {difference.kind for difference in differences})

@@ -175,8 +175,8 @@ def trainer_arguments() -> Arguments:
     """Names of the arguments of Lightning's Trainer, from its source; empty if that isn't found."""
     spec = importlib.util.find_spec("lightning")
     file = Path(spec.origin or "").parent / "pytorch" / "trainer" / "trainer.py" if spec else Path()
-    found = _class_in(file, "Trainer") if file.is_file() else None
-    return _arguments(*found) or frozenset() if found else frozenset()
+    definition = _class_in(file, "Trainer") if file.is_file() else None
+    return _arguments(*definition) or frozenset() if definition else frozenset()
 
 
 @functools.cache
@@ -186,8 +186,8 @@ def class_arguments(class_path: str) -> Arguments | None:
     Args:
         class_path: A short name of ours, or a dotted path into our packages or the current folder.
     """
-    found = _find(class_path)
-    return _arguments(*found) if found else None
+    definition = _find(class_path)
+    return _arguments(*definition) if definition else None
 
 
 def _find(class_path: str) -> tuple[Path, ast.ClassDef] | None:
@@ -196,8 +196,8 @@ def _find(class_path: str) -> tuple[Path, ast.ClassDef] | None:
         module = _stub_modules().get(name, "")
     for place in _places(module):
         for file in [place.with_suffix(".py"), *sorted(place.glob("*.py"))]:
-            if file.is_file() and (found := _class_in(file, name)):
-                return found
+            if file.is_file() and (definition := _class_in(file, name)):
+                return definition
     return None
 
 
@@ -213,14 +213,14 @@ def _places(module: str) -> list[Path]:
 @functools.cache
 def _stub_modules() -> dict[str, str]:
     """Short public name -> module that defines it, or the package around that module."""
-    found = {}
+    modules = {}
     for package in set(public_names().values()):
         stub = ast.parse((package_folder(package) / "__init__.pyi").read_text(encoding="utf-8"))
         for node in stub.body:
             if isinstance(node, ast.ImportFrom):
                 module = f"{package}.{node.module}" if node.level else str(node.module)
-                found.update({alias.asname or alias.name: module for alias in node.names})
-    return found
+                modules.update({alias.asname or alias.name: module for alias in node.names})
+    return modules
 
 
 @functools.cache
@@ -232,11 +232,13 @@ def _class_in(file: Path, name: str) -> tuple[Path, ast.ClassDef] | None:
 
 
 def _arguments(file: Path, node: ast.ClassDef) -> Arguments | None:
-    own = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
+    constructor = next((item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"), None)
     names = frozenset[str]()
-    if own is not None:
-        names = frozenset(argument.arg for argument in [*own.args.posonlyargs, *own.args.args[1:], *own.args.kwonlyargs])
-        if own.args.kwarg is None:
+    if constructor is not None:
+        names = frozenset(
+            argument.arg for argument in [*constructor.args.posonlyargs, *constructor.args.args[1:], *constructor.args.kwonlyargs]
+        )
+        if constructor.args.kwarg is None:
             return names
     elif any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
         names = frozenset(item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name))
@@ -252,8 +254,8 @@ def _inherited(file: Path, base: ast.expr) -> Arguments | None:
     name = ast.unparse(base).partition("[")[0]
     if name in ("object", "ABC", "Generic", "Protocol"):
         return frozenset()
-    if found := _class_in(file, name):
-        return _arguments(*found)
+    if definition := _class_in(file, name):
+        return _arguments(*definition)
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:

@@ -99,13 +99,13 @@ def stage_words(stage: Stage, seed: int, seed_keys: Sequence[str], extra: Sequen
 
 def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Installed versions, read without importing."""
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            versions[name] = "absent"
+    return versions
 
 
 def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str, dict[str, Any]]:
@@ -136,12 +136,12 @@ def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str
         if done.returncode:
             raise CommandError(f"the configs can't be resolved\n{done.stderr[-2000:]}", exit_code=1)
         answers = json.loads(file.read_text(encoding="utf-8"))
-    found = {}
+    configs = {}
     for (name, words), answer in zip(commands.items(), answers, strict=True):
         if "error" in answer:
             raise CommandError(f"{name} can't be resolved: lit {' '.join(words)}\n{answer['error']}")
-        found[name] = answer["config"]
-    return found
+        configs[name] = answer["config"]
+    return configs
 
 
 def make_plan(study: Study, seeds: Sequence[int], extra: Sequence[str], resolve: Any = resolve_configs) -> Plan:
@@ -199,8 +199,8 @@ def make_plan(study: Study, seeds: Sequence[int], extra: Sequence[str], resolve:
 
 def _node(stage: Stage, words: list[str], config: Mapping[str, Any], seed: int, upstream: Node | None, study: Study) -> Node:
     seedless = {key: value for key, value in flat(config).items() if key not in study.seed_keys}
-    own = {key: value for key, value in stage.set.items() if key in study.seed_keys}
-    content = [stage.command, seedless, own, study.threads, library_versions()]
+    chosen_seeds = {key: value for key, value in stage.set.items() if key in study.seed_keys}
+    content = [stage.command, seedless, chosen_seeds, study.threads, library_versions()]
     kind = digest([*content, upstream.kind if upstream else ""])
     key = digest([*content, seed, upstream.key if upstream else ""])
     stem = Path(stage.configs[0]).stem

@@ -93,10 +93,10 @@ class Runner:
                         continue  # another command runs it: its result will be there
                     waiting.remove(node)
                     upstream = results[node.upstream.key] if node.upstream else None
-                    found, why = self.cached(node, upstream)
-                    if found is not None:
+                    kept, why = self.cached(node, upstream)
+                    if kept is not None:
                         lock.close()
-                        results[node.key] = found
+                        results[node.key] = kept
                         if display:
                             display.kept()
                         continue

@@ -22,18 +22,18 @@ _PASSED_ON = ("--data", "--model", "--trainer", "--optimizer", "--lr_scheduler")
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Our own words, and those for every stage: ``--data…``, ``--model…``, ``--trainer…`` with their values."""
-    own: list[str] = []
+    ours: list[str] = []
     passed: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith(_PASSED_ON):
-            own.append(word)
+            ours.append(word)
             continue
         passed.append(word)
         if "=" not in word and rest and not rest[0].startswith("--"):
             passed.append(rest.pop(0))
-    return own, passed
+    return ours, passed
 
 
 def find_studies(folder: str, names: Sequence[str]) -> dict[str, Path]:
@@ -91,8 +91,8 @@ def compare(words: list[str]) -> int:
 
 
 def _command(command: str, words: list[str]) -> int:
-    own, passed = split_words(words)
-    options = parsed(_parser(command), own)
+    ours, passed = split_words(words)
+    options = parsed(_parser(command), ours)
     if options is None:
         return 0
     if options.jobs < 1:
@@ -138,7 +138,7 @@ def _run_one(command: str, name: str, file: Path, options: argparse.Namespace, p
     print(f"{name}: {study.sentence}", flush=True)
     check_keys(study, file, passed)
     plan = make_plan(study, seeds, extra)
-    found = check_before(study, plan, file)
+    differences = check_before(study, plan, file)
     runner = Runner(options.root, study.threads, name)
     if options.plan:
         for node in plan.nodes:
@@ -152,7 +152,7 @@ def _run_one(command: str, name: str, file: Path, options: argparse.Namespace, p
         results = runner.run(plan.nodes, options.jobs, display)
     finally:
         display.close()
-    summary: dict[str, Any] = summarise(study, plan, seeds, results, found, file, strict=not options.quick)
+    summary: dict[str, Any] = summarise(study, plan, seeds, results, differences, file, strict=not options.quick)
     rounds = {}
     if study.cost is not None:
         print("cost: both arms in turn, nothing beside them", flush=True)

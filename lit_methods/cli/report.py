@@ -75,10 +75,10 @@ def find_runs(words: Sequence[str], root: Path) -> list[Path]:
     Raises:
         CommandError: A word means no run; the message names the nearest ones.
     """
-    found: dict[Path, None] = {}
+    folders: dict[Path, None] = {}
     for word in words:
-        found.update(dict.fromkeys(path.resolve() for path in _meant(word, root)))
-    return list(found)
+        folders.update(dict.fromkeys(path.resolve() for path in _meant(word, root)))
+    return list(folders)
 
 
 def _meant(word: str, root: Path) -> list[Path]:
@@ -159,8 +159,8 @@ def target(out: Path | None, folders: Sequence[Path], mark: str, force: bool = F
         return next(path for path in taken if not path.exists() or origin_of(path) == mark)
     if out.is_dir():
         raise CommandError(f"--out {out} is a folder: give the name of a file, such as {out / 'comparison.html'}")
-    own = len(folders) == 1 and out.resolve() == folders[0] / "report.html"
-    if out.exists() and not (force or own or origin_of(out) == mark):
+    own_report = len(folders) == 1 and out.resolve() == folders[0] / "report.html"
+    if out.exists() and not (force or own_report or origin_of(out) == mark):
         raise CommandError(f"--out {out} exists and is no report of these runs: choose another name, or add --force to replace it")
     return out
 
@@ -170,7 +170,7 @@ def verdict(slug: str) -> str:
     path = package_folder("lit_methods").parent / "docs" / "evidence" / f"{slug}.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        found, seeds = record["verdict"], record["seeds"]
-        return f"{found['verdict']}: better in {found['better']} of {len(seeds)} seeds, measured on {record['date']}"
+        judged, seeds = record["verdict"], record["seeds"]
+        return f"{judged['verdict']}: better in {judged['better']} of {len(seeds)} seeds, measured on {record['date']}"
     except (OSError, ValueError, KeyError, TypeError):  # never measured, or of another version
         return ""

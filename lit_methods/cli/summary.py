@@ -57,8 +57,8 @@ def _checkpoints(callback: ModelCheckpoint, folder: Path) -> list[tuple[str, str
 
 
 def _log_folder(logger: Any) -> str | None:
-    own = getattr(logger, "log_dir", None)
-    if own:
-        return str(own)
+    log_dir = getattr(logger, "log_dir", None)
+    if log_dir:
+        return str(log_dir)
     save_dir = logger.save_dir
     return None if save_dir is None else str(Path(save_dir) / "wandb" if type(logger).__name__ == "WandbLogger" else Path(save_dir))

@@ -358,5 +358,5 @@ def page(title: str, head: str, parts: Sequence[str], targets: Sequence[tuple[st
 def origin_of(path: Path) -> str | None:
     """The mark of a page that :func:`page` wrote; None for another's file."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        found = re.search(r'<meta name="generator" content="lit-methods ?([^"]*)">', file.read(4000))
-    return found[1] if found else None
+        mark = re.search(r'<meta name="generator" content="lit-methods ?([^"]*)">', file.read(4000))
+    return mark[1] if mark else None

@@ -98,12 +98,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _system_error(error: BaseException | None) -> OSError | None:
     """The system's error behind what torch says when it can't write on: the first one in the chain of causes."""
-    found = None
+    system_error = None
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            found = error
+            system_error = error
         error = error.__cause__ or error.__context__
-    return found
+    return system_error
 
 
 class PrefixError(ValueError):
@@ -159,20 +159,20 @@ def load_into(module: nn.Module, path: Path | str, prefix: str = "") -> None:
     Raises:
         ValueError: Names or shapes differ: the checkpoint belongs to another architecture; the message shows where.
     """
-    state, own = read_state_dict(path, prefix), module.state_dict()
+    state, needed = read_state_dict(path, prefix), module.state_dict()
     shapes = [
-        f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
+        f"{k}: {tuple(state[k].shape)} in the file, {tuple(needed[k].shape)} here"
+        for k in needed
+        if k in state and state[k].shape != needed[k].shape
     ]
     differences = {
-        "missing in the file": [k for k in own if k not in state],
-        "not in this network": [k for k in state if k not in own],
+        "missing in the file": [k for k in needed if k not in state],
+        "not in this network": [k for k in state if k not in needed],
         "of another shape": shapes,
     }
-    found = [
+    problems = [
         f"{len(names)} {what} ({'; '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in differences.items() if names
     ]
-    if found:
-        raise ValueError(f"{path} is a checkpoint of another architecture than {type(module).__name__}: {'; '.join(found)}")
+    if problems:
+        raise ValueError(f"{path} is a checkpoint of another architecture than {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(state)

@@ -68,13 +68,13 @@ def open_runs(loggers: Iterable[Any], folder: Path | None = None) -> None:
             in the home folder, and waits at the end at most ten minutes for a lost server (``WANDB_FINISH_TIMEOUT``), unless these
             variables are set. What wasn't sent lies in the folder, for ``wandb sync``.
     """
-    own = [logger for logger in loggers if isinstance(logger, WandbLogger)]
-    if own and folder is not None:
+    wandb_loggers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    if wandb_loggers and folder is not None:
         for name, value in (("WANDB_DATA_DIR", str(folder / "wandb")), ("WANDB_FINISH_TIMEOUT", "600")):
             if name not in os.environ:
                 os.environ[name] = value
                 _variables.add(name)
-    for logger in own:
+    for logger in wandb_loggers:
         try:
             _ = logger.experiment  # made when it is first asked for
         except Exception as error:
