@@ -1,16 +1,16 @@
 """Files that are whole or not there, and YAML in which every key counts."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place to write to, which takes the place of ``path`` when the block ends, and leaves it as it was when the block raises.
 
@@ -34,7 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what counts
+            partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -94,3 +95,9 @@ def read_yaml(path: Path) -> Any:
     text = path.read_text(encoding="utf-8")
     refuse_repeated_keys(text, str(path))
     return yaml.safe_load(text)
+
+
+def shown(path: Path) -> str:
+    """A path as a user reads it: below the current folder where it lies there, else as it is."""
+    place = path.resolve()
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(path)

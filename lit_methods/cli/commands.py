@@ -4,7 +4,6 @@ import argparse
 import ast
 import dataclasses
 import json
-import os
 import re
 import sys
 import textwrap
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lit_methods.catalog import PACKAGES, Technique, installed_techniques, package_folder, plugins, published
 from lit_methods.cli.config_files import config_heads, copy_config, shipped_configs
 from lit_methods.errors import CommandError, suggest
+from lit_methods.files import replacing
 
 if TYPE_CHECKING:
     from lit_methods.parts import Part
@@ -269,68 +269,27 @@ def export(argv: list[str]) -> int:
         raise CommandError(f"{options.out} must end in .pt or .safetensors")
     if out.exists() and not options.force:
         raise CommandError(f"{out} exists: choose another name, or overwrite it with --force")
-    weights = read_state_dict(Path(options.ckpt).expanduser(), options.prefix)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")  # a full disk must not leave half a file under the final name
-    if out.suffix == ".safetensors":
-        try:
-            from safetensors.torch import save_file
-        except ImportError as error:
-            raise CommandError("writing .safetensors needs `pip install safetensors`; .pt needs nothing", exit_code=1) from error
-        save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, partial)
-    else:
-        import torch
+    from lit_methods.runs.checkpoints import PrefixError, read_state_dict
 
-        torch.save(weights, partial)
-    os.replace(partial, out)
+    try:
+        weights = read_state_dict(Path(options.ckpt).expanduser(), options.prefix, plain=False)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error), exit_code=2 if isinstance(error, OSError | PrefixError) else 1) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as partial:  # a full disk must not leave half a file under the final name
+        if out.suffix == ".safetensors":
+            try:
+                from safetensors.torch import save_file
+            except ImportError as error:
+                raise CommandError("writing .safetensors needs `pip install safetensors`; .pt needs nothing", exit_code=1) from error
+            save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, partial)
+        else:
+            import torch
+
+            torch.save(weights, partial)
     count = sum(tensor.numel() for tensor in weights.values())
     print(f"{out}: {len(weights)} tensors, {count:,} values")
     return 0
-
-
-def read_state_dict(ckpt: Path, prefix: str = "") -> dict[str, Any]:
-    """The tensors of a checkpoint's ``state_dict`` whose names start with ``prefix``, on the CPU, without the prefix.
-
-    Args:
-        ckpt: A Lightning checkpoint file. It is read with ``weights_only``: nothing in it is executed.
-        prefix: Such as ``backbone_3d.``; "" keeps everything.
-
-    Raises:
-        CommandError: No such file, a folder, no checkpoint, damaged, or nothing under ``prefix``.
-    """
-    if ckpt.is_dir():
-        raise CommandError(
-            f"{ckpt} is a folder, as sharded strategies write them\n"
-            f"  first: python -m lightning.pytorch.utilities.consolidate_checkpoint {ckpt}"
-        )
-    if not ckpt.is_file():
-        near = sorted(str(path) for path in ckpt.parent.glob("*.ckpt")) if ckpt.parent.is_dir() else []
-        raise CommandError(f"checkpoint {str(ckpt)!r} not found" + suggest(str(ckpt), near))
-    import pickle
-
-    import torch
-
-    try:
-        content = torch.load(ckpt, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None:
-            raise CommandError(f"{ckpt} is no checkpoint", exit_code=1) from error
-        reason = f"{ckpt} holds more than tensors, numbers, strings, lists and dicts, and is not read: {refused.group(1)}"
-        raise CommandError(f"{reason}\n  save it again with plain hyperparameters", exit_code=1) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise CommandError(f"{ckpt} ({ckpt.stat().st_size:,} bytes) is no checkpoint, or is cut off\n  {said}", exit_code=1) from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        keys = ", ".join(sorted(map(str, content))[:6]) if isinstance(content, dict) else type(content).__name__
-        raise CommandError(f"{ckpt} has no 'state_dict', so it is no Lightning checkpoint: it holds {keys}", exit_code=1)
-    tensors = {name: value.detach() for name, value in content["state_dict"].items() if isinstance(value, torch.Tensor)}
-    kept = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-    if not kept:
-        heads = {f"{name.split('.')[0]}." for name in tensors}
-        there = f"there are: {', '.join(sorted(heads)[:12])}"
-        raise CommandError(f"nothing in {ckpt} starts with {prefix!r}" + suggest(prefix, heads, otherwise=there))
-    return kept
 
 
 def parsed(parser: Parser, argv: list[str]) -> argparse.Namespace | None:

@@ -152,8 +152,8 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return [] if one == other else [prefix or "everything"]
     keys = [key for key in {**one, **other} if prefix or key not in _PLACES]
-    found = [differing_keys(one.get(key), other.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
-    return [key for part in found for key in part]
+    differing = [differing_keys(one.get(key), other.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
+    return [key for part in differing for key in part]
 
 
 def _read(path: Path) -> Any:

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import lit_methods
 from lit_methods.distributed import broadcast_text, rank, world_size
+from lit_methods.files import write_atomically, write_json
 
 # Set by the first process of a run for the ones that it starts, which must write to the same folder.
 RUN_FOLDER_VARIABLE = "LIT_METHODS_RUN_FOLDER"
@@ -220,9 +221,9 @@ class RunFolder(pl.Callback):
             with open(self.folder / "restarts.jsonl", "a", encoding="utf-8") as file:
                 file.write(line + "\n")
             return
-        self._write_json("environment.json", environment_state(trainer))
+        write_json(self.folder / "environment.json", environment_state(trainer))
         if git is not None:
-            self._write_json("git.json", git)
+            write_json(self.folder / "git.json", git)
         logged = dict(self.config or {})
         if git is not None:
             logged["git"] = {key: git[key] for key in ("commit", "branch", "dirty")}
@@ -232,7 +233,7 @@ class RunFolder(pl.Callback):
         if self.config is not None:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             path = self.folder / "config.yaml"
-            path.write_text(f"# lit {getattr(stage, 'value', stage)} --config {path}\n{text}", encoding="utf-8")
+            write_atomically(path, f"# lit {getattr(stage, 'value', stage)} --config {path}\n{text}")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("config", f"```yaml\n{text}\n```")
@@ -272,9 +273,6 @@ class RunFolder(pl.Callback):
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def run_dir(trainer: pl.Trainer) -> Path:
