@@ -648,8 +648,8 @@ def test_skipped_samples_of_workers_are_counted(copy):
         ({"frames": 4}, "frames=4 is not one of"),
         ({"num_sweeps": -1}, "num_sweeps=-1: give 0 or more"),
         ({"label_fraction": 3}, "label_fraction=3 is not one of"),
-        ({"neighbours": -1}, "neighbours=-1"),
-        ({"on_broken": "ignore"}, "on_broken='ignore'"),
+        ({"neighbours": -1}, "neighbours is -1: give scans before and after"),
+        ({"on_broken": "ignore"}, "on_broken is 'ignore': give one of error, skip"),
     ],
 )
 def test_arguments_out_of_range(options, message):

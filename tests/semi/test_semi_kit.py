@@ -211,7 +211,7 @@ def test_a_list_of_labelled_images(tmp_path):
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [({"ratio": 0}, "1 or more"), ({"strong_views": 0}, "strong_views"), ({"policy": "large"}, "small_grey")],
+    [({"ratio": 0}, "ratio is 0: give a number in .1, inf."), ({"strong_views": 0}, "strong_views"), ({"policy": "large"}, "small_grey")],
 )
 def test_wrong_arguments_are_named(wrong, says):
     with pytest.raises(ValueError, match=says):
