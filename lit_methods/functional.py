@@ -68,13 +68,13 @@ from lit_methods.lidar.superflow.core import (
     to_batch_rows,
     voxelize,
 )
+from lit_methods.optim import warmup_cosine_rate
 from lit_methods.prompting.losses import (
     adapter_features,
     coprompt_loss,
     cosine_logits,
     embedding_consistency,
     harmonic_mean,
-    warmup_cosine_rate,
 )
 from lit_methods.prompting.towers import run_prompted_blocks
 from lit_methods.semi.alignment import align, moving_marginal

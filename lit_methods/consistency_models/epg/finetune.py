@@ -26,7 +26,6 @@ from lit_methods.consistency_models.epg.core import (
     nearest_level,
     needs_width,
     shift_of,
-    warmup_factor,
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head_of
 from lit_methods.consistency_models.evaluation import sliced_wasserstein
@@ -36,6 +35,7 @@ from lit_methods.consistency_models.pairs import consistency_function
 from lit_methods.consistency_models.sampling import Solver, denoise_sample, multistep_sample
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
+from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.runs.checkpoints import read_state_dict
 from lit_methods.seeds import own_seed, seeded_noise
@@ -362,12 +362,12 @@ class EPGFinetune(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a warm-up."""
         hp = self.hparams
-        if hp["schedule"] == "cosine":
+        final = 0.0 if hp["schedule"] == "cosine" else 1.0
+        if final == 0:
             self.total_steps = training_length(self, self.total_steps)
         total = self.total_steps or 1
         optimizer = torch.optim.AdamW(self.parameters(), lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
-        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_factor(step, hp["warmup_steps"], total, hp["schedule"]))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+        return scheduled(optimizer, lambda step: warmup_cosine(step, total, hp["warmup_steps"], final))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The schedule's length belongs to the run."""

@@ -32,12 +32,12 @@ from lit_methods.consistency_models.epg.core import (
     pretrain_levels,
     pretrain_loss,
     shift_of,
-    warmup_factor,
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head
 from lit_methods.consistency_models.epg.views import Views
 from lit_methods.consistency_models.levels import like
 from lit_methods.distributed import gather_rows
+from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.seeds import own_seed, seeded_noise
 from lit_methods.steps import gradient_norm, logs_now, training_length
@@ -321,8 +321,8 @@ class EPGPretrain(LightningModule):
         total = self.total_steps = training_length(self, self.total_steps)
         trained = [*self.encoder.parameters(), *self.projector.parameters()]
         optimizer = torch.optim.AdamW(trained, lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
-        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_factor(step, hp["warmup_steps"], total, hp["schedule"]))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+        final = 0.0 if hp["schedule"] == "cosine" else 1.0
+        return scheduled(optimizer, lambda step: warmup_cosine(step, total, hp["warmup_steps"], final))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The curriculum's length belongs to the run."""
