@@ -29,7 +29,7 @@ from lit_methods.datamodules.driving.nuscenes import (
 from lit_methods.datamodules.driving.nuscenes_tables import CAMERAS, read_rows, read_tables
 from lit_methods.datamodules.driving.splits import MINI_VAL, OFFICIAL_VAL, SLIDR_HELD_OUT, choose_scenes, scene_names
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.lidar.superflow.core import dense_cloud, resize_pairs
+from lit_methods.lidar.projection import dense_cloud, resize_pairs
 
 SIZE = (18, 32)
 

@@ -11,9 +11,9 @@ from lit_methods.datamodules import CIFARDataModule, DigitsDataModule, SemiSuper
 from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.vision.semi import labelled_subset, read_label_list
 from lit_methods.datamodules.vision.views import affine, cut_out, make_views
+from lit_methods.optim import seven_sixteenths_cosine, warmup_then_epoch_cosine
 from lit_methods.semi.alignment import MarginalQueue, align
 from lit_methods.semi.graph import finite_or_zero, propagate
-from lit_methods.semi.schedules import seven_sixteenths_cosine, warmup_then_epoch_cosine
 from lit_methods.semi.shrink import shrink, shrunk_loss
 
 
