@@ -1,10 +1,13 @@
 """A whole claim in miniature: real runs of a tiny module in processes of their own."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from forks import hold
+from lit_methods.claims.runner import CHILD, Runner
 from lit_methods.cli.main import main
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -57,6 +60,13 @@ arms:
 
 
 @pytest.fixture
+def forked_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the runner starts needn't import Lightning; the slow tests below start real ones."""
+    hold()
+    monkeypatch.setattr(Runner.__init__, "__defaults__", ((sys.executable, str(TESTS / "forks.py"), *CHILD[1:]),))
+
+
+@pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
@@ -68,7 +78,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_claim_in_miniature(task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_claim_in_miniature(task: Path, forked_python: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["claims", "mini", "--jobs", "2"]) == 0
     said = capsys.readouterr().out
     assert "trained - idle: -" in said
