@@ -5,7 +5,7 @@ folder, an environment, standard streams and an exit status of its own. Two thin
 server has imported is there already, and environment variables that are read at those imports come too late. A test of the start itself
 (import time, the console script) takes ``subprocess``.
 
-``python tests/forks.py <words>`` stands in for ``python <words>`` where a program starts processes by the name of an interpreter.
+:func:`interpreter` is a command that stands in for Python where a program starts processes by the name of an interpreter.
 """
 
 import atexit
@@ -16,6 +16,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,11 +164,12 @@ _held: socket.socket | None = None
 
 
 def folder_of_the_server() -> Path:
-    """Folder of the socket; made by the first process of a test run, and known to all its children."""
+    """Folder of the socket: the same for all processes of a test run."""
     if ADDRESS not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="lit-forks-")
-        atexit.register(folder.cleanup)
-        os.environ[ADDRESS] = folder.name
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or uuid.uuid4().hex  # xdist tells its test processes which run they belong to
+        folder = Path(tempfile.gettempdir()) / f"lit-forks-{run[:12]}"  # short: the path of a socket has at most 100 letters
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.environ[ADDRESS] = str(folder)
     return Path(os.environ[ADDRESS])
 
 
@@ -204,6 +207,7 @@ def _let_go(server: "subprocess.Popen[bytes]") -> None:
     if _held is not None:
         _held.close()
     server.wait()  # for the other test processes too: its processor time counts as ours
+    shutil.rmtree(folder_of_the_server(), ignore_errors=True)
 
 
 @dataclass
@@ -274,6 +278,18 @@ def fork(
     connection.sendall(data[sent:])
     pid = int(_line(connection))
     return Fork(connection, pid)
+
+
+def interpreter() -> str:
+    """Path of a command that does what ``sys.executable`` does, with forks of the server."""
+    hold()
+    command = folder_of_the_server() / "python"
+    if not command.exists():
+        partial = command.with_suffix(f".{os.getpid()}")
+        partial.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{Path(__file__).resolve()}" "$@"\n', encoding="utf-8")
+        partial.chmod(0o755)
+        partial.replace(command)
+    return str(command)
 
 
 def _stand_in(words: list[str]) -> int:

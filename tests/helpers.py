@@ -87,6 +87,18 @@ class KillAt(pl.Callback):
             raise Killed
 
 
+class SaveAt(pl.Callback):
+    """Saves a checkpoint behind batch ``batch`` of the run, counted from 1, and lets the run go on."""
+
+    def __init__(self, batch: int, path: str | Path) -> None:
+        self.batch, self.path, self.seen = batch, Path(path), 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
 Build = Callable[[], tuple[pl.LightningModule, Any, list[pl.Callback]]]
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from forks import hold
 from lit_methods.claims.runner import CHILD, Runner
 from lit_methods.cli.main import main
 
@@ -60,13 +59,6 @@ arms:
 
 
 @pytest.fixture
-def forked_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that the runner starts needn't import Lightning; the slow tests below start real ones."""
-    hold()
-    monkeypatch.setattr(Runner.__init__, "__defaults__", ((sys.executable, str(TESTS / "forks.py"), *CHILD[1:]),))
-
-
-@pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
@@ -78,7 +70,9 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_claim_in_miniature(task: Path, forked_python: None, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("forked_python")  # the slow tests below start real ones
+def test_a_claim_in_miniature(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Runner.__init__, "__defaults__", ((sys.executable, *CHILD[1:]),))
     assert main(["claims", "mini", "--jobs", "2"]) == 0
     said = capsys.readouterr().out
     assert "trained - idle: -" in said
