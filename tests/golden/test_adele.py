@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.noisy_labels import adele
+from lit_methods.callbacks.noisy_labels.adele import core as adele
 
 
 def consistency_loss(case: GoldenCase) -> dict[str, Tensor]:
