@@ -46,7 +46,7 @@ def label_merge(case: GoldenCase) -> dict[str, Tensor]:
 
 
 def iou(case: GoldenCase) -> dict[str, Tensor]:
-    return {"out_iou": adele.class_iou(case.tensor("in_prediction"), case.tensor("in_labels"), case.hp("num_classes"))}
+    return {"out_iou": class_iou(case.tensor("in_prediction"), case.tensor("in_labels"), case.hp("num_classes"))}
 
 
 test_golden = golden_test(
