@@ -8,6 +8,7 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.noisy_labels.adele import core as adele
+from lit_methods.tasks.segmentation.core import class_iou
 
 
 def consistency_loss(case: GoldenCase) -> dict[str, Tensor]:
