@@ -318,7 +318,7 @@ def new(argv: list[str]) -> int:
         "package, or, anywhere else, into a new package in a folder of its own.",
     )
     parser.add_argument("slug", help="short lower-case name, such as two_views")
-    parser.add_argument("--form", choices=tuple(FORMS), help=forms)
+    parser.add_argument("--form", metavar="|".join(FORMS), help=forms)
     parser.add_argument("--class", dest="class_name", help="name of the class, such as VICReg; default: TwoViews for two_views")
     parser.add_argument("--family", help="folder that holds it, such as lidar; needed in a checkout")
     parser.add_argument("--new-family", action="store_true", help="--family is a new one")
@@ -333,8 +333,9 @@ def new(argv: list[str]) -> int:
             raise CommandError(f"{name} {value!r} must be lower-case letters, digits and _, starting with a letter, such as two_views")
     if options.complete:
         return _complete(options.slug)
-    if options.form is None:
-        raise CommandError(f"lit new {options.slug}: which form? --form {' | '.join(FORMS)}\n  {forms}")
+    if options.form not in FORMS:
+        given = "which form?" if options.form is None else f"there is no form {options.form!r}:"
+        raise CommandError(f"lit new {options.slug}: {given} --form {' | '.join(FORMS)}\n  {forms}")
     skeleton = _skeleton(options)
     _refuse_taken(skeleton)
     written = skeleton.write()
