@@ -260,19 +260,21 @@ def write_all(root: Path, texts: Mapping[Path, str], changed: Mapping[Path, str]
         if path.suffix in (".py", ".pyi") and len(longest) > _LONGEST:
             raise CommandError(f"a line of {path} would have {len(longest)} characters: give a shorter slug, family, title or --class")
     before = {path: (root / path).read_text(encoding="utf-8") for path in changed}
+    begun: list[Path] = []
     folders: list[Path] = []
     try:
         for path, text in {**texts, **changed}.items():
-            missing = [folder for folder in (root / path).parents if not folder.exists()]
-            folders += reversed(missing)
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            for folder in reversed([folder for folder in (root / path).parents if not folder.exists()]):
+                folder.mkdir()
+                folders.append(folder)
+            begun.append(path)
             (root / path).write_text(text, encoding="utf-8")
     except OSError as error:
-        for path in texts:
-            (root / path).unlink(missing_ok=True)
-        for path, text in before.items():
-            if (root / path).read_text(encoding="utf-8") != text:
-                (root / path).write_text(text, encoding="utf-8")
+        for path in begun:
+            if path in before:
+                (root / path).write_text(before[path], encoding="utf-8")
+            elif (root / path).is_file():
+                (root / path).unlink()
         for folder in reversed(folders):
             folder.rmdir()
         raise CommandError(f"can't write {error.filename}: {error.strerror}; nothing was written", exit_code=1) from error
