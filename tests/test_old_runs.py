@@ -1,7 +1,7 @@
 """Runs of release 0.1 go on: their resolved configs load with the values that they hold, and their checkpoints resume.
 
-``tests/data/runs_of_0.1`` has what 0.1 wrote: a run's ``config.yaml`` as ``<name>.yaml``, and a checkpoint of it, killed after the first of two
-steps, as ``<name>.ckpt``.
+``tests/data/runs_of_0.1`` has what 0.1 wrote: a run's ``config.yaml`` as ``<name>.yaml``, and as ``<name>.ckpt`` a checkpoint of
+it, killed after the first of two steps.
 """
 
 from pathlib import Path
