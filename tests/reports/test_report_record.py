@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lit_methods import run_record
 from lit_methods.panels import (
     CloudMedia,
     CloudPanel,
@@ -23,6 +22,7 @@ from lit_methods.panels import (
     TableMedia,
     TablePanel,
 )
+from lit_methods.reports import record as run_record
 from lit_methods.reports.page import Record, ReportData, Section, record_line, render_report
 from lit_methods.reports.record import flat_config, load_run, run_facts, save_run
 
