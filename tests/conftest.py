@@ -1,4 +1,4 @@
-"""Shared fixtures; makes ``tests/`` and ``tests/golden/`` importable for the helpers that stand there."""
+"""Shared fixtures; makes ``tests/`` and ``tests/golden/`` importable for the helpers that stand there; ``--technique <slug>``."""
 
 import os
 import sys
@@ -12,6 +12,43 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two-process tests on two cores
 os.environ.setdefault("WANDB_MODE", "offline")  # a test never talks to a service
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--technique", metavar="SLUG", help="only what concerns this technique of the catalogue: make test T=<slug>")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if slug := config.getoption("technique"):
+        from selection import find_technique
+
+        try:
+            find_technique(slug)
+        except ValueError as error:
+            raise pytest.UsageError(f"--technique: {error}") from None
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With ``--technique``, files that can't hold a test of it aren't even imported."""
+    if not (slug := config.getoption("technique")) or not collection_path.match("test_*.py"):
+        return None
+    from selection import find_technique, is_about_all, is_own_file
+
+    return None if is_own_file(collection_path, find_technique(slug)) or is_about_all(collection_path) else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (slug := config.getoption("technique")):
+        return
+    from selection import concerns, find_technique
+
+    def belongs(item: pytest.Item) -> bool:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        return concerns(item.path, parameters, item.get_closest_marker("catalogue") is not None, find_technique(slug))
+
+    kept = [item for item in items if belongs(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """Folder of real data samples; tests that ask for it skip without one."""
@@ -19,3 +56,11 @@ def test_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("LIT_METHODS_TEST_DATA names no folder of real data samples")
     return Path(folder)
+
+
+@pytest.fixture
+def forked_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python processes that the test's code starts are forks of one that has imported Lightning already."""
+    import forks
+
+    monkeypatch.setattr(sys, "executable", forks.interpreter())

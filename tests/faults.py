@@ -1,9 +1,8 @@
-"""Runs of the ``lit`` command in real processes that are killed at chosen moments. Torch is imported once, the processes are forked."""
+"""Runs of the ``lit`` command in processes of their own that are killed at chosen moments."""
 
-import contextlib
-import multiprocessing as mp
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -13,20 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 
-from helpers import Images
-from lit_methods.catalog import techniques
+import forks
+from helpers import HANGS, Images, given_pipe
 from lit_methods.datamodules.loaders import make_loader
 from lit_methods.runs.checkpoints import AtomicCheckpointIO
 
 FIRST, MID, WRITE, BETWEEN = "before the first checkpoint", "mid-epoch", "during checkpoint write", "between epochs"
 PHASES = (FIRST, MID, WRITE, BETWEEN)
-
-# imported once, by the process that all runs are forked from
-PRELOADED = ["lit_methods.cli.lightning_cli", "lit_methods.callbacks.run.dashboard", "lit_methods.callbacks.run.preemption"]
-PRELOADED += [name.rpartition(".")[0] for entry in techniques().values() for name in entry.classes]
-PRELOADED += ["spconv.pytorch", "lit_methods.datamodules.driving.nuscenes"]
 
 _pipe: Connection | None = None
 _saved = False
@@ -65,16 +58,10 @@ class FewImages(pl.LightningDataModule):
         return make_loader(Images(8), 4, shuffle=False, seed=0, trainer=self.trainer)
 
 
-def _child(words: list[str], folder: str, log: str, pipe: Connection) -> None:
+def child() -> int:
+    """Run the ``lit`` command in ``sys.argv``, and tell its phases through the pipe that this process was given; its exit status."""
     global _pipe
-    os.setsid()  # a group of its own, killed as a whole
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    _pipe = pipe
+    pipe = _pipe = given_pipe()
     save = AtomicCheckpointIO.save_checkpoint
 
     def told(self: AtomicCheckpointIO, *args: Any, **kwargs: Any) -> None:
@@ -87,22 +74,19 @@ def _child(words: list[str], folder: str, log: str, pipe: Connection) -> None:
     AtomicCheckpointIO.save_checkpoint = told  # type: ignore[method-assign]
     from lit_methods.cli.main import main
 
-    sys.argv = ["lit", *words]
-    status = main(words)
-    sys.stdout.flush()
-    os._exit(status)
+    return main(sys.argv[1:])
 
 
 @dataclass
 class Run:
     """A started command."""
 
-    process: Any
+    process: forks.Fork
     pipe: Connection
     log: Path
     phases: list[str] = field(default_factory=list)
 
-    def wait_for(self, reached: Callable[[list[str]], bool], timeout: float = 240) -> bool:
+    def wait_for(self, reached: Callable[[list[str]], bool], timeout: float = HANGS) -> bool:
         """Wait until the phases that were told satisfy ``reached``; False when the run ended before."""
         deadline = time.monotonic() + timeout
         while not reached(self.phases):
@@ -121,27 +105,27 @@ class Run:
 
     def send(self, number: int) -> None:
         """A signal to the whole process group; nothing when it is gone."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+        self.process.kill(number)
 
-    def end(self, timeout: float = 240) -> int:
+    def end(self, timeout: float = HANGS) -> int:
         """Exit status, negative for a signal; ``phases`` is complete then."""
         deadline = time.monotonic() + timeout
         while self.pipe.poll(max(0.0, deadline - time.monotonic())) and self._read():
             pass
-        self.process.join(max(0.0, deadline - time.monotonic()) + 5)
-        if self.process.exitcode is None:
+        try:
+            return self.process.wait(max(0.0, deadline - time.monotonic()) + 5)
+        except TimeoutError:
             self.send(signal.SIGKILL)
-            raise TimeoutError(f"the run did not end within {timeout:.0f} s\n{self.log.read_text()[-3000:]}")
-        return int(self.process.exitcode)
+            raise TimeoutError(f"the run did not end within {timeout:.0f} s\n{self.log.read_text()[-3000:]}") from None
 
 
 def start(words: list[str], folder: Path, log: Path) -> Run:
     """Start ``lit <words>`` in ``folder`` as the leader of a process group of its own."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(words, str(folder), str(log), send))
-    process.start()
-    send.close()
-    return Run(process, receive, log)
+    forks.hold()
+    ours, theirs = socket.socketpair()
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    code = "import sys, faults; sys.exit(faults.child())"
+    with open(os.devnull) as nothing, log.open("a") as out, theirs:
+        descriptors = (nothing.fileno(), out.fileno(), out.fileno(), theirs.fileno())
+        process = forks.fork(["-c", code, *words], folder, environment, descriptors)
+    return Run(process, Connection(ours.detach()), log)

@@ -4,14 +4,15 @@ import atexit
 import contextlib
 import functools
 import io
-import multiprocessing as mp
 import os
 import pickle
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,6 +22,10 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+import forks
+
+HANGS = 300.0  # seconds after which a test is ended that would never end; no test takes a part of this
 
 
 @functools.cache
@@ -82,6 +87,18 @@ class KillAt(pl.Callback):
             raise Killed
 
 
+class SaveAt(pl.Callback):
+    """Saves a checkpoint behind batch ``batch`` of the run, counted from 1, and lets the run go on."""
+
+    def __init__(self, batch: int, path: str | Path) -> None:
+        self.batch, self.path, self.seen = batch, Path(path), 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
 Build = Callable[[], tuple[pl.LightningModule, Any, list[pl.Callback]]]
 
 
@@ -121,6 +138,53 @@ def kill_and_resume(
     return whole, fit(seed + 4711, [], path)
 
 
+# ---- a fresh process -------------------------------------------------------------------------------------------------
+
+
+def run_python(
+    words: Sequence[object],
+    cwd: str | Path = ".",
+    env: Mapping[str, str] | None = None,
+    *,
+    forget: Sequence[str] = (),
+    timeout: float = HANGS,
+) -> "subprocess.CompletedProcess[str]":
+    """Run ``python <words>`` in a process of its own, which has imported torch, Lightning and lit_methods already.
+
+    Where the start itself is the promise (import time, what is imported, the console script), take ``subprocess.run``; see
+    ``tests/forks.py`` for the differences.
+
+    Args:
+        words: ``-m module ...``, ``-c code ...`` or ``script.py ...``.
+        cwd: Its current folder.
+        env: Its whole environment; None: this process's.
+        forget: Top-level packages that it imports anew, such as ``("lit_methods",)`` for a copy of ours in ``cwd``.
+        timeout: Seconds before it is killed and ``subprocess.TimeoutExpired`` is raised.
+    """
+    forks.hold()
+    given = [str(word) for word in words]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err, open(os.devnull) as nothing:
+        child = forks.fork(given, cwd, env, (nothing.fileno(), out.fileno(), err.fileno()), forget)
+        try:
+            status = child.wait(timeout)
+        except TimeoutError:
+            raise subprocess.TimeoutExpired(given, timeout) from None
+        finally:
+            child.kill()
+        texts = []
+        for stream in (out, err):
+            stream.seek(0)
+            texts.append(stream.read())
+    return subprocess.CompletedProcess(given, status, *texts)
+
+
+def run_lit(
+    words: Sequence[object], cwd: str | Path = ".", env: Mapping[str, str] | None = None, *, timeout: float = HANGS
+) -> "subprocess.CompletedProcess[str]":
+    """Run ``lit <words>`` as :func:`run_python` does; the result has ``returncode``, ``stdout`` and ``stderr``."""
+    return run_python(["-m", "lit_methods", *words], cwd, env, timeout=timeout)
+
+
 # ---- two processes ---------------------------------------------------------------------------------------------------
 
 
@@ -134,14 +198,15 @@ def _serve(rank: int, world_size: int, port: int, store: str, pipe: Connection) 
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=HANGS))
     while True:
         try:
             task = pipe.recv_bytes()
         except EOFError:
             return
         try:
-            fn, args = pickle.loads(task)
+            sys.path[:], where = pickle.loads(task)
+            fn, args = pickle.loads(where)
             buffer = io.BytesIO()
             torch.save(fn(*args), buffer)
             pipe.send_bytes(b"+" + buffer.getvalue())
@@ -157,18 +222,21 @@ class _Pair:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         store = tempfile.mktemp(prefix="gloo-")
-        context = mp.get_context("spawn")
-        ends = [context.Pipe() for _ in range(2)]
-        self.pipes = [ours for ours, _ in ends]
-        self.processes = [context.Process(target=_serve, args=(rank, 2, port, store, ends[rank][1])) for rank in range(2)]
-        for process in self.processes:
-            process.start()
-        for _, theirs in ends:
+        forks.hold()
+        self.pipes: list[Connection] = []
+        self.processes: list[forks.Fork] = []
+        for rank in range(2):
+            ours, theirs = socket.socketpair()
+            code = f"import helpers; helpers._serve({rank}, 2, {port}, {store!r}, helpers.given_pipe())"
+            environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+            self.processes.append(forks.fork(["-c", code], environment=environment, descriptors=(0, 1, 2, theirs.fileno())))
             theirs.close()
+            self.pipes.append(Connection(ours.detach()))
 
     def run(self, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
+        task = pickle.dumps((sys.path, pickle.dumps((fn, args))))
         for pipe in self.pipes:
-            pipe.send_bytes(pickle.dumps((fn, args)))
+            pipe.send_bytes(task)
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
         deadline = time.monotonic() + timeout
@@ -180,7 +248,7 @@ class _Pair:
             for rank in (self.pipes.index(pipe) for pipe in ready):  # type: ignore[arg-type]
                 try:
                     answer = self.pipes[rank].recv_bytes()
-                except EOFError:
+                except (EOFError, ConnectionError):
                     answer = b"-died without a word"
                 if answer[:1] == b"+":
                     results[rank] = torch.load(io.BytesIO(answer[1:]), weights_only=False)
@@ -193,14 +261,27 @@ class _Pair:
             raise TimeoutError(f"rank(s) {sorted({0, 1} - set(results))} of {fn.__name__} gave no answer within {timeout:.0f} s")
         return [results[rank] for rank in range(len(self.pipes))]
 
+    def kill(self) -> None:
+        """End both at once: one may wait for the other."""
+        for process in self.processes:
+            process.kill()
+        self.close()
+
     def close(self) -> None:
+        """Let both end, and wait until they have."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
-            process.join(timeout=1)
-            if process.is_alive():
+            try:
+                process.wait(timeout=10)
+            except TimeoutError:
                 process.kill()
-                process.join()
+                process.wait()
+
+
+def given_pipe() -> Connection:
+    """The connection that this process was forked with."""
+    return Connection(int(os.environ[forks.EXTRA]))
 
 
 _pair: _Pair | None = None
@@ -216,8 +297,8 @@ def _close_pair() -> None:
 atexit.register(_close_pair)
 
 
-def run_two_processes(fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call ``fn(*args)`` in two spawned processes that share a gloo process group, and return both results, rank 0 first.
+def run_two_processes(fn: Callable[..., Any], *args: Any, timeout: float = HANGS) -> list[Any]:
+    """Call ``fn(*args)`` in two processes that share a gloo process group, and return both results, rank 0 first.
 
     The processes are kept for the next call, and thrown away after an error. Inside ``fn``, ``tiny_trainer(devices=2, strategy="ddp")``
     uses them.
@@ -236,9 +317,8 @@ def run_two_processes(fn: Callable[..., Any], *args: Any, timeout: float = 120.0
     try:
         return _pair.run(fn, args, timeout)
     except BaseException:
-        for process in _pair.processes:
-            process.kill()  # the other one may wait for its partner
-        _close_pair()
+        _pair.kill()
+        _pair = None
         raise
 
 

@@ -1,12 +1,16 @@
-"""Every technique of the catalogue, through its own configs: fit, resume in mid-epoch, validate, test, predict, two processes, export.
+"""Every technique of the catalogue, through its own configs: fit, resume, validate, test, predict, export, what is logged, two processes.
 
 A technique that is added to the catalogue is tested here without anyone remembering to.
 """
 
 import importlib
+import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,20 +20,38 @@ import yaml
 from helpers import Killed, assert_state_dicts_equal, run_two_processes
 from lit_methods.catalog import configs_folder, package_folder, public_names, techniques
 from lit_methods.cli.main import main
+from lit_methods.panels import Curve
 from lit_methods.runs.checkpoints import read_state_dict
+from wandb_log import read_run
 
-LIMITS = {"max_epochs": 1, "limit_train_batches": 2, "limit_val_batches": 1, "log_every_n_steps": 1}
-SHORT = [word for name, value in LIMITS.items() for word in (f"--trainer.{name}", value)]
-CONFIGS = [  # further configs of a technique take minutes: `make test-slow`
-    pytest.param(config, id=Path(config).stem, marks=[pytest.mark.slow] if config != entry.configs[0] else [])
-    for entry in techniques().values()
-    for config in entry.configs
+SHORT = [
+    "--trainer.max_epochs",
+    "1",
+    "--trainer.limit_train_batches",
+    "2",
+    "--trainer.limit_val_batches",
+    "1",
+    "--trainer.log_every_n_steps",
+    "1",
 ]
 SLUGS = sorted(techniques())
+FURTHER = [config for entry in techniques().values() for config in entry.configs[1:]]
+# two epochs of four batches
+TINY = "--trainer.max_epochs 2 --trainer.limit_train_batches 4 --trainer.limit_val_batches 1 --trainer.log_every_n_steps 2 "
+TINY += "--trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 1.0 --trainer.accelerator cpu --trainer.enable_progress_bar false"
+SAVED_BEHIND = 5  # batches: in the middle of the second epoch
+# what eight steps are too few for: slug -> further words; and a panel that needs another data set beside the config's
+SHORTENED = {
+    "adele": "--trainer.callbacks.common_epoch 1 --trainer.callbacks.confidence 0",
+    "issp": "--trainer.callbacks.prune_iters 4",
+    "rcm": "--model.init_args.pretrain_iterations 1 --model.init_args.tangent_warmup 2",
+    "sparseland": "--trainer.callbacks.interval 2",
+}
+NEEDS_MORE = {"Detection of unknown inputs (AUROC)", "segmentation/volumes"}  # whole volumes are for `lit test`
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
     """Sums of several threads needn't be bit-equal from run to run."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -46,36 +68,155 @@ def only_run(root: Path) -> Path:
     return run
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-def test_config_trains_and_a_killed_run_ends_bit_equal(config, tmp_path):
+# ---- one run of each technique ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A finished run of a technique's first config.
+
+    Attributes:
+        slug: The technique.
+        words: Words of ``lit`` for its config, without limits.
+        folder: The run's folder.
+        saved: Checkpoint of the middle of the run.
+        root: An empty folder for what the tests of the run write.
+    """
+
+    slug: str
+    words: list[str]
+    folder: Path
+    saved: Path
+    root: Path
+
+    @property
+    def last(self) -> Path:
+        """Checkpoint of the end."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Eight steps, logged by W&B offline; all that follows takes its checkpoints."""
+    slug, root = request.param, tmp_path_factory.mktemp("tiny")
+    words = ["--config", f"configs/{techniques()[slug].configs[0]}"]
+    save = [
+        "--trainer.callbacks+=helpers.SaveAt",
+        "--trainer.callbacks.batch",
+        SAVED_BEHIND,
+        "--trainer.callbacks.path",
+        root / "saved.ckpt",
+    ]
+    shortened = SHORTENED.get(slug, "").split()
+    lit("fit", *words, "--config", "configs/logger/wandb.yaml", *TINY.split(), *shortened, *save, "--run_root", root / "fit")
+    return TinyRun(slug, [*words, *shortened], only_run(root / "fit"), root / "saved.ckpt", root)
+
+
+each_technique = pytest.mark.parametrize("tiny_run", SLUGS, indirect=True)
+
+
+def assert_resumes(words: list[object], whole: Path, saved: Path, root: Path) -> None:
+    """A new run from ``saved`` ends with the weights of ``whole``, which aren't those of ``saved``."""
+    lit("fit", *words, "--run_root", root, "--ckpt_path", saved)
+    resumed = read_state_dict(only_run(root) / "checkpoints" / "last.ckpt")
+    assert_state_dicts_equal(resumed, read_state_dict(whole))
+    assert any(not torch.equal(resumed[name], value) for name, value in read_state_dict(saved).items()), "the last steps did nothing"
+
+
+@each_technique
+def test_a_run_leaves_a_folder_with_everything(tiny_run: TinyRun) -> None:
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "report.html", "checkpoints/last.ckpt"):
+        assert (tiny_run.folder / name).is_file(), f"the run folder lacks {name}"
+
+
+@each_technique
+def test_a_run_resumed_in_mid_epoch_ends_bit_equal(tiny_run: TinyRun) -> None:
+    assert_resumes([*tiny_run.words, *TINY.split()], tiny_run.last, tiny_run.saved, tiny_run.root / "resumed")
+
+
+@each_technique
+def test_technique_evaluates_predicts_and_exports(tiny_run: TinyRun, tmp_path: Path) -> None:
+    limits = [word for part in ("val", "test", "predict") for word in (f"--trainer.limit_{part}_batches", 1)]
+    for command in ("validate", "test", "predict"):
+        lit(command, *tiny_run.words, *limits, "--ckpt_path", tiny_run.last, "--run_root", tmp_path / command)
+    lit("export", tiny_run.last, tmp_path / "weights.pt")
+    exported = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert_state_dicts_equal(exported, read_state_dict(tiny_run.last))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", FURTHER, ids=lambda config: Path(config).stem)
+def test_a_further_config_trains_and_a_killed_run_ends_bit_equal(config: str, tmp_path: Path) -> None:
     file = ["--config", f"configs/{config}", *SHORT]
     lit("fit", *file, "--run_root", tmp_path / "whole")
-    run = only_run(tmp_path / "whole")
-    for name in ("config.yaml", "environment.json", "metrics.jsonl", "report.html", "checkpoints/last.ckpt"):
-        assert (run / name).is_file(), f"the run folder lacks {name}"
     kill = ["--trainer.callbacks+=helpers.KillAt", "--trainer.callbacks.step", 1, "--trainer.callbacks.path", tmp_path / "killed.ckpt"]
     with pytest.raises(Killed):
         lit("fit", *file, "--run_root", tmp_path / "killed", *kill)
-    lit("fit", *file, "--run_root", tmp_path / "resumed", "--ckpt_path", tmp_path / "killed.ckpt")
-    resumed = read_state_dict(only_run(tmp_path / "resumed") / "checkpoints" / "last.ckpt")
-    assert_state_dicts_equal(resumed, read_state_dict(run / "checkpoints" / "last.ckpt"))
-    assert any(not torch.equal(resumed[name], value) for name, value in read_state_dict(tmp_path / "killed.ckpt").items()), (
-        "the last step did nothing"
-    )
+    last = only_run(tmp_path / "whole") / "checkpoints" / "last.ckpt"
+    assert_resumes(file, last, tmp_path / "killed.ckpt", tmp_path / "resumed")
 
 
-@pytest.mark.parametrize("slug", SLUGS)
-def test_technique_evaluates_predicts_and_exports(slug, tmp_path):
-    config = techniques()[slug].configs[0]
-    limits = ["--trainer.limit_val_batches", 1, "--trainer.limit_test_batches", 1, "--trainer.limit_predict_batches", 1]
-    file = ["--config", f"configs/{config}", *limits]
-    lit("fit", *file, "--run_root", tmp_path / "fit", "--trainer.max_epochs", 1, "--trainer.limit_train_batches", 1)
-    checkpoint = only_run(tmp_path / "fit") / "checkpoints" / "last.ckpt"
-    for command in ("validate", "test", "predict"):
-        lit(command, *file, "--ckpt_path", checkpoint, "--run_root", tmp_path / command)
-    lit("export", checkpoint, tmp_path / "weights.pt")
-    exported = torch.load(tmp_path / "weights.pt", weights_only=True)
-    assert_state_dicts_equal(exported, read_state_dict(checkpoint))
+def shown_by_run(config: str) -> tuple[str, ...]:
+    """Short names of the classes in a config of the catalogue, the model's first."""
+    from lit_methods.catalog import configs_folder
+
+    return tuple(re.findall(r"class_path:\s*(?:[\w.]*\.)?(\w+)", (configs_folder() / config).read_text(encoding="utf-8")))
+
+
+@each_technique
+def test_a_run_logs_what_the_workspace_shows(tiny_run: TinyRun) -> None:
+    """W&B's log of the run against the panels of the technique's workspace."""
+    pytest.importorskip("wandb_workspaces")
+    from lit_methods.reports.workspace import declared_panels, workspace
+
+    slug = tiny_run.slug
+    technique = techniques()[slug]
+    config = technique.configs[0]
+    run = read_run(tiny_run.folder)
+    assert run.exit_code == 0
+    assert slug in run.tags
+    assert {"commit", "branch", "dirty"} <= set(run.config.get("git", {})) or not Path(".git").exists()
+    assert run.config["seed_everything"] is not None
+    space = workspace(technique, "somebody", "project")
+    used = set(shown_by_run(config))
+    sections = [section for section in space.sections if section.name in used]
+    assert sections, f"{config} uses none of {technique.classes}"
+    for section in sections:
+        for panel in section.panels:
+            names = getattr(panel, "media_keys", None) or getattr(panel, "y", None) or [getattr(panel, "table_name", None)]
+            if {getattr(panel, "title", ""), names[0]} & NEEDS_MORE:
+                continue
+            if pattern := getattr(panel, "metric_regex", None):
+                assert any(re.search(pattern, name) for name in run.names), f"{panel.title}: nothing like {pattern} among {run.names}"
+            elif names[0]:
+                assert set(names) <= set(run.names), f"{names} isn't in {run.names}"
+    declared = [panel for own in declared_panels(technique).values() for panel in own]
+    keys = [panel.key for panel in declared if not isinstance(panel, Curve) and panel.key in run.names]
+    ends = [3, 7]  # the last step of each of two epochs
+    for key in keys:
+        assert run.steps(key) == ends, f"{key} belongs to the ends of validation"
+        for value in run.values(key):
+            assert "path" not in value or (run.folder / "files" / value["path"]).is_file()
+    for name in run.names:
+        if "val_" in name:
+            assert run.steps(name) == ends, f"{name} belongs to the ends of validation"
+    rows = [row for row in run.rows if set(row) - {"_step", "_runtime", "_timestamp"}]
+    updates = len(run.steps("sparsity/updates")) if "sparsity/updates" in run.names else 0  # the sparsity report logs at mask updates
+    assert len(rows) <= 4 + 3 * len(ends) + updates, "more rows than log steps, epoch ends, validations, media and mask updates"
+    assert max(len(row) for row in rows) < 60, "a row per step is no place for a value per parameter or class"
+    for curve in (panel for panel in declared if isinstance(panel, Curve)):
+        for name in curve.select(run.names):
+            defined = run.metrics[name]
+            assert defined.step_metric == "trainer/global_step", name
+            assert defined.summary.last, name
+            assert (defined.summary.min, defined.summary.max) == (curve.goal == "min", curve.goal == "max"), name
+    metrics = tiny_run.folder / "metrics.jsonl"
+    own = {name for line in metrics.read_text().splitlines() for name in json.loads(line)["metrics"]}
+    media = {name for name in run.names if any(isinstance(value, dict) for value in run.values(name))}
+    assert own == set(run.names) - media - {"trainer/global_step", "epoch"}  # the same names as in the report
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------------------------
 
 
 def two_process_words(slug: str, root: Path) -> list[str]:

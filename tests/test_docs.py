@@ -251,6 +251,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
             del sys.modules[name]
 
 
+@pytest.mark.usefixtures("forked_python")  # `lit claims --plan` resolves configs in a process of its own
 @pytest.mark.parametrize("page", COMMAND_PAGES, ids=page_id)
 def test_the_blocks_of_a_page_run(page: Path, workplace: Path) -> None:
     Page(page, workplace).run()

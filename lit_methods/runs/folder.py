@@ -250,12 +250,12 @@ class RunFolder(pl.Callback):
             for key, value in part.hparams_initial.items()  # type: ignore[attr-defined]
         }
         if overwritten := sorted(set(hyperparameters) & set(self._logged)):
-            config = {key: self._logged[key] for key in overwritten}
+            config = {key: self._logged.pop(key) for key in overwritten}  # once a run
             for logger in trainer.loggers:
                 logger.log_hyperparams(config | {"hyperparameters": {key: hyperparameters[key] for key in overwritten}})
                 logger.save()
 
-    on_fit_start = on_validation_start = on_test_start = on_predict_start = _log_again
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _log_again
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Name the run in its checkpoints, which may lie elsewhere, beside those of other runs."""

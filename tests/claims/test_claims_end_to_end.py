@@ -1,10 +1,12 @@
 """A whole claim in miniature: real runs of a tiny module in processes of their own."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from lit_methods.claims.runner import CHILD, Runner
 from lit_methods.cli.main import main
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -68,7 +70,9 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_claim_in_miniature(task: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("forked_python")  # the slow tests below start real ones
+def test_a_claim_in_miniature(task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Runner.__init__, "__defaults__", ((sys.executable, *CHILD[1:]),))
     assert main(["claims", "mini", "--jobs", "2"]) == 0
     said = capsys.readouterr().out
     assert "trained - idle: -" in said

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import run_python
 from lit_methods.catalog import techniques
 from lit_methods.cli.main import main
 
@@ -201,8 +202,7 @@ def test_new_writes_skeletons_that_list_themselves_and_fail_their_own_tests(chec
         assert f"{name} is already listed" in again.stderr
 
     def run_tests(*folders: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *folders]
-        return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=200, check=False)
+        return run_python(["-m", "pytest", "-q", "-p", "no:cacheprovider", *folders], checkout, forget=("lit_methods",))
 
     unit = [tests for _, tests in FORMS.values()]
     unfilled = run_tests("tests/golden/test_two_views_callback.py", "tests/golden/test_two_views_module.py", *unit)

@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
+from helpers import run_lit
 from lit_methods.cli.main import main
 
 DEMO = "lightning.pytorch.demos.boring_classes."
@@ -149,11 +148,11 @@ def test_configs_compose_and_later_ones_win(capsys: pytest.CaptureFixture[str]) 
 def test_a_namesake_goes_by_its_dotted_path_and_a_shared_short_name_is_refused() -> None:
     """In a process of its own: a class that was imported once stays known to the parser."""
     Path("twins.py").write_text("from lightning.pytorch import Callback\nclass ExactResume(Callback): ...\n")
-    command = [sys.executable, "-m", "lit_methods", "fit", "--config", "base.yaml", "--trainer.callbacks+=twins.ExactResume"]
-    alone = subprocess.run([*command, "--print_config"], capture_output=True, text=True, timeout=120)
+    command = ["fit", "--config", "base.yaml", "--trainer.callbacks+=twins.ExactResume"]
+    alone = run_lit([*command, "--print_config"])
     assert alone.returncode == 0, alone.stderr
     assert "class_path: twins.ExactResume" in alone.stdout
-    both = subprocess.run([*command, "--trainer.callbacks+=ExactResume"], capture_output=True, text=True, timeout=120)
+    both = run_lit([*command, "--trainer.callbacks+=ExactResume"])
     assert both.returncode == 2
     assert "twins.ExactResume" in both.stderr
     assert "lit_methods.callbacks" in both.stderr

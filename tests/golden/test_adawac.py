@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.noisy_labels import adawac
+from lit_methods.callbacks.noisy_labels.adawac import core as adawac
 from lit_methods.sample_table import SampleTable
 from lit_methods.tasks.segmentation.metrics import dice_and_hd95
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.callbacks.sparsity import progressive_gradient_flow as core
+from lit_methods.callbacks.sparsity.progressive_gradient_flow import core
 
 DIRECTION = {0: "input", 1: "output"}
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from lit_methods.catalog import Technique, techniques
 from lit_methods.cli.main import main
 from lit_methods.panels import CloudPanel, Curve, HistogramPanel, ImagePanel, Panel, TablePanel
-from wandb_log import no_login, read_run
+from wandb_log import no_login
 
 pytest.importorskip("wandb_workspaces")
 from lit_methods.reports.workspace import declared_panels, metric_pattern, spec, summary_names, workspace
@@ -134,76 +133,3 @@ def test_with_a_login_the_workspace_is_saved(monkeypatch: pytest.MonkeyPatch, ca
     assert main(["dashboard", "superflow", "--entity", "somebody", "--project", "mine", "--name", "Mine"]) == 0
     assert [(space.name, space.entity) for space in saved] == [("Mine", "somebody")]
     assert capsys.readouterr().out.strip() == "https://example.org/somebody/mine"
-
-
-# ---- what is shown is logged -----------------------------------------------------------------------------------------------------------
-
-
-def shown_by_run(config: str) -> tuple[str, ...]:
-    """Short names of the classes in a config of the catalogue, the model's first."""
-    from lit_methods.catalog import configs_folder
-
-    return tuple(re.findall(r"class_path:\s*(?:[\w.]*\.)?(\w+)", (configs_folder() / config).read_text(encoding="utf-8")))
-
-
-# what eight steps are too few for: slug -> further words; and a panel that needs another data set beside the config's
-SHORTENED = {
-    "adele": "--trainer.callbacks.common_epoch 1 --trainer.callbacks.confidence 0",
-    "issp": "--trainer.callbacks.prune_iters 4",
-    "rcm": "--model.init_args.pretrain_iterations 1 --model.init_args.tangent_warmup 2",
-    "sparseland": "--trainer.callbacks.interval 2",
-}
-NEEDS_MORE = {"Detection of unknown inputs (AUROC)", "segmentation/volumes"}  # whole volumes are for `lit test`
-
-
-@pytest.mark.parametrize("slug", sorted(techniques()))
-def test_a_run_logs_what_the_workspace_shows(slug: str, tmp_path: Path) -> None:
-    """One short run of the technique's first config, offline: its log against the panels of its workspace."""
-    technique = techniques()[slug]
-    config = technique.configs[0]
-    words = f"--config configs/{config} --config configs/logger/wandb.yaml --trainer.max_epochs 2 --trainer.limit_train_batches 4"
-    quick = "--trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 1.0 "
-    quick += "--trainer.limit_val_batches 1 --trainer.log_every_n_steps 2 --trainer.accelerator cpu --trainer.enable_progress_bar false"
-    assert main(["fit", *words.split(), *quick.split(), *SHORTENED.get(slug, "").split(), "--run_root", str(tmp_path)]) == 0
-    run = read_run(tmp_path)
-    assert run.exit_code == 0
-    assert slug in run.tags
-    assert {"commit", "branch", "dirty"} <= set(run.config.get("git", {})) or not Path(".git").exists()
-    assert run.config["seed_everything"] is not None
-    space = workspace(technique, "somebody", "project")
-    used = set(shown_by_run(config))
-    sections = [section for section in space.sections if section.name in used]
-    assert sections, f"{config} uses none of {technique.classes}"
-    for section in sections:
-        for panel in section.panels:
-            names = getattr(panel, "media_keys", None) or getattr(panel, "y", None) or [getattr(panel, "table_name", None)]
-            if {getattr(panel, "title", ""), names[0]} & NEEDS_MORE:
-                continue
-            if pattern := getattr(panel, "metric_regex", None):
-                assert any(re.search(pattern, name) for name in run.names), f"{panel.title}: nothing like {pattern} among {run.names}"
-            elif names[0]:
-                assert set(names) <= set(run.names), f"{names} isn't in {run.names}"
-    declared = [panel for own in declared_panels(technique).values() for panel in own]
-    keys = [panel.key for panel in declared if not isinstance(panel, Curve) and panel.key in run.names]
-    ends = [3, 7]  # the last step of each of two epochs
-    for key in keys:
-        assert run.steps(key) == ends, f"{key} belongs to the ends of validation"
-        for value in run.values(key):
-            assert "path" not in value or (run.folder / "files" / value["path"]).is_file()
-    for name in run.names:
-        if "val_" in name:
-            assert run.steps(name) == ends, f"{name} belongs to the ends of validation"
-    rows = [row for row in run.rows if set(row) - {"_step", "_runtime", "_timestamp"}]
-    updates = len(run.steps("sparsity/updates")) if "sparsity/updates" in run.names else 0  # the sparsity report logs at mask updates
-    assert len(rows) <= 4 + 3 * len(ends) + updates, "more rows than log steps, epoch ends, validations, media and mask updates"
-    assert max(len(row) for row in rows) < 60, "a row per step is no place for a value per parameter or class"
-    for curve in (panel for panel in declared if isinstance(panel, Curve)):
-        for name in curve.select(run.names):
-            defined = run.metrics[name]
-            assert defined.step_metric == "trainer/global_step", name
-            assert defined.summary.last, name
-            assert (defined.summary.min, defined.summary.max) == (curve.goal == "min", curve.goal == "max"), name
-    metrics = next(tmp_path.rglob("metrics.jsonl"))
-    own = {name for line in metrics.read_text().splitlines() for name in json.loads(line)["metrics"]}
-    media = {name for name in run.names if any(isinstance(value, dict) for value in run.values(name))}
-    assert own == set(run.names) - media - {"trainer/global_step", "epoch"}  # the same names as in the report
