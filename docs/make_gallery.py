@@ -124,7 +124,11 @@ def curves(title: str, series: Mapping[str, Series]) -> Image.Image:
     place = axes(canvas, title, (min(steps), max(steps)), (min(values), max(values)), "step", names[0] if len(names) == 1 else "value")
     pen = ImageDraw.Draw(canvas)
     for points, colour in zip(lines.values(), LINES, strict=False):
-        pen.line([place(*point) for point in points], fill=colour, width=5, joint="curve")
+        pixels = [place(*point) for point in points]
+        pen.line(pixels, fill=colour, width=5, joint="curve")
+        if len(pixels) == 1:  # no line
+            x, y = pixels[0]
+            pen.ellipse([x - 6, y - 6, x + 6, y + 6], fill=colour)
     if len(names) > 1:
         legend(pen, names)
     return canvas
