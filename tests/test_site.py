@@ -285,6 +285,11 @@ def test_the_picture_is_the_first_panel_that_the_technique_declares(tmp_path: Pa
         assert shown.sum() > 300
         assert not shown[: top - 1].any()
         assert not shown[bottom + 3 :].any()
+    alone = np.asarray(make.curves("One value", {"main/loss": (np.array([3]), np.array([2.0]))})).astype(int)
+    assert (alone == make.LINE).all(axis=-1).sum() > 20, "a single value is a dot"
+    assert make.draw(entry, tmp_path, "C").getpixel((576, 324)) != (200, 30, 40)
+    with pytest.raises(FileNotFoundError, match="nothing for a panel 'Picture'; declared are: C, Loss"):
+        make.draw(entry, tmp_path, "Picture")
     save_run(tmp_path, ReportData("run", "finished", (Section("Main", (ImagePanel("Picture", "picture"), curve), media),)))
     assert make.draw(entry, tmp_path).getpixel((576, 324)) == (200, 30, 40)
 
