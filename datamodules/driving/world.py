@@ -1,7 +1,7 @@
 """The embedded sample of the driving family: a procedural world in the official nuScenes v1.0 layout.
 
 :func:`embedded_world` makes it once in a cache folder; the nuScenes reader then reads it like the real release. The world is a handful of
-street scenes (:mod:`~lit_methods.datamodules.driving.street`), seen by a spinning LiDAR and six cameras that fire at different times while
+street scenes (:mod:`~lit_methods.datamodules.driving.layout`), seen by a spinning LiDAR and six cameras that fire at different times while
 the ego car and the others move; every ray of either sensor goes through one ray caster (:mod:`~lit_methods.datamodules.driving.render`).
 
 What it leaves out of a real release: camera sweeps, radar, hits on the ego car, the smear of a LiDAR turn (a sweep has one time and one
@@ -31,9 +31,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from lit_methods.datamodules.driving import render
+from lit_methods.datamodules.driving.layout import make_scene
 from lit_methods.datamodules.driving.nuscenes_writer import Row, Tables, write_tables
 from lit_methods.datamodules.driving.render import GROUND, SKY, Bools, Floats, Hits, Ints, Posed
-from lit_methods.datamodules.driving.street import LIDARSEG_NAMES, Scene, make_scene
+from lit_methods.datamodules.driving.street import LIDARSEG_NAMES, Scene
 
 log = logging.getLogger(__name__)
 
