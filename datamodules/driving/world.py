@@ -30,6 +30,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
+from lit_methods.datamodules.cache import cache_folder, making_folder
 from lit_methods.datamodules.driving import render
 from lit_methods.datamodules.driving.layout import make_scene
 from lit_methods.datamodules.driving.nuscenes_writer import Row, Tables, write_tables
@@ -456,11 +457,6 @@ def _work() -> None:
         (Path(job["rows"]) / f"{index}.json").write_text(json.dumps(record(Path(job["root"]), options, index)))
 
 
-def cache_folder() -> Path:
-    """Where generated data is kept: the environment variable LIT_METHODS_CACHE, or ``~/.cache/lit-methods``."""
-    return Path(os.environ.get("LIT_METHODS_CACHE") or Path.home() / ".cache" / "lit-methods")
-
-
 def embedded_world(
     cache: Path | None = None,
     seed: int = 0,
@@ -506,16 +502,8 @@ def embedded_world(
             for left in cache.glob(f".{name}.tmp-*"):
                 shutil.rmtree(left, ignore_errors=True)
         log.info("making the driving world in %s: about half a minute, once", root)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=cache))
-        try:
-            work.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+        with making_folder(root) as work:  # where the file system has no locks, the first process wins
             make_world(work, workers=workers, **asdict(options))
-            os.rename(work, root)
-        except OSError:
-            if not root.is_dir():  # else another process was faster, on a file system without locks
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return root
 
 
