@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_methods import distributed
+from lit_methods.checks import at_least
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -65,10 +66,8 @@ class RankSampler(DistributedSampler):
         counts_epochs: bool = True,
         with_epoch: bool = True,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: give 1 or more")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}: give 0 or more")
+        at_least(1, batch_size=batch_size)
+        at_least(0, seed=seed)
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
         self.batch_size = batch_size
         self.counts_epochs = counts_epochs

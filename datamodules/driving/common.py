@@ -7,8 +7,6 @@ Every random number of a sample follows from (seed, epoch, index) alone, never f
 """
 
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch.utils.data import get_worker_info
 
 from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.files import write_atomically
 
 LABEL_FRACTIONS = (1, 5, 10, 25, 100)
 Sample = dict[str, Any]
@@ -175,14 +174,7 @@ def read_image(path: Path, size: tuple[int, int] | int) -> tuple[Tensor, tuple[i
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is either whole or absent, whoever else reads or writes it, and whenever the run is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, content)
 
 
 def rigid(rotation: NDArray[np.float64], translation: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.catalog import configs_folder
+from lit_methods.checks import one_of
 from lit_methods.datamodules.driving.base import DrivingDataModule, LabelFraction
 from lit_methods.datamodules.driving.common import (
     OnBroken,
@@ -363,10 +364,8 @@ class KittiStyleDataModule(DrivingDataModule):
             seed=seed,
             on_broken=on_broken,
         )
-        if mode not in ("segment", "semi_supervised"):
-            raise ValueError(f"mode={mode!r} is neither 'segment' nor 'semi_supervised'")
-        if predict_split not in ("val", "test"):
-            raise ValueError(f"predict_split={predict_split!r} is neither 'val' nor 'test'")
+        one_of(("segment", "semi_supervised"), mode=mode)
+        one_of(("val", "test"), predict_split=predict_split)
         self.label_map = read_label_map(dataset)
         if root is None:
             raise ValueError(

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_methods.checks import at_least, one_of, within
 from lit_methods.datamodules.driving.base import DrivingDataModule, LabelFraction
 from lit_methods.datamodules.driving.common import (
     Batch,
@@ -347,17 +348,12 @@ class NuScenesDataModule(DrivingDataModule):
             seed=seed,
             on_broken=on_broken,
         )
-        for name, value, allowed in (
-            ("mode", mode, ("pretrain", "segment", "semi_supervised")),
-            ("superpixels", superpixels, ("openseed", "slic")),
-            ("pretrain_split", pretrain_split, ("slidr600", "train")),
-            ("frames", frames, tuple(VIEWS)),
-            ("cameras", cameras, tuple(range(1, len(CAMERAS) + 1))),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not one of {allowed}")
-        if num_sweeps < 0:
-            raise ValueError(f"num_sweeps={num_sweeps}: give 0 or more")
+        one_of(("pretrain", "segment", "semi_supervised"), mode=mode)
+        one_of(("openseed", "slic"), superpixels=superpixels)
+        one_of(("slidr600", "train"), pretrain_split=pretrain_split)
+        within("[1, 3]", "key frames", frames=frames)
+        within(f"[1, {len(CAMERAS)}]", cameras=cameras)
+        at_least(0, num_sweeps=num_sweeps)
         self.root, self.version, self.mode = None if root is None else Path(root), version if root is not None else "v1.0-mini", mode
         self.superpixels, self.superpixel_root = superpixels, None if superpixel_root is None else Path(superpixel_root)
         self.num_superpixels = num_superpixels or (17 if superpixels == "openseed" else 150)

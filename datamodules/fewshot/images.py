@@ -15,7 +15,7 @@ from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.fewshot import coloured_shapes as shapes
 from lit_methods.datamodules.fewshot.releases import LAYOUTS, Name, choose_shots, read_descriptions, read_release
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import open_listed
 from lit_methods.datamodules.vision.base import LabelledImages
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -78,10 +78,6 @@ class PhotoView:
         with seeded(draw):
             found: Tensor = self.transform(image)
         return found
-
-
-def _open(paths: list[Path], index: int) -> Any:
-    return open_picture(paths[index])
 
 
 class FewShotDataModule(LoaderDataModule):
@@ -184,7 +180,7 @@ class FewShotDataModule(LoaderDataModule):
 
     def _read(self, root: Path) -> Any:
         found = read_release(root, self.release)
-        parts = [(partial(_open, split.paths), split.labels) for split in (found.train, found.test)]
+        parts = [(partial(open_listed, split.paths), split.labels) for split in (found.train, found.test)]
         return found.classes, *parts, partial(PhotoView, self.image_size)
 
 

@@ -20,6 +20,7 @@ from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, 
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule, Tensors
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
 from lit_methods.datamodules.pictures import open_picture
+from lit_methods.files import replacing
 
 IMAGE_KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 CHUNK = 256  # latents, or images to encode, at a time
@@ -187,19 +188,21 @@ def encode_folder(images: Path, target: Path, autoencoder: nn.Module, size: int,
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = autoencoder.to(device).eval()
     work = [(file, turned) for turned in ((False, True) if mirrored else (False,)) for file in files]
-    part, stored = target.with_name(f".{target.name}.part"), None
+    stored = None
     target.parent.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(work), CHUNK):
-        pixels = torch.stack([_pixels(file, size, turned) for file, turned in work[start : start + CHUNK]])
-        latents = torch.cat([autoencoder.encode(few.to(device)) * factor for few in pixels.split(16)]).float().cpu().numpy()  # type: ignore[operator]
-        if stored is None:
-            stored = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(len(work), *latents.shape[1:]))
-        stored[start : start + len(latents)] = latents
-        rank_zero_info(f"{target.name}: {start + len(latents)} of {len(work)} images are encoded")
-    assert stored is not None
-    stored.flush()
-    del stored
-    part.replace(target)
+    for left in target.parent.glob(f".{target.name}.*.tmp"):  # by a run that was killed; they are large
+        left.unlink()
+    with replacing(target) as partial:
+        for start in range(0, len(work), CHUNK):
+            pixels = torch.stack([_pixels(file, size, turned) for file, turned in work[start : start + CHUNK]])
+            latents = torch.cat([autoencoder.encode(few.to(device)) * factor for few in pixels.split(16)]).float().cpu().numpy()  # type: ignore[operator]
+            if stored is None:
+                stored = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(work), *latents.shape[1:]))
+            stored[start : start + len(latents)] = latents
+            rank_zero_info(f"{target.name}: {start + len(latents)} of {len(work)} images are encoded")
+        assert stored is not None
+        stored.flush()
+        del stored
     autoencoder.cpu()
     return len(work)
 
@@ -319,9 +322,8 @@ class LatentDataModule(GenerativeDataModule):
             files = LatentFiles(self.root, hp["name"])
             train = self._split(len(files))[0]
             chunks = (files[train[start : start + CHUNK]] / hp["latent_factor"] for start in range(0, len(train), CHUNK))
-            part = self._statistics.with_name(f".{self._statistics.name}")
-            np.save(part, np.stack([found.numpy() for found in channel_statistics(chunks)]))
-            part.replace(self._statistics)
+            with replacing(self._statistics) as partial, partial.open("wb") as file:
+                np.save(file, np.stack([found.numpy() for found in channel_statistics(chunks)]))
 
     def setup(self, stage: str) -> None:
         """Open the files, read the validation latents."""

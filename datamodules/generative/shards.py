@@ -2,10 +2,7 @@
 
 import io
 import math
-import os
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from lit_methods.checks import at_least, positive
 from lit_methods.datamodules.base import Batches, Ints
-from lit_methods.datamodules.driving.world import cache_folder
+from lit_methods.datamodules.cache import cache_folder, making_folder
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule
 
 BLOCK = 512  # bytes; every part of a tar file begins at a multiple of it
@@ -268,10 +265,7 @@ def built_in_shards() -> Path:
     root = cache_folder() / f"latent-shards-v{BUILT_IN}"
     if root.is_dir():
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{root.name}.tmp-", dir=root.parent))
-    try:
-        work.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+    with making_folder(root) as work:
         generator = torch.Generator().manual_seed(0)
         embeddings = torch.randn(8, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
         grid = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"))
@@ -291,10 +285,4 @@ def built_in_shards() -> Path:
                 }
                 samples.append((f"{number:06d}", parts))
             write_shard(work / f"shard-{shard:04d}.tar", samples)
-        os.rename(work, root)
-    except OSError:
-        if not root.is_dir():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return root

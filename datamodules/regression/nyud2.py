@@ -14,13 +14,12 @@ from torch import Tensor
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, Reweighting
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
 
 HEIGHT, WIDTH = 228, 304  # pixels of an image after the crop; a training target has half of each
 _SHORT = 240  # pixels of the short side before the crop
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _BINS = 100  # of 0.1 m
 _TURN, _EDGE = 5.0, 16  # degrees, at most; pixels that a corner can move by beyond the crop
 _JITTER = 0.4
@@ -177,7 +176,7 @@ class DepthImages(Samples):
         if self.mask is not None:
             target[~self.mask[index]] = np.nan
         known["target"] = torch.from_numpy(target)
-        pixels = normalize(pil_to_tensor(image).float().div_(255), list(_MEAN), list(_STD))
+        pixels = normalize(pil_to_tensor(image).float().div_(255), list(IMAGENET_MEAN), list(IMAGENET_STD))
         return {"image": pixels} | {name: values[None] for name, values in known.items()}
 
 

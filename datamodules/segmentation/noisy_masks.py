@@ -16,9 +16,8 @@ from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, resize
-from lit_methods.datamodules.vision.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from lit_methods.runs.folder import run_dir
 
 VOC = (

@@ -4,11 +4,12 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_methods.checks import at_least, one_of, share, within
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
@@ -168,22 +169,15 @@ class OrganSlicesDataModule(LoaderDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if name not in get_args(Name):
-            raise ValueError(f"name={name!r}: give one of {', '.join(get_args(Name))}")
+        one_of(Name, name=name)
         if (root is None) != (name == "generated"):
             raise ValueError(f"root={root} and name={name!r}: give root for synapse and acdc, and none for generated")
-        if views not in (1, 2) or not 0 <= spurious <= 1 or min(num_train, num_val) < 1 or noise < 0:
-            raise ValueError(
-                f"views={views} must be 1 or 2, spurious={spurious} in 0 to 1, num_train={num_train} and num_val={num_val} 1 or more, "
-                f"and noise={noise} not negative"
-            )
-        self.root, self.name, self.image_size, self.views, self.augment = (
-            None if root is None else Path(root),
-            name,
-            image_size,
-            views,
-            augment,
-        )
+        within("[1, 2]", views=views)
+        share(spurious=spurious)
+        at_least(1, num_train=num_train, num_val=num_val)
+        within("[0, inf)", noise=noise)
+        self.root, self.name = None if root is None else Path(root), name
+        self.image_size, self.views, self.augment = image_size, views, augment
         self.lists = {"train": train_list, "val": val_list, "test": test_list}
         self.num_train, self.num_val, self.spurious, self.noise = num_train, num_val, spurious, noise
         self.class_names = {"generated": GENERATED, "synapse": SYNAPSE, "acdc": ACDC}[name]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_methods import checks
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 
 
@@ -66,8 +67,7 @@ def redraw_labels(labels: NDArray[np.int64], share: float, num_classes: int, see
     Raises:
         ValueError: ``share`` lies outside [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"label_noise={share} is a share of the training labels: give 0 to 1")
+    checks.share(label_noise=share)
     rng = np.random.default_rng([seed, 1])
     chosen = rng.permutation(len(labels))[: round(share * len(labels))]
     noisy = labels.copy()

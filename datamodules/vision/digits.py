@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_methods.checks import share, within
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages, fixed_split, redraw_labels
 
 
@@ -44,12 +45,9 @@ class DigitsDataModule(ClassificationDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if not 1 <= num_train <= 1796:
-            raise ValueError(f"num_train={num_train}: give 1 to 1796 of the 1797 images, the rest is held out")
-        if train_size is not None and not 1 <= train_size <= num_train:
-            raise ValueError(f"train_size={train_size}: give 1 to num_train={num_train}, or null for all of them")
-        if not 0 <= label_noise <= 1:
-            raise ValueError(f"label_noise={label_noise} is a share of the training labels: give 0 to 1")
+        within("[1, 1796]", "images for training, the rest of the 1797 is held out,", num_train=num_train)
+        within(f"[1, {num_train}]", "images, at most num_train, or null for all of them,", train_size=train_size)
+        share(label_noise=label_noise)
         # not read from hparams: below another datamodule Lightning puts that one's there
         self.num_train, self.train_size, self.label_noise = num_train, train_size, label_noise
         self.save_hyperparameters()

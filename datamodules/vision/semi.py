@@ -34,8 +34,7 @@ def labelled_subset(labels: NDArray[np.integer[Any]], per_class: int, seed: int)
     Raises:
         ValueError: A class has fewer images.
     """
-    if per_class < 1:
-        raise ValueError(f"labels_per_class={per_class}: give 1 or more")
+    at_least(1, labels_per_class=per_class)
     chosen = []
     for name in np.unique(labels):
         mine = np.flatnonzero(labels == name)

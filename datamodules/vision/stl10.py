@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
-from lit_methods.datamodules.vision.cifar import Prepare
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
 _SIDE = 96

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
-from lit_methods.datamodules.vision.cifar import Prepare
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
 _MEAN, _STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)  # of the training images, in [0, 1] (mem)

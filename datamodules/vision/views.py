@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_methods.datamodules.vision.imagenet import IMAGENET_MEAN, IMAGENET_STD, seeded
+from lit_methods.checks import at_least, one_of
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD
+from lit_methods.datamodules.vision.imagenet import seeded
 
 Policy = Literal["small_grey", "small_colour", "imagenet"]
 View = Callable[[Any, tuple[int, int, int]], Tensor]
@@ -157,14 +159,14 @@ def make_views(
     Raises:
         ValueError: An unknown policy or number.
     """
-    if strong_views < 1 or (policy == "imagenet" and strong_views > len(MULTI_CROP)):
-        raise ValueError(f"strong_views={strong_views}: give 1 or more, with policy='imagenet' at most {len(MULTI_CROP)}")
+    one_of(Policy, policy=policy)
+    at_least(1, strong_views=strong_views)
+    if policy == "imagenet" and strong_views > len(MULTI_CROP):
+        raise ValueError(f"strong_views is {strong_views}: with policy='imagenet' give at most {len(MULTI_CROP)}")
     if policy == "small_grey":
         return SmallGreyView(False), [SmallGreyView(True)] * strong_views
     if policy == "small_colour":
         return SmallColourView(False, mean, std), [SmallColourView(True, mean, std)] * strong_views
-    if policy == "imagenet":
-        if strong_views == 1:
-            return ImageNetView(False), [ImageNetView(True)]
-        return ImageNetView(False), [ImageNetView(True, size, scale) for size, scale in MULTI_CROP[:strong_views]]
-    raise ValueError(f"policy={policy!r}: give 'small_grey', 'small_colour' or 'imagenet'")
+    if strong_views == 1:
+        return ImageNetView(False), [ImageNetView(True)]
+    return ImageNetView(False), [ImageNetView(True, size, scale) for size, scale in MULTI_CROP[:strong_views]]

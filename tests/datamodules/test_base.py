@@ -121,8 +121,11 @@ def test_overfitting_a_few_batches_works_with_data_that_come_in_batches():
             seen.append(batch["image"].tolist())
             return self.layer(torch.ones(1, 32)).sum()
 
+        def validation_step(self, batch, batch_idx):
+            pass
+
     module = squares()
     module.val_set = Squares()
     with pytest.warns(UserWarning, match="overfit"):
-        tiny_trainer(overfit_batches=2, max_epochs=2, limit_val_batches=0).fit(Keeps(), datamodule=module)
+        tiny_trainer(overfit_batches=2, max_epochs=2).fit(Keeps(), datamodule=module)
     assert seen == [[0, 1, 4, 9], [16, 25, 36, 49]] * 2
