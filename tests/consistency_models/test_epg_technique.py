@@ -681,18 +681,18 @@ def test_images_with_transformers_train_in_both_stages(tmp_path):
     ("build", "wrong", "says"),
     [
         (pretraining, {"s0": 5, "s1": 3}, "1 <= s0 <= s1"),
-        (pretraining, {"temperature": 0.0}, "above 0"),
+        (pretraining, {"temperature": 0.0}, r"temperature is 0.0: give a number in \(0, inf\)"),
         (pretraining, {"temperature_schedule": "linear"}, "constant, interpolated, cosine"),
-        (pretraining, {"consistency_weight": -1.0}, "0 or more"),
-        (pretraining, {"target_decay": 1.5}, "from 0 to 1"),
+        (pretraining, {"consistency_weight": -1.0}, r"give a number in \[0, inf\)"),
+        (pretraining, {"target_decay": 1.5}, r"give a number in \[0, 1\]"),
         (pretraining, {"pixel_std": (0.0,)}, "above 0"),
         (tuning, {"mode": "latent"}, "denoise, consistency"),
         (tuning, {"num_levels": None}, "weight='one'"),
         (tuning, {"perceptual_weight": 1.0}, "encoder_ckpt"),
         (tuning, {"guidance": 2.0, "num_classes": None}, "num_classes"),
-        (tuning, {"ect_q": 1.0}, "no such curriculum"),
+        (tuning, {"ect_q": 1.0}, r"ect_q is 1.0: give a number in \(1, inf\)"),
         (tuning, {"sample_times": (0.1, 0.5)}, "descending"),
-        (tuning, {"class_dropout": 1.0}, "below 1"),
+        (tuning, {"class_dropout": 1.0}, r"give a number in \[0, 1\)"),
     ],
 )
 def test_wrong_arguments_are_named(build, wrong, says):
