@@ -69,7 +69,7 @@ from lit_methods.lidar.superflow.core import (
     voxelize,
 )
 from lit_methods.optim import warmup_cosine_rate
-from lit_methods.prompting.losses import (
+from lit_methods.prompting.coprompt.core import (
     adapter_features,
     coprompt_loss,
     cosine_logits,
@@ -78,8 +78,9 @@ from lit_methods.prompting.losses import (
 )
 from lit_methods.prompting.towers import run_prompted_blocks
 from lit_methods.semi.alignment import align, moving_marginal
-from lit_methods.semi.graph import edge_edge_loss, node_edge_loss, node_node_loss, propagate
-from lit_methods.semi.shrink import certain_loss, shrink, shrunk_loss, uncertain_loss
+from lit_methods.semi.fixmatch import certain_loss
+from lit_methods.semi.shrinkmatch.core import shrink, shrunk_loss, uncertain_loss
+from lit_methods.semi.simmatchv2.core import edge_edge_loss, node_edge_loss, node_node_loss, propagate
 from lit_methods.tasks.imbalanced_regression.losses import regression_loss
 from lit_methods.tasks.imbalanced_regression.metrics import shot_metrics
 from lit_methods.tasks.imbalanced_regression.weights import label_weights

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lit_methods.seeds import own_seed
-from lit_methods.semi.graph import propagate
+from lit_methods.semi.simmatchv2.core import propagate
 
 
 class PropagationProbe(LightningModule):

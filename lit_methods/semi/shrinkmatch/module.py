@@ -1,6 +1,6 @@
 """ShrinkMatch: uncertain images are learned from, too, in a class space that is shrunk until they are certain (arXiv:2308.06777).
 
-Golden vectors come from LiheYoung/ShrinkMatch@c4339b8. The maths stand in :mod:`~lit_methods.semi.shrink` and
+Golden vectors come from LiheYoung/ShrinkMatch@c4339b8. The maths stand in :mod:`~lit_methods.semi.shrinkmatch.core` and
 :mod:`~lit_methods.semi.alignment`. Left out: SimMatch's instance loss, which the authors add on ImageNet.
 """
 
@@ -9,11 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows
 from lit_methods.panels import Curve, Panel
-from lit_methods.semi.fixmatch import Alignment, FixMatch, Schedule, SemiSupervised, advance
-from lit_methods.semi.shrink import certain_loss, shrink, uncertain_loss
+from lit_methods.semi.alignment import advance
+from lit_methods.semi.base import Schedule, SemiSupervised
+from lit_methods.semi.fixmatch import Alignment, FixMatch, certain_loss
+from lit_methods.semi.shrinkmatch.core import shrink, uncertain_loss
 
 TECHNIQUE = Technique(
     slug="shrinkmatch",
@@ -113,10 +116,8 @@ class ShrinkMatch(FixMatch):
         schedule: Schedule = "seven_sixteenths",
         warmup_epochs: int = 0,
     ) -> None:
-        if ranks not in ("aligned", "raw"):
-            raise ValueError(f"ranks={ranks!r}: give 'aligned' or 'raw'")
-        if not 0 <= ratio_momentum <= 1:
-            raise ValueError(f"ratio_momentum={ratio_momentum}: give a number from 0 to 1")
+        checks.one_of(("aligned", "raw"), ranks=ranks)
+        checks.share(ratio_momentum=ratio_momentum)
         super().__init__(
             backbone, feature_dim, num_classes, threshold=threshold, unlabelled_weight=unlabelled_weight, hard_labels=hard_labels,
             distribution_alignment=distribution_alignment, queue_length=queue_length, learning_rate=learning_rate, momentum=momentum,

@@ -6,7 +6,6 @@ Golden vectors come from LiheYoung/ShrinkMatch@c4339b8 (CIFAR/shrinkmatch.py, ST
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -57,22 +56,6 @@ def shrunk_loss(logits: Tensor, shrunk: Shrunk) -> Tensor:
     kept = logits.gather(1, shrunk.order).masked_fill(removed, -torch.inf)
     losses = kept.logsumexp(dim=1) - kept[:, 0]
     return torch.where(shrunk.cut >= 0, losses, torch.zeros_like(losses))
-
-
-def certain_loss(logits: Tensor, probability: Tensor, certain: Tensor, hard: bool = False) -> Tensor:
-    """FixMatch's loss: cross-entropy of the strong view with the weak view's prediction, summed over certain rows, divided by all rows.
-
-    Args:
-        logits: (B, C) of the strong view.
-        probability: (B, C) of the weak view, no gradient.
-        certain: (B,) bool.
-        hard: The target is the likeliest class; else the whole distribution.
-
-    Returns:
-        Scalar.
-    """
-    target = probability.argmax(dim=1) if hard else probability
-    return (F.cross_entropy(logits, target, reduction="none") * certain).mean()
 
 
 def uncertain_loss(logits: Tensor, probability: Tensor, certain: Tensor, shrunk: Shrunk) -> Tensor:

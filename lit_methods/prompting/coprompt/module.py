@@ -1,34 +1,37 @@
 """CoPrompt (arXiv:2306.01195): prompts and adapters on both of CLIP's towers, kept near the frozen ones on perturbed inputs.
 
 Read in ShuvenduRoy/CoPrompt@a2a6c12. The same class is MaPLe (arXiv:2210.03117), CoOp (arXiv:2109.01134), CLIP-Adapter-like tuning and
-zero-shot classification, by its arguments. The loss is in :mod:`lit_methods.prompting.losses`, deep prompts in
+zero-shot classification, by its arguments. The loss is in :mod:`lit_methods.prompting.coprompt.core`, deep prompts in
 :mod:`lit_methods.prompting.towers`. Left out: loading prompts that the authors' code has saved.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
+from lit_methods import checks
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
 from lit_methods.optim import scheduled, warmup_cosine_rate
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
-from lit_methods.prompting.losses import (
+from lit_methods.prompting.coprompt.core import (
     Adapter,
     Criterion,
     adapter_features,
     coprompt_loss,
     cosine_logits,
     harmonic_mean,
+    sentence_index,
+    sentence_table,
 )
+from lit_methods.prompting.coprompt.prompts import FeatureAdapter, Prompts
 from lit_methods.prompting.towers import TwoTowers
 from lit_methods.steps import steps_per_epoch, training_length
 
@@ -59,94 +62,6 @@ TECHNIQUE = Technique(
 
 _CHUNK = 512  # texts that the frozen tower encodes at a time
 SPLITS = ("base", "new")
-
-
-def sentence_index(step: int, number: int, seed: int = 0) -> int:
-    """Which of the sentences all classes have at an optimiser step: the same on all ranks, and after a resume.
-
-    Args:
-        step: Optimiser steps done.
-        number: Of sentences, S >= 1.
-        seed: Of the draw.
-
-    Returns:
-        In 0..S-1.
-    """
-    return int(np.random.default_rng([seed, 8111, step]).integers(number))
-
-
-def sentence_table(classes: Sequence[str], descriptions: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """S lists of a sentence for each class. Class names are compared without case, blanks and punctuation.
-
-    Args:
-        classes: C names.
-        descriptions: Class name -> S sentences.
-
-    Raises:
-        ValueError: A class has none, or another number than the first; the message names it.
-    """
-    plain = {_plain(name): list(own) for name, own in descriptions.items()}
-    found: list[list[str]] = []
-    for name in classes:
-        own = plain.get(_plain(name), [])
-        if not own:
-            known = ", ".join(list(descriptions)[:3]) or "none at all"
-            raise ValueError(
-                f"class {name!r} has no description; there are some of {known}: give the datamodule a file of sentences for every base "
-                "class, or set consistency_weight to 0"
-            )
-        if found and len(own) != len(found[0]):
-            raise ValueError(f"class {name!r} has {len(own)} descriptions, {classes[0]!r} has {len(found[0])}: give every class as many")
-        found.append(own)
-    return [list(row) for row in zip(*found, strict=True)]
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
-
-
-class FeatureAdapter(nn.Module):
-    """A of :func:`~lit_methods.prompting.losses.adapter_features`: D -> D / 4 -> D without biases, a ReLU behind each."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, max(1, width // 4), bias=False), nn.Linear(max(1, width // 4), width, bias=False)
-
-    @property
-    def weights(self) -> Adapter:
-        """W1 and W2."""
-        return self.down.weight, self.up.weight
-
-
-class Prompts(nn.Module):
-    """The trained vectors: of the text tower free ones, of the image tower linear maps of these, a map for each depth (MaPLe).
-
-    Args:
-        first: (n, Wt), how the first text prompt starts.
-        depth: J >= 1, the first included.
-        image_width: Wi; None: no prompts in the image tower.
-    """
-
-    def __init__(self, first: Tensor, depth: int, image_width: int | None) -> None:
-        super().__init__()
-        number, width = first.shape
-        self.context = nn.Parameter(first.clone())
-        self.deep = nn.Parameter(0.02 * torch.randn(depth - 1, number, width)) if depth > 1 else None
-        self.project = None if image_width is None else nn.Linear(width, image_width)
-        self.deep_project: nn.ModuleList | None = None
-        if image_width is not None and depth > 1:
-            one = nn.Linear(width, image_width)
-            self.deep_project = nn.ModuleList(nn.Linear(width, image_width) for _ in range(depth - 1))
-            for layer in self.deep_project:
-                layer.load_state_dict(one.state_dict())
-
-    def of_image(self) -> tuple[Tensor | None, Tensor | None]:
-        """(n, Wi) and (J - 1, n, Wi)."""
-        if self.project is None:
-            return None, None
-        if self.deep is None or self.deep_project is None:
-            return self.project(self.context), None
-        return self.project(self.context), torch.stack([layer(own) for layer, own in zip(self.deep_project, self.deep, strict=True)])
 
 
 class CoPrompt(LightningModule):
@@ -239,18 +154,10 @@ class CoPrompt(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_context < 0 or not 0 <= image_mix <= 1 or not 0 <= text_mix <= 1 or consistency_weight < 0:
-            raise ValueError(
-                f"num_context={num_context} and consistency_weight={consistency_weight} must not be negative, image_mix={image_mix} and "
-                f"text_mix={text_mix} are shares: give 0 to 1"
-            )
-        if criterion not in get_args(Criterion):
-            raise ValueError(f"criterion={criterion!r}: give one of {', '.join(get_args(Criterion))}")
-        if learning_rate <= 0 or warmup_learning_rate <= 0 or warmup_epochs < 0:
-            raise ValueError(
-                f"learning_rate={learning_rate} and warmup_learning_rate={warmup_learning_rate} must be above 0, "
-                f"warmup_epochs={warmup_epochs} 0 or more"
-            )
+        checks.at_least(0, num_context=num_context, consistency_weight=consistency_weight, warmup_epochs=warmup_epochs)
+        checks.within("[0, 1]", "a share", image_mix=image_mix, text_mix=text_mix)
+        checks.positive(learning_rate=learning_rate, warmup_learning_rate=warmup_learning_rate)
+        checks.one_of(Criterion, criterion=criterion)
         layers = min(towers.sizes.text_layers, towers.sizes.image_layers) if visual_prompts else towers.sizes.text_layers
         if num_context and not 1 <= depth <= layers:
             raise ValueError(f"depth={depth}: these towers have {layers} blocks that can take prompts, give 1 to {layers}")
@@ -562,4 +469,4 @@ class CoPrompt(LightningModule):
         return scheduled(optimizer, factor, "epoch")
 
 
-__all__ = ["CoPrompt", "FeatureAdapter", "Prompts", "sentence_index", "sentence_table"]
+__all__ = ["CoPrompt"]
