@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 
+def check_intervals(s0: int, s1: int) -> None:
+    """Raise ValueError unless 1 <= s0 <= s1."""
+    if not 1 <= s0 <= s1:
+        raise ValueError(f"s0={s0} and s1={s1} are the numbers of intervals at start and end: give 1 <= s0 <= s1")
+
+
 def doubling_stage_length(total_steps: int, s0: int, s1: int, rounding: Literal["floor", "ceil"] = "floor") -> int:
     """K': optimiser steps of a stage of :func:`doubling_levels`.
 

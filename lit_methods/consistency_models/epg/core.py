@@ -368,3 +368,9 @@ def interval_guidance(
         return told
     untold = denoise(x, torch.full_like(labels, null))
     return untold + scale * (told - untold)
+
+
+__all__ = [
+    "consistency_temperature", "consistency_tuning_loss", "cosine_info_nce", "denoising_loss", "denoising_weight", "interval_guidance",
+    "nearest_level", "neighbour_labels", "pretrain_levels", "pretrain_loss", "resolution_shift",
+]  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_methods import checks
 from lit_methods.averages import ema_update
 from lit_methods.catalog import Technique
-from lit_methods.consistency_models.curricula import doubling_levels
+from lit_methods.consistency_models.curricula import check_intervals, doubling_levels
 from lit_methods.consistency_models.epg.core import (
     Map,
     Pixels,
@@ -165,8 +165,7 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 1 <= s0 <= s1:
-            raise ValueError(f"s0={s0} and s1={s1} are the numbers of intervals at start and end: give 1 <= s0 <= s1")
+        check_intervals(s0, s1)
         checks.one_of(TemperatureSchedule, temperature_schedule=temperature_schedule)
         checks.positive(contrastive_temperature=contrastive_temperature, temperature=temperature, final_temperature=final_temperature)
         checks.at_least(0, consistency_weight=consistency_weight, contrastive_weight=contrastive_weight)

@@ -387,3 +387,6 @@ def sample(
         if index + 1 < len(times):
             x = math.cos(times[index + 1]) * x + math.sin(times[index + 1]) * noises[index].double()
     return x
+
+
+__all__ = ["critic_loss", "dcm_loss", "dmd_loss", "phase_at", "sample", "scm_loss", "simulate", "velocity_tangent"]

@@ -72,3 +72,6 @@ def uncertain_loss(logits: Tensor, probability: Tensor, certain: Tensor, shrunk:
     """
     weight = probability.amax(dim=1) * (~certain & shrunk.reached)
     return (weight * shrunk_loss(logits, shrunk)).mean()
+
+
+__all__ = ["Shrunk", "shrink", "shrunk_loss", "uncertain_loss"]

@@ -244,3 +244,6 @@ class GraphConsistency(nn.Module):
         self.bank.index_copy_(0, rows, weak.to(self.bank.dtype))
         self.bank_probability.index_copy_(0, rows, probability.to(self.bank_probability.dtype))
         self.pointer.add_(len(weak)).remainder_(size)
+
+
+__all__ = ["GraphConsistency", "GraphLosses", "edge_edge_loss", "finite_or_zero", "node_edge_loss", "node_node_loss", "propagate"]

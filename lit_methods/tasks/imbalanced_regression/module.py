@@ -1,7 +1,7 @@
 """Regression of one number, or of one at each pixel, from data whose labels are skewed."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
 from lit_methods.panels import Curve, Panel
 from lit_methods.tasks.imbalanced_regression.losses import RegressionLoss, regression_loss
 from lit_methods.tasks.imbalanced_regression.metrics import REGIONS, ShotMetrics
@@ -68,10 +69,9 @@ class ImbalancedRegression(LightningModule):
         gamma: float = 0.1,
     ) -> None:
         super().__init__()
-        if loss not in get_args(RegressionLoss) or optimizer not in ("adam", "sgd"):
-            raise ValueError(f"loss={loss!r} must be one of {', '.join(get_args(RegressionLoss))}, and optimizer={optimizer!r} adam or sgd")
-        if learning_rate <= 0 or noise_sigma <= 0:
-            raise ValueError(f"learning_rate={learning_rate} and noise_sigma={noise_sigma} must be above 0")
+        checks.one_of(RegressionLoss, loss=loss)
+        checks.one_of(("adam", "sgd"), optimizer=optimizer)
+        checks.positive(learning_rate=learning_rate, noise_sigma=noise_sigma)
         self.save_hyperparameters(ignore=["backbone", "regressor"])
         self.backbone, self.regressor = backbone, regressor
         self.kind: RegressionLoss = loss

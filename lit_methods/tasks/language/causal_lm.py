@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
 from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, Panel
 from lit_methods.runs.checkpoints import load_into
@@ -115,10 +116,9 @@ class CausalLM(LightningModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate={learning_rate}: give a number above 0")
-        if not 0 <= warmup_share < 1 or not 0 <= final_share <= 1:
-            raise ValueError(f"warmup_share={warmup_share} must lie in [0, 1), final_share={final_share} in [0, 1]")
+        checks.positive(learning_rate=learning_rate)
+        checks.within("[0, 1)", "a share of the steps", warmup_share=warmup_share)
+        checks.share(final_share=final_share)
         self.save_hyperparameters()
         model: Any = causal_model(name_or_path, config).train()  # transformers gives it in eval mode
         if pretrained is not None:

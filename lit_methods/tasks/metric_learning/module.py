@@ -1,7 +1,7 @@
 """Metric learning: embeddings for retrieval among classes that training hasn't seen."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -9,10 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.distributed import gather_rows
 from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, ImagePanel, Media, Panel
-from lit_methods.tasks.metric_learning.opis import OPIS, RetrievalScores, summary
+from lit_methods.tasks.metric_learning.opis import OPIS, RetrievalScores, check_rates, summary
 from lit_methods.tasks.metric_learning.pictures import utility_curves
 
 Optimizer = Literal["adam", "adamw"]
@@ -76,11 +77,10 @@ class MetricLearning(LightningModule):
         schedule: Schedule = "constant",
     ) -> None:
         super().__init__()
-        for name, value, known in (("optimizer", optimizer, Optimizer), ("schedule", schedule, Schedule)):
-            if value not in get_args(known):
-                raise ValueError(f"{name}={value!r}: give one of {', '.join(get_args(known))}")
-        if learning_rate <= 0 or not 0 < far_min < far_max < 1:
-            raise ValueError(f"learning_rate={learning_rate} must be above 0, and 0 < far_min={far_min} < far_max={far_max} < 1")
+        checks.one_of(Optimizer, optimizer=optimizer)
+        checks.one_of(Schedule, schedule=schedule)
+        checks.positive(learning_rate=learning_rate)
+        check_rates(far_min, far_max)
         self.save_hyperparameters(ignore=["network", "loss"])
         self.network, self.loss = network, loss
         self.eval_opis = OPIS(far_min, far_max, num_thresholds, epsilon)

@@ -18,6 +18,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lit_methods import checks
+
 _BLOCK = 2048  # rows and columns of a block: 32 MiB of distances
 _RANGE = 1e-6  # width below which a range of thresholds is but rounding
 _PAIRS = 5_000_000  # pairs that the calibration range is taken from
@@ -48,6 +50,12 @@ class OPISResult:
     class_mean_utility: Tensor
     opis: Tensor
     eps_opis: Tensor
+
+
+def check_rates(far_min: float, far_max: float) -> None:
+    """Raise ValueError unless 0 < far_min < far_max < 1."""
+    if not 0 < far_min < far_max < 1:
+        raise ValueError(f"far_min={far_min} and far_max={far_max} are shares of negative pairs: give 0 < far_min < far_max < 1")
 
 
 def _unit(embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -82,8 +90,7 @@ def calibration_range(
     Raises:
         ValueError: There is no negative pair, or the rates are out of order.
     """
-    if not 0 < far_min < far_max < 1:
-        raise ValueError(f"far_min={far_min} and far_max={far_max} are shares of negative pairs: give 0 < far_min < far_max < 1")
+    check_rates(far_min, far_max)
     unit, size = _unit(embeddings, labels), len(labels)
     if size * (size - 1) // 2 <= max_pairs:
         parts = []
@@ -148,8 +155,8 @@ def opis(embeddings: Tensor, labels: Tensor, d_min: float, d_max: float, num_thr
     """
     if not d_min < d_max:
         raise ValueError(f"d_min={d_min} must lie below d_max={d_max}: all negative pairs may be equally far apart")
-    if num_thresholds < 2 or not 0 < epsilon <= 1:
-        raise ValueError(f"num_thresholds={num_thresholds} must be 2 or more, and epsilon={epsilon} a share of classes above 0")
+    checks.at_least(2, num_thresholds=num_thresholds)
+    checks.within("(0, 1]", "a share of classes", epsilon=epsilon)
     unit = _unit(embeddings, labels)
     classes, index, counts = labels.unique(return_inverse=True, return_counts=True)
     kept = counts >= 2

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
 from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, Panel
 from lit_methods.tasks.recommendation.metrics import ranking_metrics
@@ -42,8 +43,8 @@ class Recommender(LightningModule):
         super().__init__()
         if not top_k or any(k < 1 for k in top_k):
             raise ValueError(f"top_k is {list(top_k)}: give one length of the list or more, each at least 1, such as [20]")
-        if learning_rate <= 0 or (min_lr is not None and not 0 <= min_lr <= learning_rate):
-            raise ValueError(f"learning_rate={learning_rate} must be above 0, and min_lr={min_lr} null or from 0 to learning_rate")
+        checks.positive(learning_rate=learning_rate)
+        checks.within(f"[0, {learning_rate}]", "a rate from 0 to learning_rate, or null,", min_lr=min_lr)
         self.top_k, self.learning_rate, self.min_lr = tuple(top_k), learning_rate, min_lr
         self.eval_metrics = nn.ModuleDict({f"{name}_{k}": MeanMetric() for k in self.top_k for name in _METRICS})
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.tasks.recommendation.base import Recommender
 
 
@@ -125,11 +126,8 @@ class LightGCN(Recommender):
         top_k: Sequence[int] = (20,),
     ) -> None:
         super().__init__(top_k, learning_rate, min_lr)
-        if min(num_users, num_items, embedding_dim) < 1 or num_layers < 0 or reg_weight < 0:
-            raise ValueError(
-                f"num_users={num_users}, num_items={num_items} and embedding_dim={embedding_dim} must be 1 or more, "
-                f"num_layers={num_layers} and reg_weight={reg_weight} 0 or more"
-            )
+        checks.at_least(1, num_users=num_users, num_items=num_items, embedding_dim=embedding_dim)
+        checks.at_least(0, num_layers=num_layers, reg_weight=reg_weight)
         self.save_hyperparameters()
         self.num_users, self.num_items, self.num_layers, self.reg_weight = num_users, num_items, num_layers, reg_weight
         self.embedding = nn.Embedding(num_users + num_items, embedding_dim)

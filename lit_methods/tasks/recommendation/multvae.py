@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.tasks.recommendation.base import Recommender
 
 
@@ -72,11 +73,9 @@ class MultVAE(Recommender):
         top_k: Sequence[int] = (20, 50),
     ) -> None:
         super().__init__(top_k, learning_rate, min_lr)
-        if min(num_items, hidden_dim, latent_dim) < 1 or not 0 <= dropout < 1 or beta < 0 or anneal_steps < 0:
-            raise ValueError(
-                f"num_items={num_items}, hidden_dim={hidden_dim} and latent_dim={latent_dim} must be 1 or more, "
-                f"dropout={dropout} in [0, 1), beta={beta} and anneal_steps={anneal_steps} 0 or more"
-            )
+        checks.at_least(1, num_items=num_items, hidden_dim=hidden_dim, latent_dim=latent_dim)
+        checks.at_least(0, beta=beta, anneal_steps=anneal_steps)
+        checks.within("[0, 1)", dropout=dropout)
         self.save_hyperparameters()
         self.num_items, self.dropout, self.beta, self.anneal_steps = num_items, dropout, beta, anneal_steps
         self.encoder = nn.Sequential(nn.Linear(num_items, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, 2 * latent_dim))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.tasks.recommendation.base import Recommender
 
 
@@ -52,11 +53,10 @@ class NeuMF(Recommender):
         top_k: Sequence[int] = (20,),
     ) -> None:
         super().__init__(top_k, learning_rate, min_lr)
-        if min(num_users, num_items, embedding_dim, *hidden) < 1 or not hidden or not 0 <= dropout < 1:
-            raise ValueError(
-                f"num_users={num_users}, num_items={num_items}, embedding_dim={embedding_dim} and hidden={list(hidden)} must be 1 or more, "
-                f"dropout={dropout} in [0, 1)"
-            )
+        checks.at_least(1, num_users=num_users, num_items=num_items, embedding_dim=embedding_dim)
+        checks.within("[0, 1)", dropout=dropout)
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"hidden is {list(hidden)}: give one width or more, each at least 1")
         self.save_hyperparameters()
         self.num_users, self.num_items = num_users, num_items
         self.gmf_user, self.mlp_user = nn.Embedding(num_users, embedding_dim), nn.Embedding(num_users, embedding_dim)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
 from lit_methods.distributed import gather_rows
 from lit_methods.optim import scheduled
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
@@ -90,11 +91,10 @@ class ImageSegmentor(LightningModule):
         slices_per_pass: int = 24,
     ) -> None:
         super().__init__()
-        if num_classes < 2 or not 0 <= dice_ratio <= 1 or learning_rate <= 0 or optimizer not in ("sgd", "adam"):
-            raise ValueError(
-                f"num_classes={num_classes} must be 2 or more, dice_ratio={dice_ratio} in 0 to 1, learning_rate={learning_rate} above 0 "
-                f"and optimizer={optimizer!r} sgd or adam"
-            )
+        checks.at_least(2, "classes", num_classes=num_classes)
+        checks.within("[0, 1]", "a share", dice_ratio=dice_ratio)
+        checks.positive(learning_rate=learning_rate)
+        checks.one_of(("sgd", "adam"), optimizer=optimizer)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but num_classes={num_classes}")
         self.save_hyperparameters(ignore=["network"])

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.runs.checkpoints import load_into
 from lit_methods.tasks.superres.metrics import LuminancePSNR, LuminanceSSIM, psnr_y, to_uint8
@@ -71,8 +72,8 @@ class SuperResolution(LightningModule):
         pretrained_prefix: str = "network.",
     ) -> None:
         super().__init__()
-        if scale < 1 or learning_rate <= 0:
-            raise ValueError(f"scale={scale} must be 1 or more and learning_rate={learning_rate} above 0")
+        checks.at_least(1, scale=scale)
+        checks.positive(learning_rate=learning_rate)
         if list(milestones) != sorted(milestones) or any(step < 1 for step in milestones):
             raise ValueError(f"milestones={list(milestones)} are optimiser steps, 1 or more, in rising order")
         if getattr(network, "scale", scale) != scale:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
+
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB of the training images, in [0, 1], as EDSR subtracts it
 DIV2K_LUMA_MEAN = 0.438  # BT.601 studio luminance of that colour / 255
 
@@ -59,8 +61,7 @@ class EDSR(nn.Module):
         super().__init__()
         if scale not in (2, 3, 4):
             raise ValueError(f"scale={scale}: EDSR enlarges by 2, 3 or 4")
-        if min(channels, num_blocks, image_channels) < 1:
-            raise ValueError(f"channels={channels}, num_blocks={num_blocks} and image_channels={image_channels} must be 1 or more")
+        checks.at_least(1, channels=channels, num_blocks=num_blocks, image_channels=image_channels)
         if mean is None:
             mean = DIV2K_MEAN if image_channels == 3 else [DIV2K_LUMA_MEAN] * image_channels
         if len(mean) != image_channels:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
+from lit_methods import checks
 from lit_methods.optim import learning_rate_factor, scheduled
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into
@@ -152,19 +153,13 @@ class ImageClassifier(LightningModule):
         pretrained_prefix: str = "network.",
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes}: give 2 or more")
-        for name, value, known in (
-            ("optimizer", optimizer, ("sgd", "adam", "adamw")),
-            ("schedule", schedule, get_args(Schedule)),
-            ("loss", loss, get_args(Loss)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate={learning_rate}: give a number above 0")
-        if not 0 <= label_smoothing <= 1 or mixup < 0:
-            raise ValueError(f"label_smoothing={label_smoothing} must lie in 0 to 1, and mixup={mixup} must not be negative")
+        checks.at_least(2, "classes", num_classes=num_classes)
+        checks.one_of(("sgd", "adam", "adamw"), optimizer=optimizer)
+        checks.one_of(Schedule, schedule=schedule)
+        checks.one_of(Loss, loss=loss)
+        checks.positive(learning_rate=learning_rate)
+        checks.share(label_smoothing=label_smoothing)
+        checks.at_least(0, mixup=mixup)
         if schedule == "multistep" and not milestones:
             raise ValueError("schedule='multistep' needs milestones: give the epochs at which the learning rate falls, such as [80, 120]")
         if class_names is not None and len(class_names) != num_classes:
