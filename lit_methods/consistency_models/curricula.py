@@ -84,7 +84,7 @@ def ect_lower(upper: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: floa
 
     Args:
         upper: t, any shape, in any float dtype: give float32 or wider.
-        stage: Of :func:`ect_stage`. At 0 all are ``sigma_min``.
+        stage: What :func:`ect_stage` gives. At 0 all are ``sigma_min``.
         q: > 1: how much nearer the levels come with each stage.
         k: How much wider pairs are where t is small.
         b: How fast that fades with t.

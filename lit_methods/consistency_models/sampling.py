@@ -90,7 +90,7 @@ def denoise_sample(
         start: (B, ...) noise times the first level.
         levels: Descending, > 0; a last step to 0 follows. N levels are N calls of D with ``euler`` and ``sde``, 2 N - 1 with ``heun``.
         solver: ``heun``, ``euler`` or ``sde``.
-        generator: Of the noise of ``sde``.
+        generator: Draws the noise of ``sde``.
 
     Returns:
         (B, ...).

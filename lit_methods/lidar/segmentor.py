@@ -38,7 +38,7 @@ class PointSegmentor(LightningModule):
         lovasz_weight: Factor of the Lovasz term.
         unlabelled_weight: Factor of the loss on voted pseudo-labels.
         learning_rate: Peak of the one-cycle schedule.
-        weight_decay: Of AdamW.
+        weight_decay: AdamW's weight decay.
         pct_start: Share of the steps in which the learning rate rises.
     """
 

@@ -55,7 +55,7 @@ class FixMatch(SemiSupervised):
         learning_rate: Full one.
         momentum: Nesterov momentum of SGD.
         weight_decay: Not for parameters with one dimension, unless ``no_decay_norms`` is off.
-        no_decay_norms: See there.
+        no_decay_norms: Leave parameters with one dimension, biases and norms, out of weight decay.
         schedule: ``seven_sixteenths``: cos(7 pi t / 16 T) per step; ``epoch_cosine``: half a cosine per epoch; ``constant``.
         warmup_epochs: Epochs of linear rise.
 

@@ -75,8 +75,8 @@ class EPGFinetune(SampleEvaluation):
         encoder_ckpt: Checkpoint of stage 1; None: a random encoder.
         num_classes: Classes that the network is told; None: none.
         class_dropout: Chance that a label is withheld in training.
-        p_mean: Of ln sigma; None: -1.2 for ``denoise``, -0.4 for ``consistency``.
-        p_std: Of ln sigma.
+        p_mean: Mean of ln sigma; None: -1.2 for ``denoise``, -0.4 for ``consistency``.
+        p_std: Standard deviation of ln sigma.
         num_levels: ``denoise``: sigma is snapped to the nearest of so many levels; None: it isn't.
         weight: ``denoise``: ``inverse_gap``, of the levels before the shift, or ``one``.
         ect_q: ``consistency``: how much nearer the levels of a pair come with each stage.
@@ -85,31 +85,31 @@ class EPGFinetune(SampleEvaluation):
         ect_first: Steps of the first stage.
         ect_length: Steps of every further stage.
         ect_delta: First stage; 0: it is denoising.
-        c: Of the distance.
-        perceptual_weight: Of the contrast with the frozen encoder; None: 1 with ``encoder_ckpt``, 0 without.
+        c: Scale of the distance.
+        perceptual_weight: Factor of the contrast with the frozen encoder; None: 1 with ``encoder_ckpt``, 0 without.
         perceptual_temperature: > 0.
         sigma_min: Smallest level.
         sigma_max: Largest level.
         rho: Spacing of the levels.
         sigma_data: Standard deviation of what the encoder sees.
         base_resolution: As in :class:`EPGPretrain`; None: no shift.
-        pixel_mean: Of pixels in [0, 1], subtracted.
+        pixel_mean: Mean of the pixels in [0, 1], subtracted.
         pixel_std: By which they are divided then.
         solver: ``denoise``: ``heun``, ``euler`` or ``sde``.
         sample_steps: ``denoise``: levels of the sampler.
         sample_times: ``consistency``: levels of the steps after the first, before the shift, for the longest sampling.
         guidance: ``denoise``: how strongly samples follow their class; 1: as the network has it.
         guidance_interval: Levels, before the shift, between which that is done.
-        learning_rate: Of AdamW, after the warm-up.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
+        learning_rate: AdamW's learning rate after the warm-up.
+        betas: AdamW's two momentum decay rates.
+        weight_decay: AdamW's weight decay.
         warmup_steps: Over which the rate rises.
-        schedule: Of the rate after that: ``cosine`` or ``constant``.
+        schedule: Learning rate after the warm-up: ``cosine`` or ``constant``.
         gradient_clip: Largest norm of the gradient once the warm-up is over; None: the Trainer's setting all the time.
-        total_steps: Of the cosine; None: the length of the training when it first starts. Saved with the checkpoint.
+        total_steps: Length of the cosine; None: the length of the training when it first starts. Saved with the checkpoint.
         probe_sigmas: Levels, before the shift, of the error after validation.
         grid: Images in a row of the dashboard's picture; 0: no picture.
-        seed: Of levels, noise and withheld labels. Dropout draws from the global generators.
+        seed: Seed of levels, noise and withheld labels. Dropout draws from the global generators.
 
     Raises:
         ValueError: An argument outside its range.
@@ -377,7 +377,7 @@ class EPGFinetune(SampleEvaluation):
             labels: (B,), with classes.
             steps: ``denoise``: levels, 2 or more; None: ``sample_steps``. ``consistency``: network calls, at most one more than there are
                 ``sample_times``; None: 1.
-            generator: Of the noise between steps.
+            generator: Draws the noise between steps.
         """
         hp, shift = self.hparams, self.shift(noise)
         if self.mode == "consistency":

@@ -88,14 +88,14 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         views: Makes two views of each image; None: the batch has them.
         s0: Intervals between levels at the start.
         s1: At the end.
-        consistency_weight: Of the consistency of features; 0: the contrast alone, a MoCo v3 as a baseline.
-        contrastive_weight: Of the contrast.
+        consistency_weight: Factor of the consistency of features; 0: the contrast alone, a MoCo v3 as a baseline.
+        contrastive_weight: Factor of the contrast.
         contrastive_temperature: > 0.
-        temperature: Of the consistency, > 0.
+        temperature: Temperature of the consistency, > 0.
         final_temperature: Where the schedule ends; None: as ``temperature``.
         temperature_schedule: ``constant``, ``interpolated`` (over sigma) or ``cosine`` (over training).
         projector_width: Hidden width of the projection head.
-        projector_dim: Of its output.
+        projector_dim: Width of its output.
         projector_layers: Its linear layers.
         target_decay: Share of itself that the target keeps at an optimiser step, in [0, 1].
         sigma_min: Smallest level.
@@ -103,17 +103,17 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         rho: Spacing of the levels.
         sigma_data: Standard deviation of what the encoder sees.
         base_resolution: Height in pixels at which levels are as they are; others are multiplied by height / this. None: never.
-        pixel_mean: Of pixels in [0, 1], subtracted: one number or one for each channel.
+        pixel_mean: Mean of the pixels in [0, 1], subtracted: one number or one for each channel.
         pixel_std: By which they are divided then.
-        learning_rate: Of AdamW, after the warm-up.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
+        learning_rate: AdamW's learning rate after the warm-up.
+        betas: AdamW's two momentum decay rates.
+        weight_decay: AdamW's weight decay.
         warmup_steps: Over which the rate rises.
-        schedule: Of the rate after that: ``cosine`` or ``constant``.
+        schedule: Learning rate after the warm-up: ``cosine`` or ``constant``.
         total_steps: K of curriculum and schedules; None: the length of the training when it first starts. Saved with the checkpoint.
         probe_sigmas: Levels, before the resolution shift, at which validation looks.
         neighbours: That vote.
-        seed: Of views, levels and noise.
+        seed: Seed of views, levels and noise.
 
     Raises:
         ValueError: An argument outside its range.

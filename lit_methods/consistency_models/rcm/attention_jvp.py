@@ -67,7 +67,7 @@ def attention_with_tangent(
         tangent_q: Like ``q``.
         tangent_k: Like ``k``.
         tangent_v: Like ``v``.
-        scale: Of the scores; None: 1 / sqrt(D).
+        scale: Factor of the scores; None: 1 / sqrt(D).
         block_size: Queries and keys at a time; any number from 1 on, and no need to divide S.
         backend: ``auto``: the Triton kernel on CUDA where it can run, else PyTorch. The kernel sums in float32.
 

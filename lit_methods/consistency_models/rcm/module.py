@@ -82,7 +82,7 @@ class TimeWeight(nn.Module):
     """A learned w(t) of sCM's loss, 0 at first.
 
     Args:
-        frequencies: Of the time, see :func:`~lit_methods.consistency_models.networks.fourier_features`.
+        frequencies: Frequencies of the time, see :func:`~lit_methods.consistency_models.networks.fourier_features`.
     """
 
     def __init__(self, frequencies: int = 8) -> None:
@@ -131,20 +131,21 @@ class RCM(SampleEvaluation):
 
     Args:
         teacher: v(x, 1000 u) or F(x, t), see ``wrapper``: (B, ...), (B,) and a condition, if any -> (B, ...). Frozen.
-        student: Of the same signature; None: a copy of the teacher.
+        student: A network of the same signature; None: a copy of the teacher.
         teacher_weights: File with the teacher's weights: a plain state dict, or a checkpoint of Lightning. None: it has them.
-        teacher_prefix: Of their names in the file, such as ``network.``.
+        teacher_prefix: Prefix of the weights' names in the file, such as ``network.``.
         wrapper: ``rectified_flow``: networks are velocities of rectified flow; ``trigflow``: they are F(x_t, t).
         consistency: ``scm`` (rCM and sCM), ``dcm`` or ``none``.
         consistency_weight: Factor of that loss.
         dmd_weight: Factor of score distillation; 0: none, and no critic.
-        guidance: Of the teacher; 1 or less: none.
+        guidance: Classifier-free guidance of the teacher; 1 or less: none.
         condition: Key of the condition in the batch, such as ``label``; None: there is none.
         null_condition: What the unconditional teacher is told, where the batch has no ``null_<condition>``: a number that fills the
             condition.
-        time_mean: Of ln tan t of the consistency loss: 0.7 (Wan 1.3B), 1.5 (14B).
-        time_std: Of ln tan t.
-        time_shift: Of the times of score distillation and critic, see :func:`~lit_methods.consistency_models.rcm.trigflow.shift_time`.
+        time_mean: Mean of ln tan t of the consistency loss: 0.7 (Wan 1.3B), 1.5 (14B).
+        time_std: Standard deviation of ln tan t.
+        time_shift: Shift of the times of score distillation and critic, by
+            :func:`~lit_methods.consistency_models.rcm.trigflow.shift_time`.
         tangent_warmup: H, iterations in which r rises to 1, without score distillation: 1000 (1.3B), 0 (14B).
         student_every: One iteration in so many is the student's afterwards: 5 (1.3B), 10 (14B).
         max_simulation_steps: Samples of the student take 1 to this many steps, in turn.
@@ -155,21 +156,21 @@ class RCM(SampleEvaluation):
         tangent_mode: See :func:`~lit_methods.consistency_models.rcm.core.velocity_tangent`; ``jvp`` is exact.
         dcm_steps: Intervals of the time axis, for ``dcm``.
         dcm_skip: Intervals between the two points of a pair.
-        pretrain_iterations: Of regression to the teacher, before iteration 0.
-        pretrain_learning_rate: Of Adam there.
-        learning_rate: Of AdamW of the student.
-        critic_learning_rate: Of AdamW of the critic.
-        betas: Of both.
-        weight_decay: Of both.
+        pretrain_iterations: Iterations of regression to the teacher, before iteration 0.
+        pretrain_learning_rate: Adam's learning rate in these iterations.
+        learning_rate: AdamW's learning rate of the student.
+        critic_learning_rate: AdamW's learning rate of the critic.
+        betas: AdamW's two momentum decay rates, of both.
+        weight_decay: AdamW's weight decay, of both.
         lr_warmup: Iterations of its phase over which each learning rate rises to its value.
         ema_profile: ``power``, see :func:`lit_methods.averages.power_decay`, or ``constant``.
-        ema_width: Of ``power``.
-        ema_shift: Of ``power``: iterations that are taken as done before.
-        ema_decay: Of ``constant``.
+        ema_width: Width of the ``power`` profile, see :func:`lit_methods.averages.power_exponent`.
+        ema_shift: Iterations that the ``power`` profile takes as done before.
+        ema_decay: Decay of the ``constant`` profile.
         accumulate: Batches per iteration.
         reduction: ``mean`` over the batch, or ``sum``, as the authors, whose batch is 1.
         sigma_max: Where sampling starts: 80; 1600 is sharper and less diverse.
-        mid_times: Of the steps after the first.
+        mid_times: Times of the steps after the first.
         sample_steps: Numbers of steps that validation and predictions use.
         grid: Samples of a picture; 0: none.
 
@@ -518,7 +519,7 @@ class RCM(SampleEvaluation):
             noise: (B, ...) standard normal, the shape of a batch of data.
             steps: 1 to ``len(mid_times) + 1``.
             condition: (B, ...), with ``condition``.
-            generator: Of the noise between steps, on the device of ``noise``.
+            generator: Draws the noise between steps; on the device of ``noise``.
 
         Returns:
             (B, ...), dtype of ``noise``.

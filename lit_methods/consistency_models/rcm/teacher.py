@@ -13,7 +13,7 @@ class RingTeacher(nn.Module):
 
     Args:
         modes: Number of Gaussians.
-        radius: Of the circle.
+        radius: Radius of the circle.
         noise: Standard deviation of each Gaussian in each coordinate, > 0.
     """
 

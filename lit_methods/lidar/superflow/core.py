@@ -129,7 +129,7 @@ def dense_to_sparse_loss(
         k: (G, D) pooled embeddings of the scan.
         k_dense: (G, D) pooled embeddings of the dense cloud.
         mask: (G,) bool, groups of the SCAN with a pair; a group without a dense pair stays in, as a zero row.
-        temperature: Of ``nce``.
+        temperature: Temperature of ``nce``.
         mode: ``nce`` as the authors' code, ``cosine`` = mean(1 - <k, k_dense>) as the ECCV paper states it (mem).
 
     Returns:
@@ -171,7 +171,7 @@ def superflow_losses(
         cur: The key frame.
         neighbours: Its previous and next key frames; their groups are matched to ``cur``'s by position.
         dense: The key frame's multi-sweep cloud; None leaves the dense-to-sparse term out.
-        temperature: Of every InfoNCE.
+        temperature: Temperature of every InfoNCE.
         d2s_mode: See :func:`dense_to_sparse_loss`.
         use_temporal: False leaves the flow-based temporal term out.
         spatial_neighbours: False keeps the spatial term to ``cur``.

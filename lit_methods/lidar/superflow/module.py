@@ -69,7 +69,7 @@ class SuperFlow(LightningModule):
             ``stride``.
         num_superpixels: Ids per sample (17 semantic categories), or per image without view consistency.
         embed_dim: Width D of the common space.
-        temperature: Of every InfoNCE.
+        temperature: Temperature of every InfoNCE.
         view_consistency: One id is one group in all cameras of a sample; False: every image has groups of its own.
         use_d2s: Dense-to-sparse regularisation; needs ``batch["dense"]``.
         d2s_mode: ``nce`` as the authors' code, ``cosine`` as the ECCV paper states it (mem).
@@ -79,7 +79,7 @@ class SuperFlow(LightningModule):
         num_pixel_pairs: Pairs per batch with ``contrast: pixel`` (4096 in SLidR's PPKT, mem).
         gather_negatives: Contrast with the groups of all ranks, gradient included.
         learning_rate: Peak of the one-cycle schedule.
-        weight_decay: Of AdamW.
+        weight_decay: AdamW's weight decay.
         pct_start: Share of the steps in which the learning rate rises.
     """
 

@@ -120,7 +120,7 @@ def coprompt_loss(
         consistency_weight: lambda >= 0.
         criterion: See :func:`embedding_consistency`.
         image_adapter: W1 and W2, see :func:`adapter_features`; None: none.
-        text_adapter: Likewise.
+        text_adapter: W1 and W2 of the text tower's adapter; None: none.
         image_mix: Share of the image adapter.
         text_mix: Share of the text adapter.
 
@@ -154,8 +154,8 @@ def sentence_index(step: int, number: int, seed: int = 0) -> int:
 
     Args:
         step: Optimiser steps done.
-        number: Of sentences, S >= 1.
-        seed: Of the draw.
+        number: Number of sentences, S >= 1.
+        seed: Seed of the draw.
 
     Returns:
         In 0..S-1.

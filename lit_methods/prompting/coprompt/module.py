@@ -106,13 +106,13 @@ class CoPrompt(LightningModule):
         text_mix: Share of the text adapter.
         consistency_weight: lambda; 0: no consistency, and no pass through the frozen image tower.
         criterion: ``cosine``, ``mse`` or ``l1``, between unit vectors.
-        learning_rate: Of SGD, after the warm-up.
-        momentum: Of SGD.
-        weight_decay: Of SGD, for everything that is trained.
+        learning_rate: SGD's learning rate after the warm-up.
+        momentum: SGD's momentum.
+        weight_decay: SGD's weight decay, for everything that is trained.
         warmup_epochs: First epochs, with a constant small rate.
         warmup_learning_rate: Theirs.
         compare_zero_shot: Evaluate the frozen towers, too: a second pass for each image.
-        seed: Of the draw of sentences.
+        seed: Seed of the draw of sentences.
 
     Raises:
         ValueError: A value outside its range.
@@ -201,7 +201,7 @@ class CoPrompt(LightningModule):
 
         Args:
             base_classes: Names of the classes 0, 1, ... of training and of the first evaluation loader.
-            new_classes: Of the second evaluation loader.
+            new_classes: Names of the classes of the second evaluation loader.
             descriptions: Class name -> sentences, for the consistency term; equally many for every base class.
             template: A text with ``{}`` for the name, for zero-shot classification.
 

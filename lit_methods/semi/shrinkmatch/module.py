@@ -38,7 +38,7 @@ def auxiliary_head(feature_dim: int, num_classes: int, slope: float = 0.1) -> nn
     Args:
         feature_dim: d >= 4.
         num_classes: C.
-        slope: Of the leaky ReLU; 0 on ImageNet.
+        slope: Slope of the leaky ReLU; 0 on ImageNet.
     """
     hidden = max(1, feature_dim // 4)
     return nn.Sequential(
@@ -69,12 +69,12 @@ class ShrinkMatch(FixMatch):
         distribution_alignment: ``queue`` (CIFAR, ImageNet), ``ema`` (STL-10) or ``none`` (SVHN).
         queue_length: Batch means in the queue: 32 (CIFAR) or 256 (ImageNet).
         ranks: ``aligned`` or ``raw``.
-        ratio_momentum: Of the running share of certain images.
-        slope: Of the auxiliary head's leaky ReLU.
+        ratio_momentum: Momentum of the running share of certain images.
+        slope: Slope of the auxiliary head's leaky ReLU.
         learning_rate: Full one.
         momentum: Nesterov momentum of SGD.
         weight_decay: Not for parameters with one dimension, unless ``no_decay_norms`` is off.
-        no_decay_norms: See there.
+        no_decay_norms: Leave parameters with one dimension, biases and norms, out of weight decay.
         schedule: See ``FixMatch``.
         warmup_epochs: Epochs of linear rise.
 

@@ -152,12 +152,12 @@ class GraphConsistency(nn.Module):
         num_classes: C.
         embedding_dim: D.
         temperature: t of all similarities.
-        alpha: Of the propagation, in [0, 1).
+        alpha: How far labels travel in the propagation, in [0, 1).
         neighbours: Labelled neighbours in each graph, 1..N.
         threshold: tau of the node-node loss.
         distribution_alignment: Align the weak view's predictions.
-        alignment_momentum: Of the marginal.
-        seed: Of the random unit vectors that the banks start with; the same on all ranks.
+        alignment_momentum: Momentum of the marginal.
+        seed: Seed of the random unit vectors that the banks start with; the same on all ranks.
 
     Raises:
         ValueError: An argument outside its range.

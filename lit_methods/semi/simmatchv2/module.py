@@ -62,20 +62,20 @@ class SimMatchV2(SemiSupervised):
         norm_features: Layer norm behind the backbone.
         bank_size: K, images in the queue; a multiple of the unlabelled images of all ranks in a step. 256 such batches in the paper.
         temperature: t of all similarities.
-        alpha: Of the propagation; how far labels travel.
+        alpha: How far labels travel in the propagation, in [0, 1).
         neighbours: Labelled neighbours in each graph, at most as many as there are labelled images.
         threshold: tau, on the prediction before propagation.
         distribution_alignment: Align predictions.
-        alignment_momentum: Of the running distribution.
+        alignment_momentum: Momentum of the running distribution.
         node_node_weight: lambda_nn.
         edge_edge_weight: lambda_ee; 10 with 1 % of ImageNet's labels, 5 with 10 %.
-        node_edge_weight: lambda_ne; likewise.
-        ema_decay: Of the second network; at 0.996 or below it rises to 1 along half a cosine.
+        node_edge_weight: lambda_ne; 10 with 1 % of ImageNet's labels, 5 with 10 %.
+        ema_decay: Decay of the second network; at 0.996 or below it rises to 1 along half a cosine.
         eman: The second network uses averaged batch statistics, and evaluates; else it has the statistics of its own batches, which are
             shuffled over the ranks.
         learning_rate: Full one.
         momentum: Nesterov momentum of SGD.
-        weight_decay: Of all parameters, unless ``no_decay_norms``.
+        weight_decay: SGD's weight decay, of all parameters, unless ``no_decay_norms``.
         no_decay_norms: Not of parameters with one dimension.
         schedule: See ``FixMatch``.
         warmup_epochs: Epochs of linear rise.

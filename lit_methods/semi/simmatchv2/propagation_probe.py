@@ -27,7 +27,7 @@ class PropagationProbe(LightningModule):
         temperature: t.
         alpha: How far labels travel, in [0, 1).
         logit_noise: Standard deviation of the noise on the logits.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     centre: Tensor

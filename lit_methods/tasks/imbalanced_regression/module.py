@@ -31,14 +31,14 @@ class ImbalancedRegression(LightningModule):
         backbone: Images -> (B, D) features, or (B, C, h, w).
         regressor: Features -> (B, 1), or (B, 1, H, W).
         loss: ``l1``, ``mse``, ``huber``, ``focal_l1``, ``focal_mse`` or ``balanced_mse``.
-        noise_sigma: Of ``balanced_mse``, in the unit of the target.
+        noise_sigma: Standard deviation of the noise that ``balanced_mse`` assumes, in the unit of the target.
         many: A label with more training samples is many-shot.
         few: With fewer: low-shot.
         inputs: Key of the input in the batch.
         delta1: Log the share of predictions within a factor of 1.25 of the target, for depth.
         optimizer: ``adam`` or ``sgd`` (momentum 0.9).
         learning_rate: At the start.
-        weight_decay: Of the optimiser; it joins the gradient.
+        weight_decay: Weight decay of the optimiser; it joins the gradient.
         milestones: Epochs at which the learning rate is multiplied by ``gamma``.
         gamma: See ``milestones``.
 

@@ -47,9 +47,9 @@ class DenseFeatures(nn.Module):
     Submodules: ``encoder``, ``lateral``, ``fuse``.
 
     Args:
-        name: Of timm, a network with feature maps, such as ``resnet50``.
+        name: Name in timm of a network with feature maps, such as ``resnet50``.
         channels: Width C of the features.
-        lateral_channels: Of each stage.
+        lateral_channels: Channels that each stage is brought to.
         pretrained: Load timm's weights, which it downloads once.
     """
 

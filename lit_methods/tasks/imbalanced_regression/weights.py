@@ -60,7 +60,7 @@ def label_weights(
         reweight: ``inverse``: of the count, clipped to 5 to 1000; ``sqrt_inv``: of its square root; ``none``: all weights are 1.
         lds: Smooth the (transformed) counts over neighbouring bins first, with a kernel of largest value 1 and zeros beyond the ends. Under
             ``inverse`` the smoothed counts are truncated to integers, as in the authors' code.
-        kernel: Of LDS.
+        kernel: Kernel of LDS.
         kernel_size: In bins, odd.
         sigma: In bins.
         num_bins: Labels lie in 0 to ``num_bins - 1``.

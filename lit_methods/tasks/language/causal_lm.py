@@ -84,10 +84,10 @@ class CausalLM(LightningModule):
         name_or_path: Folder (or name) of a pretrained model of transformers; loaded in float32.
         config: Instead: ``model_type`` and the arguments of its configuration; weights are random.
         pretrained: Checkpoint of this class that the model starts from.
-        learning_rate: Of AdamW, after the warm-up.
-        betas: Of AdamW.
-        eps: Of AdamW.
-        weight_decay: Of AdamW, for all weights.
+        learning_rate: AdamW's learning rate after the warm-up.
+        betas: AdamW's two momentum decay rates.
+        eps: AdamW's addend to the denominator.
+        weight_decay: AdamW's weight decay, for all weights.
         warmup_share: Share of the steps in which the learning rate rises.
         final_share: Learning rate at the end, as a share of the full one; a cosine leads there; 1: constant.
         gradient_checkpointing: Compute activations twice to save memory.

@@ -50,7 +50,7 @@ class ProxySoftmax(nn.Module):
     Args:
         num_classes: Training classes, C.
         embedding_dim: D.
-        scale: Of the cosines.
+        scale: Factor of the cosines.
         margin: 0: normalised softmax; above: CosFace or ArcFace.
         margin_on: ``cosine`` (CosFace) or ``angle`` (ArcFace).
 

@@ -38,12 +38,12 @@ class MetricLearning(LightningModule):
         top_k: Values of k in Recall@k.
         far_min: False acceptance rate at the lower end of OPIS's range.
         far_max: At its upper end.
-        num_thresholds: Of OPIS.
+        num_thresholds: Thresholds at which OPIS looks.
         epsilon: Share of worst and best classes in epsilon-OPIS.
         optimizer: ``adam`` or ``adamw``.
-        learning_rate: Of the network.
-        loss_learning_rate: Of the loss's parameters; None: that of the network.
-        weight_decay: Of all.
+        learning_rate: Learning rate of the network.
+        loss_learning_rate: Learning rate of the loss's parameters; None: that of the network.
+        weight_decay: Weight decay of all parameters.
         schedule: ``constant``, or ``cosine`` to 0 over the whole training.
 
     Raises:

@@ -80,9 +80,9 @@ def calibration_range(
         embeddings: (N, D) floating point of any length.
         labels: (N,) integers.
         far_min: False acceptance rate of the lower end, in (0, 1).
-        far_max: Of the upper end.
+        far_max: False acceptance rate of the upper end.
         max_pairs: More pairs than this are sampled.
-        seed: Of the sample.
+        seed: Seed of the sample.
 
     Returns:
         d_min, d_max (linear quantiles), and the number of unordered negative pairs that they were taken from.
@@ -264,8 +264,8 @@ class OPIS(_Embeddings):
         num_thresholds: Equally spaced thresholds.
         epsilon: Share of worst and best classes in epsilon-OPIS.
         max_pairs: Negative pairs that the range is taken from; more are sampled.
-        seed: Of that sample.
-        kwargs: Of ``torchmetrics.Metric``.
+        seed: Seed of that sample.
+        kwargs: Arguments of ``torchmetrics.Metric``.
     """
 
     higher_is_better = False
@@ -323,7 +323,7 @@ class RetrievalScores(_Embeddings):
 
     Args:
         top_k: Values of k.
-        kwargs: Of ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
     """
 
     higher_is_better = True

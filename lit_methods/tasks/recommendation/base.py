@@ -29,7 +29,7 @@ class Recommender(LightningModule):
 
     Args:
         top_k: Lengths of the list of recommendations.
-        learning_rate: Of Adam, at the start.
+        learning_rate: Adam's learning rate at the start.
         min_lr: Where the cosine of the learning rate ends; None: no schedule.
     """
 

@@ -22,7 +22,7 @@ def normalized_adjacency(user: Tensor, item: Tensor, num_users: int, num_items: 
         item: (E,) int64 in 0..num_items-1; no pair twice.
         num_users: U.
         num_items: I.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Returns:
         (U + I, U + I) sparse, coalesced, symmetric, without gradient.
@@ -106,7 +106,7 @@ class LightGCN(Recommender):
         embedding_dim: D.
         num_layers: L.
         reg_weight: Factor of the penalty on the table's rows of the batch.
-        learning_rate: Of Adam, at the start.
+        learning_rate: Adam's learning rate at the start.
         min_lr: Where the cosine of the learning rate ends; None: no schedule.
         top_k: Lengths of the list of recommendations.
 

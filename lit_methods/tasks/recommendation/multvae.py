@@ -52,10 +52,10 @@ class MultVAE(Recommender):
         num_items: I, as in the data.
         hidden_dim: Width of the hidden layer of encoder and decoder.
         latent_dim: Z.
-        dropout: Of the normalised history.
+        dropout: Dropout of the normalised history.
         beta: Factor of the KL term when annealing is over.
         anneal_steps: Optimiser steps of linear annealing from 0.
-        learning_rate: Of Adam, at the start.
+        learning_rate: Adam's learning rate at the start.
         min_lr: Where the cosine of the learning rate ends; None: no schedule.
         top_k: Lengths of the list of recommendations.
     """

@@ -33,10 +33,10 @@ class NeuMF(Recommender):
     Args:
         num_users: U, as in the data.
         num_items: I, as in the data.
-        embedding_dim: Of each of the four tables.
+        embedding_dim: Width of each of the four tables.
         hidden: Widths of the network's layers.
         dropout: Before each layer of the network.
-        learning_rate: Of Adam, at the start.
+        learning_rate: Adam's learning rate at the start.
         min_lr: Where the cosine of the learning rate ends; None: no schedule.
         top_k: Lengths of the list of recommendations.
     """

@@ -54,13 +54,13 @@ class ImageSegmentor(LightningModule):
     Args:
         network: Images -> logits, such as ``SmallUNet2d``, ``TimmUNet`` or ``LargeFOV``.
         num_classes: Classes, the background counted.
-        class_names: Of all classes; None numbers them.
+        class_names: Names of all classes; None numbers them.
         dice_ratio: Share of the Dice loss; 0: cross-entropy alone.
         ignore_index: Label of pixels that don't count.
         optimizer: ``sgd`` or ``adam``.
         learning_rate: At the start.
-        momentum: Of SGD.
-        weight_decay: Of the optimiser.
+        momentum: SGD's momentum.
+        weight_decay: Weight decay of the optimiser.
         poly_power: The learning rate falls as (1 - step / steps) to this power; 0: constant.
         slices_per_pass: Slices of a volume that the network takes at once.
 

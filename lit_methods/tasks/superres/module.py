@@ -34,8 +34,8 @@ class SuperResolution(LightningModule):
     Args:
         network: (B, C, h, w) -> (B, C, scale * h, scale * w), such as ``EDSR`` or ``Swin2SRNetwork``.
         scale: Enlargement.
-        learning_rate: Of Adam.
-        betas: Of Adam.
+        learning_rate: Adam's learning rate.
+        betas: Adam's two momentum decay rates.
         milestones: Optimiser steps at which the learning rate is multiplied by ``gamma``; under ``IterativeSoftShrinkage`` they count from
             the switch.
         gamma: Factor at a milestone.

@@ -34,7 +34,7 @@ class EDSR(nn.Module):
 
     Args:
         scale: 2, 3 or 4.
-        channels: Of all layers between the first and the last.
+        channels: Channels of all layers between the first and the last.
         num_blocks: Residual blocks.
         residual_scale: Factor of each block's branch.
         image_channels: 3 for RGB, 1 for luminance.
@@ -95,7 +95,7 @@ class Swin2SRNetwork(nn.Module):
         depths: Layers of each block.
         num_heads: Heads of each block, one number for each.
         mlp_ratio: Hidden width of the MLPs / ``embed_dim``.
-        window_size: Of the attention, pixels; the input is padded to a multiple of it.
+        window_size: Window of the attention, pixels; the input is padded to a multiple of it.
         upsampler: ``pixelshuffledirect`` (one convolution) or ``pixelshuffle``.
         image_channels: 3 for RGB, 1 for luminance.
         options: Further arguments of ``Swin2SRConfig``, such as ``{drop_path_rate: 0.0}``.

@@ -58,7 +58,7 @@ def mixup(images: Tensor, labels: Tensor, share: Tensor | float, num_classes: in
     Args:
         images: (B, ...) floating point.
         labels: (B,) int64 in 0..num_classes-1.
-        share: Of the image itself, in [0, 1]; the counterpart has the rest.
+        share: Share of the image itself, in [0, 1]; the counterpart has the rest.
         num_classes: C.
 
     Returns:
@@ -90,10 +90,10 @@ class ImageClassifier(LightningModule):
         learning_rate: The full one, after the warm-up.
         base_batch_size: Multiply ``learning_rate``, ``warmup_lr`` and ``min_lr`` by (samples per optimiser step, all ranks and accumulated
             batches counted) / ``base_batch_size``; None: take them as they are.
-        momentum: Of SGD.
+        momentum: SGD's momentum.
         nesterov: Nesterov momentum for SGD.
-        betas: Of Adam and AdamW.
-        eps: Of Adam and AdamW.
+        betas: Adam's and AdamW's two momentum decay rates.
+        eps: Adam's and AdamW's addend to the denominator.
         weight_decay: Factor of the optimiser.
         no_decay_norms: Leave biases, norms and whatever the network lists in ``no_weight_decay()`` without weight decay.
         schedule: ``constant``, ``cosine`` or ``multistep``; changes with every optimiser step.
