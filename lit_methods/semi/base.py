@@ -64,11 +64,8 @@ def take_apart(batch: dict[str, Any]) -> SemiBatch:
 class SemiSupervised(LightningModule):
     """Base: a backbone with a linear head, evaluation, optimiser and the diagnostics of pseudo labels.
 
-    Subclasses give :meth:`losses`. ``forward`` gives logits. Evaluation uses the weights as they are: attach ``WeightEMA``.
-
-    Logged: ``semi/loss``, ``semi/labelled_loss`` and the subclass's parts; ``semi/mask_ratio``, the share of unlabelled images above the
-    threshold; ``semi/pseudo_accuracy``, the accuracy of their pseudo labels where the true ones are known; ``semi/val_accuracy``,
-    ``semi/val_loss``, ``semi/test_accuracy``; a table of both per class after each validation.
+    Subclasses give :meth:`losses`. ``forward`` gives logits. Evaluation uses the weights as they are: attach ``WeightEMA``. Parts of the
+    loss are logged as ``semi/<part>``, the counts of pseudo labels as a table per class after each validation.
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (

@@ -36,12 +36,17 @@ def certain_loss(logits: Tensor, probability: Tensor, certain: Tensor, hard: boo
 class FixMatch(SemiSupervised):
     """Cross-entropy of the labelled images, and of the strong views of those unlabelled ones whose weak view is certain.
 
-    One forward pass takes labelled, weak and strong images together, so that batch norm has the statistics of all three. With
-    ``unlabelled_weight: 0`` it is supervised training with the same passes.
+    The loss is H(y, p(x)) + lambda_u mean(1[max p(weak) >= tau] H(p(weak), p(strong))). With ``unlabelled_weight: 0`` it is supervised
+    training with the same passes.
 
-    Works with any precision (distributions are made in float32), DDP (batch means are those of all ranks) and accumulation (running means
-    advance once for each micro-batch). Saved: the running means. Logged beside the base's: ``semi/unlabelled_loss``, and
-    ``semi/contributing``, the share of unlabelled images that it learns from.
+    Runs: batches of ``SemiSupervisedDataModule``. One forward pass takes labelled, weak and strong images together, so that batch norm has
+    the statistics of all three. Works with any precision (distributions are made in float32), DDP (batch means are those of all ranks) and
+    accumulation (running means advance once for each micro-batch). Beside the panels ``semi/unlabelled_loss`` and ``semi/contributing``,
+    the share of unlabelled images that it learns from, are logged.
+
+    Saves: the network and the running means.
+
+    Refuses: views of several sizes; a schedule with an end in a training without one.
 
     Args:
         backbone: (B, ...) images -> (B, feature_dim).

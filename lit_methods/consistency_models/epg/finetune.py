@@ -56,17 +56,21 @@ class Drawn(NamedTuple):
 class EPGFinetune(SampleEvaluation):
     """Stage 2 of EPG: the encoder of stage 1 and a new decoder, trained end to end to denoise, or as a consistency model.
 
-    Batches: ``image`` (B, C, H, W) floating point in [-1, 1]; with ``num_classes`` also ``label`` (B,) int64. ``forward`` is the denoised
-    image x0, or f of the consistency model. Validation and samples use the weights as they are: attach ``WeightEMA``. The encoder is loaded
-    when fit starts, by name and not strictly: what is missing or unknown is said. ``encoder_ckpt: null`` is training from scratch, a
-    baseline. The frozen copy for the contrast is not saved: the file must be there when a run is resumed.
+    To denoise, the loss is the weighted mean of (x0(x + sigma n, sigma) - x)^2. As a consistency model it is S / sg sqrt(S + c^2) / (t - r)
+    with the squared distance S of the answers at two levels r < t that come closer stage by stage, plus ``perceptual_weight`` times the
+    InfoNCE of answers and images in the features of the frozen encoder of stage 1.
 
-    Logged: ``epg/loss``; every ``log_every_n_steps`` steps ``epg/grad_norm``, ``epg/loss_q1`` to ``_q4`` (mean loss of the quarters of the
-    lognormal that levels are drawn from) and, for consistency, ``epg/stage``, ``epg/consistency``, ``epg/perceptual``. After validation
-    ``epg/val_mse``, the mean squared error of ``forward`` over pixels and ``probe_sigmas``, ``epg/val_mse_<sigma>`` and
-    ``epg/val_sw2``, the sliced Wasserstein distance of as many samples as there are validation data to these (``epg/test_...`` after a
-    test). All validation data and samples are kept until then: limit them for large images. ``predict_step`` returns as many samples as a
-    batch has images, for each number of steps.
+    Runs: batches have ``image`` (B, C, H, W) floating point in [-1, 1]; with ``num_classes`` also ``label`` (B,) int64. ``forward`` is the
+    denoised image x0, or f of the consistency model. Validation and samples use the weights as they are: attach ``WeightEMA``. The encoder
+    is loaded when fit starts, by name and not strictly: what is missing or unknown is said. ``encoder_ckpt: null`` is training from
+    scratch, a baseline. Validation computes the error of ``forward`` at ``probe_sigmas`` and draws as many samples as there are data; all
+    are kept until it ends: limit them for large images. ``predict_step`` returns as many samples as a batch has images, for each number of
+    steps. Beside the panels a consistency model logs ``epg/stage``, ``epg/consistency`` and ``epg/perceptual``.
+
+    Saves: encoder, decoder, embeddings of classes, the length of the schedule. The frozen copy for the contrast is not saved: the file must
+    be there when a run is resumed.
+
+    Refuses: a checkpoint of another encoder; guidance without classes; a cosine without an end, unless ``total_steps`` is given.
 
     Args:
         encoder: As in :class:`EPGPretrain`; its blocks go to the decoder.

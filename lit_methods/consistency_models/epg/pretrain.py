@@ -68,19 +68,21 @@ class _Seen(NamedTuple):
 class EPGPretrain(WholeSetEvaluation[_Seen]):
     """Stage 1 of EPG: trains an encoder of noisy images without labels; :class:`EPGFinetune` then draws images with it.
 
-    Batches: ``image`` (B, C, H, W) floating point in [-1, 1], at most mirrored; without ``views`` also ``view1`` and ``view2``, like it;
-    for the accuracies ``label`` (B,) int64. ``forward`` gives features of images at a noise level. Keys of all ranks are negatives.
-    The head has batch norm: set ``sync_batchnorm`` of the Trainer on several GPUs. The target averages parameters; its batch norm has
-    statistics of its own. Not for strategies that shard weights.
+    The loss is ``contrastive_weight`` times the InfoNCE of two almost noiseless views, by an averaged target, plus ``consistency_weight``
+    times the InfoNCE of an image's features at two neighbouring noise levels.
 
-    Logged: ``epg/loss``, ``epg/contrastive``, ``epg/consistency``; every ``log_every_n_steps`` steps ``epg/levels`` (N),
-    ``epg/temperature`` (of the consistency), ``epg/grad_norm`` and the mean cosine with the own key and with all others,
-    ``epg/positive_contrastive``, ``epg/negative_contrastive``, ``epg/positive_consistency``, ``epg/negative_consistency``. After
-    validation, for each of ``probe_sigmas``: ``epg/val_match_<sigma>``, the share of noisy images whose
-    feature is most like the clean feature of the same
-    image among all, and, with labels, ``epg/val_knn_<sigma>``, the accuracy of a vote of the nearest clean features of other images
-    (``epg/val_knn_clean``: without noise; ``epg/test_...`` after a test). Features of all validation images are kept until then, and their
-    (N, N) cosines: limit them for a large set. ``predict_step`` returns {"feature": (B, D)} of clean images.
+    Runs: batches have ``image`` (B, C, H, W) floating point in [-1, 1], at most mirrored; without ``views`` also ``view1`` and ``view2``,
+    like it; for the accuracies ``label`` (B,) int64. ``forward`` gives features of images at a noise level, ``predict_step`` {"feature":
+    (B, D)} of clean images. Keys of all ranks are negatives. The head has batch norm: set ``sync_batchnorm`` of the Trainer on several
+    GPUs. The target averages parameters; its batch norm has statistics of its own. Validation looks at noisy images of each of
+    ``probe_sigmas``: the share whose feature is most like the clean feature of the same image, and, with labels, the accuracy of a vote of
+    the nearest clean features of other images. Features of all validation images are kept until then, and their (N, N) cosines: limit them
+    for a large set. Beside the panels the temperature of the consistency, ``epg/temperature``, is logged.
+
+    Saves: encoder, head and their averaged targets, and the length of the curriculum.
+
+    Refuses: a training without an end, unless ``total_steps`` is given; several GPUs without ``sync_batchnorm``. Not for strategies that
+    shard weights.
 
     Args:
         encoder: (B, C, H, W) and (B,) noise condition ln(sigma) / 4 -> :class:`Encoded`, with an attribute ``width``, such as

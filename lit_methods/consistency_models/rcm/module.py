@@ -101,33 +101,28 @@ class TimeWeight(nn.Module):
 class RCM(SampleEvaluation):
     """Distils a diffusion or flow model into a student that draws a sample in 1 to 4 steps.
 
-    Iterations (``accumulate`` batches each) are counted by the module, and the count is saved. At first ``pretrain_iterations`` fit the
-    student to the teacher's velocity, for a student that doesn't start as a copy. Then, by
-    :func:`~lit_methods.consistency_models.rcm.core.phase_at`, an iteration trains the student, with the consistency loss and, after the
-    warm-up, the score distillation loss, two backward passes and one optimiser step; or it trains the critic, a copy of the student that
-    learns the score of the student's samples. The average of the student's weights and the learning rates advance in their own phase.
-    Samples and validation use the average.
+    The student's velocity F is drawn along the teacher's trajectory by ||F - sg(F) - g / (|g| + eps)||^2 with the tangent g of
+    :func:`~lit_methods.consistency_models.rcm.core.scm_loss` (continuous-time consistency), and its samples to where the teacher's score
+    and that of a critic agree (score distillation). The critic is a copy of the student that learns the score of the student's samples. An
+    iteration is ``accumulate`` batches. At first ``pretrain_iterations`` fit the student to the teacher's velocity, for a student that
+    doesn't start as a copy. Then, by :func:`~lit_methods.consistency_models.rcm.core.phase_at`, an iteration trains the student, with the
+    consistency loss and, after the warm-up, the score distillation loss, two backward passes and one optimiser step; or it trains the
+    critic. The average of the student's weights and the learning rates advance in their own phase. Baselines: sCM is ``dmd_weight: 0``,
+    with ``warmup_style: scm`` and ``adaptive_weight: true`` to the letter; discrete consistency distillation is ``consistency: dcm`` with
+    ``dmd_weight: 0``; score distillation alone is ``consistency: none`` with ``tangent_warmup: 0``.
 
-    Baselines: sCM is ``dmd_weight: 0``, with ``warmup_style: scm`` and ``adaptive_weight: true`` to the letter; discrete consistency
-    distillation is ``consistency: dcm`` with ``dmd_weight: 0``; score distillation alone is ``consistency: none`` with
-    ``tangent_warmup: 0``.
+    Runs: batches have ``image`` (B, ...) floating point of standard deviation 1, and what ``condition`` names. Optimisation is manual: use
+    ``accumulate`` here, not in the trainer, which counts the steps of all optimisers as ``global_step``. Networks train in eval mode,
+    without dropout and with fixed running statistics, which have no place in a derivative. Random numbers follow from the seed of the run,
+    iteration and rank alone. Under DDP gradients are averaged once an iteration. A sample with a number that isn't finite before the call
+    that is differentiated is left out, alone. Where that call itself overflows, its gradients are lost; then this process gives the
+    iteration a gradient of 0 (with fp16's loss scaler, which looks itself, the step is left out). Samples and validation use the averaged
+    weights. What the teacher's ``evaluate(samples) -> dict`` says, if it has one, is logged as ``rcm/val_<name>``.
 
-    Batches: ``image`` (B, ...) floating point of standard deviation 1, and what ``condition`` names. Networks train in eval mode, without
-    dropout and with fixed running statistics, which have no place in a derivative. Random numbers follow from the seed of the run,
-    iteration and rank alone. Optimisation is manual: use ``accumulate`` here, not in the trainer, which counts the steps of all
-    optimisers as ``global_step``. Under DDP gradients are averaged once an iteration. Not with strategies that shard weights. Checkpoints
-    hold student, critic, average, optimisers and the count; the teacher is made anew.
+    Saves: student, critic, average, optimisers, the count of iterations and the seed; an iteration that is under way begins anew. The
+    teacher is made anew.
 
-    Numbers that aren't finite: a sample that has one before the call that is differentiated is left out, alone. Where that call itself
-    overflows, its gradients are lost; then this process gives the iteration a gradient of 0 (with fp16's loss scaler, which looks itself,
-    the step is left out). Weights stay finite either way, and both are counted.
-
-    Logged: ``rcm/consistency_loss``, ``rcm/tangent_norm`` (mean ln of the norm of g before it is normalised, which tells more than the
-    loss), ``rcm/df_dt``, ``rcm/dmd_loss``, ``rcm/dmd_weight`` (mean |G - x0_teacher|), ``rcm/critic_loss``, ``rcm/pretrain_loss``,
-    ``rcm/student_phase``, ``rcm/simulation_steps``, ``rcm/warmup_ratio``, ``rcm/ema_decay``, each as it was last before the entry is
-    written; ``rcm/bad_samples`` and ``rcm/bad_simulations`` (samples with numbers that aren't finite), ``rcm/bad_gradients`` (1 where a
-    gradient was dropped); ``rcm/val_sw2`` and ``rcm/val_sw2_<n>_steps``, the sliced Wasserstein distance of as many samples as validation
-    data to these; and what the teacher's ``evaluate(samples) -> dict`` says, if it has one, as ``rcm/val_<name>``.
+    Refuses: strategies that shard weights; a student without weights; settings that contradict each other.
 
     Args:
         teacher: v(x, 1000 u) or F(x, t), see ``wrapper``: (B, ...), (B,) and a condition, if any -> (B, ...). Frozen.

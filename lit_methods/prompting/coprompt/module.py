@@ -68,8 +68,8 @@ class CoPrompt(LightningModule):
     """Tunes prompts and adapters of two frozen towers to a few images a class, without forgetting what the towers know.
 
     The loss is the cross-entropy of the cosines between images and class prompts, plus ``consistency_weight`` times the distance of both
-    embeddings from those of the frozen towers, which see another view of the image and a sentence that describes the class. One sentence
-    is drawn for each optimiser step, for all classes, and the same on all ranks.
+    embeddings from those of the frozen towers, which see another view of the image and a sentence that describes the class. One sentence is
+    drawn for each optimiser step, for all classes, and the same on all ranks.
 
     ============================  ============  ========  =================  =============  ======================
     method                        num_context   depth     visual_prompts     adapters       consistency_weight
@@ -81,19 +81,16 @@ class CoPrompt(LightningModule):
     zero-shot (``lit validate``)  0             1         False              False          0
     ============================  ============  ========  =================  =============  ======================
 
-    Batches: ``image`` (B, 3, S, S) and ``label`` (B,) int64, and in training with a consistency term ``image_second``, another view. The
-    names of the classes, their sentences and the template come from the datamodule (``base_classes``, ``new_classes``, ``descriptions``,
-    ``template``) or from :meth:`set_classes`. The first evaluation loader has images of the base classes, the second of the new ones,
-    each with labels from 0.
+    Runs: batches have ``image`` (B, 3, S, S) and ``label`` (B,) int64, and in training with a consistency term ``image_second``, another
+    view. The names of the classes, their sentences and the template come from the datamodule (``base_classes``, ``new_classes``,
+    ``descriptions``, ``template``) or from :meth:`set_classes`. The first evaluation loader has images of the base classes, the second of
+    the new ones, each with labels from 0. Cosines, adapters and consistency are in float32 or wider. Works under DDP (batch means), with
+    accumulation (one sentence for all micro-batches of a step), and with ``WeightEMA``.
 
-    Saved: prompts and adapters alone. The towers are frozen and must be given again; class names aren't saved, so a checkpoint serves any
-    classes. Precision: cosines, adapters and consistency in float32 or wider. Works under DDP (batch means), with accumulation (one
-    sentence for all micro-batches of a step), and with ``WeightEMA``.
+    Saves: prompts and adapters alone. The towers are frozen and must be given again; class names aren't saved, so a checkpoint serves any
+    classes.
 
-    Logged: ``prompting/loss``, ``prompting/cross_entropy``, ``prompting/consistency_text``, ``prompting/consistency_image``,
-    ``prompting/prompt_norm``; ``prompting/val_base_accuracy``, ``val_new_accuracy``, ``val_harmonic_mean``, the same of the frozen towers
-    with the template as ``val_zero_shot_*``, and ``val_drift_base``, ``val_drift_new``, 1 - cosine of tuned and frozen image embeddings;
-    likewise ``test``.
+    Refuses: classes without a name or a description; a batch without the second view; nothing to train; a training without an end.
 
     Args:
         towers: ``CLIPTowers`` with weights from a folder, or ``TinyTowers``. Never trained.

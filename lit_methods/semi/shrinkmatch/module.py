@@ -52,12 +52,16 @@ class ShrinkMatch(FixMatch):
     """FixMatch, and beside it a term for the uncertain images.
 
     The likeliest class of an uncertain weak view stays, the runners-up are removed until it is certain among the rest, and the strong view
-    learns to tell it from these, by an auxiliary head that is used in training only. The term is weighted by the weak view's confidence
-    and by a running mean of the share of certain images (``certain_ratio``, continuous over epochs: the released CIFAR script starts it
-    anew in each). ``ranks: raw`` takes ranks and confidences from the predictions before alignment, as the authors do on STL-10 and SVHN.
+    learns to tell it from these, by an auxiliary head that is used in training only: lambda_u r mean(max p(weak) 1[certain now] H(shrunk)).
+    The term is weighted by the weak view's confidence and by a running mean r of the share of certain images (continuous over epochs: the
+    released CIFAR script starts it anew in each). ``ranks: raw`` takes ranks and confidences from the predictions before alignment, as the
+    authors do on STL-10 and SVHN.
 
-    Logged beside ``FixMatch``'s: ``semi/certain_loss``, ``semi/shrink_loss``, ``semi/certain_ratio``, ``semi/cut`` (mean rank at which the
-    shrinking stops) and ``semi/never_certain`` (share of the uncertain images that stay so).
+    Runs: as :class:`FixMatch`.
+
+    Saves: beside FixMatch's the auxiliary head and the running share.
+
+    Refuses: what FixMatch refuses.
 
     Args:
         backbone: (B, ...) images -> (B, feature_dim).

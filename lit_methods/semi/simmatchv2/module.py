@@ -39,19 +39,19 @@ TECHNIQUE = Technique(
 class SimMatchV2(SemiSupervised):
     """Pseudo labels propagated over a graph of labelled neighbours, and similarities that weak and strong views share.
 
-    A second network, the moving average of the trained one, gives predictions and embeddings of weak views. Both read the feature behind a
-    layer norm. A bank holds the embedding of every labelled image, a queue those of the last unlabelled ones with their predictions. An
-    empty queue makes no finite node-edge loss, which is 0 then; while it fills, its classes' mass is below 1 and the loss too large by
-    that, as in the authors' code.
+    The loss is H(y, p(x)) + lambda_nn nn + lambda_ee ee + lambda_ne ne: cross-entropies of the strong views with the propagated label, with
+    the weak view's similarities, and with its classes as read through their own similarities. A second network, the moving average of the
+    trained one, gives predictions and embeddings of weak views. Both read the feature behind a layer norm. A bank holds the embedding of
+    every labelled image, a queue those of the last unlabelled ones with their predictions. An empty queue makes no finite node-edge loss,
+    which is 0 then; while it fills, its classes' mass is below 1 and the loss too large by that, as in the authors' code.
 
-    Needs a datamodule with ``labelled_classes``, the classes of the labelled images by their index (``SemiSupervisedDataModule``).
+    Runs: with a datamodule that has ``labelled_classes``, the classes of the labelled images by their index (``SemiSupervisedDataModule``).
     Evaluation uses the trained network. Works with any precision (graph and losses are computed in float32), DDP (banks hold the rows of
-    all ranks) and accumulation (banks advance once for each micro-batch). Saved: averaged network, banks, pointer, alignment.
+    all ranks) and accumulation (banks advance once for each micro-batch).
 
-    Logged beside ``SemiSupervised``'s: ``semi/nn_loss``, ``semi/ee_loss``, ``semi/ne_loss``; ``semi/propagated_accuracy`` (of the pseudo
-    labels above the threshold; ``semi/pseudo_accuracy`` is that of the predictions they come from), ``semi/bank_fill``,
-    ``semi/alignment_entropy`` (in nats), ``semi/norm_gap`` (how much longer, relatively, features of weak views are than those of strong
-    ones, before the layer norm).
+    Saves: both networks, banks, pointer, alignment.
+
+    Refuses: another number of labelled images than the data have; a ``bank_size`` that the unlabelled images of a step don't divide.
 
     Args:
         backbone: (B, ...) images -> (B, feature_dim).

@@ -17,9 +17,14 @@ class PropagationProbe(LightningModule):
     """A logistic regression on pixels, fitted on the labelled images, whose predictions are propagated to their neighbours' labels.
 
     The embedding of an image is its centred, unit-length vector of pixels; the bank holds those of the labelled images. With ``alpha: 0``
-    the prediction stays as it is. Needs ``SemiSupervisedDataModule``. Nothing is trained by an optimiser: one step is enough.
+    the prediction stays as it is.
 
-    Logged after validation: ``semi/val_accuracy`` and ``semi/val_nll``, the negative log-likelihood in nats, of the propagated labels.
+    Runs: with ``SemiSupervisedDataModule``. Nothing is trained by an optimiser: one step is enough. After validation ``semi/val_accuracy``
+    and ``semi/val_nll``, the negative log-likelihood of the propagated labels in nats, are logged.
+
+    Saves: the regression and the bank.
+
+    Refuses: data whose labelled images lack a class.
 
     Args:
         num_classes: C.

@@ -18,14 +18,15 @@ from lit_methods.tasks.imbalanced_regression.metrics import REGIONS, ShotMetrics
 class ImbalancedRegression(LightningModule):
     """Trains features and a regressor on them, and measures errors by how often a label occurs in training.
 
-    Batches: ``image`` (B, ...), or another key by ``inputs``; ``target``, (B,) or (B, 1, H, W) float32; ``weight`` of the same shape where
-    the data are re-weighted; in evaluation ``count`` of the same shape, the number of training samples with the label. Targets that aren't
-    finite aren't evaluated, and maps of another size than their targets are resized in evaluation. ``ConR`` and ``FDS`` find the submodules
-    ``backbone`` and ``regressor``.
+    Runs: batches have ``image`` (B, ...), or another key by ``inputs``; ``target``, (B,) or (B, 1, H, W) float32; ``weight`` of the same
+    shape where the data are re-weighted; in evaluation ``count`` of the same shape, the number of training samples with the label. Targets
+    that aren't finite aren't evaluated, and maps of another size than their targets are resized in evaluation. ``ConR`` and ``FDS`` find
+    the submodules ``backbone`` and ``regressor``. Errors are given for ``all``, ``many``, ``median`` and ``low`` shots; regions without a
+    sample are left out. Beside the panels ``regression/val_rmse_<region>`` is logged, and with ``delta1`` ``regression/val_delta1``.
 
-    Logged: ``regression/loss``; after validation, for ``all``, ``many``, ``median`` and ``low`` shots, ``regression/val_mae_<region>``,
-    ``regression/val_gm_<region>`` (geometric mean of absolute errors) and ``regression/val_rmse_<region>``; with ``delta1`` also
-    ``regression/val_delta1``; likewise ``test``. Regions without a sample are left out.
+    Saves: backbone and regressor.
+
+    Refuses: evaluation data without ``count``; outputs that aren't one number for each target.
 
     Args:
         backbone: Images -> (B, D) features, or (B, C, h, w).

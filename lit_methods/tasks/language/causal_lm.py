@@ -74,11 +74,13 @@ def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> 
 class CausalLM(LightningModule):
     """Trains a causal language model on windows of tokens.
 
-    Batches, such as those of ``TextDataModule``: ``input_ids`` (B, L) int64 and ``labels`` (B, L) int64, the token that follows each
-    (aligned with the logits, not shifted inside as transformers does it); -100 doesn't count.
+    Runs: batches, such as those of ``TextDataModule``, have ``input_ids`` (B, L) int64 and ``labels`` (B, L) int64, the token that follows
+    each (aligned with the logits, not shifted inside as transformers does it); -100 doesn't count. A perplexity depends on the tokenizer
+    and on the length of the windows.
 
-    Logged: ``language/loss`` of each training batch, per token in nats; ``language/val_loss`` and ``language/val_perplexity`` over all
-    validation tokens, and likewise ``test``. A perplexity depends on the tokenizer and on the length of the windows.
+    Saves: the model.
+
+    Refuses: data with more tokens than the model has; a schedule in a training without an end.
 
     Args:
         name_or_path: Folder (or name) of a pretrained model of transformers; loaded in float32.

@@ -23,13 +23,15 @@ Schedule = Literal["constant", "cosine"]
 class MetricLearning(LightningModule):
     """Trains a network to place samples of one class near each other, and measures it on unseen classes.
 
-    Batches: ``image`` (B, ...) float32 and ``label`` (B,) int64; in training the labels are 0..C-1, in evaluation any. ``forward`` takes
-    images and returns (B, D) embeddings; distances are those of their directions. Evaluation compares all samples with all others, on the
-    CPU and in float64.
+    Runs: batches have ``image`` (B, ...) float32 and ``label`` (B,) int64; in training the labels are 0..C-1, in evaluation any.
+    ``forward`` takes images and returns (B, D) embeddings; distances are those of their directions. Evaluation compares all samples with
+    all others, on the CPU and in float64: ``retrieval/val_d_min`` and ``val_d_max`` are the ends of the calibration range, ``val_far``,
+    ``val_far_std``, ``val_frr`` and ``val_frr_std`` the mean and standard deviation over classes of false acceptance and rejection at its
+    middle.
 
-    Logged: ``retrieval/loss``; after validation ``retrieval/val_recall_at_<k>``, ``retrieval/val_map_at_r``, ``retrieval/val_opis``,
-    ``retrieval/val_eps_opis``, ``retrieval/val_d_min``, ``retrieval/val_d_max``, and at the middle of this range the mean and standard
-    deviation over classes of false acceptance and rejection, ``val_far``, ``val_far_std``, ``val_frr``, ``val_frr_std``; likewise ``test``.
+    Saves: network and loss.
+
+    Refuses: a cosine in a training without an end.
 
     Args:
         network: Images -> (B, D).

@@ -21,11 +21,13 @@ _METRICS = ("recall", "precision", "ndcg")
 class Recommender(LightningModule):
     """Base of the recommenders. Subclasses write ``training_step`` and :meth:`scores`.
 
-    Evaluation batches: ``known`` (B, C) bool and ``target`` (B, C) bool beside what :meth:`scores` needs; C are all items, or the
-    candidates of a user.
+    Runs: evaluation batches have ``known`` (B, C) bool and ``target`` (B, C) bool beside what :meth:`scores` needs; C are all items, or the
+    candidates of a user. Figures are over the users that have a target, on any number of ranks, for each k of ``top_k``; with one target
+    among candidates recall is the hit rate. Beside the panels ``recommender/val_precision_<k>`` is logged.
 
-    Logged over the users that have a target, on any number of ranks: ``recommender/val_recall_<k>``, ``recommender/val_precision_<k>`` and
-    ``recommender/val_ndcg_<k>`` for each k of ``top_k``; likewise ``test``. With one target among candidates recall is the hit rate.
+    Saves: the weights.
+
+    Refuses: other numbers of users or items than the data have; a ``min_lr`` in a training without an end.
 
     Args:
         top_k: Lengths of the list of recommendations.

@@ -96,9 +96,13 @@ def lightgcn_loss(
 class LightGCN(Recommender):
     """LightGCN on implicit feedback. One table, ``embedding``, holds users and then items.
 
-    The graph comes from the datamodule (``RatingsDataModule`` with ``mode: bpr``) in ``setup``, or from :meth:`set_graph`; it is no part
-    of the checkpoint. Training batches: ``user``, ``positive``, ``negative``, each (B,) int64. Evaluation: ``user`` (B,) int64, ``known``
-    and ``target`` (B, I) bool. Metrics: see :class:`Recommender`, with ``recommender/loss``, ``recommender/bpr`` and ``recommender/reg``.
+    Runs: the graph comes from the datamodule (``RatingsDataModule`` with ``mode: bpr``) in ``setup``, or from :meth:`set_graph`. Training
+    batches have ``user``, ``positive``, ``negative``, each (B,) int64; evaluation ``user`` (B,) int64, ``known`` and ``target`` (B, I)
+    bool. Both parts of the loss are logged as ``recommender/bpr`` and ``recommender/reg``.
+
+    Saves: the table; the graph is made anew.
+
+    Refuses: what :class:`Recommender` refuses; scores before there is a graph.
 
     Args:
         num_users: U, as in the data.

@@ -44,9 +44,13 @@ def annealed_beta(step: int, cap: float, steps: int) -> float:
 class MultVAE(Recommender):
     """MultVAE on implicit feedback; recommends to users that it wasn't trained on, from their history.
 
-    Training batches: ``history`` (B, I) float32. Evaluation: ``history``, the known part of held-out users, ``known`` and ``target``
-    (B, I) bool. Metrics: see :class:`Recommender`, with ``recommender/loss``, ``recommender/kl`` and ``recommender/beta``.
-    The noise and the dropout come from torch's global generator, which the ``ExactResume`` callback keeps in the checkpoint.
+    Runs: training batches have ``history`` (B, I) float32; evaluation ``history``, the known part of held-out users, ``known`` and
+    ``target`` (B, I) bool. The noise and the dropout come from torch's global generator, which the ``ExactResume`` callback keeps in the
+    checkpoint. The divergence and its weight are logged as ``recommender/kl`` and ``recommender/beta``.
+
+    Saves: encoder and decoder.
+
+    Refuses: what :class:`Recommender` refuses.
 
     Args:
         num_items: I, as in the data.

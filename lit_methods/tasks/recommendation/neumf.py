@@ -26,9 +26,13 @@ def neumf_loss(positive: Tensor, negative: Tensor) -> Tensor:
 class NeuMF(Recommender):
     """NeuMF on implicit feedback, ranked among candidates.
 
-    Tables: ``gmf_user`` and ``gmf_item`` of the product; ``mlp_user`` and ``mlp_item`` of the network, which are the ones that DSL masks.
-    Training batches: ``user`` and ``positive`` (B,), ``negative`` (B, N) int64. Evaluation: ``user`` (B,), ``item`` (B, C) int64
-    candidates, ``known`` and ``target`` (B, C) bool. Metrics: see :class:`Recommender`, with ``recommender/loss``.
+    Runs: training batches have ``user`` and ``positive`` (B,), ``negative`` (B, N) int64; evaluation ``user`` (B,), ``item`` (B, C) int64
+    candidates, ``known`` and ``target`` (B, C) bool.
+
+    Saves: the tables ``gmf_user`` and ``gmf_item`` of the product, ``mlp_user`` and ``mlp_item`` of the network, which are the ones that
+    DSL masks, and the layers.
+
+    Refuses: what :class:`Recommender` refuses.
 
     Args:
         num_users: U, as in the data.

@@ -43,13 +43,17 @@ def grey_image(image: Tensor) -> NDArray[np.uint8]:
 class ImageSegmentor(LightningModule):
     """Trains a network to tell the class of every pixel.
 
-    Batches: ``image`` (B, C, H, W) float32 and ``label`` (B, H, W) int64, 0 for the background; further keys, such as a second view and
-    ``index``, are for callbacks. In evaluation a batch with ``volume`` is one volume: (S, C, h, w) slices and (S, H, W) labels, whose size
-    may be another; predictions are resized to it without interpolation. ``forward`` takes images and returns (B, num_classes, H, W) logits.
+    The loss is (1 - ``dice_ratio``) cross-entropy + ``dice_ratio`` Dice.
 
-    Logged: ``segmentation/loss``; after validation and test, ``segmentation/val_dice`` and ``segmentation/val_iou``, means over the
-    foreground classes of all pixels together, ``segmentation/val_dice/<class>``, and ``segmentation/val_miou``, with the background;
-    of volumes also ``segmentation/test_volume_dice`` and ``segmentation/test_hd95``, means over volumes and foreground classes.
+    Runs: batches have ``image`` (B, C, H, W) float32 and ``label`` (B, H, W) int64, 0 for the background; further keys, such as a second
+    view and ``index``, are for callbacks. In evaluation a batch with ``volume`` is one volume: (S, C, h, w) slices and (S, H, W) labels,
+    whose size may be another; predictions are resized to it without interpolation. ``forward`` takes images and returns (B, num_classes, H,
+    W) logits. Dice and IoU are means over the foreground classes of all pixels together; ``segmentation/val_dice/<class>`` is that of a
+    class, ``segmentation/test_volume_dice`` and ``segmentation/test_hd95`` are means over volumes and foreground classes.
+
+    Saves: the network.
+
+    Refuses: ``poly_power`` in a training without an end.
 
     Args:
         network: Images -> logits, such as ``SmallUNet2d``, ``TimmUNet`` or ``LargeFOV``.

@@ -23,13 +23,14 @@ _SHOWN = 192  # pixels of the picture's side at high resolution
 class SuperResolution(LightningModule):
     """Trains a network to enlarge images, with the mean absolute error of the pixels.
 
-    Batches: ``lr`` (B, C, h, w) and ``hr`` (B, C, scale * h, scale * w) float32 in [0, 1], C 3 (RGB) or 1 (luminance), and, for evaluation,
-    ``name``, a list of B strings; such as those of ``SuperResolutionDataModule``. ``forward`` takes ``lr`` and returns the enlarged images,
-    not clipped.
+    Runs: batches have ``lr`` (B, C, h, w) and ``hr`` (B, C, scale * h, scale * w) float32 in [0, 1], C 3 (RGB) or 1 (luminance), and, for
+    evaluation, ``name``, a list of B strings; such as those of ``SuperResolutionDataModule``. ``forward`` takes ``lr`` and returns the
+    enlarged images, not clipped. PSNR (dB) and SSIM are those of the luminance of 8-bit images, ``crop_border`` pixels left out, means over
+    images, beside plain bicubic enlargement; in a test for each loader, named by the datamodule's ``test_names``.
 
-    Logged: ``superres/loss``; ``superres/val_psnr`` (dB) and ``superres/val_ssim`` on the luminance of 8-bit images, ``crop_border`` pixels
-    left out, means over images; ``superres/val_psnr_bicubic``, of plain bicubic enlargement; ``superres/test_psnr/<set>`` and
-    ``superres/test_ssim/<set>`` for each test loader, named by the datamodule's ``test_names``.
+    Saves: the network.
+
+    Refuses: a network, module and data of different scales.
 
     Args:
         network: (B, C, h, w) -> (B, C, scale * h, scale * w), such as ``EDSR`` or ``Swin2SRNetwork``.

@@ -74,13 +74,14 @@ def mixup(images: Tensor, labels: Tensor, share: Tensor | float, num_classes: in
 class ImageClassifier(LightningModule):
     """Trains a network to tell the classes of images.
 
-    Batches: ``image`` (B, C, H, W) float32 and ``label`` (B,) int64, such as those of ``DigitsDataModule``, ``CIFARDataModule`` and
-    ``ImageNetDataModule``. ``forward`` takes the images and returns (B, num_classes) logits.
+    Runs: batches have ``image`` (B, C, H, W) float32 and ``label`` (B,) int64, such as those of ``DigitsDataModule``, ``CIFARDataModule``
+    and ``ImageNetDataModule``. ``forward`` takes the images and returns (B, num_classes) logits. Evaluation counts every image once on any
+    number of ranks, without mixup and label smoothing; in training under mixup, accuracy means hits of the class whose share is larger. The
+    test also gives the expected calibration error in 15 bins (arXiv:1706.04599).
 
-    Logged: ``classifier/loss`` and ``classifier/accuracy`` of each training batch (under mixup, accuracy means hits of the class whose
-    share is larger); ``classifier/val_loss`` and ``classifier/val_accuracy`` over the validation images, without mixup and label smoothing;
-    ``classifier/test_loss``, ``classifier/test_accuracy`` and ``classifier/test_ece``, the expected calibration error in 15 bins
-    (arXiv:1706.04599). Evaluation counts every image once on any number of ranks.
+    Saves: the network.
+
+    Refuses: a cosine in a training without an end; epochs of a loader without a length.
 
     Args:
         network: Images -> (B, num_classes) logits, such as ``MLP``, ``CifarResNet`` or ``TimmNetwork``.
