@@ -5,7 +5,7 @@ The maths stands in :mod:`~lit_methods.consistency_models.epg.core`.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -24,9 +24,9 @@ from lit_methods.consistency_models.epg.core import (
     interval_guidance,
     nearest_level,
     needs_width,
-    shift_of,
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head_of
+from lit_methods.consistency_models.epg.stage import Stage
 from lit_methods.consistency_models.evaluation import Part, Purpose, SampleEvaluation, Samples
 from lit_methods.consistency_models.levels import karras_levels, like, quarter_means
 from lit_methods.consistency_models.metrics import square
@@ -34,11 +34,10 @@ from lit_methods.consistency_models.pairs import consistency_function
 from lit_methods.consistency_models.sampling import Solver, check_sample_times, denoise_sample, multistep_sample
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
-from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, ImagePanel, Panel
 from lit_methods.runs.checkpoints import read_state_dict
 from lit_methods.seeds import own_seed, seeded_noise
-from lit_methods.steps import gradient_norm, logs_now, training_length
+from lit_methods.steps import logs_now, training_length
 
 Mode = Literal["denoise", "consistency"]
 Weight = Literal["inverse_gap", "one"]
@@ -53,7 +52,7 @@ class Drawn(NamedTuple):
     weight: Tensor
 
 
-class EPGFinetune(SampleEvaluation):
+class EPGFinetune(Stage, SampleEvaluation):
     """Stage 2 of EPG: the encoder of stage 1 and a new decoder, trained end to end to denoise, or as a consistency model.
 
     To denoise, the loss is the weighted mean of (x0(x + sigma n, sigma) - x)^2. As a consistency model it is S / sg sqrt(S + c^2) / (t - r)
@@ -241,10 +240,6 @@ class EPGFinetune(SampleEvaluation):
         answer: Tensor = encode(self.network, x, sigma, *labels, sigma_data=hp["sigma_data"])
         return answer.to(x.dtype)
 
-    def shift(self, x: Tensor) -> float:
-        """By which the levels of these images are multiplied."""
-        return shift_of(x, self.hparams["base_resolution"])
-
     def embed(self, x: Tensor) -> Tensor:
         """What the frozen copy of stage 1 makes of images without noise: (B, ...) -> (B, C), with a gradient for ``x``."""
         assert self.perceptual is not None
@@ -338,11 +333,6 @@ class EPGFinetune(SampleEvaluation):
         withheld = torch.rand(len(labels), generator=generator, device=labels.device) < self.hparams["class_dropout"]
         return (torch.where(withheld, self.hparams["num_classes"], labels),)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient, before it is clipped."""
-        if logs_now(self):
-            self.log("epg/grad_norm", gradient_norm(self))
-
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
@@ -355,21 +345,9 @@ class EPGFinetune(SampleEvaluation):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a warm-up."""
-        hp = self.hparams
-        final = 0.0 if hp["schedule"] == "cosine" else 1.0
-        if final == 0:
+        if self.hparams["schedule"] == "cosine":
             self.total_steps = training_length(self, self.total_steps)
-        total = self.total_steps or 1
-        optimizer = torch.optim.AdamW(self.parameters(), lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
-        return scheduled(optimizer, lambda step: warmup_cosine(step, total, hp["warmup_steps"], final))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The schedule's length belongs to the run."""
-        checkpoint["epg"] = {"total_steps": self.total_steps}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it over."""
-        self.total_steps = checkpoint.get("epg", {}).get("total_steps", self.total_steps)
+        return self.adamw(self.parameters())
 
     # ---- sampling ------------------------------------------------------------------------------------------------------------------------
 

@@ -31,17 +31,16 @@ from lit_methods.consistency_models.epg.core import (
     neighbour_labels,
     pretrain_levels,
     pretrain_loss,
-    shift_of,
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head
+from lit_methods.consistency_models.epg.stage import Stage
 from lit_methods.consistency_models.epg.views import Views
 from lit_methods.consistency_models.evaluation import Part, WholeSetEvaluation
 from lit_methods.consistency_models.levels import like
 from lit_methods.distributed import gather_rows
-from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.seeds import own_seed, seeded_noise
-from lit_methods.steps import gradient_norm, logs_now, training_length
+from lit_methods.steps import logs_now, training_length
 
 TECHNIQUE = Technique(
     slug="epg",
@@ -65,7 +64,7 @@ class _Seen(NamedTuple):
     labels: Tensor | None
 
 
-class EPGPretrain(WholeSetEvaluation[_Seen]):
+class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
     """Stage 1 of EPG: trains an encoder of noisy images without labels; :class:`EPGFinetune` then draws images with it.
 
     The loss is ``contrastive_weight`` times the InfoNCE of two almost noiseless views, by an averaged target, plus ``consistency_weight``
@@ -196,10 +195,6 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
 
         return feature
 
-    def shift(self, x: Tensor) -> float:
-        """By which the levels of these images are multiplied."""
-        return shift_of(x, self.hparams["base_resolution"])
-
     def num_levels(self, step: int) -> int:
         """N at an optimiser step."""
         assert self.total_steps is not None
@@ -291,11 +286,6 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
             logs[f"epg/negative_{name}"] = (likeness.sum() - own.sum()) / max(1, likeness.numel() - len(own))
         return logs
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient, before it is clipped."""
-        if logs_now(self):
-            self.log("epg/grad_norm", gradient_norm(self))
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The target follows at once: a checkpoint that a callback saves when the batch ends has it."""
         super().optimizer_step(*args, **kwargs)
@@ -305,20 +295,8 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a warm-up and a cosine."""
-        hp = self.hparams
-        total = self.total_steps = training_length(self, self.total_steps)
-        trained = [*self.encoder.parameters(), *self.projector.parameters()]
-        optimizer = torch.optim.AdamW(trained, lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
-        final = 0.0 if hp["schedule"] == "cosine" else 1.0
-        return scheduled(optimizer, lambda step: warmup_cosine(step, total, hp["warmup_steps"], final))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The curriculum's length belongs to the run."""
-        checkpoint["epg"] = {"total_steps": self.total_steps}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it over."""
-        self.total_steps = checkpoint.get("epg", {}).get("total_steps", self.total_steps)
+        self.total_steps = training_length(self, self.total_steps)
+        return self.adamw([*self.encoder.parameters(), *self.projector.parameters()])
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
 

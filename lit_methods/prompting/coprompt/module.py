@@ -240,36 +240,36 @@ class CoPrompt(LightningModule):
         return self._ids[split].to(self.device)
 
     def _tokens(self, texts: Sequence[str]) -> Tensor:
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
-        return towers.cut(towers.tokenize(texts)).to(self.device)
+        return self._clip.cut(self._clip.tokenize(texts)).to(self.device)
+
+    @property
+    def _clip(self) -> TwoTowers:
+        """The frozen towers, past the holder that hides them from the optimiser."""
+        return self.towers.module  # type: ignore[return-value]
 
     # ---- embeddings --------------------------------------------------------------------------------------------------------------------
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, D) of the tuned tower, before its adapter; gradients reach the prompts."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
         prompt, deep = self.prompts.of_image() if self.prompts is not None else (None, None)
-        return towers.encode_image(images, prompt, deep)
+        return self._clip.encode_image(images, prompt, deep)
 
     def embed_texts(self, ids: Tensor) -> Tensor:
         """(C, D) of the tuned tower, before its adapter."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
         if self.prompts is None:
-            return towers.encode_text(ids)
-        return towers.encode_text(ids, self.prompts.context, self.prompts.deep)
+            return self._clip.encode_text(ids)
+        return self._clip.encode_text(ids, self.prompts.context, self.prompts.deep)
 
     @torch.no_grad()
     def frozen_texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D) unit embeddings of plain texts by the frozen tower."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
         ids = self._tokens(texts)
-        return torch.cat([F.normalize(towers.encode_text(part).float(), dim=1) for part in ids.split(_CHUNK)])
+        return torch.cat([F.normalize(self._clip.encode_text(part).float(), dim=1) for part in ids.split(_CHUNK)])
 
     @property
     def scale(self) -> Tensor:
         """What cosines are multiplied with."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
-        return towers.logit_scale.float().exp()
+        return self._clip.logit_scale.float().exp()
 
     @property
     def adapters(self) -> tuple[Adapter | None, Adapter | None]:
@@ -332,8 +332,7 @@ class CoPrompt(LightningModule):
     @torch.no_grad()
     def towers_image(self, images: Tensor) -> Tensor:
         """(B, D) of the frozen image tower."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
-        return towers.encode_image(images)
+        return self._clip.encode_image(images)
 
     def _teacher_texts(self) -> Tensor:
         """(C, D): a sentence for each base class, of this step."""
