@@ -1,6 +1,7 @@
 """CoPrompt's consistency term (arXiv:2306.01195) for any module with an image tower and a text tower.
 
-The maths is :func:`lit_methods.prompting.losses.embedding_consistency`; the whole method, with prompts and adapters, is ``CoPrompt``.
+The maths is :func:`lit_methods.prompting.coprompt.core.embedding_consistency`; the whole method, with prompts and adapters, is
+``CoPrompt``.
 """
 
 import copy
@@ -18,8 +19,7 @@ from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.callbacks.targets import select_modules
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, Panel
-from lit_methods.prompting.coprompt import sentence_index
-from lit_methods.prompting.losses import Criterion, embedding_consistency
+from lit_methods.prompting.coprompt.core import Criterion, embedding_consistency, sentence_index
 
 
 class TwoTowerConsistency(LossTerm):

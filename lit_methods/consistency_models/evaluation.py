@@ -25,7 +25,7 @@ def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 64, see
         samples: (N, D).
         data: (N, D).
         projections: Number of directions.
-        seed: Of the directions: the same on every machine.
+        seed: Seed of the directions: they are the same on every machine.
 
     Returns:
         Scalar >= 0; 0 if both are the same set.
@@ -164,8 +164,8 @@ class DigitFeatures(nn.Module):
     Cost: 17 thousand parameters; the first use trains them, a second or so.
 
     Args:
-        steps: Of Adam, with 128 images each.
-        seed: Of weights and order.
+        steps: Training steps of Adam, with 128 images each.
+        seed: Seed of weights and order.
     """
 
     def __init__(self, steps: int = 200, seed: int = 0) -> None:

@@ -20,10 +20,16 @@ from lit_methods.runs.checkpoints import load_into
 class PointSegmentor(LightningModule):
     """A 3D backbone and one linear layer: SuperFlow's downstream protocol.
 
-    Cross-entropy and 2 x Lovasz-softmax on voxels, mIoU on points. A voxel's label is that of its first point; a
-    point's prediction is that of its voxel. Batches: see :class:`lit_methods.datamodules.NuScenesDataModule` with
-    ``mode: segment``, or ``semi_supervised``: there the batch holds ``labelled`` and ``unlabelled`` clouds, and the
-    ``TemporalVoting`` callback puts voted labels of an EMA teacher into the latter before the step.
+    The loss is cross-entropy and 2 x Lovasz-softmax on voxels, the metric mIoU on points. A voxel's label is that of its first point; a
+    point's prediction is that of its voxel.
+
+    Runs: batches of :class:`lit_methods.datamodules.NuScenesDataModule` with ``mode: segment``, or ``semi_supervised``: there the batch
+    holds ``labelled`` and ``unlabelled`` clouds, and the ``TemporalVoting`` callback puts voted labels of an EMA teacher into the latter
+    before the step.
+
+    Saves: backbone and linear layer.
+
+    Refuses: unlabelled clouds without voted labels; a checkpoint of another architecture; a training without an end.
 
     Args:
         backbone_3d: (points, points_per_sample) -> ``VoxelFeatures`` with an attribute ``out_channels``, such as
@@ -38,7 +44,7 @@ class PointSegmentor(LightningModule):
         lovasz_weight: Factor of the Lovasz term.
         unlabelled_weight: Factor of the loss on voted pseudo-labels.
         learning_rate: Peak of the one-cycle schedule.
-        weight_decay: Of AdamW.
+        weight_decay: AdamW's weight decay.
         pct_start: Share of the steps in which the learning rate rises.
     """
 

@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
         heads: Divides W.
         causal: Each token sees itself and those before it.
         activation: ``quick_gelu`` (OpenAI's weights) or ``gelu``.
-        eps: Of the layer norms.
+        eps: Addend of the layer norms.
     """
 
     def __init__(self, width: int, heads: int, causal: bool, activation: Activation = "quick_gelu", eps: float = 1e-5) -> None:
@@ -109,8 +109,8 @@ class TowerSizes:
         vocabulary: Number of tokens.
         context_length: Tokens of a text at most, beginning and end included.
         embed_dim: D of both embeddings.
-        activation: Of all blocks.
-        eps: Of all layer norms.
+        activation: Activation of all blocks.
+        eps: Addend of all layer norms.
     """
 
     image_size: int

@@ -129,9 +129,9 @@ def pretrain_loss(
         target_projector: Average of ``projector``.
         x: (B, ...) images.
         view1: Augmented images, like ``x``.
-        view2: Likewise.
+        view2: Other augmented images, like ``x``.
         noise: Like ``x``: one for all five noisy inputs.
-        levels: Of :func:`pretrain_levels`.
+        levels: What :func:`pretrain_levels` gives.
         sigma_data: Standard deviation of the data.
         contrastive_temperature: tau of the contrast.
         consistency_temperature: tau of the consistency, at these levels.
@@ -216,8 +216,8 @@ class Pixels(nn.Module):
     """From images in [-1, 1] to what networks see, and back.
 
     Args:
-        mean: Of the pixels in [0, 1], for each channel or for all.
-        std: Likewise; (0.5,) for both leaves images as they are.
+        mean: Mean of the pixels in [0, 1], for each channel or for all.
+        std: By what they are divided then, for each channel or for all; (0.5,) for both leaves images as they are.
     """
 
     mean: Tensor
@@ -332,10 +332,10 @@ def consistency_tuning_loss(
         upper: (B,) t, shifted.
         lower: (B,) r <= t, shifted.
         condition: Further arguments of both.
-        c: Of the distance.
+        c: Scale of the distance.
         warmup: The answer is compared with ``x`` itself, and not contrasted: stage 0 of the curriculum.
         perceptual: Frozen map (B, ...) -> (B, C) of images without noise, whose gradient reaches its input; None: no contrast.
-        temperature: Of the contrast.
+        temperature: Temperature of the contrast.
         gather: (B, C) -> (M, C) keys of all processes, those of this one first.
     """
     weight = inverse_distance(upper, lower)
@@ -368,3 +368,9 @@ def interval_guidance(
         return told
     untold = denoise(x, torch.full_like(labels, null))
     return untold + scale * (told - untold)
+
+
+__all__ = [
+    "consistency_temperature", "consistency_tuning_loss", "cosine_info_nce", "denoising_loss", "denoising_weight", "interval_guidance",
+    "nearest_level", "neighbour_labels", "pretrain_levels", "pretrain_loss", "resolution_shift",
+]  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_methods import checks
 from lit_methods.averages import ema_update
 from lit_methods.catalog import Technique
-from lit_methods.consistency_models.curricula import doubling_levels
+from lit_methods.consistency_models.curricula import check_intervals, doubling_levels
 from lit_methods.consistency_models.epg.core import (
     Map,
     Pixels,
@@ -31,17 +31,16 @@ from lit_methods.consistency_models.epg.core import (
     neighbour_labels,
     pretrain_levels,
     pretrain_loss,
-    shift_of,
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head
+from lit_methods.consistency_models.epg.stage import Stage
 from lit_methods.consistency_models.epg.views import Views
 from lit_methods.consistency_models.evaluation import Part, WholeSetEvaluation
 from lit_methods.consistency_models.levels import like
 from lit_methods.distributed import gather_rows
-from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.seeds import own_seed, seeded_noise
-from lit_methods.steps import gradient_norm, logs_now, training_length
+from lit_methods.steps import logs_now, training_length
 
 TECHNIQUE = Technique(
     slug="epg",
@@ -65,22 +64,24 @@ class _Seen(NamedTuple):
     labels: Tensor | None
 
 
-class EPGPretrain(WholeSetEvaluation[_Seen]):
+class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
     """Stage 1 of EPG: trains an encoder of noisy images without labels; :class:`EPGFinetune` then draws images with it.
 
-    Batches: ``image`` (B, C, H, W) floating point in [-1, 1], at most mirrored; without ``views`` also ``view1`` and ``view2``, like it;
-    for the accuracies ``label`` (B,) int64. ``forward`` gives features of images at a noise level. Keys of all ranks are negatives.
-    The head has batch norm: set ``sync_batchnorm`` of the Trainer on several GPUs. The target averages parameters; its batch norm has
-    statistics of its own. Not for strategies that shard weights.
+    The loss is ``contrastive_weight`` times the InfoNCE of two almost noiseless views, by an averaged target, plus ``consistency_weight``
+    times the InfoNCE of an image's features at two neighbouring noise levels.
 
-    Logged: ``epg/loss``, ``epg/contrastive``, ``epg/consistency``; every ``log_every_n_steps`` steps ``epg/levels`` (N),
-    ``epg/temperature`` (of the consistency), ``epg/grad_norm`` and the mean cosine with the own key and with all others,
-    ``epg/positive_contrastive``, ``epg/negative_contrastive``, ``epg/positive_consistency``, ``epg/negative_consistency``. After
-    validation, for each of ``probe_sigmas``: ``epg/val_match_<sigma>``, the share of noisy images whose
-    feature is most like the clean feature of the same
-    image among all, and, with labels, ``epg/val_knn_<sigma>``, the accuracy of a vote of the nearest clean features of other images
-    (``epg/val_knn_clean``: without noise; ``epg/test_...`` after a test). Features of all validation images are kept until then, and their
-    (N, N) cosines: limit them for a large set. ``predict_step`` returns {"feature": (B, D)} of clean images.
+    Runs: batches have ``image`` (B, C, H, W) floating point in [-1, 1], at most mirrored; without ``views`` also ``view1`` and ``view2``,
+    like it; for the accuracies ``label`` (B,) int64. ``forward`` gives features of images at a noise level, ``predict_step`` {"feature":
+    (B, D)} of clean images. Keys of all ranks are negatives. The head has batch norm: set ``sync_batchnorm`` of the Trainer on several
+    GPUs. The target averages parameters; its batch norm has statistics of its own. Validation looks at noisy images of each of
+    ``probe_sigmas``: the share whose feature is most like the clean feature of the same image, and, with labels, the accuracy of a vote of
+    the nearest clean features of other images. Features of all validation images are kept until then, and their (N, N) cosines: limit them
+    for a large set. Beside the panels the temperature of the consistency, ``epg/temperature``, is logged.
+
+    Saves: encoder, head and their averaged targets, and the length of the curriculum.
+
+    Refuses: a training without an end, unless ``total_steps`` is given; several GPUs without ``sync_batchnorm``. Not for strategies that
+    shard weights.
 
     Args:
         encoder: (B, C, H, W) and (B,) noise condition ln(sigma) / 4 -> :class:`Encoded`, with an attribute ``width``, such as
@@ -88,14 +89,14 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         views: Makes two views of each image; None: the batch has them.
         s0: Intervals between levels at the start.
         s1: At the end.
-        consistency_weight: Of the consistency of features; 0: the contrast alone, a MoCo v3 as a baseline.
-        contrastive_weight: Of the contrast.
+        consistency_weight: Factor of the consistency of features; 0: the contrast alone, a MoCo v3 as a baseline.
+        contrastive_weight: Factor of the contrast.
         contrastive_temperature: > 0.
-        temperature: Of the consistency, > 0.
+        temperature: Temperature of the consistency, > 0.
         final_temperature: Where the schedule ends; None: as ``temperature``.
         temperature_schedule: ``constant``, ``interpolated`` (over sigma) or ``cosine`` (over training).
         projector_width: Hidden width of the projection head.
-        projector_dim: Of its output.
+        projector_dim: Width of its output.
         projector_layers: Its linear layers.
         target_decay: Share of itself that the target keeps at an optimiser step, in [0, 1].
         sigma_min: Smallest level.
@@ -103,17 +104,17 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         rho: Spacing of the levels.
         sigma_data: Standard deviation of what the encoder sees.
         base_resolution: Height in pixels at which levels are as they are; others are multiplied by height / this. None: never.
-        pixel_mean: Of pixels in [0, 1], subtracted: one number or one for each channel.
+        pixel_mean: Mean of the pixels in [0, 1], subtracted: one number or one for each channel.
         pixel_std: By which they are divided then.
-        learning_rate: Of AdamW, after the warm-up.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
+        learning_rate: AdamW's learning rate after the warm-up.
+        betas: AdamW's two momentum decay rates.
+        weight_decay: AdamW's weight decay.
         warmup_steps: Over which the rate rises.
-        schedule: Of the rate after that: ``cosine`` or ``constant``.
+        schedule: Learning rate after the warm-up: ``cosine`` or ``constant``.
         total_steps: K of curriculum and schedules; None: the length of the training when it first starts. Saved with the checkpoint.
         probe_sigmas: Levels, before the resolution shift, at which validation looks.
         neighbours: That vote.
-        seed: Of views, levels and noise.
+        seed: Seed of views, levels and noise.
 
     Raises:
         ValueError: An argument outside its range.
@@ -165,8 +166,7 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 1 <= s0 <= s1:
-            raise ValueError(f"s0={s0} and s1={s1} are the numbers of intervals at start and end: give 1 <= s0 <= s1")
+        check_intervals(s0, s1)
         checks.one_of(TemperatureSchedule, temperature_schedule=temperature_schedule)
         checks.positive(contrastive_temperature=contrastive_temperature, temperature=temperature, final_temperature=final_temperature)
         checks.at_least(0, consistency_weight=consistency_weight, contrastive_weight=contrastive_weight)
@@ -194,10 +194,6 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
             return found.feature
 
         return feature
-
-    def shift(self, x: Tensor) -> float:
-        """By which the levels of these images are multiplied."""
-        return shift_of(x, self.hparams["base_resolution"])
 
     def num_levels(self, step: int) -> int:
         """N at an optimiser step."""
@@ -290,11 +286,6 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
             logs[f"epg/negative_{name}"] = (likeness.sum() - own.sum()) / max(1, likeness.numel() - len(own))
         return logs
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient, before it is clipped."""
-        if logs_now(self):
-            self.log("epg/grad_norm", gradient_norm(self))
-
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The target follows at once: a checkpoint that a callback saves when the batch ends has it."""
         super().optimizer_step(*args, **kwargs)
@@ -304,20 +295,8 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a warm-up and a cosine."""
-        hp = self.hparams
-        total = self.total_steps = training_length(self, self.total_steps)
-        trained = [*self.encoder.parameters(), *self.projector.parameters()]
-        optimizer = torch.optim.AdamW(trained, lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
-        final = 0.0 if hp["schedule"] == "cosine" else 1.0
-        return scheduled(optimizer, lambda step: warmup_cosine(step, total, hp["warmup_steps"], final))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The curriculum's length belongs to the run."""
-        checkpoint["epg"] = {"total_steps": self.total_steps}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it over."""
-        self.total_steps = checkpoint.get("epg", {}).get("total_steps", self.total_steps)
+        self.total_steps = training_length(self, self.total_steps)
+        return self.adamw([*self.encoder.parameters(), *self.projector.parameters()])
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
 

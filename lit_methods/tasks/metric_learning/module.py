@@ -1,7 +1,7 @@
 """Metric learning: embeddings for retrieval among classes that training hasn't seen."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -9,10 +9,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.distributed import gather_rows
 from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, ImagePanel, Media, Panel
-from lit_methods.tasks.metric_learning.opis import OPIS, RetrievalScores, summary
+from lit_methods.tasks.metric_learning.opis import OPIS, RetrievalScores, check_rates, summary
 from lit_methods.tasks.metric_learning.pictures import utility_curves
 
 Optimizer = Literal["adam", "adamw"]
@@ -22,13 +23,15 @@ Schedule = Literal["constant", "cosine"]
 class MetricLearning(LightningModule):
     """Trains a network to place samples of one class near each other, and measures it on unseen classes.
 
-    Batches: ``image`` (B, ...) float32 and ``label`` (B,) int64; in training the labels are 0..C-1, in evaluation any. ``forward`` takes
-    images and returns (B, D) embeddings; distances are those of their directions. Evaluation compares all samples with all others, on the
-    CPU and in float64.
+    Runs: batches have ``image`` (B, ...) float32 and ``label`` (B,) int64; in training the labels are 0..C-1, in evaluation any.
+    ``forward`` takes images and returns (B, D) embeddings; distances are those of their directions. Evaluation compares all samples with
+    all others, on the CPU and in float64: ``retrieval/val_d_min`` and ``val_d_max`` are the ends of the calibration range, ``val_far``,
+    ``val_far_std``, ``val_frr`` and ``val_frr_std`` the mean and standard deviation over classes of false acceptance and rejection at its
+    middle.
 
-    Logged: ``retrieval/loss``; after validation ``retrieval/val_recall_at_<k>``, ``retrieval/val_map_at_r``, ``retrieval/val_opis``,
-    ``retrieval/val_eps_opis``, ``retrieval/val_d_min``, ``retrieval/val_d_max``, and at the middle of this range the mean and standard
-    deviation over classes of false acceptance and rejection, ``val_far``, ``val_far_std``, ``val_frr``, ``val_frr_std``; likewise ``test``.
+    Saves: network and loss.
+
+    Refuses: a cosine in a training without an end.
 
     Args:
         network: Images -> (B, D).
@@ -37,12 +40,12 @@ class MetricLearning(LightningModule):
         top_k: Values of k in Recall@k.
         far_min: False acceptance rate at the lower end of OPIS's range.
         far_max: At its upper end.
-        num_thresholds: Of OPIS.
+        num_thresholds: Thresholds at which OPIS looks.
         epsilon: Share of worst and best classes in epsilon-OPIS.
         optimizer: ``adam`` or ``adamw``.
-        learning_rate: Of the network.
-        loss_learning_rate: Of the loss's parameters; None: that of the network.
-        weight_decay: Of all.
+        learning_rate: Learning rate of the network.
+        loss_learning_rate: Learning rate of the loss's parameters; None: that of the network.
+        weight_decay: Weight decay of all parameters.
         schedule: ``constant``, or ``cosine`` to 0 over the whole training.
 
     Raises:
@@ -76,11 +79,10 @@ class MetricLearning(LightningModule):
         schedule: Schedule = "constant",
     ) -> None:
         super().__init__()
-        for name, value, known in (("optimizer", optimizer, Optimizer), ("schedule", schedule, Schedule)):
-            if value not in get_args(known):
-                raise ValueError(f"{name}={value!r}: give one of {', '.join(get_args(known))}")
-        if learning_rate <= 0 or not 0 < far_min < far_max < 1:
-            raise ValueError(f"learning_rate={learning_rate} must be above 0, and 0 < far_min={far_min} < far_max={far_max} < 1")
+        checks.one_of(Optimizer, optimizer=optimizer)
+        checks.one_of(Schedule, schedule=schedule)
+        checks.positive(learning_rate=learning_rate)
+        check_rates(far_min, far_max)
         self.save_hyperparameters(ignore=["network", "loss"])
         self.network, self.loss = network, loss
         self.eval_opis = OPIS(far_min, far_max, num_thresholds, epsilon)

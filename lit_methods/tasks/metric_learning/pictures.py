@@ -13,7 +13,7 @@ def utility_curves(found: OPISResult, size: tuple[int, int] = (720, 420)) -> Ima
     """The utility of each class over the range of thresholds, and their mean.
 
     Args:
-        found: Of :func:`~lit_methods.tasks.metric_learning.opis.opis`.
+        found: What :func:`~lit_methods.tasks.metric_learning.opis.opis` gives.
         size: Width and height in pixels.
 
     Returns:

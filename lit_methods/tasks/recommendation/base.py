@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
 from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, Panel
 from lit_methods.tasks.recommendation.metrics import ranking_metrics
@@ -20,15 +21,17 @@ _METRICS = ("recall", "precision", "ndcg")
 class Recommender(LightningModule):
     """Base of the recommenders. Subclasses write ``training_step`` and :meth:`scores`.
 
-    Evaluation batches: ``known`` (B, C) bool and ``target`` (B, C) bool beside what :meth:`scores` needs; C are all items, or the
-    candidates of a user.
+    Runs: evaluation batches have ``known`` (B, C) bool and ``target`` (B, C) bool beside what :meth:`scores` needs; C are all items, or the
+    candidates of a user. Figures are over the users that have a target, on any number of ranks, for each k of ``top_k``; with one target
+    among candidates recall is the hit rate. Beside the panels ``recommender/val_precision_<k>`` is logged.
 
-    Logged over the users that have a target, on any number of ranks: ``recommender/val_recall_<k>``, ``recommender/val_precision_<k>`` and
-    ``recommender/val_ndcg_<k>`` for each k of ``top_k``; likewise ``test``. With one target among candidates recall is the hit rate.
+    Saves: the weights.
+
+    Refuses: other numbers of users or items than the data have; a ``min_lr`` in a training without an end.
 
     Args:
         top_k: Lengths of the list of recommendations.
-        learning_rate: Of Adam, at the start.
+        learning_rate: Adam's learning rate at the start.
         min_lr: Where the cosine of the learning rate ends; None: no schedule.
     """
 
@@ -42,8 +45,8 @@ class Recommender(LightningModule):
         super().__init__()
         if not top_k or any(k < 1 for k in top_k):
             raise ValueError(f"top_k is {list(top_k)}: give one length of the list or more, each at least 1, such as [20]")
-        if learning_rate <= 0 or (min_lr is not None and not 0 <= min_lr <= learning_rate):
-            raise ValueError(f"learning_rate={learning_rate} must be above 0, and min_lr={min_lr} null or from 0 to learning_rate")
+        checks.positive(learning_rate=learning_rate)
+        checks.within(f"[0, {learning_rate}]", "a rate from 0 to learning_rate, or null,", min_lr=min_lr)
         self.top_k, self.learning_rate, self.min_lr = tuple(top_k), learning_rate, min_lr
         self.eval_metrics = nn.ModuleDict({f"{name}_{k}": MeanMetric() for k in self.top_k for name in _METRICS})
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
 from lit_methods.distributed import gather_rows
 from lit_methods.optim import scheduled
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
@@ -42,24 +43,28 @@ def grey_image(image: Tensor) -> NDArray[np.uint8]:
 class ImageSegmentor(LightningModule):
     """Trains a network to tell the class of every pixel.
 
-    Batches: ``image`` (B, C, H, W) float32 and ``label`` (B, H, W) int64, 0 for the background; further keys, such as a second view and
-    ``index``, are for callbacks. In evaluation a batch with ``volume`` is one volume: (S, C, h, w) slices and (S, H, W) labels, whose size
-    may be another; predictions are resized to it without interpolation. ``forward`` takes images and returns (B, num_classes, H, W) logits.
+    The loss is (1 - ``dice_ratio``) cross-entropy + ``dice_ratio`` Dice.
 
-    Logged: ``segmentation/loss``; after validation and test, ``segmentation/val_dice`` and ``segmentation/val_iou``, means over the
-    foreground classes of all pixels together, ``segmentation/val_dice/<class>``, and ``segmentation/val_miou``, with the background;
-    of volumes also ``segmentation/test_volume_dice`` and ``segmentation/test_hd95``, means over volumes and foreground classes.
+    Runs: batches have ``image`` (B, C, H, W) float32 and ``label`` (B, H, W) int64, 0 for the background; further keys, such as a second
+    view and ``index``, are for callbacks. In evaluation a batch with ``volume`` is one volume: (S, C, h, w) slices and (S, H, W) labels,
+    whose size may be another; predictions are resized to it without interpolation. ``forward`` takes images and returns (B, num_classes, H,
+    W) logits. Dice and IoU are means over the foreground classes of all pixels together; ``segmentation/val_dice/<class>`` is that of a
+    class, ``segmentation/test_volume_dice`` and ``segmentation/test_hd95`` are means over volumes and foreground classes.
+
+    Saves: the network.
+
+    Refuses: ``poly_power`` in a training without an end.
 
     Args:
         network: Images -> logits, such as ``SmallUNet2d``, ``TimmUNet`` or ``LargeFOV``.
         num_classes: Classes, the background counted.
-        class_names: Of all classes; None numbers them.
+        class_names: Names of all classes; None numbers them.
         dice_ratio: Share of the Dice loss; 0: cross-entropy alone.
         ignore_index: Label of pixels that don't count.
         optimizer: ``sgd`` or ``adam``.
         learning_rate: At the start.
-        momentum: Of SGD.
-        weight_decay: Of the optimiser.
+        momentum: SGD's momentum.
+        weight_decay: Weight decay of the optimiser.
         poly_power: The learning rate falls as (1 - step / steps) to this power; 0: constant.
         slices_per_pass: Slices of a volume that the network takes at once.
 
@@ -90,11 +95,10 @@ class ImageSegmentor(LightningModule):
         slices_per_pass: int = 24,
     ) -> None:
         super().__init__()
-        if num_classes < 2 or not 0 <= dice_ratio <= 1 or learning_rate <= 0 or optimizer not in ("sgd", "adam"):
-            raise ValueError(
-                f"num_classes={num_classes} must be 2 or more, dice_ratio={dice_ratio} in 0 to 1, learning_rate={learning_rate} above 0 "
-                f"and optimizer={optimizer!r} sgd or adam"
-            )
+        checks.at_least(2, "classes", num_classes=num_classes)
+        checks.within("[0, 1]", "a share", dice_ratio=dice_ratio)
+        checks.positive(learning_rate=learning_rate)
+        checks.one_of(("sgd", "adam"), optimizer=optimizer)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but num_classes={num_classes}")
         self.save_hyperparameters(ignore=["network"])

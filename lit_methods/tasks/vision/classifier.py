@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
+from lit_methods import checks
 from lit_methods.optim import learning_rate_factor, scheduled
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into
@@ -57,7 +58,7 @@ def mixup(images: Tensor, labels: Tensor, share: Tensor | float, num_classes: in
     Args:
         images: (B, ...) floating point.
         labels: (B,) int64 in 0..num_classes-1.
-        share: Of the image itself, in [0, 1]; the counterpart has the rest.
+        share: Share of the image itself, in [0, 1]; the counterpart has the rest.
         num_classes: C.
 
     Returns:
@@ -73,13 +74,14 @@ def mixup(images: Tensor, labels: Tensor, share: Tensor | float, num_classes: in
 class ImageClassifier(LightningModule):
     """Trains a network to tell the classes of images.
 
-    Batches: ``image`` (B, C, H, W) float32 and ``label`` (B,) int64, such as those of ``DigitsDataModule``, ``CIFARDataModule`` and
-    ``ImageNetDataModule``. ``forward`` takes the images and returns (B, num_classes) logits.
+    Runs: batches have ``image`` (B, C, H, W) float32 and ``label`` (B,) int64, such as those of ``DigitsDataModule``, ``CIFARDataModule``
+    and ``ImageNetDataModule``. ``forward`` takes the images and returns (B, num_classes) logits. Evaluation counts every image once on any
+    number of ranks, without mixup and label smoothing; in training under mixup, accuracy means hits of the class whose share is larger. The
+    test also gives the expected calibration error in 15 bins (arXiv:1706.04599).
 
-    Logged: ``classifier/loss`` and ``classifier/accuracy`` of each training batch (under mixup, accuracy means hits of the class whose
-    share is larger); ``classifier/val_loss`` and ``classifier/val_accuracy`` over the validation images, without mixup and label smoothing;
-    ``classifier/test_loss``, ``classifier/test_accuracy`` and ``classifier/test_ece``, the expected calibration error in 15 bins
-    (arXiv:1706.04599). Evaluation counts every image once on any number of ranks.
+    Saves: the network.
+
+    Refuses: a cosine in a training without an end; epochs of a loader without a length.
 
     Args:
         network: Images -> (B, num_classes) logits, such as ``MLP``, ``CifarResNet`` or ``TimmNetwork``.
@@ -89,10 +91,10 @@ class ImageClassifier(LightningModule):
         learning_rate: The full one, after the warm-up.
         base_batch_size: Multiply ``learning_rate``, ``warmup_lr`` and ``min_lr`` by (samples per optimiser step, all ranks and accumulated
             batches counted) / ``base_batch_size``; None: take them as they are.
-        momentum: Of SGD.
+        momentum: SGD's momentum.
         nesterov: Nesterov momentum for SGD.
-        betas: Of Adam and AdamW.
-        eps: Of Adam and AdamW.
+        betas: Adam's and AdamW's two momentum decay rates.
+        eps: Adam's and AdamW's addend to the denominator.
         weight_decay: Factor of the optimiser.
         no_decay_norms: Leave biases, norms and whatever the network lists in ``no_weight_decay()`` without weight decay.
         schedule: ``constant``, ``cosine`` or ``multistep``; changes with every optimiser step.
@@ -152,19 +154,13 @@ class ImageClassifier(LightningModule):
         pretrained_prefix: str = "network.",
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes}: give 2 or more")
-        for name, value, known in (
-            ("optimizer", optimizer, ("sgd", "adam", "adamw")),
-            ("schedule", schedule, get_args(Schedule)),
-            ("loss", loss, get_args(Loss)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate={learning_rate}: give a number above 0")
-        if not 0 <= label_smoothing <= 1 or mixup < 0:
-            raise ValueError(f"label_smoothing={label_smoothing} must lie in 0 to 1, and mixup={mixup} must not be negative")
+        checks.at_least(2, "classes", num_classes=num_classes)
+        checks.one_of(("sgd", "adam", "adamw"), optimizer=optimizer)
+        checks.one_of(Schedule, schedule=schedule)
+        checks.one_of(Loss, loss=loss)
+        checks.positive(learning_rate=learning_rate)
+        checks.share(label_smoothing=label_smoothing)
+        checks.at_least(0, mixup=mixup)
         if schedule == "multistep" and not milestones:
             raise ValueError("schedule='multistep' needs milestones: give the epochs at which the learning rate falls, such as [80, 120]")
         if class_names is not None and len(class_names) != num_classes:

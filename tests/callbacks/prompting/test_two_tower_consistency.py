@@ -13,8 +13,7 @@ from helpers import Classifier, TwoOptimisers, cloned_state, fingerprint, kill_a
 from lit_methods.callbacks import TwoTowerConsistency
 from lit_methods.cli.main import main
 from lit_methods.datamodules.loaders import make_loader
-from lit_methods.prompting.coprompt import sentence_index
-from lit_methods.prompting.losses import embedding_consistency
+from lit_methods.prompting.coprompt.core import embedding_consistency, sentence_index
 
 
 class TheirTowers(pl.LightningModule):
