@@ -1,11 +1,11 @@
 """The pure cores of all techniques in one place, for a bare PyTorch loop: tensors in, tensors out. Nothing is implemented here."""
 
 from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warmup_decay
-from lit_methods.callbacks.imbalanced_regression.conr import conr_dense_loss, conr_loss
-from lit_methods.callbacks.imbalanced_regression.fds import begin_epoch as fds_begin_epoch
-from lit_methods.callbacks.imbalanced_regression.fds import calibrate as fds_calibrate
-from lit_methods.callbacks.imbalanced_regression.fds import moments as fds_moments
-from lit_methods.callbacks.imbalanced_regression.fds import update as fds_update
+from lit_methods.callbacks.imbalanced_regression.conr.core import conr_dense_loss, conr_loss
+from lit_methods.callbacks.imbalanced_regression.fds.core import begin_epoch as fds_begin_epoch
+from lit_methods.callbacks.imbalanced_regression.fds.core import calibrate as fds_calibrate
+from lit_methods.callbacks.imbalanced_regression.fds.core import moments as fds_moments
+from lit_methods.callbacks.imbalanced_regression.fds.core import update as fds_update
 from lit_methods.callbacks.metric_learning.tcm import tcm_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import adawac_loss, normalised_weights, update_sample_weights
 from lit_methods.callbacks.noisy_labels.adele.core import corrected_labels, fit_iou_curve, merged_labels, multiscale_consistency
