@@ -78,11 +78,6 @@ class ExactResume(OrderedCallback):
         self._resumed: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
-        super().setup(trainer, pl_module, stage)
-        self._resumed = self._before_validation = None
-
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Collect the states of all ranks."""
         mine = self._before_validation or capture_random_state(trainer.strategy.root_device)
@@ -125,7 +120,7 @@ class ExactResume(OrderedCallback):
             restore_random_state(self._before_validation, trainer.strategy.root_device)
             self._before_validation = None
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the run."""
         self._resumed = self._before_validation = None
 

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.checks import one_of
 
 Policy = Literal["stop", "warn"]
 NEVER = torch.iinfo(torch.int64).max
@@ -52,8 +53,7 @@ class FiniteGuard(OrderedCallback):
 
     def __init__(self, policy: Policy = "stop") -> None:
         super().__init__()
-        if policy not in ("stop", "warn"):
-            raise ValueError(f"policy is {policy!r}: give 'stop' or 'warn'")
+        one_of(Policy, policy=policy)
         self.policy = policy
         self._first: Tensor | None = None
         self._known: set[str] = set()
@@ -90,7 +90,7 @@ class FiniteGuard(OrderedCallback):
         if bad is not None:
             raise NonFiniteError(self._message(trainer, f"the weights are not finite ({bad or 'on another process'})", self._first_step()))
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the run."""
         self._first = None
 

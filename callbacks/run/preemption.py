@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.checks import positive
 from lit_methods.runs.folder import run_dir
 
 EXIT_STATUS = 143  # 128 + SIGTERM, for SIGUSR1 too: not 0, which Kubernetes takes for a finished job
@@ -70,8 +71,7 @@ class Preemption(OrderedCallback):
 
     def __init__(self, agree_seconds: float = 2.0, requeue: bool = False) -> None:
         super().__init__()
-        if agree_seconds <= 0:
-            raise ValueError(f"agree_seconds is {agree_seconds}: give more than 0")
+        positive(agree_seconds=agree_seconds)
         self.agree_seconds, self.requeue = agree_seconds, requeue
         self._forget()
 

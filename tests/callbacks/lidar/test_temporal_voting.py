@@ -135,7 +135,7 @@ def test_missing_pieces_are_named():
         trainer(voting(pseudo_labels=True)).fit(SomeSegmentor(), loader({"unlabelled": batch_with_neighbours()}))
     with pytest.raises(TypeError, match="'point_logits'"):
         trainer(voting(predictor="point_logits")).validate(SomeSegmentor(), loader(batch_with_neighbours()), verbose=False)
-    with pytest.raises(ValueError, match="voxel_size=0"):
+    with pytest.raises(ValueError, match="voxel_size is 0"):
         voting(voxel_size=0)
 
 
