@@ -27,7 +27,7 @@ class FeatureCapture:
 
     Args:
         root: Where to look.
-        targets: As in :func:`~lit_methods.callbacks.targets.select_modules`; no target and no type captures nothing.
+        targets: ``fnmatch`` patterns on submodule names; no target and no type captures nothing.
         types: Module classes that are captured; empty: any.
         active: Start keeping at once.
 
@@ -188,11 +188,11 @@ def one_submodule(root: nn.Module, pattern: str, argument: str) -> tuple[str, nn
         ValueError: None matches, which lists the nearest names, or several do.
     """
     try:
-        found = select_modules(root, [pattern])
+        chosen = select_modules(root, [pattern])
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from None
-    name = one_of_calls(found, pattern, argument)
-    return name, found[name]
+    name = one_of_calls(chosen, pattern, argument)
+    return name, chosen[name]
 
 
 def require_network(pl_module: pl.LightningModule, name: str, who: str) -> None:

@@ -28,7 +28,7 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> Te
     Args:
         confidence: (N,) probability of the predicted class, in [0, 1].
         correct: (N,) bool, or 0 and 1.
-        bins: Of equal width; bin k holds confidences in ((k - 1) / bins, k / bins], the first one also 0.
+        bins: Number of bins of equal width; bin k holds confidences in ((k - 1) / bins, k / bins], the first one also 0.
 
     Returns:
         Scalar in [0, 1] in the dtype of ``confidence``; NaN for N = 0.

@@ -28,7 +28,7 @@ class DenseToSparse(LossTerm):
     The groups' mean features of the scan and of the dense cloud are contrasted (``nce``) or aligned (``cosine``).
 
     Runs: around ``training_step``. The target is a network ``(points, points_per_sample) -> (N, C) features or VoxelFeatures``; its
-    features of the scan are caught where the module computes them (at its first call in a step), and it is run once more on ``batch["dense"]``.
+    features of the scan are caught where the module computes them (at its first call in a step), and it runs again on ``batch["dense"]``.
     The batch is a pretraining batch of the driving family or any dict with the same keys (the scan under ``cur`` or at the top level).
     Saves: nothing.
     Refuses: batches without superpixels, pairs or the dense cloud, and a target that matches several submodules.

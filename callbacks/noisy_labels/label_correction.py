@@ -162,7 +162,7 @@ class LabelCorrection(OrderedCallback):
         """(C,) IoU of all images' labels against clean ones, on every rank alike; None where the datamodule has no clean ones.
 
         Args:
-            labels: Of an image, by its index: ``store.current`` or ``store.original``.
+            labels: Index of an image -> its labels (H, W): ``store.current`` or ``store.original``.
         """
         clean = getattr(self.datamodule, "clean_labels", None)
         if clean is None:

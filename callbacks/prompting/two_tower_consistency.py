@@ -4,7 +4,6 @@ The maths is :func:`lit_methods.prompting.losses.embedding_consistency`; the who
 """
 
 import copy
-import functools
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -111,8 +110,8 @@ class TwoTowerConsistency(LossTerm):
             seen, _ = inputs["feature_arguments"][name][-1]
             if len(seen) != 1 or not isinstance(seen[0], Tensor):
                 raise ValueError(f"{argument}={name!r} isn't called with one tensor: name a submodule that is")
-            image = argument == "image_tower"
-            second = self._second_image(batch, seen[0]) if image else self._second_text(batch, module, seen[0], inputs["step"])
+            is_image = argument == "image_tower"
+            second = self._second_image(batch, seen[0]) if is_image else self._second_text(batch, module, seen[0], inputs["step"])
             if second.shape[:1] != seen[0].shape[:1]:
                 raise ValueError(
                     f"{argument} got {tuple(seen[0].shape)} and its second input is {tuple(second.shape)}: give another form of the same, "
@@ -135,7 +134,9 @@ class TwoTowerConsistency(LossTerm):
         try:
             text: Any = find_in_batch(batch, key, ("", 0), "second_text")
         except ValueError:  # the module's, then
-            text = functools.reduce(lambda part, name: getattr(part, name, None), str(key).split("."), module)
+            text = module
+            for name in str(key).split("."):
+                text = getattr(text, name, None)
         if not isinstance(text, Tensor):
             raise ValueError(
                 f"neither the batch nor {type(module).__name__} has a tensor {key!r}: name other words for the texts by second_text, or "

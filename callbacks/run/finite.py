@@ -62,9 +62,9 @@ class FiniteGuard(OrderedCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note which parameters hold infinities on purpose."""
         self._first, self._warned = None, False
-        found = not_finite(dict(pl_module.named_parameters()))
-        flags = torch.stack(list(found.values())).tolist() if found else []
-        self._known = {name for name, bad in zip(found, flags, strict=True) if bad}
+        bad = not_finite(dict(pl_module.named_parameters()))
+        flags = torch.stack(list(bad.values())).tolist() if bad else []
+        self._known = {name for name, is_bad in zip(bad, flags, strict=True) if is_bad}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Note the loss; read the notes now and then."""
@@ -112,11 +112,11 @@ class FiniteGuard(OrderedCallback):
 
     def _bad_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
         """Name of the first parameter that isn't finite on this rank, "" when it is one of another rank's, None when all are finite."""
-        found = not_finite({name: value for name, value in pl_module.named_parameters() if name not in self._known})
-        any_bad = bool(torch.stack(list(found.values())).any()) if found else False
+        bad = not_finite({name: value for name, value in pl_module.named_parameters() if name not in self._known})
+        any_bad = bool(torch.stack(list(bad.values())).any()) if bad else False
         if not trainer.strategy.reduce_boolean_decision(any_bad, all=False):
             return None
-        return next((name for name, bad in found.items() if bad), "")
+        return next((name for name, is_bad in bad.items() if is_bad), "")
 
     @staticmethod
     def _message(trainer: pl.Trainer, what: str, step: int | None) -> str:

@@ -236,7 +236,7 @@ class FDS(OrderedCallback):
 
 
 def _moved(state: FDSState, device: torch.device) -> FDSState:
-    return replace(state, **{name: value.to(device) for name, value in vars(state).items() if isinstance(value, Tensor)})
+    return FDSState(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(state).items()})
 
 
 __all__ = ["FDS"]

@@ -95,6 +95,7 @@ def test_vote_on_batch_equals_voting_on_each_sample_alone():
 
 
 def test_predictions_are_replaced_at_evaluation_and_the_module_is_left_as_it_was():
+    torch.manual_seed(0)
     module, batch = SomeSegmentor(), batch_with_neighbours()
     run = trainer(voting())
     run.validate(module, loader(batch), verbose=False)
