@@ -139,7 +139,7 @@ class TemporalVoting(EvaluationCallback):
     # ------------------------------------------------------------------------------------------------------------------ at evaluation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the module and the trainer have what is needed."""
+        """Check that the module and the trainer have what is needed."""
         super().setup(trainer, pl_module, stage)
         if not callable(getattr(pl_module, self.predictor, None)):
             raise TypeError(
@@ -150,7 +150,7 @@ class TemporalVoting(EvaluationCallback):
             self._teacher(trainer)
 
     def _attach(self, pl_module: LightningModule) -> None:
-        """The predictor of this instance votes from now on: during an evaluation only, so that no copy of the module inherits it."""
+        """Let the predictor of this instance vote: during an evaluation only, so that no copy of the module inherits it."""
         if not self.refine:
             return
         predict = getattr(pl_module, self.predictor)
@@ -167,15 +167,15 @@ class TemporalVoting(EvaluationCallback):
         self._attached = True
 
     def begin_evaluation(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        """Votes from here on."""
+        """Vote from here on."""
         self._attach(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Votes from here on."""
+        """Vote from here on."""
         self._attach(pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves nothing behind."""
+        """Leave nothing behind."""
         self.leave(trainer, pl_module)
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -197,7 +197,7 @@ class TemporalVoting(EvaluationCallback):
             self.righted.update(flipped & (voted == labels))
 
     def end_evaluation(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
-        """Log agreement and mIoU."""
+        """Stop voting, and log agreement and mIoU."""
         self.leave(trainer, pl_module)
         if not self.refine or trainer.sanity_checking:
             return

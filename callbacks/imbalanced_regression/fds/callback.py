@@ -236,7 +236,8 @@ class FDS(OrderedCallback):
 
 
 def _moved(state: FDSState, device: torch.device) -> FDSState:
-    return FDSState(**{name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(state).items()})
+    tensors: dict[str, Any] = {name: value.to(device) for name, value in vars(state).items() if isinstance(value, Tensor)}
+    return replace(state, **tensors)
 
 
 __all__ = ["FDS"]
