@@ -126,7 +126,7 @@ class FeatureCallback(OrderedCallback):
         self._features: FeatureCapture | None = None
 
     @property
-    def features(self) -> FeatureCapture:
+    def _capture(self) -> FeatureCapture:
         """The capture; fit must have been set up."""
         assert self._features is not None
         return self._features
@@ -144,13 +144,13 @@ class FeatureCallback(OrderedCallback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to keep features."""
-        self.features.clear()
-        self.features.resume()
+        self._capture.clear()
+        self._capture.resume()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep none in validation."""
-        self.features.pause()
-        self.features.clear()
+        self._capture.pause()
+        self._capture.clear()
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the hooks off the module."""

@@ -220,7 +220,7 @@ class TemporalVoting(EvaluationCallback):
         raise TypeError("TemporalVoting with pseudo_labels needs a teacher: add the EMATeacher callback (decay 0.99 in SuperFlow++)")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Puts voted labels into ``batch["unlabelled"]``."""
+        """Put voted labels into ``batch["unlabelled"]``."""
         if not self.pseudo_labels:
             return
         if "unlabelled" not in batch:

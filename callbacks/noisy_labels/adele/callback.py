@@ -194,7 +194,7 @@ class ADELE(LabelCorrection, FeatureCallback):
         Raises:
             ValueError: The step didn't call the network, or the batch has no such labels.
         """
-        calls = self.features.calls[self.network]
+        calls = self._capture.calls[self.network]
         if not calls:
             raise ValueError(f"ADELE: training_step didn't call network={self.network!r}: name a submodule that it calls")
         needed = "ADELE compares predictions with the original annotations, which the data set returns with the same augmentation"
