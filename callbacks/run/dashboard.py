@@ -99,6 +99,7 @@ class Dashboard(OrderedCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gather the panels and start to read along."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # sections stand as the user has listed them
         super().setup(trainer, pl_module, stage)
         folder = run_dir(trainer)  # on every rank: it may broadcast
         silent = bool(trainer.fast_dev_run) or stage == "predict"  # type: ignore[attr-defined]
@@ -113,7 +114,6 @@ class Dashboard(OrderedCallback):
         if folder != self.folder:
             self.folder, self.history, self._fresh, self._artifacts, self._defined = folder, [], True, {}, set()
         self._started = time.monotonic()
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._providers, self._sections = gather_panels([pl_module, *callbacks])
         self._artifact_providers = [candidate for candidate in (pl_module, *callbacks) if hasattr(candidate, "dashboard_artifacts")]
         for logger in trainer.loggers:
