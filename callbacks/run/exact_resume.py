@@ -64,11 +64,12 @@ class ExactResume(OrderedCallback):
     as if it belonged to the old epoch, or counts the epoch twice. (3) A module that asks for
     ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` makes Lightning forget the place of its loaders.
 
-    Saves: tensors, numbers and lists, about 15 kB per rank. Needs the same number of ranks at the resume, else it
-    warns and restores no generator.
+    Runs: when a checkpoint is saved or loaded, at the start of training, and around validation.
+    Saves: tensors, numbers and lists, about 15 kB per rank. A resume with another number of ranks gives a warning and
+    restores no generator.
     Loaders: those of :func:`~lit_methods.datamodules.loaders.make_loader` draw nothing from the global generators. A
     plain ``DataLoader`` draws its workers' seed whenever an iterator is made, which a resume does at other moments.
-    Not covered: sums of several CPU threads, which now and then come out in another order (``OMP_NUM_THREADS=1`` is
+    Refuses: nothing. Not covered: sums of several CPU threads, which now and then come out in another order (``OMP_NUM_THREADS=1`` is
     exact); random numbers drawn in ``on_train_start`` of the module or of a callback behind this one, and
     generators that a module or data set owns.
     """

@@ -41,7 +41,9 @@ class FiniteGuard(OrderedCallback):
     With ``precision="16-mixed"`` the gradient scaler skips steps that overflow, so a loss alone only warns there.
 
     Runs: ``on_train_batch_end``, ``on_train_epoch_end``, ``on_save_checkpoint``; all ranks agree on what was seen, so all of
-    them stop. Saves: nothing. Modules that return no loss (manual optimisation) are watched by their weights alone.
+    them stop. Modules that return no loss (manual optimisation) are watched by their weights alone.
+    Saves: nothing.
+    Refuses: to go on with, or to save, what isn't finite.
 
     Args:
         policy: ``stop`` ends the run at a loss that isn't finite; ``warn`` says it once and goes on.

@@ -60,8 +60,10 @@ class Preemption(OrderedCallback):
     SLURM: with ``requeue`` and Lightning's ``SLURMEnvironment(auto_requeue=True)``, ``scontrol requeue`` is called for
     the job behind the checkpoint, on Lightning's requeue signal (SIGUSR1) only: SIGTERM comes from ``scancel`` as well.
 
-    Runs: in ``on_train_batch_end``. Saves: nothing of its own. Signals are handled from the start of training (the
-    sanity check, too) to the end of fit; before that, the system's default ends the process, and nothing is lost.
+    Runs: in ``on_train_batch_end``. Signals are handled from the start of training (the sanity check, too) to the end
+    of fit; before that, the system's default ends the process, and nothing is lost.
+    Saves: nothing of its own.
+    Refuses: nothing; any module and strategy will do.
 
     Args:
         agree_seconds: Seconds between two agreements of several processes, > 0; the longest time that a signal waits

@@ -46,8 +46,10 @@ class StepCost(OrderedCallback):
     ``interrupted``           the run was stopped by a signal before its end
     ========================  ===========================================================================================================
 
-    Runs: in the batch hooks; nothing waits for the device, unless ``synchronize`` asks for it. Saves: nothing in checkpoints. Works
-    with any module and strategy; rank 0 writes its own figures. A step whose operations are counted isn't timed.
+    Runs: in the batch hooks; nothing waits for the device, unless ``synchronize`` asks for it. Rank 0 writes its own figures. A step whose
+    operations are counted isn't timed.
+    Saves: nothing in checkpoints.
+    Refuses: nothing; any module and strategy will do.
 
     Args:
         warmup_steps: First steps that are not timed.
