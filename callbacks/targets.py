@@ -77,4 +77,4 @@ def refuse_sharded(trainer: pl.Trainer, who: str) -> None:
         ValueError: FSDP, DeepSpeed or tensor parallelism.
     """
     if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
-        raise ValueError(f"{who} masks whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")
+        raise ValueError(f"{who} needs whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.checks import positive
 from lit_methods.runs.folder import run_dir
 
 EXIT_STATUS = 143  # 128 + SIGTERM, for SIGUSR1 too: not 0, which Kubernetes takes for a finished job
@@ -59,8 +60,10 @@ class Preemption(OrderedCallback):
     SLURM: with ``requeue`` and Lightning's ``SLURMEnvironment(auto_requeue=True)``, ``scontrol requeue`` is called for
     the job behind the checkpoint, on Lightning's requeue signal (SIGUSR1) only: SIGTERM comes from ``scancel`` as well.
 
-    Runs: in ``on_train_batch_end``. Saves: nothing of its own. Signals are handled from the start of training (the
-    sanity check, too) to the end of fit; before that, the system's default ends the process, and nothing is lost.
+    Runs: in ``on_train_batch_end``. Signals are handled from the start of training (the sanity check, too) to the end
+    of fit; before that, the system's default ends the process, and nothing is lost.
+    Saves: nothing of its own.
+    Refuses: nothing; any module and strategy will do.
 
     Args:
         agree_seconds: Seconds between two agreements of several processes, > 0; the longest time that a signal waits
@@ -70,8 +73,7 @@ class Preemption(OrderedCallback):
 
     def __init__(self, agree_seconds: float = 2.0, requeue: bool = False) -> None:
         super().__init__()
-        if agree_seconds <= 0:
-            raise ValueError(f"agree_seconds is {agree_seconds}: give more than 0")
+        positive(agree_seconds=agree_seconds)
         self.agree_seconds, self.requeue = agree_seconds, requeue
         self._forget()
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods.callbacks.features import FeatureCapture
 from lit_methods.callbacks.targets import plain_module, select_modules
 from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.frozen import Frozen
@@ -135,14 +136,7 @@ class DenseSelf:
             module._forward_hooks.clear()
         self.teacher = Frozen(twin)
         self._module: pl.LightningModule | None = pl_module
-        self._listening = False
-        self._seen: tuple[Any, Any, Any] | None = None  # arguments and output of the student in this step
-
-        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if self._listening and module is student:
-                self._seen = (args, kwargs, output)
-
-        self._handle = student.register_forward_hook(keep, with_kwargs=True)
+        self._features = FeatureCapture(pl_module, [name], active=False)
         attach(pl_module, self._add)
 
     def _student(self, pl_module: pl.LightningModule) -> nn.Module:
@@ -159,7 +153,8 @@ class DenseSelf:
 
     def listen(self, on: bool) -> None:
         """Keep what the student sees, in training steps alone."""
-        self._seen, self._listening = None, on
+        self._features.clear()
+        self._features.active = on
 
     def _add(self, output: Any, batch: Any) -> Any:
         """Behind ``training_step``: mix the KL into the loss."""
@@ -172,9 +167,11 @@ class DenseSelf:
                 f"training_step of {type(self._module).__name__} returned {type(output).__name__} without a loss: {self.who} needs a "
                 "tensor, a dict with 'loss', or None"
             )
-        if self._seen is None:
+        calls, arguments = (next(iter(kept.values())) for kept in (self._features.calls, self._features.arguments))
+        if not calls:
             raise ValueError(f"{self.who}: training_step didn't call {self.name!r}: name the submodule that gives the logits by distill")
-        (args, kwargs, answer), self._seen = self._seen, None
+        (args, kwargs), answer = arguments[-1], calls[-1]
+        self._features.clear()
         student, teacher = self._logits(answer), self._logits(self.teacher(*args, **kwargs))
         kl = kl_to_teacher(student, teacher, self.temperature, self.squared, self._valid(batch, student))
         prefix = self.who.lower()
@@ -209,8 +206,7 @@ class DenseSelf:
 
     def close(self) -> None:
         """Leave the module as it was; the teacher stays, on the CPU. A second call does nothing."""
-        self._handle.remove()
-        self.listen(False)
+        self._features.close()
         if self._module is not None:
             detach(self._module, self._add)
             self._module = None
