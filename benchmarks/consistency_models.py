@@ -46,9 +46,10 @@ from lit_methods import (
     PixelViTEncoder,
     SmallUNet,
 )
-from lit_methods.consistency_models import slct
 from lit_methods.consistency_models.epg import finetune as epg
 from lit_methods.consistency_models.epg import pretrain as epg_pretrain
+from lit_methods.consistency_models.pair_training import PairTraining
+from lit_methods.consistency_models.slct import module as slct
 from lit_methods.functional import (
     consistency_function,
     consistency_pair_loss,
@@ -150,7 +151,7 @@ def watched(module: pl.LightningModule, clock: Clock) -> Iterator[None]:
     for name in ("network", "teacher_network", "encoder", "decoder", "projector", "target_encoder", "target_projector"):
         if isinstance(network := getattr(module, name, None), nn.Module):
             watch(network, "forward", by_gradient)
-    if isinstance(module, ConsistencyTraining):
+    if isinstance(module, PairTraining):
         watch(module, "distance", "metric")
         watch(slct, "early_diffusion_loss", "metric")
         watch(slct, "couple", "coupling")

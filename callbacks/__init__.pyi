@@ -14,7 +14,7 @@ from .loss_term import LossTerm as LossTerm
 from .metric_learning.tcm import TCM as TCM
 from .noisy_labels.adawac.callback import AdaWAC as AdaWAC
 from .noisy_labels.adele.callback import ADELE as ADELE
-from .noisy_labels.adele.callback import MultiScaleConsistency as MultiScaleConsistency
+from .noisy_labels.adele.consistency import MultiScaleConsistency as MultiScaleConsistency
 from .noisy_labels.label_correction import LabelCorrection as LabelCorrection
 from .prompting.two_tower_consistency import TwoTowerConsistency as TwoTowerConsistency
 from .run.dashboard import Dashboard as Dashboard

@@ -1,6 +1,5 @@
 """What callbacks on features share: the rows that a submodule put out in a step, and what the batch says about each of them."""
 
-import fnmatch
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+
+from lit_methods.callbacks.features import one_of_calls
 
 
 def rows_of(calls: Mapping[str, Sequence[Any]], pattern: str, argument: str) -> Tensor:
@@ -23,21 +24,18 @@ def rows_of(calls: Mapping[str, Sequence[Any]], pattern: str, argument: str) -> 
     Raises:
         ValueError: Several submodules match, or an output isn't a tensor with rows.
     """
-    names = [name for name in calls if fnmatch.fnmatchcase(name, pattern)]
-    if len(names) != 1:
-        raise ValueError(f"{argument}={pattern!r} matches {len(names)} submodules, {', '.join(names)}: name one")
-    (name,) = names
+    name = one_of_calls(calls, pattern, argument)
     for output in calls[name]:
         if not isinstance(output, Tensor) or output.ndim < 1 or not output.is_floating_point():
-            found = f"{tuple(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"{argument}={name!r} puts out {found}: expected a floating point tensor with a row for each sample")
+            got = f"{tuple(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(f"{argument}={name!r} puts out {got}: expected a floating point tensor with a row for each sample")
     return torch.cat([output.flatten(1) if output.ndim > 1 else output[:, None] for output in calls[name]])
 
 
 Key = str | int | None
 
 
-def find_in_batch(batch: Any, key: Key, default: tuple[str, int], argument: str) -> Tensor:
+def find_in_batch(batch: Any, key: Key, default: tuple[str, int], argument: str, needed: str = "") -> Tensor:
     """A tensor of the batch.
 
     Args:
@@ -45,24 +43,27 @@ def find_in_batch(batch: Any, key: Key, default: tuple[str, int], argument: str)
         key: Key or position; None: the default.
         default: Key of a mapping and position in a sequence.
         argument: Name of the callback's argument, for messages.
+        needed: Who needs it, and what it is: a clause that opens the message when it is missing.
 
     Raises:
         ValueError: The batch doesn't have it, or it is no tensor.
     """
     if isinstance(batch, Mapping):
         wanted: Any = default[0] if key is None else key
-        there, missing = f"the keys {list(batch)}", wanted not in list(batch)  # also of what has no hash, such as a list of keys
+        has, missing = f"the keys {list(batch)}", wanted not in list(batch)  # also of what has no hash, such as a list of keys
     elif isinstance(batch, Sequence) and not isinstance(batch, str):
         wanted = default[1] if key is None else key
-        there, missing = f"{len(batch)} parts", not isinstance(wanted, int) or not -len(batch) <= wanted < len(batch)
+        has, missing = f"{len(batch)} parts", not isinstance(wanted, int) or not -len(batch) <= wanted < len(batch)
     else:
         raise ValueError(f"the batch is a {type(batch).__name__}: expected a dictionary or a sequence that has {argument}")
     if missing:
-        raise ValueError(f"the batch has no {wanted!r}, it has {there}: name the key (or position) by {argument}")
-    found = batch[wanted]
-    if not isinstance(found, Tensor):
-        raise ValueError(f"the batch's {wanted!r} is a {type(found).__name__}: expected a tensor")
-    return found
+        raise ValueError(
+            f"{needed and f'{needed}, but '}the batch has no {wanted!r}, it has {has}: name the key (or position) by {argument}"
+        )
+    value = batch[wanted]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the batch's {wanted!r} is a {type(value).__name__}: expected a tensor")
+    return value
 
 
 def values_of_batch(batch: Any, key: Key, default: tuple[str, int], rows: int, argument: str, *, mean: bool = False) -> Tensor:
@@ -70,10 +71,10 @@ def values_of_batch(batch: Any, key: Key, default: tuple[str, int], rows: int, a
 
     Args:
         batch: Mapping or sequence.
-        key: As in :func:`find_in_batch`.
-        default: As there.
+        key: Key or position; None: the default.
+        default: Key of a mapping and position in a sequence.
         rows: Number of rows, a multiple of the batch's: views one behind the other.
-        argument: As there.
+        argument: Name of the callback's argument, for messages.
         mean: Take the mean, in float32 or wider, where a sample has several values.
 
     Returns:
@@ -82,15 +83,15 @@ def values_of_batch(batch: Any, key: Key, default: tuple[str, int], rows: int, a
     Raises:
         ValueError: It isn't there, has several values a sample, or the rows are no multiple of its length.
     """
-    found = find_in_batch(batch, key, default, argument)
-    size = len(found) if found.ndim else 0
-    if not found.numel() or (found.numel() != size and not mean):
-        raise ValueError(f"{argument} of the batch are {tuple(found.shape)}: expected one value a sample, (B,) or (B, 1)")
+    values = find_in_batch(batch, key, default, argument)
+    size = len(values) if values.ndim else 0
+    if not values.numel() or (values.numel() != size and not mean):
+        raise ValueError(f"{argument} of the batch are {tuple(values.shape)}: expected one value a sample, (B,) or (B, 1)")
     if rows % size:
         raise ValueError(f"the features have {rows} rows and the batch {size} {argument}: a whole number of rows for each sample is needed")
     if mean:
-        found = found.to(torch.promote_types(found.dtype, torch.float32)).reshape(size, -1).mean(1)
-    return found.reshape(size, 1).repeat(rows // size, 1)
+        values = values.to(torch.promote_types(values.dtype, torch.float32)).reshape(size, -1).mean(1)
+    return values.reshape(size, 1).repeat(rows // size, 1)
 
 
 def inputs_and_labels(batch: Any, inputs: Key = None, labels: Key = None) -> tuple[Tensor, Tensor]:
@@ -107,28 +108,10 @@ def inputs_and_labels(batch: Any, inputs: Key = None, labels: Key = None) -> tup
     Raises:
         ValueError: The batch is neither, or lacks one of them; or the labels aren't (B,) integers.
     """
-    if isinstance(batch, Mapping):
-        keys: tuple[Any, Any] = ("image" if inputs is None else inputs, "label" if labels is None else labels)
-        there: Any = list(batch)
-        missing = [key for key in keys if key not in batch]
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        keys = (0 if inputs is None else inputs, 1 if labels is None else labels)
-        there = f"{len(batch)} parts"
-        missing = [key for key in keys if not isinstance(key, int) or not -len(batch) <= key < len(batch)]
-    else:
-        raise ValueError(f"the batch is a {type(batch).__name__}: expected a dictionary, or a sequence with inputs and labels")
-    if missing:
-        raise ValueError(f"the batch has no {missing[0]!r}, it has {there}: name the keys (or positions) by inputs and labels")
-    found, target = (batch[key] for key in keys)
-    if not isinstance(found, Tensor) or not isinstance(target, Tensor):
-        raise ValueError(
-            f"the batch's {keys[0]!r} and {keys[1]!r} are {type(found).__name__} and {type(target).__name__}: expected tensors"
-        )
-    if target.ndim != 1 or target.is_floating_point() or len(target) != len(found):
-        raise ValueError(
-            f"the batch's {keys[1]!r} are {tuple(target.shape)} {target.dtype} for inputs {tuple(found.shape)}: expected one class a sample"
-        )
-    return found, target.long()
+    x, y = find_in_batch(batch, inputs, ("image", 0), "inputs"), find_in_batch(batch, labels, ("label", 1), "labels")
+    if y.ndim != 1 or y.is_floating_point() or len(y) != len(x):
+        raise ValueError(f"the batch's labels are {tuple(y.shape)} {y.dtype} for inputs {tuple(x.shape)}: expected one class a sample")
+    return x, y.long()
 
 
 def require_logits(pl_module: pl.LightningModule, name: str, who: str) -> None:
@@ -138,10 +121,10 @@ def require_logits(pl_module: pl.LightningModule, name: str, who: str) -> None:
         TypeError: No such method or submodule, or the module has no ``forward``.
     """
     try:
-        found = operator.attrgetter(name)(pl_module)
+        method = operator.attrgetter(name)(pl_module)
     except AttributeError:
-        found = None
-    if not callable(found) or (name == "forward" and not is_overridden("forward", pl_module, pl.LightningModule)):
+        method = None
+    if not callable(method) or (name == "forward" and not is_overridden("forward", pl_module, pl.LightningModule)):
         raise TypeError(
             f"{who} needs logits, but {type(pl_module).__name__} has no {name!r} that maps inputs to them: "
             "give logits the name of a method or submodule that takes the inputs of a batch and returns (B, classes)"
@@ -154,11 +137,11 @@ def logits_of(pl_module: nn.Module, name: str, inputs: Tensor) -> Tensor:
     Raises:
         ValueError: Something else came out.
     """
-    found = pl_module(inputs) if name == "forward" else operator.attrgetter(name)(pl_module)(inputs)
-    if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(inputs):
-        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    logits = pl_module(inputs) if name == "forward" else operator.attrgetter(name)(pl_module)(inputs)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(inputs):
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"{name!r} of {type(pl_module).__name__} returns {shape}, expected logits ({len(inputs)}, classes)")
-    return found
+    return logits
 
 
 def logits_from(output: Any, who: str) -> Tensor:
@@ -167,15 +150,15 @@ def logits_from(output: Any, who: str) -> Tensor:
     Raises:
         ValueError: None of them is there.
     """
-    found = output
+    logits = output
     if isinstance(output, Mapping):
-        found = output.get("out", output.get("logits"))
+        logits = output.get("out", output.get("logits"))
     elif not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-    if not isinstance(found, Tensor) or found.ndim < 2 or not found.is_floating_point():
-        kind = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(output).__name__
+        logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim < 2 or not logits.is_floating_point():
+        kind = f"{tuple(logits.shape)} {logits.dtype}" if isinstance(logits, Tensor) else type(output).__name__
         raise ValueError(f"{who} puts out {kind}: expected (B, classes, ...) logits, or a mapping with 'out' or 'logits'")
-    return found
+    return logits
 
 
 def resized(logits: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
@@ -185,6 +168,14 @@ def resized(logits: Tensor, size: Sequence[int], *, align_corners: bool = False)
     if logits.ndim != 4 or len(size) != 2:
         raise ValueError(f"logits are {tuple(logits.shape)} and labels have {tuple(size)} pixels: only (B, C, h, w) can be resized")
     return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def rescaled(images: Tensor, scale: float, *, align_corners: bool = False) -> Tensor:
+    """(B, C, h, w) images with ``scale`` times as many pixels a side, at least one; bilinear. Scale 1 gives the images themselves."""
+    if scale == 1:
+        return images
+    pixels = [max(1, round(scale * side)) for side in images.shape[2:]]
+    return F.interpolate(images, size=pixels, mode="bilinear", align_corners=align_corners)
 
 
 def rows_of_calls(outputs: Sequence[Any], who: str) -> Tensor:

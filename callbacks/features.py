@@ -1,13 +1,21 @@
-"""Keeping what chosen submodules put out."""
+"""Keeping what chosen submodules get and put out."""
 
-from collections.abc import Callable, Sequence
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
+import lightning.pytorch as pl
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_methods.callbacks.targets import select_modules
+from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.targets import plain_name, select_modules
+from lit_methods.checks import patterns
+
+Calls = dict[str, list[Any]]
 
 
 class FeatureCapture:
@@ -20,23 +28,34 @@ class FeatureCapture:
     Args:
         root: Where to look.
         targets: As in :func:`~lit_methods.callbacks.targets.select_modules`; no target and no type captures nothing.
-        types: As there.
+        types: Module classes that are captured; empty: any.
         active: Start keeping at once.
+
+    Attributes:
+        calls: Name -> outputs.
+        arguments: Name -> positional and keyword arguments of each of these calls, as a tuple and a dictionary.
 
     Raises:
         ValueError: A pattern matches nothing.
     """
 
+    _open: ClassVar["WeakSet[FeatureCapture]"] = WeakSet()
+
     def __init__(self, root: nn.Module, targets: Sequence[str], types: tuple[type, ...] = (), *, active: bool = True) -> None:
         chosen = select_modules(root, targets, types) if targets or types else {}
-        self.active = active
-        self.calls: dict[str, list[Any]] = {name: [] for name in chosen}
-        self._handles: list[RemovableHandle] = [module.register_forward_hook(self._hook(name, module)) for name, module in chosen.items()]
+        self.root, self.active = root, active
+        self.calls: Calls = {name: [] for name in chosen}
+        self.arguments: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {name: [] for name in chosen}
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_hook(self._hook(name, module), with_kwargs=True) for name, module in chosen.items()
+        ]
+        self._open.add(self)
 
-    def _hook(self, name: str, original: nn.Module) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, _: Any, output: Any) -> None:
+    def _hook(self, name: str, original: nn.Module) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if self.active and module is original:
                 self.calls[name].append(output)
+                self.arguments[name].append((args, kwargs))
 
         return keep
 
@@ -45,10 +64,25 @@ class FeatureCapture:
         """The newest output of every submodule that was called since the last :meth:`clear`."""
         return {name: outputs[-1] for name, outputs in self.calls.items() if outputs}
 
+    @contextmanager
+    def apart(self) -> Iterator[Calls]:
+        """Inside, what the submodules put out goes into the calls that are yielded; other captures of the same module keep nothing."""
+        others = [capture for capture in self._open if capture is not self and capture.root is self.root and capture.active]
+        calls, arguments, active = self.calls, self.arguments, self.active
+        self.calls, self.arguments, self.active = {name: [] for name in calls}, {name: [] for name in calls}, True
+        for capture in others:
+            capture.pause()
+        try:
+            yield self.calls
+        finally:
+            self.calls, self.arguments, self.active = calls, arguments, active
+            for capture in others:
+                capture.resume()
+
     def clear(self) -> None:
         """Forget the outputs, and with them their graphs. Call it at every step."""
-        for outputs in self.calls.values():
-            outputs.clear()
+        for kept in (*self.calls.values(), *self.arguments.values()):
+            kept.clear()
 
     def pause(self) -> None:
         """Keep nothing until :meth:`resume`."""
@@ -63,6 +97,7 @@ class FeatureCapture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._open.discard(self)
         self.clear()
 
     def __enter__(self) -> "FeatureCapture":
@@ -72,3 +107,107 @@ class FeatureCapture:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Close."""
         self.close()
+
+
+class FeatureCallback(OrderedCallback):
+    """Base of the callbacks that see what submodules put out in ``training_step``.
+
+    Runs: the hooks are there from ``setup`` of fit to its end; they keep something between the start and the end of a training batch.
+    Saves: nothing.
+
+    Args:
+        targets: ``fnmatch`` patterns on submodule names; empty: none.
+    """
+
+    def __init__(self, targets: Sequence[str] = ()) -> None:
+        super().__init__()
+        patterns(targets=targets)
+        self.targets = list(targets)
+        self._features: FeatureCapture | None = None
+
+    @property
+    def features(self) -> FeatureCapture:
+        """The capture; fit must have been set up."""
+        assert self._features is not None
+        return self._features
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hook into the module.
+
+        Raises:
+            ValueError: A target matches nothing.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.leave(trainer, pl_module)  # a run that was cut off without notice
+            self._features = FeatureCapture(pl_module, self.targets, active=False)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin to keep features."""
+        self.features.clear()
+        self.features.resume()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep none in validation."""
+        self.features.pause()
+        self.features.clear()
+
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the hooks off the module."""
+        if self._features is not None:
+            self._features.close()
+            self._features = None
+
+
+def one_of_calls(calls: Mapping[str, Any], pattern: str, argument: str) -> str:
+    """The one name that a pattern matches.
+
+    Args:
+        calls: What is kept under submodules' names.
+        pattern: ``fnmatch`` pattern.
+        argument: Name of the callback's argument, for the message.
+
+    Raises:
+        ValueError: None matches, or several do.
+    """
+    names = [name for name in calls if fnmatch.fnmatchcase(name, pattern)]
+    if len(names) != 1:
+        raise ValueError(f"{argument}={pattern!r} matches {len(names)} submodules, {', '.join(names)}: name one")
+    return names[0]
+
+
+def one_submodule(root: nn.Module, pattern: str, argument: str) -> tuple[str, nn.Module]:
+    """Name and module of the one submodule that a pattern matches.
+
+    Args:
+        root: Where to look.
+        pattern: ``fnmatch`` pattern on submodule names.
+        argument: Name of the callback's argument, for the message.
+
+    Raises:
+        ValueError: None matches, which lists the nearest names, or several do.
+    """
+    try:
+        found = select_modules(root, [pattern])
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None
+    name = one_of_calls(found, pattern, argument)
+    return name, found[name]
+
+
+def require_network(pl_module: pl.LightningModule, name: str, who: str) -> None:
+    """Raise unless the module has a submodule of exactly this name, which callbacks on logits call ``network``.
+
+    Raises:
+        ValueError: It has none; the message lists the names that there are.
+    """
+    names = [plain_name(own) for own, _ in pl_module.named_modules()]
+    if name not in names:
+        known = ", ".join(own for own in names if own and own.count(".") < 2)
+        raise ValueError(
+            f"{who}: network={name!r} is no submodule of {type(pl_module).__name__}: name the one that maps images to logits; "
+            f"there are {known}"
+        )
+
+
+__all__ = ["Calls", "FeatureCallback", "FeatureCapture", "one_of_calls", "one_submodule", "require_network"]

@@ -1,31 +1,45 @@
 """A loss term that joins the loss of any LightningModule with automatic optimisation."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lit_methods.callbacks.features import FeatureCapture
-from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.features import Calls, FeatureCallback
+from lit_methods.callbacks.second_step import second_step
 from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.distributed import gather_rows
 
 
-class LossTerm(OrderedCallback):
-    """Adds ``weight * term`` to what ``training_step`` returns. Subclass it and write :meth:`term`.
+class SecondPass(NamedTuple):
+    """What :meth:`LossTerm.run_again` gives.
 
-    Runs: around ``training_step``, from ``setup`` of fit to its end. The term is part of the one loss, so AMP
-    scaling, gradient accumulation (which divides the sum) and DDP treat it like the module's own loss. A step that
-    returns None stays skipped.
-    Logs: ``<name>/<metric>`` for every entry of the term's logs, and ``<name>/loss``, the unweighted term.
+    Attributes:
+        output: What was returned.
+        features: Name -> last output of each target that was called.
+        feature_calls: Name -> all its outputs of this pass, in call order.
+    """
+
+    output: Any
+    features: dict[str, Any]
+    feature_calls: Calls
+
+
+class LossTerm(FeatureCallback):
+    """Adds ``factor * term`` to what ``training_step`` returns: loss = the module's own + :meth:`factor` * :meth:`term`.
+
+    Subclass it and write :meth:`term`. Each entry of the term's logs is logged as ``<name>/<metric>``, the unweighted term as
+    ``<name>/loss``.
+
+    Runs: around ``training_step``, from ``setup`` of fit to its end. The term is part of the one loss, so AMP scaling, gradient
+    accumulation (which divides the sum) and DDP treat it like the module's own loss. A step that returns None stays skipped. Any number of
+    terms work together, and with Lightning's weight averaging, SWA, pruning, checkpoint and accumulation callbacks in either order.
     Saves: nothing.
-    Works with: any module that returns a tensor or a dict with "loss", several optimisers excepted (they need manual
-    optimisation, which is refused); compiled inner networks; any number of terms; Lightning's weight averaging, SWA,
-    pruning, checkpoint and accumulation callbacks in either order. A LightningModule that is compiled as a whole
-    crashes inside Lightning as soon as it logs: compile its networks instead.
+    Refuses: modules with manual optimisation (several optimisers need it), and steps that return no loss. A LightningModule that is
+    compiled as a whole crashes inside Lightning as soon as it logs: compile its networks instead.
 
     Args:
         targets: ``fnmatch`` patterns on submodule names whose outputs the term sees; empty: none.
@@ -46,14 +60,12 @@ class LossTerm(OrderedCallback):
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
     def __init__(self, targets: Sequence[str] = (), weight: float = 1.0) -> None:
-        super().__init__()
-        if isinstance(targets, str):
-            raise ValueError(f"targets is the string {targets!r}: give a list of patterns, [{targets!r}]")
-        self.targets = list(targets)
+        super().__init__(targets)
         self.weight = weight
         self._prefix = self.name
         self._module: pl.LightningModule | None = None
-        self._features: FeatureCapture | None = None
+        self._batch: Any = None
+        self._batch_idx = 0
 
     def term(self, inputs: dict[str, Any]) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The term, before its factor.
@@ -64,7 +76,9 @@ class LossTerm(OrderedCallback):
                 - ``features``: name -> output of each target; of a target that is called several times in a step, the
                   last output
                 - ``feature_calls``: name -> all its outputs of this step, in call order
+                - ``feature_arguments``: name -> what each of these calls got: a tuple and a dictionary of arguments
                 - ``batch``: first argument of ``training_step``
+                - ``batch_idx``: position of the batch in its epoch, an int
                 - ``output``: what ``training_step`` returned, the terms of callbacks before this one included
                 - ``module``: the LightningModule
                 - ``step``: optimiser steps done so far, an int
@@ -83,51 +97,59 @@ class LossTerm(OrderedCallback):
         """Rows of all ranks, with gradient: :func:`lit_methods.distributed.gather_rows`."""
         return gather_rows(x)
 
+    def run_again(self, batch: Any = None, run: Callable[[Any], Any] | None = None) -> SecondPass:
+        """A second pass of the step, with gradient, for :meth:`term` to call: other dropout, another view, another batch.
+
+        No term is added to it and nothing of it is logged or counted by the module's metrics. The features of the targets are caught apart:
+        neither this term's ``inputs`` nor those of other terms change. Batch norm sees the pass like any other.
+
+        Args:
+            batch: What the pass sees; None: the batch of this step.
+            run: What is run on it, such as a submodule, or the module itself for its ``forward``; None: the module's ``training_step``.
+
+        Raises:
+            ValueError: ``training_step`` takes ``dataloader_iter``, which can't be read twice.
+        """
+        assert self._module is not None
+        module, batch_idx, seen = self._module, self._batch_idx, self._batch if batch is None else batch
+        with self.features.apart() as calls:
+            output = second_step(module, seen, batch_idx) if run is None else run(seen)
+        return SecondPass(output, {name: outputs[-1] for name, outputs in calls.items() if outputs}, calls)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Hook into the module.
 
         Raises:
             ValueError: The module optimises manually, or a target matches nothing.
         """
+        if stage == "fit" and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(self).__name__} adds to the loss that training_step returns, but {type(pl_module).__name__} calls backward "
+                "itself (automatic_optimization = False): add the term's function to its loss there, and remove this callback"
+            )
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{type(self).__name__} adds to the loss that training_step returns, but {type(pl_module).__name__} calls backward "
-                "itself "
-                "(automatic_optimization = False): add the term's function to its loss there, and remove this callback"
-            )
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             rank_zero_warn(
                 f"{type(pl_module).__name__} is compiled as a whole: Lightning crashes when such a module logs. Compile its inner "
                 "networks instead"
             )
-        self._undo()  # a run that was cut off without notice
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         alike = [callback for callback in callbacks if isinstance(callback, LossTerm) and callback.name == self.name]
         place = next(i for i, callback in enumerate(alike) if callback is self)
         self._prefix = self.name if place == 0 else f"{self.name}_{place + 1}"
         self._module = pl_module
-        self._features = FeatureCapture(pl_module, self.targets, active=False)
         attach(pl_module, self._add)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to keep features."""
-        assert self._features is not None
-        self._features.clear()
-        self._features.resume()
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep none in validation."""
-        assert self._features is not None
-        self._features.pause()
-        self._features.clear()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._batch_idx = batch_idx
 
     def _add(self, output: Any, batch: Any) -> Any:
-        module, features = self._module, self._features
+        module, features = self._module, self.features
         assert module is not None
-        assert features is not None
         if output is None:
             features.clear()
             return None
@@ -147,31 +169,29 @@ class LossTerm(OrderedCallback):
         inputs = {
             "features": features.last,
             "feature_calls": {name: list(calls) for name, calls in features.calls.items()},
+            "feature_arguments": {name: list(calls) for name, calls in features.arguments.items()},
             "batch": batch,
+            "batch_idx": self._batch_idx,
             "output": output,
             "module": module,
             "step": step,
             "epoch": module.trainer.current_epoch,
         }
+        self._batch = batch
         result = self.term(inputs)
+        self._batch = None
         term, logs = result if isinstance(result, tuple) else (result, {})
         module.log_dict({f"{self._prefix}/{metric}": value.detach() for metric, value in {"loss": term, **logs}.items()})
         features.clear()  # the graph lives in the loss now; an optimiser that repeats the step starts afresh
         total = self.factor(step) * term if self.replaces else loss + self.factor(step) * term
         return {**output, "loss": total} if isinstance(output, Mapping) else total
 
-    def _undo(self) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the module as it was."""
+        super().leave(trainer, pl_module)
         if self._module is not None:
             detach(self._module, self._add)
-            self._module = None
-        if self._features is not None:
-            self._features.close()
-            self._features = None
+        self._module = self._batch = None
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
-        self._undo()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was: Lightning doesn't call ``teardown`` here."""
-        self._undo()
+__all__ = ["LossTerm", "SecondPass"]

@@ -1,7 +1,7 @@
 """Order of callbacks as data: each says what it must stand before or behind, and one pass sorts them."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,8 +13,8 @@ class OrderedCallback(Callback):
     :meth:`setup` applies the declarations of all callbacks of the trainer. Names are class names (``ModelPruning``) or
     dotted ones (``lightning.pytorch.callbacks.ModelPruning``); subclasses are meant too. What isn't in the list is
     ignored. Lightning calls ``setup`` in the order of the user's list, before anything can be sorted; all later hooks
-    follow the sorted order. Where the order of the ``setup`` calls themselves matters, ``set_up_before`` refuses the
-    wrong one.
+    follow the sorted order. Where the order of the ``setup`` calls themselves matters, ``set_up_before`` and
+    ``set_up_after`` refuse the wrong one.
 
     What ``setup`` does, :meth:`leave` takes back: it is called at the end of a run and when a run raises, so a subclass overrides it alone.
 
@@ -22,12 +22,14 @@ class OrderedCallback(Callback):
         runs_before: Callbacks whose hooks come after ours.
         runs_after: Callbacks whose hooks come before ours.
         set_up_before: Callbacks whose ``setup`` must come after ours; implies ``runs_before``.
+        set_up_after: Callbacks whose ``setup`` must come before ours; implies ``runs_after``.
         conflicts_with: Callback -> why the two can't be used together.
     """
 
     runs_before: ClassVar[Sequence[str]] = ()
     runs_after: ClassVar[Sequence[str]] = ()
     set_up_before: ClassVar[Sequence[str]] = ()
+    set_up_after: ClassVar[Sequence[str]] = ()
     conflicts_with: ClassVar[Mapping[str, str]] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -54,11 +56,15 @@ def _is_named(callback: Callback, name: str) -> bool:
     return any(cls.__name__ == last and f"{cls.__module__}.".startswith(f"{package}.") for cls in type(callback).__mro__)
 
 
-def _declared(callback: Callback, attribute: str) -> Sequence[str]:
-    names = getattr(callback, attribute, ())
-    if isinstance(names, str):
-        raise TypeError(f"{type(callback).__name__}.{attribute} is the string {names!r}: it must be a sequence of names")
-    return names  # type: ignore[no-any-return]
+def _declares(callback: Callback, other: Callback, *attributes: str) -> bool:
+    """Whether one of the callback's attributes names the other."""
+    for attribute in attributes:
+        names = getattr(callback, attribute, ())
+        if isinstance(names, str):
+            raise TypeError(f"{type(callback).__name__}.{attribute} is the string {names!r}: it must be a sequence of names")
+        if any(_is_named(other, name) for name in names):
+            return True
+    return False
 
 
 def sort_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
@@ -83,9 +89,9 @@ def sort_callbacks(callbacks: Sequence[Callback]) -> list[Callback]:
         for j, other in enumerate(callbacks):
             if i == j:
                 continue
-            if any(_is_named(other, name) for name in (*_declared(one, "runs_before"), *_declared(one, "set_up_before"))):
+            if _declares(one, other, "runs_before", "set_up_before"):
                 before[j].add(i)
-            if any(_is_named(other, name) for name in _declared(one, "runs_after")):
+            if _declares(one, other, "runs_after", "set_up_after"):
                 before[i].add(j)
     for i, predecessors in enumerate(before):  # two of a kind that name their common base are free among themselves
         for j in [j for j in predecessors if i in before[j] and type(callbacks[i]) is type(callbacks[j])]:
@@ -115,17 +121,16 @@ def order_callbacks(trainer: Trainer) -> None:
     ``setup`` still runs once.
 
     Raises:
-        ValueError: As :func:`sort_callbacks`, or a callback will be set up too late for its ``set_up_before``.
+        ValueError: As :func:`sort_callbacks`, or a callback stands where its ``setup`` comes too late, or too early, for another's.
     """
     current: list[Callback] = list(trainer.callbacks)  # type: ignore[attr-defined]
-    for position, callback in enumerate(current):
-        for earlier in current[:position]:
-            if any(_is_named(earlier, name) for name in _declared(callback, "set_up_before")):
-                ours, theirs = type(callback).__name__, type(earlier).__name__
-                raise ValueError(
-                    f"{ours} must be set up before {theirs}, which stands before it in the list of callbacks: put {ours} first, or pass "
-                    "Trainer(callbacks=sort_callbacks([...])) with lit_methods.callbacks.ordering.sort_callbacks"
-                )
+    for earlier, later in combinations(current, 2):
+        if _declares(later, earlier, "set_up_before") or _declares(earlier, later, "set_up_after"):
+            first, second = type(later).__name__, type(earlier).__name__
+            raise ValueError(
+                f"{first} must be set up before {second}, which stands before it in the list of callbacks: put {first} first, or pass "
+                "Trainer(callbacks=sort_callbacks([...])) with lit_methods.callbacks.ordering.sort_callbacks"
+            )
     ordered = sort_callbacks(current)
     if any(a is not b for a, b in zip(ordered, current, strict=True)):
         trainer.callbacks = ordered  # type: ignore[attr-defined]

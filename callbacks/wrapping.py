@@ -41,6 +41,14 @@ def attach(module: LightningModule, add: Addition) -> None:
     module.training_step.additions.append(add)  # type: ignore[attr-defined]
 
 
+def without_additions(module: LightningModule) -> Callable[..., Any]:
+    """``training_step`` as it is below our wrapper, and below what a third party has put around that."""
+    step: Any = module.training_step
+    while step is not None and not _is_ours(step):
+        step = getattr(step, "__wrapped__", None)
+    return module.training_step if step is None else step.__wrapped__  # type: ignore[no-any-return]
+
+
 def detach(module: LightningModule, add: Addition) -> None:
     """Undo one :func:`attach`; the last one to leave takes the wrapper away. A second call does nothing.
 

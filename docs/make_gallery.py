@@ -5,27 +5,39 @@
     python docs/make_gallery.py superflow --run runs/superflow/<time>    # of one, out of a run that is there
 
 The picture is a WebP file of at most 100 kB in ``docs/gallery/``. It is drawn by ``draw(run)`` in ``docs/gallery/<slug>.py`` where there is
-such a file; else it is the newest picture among the run's media, or, where there is none, the curve of the metric with the most entries.
+such a file; else it is the first panel that the technique declares and for which the run has something: a chart with its axes, a picture or
+a cloud from above. A run without panels gives the newest picture among its media, or the curve of the metric with the most entries.
 The technique's page shows the picture and gives its alternative text.
 """
 
 import argparse
 import importlib.util
 import io
-import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
-from lit_methods.catalog import Technique, techniques
+from lit_methods.catalog import Technique, published, techniques
+from lit_methods.claims.comparison import ticks
+from lit_methods.files import write_atomically
+from lit_methods.panels import CloudMedia, Curve, HistogramMedia, ImageMedia, Media, Panel
+from lit_methods.reports.html import Series, short_names, thin
+from lit_methods.reports.page import series_by_name
+from lit_methods.reports.record import is_run, load_run
 
 GALLERY = Path(__file__).resolve().parent / "gallery"
 MAX_BYTES = 100_000
 SIZE = (1152, 648)
-BACKGROUND, LINE, GRID = (13, 20, 33), (125, 180, 240), (40, 52, 72)
+BOX = (130, 64, 1112, 556)  # of a chart: left, top, right, bottom; what is outside has room for titles, ticks and labels
+BACKGROUND, LINE, GRID, TEXT = (13, 20, 33), (125, 180, 240), (40, 52, 72), (214, 222, 235)
+LINES = (LINE, (250, 176, 70), (120, 210, 140), (235, 110, 120), (190, 150, 240), (230, 220, 120))
+
+Place = Callable[[float, float], tuple[float, float]]  # values on both axes -> pixels
 
 
 def train(entry: Technique, folder: Path) -> Path:
@@ -49,10 +61,36 @@ def draw(entry: Technique, run: Path) -> Image.Image:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.draw(run)
+    if not is_run(run) and not (run / "media").is_dir():
+        raise FileNotFoundError(f"{run} has neither media/ nor metrics.jsonl: is it the folder of a run?")
+    data = load_run(run) if is_run(run) else None
+    series = series_by_name(data.history) if data else {}
+    sections = [section for section in (data.sections if data else ()) if section.title.split(" ")[0] in entry.names]
+    for section in sorted(sections, key=lambda section: entry.names.index(section.title.split(" ")[0])):
+        for panel in section.panels:
+            if picture := drawn(panel, section.media, series):
+                return picture
     pictures = sorted((run / "media").rglob("*.png"), key=lambda path: path.stat().st_mtime)
     if pictures:
         return on_canvas(Image.open(pictures[-1]).convert("RGB"))
-    return curve(run)
+    named = {name: values for name, values in series.items() if "/" in name}
+    if not named:
+        raise FileNotFoundError(f"{run} holds no picture and no metric")
+    name = max(named, key=lambda name: len(named[name][0]))
+    return curves(name, {name: named[name]})
+
+
+def drawn(panel: Panel, media: Mapping[str, Media], series: Mapping[str, Series]) -> Image.Image | None:
+    """One panel as a picture; None if the run has nothing for it, or if it is a table."""
+    if isinstance(panel, Curve):
+        chosen = panel.select(list(series))
+        return curves(panel.title, {name: series[name] for name in chosen}) if chosen else None
+    item = media.get(panel.key)
+    if isinstance(item, ImageMedia):
+        return on_canvas(Image.fromarray(item.pixels))
+    if isinstance(item, HistogramMedia):
+        return histogram(panel.title, item)
+    return cloud(panel.title, item) if isinstance(item, CloudMedia) else None
 
 
 def on_canvas(picture: Image.Image) -> Image.Image:
@@ -65,31 +103,105 @@ def on_canvas(picture: Image.Image) -> Image.Image:
     return canvas
 
 
-def curve(run: Path) -> Image.Image:
-    """The metric of the run that was logged most often, over the training step."""
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        raise FileNotFoundError(f"{run} has neither media/ nor metrics.jsonl: is it the folder of a run?")
-    series: dict[str, list[tuple[float, float]]] = {}
-    for line in file.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        for name, value in record.get("metrics", {}).items():
-            if isinstance(value, int | float) and "/" in name:
-                series.setdefault(name, []).append((record["step"], value))
-    if not series:
-        raise FileNotFoundError(f"{file} holds no metric")
-    points = max(series.values(), key=len)
-    (left, right), (low, high) = ((min(axis), max(axis)) for axis in zip(*points, strict=True))
-    canvas = Image.new("RGB", SIZE, BACKGROUND)
+def curves(title: str, series: Mapping[str, Series]) -> Image.Image:
+    """Metrics over the training step, values that are not finite left out."""
+    finite = {name: [point for point in zip(*thin(*values), strict=True) if np.isfinite(point[1])] for name, values in series.items()}
+    lines = {name: points for name, points in finite.items() if points}
+    steps, values = zip(*(point for points in lines.values() for point in points), strict=True) if lines else ((0,), (0.0,))
+    canvas, names = Image.new("RGB", SIZE, BACKGROUND), short_names(list(lines))
+    place = axes(canvas, title, (min(steps), max(steps)), (min(values), max(values)), "step", names[0] if len(names) == 1 else "value")
     pen = ImageDraw.Draw(canvas)
-    for share in (0.2, 0.4, 0.6, 0.8):
-        pen.line([(0, SIZE[1] * share), (SIZE[0], SIZE[1] * share)], fill=GRID, width=2)
-    place = [
-        (60 + (SIZE[0] - 120) * (x - left) / max(right - left, 1), 60 + (SIZE[1] - 120) * (high - y) / max(high - low, 1e-12))
-        for x, y in points
-    ]
-    pen.line(place, fill=LINE, width=6, joint="curve")
+    for points, colour in zip(lines.values(), LINES, strict=False):
+        pen.line([place(*point) for point in points], fill=colour, width=5, joint="curve")
+    if len(names) > 1:
+        legend(pen, names)
     return canvas
+
+
+def histogram(title: str, item: HistogramMedia) -> Image.Image:
+    """Bars over the edges of their bins."""
+    canvas = Image.new("RGB", SIZE, BACKGROUND)
+    place = axes(canvas, title, (float(item.edges[0]), float(item.edges[-1])), (0.0, float(item.counts.max())), "value", "count")
+    pen = ImageDraw.Draw(canvas)
+    for count, left, right in zip(item.counts, item.edges[:-1], item.edges[1:], strict=True):
+        if count:
+            pen.rectangle([*place(left, count), *place(right, 0.0)], fill=LINE, outline=BACKGROUND)
+    return canvas
+
+
+def cloud(title: str, item: CloudMedia) -> Image.Image:
+    """A cloud from above, higher points over lower ones, the same scale on both axes."""
+    points = item.points[np.isfinite(item.points).all(axis=1)]
+    colours = item.colors[np.isfinite(item.points).all(axis=1)]
+    low, high = np.percentile(points[:, :2], [1, 99], axis=0) if len(points) else np.zeros((2, 2))
+    width, height = BOX[2] - BOX[0], BOX[3] - BOX[1]
+    middle, per_pixel = (low + high) / 2, max(float((high - low)[0]) / width, float((high - low)[1]) / height, 1e-9)
+    canvas = Image.new("RGB", SIZE, BACKGROUND)
+    ends = [(float(m - size * per_pixel / 2), float(m + size * per_pixel / 2)) for m, size in zip(middle, (width, height), strict=True)]
+    place = axes(canvas, title, *ends, "x in metres", "y in metres", widen=False)
+    pen = ImageDraw.Draw(canvas)
+    for index in np.argsort(points[:, 2], kind="stable"):
+        x, y = place(float(points[index, 0]), float(points[index, 1]))
+        if BOX[0] <= x <= BOX[2] and BOX[1] <= y <= BOX[3]:
+            pen.rectangle([x, y, x + 2, y + 2], fill=tuple(int(part) for part in colours[index]))
+    return canvas
+
+
+def axes(
+    canvas: Image.Image,
+    title: str,
+    across: tuple[float, float],
+    up: tuple[float, float],
+    x_label: str,
+    y_label: str,
+    widen: bool = True,
+) -> Place:
+    """Draw a chart's title, grid, ticks and labels.
+
+    Args:
+        canvas: Is drawn on.
+        title: Heading of the chart.
+        across: Lowest and highest value on the horizontal axis.
+        up: Lowest and highest value on the vertical axis.
+        x_label: What the horizontal axis shows, with its unit.
+        y_label: What the vertical axis shows, with its unit.
+        widen: Let both axes end at round numbers.
+
+    Returns:
+        From values on both axes to pixels.
+    """
+    pen, small = ImageDraw.Draw(canvas), ImageFont.load_default(20)
+    left, top, right, bottom = BOX
+    marks = [ticks(*ends) for ends in (across, up)]
+    (x_low, x_high), (y_low, y_high) = [(found[0], found[-1]) for found in marks] if widen else (across, up)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + (x - x_low) / (x_high - x_low) * (right - left), bottom - (y - y_low) / (y_high - y_low) * (bottom - top)
+
+    for mark in (mark for mark in marks[0] if x_low <= mark <= x_high):
+        x, _ = place(mark, y_low)
+        pen.line([(x, top), (x, bottom)], fill=GRID, width=2)
+        pen.text((x, bottom + 10), f"{mark:g}", font=small, fill=TEXT, anchor="mt")
+    for mark in (mark for mark in marks[1] if y_low <= mark <= y_high):
+        _, y = place(x_low, mark)
+        pen.line([(left, y), (right, y)], fill=GRID, width=2)
+        pen.text((left - 12, y), f"{mark:g}", font=small, fill=TEXT, anchor="rm")
+    pen.text((left, 14), title, font=ImageFont.load_default(28), fill=TEXT)
+    pen.text(((left + right) / 2, SIZE[1] - 16), x_label, font=small, fill=TEXT, anchor="mb")
+    upright = Image.new("L", (bottom - top, 30))
+    ImageDraw.Draw(upright).text((upright.width / 2, 15), y_label, font=small, fill=255, anchor="mm")
+    upright = upright.rotate(90, expand=True)
+    canvas.paste(TEXT, (12, top), upright)
+    return place
+
+
+def legend(pen: ImageDraw.ImageDraw, names: Sequence[str]) -> None:
+    """Names in the colours of their lines, one below the other in the chart's upper right corner."""
+    font = ImageFont.load_default(20)
+    for row, (name, colour) in enumerate(zip(names, LINES, strict=False)):
+        y = BOX[1] + 18 + 28 * row
+        pen.text((BOX[2] - 50, y), name, font=font, fill=TEXT, anchor="rm")
+        pen.line([(BOX[2] - 40, y), (BOX[2] - 10, y)], fill=colour, width=5)
 
 
 def encoded(picture: Image.Image) -> bytes:
@@ -109,7 +221,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a finished run of the technique; default: its first config is run")
     arguments = parser.parse_args()
     known = techniques()
-    missing = [slug for slug in known if not any((GALLERY / f"{slug}.{kind}").is_file() for kind in ("webp", "png", "svg"))]
+    missing = [slug for slug in published() if not any((GALLERY / f"{slug}.{kind}").is_file() for kind in ("webp", "png", "svg"))]
     slugs = arguments.slugs or missing
     if unknown := [slug for slug in slugs if slug not in known]:
         parser.error(f"no technique {unknown[0]!r}; `lit list` prints them")
@@ -119,7 +231,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = arguments.run or train(known[slug], Path(folder))
             data = encoded(draw(known[slug], run))
-        (GALLERY / f"{slug}.webp").write_bytes(data)
+        write_atomically(GALLERY / f"{slug}.webp", data)
         print(f"docs/gallery/{slug}.webp: {len(data) / 1000:.0f} kB; the page shows it: ![alternative text](../gallery/{slug}.webp)")
 
 

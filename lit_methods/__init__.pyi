@@ -16,11 +16,11 @@ from .consistency_models.latents import DigitAutoencoder as DigitAutoencoder
 from .consistency_models.networks import NoiseMLP as NoiseMLP
 from .consistency_models.networks import SmallUNet as SmallUNet
 from .consistency_models.rcm.module import RCM as RCM
-from .consistency_models.rcm.module import RingTeacher as RingTeacher
+from .consistency_models.rcm.teacher import RingTeacher as RingTeacher
 from .consistency_models.rcm.trigflow import VelocityDenoiser as VelocityDenoiser
 from .consistency_models.rcm.wan import WanTransformer as WanTransformer
-from .consistency_models.slct import SLCT as SLCT
-from .consistency_models.slct import NonScalingLayerNorm as NonScalingLayerNorm
+from .consistency_models.slct.core import NonScalingLayerNorm as NonScalingLayerNorm
+from .consistency_models.slct.module import SLCT as SLCT
 from .datamodules.label_store import LabelStore as LabelStore
 from .lidar.minkunet import MinkUNet as MinkUNet
 from .lidar.segmentor import PointSegmentor as PointSegmentor

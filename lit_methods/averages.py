@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -39,6 +39,11 @@ def ema_update(average: list[Tensor], source: list[Tensor], decay: float) -> Non
             a.copy_(s)
     for averages, sources in floating.values():
         torch._foreach_lerp_(averages, sources, 1.0 - decay)
+
+
+def state_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a module, as :func:`ema_update` takes them: what it changes isn't recorded by autograd."""
+    return [*(parameter.data for parameter in module.parameters()), *module.buffers()]
 
 
 def warmup_decay(step: int, decay: float) -> float:

@@ -94,6 +94,11 @@ def gather_rows(x: Tensor, *, with_grad: bool = True) -> Tensor:
     return _GatherRows.apply(x)  # type: ignore[no-any-return]
 
 
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """The sum of every rank's ``x``, without gradient; same shape and dtype on all ranks, and on each of them the same bits."""
+    return gather_rows(x[None], with_grad=False).sum(0)
+
+
 def same_on_all_ranks(x: Tensor) -> bool:
     """Whether shape, dtype and every bit of ``x`` are equal on all ranks; True without a process group.
 

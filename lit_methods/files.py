@@ -1,14 +1,16 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and YAML in which every key counts."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 
-@contextmanager
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A place to write to, which takes the place of ``path`` when the block ends, and leaves it as it was when the block raises.
 
@@ -32,7 +34,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what counts
+            partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -44,3 +47,57 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def refuse_repeated_keys(text: str, where: str) -> None:
+    """Raise if a mapping of a YAML text has a key twice: YAML's readers keep the last one and drop the others without a word.
+
+    Args:
+        text: YAML. What can't be parsed passes: the reader says what is wrong with it.
+        where: Its file, for the message.
+
+    Raises:
+        ValueError: The key, its line and the line where it stood first.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return
+    pending, visited = [root] if root is not None else [], set()
+    while pending:
+        node = pending.pop()
+        if id(node) in visited:  # an alias
+            continue
+        visited.add(id(node))
+        lines: dict[str, int] = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                line = key.start_mark.line + 1
+                if key.value in lines:
+                    raise ValueError(
+                        f"{where}, line {line}: key {key.value!r} stands twice, first in line {lines[key.value]}, "
+                        "and only one would count\n  put what stands below both under one of them"
+                    )
+                lines[key.value] = line
+            pending.append(value)
+        if isinstance(node, yaml.SequenceNode):
+            pending.extend(node.value)
+
+
+def read_yaml(path: Path) -> Any:
+    """Content of a YAML file.
+
+    Raises:
+        ValueError: A key stands twice in one mapping.
+        yaml.YAMLError: It is no YAML.
+        OSError: It can't be read.
+    """
+    text = path.read_text(encoding="utf-8")
+    refuse_repeated_keys(text, str(path))
+    return yaml.safe_load(text)
+
+
+def shown(path: Path) -> str:
+    """A path as a user reads it: below the current folder where it lies there, else as it is."""
+    place = path.resolve()
+    return str(place.relative_to(Path.cwd())) if place.is_relative_to(Path.cwd()) else str(path)

@@ -46,7 +46,7 @@ from lit_methods.consistency_models.pairs import consistency_function, consisten
 from lit_methods.consistency_models.rcm.attention_jvp import attention_with_tangent, blockwise_attention
 from lit_methods.consistency_models.rcm.core import critic_loss, dcm_loss, dmd_loss, phase_at, scm_loss, simulate, velocity_tangent
 from lit_methods.consistency_models.sampling import denoise_sample, multistep_sample
-from lit_methods.consistency_models.slct import adaptive_c, couple, early_diffusion_loss, is_early, slct_loss
+from lit_methods.consistency_models.slct.core import adaptive_c, couple, early_diffusion_loss, is_early, slct_loss
 from lit_methods.lidar.superflow.core import (
     dense_cloud,
     dense_to_sparse_loss,
@@ -68,13 +68,13 @@ from lit_methods.lidar.superflow.core import (
     to_batch_rows,
     voxelize,
 )
+from lit_methods.optim import warmup_cosine_rate
 from lit_methods.prompting.losses import (
     adapter_features,
     coprompt_loss,
     cosine_logits,
     embedding_consistency,
     harmonic_mean,
-    warmup_cosine_rate,
 )
 from lit_methods.prompting.towers import run_prompted_blocks
 from lit_methods.semi.alignment import align, moving_marginal

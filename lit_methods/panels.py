@@ -160,14 +160,14 @@ class Curve:
             raise ValueError(f"Curve {self.title!r}: goal must be 'min', 'max' or None, got {self.goal!r}")
 
     def select(self, names: list[str]) -> list[str]:
-        """Those of the logged ``names`` that this chart shows, in the order of ``metrics``, each once."""
-        found: dict[str, None] = {}
+        """The logged ``names`` that this chart shows, in the order of ``metrics``, each once."""
+        selected: dict[str, None] = {}
         for metric in self.metrics:
             if metric.endswith("*"):
-                found.update(dict.fromkeys(name for name in names if name.startswith(metric[:-1])))
+                selected.update(dict.fromkeys(name for name in names if name.startswith(metric[:-1])))
             else:
-                found.update(dict.fromkeys(name for name in names if name in (metric, f"{metric}_step", f"{metric}_epoch")))
-        return list(found)
+                selected.update(dict.fromkeys(name for name in names if name in (metric, f"{metric}_step", f"{metric}_epoch")))
+        return list(selected)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lit_methods.checks import at_least
 from lit_methods.distributed import gather_rows
 
 
@@ -36,8 +37,8 @@ class SampleTable(nn.Module):
 
     def __init__(self, num_samples: int, columns: int = 1, fill: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        if num_samples < 0 or columns < 1:
-            raise ValueError(f"num_samples={num_samples} must not be negative, and columns={columns} must be 1 or more")
+        at_least(0, "a number of samples", num_samples=num_samples)
+        at_least(1, "a number of columns", columns=columns)
         self.fill = fill
         self.register_buffer("rows", torch.full((num_samples, columns), fill, dtype=dtype))
 
@@ -72,9 +73,9 @@ class SampleTable(nn.Module):
         """Replace the rows of ``index`` (B,) int64 by ``rows`` (B, columns); where a sample is repeated, its last row counts.
 
         Args:
-            index: Of the samples.
+            index: The samples' places in the data set.
             rows: Their new rows.
-            gather: Write what all ranks have, on all ranks; a collective. Without it the ranks' tables differ until :meth:`synchronise`.
+            gather: Write what all ranks have, on all ranks; a collective. Without it each rank's table has that rank's rows alone.
         """
         if gather:
             index, rows = gather_rows(index, with_grad=False), gather_rows(rows.detach(), with_grad=False)

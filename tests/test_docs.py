@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from lit_methods.catalog import techniques
+from lit_methods.catalog import published
 from lit_methods.cli.main import RUN_COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -360,7 +360,7 @@ TABLE = re.compile(
 def technique_table() -> str:
     """The catalogue as a Markdown table."""
     rows = ["| technique | family | form | paper | claim that is re-shown |", "|---|---|---|---|---|"]
-    for entry in techniques().values():
+    for entry in published().values():
         title = f"[{entry.title}](docs/techniques/{entry.slug}.md)"
         paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "-"
         rows.append(f"| `{entry.slug}`: {title} | {entry.family} | {entry.form} | {paper} | {entry.claim or '-'} |")
@@ -377,7 +377,7 @@ def test_the_readme_lists_the_catalogue() -> None:
 @pytest.mark.catalogue
 def test_every_technique_has_a_page() -> None:
     pages = {path.stem for path in (ROOT / "docs" / "techniques").glob("*.md")}
-    assert pages == set(techniques())
+    assert pages == set(published())
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:

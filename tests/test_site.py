@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from lit_methods.catalog import public_names, techniques
+from lit_methods.catalog import public_names, published
 
 ROOT = Path(__file__).resolve().parents[1]
 GALLERY = ROOT / "docs" / "gallery"
@@ -135,7 +135,7 @@ def test_every_public_name_has_an_entry(site: Path) -> None:
 @needs_mkdocs
 def test_every_technique_has_a_page_and_a_picture_that_is_described(site: Path) -> None:
     home = read_file(site / "index.html")
-    for slug in techniques():
+    for slug in published():
         page = read_file(site / "techniques" / f"{slug}.html")
         shown = [image for image in page.images if f"gallery/{slug}." in image["src"]]
         assert shown, f"docs/techniques/{slug}.md doesn't show its picture: ![alternative text](../gallery/{slug}.webp)"
@@ -190,7 +190,7 @@ def test_broken_links_are_found(tmp_path: Path) -> None:
 # ---- the gallery -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slug", techniques())
+@pytest.mark.parametrize("slug", published())
 def test_every_technique_has_a_small_picture(slug: str) -> None:
     from PIL import Image
 
@@ -204,7 +204,7 @@ def test_every_technique_has_a_small_picture(slug: str) -> None:
 
 
 def test_no_picture_is_left_behind() -> None:
-    assert {path.stem for path in GALLERY.iterdir() if path.is_file()} <= set(techniques())
+    assert {path.stem for path in GALLERY.iterdir() if path.is_file()} <= set(published())
 
 
 def _script(path: Path) -> ModuleType:
@@ -248,6 +248,51 @@ def test_a_picture_comes_out_of_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(make, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="less detail"):
         make.encoded(noise)
+
+
+def test_the_picture_is_the_first_panel_that_the_technique_declares(tmp_path: Path) -> None:
+    """A chart with ticks and labels on both axes, although the run has a picture and another section comes first."""
+    import json
+
+    import numpy as np
+
+    from lit_methods.catalog import Technique
+    from lit_methods.panels import CloudMedia, CloudPanel, Curve, HistogramMedia, HistogramPanel, ImageMedia, ImagePanel, TablePanel
+    from lit_methods.reports.page import ReportData, Section
+    from lit_methods.reports.record import save_run
+
+    make = _script(ROOT / "docs" / "make_gallery.py")
+    entry = Technique("none", "None", "", "lidar", "module", ("lit_methods.Main", "lit_methods.Other"), (), (), "", "")
+    picture = ImageMedia(np.full((20, 10, 3), (200, 30, 40), np.uint8), "red")
+    points = np.stack([np.linspace(-9, 9, 50), np.zeros(50), np.zeros(50)], axis=1)
+    media = {
+        "picture": picture,
+        "counts": HistogramMedia(np.array([0, 10, 5]), np.array([0.0, 1.0, 2.0, 3.0])),
+        "cloud": CloudMedia(points, np.full((50, 3), (9, 200, 9), np.uint8), "a line"),
+    }
+    curve = Curve("Loss", ("main/loss",))
+    panels = (TablePanel("Table", "table"), Curve("Not logged", ("main/none",)), curve, ImagePanel("Picture", "picture"))
+    sections = (Section("Stranger", (ImagePanel("P", "picture"),), media), Section("Other", (), {}), Section("Main", panels, media))
+    lines = [{"step": step, "epoch": 0, "metrics": {"main/loss": 1000.0 - 100 * step if step else "NaN"}} for step in range(10)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    save_run(tmp_path, ReportData("run", "finished", sections))
+    pixels = np.asarray(make.draw(entry, tmp_path)).astype(int)
+    left, top, right, bottom = make.BOX
+    text, line = (pixels > 100).all(axis=-1), (pixels == make.LINE).all(axis=-1)
+    assert line[top:bottom, left:right].sum() > 1000
+    assert text[bottom + 5 : bottom + 35, left:right].any(), "ticks of the steps"
+    assert text[bottom + 45 :, left:right].any(), "what the horizontal axis shows"
+    assert text[top - 10 : bottom + 10, 50:left].any(), "ticks of the values"
+    assert text[top:bottom, :45].any(), "what the vertical axis shows"
+    for panel, colour in ((HistogramPanel("H", "counts"), make.LINE), (CloudPanel("C", "cloud"), (9, 200, 9))):
+        save_run(tmp_path, ReportData("run", "finished", (Section("Main 2", (panel, curve), media),)))
+        pixels = np.asarray(make.draw(entry, tmp_path)).astype(int)
+        shown = (pixels == colour).all(axis=-1)
+        assert shown.sum() > 300
+        assert not shown[: top - 1].any()
+        assert not shown[bottom + 3 :].any()
+    save_run(tmp_path, ReportData("run", "finished", (Section("Main", (ImagePanel("Picture", "picture"), curve), media),)))
+    assert make.draw(entry, tmp_path).getpixel((576, 324)) == (200, 30, 40)
 
 
 # ---- links of the repository as links of the site --------------------------------------------------------------------------------------
@@ -313,7 +358,7 @@ def test_new_pages_find_their_place(hooks: ModuleType) -> None:
     assert nav[-1] == {"More": ["brand_new.md"]}
     assert {"Guide": ["errors.md"]} in nav
     listed = str(nav)
-    assert all(f"techniques/{slug}.md" in listed for slug in techniques())
+    assert all(f"techniques/{slug}.md" in listed for slug in published())
     assert "evidence.md" not in listed  # not there: not in the navigation
 
 

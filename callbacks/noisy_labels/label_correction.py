@@ -1,6 +1,6 @@
 """Base of the techniques that change training labels: predict the training images, write the store, go on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.twin import evaluating
 from lit_methods.datamodules.label_store import LabelStore
-from lit_methods.distributed import gather_rows, rank
+from lit_methods.distributed import rank, sum_over_ranks
 from lit_methods.tasks.segmentation.core import class_counts, iou_of_counts
 
 
@@ -33,24 +33,34 @@ class Correction(NamedTuple):
 class LabelCorrection(OrderedCallback):
     """Corrects labels at the end of training epochs. Subclass it: :meth:`wants` says when, :meth:`predict` and :meth:`corrected` how.
 
-    Needs a :class:`~lit_methods.LabelStore`, from which the data set reads its labels (``store.current(index)``), and a loader
-    of the training images as they are, without augmentation, in batches ``{"image": (B, C, H, W), "index": (B,)}``. Both are taken from
-    the datamodule, ``label_store`` and ``correction_dataloader()``, or given here. All images of a batch must have labels of one size.
-    Where the datamodule has ``clean_labels(index) -> (H, W)``, the quality of the labels is measured, too.
+    It needs a :class:`~lit_methods.LabelStore`, from which the data set reads its labels (``store.current(index)``), and a loader of the
+    training images as they are, without augmentation, in batches ``{"image": (B, C, H, W), "index": (B,)}``. Both are taken from the
+    datamodule, ``label_store`` and ``correction_dataloader()``, or given here. Where the datamodule has ``clean_labels(index) -> (H, W)``,
+    the quality of the labels is measured, too.
+
     Runs: at the end of a training epoch, before checkpoints are saved. The images are shared out over ranks, and each writes its own.
     Saves: the current labels of all changed images, compressed. A fresh run starts from the original labels, a resumed one from those of
     the checkpoint, whatever the store holds, and with any number of workers or ranks.
+    Refuses: runs without a store or a loader, and batches whose images have labels of several sizes.
 
     Args:
         store: None: ``trainer.datamodule.label_store``.
         loader: None: ``trainer.datamodule.correction_dataloader()``, asked for anew at each pass.
         restart: Every correction starts from the original labels; False: from the current ones, so that errors can add up.
+
+    Attributes:
+        num_labels: Classes whose quality is measured.
+        ignore_index: Label that quality leaves out.
     """
+
+    num_labels = 256
+    ignore_index = 255
 
     def __init__(self, store: LabelStore | None = None, loader: Iterable[Any] | None = None, restart: bool = True) -> None:
         super().__init__()
         self.given_store, self.given_loader, self.restart = store, loader, restart
         self.store: LabelStore | None = None
+        self.datamodule: Any = None
         self._saved: dict[str, Any] | None = None
 
     # ---- what a subclass says --------------------------------------------------------------------------------------------------------
@@ -78,15 +88,15 @@ class LabelCorrection(OrderedCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        self.store = self.given_store or getattr(datamodule, "label_store", None)
+        self.datamodule = getattr(trainer, "datamodule", None)
+        self.store = self.given_store or getattr(self.datamodule, "label_store", None)
         who = type(self).__name__
         if self.store is None:
             raise ValueError(
                 f"{who} changes labels, and there is no label store: make one with lit_methods.LabelStore.create(folder, labels), let the "
                 f"data set return store.current(index) as its labels, and give {who}(store=...) or datamodule.label_store"
             )
-        if self.given_loader is None and not hasattr(datamodule, "correction_dataloader"):
+        if self.given_loader is None and not hasattr(self.datamodule, "correction_dataloader"):
             raise ValueError(
                 f"{who} predicts the training images as they are: give {who}(loader=...), batches with 'image' and 'index' and without "
                 "augmentation, or a datamodule with correction_dataloader()"
@@ -114,13 +124,11 @@ class LabelCorrection(OrderedCallback):
         """One pass over the training images; called on all ranks."""
         store = self.store
         assert store is not None
-        datamodule: Any = getattr(trainer, "datamodule", None)
         if trainer.is_global_zero:
             store.clear_next()
         trainer.strategy.barrier("label correction begins")
-        clean = getattr(datamodule, "clean_labels", None)
         changed = torch.zeros(3, dtype=torch.int64)  # changed pixels, images with one, pixels of this rank's images
-        loader = datamodule.correction_dataloader() if self.given_loader is None else self.given_loader
+        loader = self.datamodule.correction_dataloader() if self.given_loader is None else self.given_loader
         with evaluating(pl_module), store.writer(rank()) as writer:
             for batch in loader:
                 if not isinstance(batch, dict) or not {"image", "index"} <= set(batch):
@@ -138,8 +146,7 @@ class LabelCorrection(OrderedCallback):
                 labels = torch.from_numpy(np.stack(source).astype(np.int64)).to(pl_module.device)
                 with trainer.precision_plugin.forward_context():
                     predicted = self.predict(trainer, pl_module, batch["image"].to(pl_module.device), size)
-                found = self.corrected(labels, predicted).cpu().numpy()
-                for i, new in zip(index, found, strict=True):
+                for i, new in zip(index, self.corrected(labels, predicted).cpu().numpy(), strict=True):
                     different = int((new != store.original(i)).sum())
                     changed += torch.tensor([different, int(different > 0), new.size])
                     if different or not self.restart:
@@ -148,22 +155,24 @@ class LabelCorrection(OrderedCallback):
         if trainer.is_global_zero:
             store.publish(() if self.restart else store.changed())
         trainer.strategy.barrier("labels are corrected")
-        totals = gather_rows(changed[None], with_grad=False).sum(0)
-        iou = None if clean is None else self.quality(clean)
-        return Correction(float(totals[0]) / max(int(totals[2]), 1), int(totals[1]), iou)
+        pixels, images, seen = sum_over_ranks(changed).tolist()
+        return Correction(pixels / max(seen, 1), images, self.quality(store.current))
 
-    def quality(self, clean: Any) -> NDArray[np.float64]:
-        """(C,) IoU of the current labels of all images against clean ones, on every rank alike."""
+    def quality(self, labels: Callable[[int], Any]) -> NDArray[np.float64] | None:
+        """(C,) IoU of all images' labels against clean ones, on every rank alike; None where the datamodule has no clean ones.
+
+        Args:
+            labels: Of an image, by its index: ``store.current`` or ``store.original``.
+        """
+        clean = getattr(self.datamodule, "clean_labels", None)
+        if clean is None:
+            return None
         assert self.store is not None
-        counts: Tensor | None = None
+        counts = torch.zeros(3, self.num_labels, dtype=torch.int64)
         for i in range(len(self.store)):
-            now, truth = (torch.from_numpy(np.asarray(part).astype(np.int64)) for part in (self.store.current(i), clean(i)))
-            each = class_counts(now, truth, self.quality_classes)
-            counts = each if counts is None else counts + each
-        assert counts is not None
+            ours, truth = (torch.from_numpy(np.asarray(part).astype(np.int64)) for part in (labels(i), clean(i)))
+            counts += class_counts(ours, truth, self.num_labels, self.ignore_index)
         return iou_of_counts(counts).numpy()
-
-    quality_classes = 256
 
     def state_dict(self) -> dict[str, Any]:
         """The corrected labels."""

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from lit_methods.checks import at_least, one_of
+from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.driving.common import (
     LABEL_FRACTIONS,
     Collate,
@@ -22,24 +22,23 @@ from lit_methods.datamodules.driving.common import (
     fraction_of,
 )
 from lit_methods.datamodules.errors import WrongRootError
-from lit_methods.datamodules.loaders import make_loader
 
 LabelFraction = Literal[1, 5, 10, 25, 100]
 
 
-class DrivingDataModule(pl.LightningDataModule):
+class DrivingDataModule(LoaderDataModule):
     """Base of the driving datamodules.
 
     Attributes:
         class_names: Names of the training classes 0, 1, ...
         num_classes: Their number.
         ignore_index: Label of points that count for nothing: ``num_classes``.
-        train_set: Data sets after ``setup``; likewise ``val_set``, ``test_set``, ``predict_set``.
     """
 
     class_names: tuple[str, ...]
     collate_train: Collate = staticmethod(collate_segmentation)  # type: ignore[assignment]
     collate_eval: Collate = staticmethod(collate_segmentation)  # type: ignore[assignment]
+    keep_workers = False  # each holds clouds and images
 
     def __init__(
         self,
@@ -51,19 +50,12 @@ class DrivingDataModule(pl.LightningDataModule):
         seed: int,
         on_broken: OnBroken,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         if label_fraction not in LABEL_FRACTIONS:
             raise ValueError(f"label_fraction={label_fraction} is not one of {LABEL_FRACTIONS} (percent of the training frames)")
-        if neighbours < 0:
-            raise ValueError(f"neighbours={neighbours}: give 0 (none) or the number of scans before and after, each")
-        if on_broken not in ("error", "skip"):
-            raise ValueError(f"on_broken={on_broken!r} is neither 'error' nor 'skip'")
+        at_least(0, "scans before and after", neighbours=neighbours)
+        one_of(OnBroken, on_broken=on_broken)
         self.label_fraction, self.neighbours, self.on_broken = label_fraction, neighbours, on_broken
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.train_set: SampleDataset | None = None
-        self.val_set: SampleDataset | None = None
-        self.test_set: SampleDataset | None = None
-        self.predict_set: SampleDataset | None = None
 
     @property
     def num_classes(self) -> int:
@@ -111,40 +103,16 @@ class DrivingDataModule(pl.LightningDataModule):
         labelled_set = self.segmentation_set(frames, labelled, augment=True, neighbours=0)
         return SemiSupervisedDataset(labelled_set, self.segmentation_set(frames, rest, augment=True, labelled=False))
 
-    def _loader(self, dataset: SampleDataset | None, what: str, *, training: bool = False) -> DataLoader | list[Any]:
-        if dataset is None:
-            raise RuntimeError(f"the {what} data is not there yet: call setup() first (the Trainer does)")
-        if len(dataset) == 0:
-            warnings.warn(f"no frame of the {what} split in this root: {what} is left out", stacklevel=2)
-            return []
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        return make_loader(
-            dataset,
-            self.batch_size,
-            shuffle=training,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            collate_fn=self.collate_train if training else self.collate_eval,
-            trainer=self.trainer,
-            drop_last=training and len(dataset) >= self.batch_size * world_size,  # a few labelled scans may be less than one batch
-            training=training,
-        )
+    def loader(self, dataset: Any, batch_size: int | None = None, *, training: bool = False, **options: Any) -> Any:
+        """A loader that joins clouds to batches."""
+        joins = {"collate_fn": self.collate_train if training else self.collate_eval, "pin_memory": False}
+        return super().loader(dataset, batch_size, training=training, **(joins | options))
 
-    def train_dataloader(self) -> Any:
-        """Shuffled, resumable; a last incomplete batch is dropped unless it is the only one."""
-        return self._loader(self.train_set, "train", training=True)
-
-    def val_dataloader(self) -> Any:
-        """In order, every frame once."""
-        return self._loader(self.val_set, "val")
-
-    def test_dataloader(self) -> Any:
-        """In order, every frame once."""
-        return self._loader(self.test_set, "test")
-
-    def predict_dataloader(self) -> Any:
-        """In order, every frame once."""
-        return self._loader(self.predict_set, "predict")
+    def _evaluation(self, name: str) -> Any:
+        if len(self.data_of(name)):
+            return super()._evaluation(name)
+        warnings.warn(f"no frame of the {name} split in this root: {name} is left out", stacklevel=2)
+        return []
 
     def write_labels(self, token: str, labels: Tensor, folder: Path) -> Path:
         """Write the predicted labels of one scan in the benchmark's submission layout.

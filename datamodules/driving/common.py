@@ -19,8 +19,9 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
+from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
 
 LABEL_FRACTIONS = (1, 5, 10, 25, 100)
@@ -229,7 +230,7 @@ def fraction_of(frames: Sequence[int], percent: int) -> list[int]:
     return list(frames[:: 100 // percent])
 
 
-class SampleDataset(Dataset[Sample]):
+class SampleDataset(Samples):
     """Map-style data set whose samples follow from (seed, epoch, index), with a choice of what to do about broken records.
 
     Subclasses write ``sample(index, rng)``. ``dataset[index]`` means epoch 0; the samplers of this package ask for ``(epoch, index)``.
@@ -259,10 +260,8 @@ class SampleDataset(Dataset[Sample]):
         """Read one sample."""
         raise NotImplementedError
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not -self.length <= index < self.length:
-            raise IndexError(f"index {index} of a data set of {self.length} samples")
+    def at(self, epoch: int, index: int) -> Sample:
+        """One sample, or the next good one."""
         for step in range(self.length):
             candidate = (index + step) % self.length
             try:
@@ -367,10 +366,8 @@ class SemiSupervisedDataset(SampleDataset):
         """Broken samples met in both sets."""
         return self.labelled.num_skipped + self.unlabelled.num_skipped
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not -self.length <= index < self.length:
-            raise IndexError(f"index {index} of a data set of {self.length} samples")
+    def at(self, epoch: int, index: int) -> Sample:
+        """A pair."""
         shifted = (index + epoch) % len(self.labelled)
         # The visit number stands in for the epoch: a labelled scan that returns within one epoch is augmented anew.
         visit = epoch * math.ceil(self.length / len(self.labelled)) + index // len(self.labelled)

@@ -36,7 +36,7 @@ from lit_methods.datamodules.driving.nuscenes_tables import CAMERAS, NuScenesTab
 from lit_methods.datamodules.driving.splits import Split, choose_scenes
 from lit_methods.datamodules.driving.superpixels import compute_slic, read_superpixels
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.lidar.superflow.core import dense_cloud, flip_cameras, project_points, resize_pairs, resize_superpixels
+from lit_methods.lidar.projection import dense_cloud, flip_cameras, project_points, resize_pairs, resize_superpixels
 
 CLASSES: dict[
     str, tuple[int, ...]

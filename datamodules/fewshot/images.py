@@ -4,17 +4,17 @@ import operator
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_methods.checks import at_least, one_of
+from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.fewshot import coloured_shapes as shapes
 from lit_methods.datamodules.fewshot.releases import LAYOUTS, Name, choose_shots, read_descriptions, read_release
-from lit_methods.datamodules.loaders import ResumableLoader, make_loader
 from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.vision.base import LabelledImages
 
@@ -27,8 +27,8 @@ _TEST_PER_CLASS = 40  # built-in images
 class TwoViewImages(LabelledImages):
     """Samples ``{"image", "image_second", "label"}``: two independent draws of the transform."""
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = draw
+    def at(self, epoch: int, index: int) -> dict[str, Any]:
+        """One image, twice."""
         stored = self.read(index)
         first, second = (self.transform(stored, (seed, epoch, index)) for seed in (self.seed, self.seed + _SECOND))
         return {"image": first, "image_second": second, "label": int(self.labels[index])}
@@ -84,7 +84,7 @@ def _open(paths: list[Path], index: int) -> Any:
     return open_picture(paths[index])
 
 
-class FewShotDataModule(pl.LightningDataModule):
+class FewShotDataModule(LoaderDataModule):
     """K labelled images of each base class, and test images of the base classes and of new ones.
 
     Training batches: ``image`` and ``image_second`` (B, 3, S, S) float32, two views of the same images, and ``label`` (B,) int64. There are
@@ -133,26 +133,20 @@ class FewShotDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if name not in LAYOUTS or classes not in get_args(Classes):
-            raise ValueError(f"name={name!r} must be one of {', '.join(LAYOUTS)}, and classes={classes!r} base_to_new or all")
-        if min(1 if shots is None else shots, batch_size, eval_batch_size, image_size) < 1:
-            raise ValueError(
-                f"shots={shots}, batch_size={batch_size}, eval_batch_size={eval_batch_size}, image_size={image_size}: give 1 or more"
-            )
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
+        one_of(LAYOUTS, name=name)
+        one_of(Classes, classes=classes)
+        at_least(1, shots=shots, image_size=image_size)
         if template is not None and "{}" not in template:
             raise ValueError(f"template={template!r} has no {{}} for the name of the class")
         self.save_hyperparameters()
         self.root, self.release = None if root is None else Path(root), name
         self.shots, self.shot_seed, self.part, self.description_file = shots, shot_seed, classes, descriptions
-        self.image_size, self.batch_size, self.eval_batch_size = image_size, batch_size, eval_batch_size
-        self.num_workers, self.seed = num_workers, seed
+        self.image_size = image_size
         self.template: str = template or (LAYOUTS[name].template if root is not None else "a photo of a {}.")
         self.base_classes: tuple[str, ...] = ()
         self.new_classes: tuple[str, ...] = ()
         self.descriptions: dict[str, list[str]] = {}
-        self.train_set: TwoViewImages | None = None
-        self.test_sets: list[LabelledImages] = []
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -172,10 +166,11 @@ class FewShotDataModule(pl.LightningDataModule):
         own = np.flatnonzero(labels < base)
         chosen = own if self.shots is None else own[choose_shots(labels[own], self.shots, self.shot_seed)]
         self.train_set = TwoViewImages(partial(_at, read, chosen), labels[chosen], view(True), self.seed)
+        self.val_set = self.test_set = []  # base classes, then new ones
         for low, high in ((0, base), (base, len(names))):
             mine = np.flatnonzero((test_labels >= low) & (test_labels < high))
             if len(mine):
-                self.test_sets.append(LabelledImages(partial(_at, test_read, mine), test_labels[mine] - low, view(False), self.seed))
+                self.test_set.append(LabelledImages(partial(_at, test_read, mine), test_labels[mine] - low, view(False), self.seed))
 
     def _built_in(self) -> Any:
         classes = shapes.task_classes()
@@ -191,51 +186,6 @@ class FewShotDataModule(pl.LightningDataModule):
         found = read_release(root, self.release)
         parts = [(partial(_open, split.paths), split.labels) for split in (found.train, found.test)]
         return found.classes, *parts, partial(PhotoView, self.image_size)
-
-    def _loaders(self) -> list[ResumableLoader]:
-        if not self.test_sets:
-            raise RuntimeError("FewShotDataModule has no test images yet: call setup() first (the Trainer does)")
-        return [
-            make_loader(
-                images,
-                self.eval_batch_size,
-                shuffle=False,
-                seed=self.seed,
-                num_workers=self.num_workers,
-                trainer=self.trainer,
-                training=False,
-                pin_memory=torch.cuda.is_available(),
-            )
-            for images in self.test_sets
-        ]
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, resumable; a last incomplete batch is dropped unless it is the only one."""
-        if self.train_set is None:
-            raise RuntimeError("FewShotDataModule has no training images yet: call setup() first (the Trainer does)")
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        return make_loader(
-            self.train_set,
-            self.batch_size,
-            shuffle=True,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            trainer=self.trainer,
-            drop_last=len(self.train_set) >= self.batch_size * world_size,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def val_dataloader(self) -> list[ResumableLoader]:
-        """Base classes, then new classes."""
-        return self._loaders()
-
-    def test_dataloader(self) -> list[ResumableLoader]:
-        """The same."""
-        return self._loaders()
-
-    def predict_dataloader(self) -> list[ResumableLoader]:
-        """The same."""
-        return self._loaders()
 
 
 def _at(read: Callable[[int], Any], chosen: NDArray[np.int64], index: int) -> Any:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from lit_methods.checks import at_least, within
 from lit_methods.datamodules.generative.base import GenerativeDataModule, Tensors
 from lit_methods.datamodules.vision.base import LabelledImages
 from lit_methods.datamodules.vision.cifar import built_in_release, read_release
@@ -44,10 +45,8 @@ class GenerativeDigitsDataModule(GenerativeDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_samples=num_samples, num_workers=num_workers, seed=seed)
-        if image_size < 8:
-            raise ValueError(f"image_size={image_size}: give 8 or more, the images have 8 x 8 pixels")
-        if not 1 <= num_train <= 1796:
-            raise ValueError(f"num_train={num_train}: give 1 to 1796 of the 1797 images, the rest is for validation")
+        at_least(8, "pixels, as the images have 8 x 8", image_size=image_size)
+        within("[1, 1796]", "images for training, the rest of the 1797 is for validation,", num_train=num_train)
         self.save_hyperparameters()
 
     def setup(self, stage: str) -> None:
@@ -59,7 +58,7 @@ class GenerativeDigitsDataModule(GenerativeDataModule):
         self.train_set, self.val_set = (self._enlarged(part) for part in (digits.train_set, digits.val_set))
 
     def _enlarged(self, part: object) -> Tensors:
-        samples = [part[0, index] for index in range(len(part))]  # type: ignore[arg-type, index]
+        samples = [part[index] for index in range(len(part))]  # type: ignore[arg-type, index]
         images: Tensor = torch.stack([sample["image"] for sample in samples])
         size = self.hparams["image_size"]
         if size != 8:

@@ -12,9 +12,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+from lit_methods.checks import at_least, positive
 from lit_methods.consistency_models.latents import DigitAutoencoder, standardise
+from lit_methods.datamodules.base import Batches, Ints
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule, Tensors
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
@@ -212,7 +213,7 @@ def _pixels(file: Path, size: int, turned: bool) -> Tensor:
 # ---- the datamodule --------------------------------------------------------------------------------------------------------------------
 
 
-class StoredLatents(Dataset[Batch]):
+class StoredLatents(Batches):
     """Latents on disk, standardised when they are read. A loader fetches a whole batch in one go.
 
     Args:
@@ -229,12 +230,9 @@ class StoredLatents(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of some (epoch, index)."""
-        return {"image": standardise(self.files[[self.index[k] for _, k in draws]] / self.factor, self.mean, self.std)}
-
-    def __getitem__(self, draw: tuple[int, int]) -> Batch:
-        return {"image": self.__getitems__([draw])["image"][0]}
+    def batch(self, epochs: Ints, index: Ints) -> Batch:
+        """Standardised latents; the same in every epoch."""
+        return {"image": standardise(self.files[[self.index[k] for k in index]] / self.factor, self.mean, self.std)}
 
 
 class LatentDataModule(GenerativeDataModule):
@@ -269,7 +267,6 @@ class LatentDataModule(GenerativeDataModule):
         ValueError: ``num_val`` leaves nothing, or another number is out of range.
     """
 
-    train_set: Tensors | StoredLatents | None  # type: ignore[assignment]
     latent_mean: Tensor
     latent_std: Tensor
 
@@ -290,10 +287,8 @@ class LatentDataModule(GenerativeDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_samples=num_samples, num_workers=num_workers, seed=seed)
-        if num_val < 1:
-            raise ValueError(f"num_val={num_val}: give 1 or more latents for validation")
-        if not latent_factor > 0:
-            raise ValueError(f"latent_factor={latent_factor}: give a number above 0; 1 for latents without a factor")
+        at_least(1, "latents for validation", num_val=num_val)
+        positive(latent_factor=latent_factor)
         if images is not None and (root is None or autoencoder is None):
             raise ValueError("images are encoded by autoencoder into root: give both")
         self.root, self.images = (None if path is None else Path(path) for path in (root, images))
@@ -339,7 +334,7 @@ class LatentDataModule(GenerativeDataModule):
         settings = (self.latent_mean, self.latent_std, self.hparams["latent_factor"])
         train, val = (StoredLatents(files, index, *settings) for index in self._split(len(files)))
         self.train_set = train
-        self.val_set = Tensors(val.__getitems__([(0, k) for k in range(len(val))])["image"])
+        self.val_set = Tensors(val.batch(np.zeros(len(val), np.int64), np.arange(len(val)))["image"])
 
     def _setup_digits(self) -> None:
         data = GenerativeDigitsDataModule(image_size=DigitAutoencoder.SIZE, num_train=1797 - self.hparams["num_val"])

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from lit_methods.checks import at_least, positive
+from lit_methods.datamodules.base import Batches, Ints
 from lit_methods.datamodules.driving.world import cache_folder
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule
-from lit_methods.datamodules.loaders import ResumableLoader
 
 BLOCK = 512  # bytes; every part of a tar file begins at a multiple of it
 BUILT_IN = 2  # version of the built-in sample
@@ -115,7 +115,7 @@ def write_shard(path: Path | str, samples: Iterable[tuple[str, Mapping[str, Tens
                 tar.addfile(member, buffer)
 
 
-class LatentShards(Dataset[Batch]):
+class LatentShards(Batches):
     """Samples of tar files, in the order of files and members. A loader fetches a whole batch in one go.
 
     Args:
@@ -160,9 +160,9 @@ class LatentShards(Dataset[Batch]):
                 )
         return torch.stack(list(tensors))
 
-    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> Batch:
-        """The batch of some (epoch, index)."""
-        records = [self.records[index] for _, index in draws]
+    def batch(self, epochs: Ints, index: Ints) -> Batch:
+        """Samples as stored; the same in every epoch."""
+        records = [self.records[k] for k in index]
         latents = [read_tensor(record, self.latent).float() for record in records]
         latents = [latent[0] if latent.ndim == 5 and len(latent) == 1 else latent for latent in latents]
         batch = {"image": self._stacked(records, latents, self.latent) * self.scale}
@@ -176,9 +176,6 @@ class LatentShards(Dataset[Batch]):
         if self.null_embedding is not None:
             batch["null_prompt"] = self.null_embedding.expand(len(records), -1, -1)
         return batch
-
-    def __getitem__(self, draw: tuple[int, int]) -> Batch:
-        return {name: values[0] for name, values in self.__getitems__([draw]).items()}
 
 
 class LatentShardsDataModule(GenerativeDataModule):
@@ -225,12 +222,9 @@ class LatentShardsDataModule(GenerativeDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_samples=num_samples, num_workers=num_workers, seed=seed)
-        if num_val < 1:
-            raise ValueError(f"num_val={num_val}: give 1 or more")
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale={scale}: give a number above 0")
+        at_least(1, num_val=num_val)
+        positive(scale=scale)
         self.save_hyperparameters()
-        self._parts: tuple[LatentShards, ...] = ()  # training, validation, predictions
 
     def prepare_data(self) -> None:
         """Make the built-in sample."""
@@ -244,7 +238,7 @@ class LatentShardsDataModule(GenerativeDataModule):
             FileNotFoundError: No tar file, or no file of the negative prompt.
             ValueError: A damaged tar file, or too few samples.
         """
-        if self._parts:
+        if self.train_set is not None:
             return
         hp = self.hparams
         root = built_in_shards() if hp["root"] is None else Path(hp["root"])
@@ -265,14 +259,8 @@ class LatentShardsDataModule(GenerativeDataModule):
             null = torch.load(path, map_location="cpu", weights_only=True)
         settings = (hp["latent"], hp["embedding"], hp["tokens"], null, hp["scale"])
         cut = len(records) - hp["num_val"]
-        self._parts = tuple(LatentShards(part, *settings) for part in (records[:cut], records[cut:], records[cut : cut + self.num_samples]))
-        self.train_set, self.val_set = self._parts[:2]  # type: ignore[assignment]
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """The first ``num_samples`` of the validation data."""
-        if not self._parts:
-            raise RuntimeError(f"{type(self).__name__} has no data yet: call setup() first (the Trainer does)")
-        return self._loader(self._parts[2], self.val_batch_size)  # type: ignore[arg-type]
+        parts = (records[:cut], records[cut:], records[cut : cut + self.num_samples])
+        self.train_set, self.val_set, self.predict_set = (LatentShards(part, *settings) for part in parts)
 
 
 def built_in_shards() -> Path:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lit_methods.checks import at_least, share, within
 from lit_methods.datamodules.generative.base import GenerativeDataModule, Tensors
 
 
@@ -61,14 +62,9 @@ class RingDataModule(GenerativeDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_samples=num_samples, num_workers=num_workers, seed=seed)
-        for name, value in (("num_train", num_train), ("num_val", num_val), ("modes", modes)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: give 1 or more")
-        for name, size in (("radius", radius), ("noise", noise), ("impulse_scale", impulse_scale)):
-            if not 0 <= size < math.inf:
-                raise ValueError(f"{name}={size}: give a number of 0 or more")
-        if not 0 <= impulses <= 1:
-            raise ValueError(f"impulses={impulses} is a share of the training points: give 0 to 1")
+        at_least(1, num_train=num_train, num_val=num_val, modes=modes)
+        within("[0, inf)", radius=radius, noise=noise, impulse_scale=impulse_scale)
+        share(impulses=impulses)
         self.save_hyperparameters()
 
     def setup(self, stage: str) -> None:

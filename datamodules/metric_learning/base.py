@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
-from lit_methods.datamodules.loaders import RankSampler, ResumableLoader, make_loader
+from lit_methods.checks import at_least
+from lit_methods.datamodules.base import LoaderDataModule
+from lit_methods.datamodules.loaders import RankSampler, ResumableLoader
 
 
 class ClassBalancedSampler(RankSampler):
@@ -80,7 +80,7 @@ class ClassBalancedSampler(RankSampler):
         return super()._identity() | {"classes_per_batch": self.classes, "steps_per_epoch": self.whole}
 
 
-class RetrievalDataModule(pl.LightningDataModule):
+class RetrievalDataModule(LoaderDataModule):
     """Base of the metric learning datamodules: ``setup`` of a subclass fills the sets.
 
     Args:
@@ -95,8 +95,6 @@ class RetrievalDataModule(pl.LightningDataModule):
         ValueError: A number is below 1.
     """
 
-    train_set: Dataset | None
-    val_set: Dataset | None
     train_labels: NDArray[np.int64]
 
     def __init__(
@@ -109,22 +107,16 @@ class RetrievalDataModule(pl.LightningDataModule):
         num_workers: int,
         seed: int,
     ) -> None:
-        super().__init__()
-        given = {"classes_per_batch": classes_per_batch, "samples_per_class": samples_per_class, "eval_batch_size": eval_batch_size}
-        for name, value in (given | {"steps_per_epoch": 1 if steps_per_epoch is None else steps_per_epoch}).items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: give 1 or more")
+        at_least(1, classes_per_batch=classes_per_batch, samples_per_class=samples_per_class, steps_per_epoch=steps_per_epoch)
+        size = classes_per_batch * samples_per_class
+        super().__init__(batch_size=size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
         self.classes_per_batch, self.samples_per_class, self.steps_per_epoch = classes_per_batch, samples_per_class, steps_per_epoch
-        self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed
-        self.train_set = self.val_set = None
-        self.collate: Any = None
 
     def train_dataloader(self) -> ResumableLoader:
         """Class-balanced, resumable."""
-        self._ready()
-        trainer = self.trainer
+        dataset, trainer = self.data_of("train"), self.trainer
         sampler = ClassBalancedSampler(
-            self.train_set,
+            dataset,
             self.train_labels,
             self.classes_per_batch,
             self.samples_per_class,
@@ -133,45 +125,24 @@ class RetrievalDataModule(pl.LightningDataModule):
             world_size=trainer.world_size if trainer is not None else 1,
             seed=self.seed,
         )
-        assert self.train_set is not None
         return ResumableLoader(
-            self.train_set,
+            dataset,
             batch_size=sampler.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=self.collate,
+            collate_fn=dataset.collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             generator=torch.Generator(),
         )
 
-    def val_dataloader(self) -> ResumableLoader:
-        """Samples of the unseen classes, in order, each once."""
-        self._ready()
-        assert self.val_set is not None
-        return make_loader(
-            self.val_set,
-            self.eval_batch_size,
-            shuffle=False,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            collate_fn=self.collate,
-            trainer=self.trainer,
-            training=False,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def test_dataloader(self) -> ResumableLoader:
+    def test_dataloader(self) -> Any:
         """The samples of validation: choose nothing by the one to report it by the other."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> ResumableLoader:
+    def predict_dataloader(self) -> Any:
         """The samples of validation."""
         return self.val_dataloader()
-
-    def _ready(self) -> None:
-        if self.train_set is None:
-            raise RuntimeError(f"{type(self).__name__} has no data yet: call setup() first (the Trainer does)")
 
 
 __all__ = ["ClassBalancedSampler", "RetrievalDataModule"]

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
 from lit_methods.datamodules.pictures import open_picture
@@ -204,8 +205,8 @@ class RetrievalImagesDataModule(RetrievalDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        if name not in _READERS or image_size < 1:
-            raise ValueError(f"name={name!r} must be one of {', '.join(_READERS)}, and image_size={image_size} 1 or more")
+        one_of(_READERS, name=name)
+        at_least(1, image_size=image_size)
         self.save_hyperparameters()
         self.root, self.release = root if root is None else Path(root), name
 

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_methods.datamodules.generative.base import Tensors, as_it_is
+from lit_methods.checks import at_least
+from lit_methods.datamodules.generative.base import Tensors
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
 
 FEATURES = 64
@@ -69,13 +70,8 @@ class OpenWorldDataModule(RetrievalDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        if min(num_train_classes, num_val_classes, per_class, dims) < 1:
-            raise ValueError(
-                f"num_train_classes={num_train_classes}, num_val_classes={num_val_classes}, per_class={per_class}, dims={dims}: "
-                "give 1 or more"
-            )
+        at_least(1, num_train_classes=num_train_classes, num_val_classes=num_val_classes, per_class=per_class, dims=dims)
         self.save_hyperparameters()
-        self.collate = as_it_is
 
     def setup(self, stage: str) -> None:
         """Draw all samples."""

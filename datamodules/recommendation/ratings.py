@@ -4,17 +4,16 @@ import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from lit_methods.checks import at_least, one_of, within
+from lit_methods.datamodules.base import Batches, LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
-from lit_methods.datamodules.loaders import ResumableLoader, make_loader
 
 Format = Literal["auto", "movielens", "lastfm", "lightgcn"]
 Mode = Literal["bpr", "neumf", "autoencoder"]
@@ -234,70 +233,64 @@ def synthetic_interactions(num_users: int = 200, num_items: int = 150, rank: int
 # ---- samples ---------------------------------------------------------------------------------------------------------------------------
 
 
-class _Samples(Dataset[Batch]):
-    """Makes whole batches out of the loader's draws ``(epoch, index)``."""
-
-    size: int
-
-    def make(self, epoch: int, index: Ints) -> Batch:
-        """The batch of (B,) ``index``."""
-        raise NotImplementedError
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitems__(self, draws: list[tuple[int, int]]) -> Batch:
-        return self.make(draws[0][0], np.array([index for _, index in draws], dtype=np.int64))
-
-    def __getitem__(self, draw: tuple[int, int]) -> Batch:
-        return self.__getitems__([draw])
-
-
-class _Triples(_Samples):
+class _Triples(Batches):
     """User, an item of theirs, an item that they lack; a whole epoch is drawn at once, from (seed, epoch) alone."""
 
     def __init__(self, train: Interactions, seed: int) -> None:
-        self.train, self.seed, self.size = train, seed, len(train)
+        self.train, self.seed = train, seed
         self._epoch = -1
         self._drawn: Batch = {}
 
-    def make(self, epoch: int, index: Ints) -> Batch:
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def batch(self, epochs: Ints, index: Ints) -> Batch:
+        """Triples of the first of ``epochs``: a loader never mixes them."""
+        epoch, size = int(epochs[0]), len(self)
         if self._epoch != epoch:
             rng, starts = np.random.default_rng([self.seed, 2, epoch]), self.train.starts
             active = np.flatnonzero(np.diff(starts))
-            user = active[rng.integers(len(active), size=self.size)]
-            place = starts[user] + (rng.random(self.size) * (starts[user + 1] - starts[user])).astype(np.int64)
-            negative = self.train.draw_others(user, rng.random(self.size))
+            user = active[rng.integers(len(active), size=size)]
+            place = starts[user] + (rng.random(size) * (starts[user + 1] - starts[user])).astype(np.int64)
+            negative = self.train.draw_others(user, rng.random(size))
             self._epoch, self._drawn = epoch, _tensors(user=user, positive=self.train.item[place], negative=negative)
         where = torch.from_numpy(index)
         return {name: values[where] for name, values in self._drawn.items()}
 
 
-class _FixedNegatives(_Samples):
+class _FixedNegatives(Batches):
     """A training pair and the fixed negatives of its user, (U, N)."""
 
     def __init__(self, train: Interactions, negatives: Ints) -> None:
-        self.train, self.negatives, self.size = train, negatives, len(train)
+        self.train, self.negatives = train, negatives
 
-    def make(self, epoch: int, index: Ints) -> Batch:
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def batch(self, epochs: Ints, index: Ints) -> Batch:
+        """Pairs with their user's negatives."""
         user = self.train.user[index]
         return _tensors(user=user, positive=self.train.item[index], negative=self.negatives[user])
 
 
-class _Candidates(_Samples):
+class _Candidates(Batches):
     """Candidates of (S,) users, (S, C), the held-out item first."""
 
     def __init__(self, user: Ints, item: Ints) -> None:
-        self.user, self.item, self.size = user, item, len(user)
+        self.user, self.item = user, item
 
-    def make(self, epoch: int, index: Ints) -> Batch:
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def batch(self, epochs: Ints, index: Ints) -> Batch:
+        """Users with their candidates."""
         item = self.item[index]
         target = np.zeros_like(item, dtype=bool)
         target[:, 0] = True
         return _tensors(user=self.user[index], item=item, known=np.zeros_like(target), target=target)
 
 
-class _Ranked(_Samples):
+class _Ranked(Batches):
     """Users with a held-out item, for full ranking."""
 
     def __init__(self, known: Interactions, held: Interactions, users: Ints | None = None, history: bool = False) -> None:
@@ -305,21 +298,29 @@ class _Ranked(_Samples):
         self.user = np.flatnonzero(has) if users is None else users[has[users]]
         if not len(self.user):
             raise ValueError("no user has a held-out item to rank: raise test_share (or val_share), or thin out users with few items")
-        self.known, self.held, self.history, self.size = known, held, history, len(self.user)
+        self.known, self.held, self.history = known, held, history
 
-    def make(self, epoch: int, index: Ints) -> Batch:
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def batch(self, epochs: Ints, index: Ints) -> Batch:
+        """Users with what they have, and what they are to get."""
         user = self.user[index]
         batch = _tensors(user=user, known=self.known.rows(user), target=self.held.rows(user))
         return batch | {"history": batch["known"].float()} if self.history else batch
 
 
-class _Histories(_Samples):
+class _Histories(Batches):
     """Everything that (S,) users have taken."""
 
     def __init__(self, pairs: Interactions, users: Ints) -> None:
-        self.pairs, self.users, self.size = pairs, users, len(users)
+        self.pairs, self.users = pairs, users
 
-    def make(self, epoch: int, index: Ints) -> Batch:
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def batch(self, epochs: Ints, index: Ints) -> Batch:
+        """Rows of 0 and 1, one a user."""
         return {"history": torch.from_numpy(self.pairs.rows(self.users[index])).float()}
 
 
@@ -327,11 +328,7 @@ def _tensors(**arrays: NDArray[Any]) -> Batch:
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
-def _as_it_is(batch: Batch) -> Batch:
-    return batch
-
-
-class RatingsDataModule(pl.LightningDataModule):
+class RatingsDataModule(LoaderDataModule):
     """Implicit feedback from ratings, plays or pairs; every pair counts as taken, whatever its value, unless ``min_value`` is given.
 
     Layouts of ``root``: MovieLens (``ratings.dat`` with ``::``, ``ratings.csv``, ``u.data``, or RecBole's ``*.inter``), Last.fm of HetRec
@@ -396,26 +393,21 @@ class RatingsDataModule(pl.LightningDataModule):
         split_seed: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, choice, choices in (("format", format, Format), ("mode", mode, Mode)):
-            if choice not in get_args(choices):
-                raise ValueError(f"{name}={choice!r} is not one of {', '.join(get_args(choices))}")
-        if not 0 < test_share < 1 or not 0 <= val_share < 1 or not 0 < heldout_users < 0.5:
-            raise ValueError(
-                f"test_share={test_share} must lie in (0, 1), val_share={val_share} in [0, 1), heldout_users={heldout_users} in (0, 0.5)"
-            )
-        if min(min_user_items, min_item_users, num_negatives, batch_size, eval_batch_size) < 1:
-            raise ValueError("min_user_items, min_item_users, num_negatives, batch_size and eval_batch_size must be 1 or more")
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
+        one_of(Format, format=format)
+        one_of(Mode, mode=mode)
+        within("(0, 1)", "a share", test_share=test_share)
+        within("[0, 1)", "a share", val_share=val_share)
+        within("(0, 0.5)", "a share", heldout_users=heldout_users)
+        at_least(1, min_user_items=min_user_items, min_item_users=min_item_users, num_negatives=num_negatives)
         self.save_hyperparameters()
         self.root = None if root is None else Path(root)
         self.format, self.mode, self.min_value = format, mode, min_value
         self.min_user_items, self.min_item_users = min_user_items, min_item_users
         self.test_share, self.val_share, self.heldout_users, self.num_negatives = test_share, val_share, heldout_users, num_negatives
-        self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
-        self.split_seed, self.seed = split_seed, seed
+        self.split_seed = split_seed
         self.num_users = self.num_items = 0
         self.train_interactions: tuple[Tensor, Tensor] | None = None
-        self.sets: dict[str, _Samples] = {}
 
     # ---- reading and splitting -------------------------------------------------------------------------------------------------------
 
@@ -427,7 +419,7 @@ class RatingsDataModule(pl.LightningDataModule):
             BrokenRecordError: A line that can't be used.
             ValueError: Nothing is left, or a user has every item.
         """
-        if self.sets:
+        if self.train_set is not None:
             return
         rng = np.random.default_rng([self.split_seed, 1])
         train, held = self._read()
@@ -443,10 +435,11 @@ class RatingsDataModule(pl.LightningDataModule):
             if self.val_share:
                 chosen = hold_out(train, self.val_share, rng)
                 validated, train = train.select(chosen), train.select(~chosen)
-            self.sets = {"train": _Triples(train, self.seed), "val": _Ranked(train, validated), "test": _Ranked(known, held)}
+            self.val_set, self.test_set = _Ranked(train, validated), _Ranked(known, held)
+            self.train_set = _Triples(train, self.seed)
         elif self.mode == "neumf":
             fixed, candidates = self._with_candidates(train, held, rng)
-            self.sets = {"train": _FixedNegatives(train, fixed), "val": candidates, "test": candidates}
+            self.train_set, self.val_set, self.test_set = _FixedNegatives(train, fixed), candidates, candidates
         else:
             users = np.flatnonzero(own)
             users = users[rng.permutation(len(users))]
@@ -455,8 +448,8 @@ class RatingsDataModule(pl.LightningDataModule):
             if not len(parts["train"]):
                 raise ValueError(f"{len(users)} users are too few to hold out {size} for validation and {size} for test")
             whole, learners = _union(train, held), np.sort(parts["train"])
-            self.sets = {name: _Ranked(train, held, np.sort(parts[name]), history=True) for name in ("val", "test")}
-            self.sets["train"] = _Histories(whole, learners)
+            self.val_set, self.test_set = (_Ranked(train, held, np.sort(parts[name]), history=True) for name in ("val", "test"))
+            self.train_set = _Histories(whole, learners)
             train = whole.select(np.isin(whole.user, learners))
         self.train_interactions = torch.from_numpy(train.user), torch.from_numpy(train.item)
 
@@ -524,42 +517,6 @@ class RatingsDataModule(pl.LightningDataModule):
         user = held.user[first]
         others = both.draw_others(np.repeat(user, count), rng.random(len(user) * count)).reshape(-1, count)
         return fixed, _Candidates(user, np.concatenate([held.item[first, None], others], axis=1))
-
-    def _loader(self, split: str) -> ResumableLoader:
-        if not self.sets:
-            raise RuntimeError("RatingsDataModule has read nothing yet: call setup() first (the Trainer does)")
-        training, dataset = split == "train", self.sets[split]
-        size = self.batch_size if training else self.eval_batch_size
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        return make_loader(
-            dataset,
-            size,
-            shuffle=training,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,  # type: ignore[arg-type]
-            trainer=self.trainer,
-            drop_last=training and len(dataset) >= size * world_size,
-            training=training,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Training batches in an order that follows from ``seed`` and epoch."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Each validation user once."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Each test user once."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """The test users."""
-        return self._loader("test")
 
 
 __all__ = ["Interactions", "RatingsDataModule", "read_rows", "synthetic_interactions"]

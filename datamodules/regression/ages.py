@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.pictures import open_picture
-from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples
+from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
 _FILES = {"agedb": "agedb.csv", "imdb_wiki": "imdb_wiki.csv"}
@@ -131,20 +132,11 @@ class AgeDataModule(RegressionDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            reweight=reweight,
-            lds=lds,
-            lds_kernel=lds_kernel,
-            lds_kernel_size=lds_kernel_size,
-            lds_sigma=lds_sigma,
-            bin_width=1.0,
-            num_bins=121,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        if name not in _FILES or image_size < 1 or views < 0:
-            raise ValueError(f"name={name!r} must be agedb or imdb_wiki, image_size={image_size} 1 or more, views={views} not negative")
+        rare = Reweighting(reweight, lds, lds_kernel, lds_kernel_size, lds_sigma)
+        super().__init__(rare, 1.0, 121, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        one_of(_FILES, name=name)
+        at_least(1, image_size=image_size)
+        at_least(0, views=views)
         self.save_hyperparameters()
         self.root, self.release = root if root is None else Path(root), name  # Lightning has a use of its own for `name`
 

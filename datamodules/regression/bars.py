@@ -1,17 +1,13 @@
 """Noisy bars whose angle is the label: imbalanced regression in seconds."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from lit_methods.datamodules.generative.base import as_it_is
-from lit_methods.datamodules.loaders import ResumableLoader
-from lit_methods.datamodules.regression.base import Labels, RegressionDataModule
+from lit_methods.checks import at_least, positive, within
+from lit_methods.datamodules.base import Batches, Ints
+from lit_methods.datamodules.regression.base import Labels, RegressionDataModule, Reweighting
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
 LABELS = 61  # 0 to 60
@@ -28,7 +24,7 @@ def draw_bars(labels: NDArray[np.int64], noise: float, rng: np.random.Generator)
     return pictures[:, None].astype(np.float32)
 
 
-class _Bars(Dataset[dict[str, Tensor]]):
+class _Bars(Batches):
     """Pictures in memory; a loader fetches a whole batch. Views are the picture with further noise, drawn for a whole epoch at once."""
 
     def __init__(self, pictures: Tensor, labels: Labels, views: int, view_noise: float, seed: int) -> None:
@@ -45,20 +41,18 @@ class _Bars(Dataset[dict[str, Tensor]]):
             self._drawn = epoch, torch.from_numpy(self.view_noise * noise)
         return self._drawn[1]
 
-    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        index = torch.tensor([index for _, index in draws])
-        pictures = self.pictures[index]
-        batch = {"image": pictures} | self.labels.rows(index)
+    def batch(self, epochs: Ints, index: Ints) -> dict[str, Tensor]:
+        """Pictures with their labels and views."""
+        chosen = torch.from_numpy(index)
+        pictures = self.pictures[chosen]
+        batch = {"image": pictures} | self.labels.rows(chosen)
         if self.views:
-            epochs = torch.tensor([epoch for epoch, _ in draws])
             noise = torch.empty(self.views, *pictures.shape)
-            for epoch in epochs.unique().tolist():  # one, but where a batch is put together by hand
-                noise[:, epochs == epoch] = self._noise(epoch)[:, index[epochs == epoch]]
+            for epoch in np.unique(epochs).tolist():
+                now = torch.from_numpy(epochs == epoch)
+                noise[:, now] = self._noise(epoch)[:, chosen[now]]
             batch |= {f"view_{view + 1}": pictures + noise[view] for view in range(self.views)}
         return batch
-
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Tensor]:
-        return {name: values[0] for name, values in self.__getitems__([draw]).items()}
 
 
 class BarsDataModule(RegressionDataModule):
@@ -106,23 +100,11 @@ class BarsDataModule(RegressionDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            reweight=reweight,
-            lds=lds,
-            lds_kernel=lds_kernel,
-            lds_kernel_size=lds_kernel_size,
-            lds_sigma=lds_sigma,
-            bin_width=1.0,
-            num_bins=LABELS,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        if min(num_train, num_val) < 1 or mean_label <= 0 or min(noise, view_noise, views) < 0:
-            raise ValueError(
-                f"num_train={num_train} and num_val={num_val} must be 1 or more, mean_label={mean_label} above 0, "
-                f"noise={noise}, view_noise={view_noise} and views={views} not negative"
-            )
+        rare = Reweighting(reweight, lds, lds_kernel, lds_kernel_size, lds_sigma)
+        super().__init__(rare, 1.0, LABELS, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        at_least(1, num_train=num_train, num_val=num_val)
+        positive(mean_label=mean_label)
+        within("[0, inf)", noise=noise, view_noise=view_noise, views=views)
         self.save_hyperparameters()
 
     def setup(self, stage: str) -> None:
@@ -137,9 +119,6 @@ class BarsDataModule(RegressionDataModule):
         pictures = (torch.from_numpy(draw_bars(part, hp["noise"], draws)) for part, draws in ((train, rng), (held_out, fixed)))
         self.train_set = _Bars(next(pictures), labels, hp["views"], hp["view_noise"], self.seed)
         self.val_set = self.test_set = _Bars(next(pictures), held_labels, 0, 0.0, self.seed)
-
-    def _loader(self, dataset: Dataset | None, *, training: bool = False, collate_fn: Any = as_it_is) -> ResumableLoader:
-        return super()._loader(dataset, training=training, collate_fn=collate_fn)
 
 
 __all__ = ["LABELS", "BarsDataModule", "draw_bars"]

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from lit_methods.checks import at_least
+from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.pictures import open_picture
-from lit_methods.datamodules.regression.base import RegressionDataModule
+from lit_methods.datamodules.regression.base import RegressionDataModule, Reweighting
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
 
 HEIGHT, WIDTH = 228, 304  # pixels of an image after the crop; a training target has half of each
@@ -129,7 +130,7 @@ def _augmented(image: Any, depth: Any, rng: np.random.Generator) -> tuple[Any, A
     return image, depth
 
 
-class DepthImages(Dataset[dict[str, Tensor]]):
+class DepthImages(Samples):
     """Images with a depth for each pixel.
 
     Args:
@@ -158,10 +159,10 @@ class DepthImages(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Tensor]:
+    def at(self, epoch: int, index: int) -> dict[str, Tensor]:
+        """One image."""
         from torchvision.transforms.functional import normalize, pil_to_tensor
 
-        epoch, index = draw
         image, depth = _scaled(*self.read(index))
         if self.augment:
             image, depth = _augmented(image, depth, np.random.default_rng([self.seed, epoch, index]))
@@ -237,20 +238,9 @@ class NYUD2DataModule(RegressionDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            reweight=reweight,
-            lds=lds,
-            lds_kernel=lds_kernel,
-            lds_kernel_size=lds_kernel_size,
-            lds_sigma=lds_sigma,
-            bin_width=0.1,
-            num_bins=_BINS,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        if count_images < 1:
-            raise ValueError(f"count_images={count_images}: give 1 or more")
+        rare = Reweighting(reweight, lds, lds_kernel, lds_kernel_size, lds_sigma)
+        super().__init__(rare, 0.1, _BINS, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        at_least(1, count_images=count_images)
         self.save_hyperparameters()
         self.root = root if root is None else Path(root)
 
@@ -274,9 +264,7 @@ class NYUD2DataModule(RegressionDataModule):
             sizes = [len(pairs) for pairs in lists]
             mask = read_mask(self.root / "test_balanced_mask.npy", sizes[1])
         counts = count_depths(reads[0], sizes[0], self.hparams["count_images"])
-        weights = None
-        if self.reweight != "none":
-            weights = bin_weights(counts, self.reweight, self.lds, self.lds_kernel, self.lds_kernel_size, self.lds_sigma)
+        weights = bin_weights(counts, *self.reweighting) if self.reweighting.reweight != "none" else None
         self.train_set = DepthImages(reads[0], sizes[0], counts, weights, augment=True, seed=self.seed)
         self.val_set = self.test_set = DepthImages(reads[1], sizes[1], counts, None, augment=False, mask=mask)
 

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_methods.checks import at_least
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples
+from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
 _FILES = {"train": "train_new.tsv", "val": "dev_new.tsv", "test": "test_new.tsv"}
@@ -132,20 +133,10 @@ class SentencePairsDataModule(RegressionDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            reweight=reweight,
-            lds=lds,
-            lds_kernel=lds_kernel,
-            lds_kernel_size=lds_kernel_size,
-            lds_sigma=lds_sigma,
-            bin_width=0.1,
-            num_bins=50,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
-        if num_tokens < 2 or max_length < 1:
-            raise ValueError(f"num_tokens={num_tokens} must be 2 or more, and max_length={max_length} 1 or more")
+        rare = Reweighting(reweight, lds, lds_kernel, lds_kernel_size, lds_sigma)
+        super().__init__(rare, 0.1, 50, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        at_least(2, num_tokens=num_tokens)
+        at_least(1, max_length=max_length)
         self.save_hyperparameters()
         self.root = root if root is None else Path(root)
 

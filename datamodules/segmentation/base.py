@@ -1,16 +1,14 @@
-"""What the segmentation data sets share: views by (seed, epoch, index), geometry that moves image and labels together, loaders."""
+"""What the segmentation data sets share: views by (seed, epoch, index), and geometry that moves image and labels together."""
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch.utils.data import Dataset
 
-from lit_methods.datamodules.loaders import ResumableLoader, make_loader
+from lit_methods.datamodules.base import Samples
 
 Arrays = dict[str, NDArray[Any]]  # "image" (C, H, W) or (H, W), and label maps (H, W) under keys that begin with "label"
 Transform = Callable[[Arrays, np.random.Generator], Arrays]
@@ -55,7 +53,7 @@ def as_tensors(sample: Arrays) -> dict[str, torch.Tensor]:
     return found
 
 
-class SegmentationSamples(Dataset[dict[str, Any]]):
+class SegmentationSamples(Samples):
     """Images with label maps, each with its index.
 
     Args:
@@ -81,8 +79,8 @@ class SegmentationSamples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = draw
+    def at(self, epoch: int, index: int) -> dict[str, Any]:
+        """One image in all its views."""
         raw = self.read(index)
         sample: dict[str, Any] = {"index": index}
         for view in range(1, self.views + 1):
@@ -91,8 +89,16 @@ class SegmentationSamples(Dataset[dict[str, Any]]):
         return sample | {name: torch.as_tensor(values[index]) for name, values in self.extra.items()}
 
 
-class Volumes(Dataset[dict[str, Any]]):
+def the_only(samples: list[Any]) -> Any:
+    """A volume is a batch by itself."""
+    return samples[0]
+
+
+class Volumes(Samples):
     """Whole volumes: ``image`` (S, 1, h, w) float32, ``label`` (S, H, W) int64, ``volume``, its name. A loader has one in a batch."""
+
+    collate = staticmethod(the_only)
+    batch_size = 1
 
     def __init__(self, names: Sequence[str], read: Callable[[int], tuple[NDArray[Any], NDArray[Any]]]) -> None:
         self.names, self.read = list(names), read
@@ -100,76 +106,11 @@ class Volumes(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        image, label = self.read(draw[1])
+    def at(self, epoch: int, index: int) -> dict[str, Any]:
+        """One volume."""
+        image, label = self.read(index)
         pixels = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))[:, None]
-        return {"image": pixels, "label": torch.from_numpy(label.astype(np.int64)), "volume": self.names[draw[1]]}
+        return {"image": pixels, "label": torch.from_numpy(label.astype(np.int64)), "volume": self.names[index]}
 
 
-def the_only(samples: list[Any]) -> Any:
-    """A volume is a batch by itself."""
-    return samples[0]
-
-
-class SegmentationDataModule(pl.LightningDataModule):
-    """Base of the segmentation datamodules: ``setup`` of a subclass fills ``train_set``, ``val_set`` and ``test_set``.
-
-    Args:
-        batch_size: Images per process and step.
-        num_workers: Processes that read data; they are kept between epochs.
-        seed: Of order and augmentation.
-
-    Raises:
-        ValueError: A value lies outside its range.
-    """
-
-    train_set: Dataset | None
-    val_set: Dataset | None
-    test_set: Dataset | None
-
-    def __init__(self, *, batch_size: int, num_workers: int, seed: int) -> None:
-        super().__init__()
-        if batch_size < 1 or num_workers < 0 or seed < 0:
-            raise ValueError(f"batch_size={batch_size} must be 1 or more, num_workers={num_workers} and seed={seed} 0 or more")
-        # not read from hparams: below another datamodule Lightning puts that one's there
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.train_set = self.val_set = self.test_set = None
-
-    def _loader(self, dataset: Dataset | None, *, training: bool = False, batch_size: int | None = None) -> ResumableLoader:
-        if dataset is None:
-            raise RuntimeError(f"{type(self).__name__} has no data yet: call setup() first (the Trainer does)")
-        assert isinstance(dataset, Sized)
-        whole = isinstance(dataset, Volumes)
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        return make_loader(
-            dataset,
-            1 if whole else batch_size or self.batch_size,
-            shuffle=training,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            collate_fn=the_only if whole else None,
-            trainer=self.trainer,
-            drop_last=training and len(dataset) >= self.batch_size * world_size,
-            training=training,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, resumable; a last incomplete batch is dropped unless it is the only one."""
-        return self._loader(self.train_set, training=True)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """In order, every image once, never augmented."""
-        return self._loader(self.val_set)
-
-    def test_dataloader(self) -> ResumableLoader:
-        """In order, every image or volume once, never augmented."""
-        return self._loader(self.test_set)
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """The test images."""
-        return self._loader(self.test_set)
-
-
-__all__ = ["SegmentationDataModule", "SegmentationSamples", "Volumes", "as_tensors", "flip_or_rotate", "resize", "the_only"]
+__all__ = ["SegmentationSamples", "Volumes", "as_tensors", "flip_or_rotate", "resize", "the_only"]

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
 from lit_methods.datamodules.pictures import open_picture
-from lit_methods.datamodules.segmentation.base import Arrays, SegmentationDataModule, SegmentationSamples, resize
+from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, resize
 from lit_methods.datamodules.vision.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from lit_methods.runs.folder import run_dir
 
@@ -131,7 +132,7 @@ def resize_linear(sample: Arrays, size: tuple[int, int]) -> Arrays:
     return {"image": scaled} | resize({name: array for name, array in sample.items() if name != "image"}, size)
 
 
-class NoisyMasksDataModule(SegmentationDataModule):
+class NoisyMasksDataModule(LoaderDataModule):
     """Images with noisy training masks in a label store, so that a callback can correct them.
 
     Batches: ``image`` (B, C, H, W) float32, ``label`` (B, H, W) int64, in training the current labels of the store, ``index`` (B,) int64;
@@ -187,7 +188,8 @@ class NoisyMasksDataModule(SegmentationDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        # images of a root have sizes of their own
+        super().__init__(batch_size=batch_size, eval_batch_size=batch_size if root is None else 1, num_workers=num_workers, seed=seed)
         if (root is None) != (masks is None):
             raise ValueError(f"root={root} and masks={masks}: give both, the images and the noisy masks, or none for generated shapes")
         if min(num_train, num_val, crop) < 1 or not 0 < scales[0] <= scales[1] or not 0 <= pixels[0] <= pixels[1] or min(noise, jitter) < 0:
@@ -283,19 +285,7 @@ class NoisyMasksDataModule(SegmentationDataModule):
 
     def correction_dataloader(self) -> ResumableLoader:
         """``image`` and ``index`` of the training images, in order, each once over all ranks, not augmented."""
-        return self._loader(self._plain_set, batch_size=1 if self.root is not None else None)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """In order, every image once, never augmented."""
-        return self._loader(self.val_set, batch_size=1 if self.root is not None else None)
-
-    def test_dataloader(self) -> ResumableLoader:
-        """In order, every image once, never augmented."""
-        return self._loader(self.test_set, batch_size=1 if self.root is not None else None)
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """The test images."""
-        return self.test_dataloader()
+        return self.loader(self._plain_set)  # type: ignore[no-any-return]
 
 
 def _read_of(paths: list[Path], read: Callable[[Path], Any], index: int) -> Any:

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.segmentation.base import Arrays, SegmentationDataModule, SegmentationSamples, Volumes, flip_or_rotate, resize
+from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
 
 Name = Literal["generated", "synapse", "acdc"]
 SYNAPSE = ("background", "aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
@@ -111,7 +112,7 @@ def _checked(path: Path, dims: int, classes: int) -> tuple[NDArray[np.float32], 
     return image, label
 
 
-class OrganSlicesDataModule(SegmentationDataModule):
+class OrganSlicesDataModule(LoaderDataModule):
     """Slices of volumes with several organs, each with its index, in one view or two.
 
     Batches: ``image`` (B, 1, H, W) float32, ``label`` (B, H, W) int64, ``index`` (B,) int64, with two views also ``image_2`` and

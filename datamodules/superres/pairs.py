@@ -5,16 +5,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from lit_methods.checks import at_least, one_of
+from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.loaders import ResumableLoader, make_loader
 from lit_methods.datamodules.pictures import open_picture
 
 Pixels = NDArray[np.uint8]
@@ -156,7 +155,7 @@ def _tensor(image: Pixels) -> Tensor:
     return torch.tensor(np.ascontiguousarray(image)).permute(2, 0, 1).float() / 255
 
 
-class Patches(Dataset[dict[str, Any]]):
+class Patches(Samples):
     """Training samples, asked for by ``(epoch, index)``: a patch of image ``index % images`` that follows from seed, epoch and index alone.
 
     Args:
@@ -174,8 +173,8 @@ class Patches(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.images * self.per_image
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = draw
+    def at(self, epoch: int, index: int) -> dict[str, Any]:
+        """One patch."""
         low, high, name = self.read(index % self.images)
         if min(low.shape[:2]) < self.patch:
             raise ValueError(
@@ -185,7 +184,7 @@ class Patches(Dataset[dict[str, Any]]):
         return {"lr": _tensor(low), "hr": _tensor(high), "name": name}
 
 
-class WholeImages(Dataset[dict[str, Any]]):
+class WholeImages(Samples):
     """Evaluation samples, asked for by ``(epoch, index)``: whole images.
 
     Args:
@@ -193,21 +192,24 @@ class WholeImages(Dataset[dict[str, Any]]):
         images: Number of images.
     """
 
+    batch_size = 1  # images differ in size
+
     def __init__(self, read: Read, images: int) -> None:
         self.read, self.images = read, images
 
     def __len__(self) -> int:
         return self.images
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        low, high, name = self.read(draw[1])
+    def at(self, epoch: int, index: int) -> dict[str, Any]:
+        """One image."""
+        low, high, name = self.read(index)
         return {"lr": _tensor(low), "hr": _tensor(high), "name": name}
 
 
 # ---- the datamodule --------------------------------------------------------------------------------------------------------------------
 
 
-class SuperResolutionDataModule(pl.LightningDataModule):
+class SuperResolutionDataModule(LoaderDataModule):
     """Patches of training images, whole images for validation and test.
 
     Batches: ``lr`` (B, C, h, w) and ``hr`` (B, C, scale * h, scale * w) float32 in [0, 1], C 3 (RGB) or 1 (luminance), and ``name``, a list
@@ -261,22 +263,17 @@ class SuperResolutionDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if min(scale, batch_size, patches_per_image) < 1:
-            raise ValueError(f"scale={scale}, batch_size={batch_size} and patches_per_image={patches_per_image} must be 1 or more")
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        at_least(1, scale=scale, patches_per_image=patches_per_image)
+        one_of(("rgb", "luma"), color=color)
         if patch_size < scale or patch_size % scale:
             raise ValueError(f"patch_size={patch_size} must be a multiple of scale={scale}")
-        if color not in ("rgb", "luma"):
-            raise ValueError(f"color={color!r} is neither 'rgb' nor 'luma'")
         if isinstance(train, str) or isinstance(test, str):
             raise ValueError(f"train and test are lists of folders, got train={train!r}, test={test!r}: write ['DIV2K']")
         self.save_hyperparameters()
         self.root = None if root is None else Path(root)
-        self.batch_size, self.num_workers, self.seed, self.scale = batch_size, num_workers, seed, scale
+        self.scale = scale
         self.test_names: tuple[str, ...] = (BUILT_IN,) if root is None else tuple(test)
-        self.train_set: Patches | None = None
-        self.val_set: WholeImages | None = None
-        self.test_sets: list[WholeImages] = []
 
     def setup(self, stage: str) -> None:
         """List the files that the stage needs."""
@@ -293,8 +290,8 @@ class SuperResolutionDataModule(pl.LightningDataModule):
             self.train_set = Patches(read, number, hp["patches_per_image"], patch, self.scale, self.seed)
         if stage in ("fit", "validate") and self.val_set is None:
             self.val_set = self._whole(hp["val"], luma)
-        if stage in ("test", "predict") and not self.test_sets:
-            self.test_sets = [self._whole(name, luma) for name in self.test_names]
+        if stage in ("test", "predict") and self.test_set is None:
+            self.test_set = [self._whole(name, luma) for name in self.test_names]
 
     def _whole(self, name: str, luma: bool) -> WholeImages:
         if self.root is None:
@@ -325,38 +322,6 @@ class SuperResolutionDataModule(pl.LightningDataModule):
                 "make_lr=true to compute them",
             )
         return files
-
-    def _loader(self, dataset: Any, batch_size: int, training: bool) -> ResumableLoader:
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        return make_loader(
-            dataset,
-            batch_size,
-            shuffle=training,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            trainer=self.trainer,
-            drop_last=training and len(dataset) >= batch_size * world_size,
-            training=training,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, resumable; a last incomplete batch is dropped unless it is the only one."""
-        assert self.train_set is not None
-        return self._loader(self.train_set, self.batch_size, True)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Whole images, one at a time."""
-        assert self.val_set is not None
-        return self._loader(self.val_set, 1, False)
-
-    def test_dataloader(self) -> list[ResumableLoader]:
-        """A loader for each set of ``test``, whole images, one at a time."""
-        return [self._loader(images, 1, False) for images in self.test_sets]
-
-    def predict_dataloader(self) -> list[ResumableLoader]:
-        """The test images."""
-        return self.test_dataloader()
 
 
 __all__ = [

@@ -2,17 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from lit_methods.checks import at_least, one_of
+from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
-from lit_methods.datamodules.loaders import ResumableLoader, make_loader
 
 Level = Literal["char", "byte", "tokenizer"]
 SPLITS = {"train": ("train",), "val": ("valid", "validation", "val"), "test": ("test",)}
@@ -104,7 +103,7 @@ class _HuggingFace:
         return np.array(self._inner(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
 
 
-class Windows(Dataset[dict[str, Tensor]]):
+class Windows(Samples):
     """Windows that lie side by side: sample i has tokens i L to (i + 1) L - 1, and as labels those one further.
 
     Args:
@@ -126,8 +125,9 @@ class Windows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.length
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Tensor]:
-        start = draw[1] * self.length
+    def at(self, epoch: int, index: int) -> dict[str, Tensor]:
+        """One window."""
+        start = index * self.length
         window = np.asarray(self.tokens[start : start + self.length + 1]).astype(np.int64)
         if window.max() >= self.vocab_size:
             where = start + int(window.argmax())
@@ -141,7 +141,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 # ---- the datamodule --------------------------------------------------------------------------------------------------------------------
 
 
-class TextDataModule(pl.LightningDataModule):
+class TextDataModule(LoaderDataModule):
     """Text for causal language models.
 
     Batches: ``input_ids`` (B, L) int64 and ``labels`` (B, L) int64, the token that follows each.
@@ -182,19 +182,15 @@ class TextDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if level not in get_args(Level):
-            raise ValueError(f"level={level!r} is not one of {', '.join(get_args(Level))}")
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        one_of(Level, level=level)
+        at_least(1, block_size=block_size)
         if (level == "tokenizer") == (tokenizer is None):
             raise ValueError(f"level={level!r} and tokenizer={str(tokenizer)!r} don't fit: level='tokenizer' takes its folder, others none")
-        if block_size < 1 or batch_size < 1:
-            raise ValueError(f"block_size={block_size} and batch_size={batch_size} must be 1 or more")
         self.save_hyperparameters()
         self.root = None if root is None else Path(root)
         self.level, self.tokenizer, self.block_size = level, tokenizer, block_size
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.vocab_size = 0
-        self.sets: dict[str, Windows] = {}
 
     def setup(self, stage: str) -> None:
         """Read and encode.
@@ -203,7 +199,7 @@ class TextDataModule(pl.LightningDataModule):
             WrongRootError: ``root`` has none of the layouts.
             BrokenRecordError: A file that can't be used.
         """
-        if self.sets:
+        if self.vocab_size:
             return
         if self.root is not None and (self.root / "meta.json").is_file():
             found = self._token_files(self.root)
@@ -216,7 +212,8 @@ class TextDataModule(pl.LightningDataModule):
         for name, other in (("val", "test"), ("test", "val")):
             if name not in found and other in found:
                 found[name] = found[other]
-        self.sets = {name: Windows(tokens, self.block_size, name, file, self.vocab_size) for name, (file, tokens) in found.items()}
+        for name, (file, tokens) in found.items():
+            setattr(self, f"{name}_set", Windows(tokens, self.block_size, name, file, self.vocab_size))
 
     def _coder(self, text: str) -> Tokenizer:
         if self.level == "tokenizer":
@@ -272,40 +269,6 @@ class TextDataModule(pl.LightningDataModule):
         if not found:
             raise WrongRootError(f"root={str(root)!r} has meta.json, but neither train.bin, val.bin nor test.bin")
         return found
-
-    def _loader(self, name: str) -> ResumableLoader:
-        if name not in self.sets:
-            reason = f"root={str(self.root)!r} has no {name} file" if self.sets else "call setup() first (the Trainer does)"
-            raise RuntimeError(f"TextDataModule has no {name} text: {reason}")
-        dataset, training = self.sets[name], name == "train"
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        return make_loader(
-            dataset,
-            self.batch_size,
-            shuffle=training,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            trainer=self.trainer,
-            drop_last=training and len(dataset) >= self.batch_size * world_size,
-            training=training,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled windows, resumable."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> ResumableLoader:
-        """In order, every window once; the last incomplete window of the text is left out."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> ResumableLoader:
-        """In order, every window once; the last incomplete window of the text is left out."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """The test windows."""
-        return self._loader("test")
 
 
 def _read(file: Path) -> str:

@@ -1,23 +1,20 @@
-"""What the classification data sets share: samples by (epoch, index), subsets of labels, loaders.
+"""What the classification data sets share: samples by (epoch, index), and label noise.
 
 A batch is ``{"image": (B, C, H, W) float32, "label": (B,) int64}``. Augmentation follows from (seed, epoch, index) alone, never from the
 worker or rank that reads the sample.
 """
 
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from lit_methods.datamodules.loaders import ResumableLoader, make_loader
+from lit_methods.datamodules.base import LoaderDataModule, Samples
 
 
-class LabelledImages(Dataset[dict[str, Any]]):
+class LabelledImages(Samples):
     """Samples ``{"image": Tensor, "label": int}``, asked for by ``(epoch, index)``.
 
     Args:
@@ -41,8 +38,8 @@ class LabelledImages(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = draw
+    def at(self, epoch: int, index: int) -> dict[str, Any]:
+        """One image."""
         return {"image": self.transform(self.read(index), (self.seed, epoch, index)), "label": int(self.labels[index])}
 
 
@@ -78,64 +75,23 @@ def redraw_labels(labels: NDArray[np.int64], share: float, num_classes: int, see
     return noisy
 
 
-class ClassificationDataModule(pl.LightningDataModule):
+class ClassificationDataModule(LoaderDataModule):
     """Base of the classification datamodules.
+
+    Args:
+        batch_size: Images per process and step.
+        num_workers: Processes that read data.
+        seed: Seed of the order and the augmentation.
 
     Attributes:
         class_names: Names of the classes 0, 1, ...; known after ``setup`` at the latest.
-        train_set: Data sets after ``setup``; likewise ``val_set`` and ``test_set``. None: this root has no such split.
         unlabelled_set: Further training images, whose labels are -1 where they aren't known; None: there are none.
     """
 
-    class_names: tuple[str, ...]
-    train_set: Dataset | None
-    val_set: Dataset | None
-    test_set: Dataset | None
-    unlabelled_set: LabelledImages | None
-
-    def __init__(self, *, batch_size: int, num_workers: int, seed: int) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: give 1 or more")
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        self.class_names = ()
-        self.train_set = self.val_set = self.test_set = self.unlabelled_set = None
+    class_names: tuple[str, ...] = ()
+    unlabelled_set: LabelledImages | None = None
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
-
-    def _loader(self, dataset: Dataset | None, split: str, *, training: bool = False) -> ResumableLoader:
-        if dataset is None:
-            reason = "this root has none" if self.class_names else "call setup() first (the Trainer does)"
-            raise RuntimeError(f"{type(self).__name__} has no {split} images: {reason}")
-        assert isinstance(dataset, Sized)
-        world_size = self.trainer.world_size if self.trainer is not None else 1
-        return make_loader(
-            dataset,
-            self.batch_size,
-            shuffle=training,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            trainer=self.trainer,
-            drop_last=training and len(dataset) >= self.batch_size * world_size,
-            training=training,
-            pin_memory=torch.cuda.is_available(),
-        )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, resumable; a last incomplete batch is dropped unless it is the only one."""
-        return self._loader(self.train_set, "training", training=True)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """In order, every image once, never augmented."""
-        return self._loader(self.val_set, "validation")
-
-    def test_dataloader(self) -> ResumableLoader:
-        """In order, every image once, never augmented."""
-        return self._loader(self.test_set, "test")
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """The test images."""
-        return self._loader(self.test_set, "test")

@@ -5,15 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
+from lit_methods.checks import at_least
+from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError
-from lit_methods.datamodules.loaders import ResumableLoader, make_loader
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.views import Policy, View, make_views
 
@@ -46,7 +45,7 @@ def labelled_subset(labels: NDArray[np.integer[Any]], per_class: int, seed: int)
     return np.sort(np.concatenate(chosen))
 
 
-class Views(Dataset[dict[str, Any]]):
+class Views(Samples):
     """Views of chosen images, asked for by ``(epoch, position)``.
 
     Samples: ``weak`` (C, H, W); ``strong``, a list of S such; ``index``, the position among the chosen; ``label``, where all are known.
@@ -66,16 +65,16 @@ class Views(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.chosen) * self.repeats
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        epoch, place = draw
-        repeat, position = divmod(place, len(self.chosen))
-        index, seed = int(self.chosen[position]), self.images.seed + _AGAIN * repeat
-        stored = self.images.read(index)
-        weak = self.weak(stored, (seed, epoch, index))
-        labels = {"index": position} | ({"label": int(self.images.labels[index])} if self.known else {})
+    def at(self, epoch: int, index: int) -> dict[str, Any]:
+        """The views of one chosen image."""
+        repeat, position = divmod(index, len(self.chosen))
+        image, seed = int(self.chosen[position]), self.images.seed + _AGAIN * repeat
+        stored = self.images.read(image)
+        weak = self.weak(stored, (seed, epoch, image))
+        labels = {"index": position} | ({"label": int(self.images.labels[image])} if self.known else {})
         if not self.strong:
             return {"image": weak, **labels}
-        strong = [view(stored, (seed + _SEPARATE * number, epoch, index)) for number, view in enumerate(self.strong)]
+        strong = [view(stored, (seed + _SEPARATE * number, epoch, image)) for number, view in enumerate(self.strong)]
         return {"weak": weak, "strong": strong, **labels}
 
 
@@ -88,7 +87,7 @@ def joined(first: LabelledImages, second: LabelledImages) -> LabelledImages:
     return LabelledImages(partial(_read, first, second), np.concatenate([first.labels, second.labels]), first.transform, first.seed)
 
 
-class SemiSupervisedDataModule(pl.LightningDataModule):
+class SemiSupervisedDataModule(LoaderDataModule):
     """Labels for a few images of a classification data set, and views of all of them without.
 
     Training batches: ``{"labelled": {"image" (B, C, H, W), "label" (B,), "index" (B,)}, "unlabelled": {"weak" (mu B, C, H, W), "strong", a
@@ -132,9 +131,8 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
         policy: Policy = "small_colour",
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1 or ratio < 1:
-            raise ValueError(f"batch_size={batch_size} and ratio={ratio}: give 1 or more")
+        super().__init__(batch_size=batch_size, num_workers=num_workers, seed=data.seed)
+        at_least(1, ratio=ratio)
         make_views(policy, strong_views)
         self.save_hyperparameters(ignore=["data"])
         self.data = data
@@ -168,38 +166,30 @@ class SemiSupervisedDataModule(pl.LightningDataModule):
         self.unlabelled = own
         normalised = {name: getattr(self.data, name) for name in ("mean", "std") if hasattr(self.data, name)}
         weak, strong = make_views(hp["policy"], hp["strong_views"], **normalised)
-        wanted = hp["batch_size"] * (self.trainer.world_size if self.trainer is not None else 1)
+        wanted = self.batch_size * (self.trainer.world_size if self.trainer is not None else 1)
         self.labelled_set = Views(images, self.labelled, weak, [], repeats=-(-wanted // len(self.labelled)))
         self.unlabelled_set = Views(pool, self.unlabelled, weak, strong)
 
-    def _loader(self, dataset: Views, batch_size: int) -> ResumableLoader:
-        workers = self.hparams["num_workers"]
-        return make_loader(
-            dataset, batch_size, shuffle=True, seed=self.data.seed, num_workers=workers, trainer=self.trainer, drop_last=True,
-            training=True, pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-
     def train_dataloader(self) -> CombinedLoader:
         """Labelled and unlabelled batches side by side, resumable."""
-        hp = self.hparams
         return CombinedLoader(
             {
-                "labelled": self._loader(self.labelled_set, hp["batch_size"]),
-                "unlabelled": self._loader(self.unlabelled_set, hp["batch_size"] * hp["ratio"]),
+                "labelled": self.loader(self.labelled_set, training=True, drop_last=True),
+                "unlabelled": self.loader(self.unlabelled_set, self.batch_size * self.hparams["ratio"], training=True, drop_last=True),
             },
             mode="max_size_cycle",
         )
 
-    def val_dataloader(self) -> ResumableLoader:
-        """Those of ``data``."""
+    def val_dataloader(self) -> Any:
+        """Validation loader of ``data``."""
         return self.data.val_dataloader()
 
-    def test_dataloader(self) -> ResumableLoader:
-        """Those of ``data``."""
+    def test_dataloader(self) -> Any:
+        """Test loader of ``data``."""
         return self.data.test_dataloader()
 
-    def predict_dataloader(self) -> ResumableLoader:
-        """The test images."""
+    def predict_dataloader(self) -> Any:
+        """Prediction loader of ``data``."""
         return self.data.predict_dataloader()
 
 

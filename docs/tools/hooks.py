@@ -1,9 +1,9 @@
 """Makes the site out of the repository: pages that are no files of ``docs/``, the navigation, links that work on GitHub and on the site.
 
 One text has one home. ``README.md``, ``CONTRIBUTING.md``, ``CHANGELOG.md`` and the READMEs of folders become pages as they are; parts of
-the README become pages of their own (``README_PARTS``). The gallery, the list of techniques, the box at the head of a technique's page and
-the API reference are written from the catalogue and the stubs. Nothing of the package but its catalogue is imported: neither torch nor
-Lightning.
+the README become pages of their own (``README_PARTS``). The gallery, the list of techniques, the table of parts, the box at the head of
+a technique's page and the API reference are written from the catalogue, the stubs and the docstrings. Nothing of the package but what
+reads them is imported: neither torch nor Lightning.
 
 Called by mkdocs (``hooks`` in ``mkdocs.yml``): ``on_config``, ``on_files``, ``on_page_markdown``.
 """
@@ -27,9 +27,8 @@ from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from lit_methods.catalog import Technique, package_folder, public_names, techniques  # noqa: E402
-
-PACKAGES = ("lit_methods", "lit_methods.callbacks", "lit_methods.datamodules")
+from lit_methods.catalog import PACKAGES, Technique, package_folder, public_names, published  # noqa: E402
+from lit_methods.parts import KINDS, parts  # noqa: E402
 
 # page of the site <- file of the repository outside docs/
 WHOLE_FILES = {
@@ -53,6 +52,7 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
             "attach.md",
             "notebooks.md",
             "configs.md",
+            "parts.md",
             "driving_data.md",
             "image_classification.md",
             "sparse_training.md",
@@ -78,7 +78,7 @@ _slug: Callable[[str, str], str] = slugify(case="lower")
 def families() -> dict[str, list[Technique]]:
     """Techniques by family, both sorted."""
     found: dict[str, list[Technique]] = {}
-    for entry in sorted(techniques().values(), key=lambda entry: (entry.family, entry.slug)):
+    for entry in sorted(published().values(), key=lambda entry: (entry.family, entry.slug)):
         found.setdefault(entry.family, []).append(entry)
     return found
 
@@ -137,6 +137,26 @@ def techniques_page() -> str:
             parts.append(f"| [`{entry.slug}`]({entry.slug}.md) | {entry.form} | {paper} | {entry.claim or '-'} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def parts_page() -> str:
+    """What one builds with: a table for each kind, in the words of the docstrings."""
+    lines = ["# Parts\n", "`lit list --parts` prints the same; `lit info <name>` shows a whole docstring. Empty: the class doesn't say.\n"]
+    linked = public_names()
+
+    def cell(text: str) -> str:
+        return html.escape(text, quote=False).replace("|", "\\|").replace("*", "\\*").replace("[", "\\[") or "-"
+
+    for kind, heading in KINDS.items():
+        shapes = "batch" if kind == "datamodule" else "takes and gives"
+        lines += [f"## {heading.partition(':')[0]}\n", f"| class | family | what it is | {shapes} | cost |", "|---|---|---|---|---|"]
+        for part in parts():
+            if part.kind == kind:
+                name = f"[`{part.name}`][{part.path}]" if part.name in linked else f"`{part.path}`"
+                family = family_title(part.family) if part.family else "-"
+                lines.append(f"| {name} | {family} | {cell(part.line)} | {cell(part.shapes)} | {cell(part.cost)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def at_a_glance(entry: Technique) -> str:
@@ -253,6 +273,7 @@ def generated_pages() -> dict[str, str]:
     """Every page that no file holds: path in the site -> Markdown."""
     pages = {path: readme_page(*part) for path, part in README_PARTS.items()}
     pages["techniques/index.md"] = techniques_page()
+    pages["parts.md"] = parts_page()
     api = api_pages()
     pages |= {path: text for path, (_, _, text) in api.items()}
     pages["api/index.md"] = api_index(api)
@@ -344,7 +365,7 @@ def navigation(present: set[str]) -> list[Any]:
     for path, (group, title, _) in api_pages().items():
         groups.setdefault(group, []).append({title: path})
     nav.insert(4, {"API": ["api/index.md", *({group: pages} for group, pages in groups.items())]})
-    used |= {f"techniques/{slug}.md" for slug in techniques()} | {"techniques/index.md", "api/index.md", *api_pages()}
+    used |= {f"techniques/{slug}.md" for slug in published()} | {"techniques/index.md", "api/index.md", *api_pages()}
     if others := sorted(present - used):
         nav.append({"More": others})
     return nav
@@ -467,6 +488,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if src_uri == "evidence.md":
         page.meta["hide"] = ["navigation", "toc"]  # and for the wide table
     slug = Path(src_uri).stem
-    if src_uri == f"techniques/{slug}.md" and slug in techniques():
-        markdown = re.sub(r"\A(# .+\n)", lambda title: f"{title[1]}\n{at_a_glance(techniques()[slug])}\n", markdown, count=1)
+    if src_uri == f"techniques/{slug}.md" and slug in published():
+        markdown = re.sub(r"\A(# .+\n)", lambda title: f"{title[1]}\n{at_a_glance(published()[slug])}\n", markdown, count=1)
     return "".join(fence_for_the_site(part) if fenced else prose_for_the_site(part, link) for fenced, part in split_fences(markdown))

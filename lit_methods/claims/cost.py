@@ -12,8 +12,8 @@ ROUNDS = 3
 
 
 def cost_nodes(cost: Cost, plan: Plan, seed: int, steps: int, rounds: int = ROUNDS) -> list[tuple[str, Node]]:
-    """The runs A B A B A B as (arm, stage), each its own stage although equal stages stand among them."""
-    found = []
+    """The timed runs in turn (A B A B A B) as (arm, stage). Each is a stage of its own, so that equal ones are run every time."""
+    runs = []
     for number in range(rounds):
         for arm in cost.arms:
             node = plan.chains[arm][seed][cost.stage]
@@ -24,18 +24,18 @@ def cost_nodes(cost: Cost, plan: Plan, seed: int, steps: int, rounds: int = ROUN
             words += [word for key, value in limits.items() for word in (f"--trainer.{key}", str(value))]
             key = digest([node.key, arm, limits, number])
             name = f"cost-{node.name.rpartition('-')[0]}-{number}-{key}"
-            found.append((arm, Node(key, name, words, seed, node.upstream, [f"cost of {arm}"], kind=f"cost {arm}")))
-    return found
+            runs.append((arm, Node(key, name, words, seed, node.upstream, [f"cost of {arm}"], kind=f"cost {arm}")))
+    return runs
 
 
 def measure(runner: Runner, runs: Sequence[tuple[str, Node]]) -> dict[str, list[dict[str, Any]]]:
-    """Run them one after the other; arm -> what ``StepCost`` wrote in each round."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Run stages one after the other, and what they need; returns arm -> what ``StepCost`` wrote in each round."""
+    rounds: dict[str, list[dict[str, Any]]] = {}
     for number, (arm, node) in enumerate(runs, start=1):
         done = runner.run([*_upstream(node), node])
-        found.setdefault(arm, []).append(done[node.key]["cost"])
+        rounds.setdefault(arm, []).append(done[node.key]["cost"])
         print(f"[{number}/{len(runs)}] cost of {arm}: {len(done[node.key]['cost']['seconds'])} steps timed", flush=True)
-    return found
+    return rounds
 
 
 def _upstream(node: Node) -> list[Node]:

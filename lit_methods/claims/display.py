@@ -62,7 +62,7 @@ class Display:
         return f", {clock(time.monotonic() - self.started)} so far{about}"
 
     def shows(self, running: Sequence[str], rest: Sequence[str]) -> None:
-        """Redraw."""
+        """Draw the bar anew, with what runs and an estimate of the rest."""
         if self.live:
             self.bar.update(self.task, completed=self.done, state=f"{', '.join(running) or 'waiting'}{self.times(rest)}")
 

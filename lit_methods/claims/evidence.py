@@ -22,7 +22,7 @@ Summary = Mapping[str, Any]
 
 
 def values_table(summary: Summary) -> str:
-    """Markdown: one row an arm and one a further figure, with every seed, mean and standard deviation."""
+    """Markdown table with a row for each arm and each further figure: the value of every seed, mean and standard deviation."""
     seeds = summary["seeds"]
     lines = [f"| arm | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | std |", "|---|" + "---|" * (len(seeds) + 2)]
     rows = {name: values for name, values in summary["values"].items()}
@@ -217,8 +217,8 @@ def git_commit(checkout: Path) -> dict[str, Any] | None:
 def cpu_model() -> str:
     """Name of the processor."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), flags=re.M) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), flags=re.M) if info.is_file() else None
+    return model[1].strip() if model else platform.processor() or platform.machine()
 
 
 def _memory_gib() -> int:
@@ -242,10 +242,10 @@ def read_golden_report(text: str) -> dict[str, list[int]]:
     """Kind -> [passed, cases] from pytest's JUnit XML, whose cases are called ``test_golden[<kind>-<number>]``."""
     counts: dict[str, list[int]] = {}
     for case in ElementTree.fromstring(text).iter("testcase"):
-        found = re.fullmatch(r"test_golden\[(.+)-[^-]+\]", case.get("name", ""))
-        if found:
+        named = re.fullmatch(r"test_golden\[(.+)-[^-]+\]", case.get("name", ""))
+        if named:
             failed = any(child.tag in ("failure", "error", "skipped") for child in case)
-            count = counts.setdefault(found[1], [0, 0])
+            count = counts.setdefault(named[1], [0, 0])
             count[0] += not failed
             count[1] += 1
     return dict(sorted(counts.items()))

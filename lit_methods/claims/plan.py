@@ -12,11 +12,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lit_methods.catalog import configs_folder
 from lit_methods.claims.fairness import ResolvedStage, flat
+from lit_methods.claims.keys import config_file
 from lit_methods.claims.study import Stage, Study
-from lit_methods.errors import CommandError
+from lit_methods.errors import CommandError, suggest
 
-QUICK = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"]
+# two training batches, and a validation behind each, whatever the config says: the metric that decides must be there
+QUICK = {
+    "max_epochs": "1",
+    "limit_train_batches": "2",
+    "limit_val_batches": "1",
+    "check_val_every_n_epoch": "1",
+    "val_check_interval": "1",  # in batches: an arm may end after its first step
+}
+QUICK_WORDS = [word for key, value in QUICK.items() for word in (f"--trainer.{key}", value)]
 LIBRARIES = ("torch", "lightning", "numpy")
 
 
@@ -25,10 +35,10 @@ class Node:
     """A stage for one seed.
 
     Attributes:
-        key: Hash of everything that decides its result, but for our own sources.
+        key: Hash of everything that decides its result, our own sources left out.
         name: Folder name and what is shown: config, seed and key.
         words: Arguments of ``lit``, with ``{checkpoint}``.
-        seed: Of this run.
+        seed: Seed of the run.
         upstream: The stage whose checkpoint it takes, or None.
         arms: Arms that need it.
         kind: Config and seedless key: stages of the same kind take about the same time.
@@ -67,9 +77,9 @@ def stage_words(stage: Stage, seed: int, seed_keys: Sequence[str], extra: Sequen
     """Arguments of ``lit`` for one stage, ``{checkpoint}`` left in.
 
     Args:
-        stage: As declared.
-        seed: Given to every key in ``seed_keys``.
-        seed_keys: Such as ``seed_everything``.
+        stage: The stage as the file declares it.
+        seed: Value of every key in ``seed_keys``.
+        seed_keys: Keys that take the seed, such as ``seed_everything``.
         extra: Words from the command line; they win.
         flops: Count the operations of a training step, too.
     """
@@ -89,13 +99,13 @@ def stage_words(stage: Stage, seed: int, seed_keys: Sequence[str], extra: Sequen
 
 def library_versions(names: Sequence[str] = LIBRARIES) -> dict[str, str]:
     """Installed versions, read without importing."""
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "absent"
-    return found
+            versions[name] = "absent"
+    return versions
 
 
 def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str, dict[str, Any]]:
@@ -103,11 +113,20 @@ def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str
 
     Args:
         commands: Name for messages -> arguments of ``lit``.
-        threads: Of that process.
+        threads: Torch threads of that process.
 
     Raises:
         CommandError: One of them is refused; the message holds what ``lit`` said.
     """
+    for name, words in commands.items():
+        for given in (words[index + 1] for index, word in enumerate(words) if word == "--config"):
+            if config_file(given) is None:  # said at once: the process below takes seconds to start
+                known = [
+                    f"configs/{path.relative_to(base).as_posix()}"
+                    for base in (Path("configs"), configs_folder())
+                    for path in base.rglob("*.yaml")
+                ]
+                raise CommandError(f"{name}: there is no {given}, neither here nor among the shipped configs{suggest(given, known)}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "commands.json"
         file.write_text(json.dumps(list(commands.values())), encoding="utf-8")
@@ -117,12 +136,12 @@ def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str
         if done.returncode:
             raise CommandError(f"the configs can't be resolved\n{done.stderr[-2000:]}", exit_code=1)
         answers = json.loads(file.read_text(encoding="utf-8"))
-    found = {}
+    configs = {}
     for (name, words), answer in zip(commands.items(), answers, strict=True):
         if "error" in answer:
             raise CommandError(f"{name} can't be resolved: lit {' '.join(words)}\n{answer['error']}")
-        found[name] = answer["config"]
-    return found
+        configs[name] = answer["config"]
+    return configs
 
 
 def make_plan(study: Study, seeds: Sequence[int], extra: Sequence[str], resolve: Any = resolve_configs) -> Plan:
@@ -133,9 +152,9 @@ def make_plan(study: Study, seeds: Sequence[int], extra: Sequence[str], resolve:
 
     Args:
         study: What the file declares.
-        seeds: Of this run.
+        seeds: Seeds to run, the first of which is the one that configs are resolved with.
         extra: Words for every stage.
-        resolve: :func:`resolve_configs`, or the like.
+        resolve: :func:`resolve_configs`, or a function of its form.
     """
     flops = "flops" in study.units
     stages: dict[str, list[Stage]] = {arm: list(chain) for arm, chain in study.arms.items()}
@@ -180,8 +199,8 @@ def make_plan(study: Study, seeds: Sequence[int], extra: Sequence[str], resolve:
 
 def _node(stage: Stage, words: list[str], config: Mapping[str, Any], seed: int, upstream: Node | None, study: Study) -> Node:
     seedless = {key: value for key, value in flat(config).items() if key not in study.seed_keys}
-    own = {key: value for key, value in stage.set.items() if key in study.seed_keys}
-    content = [stage.command, seedless, own, study.threads, library_versions()]
+    chosen_seeds = {key: value for key, value in stage.set.items() if key in study.seed_keys}
+    content = [stage.command, seedless, chosen_seeds, study.threads, library_versions()]
     kind = digest([*content, upstream.kind if upstream else ""])
     key = digest([*content, seed, upstream.key if upstream else ""])
     stem = Path(stage.configs[0]).stem

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any, TextIO
 from lit_methods.claims.display import Display
 from lit_methods.claims.plan import Node
 from lit_methods.claims.sources import changed_sources
-from lit_methods.errors import CommandError
+from lit_methods.errors import CommandError, nearest
 from lit_methods.files import write_json
 
 CHILD = (sys.executable, "-m", "lit_methods.cli.stage", "run")
@@ -32,13 +33,14 @@ class Runner:
     ``result.json`` is written last and whole, so a stage that was interrupted has none and starts anew. It holds: ``id`` (of this very
     run), ``upstream`` (the id of the run whose checkpoint it took), ``metrics`` (last value of each), ``seconds``, ``cost`` (what
     ``StepCost`` wrote, for a fit), ``checkpoint`` and ``run`` (relative to the root), ``sources`` (source file -> SHA-256), ``words``,
-    ``finished``. It counts as long as all its sources have that content, its checkpoint exists, and the stage before is still that very
-    run. Data outside of the sources, such as a data set's folder, is not looked at.
+    ``kind`` (stages of one kind take about the same time), ``finished``. It counts as long as all its sources have that content, its
+    checkpoint exists, and the stage before is still that very run. Data outside of the sources, such as a data set's folder, is not
+    looked at.
 
     Args:
         root: Folder of all stages.
         threads: Torch threads of one stage; results must not depend on how many run at a time.
-        slug: Of the study; W&B groups its runs as ``<slug>-claim``.
+        slug: The study's; W&B groups its runs as ``<slug>-claim``.
         child: Command that takes a file for the sources and then the words of ``lit``.
     """
 
@@ -91,10 +93,10 @@ class Runner:
                         continue  # another command runs it: its result will be there
                     waiting.remove(node)
                     upstream = results[node.upstream.key] if node.upstream else None
-                    found, why = self.cached(node, upstream)
-                    if found is not None:
+                    kept, why = self.cached(node, upstream)
+                    if kept is not None:
                         lock.close()
-                        results[node.key] = found
+                        results[node.key] = kept
                         if display:
                             display.kept()
                         continue
@@ -145,7 +147,7 @@ class Runner:
         return _Process(popen, lock, time.monotonic())
 
     def environment(self, node: Node) -> dict[str, str]:
-        """Of a stage: ours, its threads, and how W&B groups it unless the user has said so."""
+        """Environment variables of a stage: ours, its threads, and how W&B groups it unless the user has said so."""
         grouping = {
             "WANDB_RUN_GROUP": f"{self.slug}-claim",
             "WANDB_JOB_TYPE": "+".join(node.arms),
@@ -176,6 +178,7 @@ class Runner:
             "run": str(run.relative_to(self.root)),
             "sources": json.loads((folder / "sources.json").read_text(encoding="utf-8")),
             "words": node.words,
+            "kind": node.kind,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_json(folder / "result.json", result)
@@ -235,17 +238,55 @@ def last_metrics(file: Path) -> dict[str, float]:
     return metrics
 
 
-def value_of(result: Mapping[str, Any], metric: str, node: Node) -> float:
+def value_of(result: Mapping[str, Any], metric: str, node: Node, config: Mapping[str, Any] | None = None) -> float:
     """A metric of a finished stage.
+
+    Args:
+        result: What the stage left.
+        metric: The metric's name.
+        node: The stage, for messages.
+        config: The stage's resolved config, which may say why a metric is missing.
 
     Raises:
         CommandError: It wasn't logged, or isn't finite.
     """
     where = f"{' and '.join(node.arms)}, seed {node.seed}, stage {node.name}"
     if metric not in result["metrics"]:
-        logged = ", ".join(sorted(result["metrics"])) or "nothing"
-        raise CommandError(f"{where}: no metric {metric!r}; logged were: {logged}", exit_code=1)
+        logged = sorted(result["metrics"])
+        why = why_missing(metric, logged, node.words[0], (config or {}).get("trainer") or {})
+        raise CommandError(f"{where}: no metric {metric!r}; logged were: {', '.join(logged) or 'nothing'}\n  {why}", exit_code=1)
     value = float(result["metrics"][metric])
     if not math.isfinite(value):
         raise CommandError(f"{where}: {metric} is {value}: the run has diverged, see {result['run']}/report.html", exit_code=1)
     return value
+
+
+def why_missing(metric: str, logged: Sequence[str], command: str, trainer: Mapping[str, Any]) -> str:
+    """Why a stage has not logged a metric, as far as its name, the logged names and the trainer's settings tell.
+
+    Args:
+        metric: The name that is missing.
+        logged: The names that are there.
+        command: ``fit``, ``validate`` or ``test``.
+        trainer: Settings of the stage's trainer; may be empty.
+    """
+    if not logged:
+        every = trainer.get("log_every_n_steps")
+        return "the run logged nothing: " + (
+            f"it may have ended before its first entry (trainer.log_every_n_steps is {every})"
+            if command == "fit" and every
+            else "see its output"
+        )
+    of_validation = re.compile(r"(^|[/_])val(id|idation)?([/_]|$)")
+    if command == "fit" and of_validation.search(metric) and not any(map(of_validation.search, logged)):
+        epochs, between = trainer.get("max_epochs"), trainer.get("check_val_every_n_epoch")
+        if trainer.get("limit_val_batches") == 0:
+            return "validation did not run: trainer.limit_val_batches is 0"
+        if between and epochs and 0 < epochs < between:
+            return f"validation did not run: it comes every {between} epochs, and trainer.max_epochs is {epochs}"
+        interval, steps = trainer.get("val_check_interval"), trainer.get("max_steps") or -1
+        if isinstance(interval, int) and 0 < steps < interval:
+            return f"validation did not run: it comes every {interval} batches, and trainer.max_steps is {steps}"
+        return "no metric of a validation was logged: there is no validation data, or the run ended before its first validation"
+    near = nearest(metric, logged)
+    return f"nearest: {', '.join(near)}" if near else "no logged name is like it: does the model or a callback log it in this stage?"

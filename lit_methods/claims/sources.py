@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lit_methods.catalog import package_folder
 
-_PACKAGES = ("lit_methods.callbacks", "lit_methods.datamodules", "lit_methods")  # the last may hold the others
+PACKAGES = ("lit_methods.callbacks", "lit_methods.datamodules", "lit_methods")  # the last may hold the others
 
 
 def imported_sources(started: float = float("inf")) -> dict[str, str]:
@@ -24,9 +24,9 @@ def imported_sources(started: float = float("inf")) -> dict[str, str]:
     Returns:
         ``<package>/<path>``, or ``./<path>`` below the current folder -> 64 hex digits.
     """
-    roots = [(package, package_folder(package).resolve()) for package in _PACKAGES] + [(".", Path.cwd().resolve())]
-    own = Path(__file__).resolve().parent
-    found = {}
+    roots = [(package, package_folder(package).resolve()) for package in PACKAGES] + [(".", Path.cwd().resolve())]
+    this_package = Path(__file__).resolve().parent
+    hashes = {}
     for module in list(sys.modules.values()):
         name = getattr(module, "__file__", None) or ""
         if not name.endswith(".py"):
@@ -35,10 +35,10 @@ def imported_sources(started: float = float("inf")) -> dict[str, str]:
         package, root = next(((package, root) for package, root in roots if folder.is_relative_to(root)), ("", folder))
         installed = package == "." and any(part in ("site-packages", "dist-packages") for part in folder.parts)
         file = folder / os.path.basename(name)
-        if package and not installed and folder != own and file.is_file():
+        if package and not installed and folder != this_package and file.is_file():
             changed = file.stat().st_mtime > started
-            found[f"{package}/{file.relative_to(root).as_posix()}"] = "changed during the run" if changed else sha256(file)
-    return dict(sorted(found.items()))
+            hashes[f"{package}/{file.relative_to(root).as_posix()}"] = "changed during the run" if changed else sha256(file)
+    return dict(sorted(hashes.items()))
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def sha256(file: Path) -> str:
 
 
 def changed_sources(sources: Mapping[str, str]) -> list[str]:
-    """Those of :func:`imported_sources` that don't have that content any more."""
+    """Files out of :func:`imported_sources` that have another content by now, or are gone."""
 
     def file(label: str) -> Path:
         package, _, path = label.partition("/")

@@ -30,27 +30,27 @@ def check_before(study: Study, plan: Plan, file: Path) -> dict[str, list[Differe
     """
     if missing := unknown_tuned(study.tuned, plan.resolved):
         raise CommandError(f"{file}: tuned names keys that no stage of the arm has: {', '.join(missing)}")
-    found = {
+    differences = {
         arm: before_running(arm, study.against(arm), plan.resolved, seed_keys=study.seed_keys, tuned=study.tuned, units=study.units)
         for arm in study.arms
         if arm != study.reference
     }
     for arm in study.judged:
         declared = study.differences.get(arm, {})
-        _refuse(study, file, arm, undeclared(found[arm], declared))
+        _refuse(study, file, arm, undeclared(differences[arm], declared))
         decided = ("data", "seeds", "tuned", *(unit for unit in UNITS if unit not in study.units))
-        _refuse_stale(file, arm, study, stale(found[arm], declared, decided))
-    return found
+        _refuse_stale(file, arm, study, stale(differences[arm], declared, decided))
+    return differences
 
 
 def check_after(
-    study: Study, found: Mapping[str, Sequence[Difference]], measured: Mapping[str, list[dict[str, float]]], file: Path, strict: bool
+    study: Study, before: Mapping[str, Sequence[Difference]], measured: Mapping[str, list[dict[str, float]]], file: Path, strict: bool
 ) -> dict[str, list[Difference]]:
-    """``found`` and what was measured.
+    """All differences of each arm: those that the configs showed, and those of what was measured.
 
     Args:
         study: What the file declares.
-        found: From :func:`check_before`.
+        before: What :func:`check_before` returned.
         measured: Arm -> for each seed ``steps``, ``parameters`` and perhaps ``flops``.
         file: For messages.
         strict: Whether a declared difference that wasn't measured is an error.
@@ -59,9 +59,9 @@ def check_after(
         CommandError: As in :func:`check_before`.
     """
     every = {}
-    for arm in found:
+    for arm in before:
         later = after_running(measured, arm, study.against(arm), study.units, study.tolerance)
-        every[arm] = merged([*found[arm], *later])
+        every[arm] = merged([*before[arm], *later])
         if arm in study.judged:
             declared = study.differences.get(arm, {})
             _refuse(study, file, arm, undeclared(every[arm], declared))
@@ -104,8 +104,8 @@ def changes(study: Study, plan: Plan, arm: str, other: str) -> list[str]:
     ours, theirs = plan.resolved[arm], plan.resolved[other]
     if len(ours) != len(theirs):
         return [f"{len(ours)} stages ({len(theirs)})"]
-    found = [text for pair in zip(ours, theirs, strict=True) for text in config_differences(pair[0].config, pair[1].config)]
-    return list(dict.fromkeys(found))
+    changed = [text for pair in zip(ours, theirs, strict=True) for text in config_differences(pair[0].config, pair[1].config)]
+    return list(dict.fromkeys(changed))
 
 
 def summarise(
@@ -113,7 +113,7 @@ def summarise(
     plan: Plan,
     seeds: Sequence[int],
     results: Mapping[str, Result],
-    found: Mapping[str, Sequence[Difference]],
+    before: Mapping[str, Sequence[Difference]],
     file: Path,
     strict: bool = True,
 ) -> dict[str, Any]:
@@ -142,10 +142,12 @@ def summarise(
         for arm, seen in budget.items():
             if any("flops" not in one for one in seen):
                 raise CommandError(f"{file}: the operations of {arm} weren't counted: it must train more batches than the warm-up", 1)
-    every = check_after(study, found, budget, file, strict)
+    every = check_after(study, before, budget, file, strict)
     others = {arm: values[arm] for arm in study.arms if arm != study.reference}
     intervals = {
-        arm: t_interval([a - b for a, b in zip(own, values[study.reference], strict=True)]) for arm, own in others.items() if len(seeds) > 1
+        arm: t_interval([a - b for a, b in zip(arm_values, values[study.reference], strict=True)])
+        for arm, arm_values in others.items()
+        if len(seeds) > 1
     }
     verdict = None
     if study.kind == "claim" and len(seeds) >= LEAST_SEEDS:
@@ -175,5 +177,5 @@ def summarise(
 
 
 def _last(plan: Plan, name: str, seed: int, results: Mapping[str, Result], metric: str) -> float:
-    node = plan.chains[name][seed][-1]
-    return value_of(results[node.key], metric, node)
+    node, stages = plan.chains[name][seed][-1], plan.resolved.get(name)
+    return value_of(results[node.key], metric, node, stages[-1].config if stages else None)

@@ -15,7 +15,7 @@ class Verdict:
     Attributes:
         mean: Mean difference, method - baseline, in the metric's unit.
         low: Lower end of the 95 % t-interval of the mean.
-        high: Upper end.
+        high: Upper end of that interval.
         better: Seeds in which the method is better.
         verdict: ``holds``, ``does not hold`` or ``undecided``.
     """

@@ -8,30 +8,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_methods.catalog import configs_folder, techniques
+from lit_methods.catalog import configs_folder, published, techniques
 from lit_methods.cli.commands import Parser, parsed
 from lit_methods.errors import CommandError, suggest
+from lit_methods.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from lit_methods.claims.study import Study
 
+QUICK_NOTE = "A quick run's figures mean nothing: two training batches, one validation batch. It shows that every stage runs."
 _PASSED_ON = ("--data", "--model", "--trainer", "--optimizer", "--lr_scheduler")
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Our own words, and those for every stage: ``--data…``, ``--model…``, ``--trainer…`` with their values."""
-    own: list[str] = []
+    ours: list[str] = []
     passed: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith(_PASSED_ON):
-            own.append(word)
+            ours.append(word)
             continue
         passed.append(word)
         if "=" not in word and rest and not rest[0].startswith("--"):
             passed.append(rest.pop(0))
-    return own, passed
+    return ours, passed
 
 
 def find_studies(folder: str, names: Sequence[str]) -> dict[str, Path]:
@@ -61,8 +63,14 @@ def _parser(command: str) -> Parser:
         "names", nargs="*" if claims else "+", metavar="technique" if claims else "family", help="such as superflow" * claims
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of those of the file; a verdict needs three")
-    parser.add_argument("--quick", action="store_true", help="smoke: one seed, two batches, no verdict and no evidence")
-    parser.add_argument("--plan", action="store_true", help="check the file and its fairness, list the stages, run nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="smoke: one seed, two batches, one validation; figures mean nothing, no verdict and no evidence",
+    )
+    parser.add_argument(
+        "--plan", action="store_true", help="check keys and fairness, list the stages and about how long they take, run nothing"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="stages at a time; results don't depend on it")
     parser.add_argument("--root", type=Path, default=Path("runs/claims"), help="folder of the stages and results (default: %(default)s)")
     parser.add_argument("--wandb", action="store_true", help="log every stage to W&B, grouped by claim, arm and seed")
@@ -83,8 +91,8 @@ def compare(words: list[str]) -> int:
 
 
 def _command(command: str, words: list[str]) -> int:
-    own, passed = split_words(words)
-    options = parsed(_parser(command), own)
+    ours, passed = split_words(words)
+    options = parsed(_parser(command), ours)
     if options is None:
         return 0
     if options.jobs < 1:
@@ -115,7 +123,9 @@ def _command(command: str, words: list[str]) -> int:
 def _run_one(command: str, name: str, file: Path, options: argparse.Namespace, passed: list[str]) -> None:
     from lit_methods.claims.cost import cost_nodes, measure
     from lit_methods.claims.display import Display
-    from lit_methods.claims.plan import QUICK, make_plan
+    from lit_methods.claims.duration import duration_line
+    from lit_methods.claims.keys import check_keys
+    from lit_methods.claims.plan import QUICK_WORDS, make_plan
     from lit_methods.claims.runner import Runner
     from lit_methods.claims.study import read_study
     from lit_methods.claims.summary import check_before, summarise
@@ -124,28 +134,33 @@ def _run_one(command: str, name: str, file: Path, options: argparse.Namespace, p
     seeds = list(dict.fromkeys(options.seeds or study.seeds))
     if options.quick:
         seeds = seeds[:1]
-    extra = [*(["--config", "configs/logger/wandb.yaml"] if options.wandb else []), *(QUICK if options.quick else []), *passed]
+    extra = [*(["--config", "configs/logger/wandb.yaml"] if options.wandb else []), *(QUICK_WORDS if options.quick else []), *passed]
     print(f"{name}: {study.sentence}", flush=True)
+    check_keys(study, file, passed)
     plan = make_plan(study, seeds, extra)
-    found = check_before(study, plan, file)
+    differences = check_before(study, plan, file)
     runner = Runner(options.root, study.threads, name)
     if options.plan:
         for node in plan.nodes:
             print(f"  {node.name:50} {', '.join(node.arms)}")
         print(f"{len(plan.nodes)} stages; the arms' configs are fair as declared")
+        record = None if options.quick or passed or command != "claims" else read_record(options.root, name)
+        print(duration_line(plan, runner, options.jobs, record))
         return
     display = Display(len(plan.nodes), options.jobs)
     try:
         results = runner.run(plan.nodes, options.jobs, display)
     finally:
         display.close()
-    summary: dict[str, Any] = summarise(study, plan, seeds, results, found, file, strict=not options.quick)
+    summary: dict[str, Any] = summarise(study, plan, seeds, results, differences, file, strict=not options.quick)
     rounds = {}
     if study.cost is not None:
         print("cost: both arms in turn, nothing beside them", flush=True)
         steps, turns = (8, 1) if options.quick else (study.cost.steps, 3)
         rounds = measure(runner, cost_nodes(study.cost, plan, seeds[0], steps, turns))
-    summary["overrides"] = [*passed, *(QUICK if options.quick else [])]
+    summary["overrides"] = [*passed, *(QUICK_WORDS if options.quick else [])]
+    if options.quick:
+        summary["note"] = QUICK_NOTE
     gpus = sorted({gpu for result in results.values() for gpu in _gpus(runner.root / result["run"])})
     folder = options.root / (name if command == "claims" else f"compare-{name}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +177,6 @@ def _conclude_claim(
 ) -> None:
     from lit_methods.claims.cost import compare_cost
     from lit_methods.claims.evidence import cost_line, differences_lines, facts, summary_row, values_table, verdict_line
-    from lit_methods.files import write_json
 
     summary["cost"] = None
     if study.cost is not None:
@@ -174,7 +188,7 @@ def _conclude_claim(
     if summary["cost"]:
         print(f"cost per training step, {method} against {baseline}: {cost_line(summary['cost'])}")
     if options.quick:
-        print("smoke only: no verdict")
+        print(f"smoke only: no verdict. {QUICK_NOTE}")
         write_json(folder / "quick.json", summary)
         return
     print(verdict_line(summary))
@@ -184,7 +198,7 @@ def _conclude_claim(
     summary |= facts(checkout if tell else None, study.slug, gpus)
     write_json(folder / "summary.json", summary)
     if technique is not None and summary["verdict"] is not None:
-        (folder / "row.md").write_text(summary_row(study.slug, summary, technique) + "\n", encoding="utf-8")
+        write_atomically(folder / "row.md", summary_row(study.slug, summary, technique) + "\n")
     if tell:
         store = evidence_folder(checkout, options.root)
         store.mkdir(parents=True, exist_ok=True)
@@ -204,20 +218,29 @@ def _conclude_claim(
 def _conclude_comparison(summary: dict[str, Any], rounds: Any, folder: Path, gpus: list[str]) -> None:
     from lit_methods.claims.comparison import comparison_plot, comparison_table, step_seconds
     from lit_methods.claims.evidence import differences_lines, facts
-    from lit_methods.files import write_json
 
     summary["cost"] = step_seconds(rounds)
     summary |= facts(find_checkout(), "", gpus)
     differences = "".join(f"- {line}\n" for line in differences_lines(summary))
     table = comparison_table(summary)
-    print(f"\n{table}\n\n{differences}", end="")
+    print(f"\n{table}\n\n{differences}{summary.get('note', '')}", end="")
     write_json(folder / "compare.json", summary)
     plot = comparison_plot(summary)
-    (folder / "compare.svg").write_text(plot, encoding="utf-8")
-    note = f"\nNot the whole task; run with {shlex.join(summary['overrides'])}\n" if summary["overrides"] else ""
+    write_atomically(folder / "compare.svg", plot)
+    said = f" {summary['note']}" if "note" in summary else ""
+    note = f"\nNot the whole task; run with {shlex.join(summary['overrides'])}.{said}\n" if summary["overrides"] else ""
     text = f"# {summary['sentence']}\n{note}\nMetric: `{summary['metric']}`.\n\n{table}\n\n![plot](compare.svg)\n\n{differences}"
-    (folder / "compare.md").write_text(text, encoding="utf-8")
+    write_atomically(folder / "compare.md", text)
     print(f"{folder}/compare.md, compare.json, compare.svg")
+
+
+def read_record(root: Path, slug: str) -> dict[str, Any] | None:
+    """The stored record of a claim; None where there is none, or it can't be read."""
+    try:
+        record: dict[str, Any] = json.loads((evidence_folder(find_checkout(), root) / f"{slug}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record
 
 
 def _gpus(run: Path) -> list[str]:
@@ -247,5 +270,5 @@ def write_page(root: Path) -> Path:
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     page = folder.with_suffix(".md")
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(evidence_page(records, techniques()), encoding="utf-8")
+    write_atomically(page, evidence_page(records, published()))
     return page

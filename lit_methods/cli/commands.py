@@ -4,15 +4,20 @@ import argparse
 import ast
 import dataclasses
 import json
-import os
 import re
-from collections.abc import Sequence
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from lit_methods.catalog import Technique, package_folder, techniques
-from lit_methods.cli.config_files import copy_config
+from lit_methods.catalog import PACKAGES, Technique, installed_techniques, package_folder, plugins, published
+from lit_methods.cli.config_files import config_heads, copy_config, shipped_configs
 from lit_methods.errors import CommandError, suggest
+from lit_methods.files import replacing
+
+if TYPE_CHECKING:
+    from lit_methods.parts import Part
 
 DOCS = "https://github.com/lit-methods/lit-methods/blob/main/docs/techniques"
 
@@ -26,26 +31,99 @@ class Parser(argparse.ArgumentParser):
 
 
 def list_techniques(argv: list[str]) -> int:
-    """``lit list``: a table of the techniques, or JSON with every field."""
-    parser = Parser(prog="lit list", description="Techniques that are here.")
+    """``lit list``: a table of the techniques, of the parts to build with, or of the configs; or JSON with every field."""
+    parser = Parser(prog="lit list", description="Techniques that are here; with --parts what one builds with, with --configs what runs.")
+    parser.add_argument("--parts", action="store_true", help="datamodules, host modules, networks, metrics, callbacks, base classes")
+    parser.add_argument("--configs", action="store_true", help="every config, with the first line of its head")
     parser.add_argument("--family", help="only this family, such as lidar")
     parser.add_argument("--json", action="store_true", help="every field, as a JSON list")
     options = parsed(parser, argv)
     if options is None:
         return 0
-    chosen = list(techniques().values())
-    if options.family is not None:
-        families = {technique.family for technique in chosen}
-        if options.family not in families:
-            raise CommandError(f"no technique of family {options.family!r}" + suggest(options.family, families))
-        chosen = [technique for technique in chosen if technique.family == options.family]
-    if options.json:
-        print(json.dumps([dataclasses.asdict(technique) for technique in chosen], indent=2, ensure_ascii=False))
-        return 0
-    rows = [("slug", "family", "form", "title", "arXiv"), *((t.slug, t.family, t.form, t.title, t.arxiv or "-") for t in chosen)]
-    print(_table(rows))
-    print(f"\n{len(chosen)} technique{'' if len(chosen) == 1 else 's'}; lit info <slug> for one of them")
+    if options.parts and options.configs:
+        raise CommandError("give --parts or --configs, not both")
+    _warn_of_plugins()
+    if options.configs:
+        _list_configs(options.family, options.json)
+    elif options.parts:
+        _list_parts(options.family, options.json)
+    else:
+        _list_techniques(options.family, options.json)
     return 0
+
+
+def _warn_of_plugins() -> None:
+    for plugin in plugins():
+        if plugin.problem:
+            print(plugin.warning, file=sys.stderr)
+
+
+def _list_techniques(family: str | None, as_json: bool) -> None:
+    chosen = list(installed_techniques().values())
+    if family is not None:
+        families = {technique.family for technique in chosen}
+        if family not in families:
+            raise CommandError(f"no technique of family {family!r}" + suggest(family, families))
+        chosen = [technique for technique in chosen if technique.family == family]
+    if as_json:
+        print(json.dumps([dataclasses.asdict(technique) for technique in chosen], indent=2, ensure_ascii=False))
+        return
+    rows = [("slug", "family", "form", "class", "title", "arXiv")]
+    for entry in chosen:
+        title = f"draft: {entry.title}" if entry.draft else entry.title
+        rows.append((entry.slug, entry.family, entry.form, entry.names[0] if entry.names else "-", title, entry.arxiv or "-"))
+    print(_table(rows, title_width=60))
+    drafts = sum(entry.draft for entry in chosen)
+    said = f" ({drafts} draft{'' if drafts == 1 else 's'})" if drafts else ""
+    print(f"\n{len(chosen)} technique{'' if len(chosen) == 1 else 's'}{said}; lit info <slug or family>; lit list --parts, --configs")
+
+
+def _list_parts(family: str | None, as_json: bool) -> None:
+    from lit_methods.parts import KINDS, parts
+
+    chosen = [part for part in parts() if family in (None, part.family)]
+    if not chosen:
+        raise CommandError(f"no part of family {family!r}" + suggest(str(family), {part.family for part in parts() if part.family}))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(part) for part in chosen], indent=2, ensure_ascii=False))
+        return
+    for kind, heading in KINDS.items():
+        if alike := [part for part in chosen if part.kind == kind]:
+            print(f"{heading}\n{_parts_table(alike)}\n")
+    print(f"{len(chosen)} parts; lit info <name> shows the whole docstring of one")
+
+
+def _parts_table(alike: Sequence["Part"]) -> str:
+    lines = []
+    width = max(len(part.name) for part in alike)
+    for part in alike:
+        indent = " " * (width + 4)
+        label = {"datamodule": "batch", "network": "shapes", "loss": "shapes"}.get(part.kind, "needs")
+        text = [part.line, *([f"{label}: {part.shapes}"] if part.shapes else []), *([f"cost: {part.cost}"] if part.cost else [])]
+        first, *others = [line for item in text for line in textwrap.wrap(item, 138 - len(indent), subsequent_indent="  ")]
+        lines += [f"  {part.name:{width}}  {first}", *(f"{indent}{line}" for line in others)]
+    return "\n".join(lines)
+
+
+def _list_configs(family: str | None, as_json: bool) -> None:
+    heads = config_heads()
+    if family is not None:
+        wanted = {config for entry in installed_techniques().values() if entry.family == family for config in _configs_of(entry, heads)}
+        if not wanted:
+            raise CommandError(f"no config of family {family!r}" + suggest(family, {t.family for t in installed_techniques().values()}))
+        heads = {path: head for path, head in heads.items() if path in wanted}
+    if as_json:
+        print(json.dumps([{"path": path, "head": head} for path, head in heads.items()], indent=2, ensure_ascii=False))
+        return
+    print(_table([("config", "what it is"), *heads.items()], title_width=96))
+    print(f"\n{len(heads)} configs; lit fit --config <config>; lit cp <config> <dest> copies one to edit")
+
+
+def _configs_of(technique: Technique, heads: Iterable[str]) -> list[str]:
+    """The technique's configs as a user writes them: those of the entry, and what ``full/`` and ``claims/`` hold under its slug."""
+    named = [f"configs/{config}" for config in technique.configs]
+    whole = re.compile(rf"configs/full/{technique.slug}(_\w+)?\.yaml|configs/claims/{technique.slug}\.yaml")
+    return [*named, *(path for path in heads if path not in named and whole.fullmatch(path))]
 
 
 def _table(rows: Sequence[Sequence[str]], title_width: int = 72) -> str:
@@ -55,22 +133,49 @@ def _table(rows: Sequence[Sequence[str]], title_width: int = 72) -> str:
 
 
 def info(argv: list[str]) -> int:
-    """``lit info <technique>``: all fields, its dashboard panels and how to run it."""
-    parser = Parser(prog="lit info", description="What a technique does, its configs, how to run it.")
-    parser.add_argument("technique", help="slug, as `lit list` shows it")
-    parser.add_argument("--json", action="store_true", help="the catalogue entry as JSON")
+    """``lit info <technique, family or class>``: all fields, panels and how to run it; what a family holds; a part's docstring."""
+    parser = Parser(prog="lit info", description="What a technique does, its configs, how to run it; what a family holds; what a class is.")
+    parser.add_argument("name", metavar="technique", help="slug or family, as `lit list` shows them, or a class of `lit list --parts`")
+    parser.add_argument("--json", action="store_true", help="the catalogue entry, or the list of entries, as JSON")
     options = parsed(parser, argv)
     if options is None:
         return 0
-    known = techniques()
-    if options.technique not in known:
-        raise CommandError(f"no technique {options.technique!r}" + suggest(options.technique, known, otherwise="see: lit list"))
-    technique = known[options.technique]
+    _warn_of_plugins()
+    known, name = installed_techniques(), options.name
+    families = {technique.family for technique in known.values()}
+    from lit_methods.parts import parts
+
+    slugs = [entry.slug for entry in known.values() if name in (entry.slug, entry.names[0] if entry.names else "")]
+    chosen: Any
+    if slugs:
+        chosen, text = known[slugs[0]], _described(known[slugs[0]])
+    elif name in families | {part.family for part in parts() if part.family}:
+        chosen = [technique for technique in known.values() if technique.family == name]
+        text = _family(name, chosen)
+    elif found := [part for part in parts() if part.name == name]:
+        chosen, text = found[0], f"{found[0].path}: {found[0].kind}\n\n{found[0].docstring}"
+    else:
+        near = suggest(name, {*known, *families, *(part.name for part in parts())}, otherwise="see: lit list, lit list --parts")
+        raise CommandError(f"no technique, family or part {name!r}" + near)
     if options.json:
-        print(json.dumps(dataclasses.asdict(technique), indent=2, ensure_ascii=False))
-        return 0
-    print(_described(technique))
+        fields = [dataclasses.asdict(one) for one in chosen] if isinstance(chosen, list) else dataclasses.asdict(chosen)
+        text = json.dumps(fields, indent=2, ensure_ascii=False)
+    print(text)
     return 0
+
+
+def _family(name: str, entries: Sequence[Technique]) -> str:
+    from lit_methods.parts import KINDS, parts
+
+    lines = [f"{name}: {len(entries)} technique{'' if len(entries) == 1 else 's'}", ""]
+    heads = config_heads()
+    for entry in entries:
+        lines += [f"{entry.slug} ({', '.join(entry.names)}){', draft' if entry.draft else ''}: {entry.title}", f"  {entry.summary or '-'}"]
+        lines += [f"  {config}" for config in _configs_of(entry, heads)] + [""]
+    for kind, heading in KINDS.items():
+        if alike := [part for part in parts() if part.family == name and part.kind == kind]:
+            lines += [heading, _parts_table(alike), ""]
+    return "\n".join(lines).rstrip()
 
 
 def _described(technique: Technique) -> str:
@@ -79,12 +184,15 @@ def _described(technique: Technique) -> str:
         ("family", technique.family),
         ("form", {"module": "LightningModule", "callback": "callback for any LightningModule"}.get(technique.form, technique.form)),
         ("classes", "\n".join(technique.classes)),
-        ("configs", "\n".join(f"configs/{config}" for config in technique.configs) or "-"),
+        ("configs", "\n".join(_configs_of(technique, shipped_configs())) or "-"),
         ("golden", ", ".join(technique.golden) or "-"),
         ("claim", technique.claim or "-"),
         ("panels", "\n".join(_panel_titles(technique)) or "-"),
-        ("docs", f"{DOCS}/{technique.slug}.md"),
     ]
+    if technique.slug in published():
+        rows.append(("docs", f"{DOCS}/{technique.slug}.md"))
+    if technique.draft:
+        rows.insert(0, ("draft", "not finished: no full-scale config, claim and page yet"))
     short = technique.classes[0].rpartition(".")[2] if technique.classes else ""
     if technique.configs:
         first = f"configs/{technique.configs[0]}"
@@ -105,8 +213,9 @@ def _panel_titles(technique: Technique) -> list[str]:
     """Titles of the panels that the technique's classes declare, read from the source without importing it."""
     wanted = {path.rpartition(".")[2] for path in technique.classes}
     titles: list[str] = []
-    for package in ("lit_methods", "lit_methods.callbacks"):
-        for source in sorted(package_folder(package).rglob("*.py")):
+    folders = [*map(package_folder, PACKAGES), *(plugin.folder for plugin in plugins() if plugin.folder is not None)]
+    for folder in folders:
+        for source in sorted(folder.rglob("*.py")):
             text = source.read_text(encoding="utf-8")
             if "panels" not in text or not any(f"class {name}" in text for name in wanted):
                 continue
@@ -160,68 +269,27 @@ def export(argv: list[str]) -> int:
         raise CommandError(f"{options.out} must end in .pt or .safetensors")
     if out.exists() and not options.force:
         raise CommandError(f"{out} exists: choose another name, or overwrite it with --force")
-    weights = read_state_dict(Path(options.ckpt).expanduser(), options.prefix)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")  # a full disk must not leave half a file under the final name
-    if out.suffix == ".safetensors":
-        try:
-            from safetensors.torch import save_file
-        except ImportError as error:
-            raise CommandError("writing .safetensors needs `pip install safetensors`; .pt needs nothing", exit_code=1) from error
-        save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, partial)
-    else:
-        import torch
+    from lit_methods.runs.checkpoints import PrefixError, read_state_dict
 
-        torch.save(weights, partial)
-    os.replace(partial, out)
+    try:
+        weights = read_state_dict(Path(options.ckpt).expanduser(), options.prefix, plain=False)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error), exit_code=2 if isinstance(error, OSError | PrefixError) else 1) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(out) as partial:  # a full disk must not leave half a file under the final name
+        if out.suffix == ".safetensors":
+            try:
+                from safetensors.torch import save_file
+            except ImportError as error:
+                raise CommandError("writing .safetensors needs `pip install safetensors`; .pt needs nothing", exit_code=1) from error
+            save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, partial)
+        else:
+            import torch
+
+            torch.save(weights, partial)
     count = sum(tensor.numel() for tensor in weights.values())
     print(f"{out}: {len(weights)} tensors, {count:,} values")
     return 0
-
-
-def read_state_dict(ckpt: Path, prefix: str = "") -> dict[str, Any]:
-    """The tensors of a checkpoint's ``state_dict`` whose names start with ``prefix``, on the CPU, without the prefix.
-
-    Args:
-        ckpt: A Lightning checkpoint file. It is read with ``weights_only``: nothing in it is executed.
-        prefix: Such as ``backbone_3d.``; "" keeps everything.
-
-    Raises:
-        CommandError: No such file, a folder, no checkpoint, damaged, or nothing under ``prefix``.
-    """
-    if ckpt.is_dir():
-        raise CommandError(
-            f"{ckpt} is a folder, as sharded strategies write them\n"
-            f"  first: python -m lightning.pytorch.utilities.consolidate_checkpoint {ckpt}"
-        )
-    if not ckpt.is_file():
-        near = sorted(str(path) for path in ckpt.parent.glob("*.ckpt")) if ckpt.parent.is_dir() else []
-        raise CommandError(f"checkpoint {str(ckpt)!r} not found" + suggest(str(ckpt), near))
-    import pickle
-
-    import torch
-
-    try:
-        content = torch.load(ckpt, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if refused is None:
-            raise CommandError(f"{ckpt} is no checkpoint", exit_code=1) from error
-        reason = f"{ckpt} holds more than tensors, numbers, strings, lists and dicts, and is not read: {refused.group(1)}"
-        raise CommandError(f"{reason}\n  save it again with plain hyperparameters", exit_code=1) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise CommandError(f"{ckpt} ({ckpt.stat().st_size:,} bytes) is no checkpoint, or is cut off\n  {said}", exit_code=1) from error
-    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        keys = ", ".join(sorted(map(str, content))[:6]) if isinstance(content, dict) else type(content).__name__
-        raise CommandError(f"{ckpt} has no 'state_dict', so it is no Lightning checkpoint: it holds {keys}", exit_code=1)
-    tensors = {name: value.detach() for name, value in content["state_dict"].items() if isinstance(value, torch.Tensor)}
-    kept = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-    if not kept:
-        heads = {f"{name.split('.')[0]}." for name in tensors}
-        there = f"there are: {', '.join(sorted(heads)[:12])}"
-        raise CommandError(f"nothing in {ckpt} starts with {prefix!r}" + suggest(prefix, heads, otherwise=there))
-    return kept
 
 
 def parsed(parser: Parser, argv: list[str]) -> argparse.Namespace | None:

@@ -1,19 +1,42 @@
-"""Finding the YAML files that a command names: the current folder first, then the ones that ship with the package."""
+"""Finding the YAML files that a command names: the current folder first, then those that ship with the package, then plugins'."""
 
 import re
 import shutil
 from pathlib import Path
 
-from lit_methods.catalog import configs_folder
+from lit_methods.catalog import configs_folders
 from lit_methods.errors import CommandError, nearest
+from lit_methods.files import refuse_repeated_keys
 
 _CONFIG_FLAGS = ("--config", "-c")
 
 
 def shipped_configs() -> list[str]:
-    """Paths of the shipped configs as a user writes them (``configs/superflow.yaml``), sorted."""
-    folder = configs_folder()
-    return sorted(f"configs/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.yaml"))
+    """Paths of the shipped configs, and of those of plugins, as a user writes them (``configs/superflow.yaml``), sorted."""
+    return sorted(_shipped())
+
+
+def _shipped() -> dict[str, Path]:
+    """Path as a user writes it -> file; of two files of one name the one that :func:`find_config` finds."""
+    return {
+        f"configs/{path.relative_to(folder).as_posix()}": path for folder in reversed(configs_folders()) for path in folder.rglob("*.yaml")
+    }
+
+
+def config_heads() -> dict[str, str]:
+    """Shipped config -> what its head says that it is: the text of its first comment, without the command; sorted by path."""
+    return {path: _head(file.read_text(encoding="utf-8")) for path, file in sorted(_shipped().items())}
+
+
+def _head(text: str) -> str:
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        said = re.sub(r"lit \w+ --config \S+", "", line.lstrip("# ")).strip()
+        if said:
+            return said
+    claim = re.search(r"^claim: *\"?(.*?)\"?$", text, flags=re.M)
+    return claim[1] if claim else ""
 
 
 def find_config(given: str) -> Path:
@@ -29,8 +52,7 @@ def find_config(given: str) -> Path:
     if path.is_file():
         return path
     inside = given.removeprefix("./").removeprefix("configs/")
-    for candidate in (inside, f"{inside}.yaml"):
-        shipped = configs_folder() / candidate
+    for shipped in (folder / candidate for folder in configs_folders() for candidate in (inside, f"{inside}.yaml")):
         if not path.is_absolute() and shipped.is_file():
             return shipped
     here = [str(found.relative_to(Path.cwd())) for found in [*Path.cwd().glob("*.y*ml"), *Path.cwd().glob("configs/**/*.y*ml")]]
@@ -77,6 +99,22 @@ def mentioned_files(argv: list[str], files: list[Path]) -> list[Path]:
                     found.append(path)
                     pending.append((path.read_text(encoding="utf-8", errors="replace"), path.parent))
     return found
+
+
+def refuse_repeated(argv: list[str], files: list[Path]) -> None:
+    """Raise if a key stands twice in a mapping of a file or of an argument (``--trainer '{...}'``).
+
+    Raises:
+        CommandError: The file with line and key.
+    """
+    try:
+        for path in files:
+            refuse_repeated_keys(path.read_text(encoding="utf-8", errors="replace"), str(path))
+        for word in argv:
+            if "{" in word:
+                refuse_repeated_keys(word.partition("=")[2] if word.startswith("-") else word, "command line")
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def copy_config(config: str, destination: str, force: bool = False) -> Path:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import TypeVar
 
-from lit_methods.catalog import techniques
+from lit_methods.catalog import installed_techniques
 from lit_methods.cli.commands import Parser, parsed
 from lit_methods.errors import CommandError, suggest
 
@@ -27,7 +27,7 @@ def dashboard(words: list[str]) -> int:
     options = parsed(parser, words)
     if options is None:
         return 0
-    known = techniques()
+    known = installed_techniques()
     if options.technique not in known:
         raise CommandError(f"no technique {options.technique!r}" + suggest(options.technique, known, otherwise="see: lit list"))
     sends = not (options.dry_run or options.json)

@@ -6,8 +6,10 @@ Only consulted after the parser has refused something, so it can't reject what t
 import errno
 import importlib
 import inspect
+import itertools
 import pickle
 import re
+import textwrap
 import traceback
 import typing
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lit_methods.callbacks.run.finite import NonFiniteError
-from lit_methods.catalog import package_folder, public_names
+from lit_methods.catalog import PACKAGES, installed_names, package_folder, public_names
 from lit_methods.errors import CommandError, nearest, suggest
 from lit_methods.runs.checkpoints import UnreadableCheckpoint
 
@@ -203,7 +205,8 @@ def _check_root(tree: Entry, keys: set[str], message: str) -> None:
     for key, entry in tree.value.items():
         if key.rstrip("+") not in top:
             inside = [known for known in keys if known.endswith(f".{key}")]
-            raise Wrong(f"unknown key {key!r}{entry.place}" + (f"\n  did you mean: {inside[0]}" if inside else suggest(key, top)))
+            near = suggest(key, top | {"config"})
+            raise Wrong(f"unknown key {key!r}{entry.place}" + (f"\n  did you mean: {inside[0]}" if inside else near))
     trainer = tree.value.get("trainer")
     known = {key.removeprefix("trainer.") for key in keys if key.startswith("trainer.")}
     if trainer is not None and isinstance(trainer.value, dict):
@@ -338,9 +341,9 @@ def _resolve(name: Entry, path: str, bases: tuple[type, ...]) -> Any:
     if "." not in given:
         names = _names(path, bases)
         if given in names:
-            return names[given] or getattr(importlib.import_module(public_names()[given]), given)
-        if given in public_names():
-            return getattr(importlib.import_module(public_names()[given]), given)
+            return names[given] or getattr(importlib.import_module(installed_names()[given]), given)
+        if given in installed_names():
+            return getattr(importlib.import_module(installed_names()[given]), given)
         reason = f"{path}: there is no class {given!r}{name.place}"
         raise Wrong(reason + suggest(given, names, otherwise="a class of your own goes by its dotted path: my_project.MyClass"))
     module_name, _, attribute = given.rpartition(".")
@@ -390,12 +393,43 @@ def _condensed(message: str, lines: int = 5) -> str:
     return "\n  ".join(line[:300] for line in kept[:lines])
 
 
+def refuse_unknown_help(argv: list[str]) -> None:
+    """Raise if ``--model.help Name`` (or of another key) asks for a class that isn't there.
+
+    Raises:
+        CommandError: The nearest names, or why the class can't be imported.
+    """
+    words = [part for word in argv for part in word.split("=", 1)]
+    for flag, name in itertools.pairwise(words):
+        if flag.startswith("--") and flag.endswith(".help") and name and not name.startswith("-"):
+            path = flag.removeprefix("--").removesuffix(".help")
+            try:
+                _resolve(Entry(name, "command line"), path, _BASES.get(path, ()))
+            except Wrong as wrong:
+                raise CommandError(str(wrong)) from wrong
+
+
+def condense_help(text: str) -> str:
+    """A class's help with only our own among the "known subclasses": the parser lists every subclass of ``nn.Module`` that is imported."""
+
+    def ours(found: re.Match[str]) -> str:
+        names = re.sub(r"\s", "", found.group(1)).split(",")
+        if len(names) < 12:
+            return found.group(0)
+        kept = [name.rpartition(".")[2] for name in names if name.startswith("lit_methods.")]
+        return f"known of ours:\n{indent}" + textwrap.fill(", ".join([*kept, "all in `lit list --parts`"]), 54).replace("\n", f"\n{indent}")
+
+    indent = " " * 24
+    return re.sub(r"known\s+subclasses:\s+([^)]*)", ours, text)
+
+
 def explain_run_error(error: Exception) -> CommandError | None:
     """A short message for an error that a user can act on; None for a defect, which keeps its traceback.
 
-    Short are: Lightning's configuration errors, checkpoints that don't fit, ``ValueError``, ``OSError``, ``ImportError`` that our
-    own packages raise on purpose (bad data, wrong root, missing library), in a loader's worker process too, and what a machine does to
-    a long run: a full disk, a folder that can't be written, a killed loader worker, a full GPU; and a loss that is not finite.
+    Short are: what Lightning and torch's optimisers say of their settings, checkpoints that don't fit, ``ValueError``, ``OSError``,
+    ``ImportError`` that our own packages raise on purpose (bad data, wrong root, missing library), in a loader's worker process too, and
+    what a machine does to a long run: a full disk, a folder that can't be written, a killed loader worker, a full GPU; and a loss that is
+    not finite.
     """
     if trouble := _machine_trouble(error):
         return CommandError(trouble, exit_code=1)
@@ -422,8 +456,8 @@ def explain_run_error(error: Exception) -> CommandError | None:
         files = re.findall(r'File "([^"]+)", line \d+', text)
         return CommandError(text.rpartition(f"{worker.group(1)}: ")[2].strip(), exit_code=1) if files and _ours(files[-1]) else None
     frames = traceback.extract_tb(error.__traceback__)
-    if frames and _ours(frames[-1].filename) and not isinstance(error, TypeError):
-        return CommandError(text, exit_code=1)
+    if frames and (_ours(frames[-1].filename) or _refuses_settings(frames[-1].filename)) and not isinstance(error, TypeError):
+        return CommandError(text.strip(), exit_code=1)
     return None
 
 
@@ -457,14 +491,25 @@ def _constructor_error(text: str) -> str | None:
     """What a constructor of ours said, out of jsonargparse's account of all types that it tried; None for other errors."""
     if not text.startswith("Does not validate against any of the Union subtypes"):
         return None
-    said = re.search(r"Errors:\n\s*- (?:Problem with given class_path '[^']+':\s*)?(.+?)\n\s*- Expected a", text, flags=re.DOTALL)
-    ours = "Given value: Namespace(class_path='lit_methods." in text
-    return " ".join(said.group(1).split()) if said and ours else None
+    said = re.search(
+        r"Errors:\n\s*- (?:Problem with given class_path '[^']+':\s*)?(.+?)\n\s*- (?:Expected a|Not a valid)", text, flags=re.DOTALL
+    )
+    given = text.rpartition("Given value: ")[2]
+    # of a list, those in front are built already: the first that still is a section is the one that failed
+    failed = re.search(r"Namespace\(class_path='([\w.]+)'", given) if given.startswith(("Namespace(", "[")) else None
+    if said is None or failed is None or not failed.group(1).startswith(("lit_methods.", "lightning.", "torch.")):
+        return None
+    return f"{failed.group(1).rpartition('.')[2]}: {' '.join(said.group(1).split())}"
+
+
+def _refuses_settings(filename: str) -> bool:
+    """Whether a file is Lightning's, or one of torch's optimisers: what they raise themselves is about the values that they were given."""
+    return any(folder in Path(filename).as_posix() for folder in ("/lightning/pytorch/", "/lightning/fabric/", "/torch/optim/"))
 
 
 def _ours(filename: str) -> bool:
     path = Path(filename).resolve()
-    return any(path.is_relative_to(package_folder(name)) for name in ("lit_methods", "lit_methods.callbacks", "lit_methods.datamodules"))
+    return any(path.is_relative_to(package_folder(name)) for name in PACKAGES)
 
 
 def _state_dict_mismatch(message: str) -> str:

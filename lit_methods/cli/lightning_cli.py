@@ -4,7 +4,9 @@ Importing this module imports torch and Lightning (seconds); the other ``lit`` c
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import logging
 import os
@@ -23,9 +25,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_methods.catalog import public_names
-from lit_methods.cli.config_files import mentioned_files, resolve_config_arguments
-from lit_methods.cli.resume import FINISHED, Finished, Restart, find_restart, last_checkpoint, newest_readable
+from lit_methods.catalog import installed_names
+from lit_methods.cli.config_files import mentioned_files, refuse_repeated, resolve_config_arguments
+from lit_methods.cli.resume import FINISHED, Finished, Restart, checkpoints_of, find_restart, last_checkpoint, newest_readable
 from lit_methods.errors import CommandError
 from lit_methods.runs.checkpoints import AtomicCheckpointIO, check_readable, remove_leftovers
 from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, safe_name
@@ -76,7 +78,7 @@ class LitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse without the stock warning about ``sys.argv``, and settle the run's name and checkpoint."""
-        self.config = parser.parse_args(args)
+        self.config = _expanded(parser.parse_args(args))
         config = self.config[self.config.subcommand]
         config.name = config.name or (self.config_files[0].stem if self.config_files else _class_name(config.model))
         if config.resume is not None:
@@ -88,6 +90,10 @@ class LitCLI(LightningCLI):
             if not self.auto:
                 config.ckpt_path = self._resumed(config.resume, Path(config.run_root) / safe_name(config.name))
             config.resume = None
+        for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):  # Lightning divides by them
+            value = config.trainer.get(key)
+            if isinstance(value, int) and value < 1:
+                raise CommandError(f"trainer.{key} is {value}: give 1 or more")
         path = config.get("ckpt_path")
         if path and path not in ("best", "last", "hpc", "registry") and "://" not in path and not Path(path).exists():
             raise CommandError(f"checkpoint {path!r} not found\n  give the path of a .ckpt file: runs/<name>/<time>/checkpoints/last.ckpt")
@@ -108,7 +114,7 @@ class LitCLI(LightningCLI):
             return given
         found = last_checkpoint(runs)
         if found is None:
-            raise CommandError(f"--resume last: no checkpoint in {runs}/*/checkpoints: give its path, or start without --resume")
+            raise CommandError(f"--resume last: no run in {runs} has a checkpoint: give its path, or start without --resume")
         return str(found)
 
     def before_instantiate_classes(self) -> None:
@@ -132,7 +138,7 @@ class LitCLI(LightningCLI):
         """What ``--resume auto`` goes on with. All processes look for themselves, before any of them writes."""
         first = os.environ.get(RUN_FOLDER_VARIABLE) if os.environ.get("LOCAL_RANK", "0") != "0" else None
         if first is not None:  # started by the first process, which has chosen
-            checkpoint = newest_readable([*Path(first, "checkpoints").glob("*.ckpt")])
+            checkpoint = newest_readable(checkpoints_of(Path(first)))
             return None if checkpoint is None else Restart(Path(first), checkpoint)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
         try:
@@ -215,6 +221,10 @@ class LitCLI(LightningCLI):
         self.started = time.monotonic()
         if self.trainer.is_global_zero:
             print(f"run folder: {_short(self.run_folder)}", flush=True)
+            if self.subcommand != "fit" and not self.config[self.subcommand].get("ckpt_path"):
+                print(
+                    f"no --ckpt_path: lit {self.subcommand} takes the network as its config builds it (random, unless that loads weights)"
+                )
 
         if self.restart is not None and self.trainer.is_global_zero:
             remove_leftovers(self.restart.folder / "checkpoints")
@@ -233,6 +243,19 @@ class LitCLI(LightningCLI):
             print_summary(self.trainer, self.run_folder, time.monotonic() - self.started)
 
     after_validate = after_test = after_predict = after_fit
+
+
+def _expanded(value: Any) -> Any:
+    """A config with ``~`` as the home folder in every text and path that begins with it."""
+    if isinstance(value, str | Path):
+        return type(value)(os.path.expanduser(value)) if re.match(r"~(/|$)", str(value)) else value
+    if isinstance(value, Namespace):
+        for key, inner in vars(value).items():
+            value[key] = _expanded(inner)
+        return value
+    if isinstance(value, dict):
+        return {key: _expanded(inner) for key, inner in value.items()}
+    return [_expanded(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _wandb_id(folder: Path) -> str | None:
@@ -274,24 +297,46 @@ _QUIET = _Quiet()  # one object: adding it twice does nothing
 
 
 def prepare_mentioned(argv: list[str], files: list[Path]) -> None:
-    """Import those of our public classes whose short names stand in the arguments or files, so that the parser finds them.
+    """Import those public classes, ours and plugins', whose short names stand in the arguments or files, so that the parser finds them.
 
     A name inside a dotted path (``my_project.SuperFlow``) is somebody else's and is left alone. W&B is switched to offline where
     needed before anything imports it, as it reads its environment only once.
 
     Raises:
-        CommandError: A class needs a library that is not installed.
+        CommandError: A class needs a library that is not installed, or a plugin's module is broken.
     """
     texts = [*argv, *(re.sub(r"(^|\s)#.*", "", path.read_text(encoding="utf-8", errors="replace"), flags=re.M) for path in files)]
     words = {word for text in texts for word in re.findall(r"(?<![\w.])[A-Za-z_]\w*(?![\w.])", text)}
     if any("WandbLogger" in text for text in texts):
         _stay_offline_without_login()
-    for name, package in public_names().items():
+    for name, package in installed_names().items():
         if name in words:
             try:
                 getattr(importlib.import_module(package), name)
             except ImportError as error:
                 raise CommandError(f"{name} can't be imported: {error}", exit_code=1) from error
+            except Exception as error:
+                if package.partition(".")[0] == "lit_methods":
+                    raise
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise CommandError(f"{name} can't be imported from the plugin {package}: {reason}", exit_code=1) from error
+
+
+def _show_help(argv: list[str], files: list[Path]) -> int:
+    """``--model.help SuperFlow``: all arguments of a class, and none of torch's."""
+    from lit_methods.cli.explain import condense_help, refuse_unknown_help
+
+    refuse_unknown_help(argv)
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            LitCLI(argv, files)
+    except SystemExit as stop:
+        print(condense_help(text.getvalue()), end="")
+        return int(stop.code or 0)
+    except argparse.ArgumentError as error:
+        raise CommandError(str(error).splitlines()[0]) from error
+    return 0
 
 
 def run(argv: list[str]) -> int:
@@ -311,7 +356,11 @@ def run(argv: list[str]) -> int:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # --resume auto
     argv = [re.sub(r"^--[a-z_-]+(?=$|=)", lambda key: "--" + key[0][2:].replace("-", "_"), word) for word in argv]  # --run-root
     argv, files = resolve_config_arguments(argv)
-    prepare_mentioned(argv, mentioned_files(argv, files))
+    mentioned = mentioned_files(argv, files)
+    refuse_repeated(argv, mentioned)
+    prepare_mentioned(argv, mentioned)
+    if any(word.partition("=")[0].endswith(".help") for word in argv):
+        return _show_help(argv, files)
     cli = LitCLI.__new__(LitCLI)
     failed = True
     try:

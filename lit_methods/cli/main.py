@@ -1,6 +1,7 @@
 """The ``lit`` command. Nothing heavy is imported before a command needs it."""
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("LIT_METHODS_DEBUG", "") not in ("", "0")
-    words = [word for word in words if word != "--debug"]
+    words = [_at_home(word) for word in words if word != "--debug"]
     try:
         return _dispatch(words)
     except BrokenPipeError:  # `lit list | head`
@@ -89,6 +90,12 @@ def main(argv: list[str] | None = None) -> int:
         rank = os.environ.get("LOCAL_RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {known}", file=sys.stderr)
         return known.exit_code
+
+
+def _at_home(word: str) -> str:
+    """``word`` with a leading ``~`` as the home folder: the shell doesn't replace it in ``--key=~/path``."""
+    key, path = re.match(r"(--[\w.+-]+=)?(.*)", word, flags=re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"{key or ''}{os.path.expanduser(path)}" if path == "~" or path.startswith("~/") else word
 
 
 def _dispatch(words: list[str]) -> int:

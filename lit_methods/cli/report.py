@@ -11,6 +11,7 @@ from pathlib import Path
 from lit_methods.catalog import package_folder
 from lit_methods.cli.commands import Parser, parsed
 from lit_methods.errors import CommandError, suggest
+from lit_methods.files import shown, write_atomically
 
 DESCRIPTION = "One run: its report.html drawn anew from what its folder holds. Several: one page that compares them."
 MARKS = ("report.json", "metrics.jsonl", "config.yaml")  # a folder with one of them is a run's
@@ -34,7 +35,6 @@ def report(words: list[str]) -> int:
         return 0
     folders = find_runs(options.runs, options.run_root)
 
-    from lit_methods.files import write_atomically
     from lit_methods.reports.compare import render_comparison
     from lit_methods.reports.page import render_report
     from lit_methods.reports.record import load_run
@@ -58,7 +58,7 @@ def report(words: list[str]) -> int:
         write_atomically(out, text)
     except OSError as error:
         raise CommandError(f"{out} can't be written: {error}\n  choose another file with --out", exit_code=1) from error
-    print(f"{'report' if len(runs) == 1 else f'comparison of {len(runs)} runs'}: {_short(out)}")
+    print(f"{'report' if len(runs) == 1 else f'comparison of {len(runs)} runs'}: {shown(out)}")
     return 0
 
 
@@ -75,10 +75,10 @@ def find_runs(words: Sequence[str], root: Path) -> list[Path]:
     Raises:
         CommandError: A word means no run; the message names the nearest ones.
     """
-    found: dict[Path, None] = {}
+    folders: dict[Path, None] = {}
     for word in words:
-        found.update(dict.fromkeys(path.resolve() for path in _meant(word, root)))
-    return list(found)
+        folders.update(dict.fromkeys(path.resolve() for path in _meant(word, root)))
+    return list(folders)
 
 
 def _meant(word: str, root: Path) -> list[Path]:
@@ -103,6 +103,7 @@ def _meant(word: str, root: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
+    """As :func:`lit_methods.reports.record.is_run`, which would cost an import of NumPy."""
     return any((folder / name).is_file() for name in MARKS)
 
 
@@ -158,17 +159,10 @@ def target(out: Path | None, folders: Sequence[Path], mark: str, force: bool = F
         return next(path for path in taken if not path.exists() or origin_of(path) == mark)
     if out.is_dir():
         raise CommandError(f"--out {out} is a folder: give the name of a file, such as {out / 'comparison.html'}")
-    own = len(folders) == 1 and out.resolve() == folders[0] / "report.html"
-    if out.exists() and not (force or own or origin_of(out) == mark):
+    own_report = len(folders) == 1 and out.resolve() == folders[0] / "report.html"
+    if out.exists() and not (force or own_report or origin_of(out) == mark):
         raise CommandError(f"--out {out} exists and is no report of these runs: choose another name, or add --force to replace it")
     return out
-
-
-def _short(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
 
 
 def verdict(slug: str) -> str:
@@ -176,7 +170,7 @@ def verdict(slug: str) -> str:
     path = package_folder("lit_methods").parent / "docs" / "evidence" / f"{slug}.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        found, seeds = record["verdict"], record["seeds"]
-        return f"{found['verdict']}: better in {found['better']} of {len(seeds)} seeds, measured on {record['date']}"
+        judged, seeds = record["verdict"], record["seeds"]
+        return f"{judged['verdict']}: better in {judged['better']} of {len(seeds)} seeds, measured on {record['date']}"
     except (OSError, ValueError, KeyError, TypeError):  # never measured, or of another version
         return ""

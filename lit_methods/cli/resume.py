@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from lit_methods.errors import CommandError
 from lit_methods.runs.checkpoints import UnreadableCheckpoint, check_readable
-from lit_methods.runs.folder import in_use
+from lit_methods.runs.folder import OWNER, in_use, owner_of
 
 FINISHED = "finished.json"  # written at the end of a fit that came to its end
 # what says where a run lies and goes on, and not what it does
@@ -62,9 +63,56 @@ def unreadable(path: Path) -> str | None:
     return None
 
 
+def checkpoints_of(folder: Path) -> list[Path]:
+    """All checkpoints that a run has written.
+
+    Those below ``<folder>/checkpoints``, in subfolders too (a metric's ``/`` in the file name makes one), and those in the ``dirpath``
+    of a callback of its config, as far as this run and no other has written them.
+
+    Raises:
+        CommandError: They lie in a place that can't be looked at, such as ``s3://...``, and nowhere else.
+    """
+    found = [path for path in (folder / "checkpoints").rglob("*.ckpt") if not path.name.startswith(".")]
+    places = _checkpoint_places(_read(folder / "config.yaml"))
+    for place in places:
+        if "://" not in place and (elsewhere := Path(place).expanduser()).resolve() != (folder / "checkpoints").resolve():
+            found += [path for path in elsewhere.rglob("*.ckpt") if not path.name.startswith(".") and _written_by(folder, path)]
+    remote = [place for place in places if "://" in place]
+    if remote and not found:
+        raise CommandError(
+            f"the checkpoints of {folder} are in {remote[0]}, where --resume can't look\n"
+            f"  name the one to go on from: --ckpt_path {remote[0]}/..."
+        )
+    return found
+
+
+def _checkpoint_places(config: Any) -> list[str]:
+    """Every ``dirpath`` of a config's callbacks."""
+    trainer = config.get("trainer") if isinstance(config, dict) else None
+    callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+    sections = callbacks if isinstance(callbacks, list) else [callbacks]
+    arguments = [section.get("init_args") for section in sections if isinstance(section, dict)]
+    return list(dict.fromkeys(str(given["dirpath"]) for given in arguments if isinstance(given, dict) and given.get("dirpath")))
+
+
+def _written_by(folder: Path, path: Path) -> bool:
+    """Whether the run in ``folder`` has written a checkpoint in a place that several runs may share."""
+    if path.is_dir():
+        content: Any = {}
+    else:
+        try:
+            content = check_readable(path)
+        except UnreadableCheckpoint:
+            return False
+    owner = content.get(OWNER) if isinstance(content, dict) else None
+    if owner is not None:
+        return bool(owner == owner_of(folder))
+    return path.stat().st_mtime >= (folder / "config.yaml").stat().st_mtime  # from before checkpoints named their run, or a sharded one
+
+
 def last_checkpoint(runs: Path) -> Path | None:
-    """The newest readable ``last.ckpt`` below ``runs/*/checkpoints``."""
-    return newest_readable([*runs.glob("*/checkpoints/last*.ckpt")])
+    """The newest readable checkpoint of all runs below ``runs``."""
+    return newest_readable([path for folder in runs.glob("*") if folder.is_dir() for path in checkpoints_of(folder)])
 
 
 def find_restart(runs: Path, config: dict[str, Any], alone: bool = True) -> Restart | None:
@@ -92,9 +140,10 @@ def find_restart(runs: Path, config: dict[str, Any], alone: bool = True) -> Rest
         elif alone and in_use(folder):
             print(f"--resume auto: {folder} is left out, another process is writing it", file=sys.stderr)
         else:
-            checkpoint = newest_readable([*(folder / "checkpoints").glob("*.ckpt")])
+            checkpoint = newest_readable(checkpoints_of(folder))
             if checkpoint is not None:
                 return Restart(folder, checkpoint)
+            print(f"--resume auto: {folder} is left out, it has no checkpoint that can be read", file=sys.stderr)
     return None
 
 
@@ -103,8 +152,8 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return [] if one == other else [prefix or "everything"]
     keys = [key for key in {**one, **other} if prefix or key not in _PLACES]
-    found = [differing_keys(one.get(key), other.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
-    return [key for part in found for key in part]
+    differing = [differing_keys(one.get(key), other.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
+    return [key for part in differing for key in part]
 
 
 def _read(path: Path) -> Any:
@@ -115,5 +164,5 @@ def _read(path: Path) -> Any:
 
 
 def _last_written(folder: Path) -> int:
-    files = [folder / "config.yaml", *(folder / "checkpoints").glob("*.ckpt"), folder / FINISHED]
+    files = [folder / "config.yaml", folder / "restarts.jsonl", *(folder / "checkpoints").rglob("*.ckpt"), folder / FINISHED]
     return max(file.stat().st_mtime_ns for file in files if file.exists())

@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_methods.files import shown
+
 
 def print_summary(trainer: pl.Trainer, folder: Path, seconds: float, metrics: int = 12) -> None:
     """Print final metrics, wall time and the places of checkpoints, report and logs.
@@ -41,26 +43,22 @@ def summary_rows(trainer: pl.Trainer, folder: Path, seconds: float, metrics: int
             rows += _checkpoints(callback, folder)
     logs = {Path(directory) for directory in (_log_folder(logger) for logger in trainer.loggers) if directory}
     places = [("report", folder / "report.html"), *(("logs", log) for log in sorted(logs)), ("profile", folder / "profiler")]
-    return rows + [(label, _short(path)) for label, path in [*places, ("run folder", folder)] if path.exists()]
+    return rows + [(label, shown(path)) for label, path in [*places, ("run folder", folder)] if path.exists()]
 
 
 def _checkpoints(callback: ModelCheckpoint, folder: Path) -> list[tuple[str, str]]:
     rows = []
     if callback.best_model_path and Path(callback.best_model_path).exists():
         score = "" if callback.best_model_score is None else f"  ({callback.monitor} = {float(callback.best_model_score):.4g})"
-        rows.append(("best checkpoint" if callback.monitor else "checkpoint", _short(Path(callback.best_model_path)) + score))
+        rows.append(("best checkpoint" if callback.monitor else "checkpoint", shown(Path(callback.best_model_path)) + score))
     if callback.last_model_path and Path(callback.last_model_path).exists():
-        rows.append(("last checkpoint", _short(Path(callback.last_model_path))))
+        rows.append(("last checkpoint", shown(Path(callback.last_model_path))))
     return rows
 
 
 def _log_folder(logger: Any) -> str | None:
-    own = getattr(logger, "log_dir", None)
-    if own:
-        return str(own)
+    log_dir = getattr(logger, "log_dir", None)
+    if log_dir:
+        return str(log_dir)
     save_dir = logger.save_dir
     return None if save_dir is None else str(Path(save_dir) / "wandb" if type(logger).__name__ == "WandbLogger" else Path(save_dir))
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

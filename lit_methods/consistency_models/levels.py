@@ -90,3 +90,16 @@ def boundary_scalings(sigma: Tensor, sigma_min: float | Tensor = 0.002, sigma_da
 def like(values: Tensor, x: Tensor) -> Tensor:
     """(B,) values, shaped so that they broadcast with (B, ...) ``x``."""
     return values.view(-1, *[1] * (x.ndim - 1))
+
+
+def quarter_means(name: str, losses: Tensor, quarter: Tensor) -> dict[str, Tensor | float]:
+    """Mean loss of each quarter of the noise levels, as ``<name>_q1`` to ``_q4``; NaN where no sample fell.
+
+    Args:
+        name: Of what is logged.
+        losses: (B,).
+        quarter: (B,) int64 in 0..3.
+    """
+    inside = quarter[:, None] == torch.arange(4, device=quarter.device)
+    means = (losses[:, None] * inside).sum(0) / inside.sum(0)
+    return {f"{name}_q{number}": mean for number, mean in enumerate(means, start=1)}

@@ -25,6 +25,8 @@ def sinusoidal_embedding(noise: Tensor, width: int, scale: float = 1000.0) -> Te
 class NoiseMLP(nn.Module):
     """Linear layers with SiLU on points, for 2-D toys.
 
+    Cost: 36 thousand parameters with the defaults.
+
     Args:
         features: D of the points (B, D).
         width: Of the hidden layers.
@@ -94,6 +96,8 @@ class SmallUNet(nn.Module):
     """A U-Net for images: a stage per entry of ``multipliers``, each halving the size of the one before.
 
     With more channels and blocks, attention and a Fourier embedding it has the layout of NCSN++ or ADM, not their every detail.
+
+    Cost: 0.56 million parameters with the defaults.
 
     Args:
         in_channels: Of the images.

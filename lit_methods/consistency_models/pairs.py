@@ -11,6 +11,7 @@ from lit_methods.consistency_models.randomness import SameRandomness
 
 Network = Callable[..., Tensor]
 Metric = Callable[[Tensor, Tensor], Tensor]
+Path = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def consistency_function(network: Network, sigma_min: float | Tensor = 0.002, sigma_data: float = 0.5) -> Callable[..., Tensor]:
@@ -52,7 +53,7 @@ def consistency_pair_loss(
     metric: Metric,
     weight: Tensor,
     *condition: Tensor,
-    path: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    path: Path | None = None,
 ) -> PairLoss:
     """Losses lambda d(f(x + sigma_{i+1} z, sigma_{i+1}), sg f-(x + sigma_i z, sigma_i)) (arXiv:2303.01469, Eq. 10).
 

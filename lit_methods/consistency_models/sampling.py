@@ -17,6 +17,12 @@ def descending_time(index: int, steps: int, sigma_min: float = 0.002, sigma_max:
 
 
 @torch.no_grad()
+def check_sample_times(times: Sequence[float], sigma_min: float, sigma_max: float) -> None:
+    """Raise ValueError unless levels of a sampler descend and lie between the smallest and the largest."""
+    if list(times) != sorted(times, reverse=True) or any(not sigma_min < time < sigma_max for time in times):
+        raise ValueError(f"sample_times are {list(times)}: give descending levels between {sigma_min} and {sigma_max}")
+
+
 def multistep_sample(
     f: Consistency,
     start: Tensor,

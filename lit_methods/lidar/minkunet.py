@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lit_methods.lidar.superflow.core import VoxelType, voxelize
+from lit_methods.lidar.voxels import VoxelType, voxelize
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (2, 3, 4, 6), 50: (2, 3, 4, 6)}
 
@@ -94,12 +94,14 @@ class _Residual(nn.Module):
 class MinkUNet(nn.Module):
     """Sparse U-Net with four down and four up stages: (points, points_per_sample) -> :class:`VoxelFeatures`.
 
+    Cost: 38 million parameters with the defaults.
+
     Args:
         depth: 18, 34 or 50 (bottleneck blocks).
         in_channels: Features per point, x, y, z first.
         stem_channels: Width of the two stem convolutions.
         planes: Width of the four down and four up stages; narrower numbers give a small network for a laptop.
-        voxel_type: ``cylinder`` or ``cubic``, see :func:`lit_methods.lidar.superflow.core.voxelize`.
+        voxel_type: ``cylinder`` or ``cubic``, see :func:`lit_methods.lidar.voxels.voxelize`.
         voxel_size: (rho m, phi degrees, z m) or (x, y, z) in metres.
         bn_momentum: 0.05 in pretraining, 0.02 downstream.
     """

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lit_methods.lidar import pictures
+from lit_methods.lidar.point_losses import segmentation_losses
 from lit_methods.lidar.point_metrics import PointIoU, iou_rows, mean_iou
-from lit_methods.lidar.superflow.core import segmentation_losses
 from lit_methods.optim import adamw_one_cycle
 from lit_methods.panels import CloudPanel, Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
+from lit_methods.optim import scheduled, warmup_cosine_rate
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.prompting.losses import (
     Adapter,
@@ -27,9 +28,9 @@ from lit_methods.prompting.losses import (
     coprompt_loss,
     cosine_logits,
     harmonic_mean,
-    warmup_cosine_rate,
 )
 from lit_methods.prompting.towers import TwoTowers
+from lit_methods.steps import steps_per_epoch, training_length
 
 TECHNIQUE = Technique(
     slug="coprompt",
@@ -550,19 +551,15 @@ class CoPrompt(LightningModule):
         hp = self.hparams
         epochs = self.trainer.max_epochs or -1
         if epochs < 0:
-            self.trainer.fit_loop.setup_data()
-            total = self.trainer.estimated_stepping_batches
-            if not math.isfinite(total):
-                raise ValueError("the learning rate follows a cosine over the epochs, and this training has no end: set max_epochs")
-            epochs = math.ceil(total * self.trainer.accumulate_grad_batches / max(1, self.trainer.num_training_batches))
+            steps = training_length(self, what="the cosine over the epochs", instead=None)
+            epochs = math.ceil(steps / steps_per_epoch(self, "the cosine"))
         rate: float = hp["learning_rate"]
         optimizer = torch.optim.SGD(parameters, lr=rate, momentum=hp["momentum"], weight_decay=hp["weight_decay"])
 
         def factor(epoch: int) -> float:
             return warmup_cosine_rate(epoch, rate, epochs, hp["warmup_epochs"], hp["warmup_learning_rate"]) / rate
 
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "epoch"}}
+        return scheduled(optimizer, factor, "epoch")
 
 
 __all__ = ["CoPrompt", "FeatureAdapter", "Prompts", "sentence_index", "sentence_table"]

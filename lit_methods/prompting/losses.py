@@ -1,10 +1,9 @@
-"""The maths of CoPrompt (arXiv:2306.01195): adapters, cosines, the consistency term, the learning rate.
+"""The maths of CoPrompt (arXiv:2306.01195): adapters, cosines and the consistency term.
 
-Read in ShuvenduRoy/CoPrompt@a2a6c12 (trainers/coprompt.py) and KaiyangZhou/Dassl.pytorch@c61a1b5 (dassl/optim/lr_scheduler.py), where the
-golden vectors come from. Left out: the unused helpers there.
+Read in ShuvenduRoy/CoPrompt@a2a6c12 (trainers/coprompt.py), where the golden vectors come from. The learning rate of each epoch is
+:func:`lit_methods.optim.warmup_cosine_rate`. Left out: unused helpers of the authors' file.
 """
 
-import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -142,23 +141,6 @@ def coprompt_loss(
         return CoPromptLoss(logits, entropy, of_text, of_image, both, entropy + consistency_weight * both)
 
 
-def warmup_cosine_rate(
-    epoch: int, learning_rate: float, total_epochs: int, warmup_epochs: int = 1, warmup_learning_rate: float = 1e-5
-) -> float:
-    """Learning rate of an epoch: constant at first, then a cosine over ``total_epochs`` which starts only then and so doesn't reach 0.
-
-    Args:
-        epoch: From 0.
-        learning_rate: Of the first epoch after the warm-up.
-        total_epochs: Of the whole training, >= 1.
-        warmup_epochs: First epochs, with the rate below.
-        warmup_learning_rate: Theirs.
-    """
-    if epoch < warmup_epochs:
-        return warmup_learning_rate
-    return learning_rate * (1 + math.cos(math.pi * (epoch - warmup_epochs) / total_epochs)) / 2
-
-
 def harmonic_mean(one: Tensor, other: Tensor) -> Tensor:
     """2 a b / (a + b) of two scalars >= 0; 0 where both are 0."""
     return 2 * one * other / (one + other).clamp(min=torch.finfo(torch.float32).tiny)
@@ -172,5 +154,4 @@ __all__ = [
     "cosine_logits",
     "embedding_consistency",
     "harmonic_mean",
-    "warmup_cosine_rate",
 ]

@@ -48,6 +48,8 @@ class TinyTowers(TwoTowers):
     Pretraining takes under a minute on one core; the result is kept in the cache folder (``LIT_METHODS_CACHE`` or
     ``~/.cache/lit-methods``) and read from there afterwards. Nothing is drawn from the global generators.
 
+    Cost: 0.14 million parameters with the defaults; the first use pretrains them, under a minute on one core.
+
     Args:
         pretrain_steps: Of AdamW, with an image and a caption of each of the 36 classes; 0: random weights.
         seed: Of weights, images and captions.

@@ -162,11 +162,11 @@ def _all_names(runs: Sequence[Run]) -> list[str]:
 
 
 def _figures_row(name: str, goal: Goal, runs: Sequence[Run]) -> tuple[str, list[str]]:
-    found = [summary(run.series[name], goal) if name in run.series else None for run in runs]
-    best = best_of([row[0] if row else None for row in found], goal)
+    figures = [summary(run.series[name], goal) if name in run.series else None for run in runs]
+    best = best_of([row[0] if row else None for row in figures], goal)
     word = {"min": "lowest", "max": "highest", None: ""}[goal]
     cells = []
-    for index, row in enumerate(found):
+    for index, row in enumerate(figures):
         if row is None:
             cells.append('<td><span class="muted">not logged</span></td>')
             continue

@@ -301,7 +301,7 @@ def technique_notes(titles: Sequence[str], verdict: Callable[[str], str] = lambd
     """What the catalogue says about the techniques of a run, as HTML; "" for classes that aren't in the catalogue.
 
     Args:
-        titles: Of the run's sections, each named after a class (``SuperFlow``, or ``SuperFlow 2``).
+        titles: Titles of the run's sections, each named after a class (``SuperFlow``, or ``SuperFlow 2``).
         verdict: The measured verdict on a technique's claim in words, by slug; "" where none is known.
     """
     return "".join(_technique_note(technique, verdict) for technique in techniques_in(title.split(" ")[0] for title in titles))
@@ -358,5 +358,5 @@ def page(title: str, head: str, parts: Sequence[str], targets: Sequence[tuple[st
 def origin_of(path: Path) -> str | None:
     """The mark of a page that :func:`page` wrote; None for another's file."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        found = re.search(r'<meta name="generator" content="lit-methods ?([^"]*)">', file.read(4000))
-    return found[1] if found else None
+        mark = re.search(r'<meta name="generator" content="lit-methods ?([^"]*)">', file.read(4000))
+    return mark[1] if mark else None

@@ -25,15 +25,15 @@ def declared_panels(technique: Technique) -> dict[str, tuple[Panel, ...]]:
     Raises:
         ImportError: A class needs a library that is not installed.
     """
-    found: dict[str, tuple[Panel, ...]] = {}
+    declared: dict[str, tuple[Panel, ...]] = {}
     seen: set[Panel] = set()
     for path in technique.classes:
         module, _, name = path.rpartition(".")
         panels = [panel for panel in getattr(getattr(importlib.import_module(module), name), "panels", ()) if panel not in seen]
         seen.update(panels)
         if panels:
-            found[name] = tuple(panels)
-    return found
+            declared[name] = tuple(panels)
+    return declared
 
 
 def metric_pattern(curve: Curve) -> str:

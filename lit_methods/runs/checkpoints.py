@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-TEMPORARY = ".{name}.tmp"  # in the checkpoint's own folder: a rename across file systems is a copy
+from lit_methods.errors import suggest
+from lit_methods.files import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -26,7 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     Raises:
         OSError: The file can't be written; it names the checkpoint, and the error's number is the system's.
-        UnreadableCheckpoint: In loading.
+        UnreadableCheckpoint: A checkpoint can't be loaded; the message names it.
     """
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -44,23 +46,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        temporary = target.with_name(TEMPORARY.format(name=target.name))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
+            with replacing(target) as partial:
+                with open(partial, "wb") as file:
+                    torch.save(checkpoint, file)
+                    file.flush()
+                    os.fsync(file.fileno())
             _sync_folder(target.parent)
         except Exception as error:
             cause = _system_error(error)
             if cause is None:
                 raise
             raise type(cause)(cause.errno, os.strerror(cause.errno or 0), str(target)) from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 class UnreadableCheckpoint(RuntimeError):
@@ -84,7 +82,7 @@ def check_readable(path: Path | str) -> dict[str, Any]:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that a kill in the middle of a save has left in ``folder``."""
-    for path in folder.glob(TEMPORARY.format(name="*.ckpt")):
+    for path in folder.glob(".*.ckpt*.tmp"):
         path.unlink(missing_ok=True)
 
 
@@ -100,40 +98,58 @@ def _sync_folder(folder: Path) -> None:
 
 def _system_error(error: BaseException | None) -> OSError | None:
     """The system's error behind what torch says when it can't write on: the first one in the chain of causes."""
-    found = None
+    system_error = None
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            found = error
+            system_error = error
         error = error.__cause__ or error.__context__
-    return found
+    return system_error
 
 
-def read_state_dict(path: Path | str, prefix: str = "") -> dict[str, Tensor]:
+class PrefixError(ValueError):
+    """A file of weights that has none under a prefix; the message names those that it has."""
+
+
+def read_state_dict(path: Path | str, prefix: str = "", plain: bool = True) -> dict[str, Tensor]:
     """The weights in a Lightning checkpoint or a plain state dict, on the CPU.
 
     Args:
-        path: File written by a Trainer, ``lit export`` or ``torch.save``; read with ``weights_only``.
+        path: File written by a Trainer, ``lit export`` or ``torch.save``; read with ``weights_only``: nothing in it is executed.
         prefix: Keep only names that start with it, without it; ``backbone_3d.`` for instance.
+        plain: Take a plain state dict, too; False: a Lightning checkpoint alone.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file is truncated, is no checkpoint, or has nothing under the prefix.
+        OSError: No such file, or a folder.
+        PrefixError: Nothing under the prefix.
+        ValueError: The file is cut off, is no checkpoint, or holds other objects than tensors, numbers, strings, lists and dicts.
     """
     path = Path(path)
+    if path.is_dir():
+        first = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        raise IsADirectoryError(f"{path} is a folder, as sharded strategies write them\n  first: {first}")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give the path of a checkpoint, such as runs/<name>/<time>/checkpoints/last.ckpt")
+        near = [str(near) for near in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
+        example = "" if near else ": give the path of a checkpoint, such as runs/<name>/<time>/checkpoints/last.ckpt"
+        raise FileNotFoundError(f"{path} does not exist{example}{suggest(str(path), near)}")
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} can't be read as a checkpoint ({reason}): it is truncated, or not written by PyTorch") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            held = f"{path} holds more than tensors, numbers, strings, lists and dicts, and is not read: {refused.group(1)}"
+            raise ValueError(f"{held}\n  save it again with plain hyperparameters") from error
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} can't be read as a checkpoint ({reason}): it is truncated (cut off), or no checkpoint of PyTorch's"
+        ) from error
+    state = content.get("state_dict", content if plain else None) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict of tensors: give a Lightning checkpoint or a plain state dict")
-    chosen = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        wanted = "a Lightning checkpoint or a plain state dict" if plain else "a Lightning checkpoint"
+        held = ", ".join(sorted(map(str, content))[:6]) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} holds no state_dict of tensors, but {held}: give {wanted}")
+    chosen = {name.removeprefix(prefix): value.detach() for name, value in state.items() if name.startswith(prefix)}
     if not chosen:
-        heads = sorted({name.partition(".")[0] for name in state})
-        raise ValueError(f"{path} has no weights under {prefix!r}; it has {', '.join(heads[:8]) or 'none at all'}")
+        heads = sorted({f"{name.partition('.')[0]}." for name in state})
+        raise PrefixError(f"{path} has no weights under {prefix!r}; it has {', '.join(heads[:12]) or 'none at all'}")
     return chosen
 
 
@@ -143,20 +159,20 @@ def load_into(module: nn.Module, path: Path | str, prefix: str = "") -> None:
     Raises:
         ValueError: Names or shapes differ: the checkpoint belongs to another architecture; the message shows where.
     """
-    state, own = read_state_dict(path, prefix), module.state_dict()
+    state, needed = read_state_dict(path, prefix), module.state_dict()
     shapes = [
-        f"{k}: {tuple(state[k].shape)} in the file, {tuple(own[k].shape)} here"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
+        f"{k}: {tuple(state[k].shape)} in the file, {tuple(needed[k].shape)} here"
+        for k in needed
+        if k in state and state[k].shape != needed[k].shape
     ]
     differences = {
-        "missing in the file": [k for k in own if k not in state],
-        "not in this network": [k for k in state if k not in own],
+        "missing in the file": [k for k in needed if k not in state],
+        "not in this network": [k for k in state if k not in needed],
         "of another shape": shapes,
     }
-    found = [
+    problems = [
         f"{len(names)} {what} ({'; '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in differences.items() if names
     ]
-    if found:
-        raise ValueError(f"{path} is a checkpoint of another architecture than {type(module).__name__}: {'; '.join(found)}")
+    if problems:
+        raise ValueError(f"{path} is a checkpoint of another architecture than {type(module).__name__}: {'; '.join(problems)}")
     module.load_state_dict(state)

@@ -19,9 +19,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 import lit_methods
 from lit_methods.distributed import broadcast_text, rank, world_size
+from lit_methods.files import write_atomically, write_json
 
 # Set by the first process of a run for the ones that it starts, which must write to the same folder.
 RUN_FOLDER_VARIABLE = "LIT_METHODS_RUN_FOLDER"
+OWNER = "lit_methods_run"  # key of a checkpoint: the run that wrote it
+
+
+def owner_of(folder: Path) -> str:
+    """How a checkpoint names the run that wrote it, also after all runs have moved: ``<name>/<time>``."""
+    folder = folder.resolve()
+    return f"{folder.parent.name}/{folder.name}"
 
 
 def claim_run_folder(root: Path, name: str) -> Path:
@@ -178,8 +186,8 @@ class RunFolder(pl.Callback):
 
     Runs: in ``setup``, on rank 0. Writes ``config.yaml`` (resolved config), ``git.json`` (absent outside a git checkout) and
     ``environment.json``; sends every ``ModelCheckpoint`` without a ``dirpath`` to ``checkpoints/``; logs the config and,
-    under ``git``, commit, branch and ``dirty`` to every logger. Saves: nothing in checkpoints. The ``lit`` command adds it; in Python
-    give it to the ``Trainer`` like any callback.
+    under ``git``, commit, branch and ``dirty`` to every logger. Saves: the run's name in checkpoints. The ``lit`` command adds it; in
+    Python give it to the ``Trainer`` like any callback.
 
     Args:
         folder: The run's own folder, from :func:`claim_run_folder`.
@@ -195,6 +203,7 @@ class RunFolder(pl.Callback):
         self.restart_from = restart_from
         self._lock: IO[str] | None = None
         self._written = False
+        self._logged: dict[str, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write the files once, and point the checkpoint callbacks here before their own ``setup`` (they always run last)."""
@@ -212,21 +221,45 @@ class RunFolder(pl.Callback):
             with open(self.folder / "restarts.jsonl", "a", encoding="utf-8") as file:
                 file.write(line + "\n")
             return
-        self._write_json("environment.json", environment_state(trainer))
+        write_json(self.folder / "environment.json", environment_state(trainer))
         if git is not None:
-            self._write_json("git.json", git)
+            write_json(self.folder / "git.json", git)
         logged = dict(self.config or {})
         if git is not None:
             logged["git"] = {key: git[key] for key in ("commit", "branch", "dirty")}
+        self._logged = logged
         for logger in trainer.loggers if logged else ():
             logger.log_hyperparams(logged)
         if self.config is not None:
             text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
             path = self.folder / "config.yaml"
-            path.write_text(f"# lit {getattr(stage, 'value', stage)} --config {path}\n{text}", encoding="utf-8")
+            write_atomically(path, f"# lit {getattr(stage, 'value', stage)} --config {path}\n{text}")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+    def _log_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put sections of the config back that hyperparameters of the same name (``model``, ``data``) have overwritten in the loggers.
+
+        Lightning logs the hyperparameters of module and datamodule behind all ``setup`` hooks; theirs stay below ``hyperparameters``.
+        """
+        hyperparameters = {
+            key: value
+            for part in (pl_module, trainer.datamodule)
+            if part is not None
+            for key, value in part.hparams_initial.items()  # type: ignore[attr-defined]
+        }
+        if overwritten := sorted(set(hyperparameters) & set(self._logged)):
+            config = {key: self._logged.pop(key) for key in overwritten}  # once a run
+            for logger in trainer.loggers:
+                logger.log_hyperparams(config | {"hyperparameters": {key: hyperparameters[key] for key in overwritten}})
+                logger.save()
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _log_again
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Name the run in its checkpoints, which may lie elsewhere, beside those of other runs."""
+        checkpoint[OWNER] = owner_of(self.folder)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the folder."""
@@ -240,9 +273,6 @@ class RunFolder(pl.Callback):
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        (self.folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def run_dir(trainer: pl.Trainer) -> Path:

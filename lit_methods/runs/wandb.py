@@ -63,18 +63,18 @@ def open_runs(loggers: Iterable[Any], folder: Path | None = None) -> None:
     """Start the W&B runs of ``loggers`` now, offline where W&B's server can't be reached or refuses the key, with a warning.
 
     Args:
-        loggers: Those of a trainer; others than ``WandbLogger`` are left alone.
+        loggers: A trainer's loggers; others than ``WandbLogger`` are left alone.
         folder: The run's own folder: until :func:`finish_runs`, W&B keeps its copies of artifacts there (``WANDB_DATA_DIR``) rather than
             in the home folder, and waits at the end at most ten minutes for a lost server (``WANDB_FINISH_TIMEOUT``), unless these
             variables are set. What wasn't sent lies in the folder, for ``wandb sync``.
     """
-    own = [logger for logger in loggers if isinstance(logger, WandbLogger)]
-    if own and folder is not None:
+    wandb_loggers = [logger for logger in loggers if isinstance(logger, WandbLogger)]
+    if wandb_loggers and folder is not None:
         for name, value in (("WANDB_DATA_DIR", str(folder / "wandb")), ("WANDB_FINISH_TIMEOUT", "600")):
             if name not in os.environ:
                 os.environ[name] = value
                 _variables.add(name)
-    for logger in own:
+    for logger in wandb_loggers:
         try:
             _ = logger.experiment  # made when it is first asked for
         except Exception as error:
@@ -143,7 +143,7 @@ def finish_runs(loggers: Iterable[Any], failed: bool = False) -> None:
     """Close the W&B runs of ``loggers``: all is on disk, or sent, when it returns. Errors give a warning.
 
     Args:
-        loggers: Those of a trainer.
+        loggers: A trainer's loggers.
         failed: Mark the runs as failed.
     """
     for logger in loggers:

@@ -17,10 +17,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lit_methods.distributed import gather_rows
+from lit_methods.optim import scheduled, seven_sixteenths_cosine, warmup_then_epoch_cosine
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.semi.alignment import MarginalQueue, align, moving_marginal
-from lit_methods.semi.schedules import seven_sixteenths_cosine, warmup_then_epoch_cosine
 from lit_methods.semi.shrink import certain_loss
+from lit_methods.steps import steps_per_epoch, training_length
 
 Alignment = Literal["none", "queue", "ema"]
 Schedule = Literal["seven_sixteenths", "epoch_cosine", "constant"]
@@ -212,11 +213,8 @@ class SemiSupervised(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD with Nesterov momentum, a learning rate per step."""
         rate, momentum, decay, no_decay_norms, schedule, warmup = self._recipe
-        self.trainer.fit_loop.setup_data()  # the lines below ask for the loader, and with max_steps alone nobody has made it yet
-        total = self.trainer.estimated_stepping_batches
-        per_epoch = max(1, math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches))
-        if not math.isfinite(total) and schedule != "constant":
-            raise ValueError(f"schedule={schedule!r} ends with the training, and this training has no end: set max_epochs or max_steps")
+        per_epoch = steps_per_epoch(self, "warmup_epochs" if warmup else f"schedule={schedule!r}" if schedule == "epoch_cosine" else None)
+        total = -1 if schedule == "constant" else training_length(self, what=f"schedule={schedule!r}", instead=None)
         own = dict(self.trained_parameters())
         bare = {name for name, parameter in own.items() if parameter.ndim < 2} if no_decay_norms else set()
         groups: list[dict[str, Any]] = [
@@ -229,15 +227,12 @@ class SemiSupervised(LightningModule):
 
         def factor(step: int) -> float:
             if schedule == "seven_sixteenths":
-                return seven_sixteenths_cosine(step, int(total), warmup * per_epoch)
+                return seven_sixteenths_cosine(step, total, warmup * per_epoch)
             if schedule == "epoch_cosine":
-                return warmup_then_epoch_cosine(step, per_epoch, math.ceil(int(total) / per_epoch), warmup)
+                return warmup_then_epoch_cosine(step, per_epoch, math.ceil(total / per_epoch), warmup)
             return 1.0
 
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
-        }
+        return scheduled(optimizer, factor)
 
 
 class FixMatch(SemiSupervised):

@@ -18,6 +18,7 @@ from lit_methods.seeds import own_seed
 from lit_methods.semi.alignment import align, moving_marginal
 from lit_methods.semi.fixmatch import Schedule, SemiBatch, SemiSupervised
 from lit_methods.semi.graph import edge_edge_loss, edges, finite_or_zero, node_edge_loss, node_node_loss, propagate
+from lit_methods.steps import training_length
 
 TECHNIQUE = Technique(
     slug="simmatchv2",
@@ -353,7 +354,7 @@ class SimMatchV2(SemiSupervised):
         super().optimizer_step(*args, **kwargs)
         decay = self.hparams["ema_decay"]
         if decay <= 0.996:
-            decay = cosine_decay(self.trainer.global_step, int(self.trainer.estimated_stepping_batches), decay)
+            decay = cosine_decay(self.trainer.global_step, training_length(self), decay)
         student = self._student()
         ema_update(list(self.teacher.parameters()), list(student.parameters()), decay)
         if self.hparams["eman"]:

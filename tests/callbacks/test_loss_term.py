@@ -10,6 +10,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBorin
 from lightning.pytorch.demos.transformer import LightningTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
 
 from helpers import (
     Classifier,
@@ -188,6 +190,107 @@ def test_several_terms_with_logs_see_everything_the_step_knows() -> None:
     assert first["batch"][0].shape == (4, 3, 8, 8)
     assert {k for k in trainer.logged_metrics if "spy" in k} == {"spy/loss", "spy/extra", "spy_2/loss", "spy_2/extra"}
     assert trainer.logged_metrics["spy/extra"] == 5
+
+
+class Measures(Classifier):
+    """Logs, counts and draws in its step: what a second pass must not do twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hits, self.losses = MulticlassAccuracy(4), MeanMetric()
+        self.batches: list[int] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.batches.append(batch_idx)
+        output = super().training_step(batch, batch_idx)
+        self.hits.update(self.network(batch[0]), batch[1])
+        self.losses(output["loss"])
+        self.log("own/loss", output["loss"].detach(), on_epoch=True)
+        self.log_dict({"own/hits": self.hits}, on_step=True)
+        return output
+
+
+class Twice(LossTerm):
+    """Distance of the features of two passes, which dropout makes."""
+
+    again = True
+    seen: list[Any]
+
+    def term(self, inputs: dict[str, Any]) -> Tensor:
+        first = inputs["features"]["network.5"]
+        second = self.run_again() if self.again else None
+        hits = inputs["module"].hits
+        counted = {"updates": hits.update_count, "samples": int(hits.tp.sum() + hits.fn.sum())}
+        self.seen.append((inputs, second, counted | {name: len(calls) for name, calls in self.features.calls.items()}))
+        return first.square().mean() if second is None else (first - second.features["network.5"]).square().mean()
+
+
+def test_a_second_pass_is_seen_by_nobody_else() -> None:
+    def fit(again: bool) -> tuple[Measures, list[Any], dict[str, Tensor], list[int]]:
+        term, counts = Twice(["network.5"], weight=0.0), []
+        term.again, term.seen = again, []
+
+        class Later(MeanSquare):
+            def term(self, inputs: dict[str, Any]) -> Any:
+                counts.append(len(inputs["feature_calls"]["network.5"]))
+                return super().term(inputs)
+
+        pl.seed_everything(0, verbose=False)
+        module = Measures()
+        trainer = tiny_trainer(max_steps=2, callbacks=[term, Later(["network.5"])])
+        trainer.fit(module, images())
+        return module, term.seen, dict(trainer.logged_metrics), counts
+
+    once, _, logged_once, _ = fit(again=False)
+    twice, seen, logged, counts = fit(again=True)
+    assert twice.batches == [0, 0, 1, 1]
+    assert once.batches == [0, 1]
+    assert [inputs["batch_idx"] for inputs, *_ in seen] == [0, 1]
+    assert set(logged) == set(logged_once)
+    assert twice.losses.update_count == once.losses.update_count == 2
+    assert [counted for *_, counted in seen] == [{"updates": n, "samples": 8 * n, "network.5": 2} for n in (1, 2)]
+    inputs, second, _ = seen[0]
+    assert len(second.feature_calls["network.5"]) == 2  # the module calls it twice
+    assert counts == [2, 2]  # the other term sees the step's own features
+    assert set(second.output) == {"loss", "seen"}
+    assert float(second.output["loss"].detach()) != float(inputs["output"]["loss"].detach())  # other dropout, without any term
+    assert "log" not in vars(twice)
+    assert second.output["loss"].requires_grad
+
+
+def test_a_second_pass_of_another_batch_or_part() -> None:
+    class Other(LossTerm):
+        def term(self, inputs: dict[str, Any]) -> Tensor:
+            image, label = inputs["batch"]
+            (arguments, keywords), *_ = inputs["feature_arguments"]["network.7"]
+            assert arguments[0].shape == (8, 8)
+            assert keywords == {}
+            module = inputs["module"].eval()
+            flipped = self.run_again([image.flip(0), label.flip(0)])
+            part = self.run_again(image.flip(0), module.network)
+            module.train()
+            torch.testing.assert_close(part.features["network.7"], flipped.features["network.7"])
+            assert part.output is part.features["network.7"]
+            assert self.features.last["network.7"] is inputs["features"]["network.7"]
+            return flipped.output["loss"]
+
+    trainer = tiny_trainer(max_steps=1, callbacks=[Other(["network.7"], weight=0.5)])
+    trainer.fit(Classifier(), images())
+    assert trainer.logged_metrics["other/loss"] > 0
+
+
+def test_an_iterator_can_not_be_read_twice() -> None:
+    class Iterates(BoringModel):
+        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+            batch, batch_idx, _ = next(dataloader_iter)
+            return super().training_step(batch, batch_idx)
+
+    class Again(LossTerm):
+        def term(self, inputs: dict[str, Any]) -> Tensor:
+            return self.run_again().output["loss"]
+
+    with pytest.raises(ValueError, match="dataloader_iter, which can't be read twice"):
+        tiny_trainer(max_steps=1, callbacks=[Again()]).fit(Iterates(), boring_data())
 
 
 def test_a_skipped_step_stays_skipped() -> None:

@@ -133,6 +133,15 @@ def test_too_late_for_setup_is_refused() -> None:
         fit(Base(), EMAWeightAveraging(), Reparametrises())
     fit(*sort_callbacks([Base(), EMAWeightAveraging(), Reparametrises()]))
 
+    class NeedsAverages(OrderedCallback):
+        set_up_after = ("WeightAveraging",)
+
+    fit(Base(), EMAWeightAveraging(), NeedsAverages())
+    with pytest.raises(ValueError, match=r"EMAWeightAveraging must be set up before NeedsAverages.*put EMAWeightAveraging first"):
+        fit(NeedsAverages(), Base(), EMAWeightAveraging())
+    needs, averages = NeedsAverages(), EMAWeightAveraging()
+    assert sort_callbacks([needs, averages]) == [averages, needs]
+
 
 class Term(LossTerm):
     def term(self, inputs: dict[str, Any]) -> Tensor:

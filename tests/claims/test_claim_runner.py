@@ -15,7 +15,7 @@ import pytest
 from lit_methods.claims.cost import compare_cost, cost_nodes, measure
 from lit_methods.claims.display import Display, clock, estimate
 from lit_methods.claims.plan import Node, Plan
-from lit_methods.claims.runner import Runner, _lock, last_metrics, stop, value_of
+from lit_methods.claims.runner import Runner, _lock, last_metrics, stop, value_of, why_missing
 from lit_methods.claims.sources import changed_sources, imported_sources, sha256
 from lit_methods.claims.study import Cost
 from lit_methods.errors import CommandError
@@ -142,7 +142,8 @@ def test_a_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_command_leaves_no_process_and_goes_on(log: Path, tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_claim_runner as t;"
+        "import signal, sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_claim_runner as t;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # a shell starts what it runs in the background deaf to it
         "from lit_methods.claims.runner import stops_on_sigterm\n"
         "try:\n"
         "    with stops_on_sigterm():\n"
@@ -209,6 +210,31 @@ def test_a_value_that_is_missing_or_no_number_names_arm_seed_and_stage(log: Path
         value_of(result, "accuracy", diverged)
     assert value_of(result, "other", diverged) == 1.0
     assert last_metrics(tmp_path / "nothing") == {}
+    with pytest.raises(CommandError, match=r"no metric 'val_acc'.*\n  validation did not run: trainer\.limit_val_batches is 0"):
+        value_of(result, "val_acc", diverged, {"trainer": {"limit_val_batches": 0}})
+
+
+@pytest.mark.parametrize(
+    ("metric", "logged", "trainer", "reason"),
+    [
+        (
+            "m/val_miou",
+            [],
+            {"log_every_n_steps": 50},
+            "nothing: it may have ended before its first entry (trainer.log_every_n_steps is 50)",
+        ),
+        ("m/val_miou", ["m/loss"], {"check_val_every_n_epoch": 5, "max_epochs": 2}, "every 5 epochs, and trainer.max_epochs is 2"),
+        ("val/miou", ["loss"], {"val_check_interval": 100, "max_steps": 10}, "every 100 batches, and trainer.max_steps is 10"),
+        ("val_loss", ["loss"], {"limit_val_batches": 0}, "trainer.limit_val_batches is 0"),
+        ("val_loss", ["interval"], {}, "no metric of a validation was logged"),
+        ("m/val_miou", ["m/val_iou", "m/loss"], {"limit_val_batches": 0}, "nearest: m/val_iou"),
+        ("cast/flips", ["m/loss_step"], {}, "does the model or a callback log it"),
+    ],
+)
+def test_why_a_metric_is_missing(metric: str, logged: list[str], trainer: dict[str, Any], reason: str) -> None:
+    assert reason in why_missing(metric, logged, "fit", trainer)
+    if logged and "nearest" not in reason:
+        assert "did not run" not in why_missing(metric, logged, "test", trainer), "only a fit has a validation of its own"
 
 
 def test_imported_sources_are_those_of_ours_and_of_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

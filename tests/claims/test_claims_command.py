@@ -98,6 +98,50 @@ def test_a_plan_runs_nothing(workplace: Path, capsys: pytest.CaptureFixture[str]
     assert not (workplace / "log.txt").exists()
 
 
+def test_a_plan_says_how_long_it_takes_or_that_nobody_knows(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(*words: str) -> str:
+        assert main(["claims", "mini", "--plan", *words]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert planned() == "6 to run with --jobs 1; how long that takes isn't known: none of them has run here, and no evidence is stored"
+    store = workplace / "runs/claims/evidence"
+    store.mkdir(parents=True)
+    (store / "mini.json").write_text(json.dumps({"seconds": 1200.0, "stages": 12, "machine": {"cpu": "a fast one"}}))
+    assert planned("--jobs", "2") == "6 to run with --jobs 2: about 5:00, if this machine is like that of the stored evidence (a fast one)"
+    assert "isn't known" in planned("--data.more", "1"), "what is evidence for other stages says nothing"
+    assert main(["claims", "mini", "--seeds", "0"]) == 0
+    results = list(workplace.glob("runs/claims/stages/a-*/result.json"))
+    assert len(results) == 2
+    for file in results:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"seconds": 30.0}))
+    (workplace / "runs/claims/stages/broken").mkdir()
+    (workplace / "runs/claims/stages/broken/result.json").write_text("{half")
+    capsys.readouterr()
+    assert planned() == "2 kept from before; 4 to run with --jobs 1: about 2:00, from earlier runs here"
+    assert planned("--seeds", "0").startswith("all stages are kept from before")
+
+
+def test_a_quick_run_validates_whatever_the_config_says_and_its_figures_mean_nothing(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["claims", "mini", "--quick"]) == 0
+    assert "figures mean nothing" in capsys.readouterr().out
+    assert "figures mean nothing" in json.loads((workplace / "runs/claims/mini/quick.json").read_text())["note"]
+    for file in workplace.glob("runs/claims/stages/a-*/result.json"):
+        words = " ".join(json.loads(file.read_text())["words"])
+        assert "--trainer.limit_val_batches 1 --trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 1" in words
+    assert main(["compare", "demo", "--quick"]) == 0
+    assert "figures mean nothing" in capsys.readouterr().out
+    assert "figures mean nothing" in (workplace / "runs/claims/compare-demo/compare.md").read_text()
+
+
+def test_a_metric_that_is_missing_comes_with_the_reason(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "configs/claims/mini.yaml").write_text(CLAIM.replace("metric: acc", "metric: accu"))
+    assert main(["claims", "mini", "--seeds", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "no metric 'accu'; logged were: acc, other\n  nearest: acc" in error
+
+
 def test_a_failing_claim_gives_a_short_error(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = workplace / "configs/claims/mini.yaml"
     path.write_text(CLAIM.replace("{stage: bad}", "{stage: bad, behave: diverge}"))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lit_methods.catalog import configs_folder, techniques
+from lit_methods.catalog import configs_folder, published
 from lit_methods.claims.fairness import config_differences
 from lit_methods.claims.plan import Node, Plan, library_versions, make_plan, resolve_configs, stage_words
 from lit_methods.claims.study import Stage, Study, read_study
@@ -209,7 +209,7 @@ def test_what_an_ablation_changes_is_listed(tmp_path: Path) -> None:
 
 @pytest.mark.catalogue
 def test_every_technique_has_a_claim_and_the_catalogue_says_the_same() -> None:
-    for slug, entry in techniques().items():
+    for slug, entry in published().items():
         read = read_study(configs_folder() / "claims" / f"{slug}.yaml")
         assert read.sentence == entry.claim
         assert len(read.seeds) >= 3

@@ -336,7 +336,7 @@ COMMAND_LINE_ERRORS = {
     "no_config": (["--config"], ["--config needs a file"]),
     "forgotten_flag": (["base.yaml"], ["--config base.yaml"]),
     "checkpoint": (["--config", "base.yaml", "--ckpt_path", "x.ckpt"], ["'x.ckpt' not found"]),
-    "resume": (["--config", "base.yaml", "--resume", "last"], ["no checkpoint in runs/base"]),
+    "resume": (["--config", "base.yaml", "--resume", "last"], ["no run in runs/base has a checkpoint"]),
 }
 
 

@@ -140,3 +140,28 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     assert (folder / "checkpoints" / "last.ckpt").is_file()
     assert done.stdout.count("run folder: ") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+class Named(BoringModel):
+    """Its hyperparameters have the names of sections of a config."""
+
+    def __init__(self, model: str = "mine", width: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_do_not_overwrite_the_config_in_the_loggers(tmp_path: Path) -> None:
+    class Data(BoringDataModule):
+        def __init__(self, data: str = "theirs") -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    config = {"model": {"class_path": "Named"}, "data": {"class_path": "Data"}, "trainer": {"max_steps": 1}}
+    for fn in ("fit", "validate"):
+        folder = claim_run_folder(tmp_path, fn)
+        trainer = tiny_trainer(max_steps=1, callbacks=[RunFolder(folder, config)], logger=CSVLogger(folder, "csv", ""))
+        getattr(trainer, fn)(Named(), datamodule=Data())
+        logged = yaml.safe_load((folder / "csv" / "hparams.yaml").read_text())
+        assert {key: logged[key] for key in config} == config
+        assert logged["hyperparameters"] == {"model": "mine", "data": "theirs"}
+        assert logged["width"] == 3, "what collides with nothing stays where Lightning puts it"

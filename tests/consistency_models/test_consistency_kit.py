@@ -13,7 +13,7 @@ from lit_methods.consistency_models.metrics import perceptual, pseudo_huber, squ
 from lit_methods.consistency_models.networks import NoiseMLP, SmallUNet
 from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss, heun_step
 from lit_methods.consistency_models.randomness import SameRandomness
-from lit_methods.consistency_models.rcm.module import RingTeacher
+from lit_methods.consistency_models.rcm.teacher import RingTeacher
 from lit_methods.consistency_models.rcm.trigflow import VelocityDenoiser
 from lit_methods.consistency_models.sampling import multistep_sample
 

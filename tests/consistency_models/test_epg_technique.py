@@ -34,7 +34,6 @@ from lit_methods.consistency_models.epg.core import (
     neighbour_labels,
     pretrain_levels,
     pretrain_loss,
-    warmup_factor,
 )
 from lit_methods.consistency_models.epg.networks import projection_head, projection_head_of
 from lit_methods.consistency_models.epg.views import gaussian_blur, luma, random_crop, turn_hue
@@ -42,6 +41,7 @@ from lit_methods.consistency_models.levels import karras_levels
 from lit_methods.consistency_models.metrics import detached_pseudo_huber, pseudo_huber
 from lit_methods.consistency_models.sampling import denoise_sample
 from lit_methods.datamodules import GenerativeDigitsDataModule
+from lit_methods.optim import warmup_cosine
 
 STAGE1 = {"s0": 2, "s1": 16, "projector_width": 16, "projector_dim": 8, "base_resolution": 32, "warmup_steps": 2, "learning_rate": 1e-2}
 STAGE2 = {"base_resolution": 32, "warmup_steps": 2, "learning_rate": 1e-2, "sample_steps": 3, "num_classes": 10}
@@ -165,8 +165,8 @@ def test_temperatures_and_rates():
     assert consistency_temperature("interpolated", 0.1, 0.5, 80.0, 0.0) == pytest.approx(0.5)
     assert consistency_temperature("interpolated", 0.1, 0.5, 0.002, 0.9) == pytest.approx(0.1)
     assert consistency_temperature("cosine", 0.1, 0.5, 80.0, 0.5) == pytest.approx(0.3)
-    assert [warmup_factor(step, 4, 12, "cosine") for step in (0, 3, 4, 8, 12)] == pytest.approx([0.25, 1, 1, 0.5, 0])
-    assert warmup_factor(100, 4, 12, "constant") == 1
+    assert [warmup_cosine(step, 12, 4) for step in (0, 3, 4, 8, 12)] == pytest.approx([0.25, 1, 1, 0.5, 0])
+    assert warmup_cosine(100, 12, 4, final=1) == 1
 
 
 def test_neighbours_vote_without_the_image_itself():
@@ -681,18 +681,18 @@ def test_images_with_transformers_train_in_both_stages(tmp_path):
     ("build", "wrong", "says"),
     [
         (pretraining, {"s0": 5, "s1": 3}, "1 <= s0 <= s1"),
-        (pretraining, {"temperature": 0.0}, "above 0"),
+        (pretraining, {"temperature": 0.0}, r"temperature is 0.0: give a number in \(0, inf\)"),
         (pretraining, {"temperature_schedule": "linear"}, "constant, interpolated, cosine"),
-        (pretraining, {"consistency_weight": -1.0}, "0 or more"),
-        (pretraining, {"target_decay": 1.5}, "from 0 to 1"),
+        (pretraining, {"consistency_weight": -1.0}, r"give a number in \[0, inf\)"),
+        (pretraining, {"target_decay": 1.5}, r"give a number in \[0, 1\]"),
         (pretraining, {"pixel_std": (0.0,)}, "above 0"),
         (tuning, {"mode": "latent"}, "denoise, consistency"),
         (tuning, {"num_levels": None}, "weight='one'"),
         (tuning, {"perceptual_weight": 1.0}, "encoder_ckpt"),
         (tuning, {"guidance": 2.0, "num_classes": None}, "num_classes"),
-        (tuning, {"ect_q": 1.0}, "no such curriculum"),
+        (tuning, {"ect_q": 1.0}, r"ect_q is 1.0: give a number in \(1, inf\)"),
         (tuning, {"sample_times": (0.1, 0.5)}, "descending"),
-        (tuning, {"class_dropout": 1.0}, "below 1"),
+        (tuning, {"class_dropout": 1.0}, r"give a number in \[0, 1\)"),
     ],
 )
 def test_wrong_arguments_are_named(build, wrong, says):

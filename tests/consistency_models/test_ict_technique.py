@@ -9,7 +9,7 @@ from lit_methods import ConsistencyTraining, NoiseMLP, RingTeacher, SmallUNet, V
 from lit_methods.averages import ema_update
 from lit_methods.callbacks import EMARemoval, ExactResume, WeightEMA
 from lit_methods.consistency_models.curricula import ct_teacher_decay
-from lit_methods.consistency_models.ict import density_picture
+from lit_methods.consistency_models.evaluation import density_picture
 from lit_methods.consistency_models.pairs import heun_step
 from lit_methods.datamodules import GenerativeDigitsDataModule, RingDataModule
 
@@ -247,7 +247,7 @@ def test_points_in_the_plane_are_shown_by_their_density():
     [
         ({"metric": "lpips"}, "pseudo_huber, l2, l1"),
         ({"s0": 5, "s1": 3}, "1 <= s0 <= s1"),
-        ({"c": -1.0}, "above 0"),
+        ({"c": -1.0}, r"c is -1.0: give a number in \(0, inf\)"),
         ({"sample_times": (0.1, 0.5)}, "descending"),
     ],
 )

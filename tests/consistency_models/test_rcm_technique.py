@@ -22,7 +22,8 @@ from lit_methods.consistency_models.rcm.core import (
     simulate,
     velocity_tangent,
 )
-from lit_methods.consistency_models.rcm.module import RCM, RingTeacher, drop_bad_gradients
+from lit_methods.consistency_models.rcm.module import RCM, drop_bad_gradients
+from lit_methods.consistency_models.rcm.teacher import RingTeacher
 from lit_methods.consistency_models.rcm.trigflow import rectified_flow, trigflow
 
 DOUBLE = torch.float64

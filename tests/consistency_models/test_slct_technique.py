@@ -11,7 +11,7 @@ from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, run
 from lit_methods import SLCT, NoiseMLP, NonScalingLayerNorm
 from lit_methods.callbacks import ExactResume, WeightEMA
 from lit_methods.consistency_models.metrics import cauchy, pseudo_huber
-from lit_methods.consistency_models.slct import adaptive_c, couple, early_diffusion_loss, is_early, remove_norm_scales
+from lit_methods.consistency_models.slct.core import adaptive_c, couple, early_diffusion_loss, is_early, remove_norm_scales
 from lit_methods.datamodules import RingDataModule
 
 
@@ -195,9 +195,14 @@ def test_two_processes_end_like_one():
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [({"coupling": "sinkhorn"}, "'ot' or 'none'"), ({"diffusion_fraction": 2.0}, "share"), ({"diffusion_weight": -1.0}, "0 or more"),
-     ({"c_initial": 0.0}, "above 0")],
-)  # fmt: skip
+    [
+        ({"coupling": "sinkhorn"}, "one of ot, none"),
+        ({"coupling_size": 0}, r"null for the whole batch, in \[1, inf\)"),
+        ({"diffusion_fraction": 2.0}, "share"),
+        ({"diffusion_weight": -1.0}, r"give a number in \[0, inf\)"),
+        ({"c_initial": 0.0}, r"null for 0\.00054 sqrt\(D\), in \(0, inf\)"),
+    ],
+)
 def test_wrong_arguments_are_named(wrong, says):
     with pytest.raises(ValueError, match=says):
         module(**wrong)

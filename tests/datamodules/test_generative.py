@@ -151,10 +151,10 @@ def test_imagenet_is_cropped_in_the_middle_and_in_range():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: RingDataModule(impulses=1.5), "share"),
-        (lambda: RingDataModule(num_train=0), "num_train=0"),
-        (lambda: RingDataModule(noise=-1.0), "noise=-1"),
-        (lambda: RingDataModule(batch_size=0), "batch_size=0"),
+        (lambda: RingDataModule(impulses=1.5), "impulses is 1.5: give a number in .0, 1."),
+        (lambda: RingDataModule(num_train=0), "num_train is 0"),
+        (lambda: RingDataModule(noise=-1.0), "noise is -1"),
+        (lambda: RingDataModule(batch_size=0), "batch_size is 0"),
         (lambda: GenerativeDigitsDataModule(image_size=4), "8 x 8"),
     ],
 )

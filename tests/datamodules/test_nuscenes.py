@@ -29,7 +29,7 @@ from lit_methods.datamodules.driving.nuscenes import (
 from lit_methods.datamodules.driving.nuscenes_tables import CAMERAS, read_rows, read_tables
 from lit_methods.datamodules.driving.splits import MINI_VAL, OFFICIAL_VAL, SLIDR_HELD_OUT, choose_scenes, scene_names
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.lidar.superflow.core import dense_cloud, resize_pairs
+from lit_methods.lidar.projection import dense_cloud, resize_pairs
 
 SIZE = (18, 32)
 
@@ -648,8 +648,8 @@ def test_skipped_samples_of_workers_are_counted(copy):
         ({"frames": 4}, "frames=4 is not one of"),
         ({"num_sweeps": -1}, "num_sweeps=-1: give 0 or more"),
         ({"label_fraction": 3}, "label_fraction=3 is not one of"),
-        ({"neighbours": -1}, "neighbours=-1"),
-        ({"on_broken": "ignore"}, "on_broken='ignore'"),
+        ({"neighbours": -1}, "neighbours is -1: give scans before and after"),
+        ({"on_broken": "ignore"}, "on_broken is 'ignore': give one of error, skip"),
     ],
 )
 def test_arguments_out_of_range(options, message):

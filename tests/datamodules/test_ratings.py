@@ -84,9 +84,9 @@ def test_wrong_roots_and_numbers(tmp_path):
         RatingsDataModule(write(tmp_path, "ratings.dat", LAYOUTS["ratings.dat"]), format="lastfm").setup("fit")
     with pytest.raises(ValueError, match="nothing is left"):
         RatingsDataModule(tmp_path, min_user_items=5).setup("fit")
-    with pytest.raises(ValueError, match=r"test_share=1\.5"):
+    with pytest.raises(ValueError, match=r"test_share is 1\.5"):
         RatingsDataModule(test_share=1.5)
-    with pytest.raises(ValueError, match="mode='rank' is not one of bpr, neumf, autoencoder"):
+    with pytest.raises(ValueError, match="mode is 'rank': give one of bpr, neumf, autoencoder"):
         RatingsDataModule(mode="rank")
     write(tmp_path / "all", "a.train", ["0 2", "0 3", "1 2"])
     write(tmp_path / "all", "a.test", ["1 3"])

@@ -220,9 +220,9 @@ def test_broken_images_and_wrong_sizes_are_named(root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale": 0}, "scale=0"),
+        ({"scale": 0}, "scale is 0"),
         ({"patch_size": 15}, "patch_size=15 must be a multiple of scale=2"),
-        ({"color": "grey"}, "neither 'rgb' nor 'luma'"),
+        ({"color": "grey"}, "color is 'grey': give one of rgb, luma"),
         ({"test": "Set5"}, r"write \['DIV2K'\]"),
     ],
 )

@@ -36,7 +36,7 @@ def test_windows_lie_side_by_side_and_labels_follow(tmp_path):
     (tmp_path / "text.txt").write_text("".join(chr(97 + i % 26) for i in range(1000)))
     text = module(root=tmp_path / "text.txt")
     assert text.vocab_size == 27
-    windows = text.sets["train"]
+    windows = text.train_set
     assert len(windows) == (900 - 1) // 8
     joined = torch.cat([windows[0, i]["input_ids"] for i in range(len(windows))])
     assert torch.equal(joined, torch.arange(len(joined)) % 26 + 1)
@@ -61,12 +61,12 @@ def test_a_folder_of_splits_and_one_that_lacks_some(tmp_path):
     (tmp_path / "wiki.valid.tokens").write_text("abd" * 20)
     text = module(root=tmp_path)
     assert text.vocab_size == 4
-    assert text.sets["val"].tokens.tolist()[:3] == [1, 2, 0], "characters are those of the training text"
-    assert text.sets["test"].tokens is text.sets["val"].tokens
+    assert text.val_set.tokens.tolist()[:3] == [1, 2, 0], "characters are those of the training text"
+    assert text.test_set.tokens is text.val_set.tokens
     (tmp_path / "wiki.train.tokens").unlink()
     evaluation = module(root=tmp_path)
     assert len(evaluation.val_dataloader()) == 2
-    with pytest.raises(RuntimeError, match="has no train file"):
+    with pytest.raises(RuntimeError, match=r"has no train data: root=.* has none"):
         evaluation.train_dataloader()
 
 
@@ -77,10 +77,10 @@ def test_token_files(tmp_path, kind):
     (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 40, "dtype": kind}))
     text = module(root=tmp_path)
     assert text.vocab_size == 40
-    assert text.sets["train"][0, 1]["labels"].tolist() == list(range(9, 17))
-    assert isinstance(text.sets["train"].tokens, np.memmap)
+    assert text.train_set[0, 1]["labels"].tolist() == list(range(9, 17))
+    assert isinstance(text.train_set.tokens, np.memmap)
     with pytest.raises(BrokenRecordError, match=r"train\.bin: token 40: 40, but vocab_size is 40"):
-        text.sets["train"][0, 4]
+        text.train_set[0, 4]
     (tmp_path / "train.bin").write_bytes(b"\0" * 101)
     with pytest.raises(BrokenRecordError, match=r"train\.bin: size: 101 bytes"):
         module(root=tmp_path)
@@ -110,7 +110,11 @@ def test_broken_and_missing_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"level": "word"}, "level='word'"), ({"level": "tokenizer"}, "takes its folder"), ({"block_size": 0}, "must be 1 or more")],
+    [
+        ({"level": "word"}, "level is 'word': give one of char, byte, tokenizer"),
+        ({"level": "tokenizer"}, "takes its folder"),
+        ({"block_size": 0}, "block_size is 0"),
+    ],
 )
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -128,7 +132,7 @@ def test_a_tokenizer_of_transformers(tmp_path):
     (tmp_path / "train.txt").write_text("the cat the dog " * 9)
     text = module(root=tmp_path / "train.txt", level="tokenizer", tokenizer=tmp_path / "tokenizer", block_size=1)
     assert text.vocab_size == 3
-    assert text.sets["train"].tokens[:4].tolist() == [1, 2, 1, 0]
+    assert text.train_set.tokens[:4].tolist() == [1, 2, 1, 0]
 
 
 @pytest.mark.skipif("LIT_METHODS_TEST_DATA" not in os.environ, reason="LIT_METHODS_TEST_DATA names no folder of real data")
@@ -136,7 +140,8 @@ def test_real_text():
     root = Path(os.environ["LIT_METHODS_TEST_DATA"])
     shakespeare = module(root=root / "tinyshakespeare" / "input.txt", block_size=64)
     assert shakespeare.vocab_size == 66
-    assert len(shakespeare.sets["train"]) == (int(0.9 * 1115394) - 1) // 64
+    assert len(shakespeare.train_set) == (int(0.9 * 1115394) - 1) // 64
     wiki = module(root=root / "wikitext-2", level="byte", block_size=64)
-    assert set(wiki.sets) == {"val", "test"}
-    assert len(wiki.sets["test"].tokens) == 1256449
+    assert wiki.train_set is None
+    assert wiki.val_set is not None
+    assert len(wiki.test_set.tokens) == 1256449

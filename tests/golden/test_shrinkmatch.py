@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from golden import GoldenCase, Kind, golden_test
+from lit_methods.optim import seven_sixteenths_cosine
 from lit_methods.semi.alignment import MarginalQueue, align, moving_marginal
-from lit_methods.semi.schedules import seven_sixteenths_cosine
 from lit_methods.semi.shrink import certain_loss, shrink, uncertain_loss
 
 

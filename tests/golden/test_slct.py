@@ -12,7 +12,7 @@ from lit_methods.consistency_models.curricula import doubling_levels
 from lit_methods.consistency_models.levels import inverse_gap, karras_levels
 from lit_methods.consistency_models.metrics import cauchy, geman_mcclure, pseudo_huber, square
 from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss
-from lit_methods.consistency_models.slct import NonScalingLayerNorm, adaptive_c, couple, early_diffusion_loss, is_early, slct_loss
+from lit_methods.consistency_models.slct.core import NonScalingLayerNorm, adaptive_c, couple, early_diffusion_loss, is_early, slct_loss
 
 
 class Network:

@@ -192,7 +192,7 @@ def test_missing_classes_views_and_sentences_are_named() -> None:
     module.set_classes(NAMES[:4])
     with pytest.raises(ValueError, match="loader 1 has no classes"):
         tiny_trainer().validate(module, [loader(), loader()], verbose=False)
-    with pytest.raises(ValueError, match="this training has no end"):
+    with pytest.raises(ValueError, match="needs an end, and this training has none: set max_steps or max_epochs"):
         fit(small(), max_epochs=-1)
 
 

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
+from lit_methods.optim import warmup_cosine_rate
 from lit_methods.prompting.losses import (
     adapter_features,
     coprompt_loss,
     cosine_logits,
     embedding_consistency,
     harmonic_mean,
-    warmup_cosine_rate,
 )
 
 

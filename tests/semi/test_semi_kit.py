@@ -11,9 +11,9 @@ from lit_methods.datamodules import CIFARDataModule, DigitsDataModule, SemiSuper
 from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.vision.semi import labelled_subset, read_label_list
 from lit_methods.datamodules.vision.views import affine, cut_out, make_views
+from lit_methods.optim import seven_sixteenths_cosine, warmup_then_epoch_cosine
 from lit_methods.semi.alignment import MarginalQueue, align
 from lit_methods.semi.graph import finite_or_zero, propagate
-from lit_methods.semi.schedules import seven_sixteenths_cosine, warmup_then_epoch_cosine
 from lit_methods.semi.shrink import shrink, shrunk_loss
 
 
@@ -211,7 +211,7 @@ def test_a_list_of_labelled_images(tmp_path):
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [({"ratio": 0}, "1 or more"), ({"strong_views": 0}, "strong_views"), ({"policy": "large"}, "small_grey")],
+    [({"ratio": 0}, "ratio is 0: give a number in .1, inf."), ({"strong_views": 0}, "strong_views"), ({"policy": "large"}, "small_grey")],
 )
 def test_wrong_arguments_are_named(wrong, says):
     with pytest.raises(ValueError, match=says):

@@ -3,7 +3,7 @@
 The maths and its golden vectors: :mod:`lit_methods.callbacks.noisy_labels.adawac.core`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_methods.callbacks.batch import find_in_batch, resized, rows_of_calls
+from lit_methods.callbacks.batch import find_in_batch, resized, rows_of, rows_of_calls
+from lit_methods.callbacks.features import require_network
 from lit_methods.callbacks.loss_term import LossTerm
-from lit_methods.callbacks.noisy_labels.adawac.core import CONSISTENT, MODES, SINGLE_VIEW, Mode, adawac_loss
+from lit_methods.callbacks.noisy_labels.adawac.core import CONSISTENT, SINGLE_VIEW, Mode, adawac_loss
 from lit_methods.catalog import Technique
-from lit_methods.distributed import gather_rows, rank
+from lit_methods.checks import at_least, one_of, share
+from lit_methods.distributed import rank, sum_over_ranks
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel
 from lit_methods.sample_table import SampleTable
 from lit_methods.tasks.segmentation.core import has_foreground
@@ -37,28 +39,31 @@ TECHNIQUE = Technique(
 )
 
 _GROUPS = ("sparse", "dense")
+_NEEDS = {
+    "images": "a second augmented view",
+    "labels": "the labels of each view",
+    "index": "the data set's index of each sample",
+    "dense": "whether samples are dense",
+}
 
 
 class AdaWAC(LossTerm):
-    """Replaces the loss of a module by AdaWAC's: each sample's cross-entropy and consistency have weights of its own, and Dice.
+    """Replaces the loss by r * Dice + (1 - r) * mean_i(w_i1 * ce_i + w_i2 * ac_i), with two weights w_i for every sample i.
 
-    What the module puts out in ``training_step`` is used for the first view; the second view is sent through ``network`` here, unless the
-    step did that, too (views one behind the other). So the cost is one forward pass more. The weights of a sample take a step of mirror
+    ce_i is the cross-entropy of both views, ac_i the squared difference of their features. The weights of a sample take a step of mirror
     ascent before they are used, so that label-dense samples end up supervised and label-sparse ones regularised.
 
-    Needs: a submodule ``network`` that maps images to (B, classes, ...) logits (a mapping with ``out`` or ``logits`` is fine, and so is a
-    coarser grid than the labels'); a submodule ``features`` in it whose output is compared; and in the batch two augmented views with
-    their labels, and the index of each sample in the data set. The modes ``base``, ``reweight-only`` and ``pm-dro`` need one view and no
-    features.
-    Runs: around ``training_step``; it must be set up before other loss terms, whose parts would be thrown away.
-    Logs: ``adawac/loss``, ``ce``, ``consistency``, ``dice``, ``kept`` of each batch; after an epoch ``weight`` (mean weight of the
-    cross-entropy), ``weight_dense`` and ``weight_sparse`` (over samples with and without foreground), ``weight_gap`` (their difference),
-    ``supervised`` (share of samples with a weight above 0.5), ``ce_dense``, ``ce_sparse``, ``consistency_dense``, ``consistency_sparse``.
-    Saves: the weights of all samples; they go on with any number of workers or ranks. On several ranks the rows of a batch are gathered,
-    so that all ranks have the same table; Dice, and the normalisation of the modes with one weight, are each rank's own.
+    Runs: around ``training_step``. What the module puts out there is used for the first view; the second view is sent through ``network``
+    here, unless the step did that, too (views one behind the other). So the cost is one forward pass more. It needs in the batch two
+    augmented views with their labels, and the index of each sample in the data set; the modes ``base``, ``reweight-only`` and ``pm-dro``
+    need one view and no features. On several ranks the rows of a batch are gathered, so that all ranks have the same table; Dice, and the
+    normalisation of the modes with one weight, are each rank's own.
+    Saves: the weights of all samples; they go on with any number of workers or ranks.
+    Refuses: loss terms that are set up before it, whose parts would be thrown away; training sets without a length.
 
     Args:
-        network: Name of the submodule whose output is the logits.
+        network: Name of the submodule whose output is the logits (B, classes, ...), a mapping with ``out`` or ``logits``, or either on a
+            coarser grid than the labels'.
         features: Name or ``fnmatch`` pattern of the submodule whose output is compared: the encoder's deepest features.
         images: Keys or positions of the two views.
         labels: Keys or positions of their labels, (B, ...) integers, 0 for the background.
@@ -71,8 +76,8 @@ class AdaWAC(LossTerm):
         consistency: Compare features; False: none, the modes ``pair`` and ``trim-*`` without them.
         consistency_weight: lambda_AC.
         dice_ratio: Share of the Dice loss.
-        trim_quantile: Of ``trim-ratio``.
-        entropy: Of ``pm-dro``.
+        trim_quantile: Quantile of the batch's cross-entropies below which ``trim-ratio`` leaves samples out.
+        entropy: Strength with which ``pm-dro`` pulls the weights together.
         ignore_index: Label of pixels that don't count.
         replace: Throw away the module's own loss; False: add to it.
         weight: Factor of the whole loss.
@@ -95,6 +100,8 @@ class AdaWAC(LossTerm):
             ("adawac/ce_dense", "adawac/ce_sparse", "adawac/consistency_dense", "adawac/consistency_sparse"),
             note="A sample's weight moves to the larger of its two losses: lower consistency_weight where consistency is always larger.",
         ),
+        Curve("Mean weight, and the gap between dense and sparse samples", ("adawac/weight", "adawac/weight_gap")),
+        Curve("Samples of a batch that count", ("adawac/kept",), note="All of them but in the trimming modes."),
         HistogramPanel("Weights of label-dense samples", "adawac/weights_dense", note="1: supervised, 0: regularised."),
         HistogramPanel("Weights of label-sparse samples", "adawac/weights_sparse", note="1: supervised, 0: regularised."),
     )
@@ -119,16 +126,12 @@ class AdaWAC(LossTerm):
         replace: bool = True,
         weight: float = 1.0,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r}: give one of {', '.join(MODES)}")
+        one_of(Mode, mode=mode)
         for name, keys in (("images", images), ("labels", labels)):
             if isinstance(keys, str) or len(keys) != 2:
                 raise ValueError(f"{name}={keys!r}: give a list of two keys or positions, one for each view")
-        if rate < 0 or consistency_weight < 0 or not 0 <= dice_ratio <= 1 or not 0 <= trim_quantile <= 1 or entropy < 0:
-            raise ValueError(
-                f"rate={rate}, consistency_weight={consistency_weight} and entropy={entropy} must not be negative, "
-                f"dice_ratio={dice_ratio} and trim_quantile={trim_quantile} in 0 to 1"
-            )
+        at_least(0, rate=rate, consistency_weight=consistency_weight, entropy=entropy)
+        share(dice_ratio=dice_ratio, trim_quantile=trim_quantile)
         self.compares = consistency and mode in CONSISTENT
         super().__init__([network, features] if self.compares else [network], weight)
         self.replaces = replace
@@ -153,13 +156,7 @@ class AdaWAC(LossTerm):
         if stage == "fit":
             if trainer.global_step == 0:
                 self._fresh()  # an earlier run's weights belong to it
-            names = dict(pl_module.named_modules())
-            if self.targets[0] not in names:
-                known = ", ".join(name for name in names if name and name.count(".") < 2)
-                raise ValueError(
-                    f"network={self.targets[0]!r} is no submodule of {type(pl_module).__name__}: name the one that maps images to logits; "
-                    f"there are {known}"
-                )
+            require_network(pl_module, self.targets[0], "AdaWAC")
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -191,7 +188,7 @@ class AdaWAC(LossTerm):
         Raises:
             ValueError: The batch or the network's output lacks something.
         """
-        batch, module = inputs["batch"], inputs["module"]
+        batch, module, network = inputs["batch"], inputs["module"], self.targets[0]
         single = self.mode in SINGLE_VIEW
         wanted = 1 if single else 2
         labels = [self._find(batch, key, "labels").long() for key in self.labels[:wanted]]
@@ -204,13 +201,11 @@ class AdaWAC(LossTerm):
         if not self._checked:
             self.table.check(index)
             self._checked = True
-        network = self.targets[0]
         calls = inputs["feature_calls"]
         rows = rows_of_calls(calls[network], f"network={network!r}")
         if len(rows) == size and not single:
-            assert self._features is not None
-            module.get_submodule(network)(self._find(batch, self.images[1], "images"))
-            calls = self._features.calls
+            second = self.run_again(self._find(batch, self.images[1], "images"), module.get_submodule(network)).feature_calls
+            calls = {name: [*outputs, *second[name]] for name, outputs in calls.items()}
             rows = rows_of_calls(calls[network], f"network={network!r}")
         if len(rows) < wanted * size:
             raise ValueError(
@@ -219,17 +214,14 @@ class AdaWAC(LossTerm):
         views = [resized(rows[k * size : (k + 1) * size], label.shape[1:]) for k, label in enumerate(labels)]
         latents = None
         if self.compares:
-            names = [name for name in calls if name != network] or [network]
-            if len(names) != 1:
-                raise ValueError(f"features={self.targets[1]!r} matches {len(names)} submodules, {', '.join(names)}: name one")
-            name = names[0]
-            kept = torch.cat([self._latent(output, name) for output in calls[name]])
-            if len(kept) != 2 * size:
+            within = {name: outputs for name, outputs in calls.items() if name != network} or calls
+            features = rows_of(within, self.targets[1], "features")
+            if len(features) != 2 * size:
                 raise ValueError(
-                    f"features={name!r} put out {len(kept)} rows for two views of {size} samples: name a submodule that sees both"
+                    f"features={self.targets[1]!r} put out {len(features)} rows for {size} samples: name a submodule that sees two views"
                 )
-            latents = kept[:size], kept[size:]
-        found = adawac_loss(
+            latents = features[:size], features[size:]
+        step = adawac_loss(
             (views[0], views[-1]),
             (labels[0], labels[-1]),
             latents,
@@ -244,39 +236,20 @@ class AdaWAC(LossTerm):
         )
         with torch.no_grad():
             dense = has_foreground(labels[0], self.ignore_index) if self.dense is None else self._find(batch, self.dense, "dense").bool()
-            self.table.write(index, found.weights, gather=True)
+            self.table.write(index, step.weights, gather=True)
             self.groups.write(index, dense[:, None].to(torch.int8), gather=True)
-            each = torch.stack([found.ce, found.consistency, torch.ones_like(found.ce)], dim=1).to(self._sums.dtype)
+            each = torch.stack([step.ce, step.consistency, torch.ones_like(step.ce)], dim=1).to(self._sums.dtype)
             self._sums += torch.stack([(each * mask[:, None]).sum(0) for mask in (~dense, dense)])
-        logs = {"ce": found.ce.mean(), "consistency": found.consistency.mean(), "dice": found.dice.mean(), "kept": found.kept.float()}
-        return found.loss, logs
+        logs = {"ce": step.ce.mean(), "consistency": step.consistency.mean(), "dice": step.dice.mean(), "kept": step.kept.float()}
+        return step.loss, logs
 
     def _find(self, batch: Any, key: str | int, argument: str) -> Tensor:
-        what = {
-            "images": "a second augmented view",
-            "labels": "the labels of each view",
-            "index": "the data set's index of each sample",
-            "dense": "whether samples are dense",
-        }
-        there = key in batch if isinstance(batch, Mapping) else isinstance(key, int) and isinstance(batch, Sequence) and key < len(batch)
-        if not there:
-            held = f"the keys {list(batch)}" if isinstance(batch, Mapping) else f"{len(batch)} parts"
-            raise ValueError(
-                f"AdaWAC needs {what[argument]}, and the batch has {held}: let the data set return it, and name its key (or position) by "
-                f"{argument}, which is {getattr(self, argument)!r}"
-            )
-        return find_in_batch(batch, key, ("", 0), argument)
-
-    @staticmethod
-    def _latent(output: Any, name: str) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise ValueError(f"features={name!r} puts out a {type(output).__name__}: name a submodule that puts out one tensor")
-        return output
+        return find_in_batch(batch, key, ("", 0), argument, f"AdaWAC needs {_NEEDS[argument]}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the weights, on all ranks alike."""
         weights, groups = self.table.rows[:, 0], self.groups.rows[:, 0]
-        sums = gather_rows(self._sums[None], with_grad=False).sum(0)
+        sums = sum_over_ranks(self._sums)
         seen = groups >= 0
         logs: dict[str, Tensor] = {}
         if seen.any():
@@ -294,12 +267,12 @@ class AdaWAC(LossTerm):
     def dashboard_media(self) -> dict[str, Media]:
         """Histograms of the weights."""
         weights, groups = self.table.rows[:, 0].float().cpu().numpy(), self.groups.rows[:, 0].cpu().numpy()
-        found: dict[str, Media] = {}
+        media: dict[str, Media] = {}
         for group, name in enumerate(_GROUPS):
             if (groups == group).any():
                 counts, edges = np.histogram(np.clip(weights[groups == group], 0, 1), bins=40, range=(0.0, 1.0))
-                found[f"adawac/weights_{name}"] = HistogramMedia(counts, edges)
-        return found
+                media[f"adawac/weights_{name}"] = HistogramMedia(counts, edges)
+        return media
 
     def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
         """The weights of all samples."""
@@ -308,8 +281,7 @@ class AdaWAC(LossTerm):
     def state_dict(self) -> dict[str, Any]:
         """The weights and what is known of the samples."""
         # only rank 0's checkpoint is written, so it holds the sums of all ranks
-        sums = gather_rows(self._sums[None], with_grad=False).sum(0)
-        return {"weights": self.table.rows.clone(), "groups": self.groups.rows.clone(), "sums": sums}
+        return {"weights": self.table.rows.clone(), "groups": self.groups.rows.clone(), "sums": sum_over_ranks(self._sums)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""

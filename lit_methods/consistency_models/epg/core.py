@@ -183,15 +183,6 @@ def consistency_temperature(
     return start + (end - start) * share
 
 
-def warmup_factor(step: int, warmup_steps: int, total_steps: int, shape: Literal["cosine", "constant"]) -> float:
-    """Factor of the learning rate: linear up to 1 over ``warmup_steps``, then constant, or half a cosine down to 0 at ``total_steps``."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if shape == "constant":
-        return 1.0
-    return (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))) / 2
-
-
 def neighbour_labels(query: Tensor, bank: Tensor, labels: Tensor, count: int, leave_out: bool) -> Tensor:
     """Label that most of the ``count`` nearest rows of the bank have, by cosine.
 

@@ -5,15 +5,14 @@ The maths stands in :mod:`~lit_methods.consistency_models.epg.core`.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
+from lit_methods import checks
 from lit_methods.consistency_models.curricula import ect_lower, ect_stage
 from lit_methods.consistency_models.epg.core import (
     Pixels,
@@ -26,28 +25,23 @@ from lit_methods.consistency_models.epg.core import (
     nearest_level,
     needs_width,
     shift_of,
-    warmup_factor,
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head_of
-from lit_methods.consistency_models.evaluation import sliced_wasserstein
-from lit_methods.consistency_models.levels import karras_levels, like
+from lit_methods.consistency_models.evaluation import Part, Purpose, SampleEvaluation, Samples
+from lit_methods.consistency_models.levels import karras_levels, like, quarter_means
 from lit_methods.consistency_models.metrics import square
 from lit_methods.consistency_models.pairs import consistency_function
-from lit_methods.consistency_models.sampling import Solver, denoise_sample, multistep_sample
+from lit_methods.consistency_models.sampling import Solver, check_sample_times, denoise_sample, multistep_sample
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
-from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
+from lit_methods.optim import scheduled, warmup_cosine
+from lit_methods.panels import Curve, ImagePanel, Panel
 from lit_methods.runs.checkpoints import read_state_dict
 from lit_methods.seeds import own_seed, seeded_noise
 from lit_methods.steps import gradient_norm, logs_now, training_length
 
 Mode = Literal["denoise", "consistency"]
 Weight = Literal["inverse_gap", "one"]
-
-# ---- the maths -------------------------------------------------------------------------------------------------------------------------
-
-
-# ---- the module ------------------------------------------------------------------------------------------------------------------------
 
 
 class Drawn(NamedTuple):
@@ -59,7 +53,7 @@ class Drawn(NamedTuple):
     weight: Tensor
 
 
-class EPGFinetune(LightningModule):
+class EPGFinetune(SampleEvaluation):
     """Stage 2 of EPG: the encoder of stage 1 and a new decoder, trained end to end to denoise, or as a consistency model.
 
     Batches: ``image`` (B, C, H, W) floating point in [-1, 1]; with ``num_classes`` also ``label`` (B,) int64. ``forward`` is the denoised
@@ -121,6 +115,7 @@ class EPGFinetune(LightningModule):
         ValueError: An argument outside its range.
     """
 
+    prefix: ClassVar[str] = "epg"
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve("Loss", ("epg/loss",), note="For consistency it jumps up where a stage begins: the weights grow."),
         Curve("Loss by noise level", ("epg/loss_q*",), note="Quarters of the lognormal, from small noise (q1) to large (q4)."),
@@ -175,23 +170,22 @@ class EPGFinetune(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, known in (("mode", mode, Mode), ("weight", weight, Weight), ("solver", solver, Solver)):
-            if value not in get_args(known):
-                raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(known))}")
+        checks.one_of(Mode, mode=mode)
+        checks.one_of(Weight, weight=weight)
+        checks.one_of(Solver, solver=solver)
+        checks.within("[0, 1)", class_dropout=class_dropout)
         if num_levels is None and weight == "inverse_gap" and mode == "denoise":
             raise ValueError("weight='inverse_gap' needs the levels of num_levels: give a number, or weight='one'")
-        if not 0 <= class_dropout < 1:
-            raise ValueError(f"class_dropout is {class_dropout}: give a number from 0 to below 1")
         if perceptual_weight and encoder_ckpt is None:
             raise ValueError(
                 f"perceptual_weight={perceptual_weight} needs the encoder of stage 1: give encoder_ckpt, or perceptual_weight=0"
             )
-        if min(ect_delta, ect_first) < 0 or ect_length < 1 or ect_q <= 1:
-            raise ValueError(f"ect_delta={ect_delta}, ect_first={ect_first}, ect_length={ect_length}, ect_q={ect_q}: no such curriculum")
+        checks.at_least(0, ect_delta=ect_delta, ect_first=ect_first)
+        checks.at_least(1, ect_length=ect_length)
+        checks.within("(1, inf)", ect_q=ect_q)
         if guidance != 1 and (num_classes is None or class_dropout == 0):
             raise ValueError(f"guidance={guidance} compares with and without a class: give num_classes and a class_dropout above 0")
-        if list(sample_times) != sorted(sample_times, reverse=True) or any(not sigma_min < time < sigma_max for time in sample_times):
-            raise ValueError(f"sample_times are {list(sample_times)}: give descending levels between {sigma_min} and {sigma_max}")
+        check_sample_times(sample_times, sigma_min, sigma_max)
         self.save_hyperparameters(ignore=["encoder", "decoder"])
         self.mode: Mode = mode
         self.encoder, self.decoder = encoder, decoder
@@ -202,9 +196,8 @@ class EPGFinetune(LightningModule):
         self.perceptual_weight = (1.0 if encoder_ckpt else 0.0) if perceptual_weight is None else perceptual_weight
         self.p_mean = {"denoise": -1.2, "consistency": -0.4}[mode] if p_mean is None else p_mean
         self.total_steps = total_steps
-        self._errors: list[Tensor] = []
-        self._seen: list[tuple[Tensor, dict[int, Tensor]]] = []
-        self._pictures: dict[int, Tensor] = {}
+        self.grid = grid
+        self._errors: list[Tensor] = []  # beside ``_seen``
 
     # ---- the network ---------------------------------------------------------------------------------------------------------------------
 
@@ -261,7 +254,7 @@ class EPGFinetune(LightningModule):
 
     def place(self, batch_idx: int, what: str) -> str:
         """Names what is drawn for this batch of this rank."""
-        return f"EPGFinetune {what} {self.current_epoch} {batch_idx * self.trainer.world_size + self.global_rank}"
+        return f"EPGFinetune {what} {self.current_epoch} {self.global_batch(batch_idx)}"
 
     def stage(self, step: int) -> int:
         """Of the curriculum, at an optimiser step."""
@@ -326,10 +319,7 @@ class EPGFinetune(LightningModule):
 
     def _quarters(self, losses: Tensor, sigma: Tensor) -> dict[str, Tensor | float]:
         edges = torch.tensor([-0.67449, 0.0, 0.67449], device=sigma.device)  # quartiles of a normal
-        quarter = torch.bucketize((sigma.log() - self.p_mean) / self.hparams["p_std"], edges)
-        inside = quarter[:, None] == torch.arange(4, device=sigma.device)
-        means = (losses[:, None] * inside).sum(0) / inside.sum(0)  # NaN where no sample fell
-        return {f"epg/loss_q{number}": mean for number, mean in enumerate(means, start=1)}
+        return quarter_means("epg/loss", losses, torch.bucketize((sigma.log() - self.p_mean) / self.hparams["p_std"], edges))
 
     def _labels(self, batch: dict[str, Tensor], batch_idx: int | None = None) -> tuple[Tensor, ...]:
         """Labels, if there are classes; in training some are withheld."""
@@ -362,12 +352,12 @@ class EPGFinetune(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a warm-up."""
         hp = self.hparams
-        if hp["schedule"] == "cosine":
+        final = 0.0 if hp["schedule"] == "cosine" else 1.0
+        if final == 0:
             self.total_steps = training_length(self, self.total_steps)
         total = self.total_steps or 1
         optimizer = torch.optim.AdamW(self.parameters(), lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
-        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_factor(step, hp["warmup_steps"], total, hp["schedule"]))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+        return scheduled(optimizer, lambda step: warmup_cosine(step, total, hp["warmup_steps"], final))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The schedule's length belongs to the run."""
@@ -421,10 +411,9 @@ class EPGFinetune(LightningModule):
         start = noise * shift * levels[0]
         return self.pixels.back(denoise_sample(denoise, start, [shift * level for level in levels], hp["solver"], generator))
 
-    def _draw_samples(self, batch: dict[str, Tensor], batch_idx: int, purpose: str) -> dict[int, Tensor]:
-        """Steps -> as many samples as the batch has, of the same noise each time; other ranks draw other noise."""
+    def _draw_samples(self, batch: dict[str, Tensor], batch_idx: int, purpose: Purpose) -> dict[int, Tensor]:
         hp, data = self.hparams, batch["image"]
-        place = f"EPG {purpose} {batch_idx * self.trainer.world_size + self.global_rank}"
+        place = f"EPG {purpose} {self.global_batch(batch_idx)}"
         noise = seeded_noise(f"{place} start", hp["seed"], data.float())
         counts = [hp["sample_steps"]] if self.mode == "denoise" else range(1, len(hp["sample_times"]) + 2)
         return {
@@ -439,69 +428,31 @@ class EPGFinetune(LightningModule):
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
 
-    def _see(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def ending(self, steps: int) -> str:
+        """The sampler of ``denoise`` has one number of steps, which figures needn't name."""
+        return "" if self.mode == "denoise" else super().ending(steps)
+
+    def see(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Denoise, and draw as many samples as there are data."""
         hp, x = self.hparams, self.pixels(batch["image"])
-        place = f"EPG evaluation {batch_idx * self.trainer.world_size + self.global_rank}"
+        place = f"EPG evaluation {self.global_batch(batch_idx)}"
         errors = []
         for sigma in hp["probe_sigmas"]:
             level = torch.full((len(x),), sigma * self.shift(x), device=x.device)
             noisy = x + like(level, x) * seeded_noise(f"{place} {sigma:g}", hp["seed"], x)
             errors.append(square(self(noisy, level, *self._labels(batch)).float(), x))
         self._errors.append(torch.stack(errors, dim=1))
-        drawn = self._draw_samples(batch, batch_idx, "evaluation")
-        self._seen.append((batch["image"].float().cpu(), {steps: samples.float().cpu() for steps, samples in drawn.items()}))
+        return super().see(batch, batch_idx)
 
-    def _compare(self, part: str) -> None:
+    def compare(self, part: Part, seen: list[Samples]) -> None:
         """Log the errors of all ranks, and how far their samples are from their data."""
-        if not self._seen:
-            raise ValueError(f"rank {self.global_rank} has seen no data: take fewer ranks or a smaller batch_size")
         errors = gather_rows(torch.cat(self._errors), with_grad=False).mean(0)
         logs = {f"epg/{part}_mse": errors.mean()}
         logs |= {f"epg/{part}_mse_{sigma:g}": error for sigma, error in zip(self.hparams["probe_sigmas"], errors, strict=True)}
-        data = gather_rows(torch.cat([one for one, _ in self._seen]), with_grad=False)
-        every = {steps: gather_rows(torch.cat([drawn[steps] for _, drawn in self._seen]), with_grad=False) for steps in self._seen[0][1]}
-        for steps, samples in every.items():
-            name = f"epg/{part}_sw2" if steps == 1 or self.mode == "denoise" else f"epg/{part}_sw2_{steps}_steps"
-            logs[name] = sliced_wasserstein(samples.flatten(1), data.flatten(1)).to(self.device)
         self.log_dict(logs, rank_zero_only=False)
-        self._pictures = every
-        self._errors, self._seen = [], []
+        super().compare(part, seen)
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted validation left."""
-        self._errors, self._seen = [], []
-
-    def on_test_epoch_start(self) -> None:
-        """Forget what an interrupted test left."""
-        self._errors, self._seen = [], []
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Denoise, and draw as many samples as there are data: here, where ``WeightEMA`` lends its weights."""
-        self._see(batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As in validation."""
-        self._see(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Compare with the data."""
-        self._compare("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Compare with the data."""
-        self._compare("test")
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """``<n>_steps`` -> as many samples as the batch has images; of the batch, shape and labels are used."""
-        return {f"{steps}_steps": samples for steps, samples in self._draw_samples(batch, batch_idx, "prediction").items()}
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """Samples of the last validation, one row for each number of steps; nothing for other data than images."""
-        count = self.hparams["grid"]
-        if not count or not self._pictures or next(iter(self._pictures.values())).shape[1] not in (1, 3):
-            return {}
-        shown = [samples[:count] for samples in self._pictures.values()]
-        rows = torch.cat(shown).add(1).div(2).clamp(0, 1)
-        picture = make_grid(rows, nrow=len(shown[0]), padding=1).mul(255).round().byte().permute(1, 2, 0)
-        words = f"{len(shown[0])} samples in {', '.join(map(str, self._pictures))} steps, one row each"
-        return {"epg/samples": ImageMedia(picture.contiguous().numpy(), alt=words)}
+    def forget(self) -> None:
+        """Drop what was kept."""
+        super().forget()
+        self._errors = []

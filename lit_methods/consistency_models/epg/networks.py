@@ -196,6 +196,8 @@ def _check(image_size: int, patch_size: int, width: int, heads: int) -> None:
 class PixelMLPEncoder(nn.Module):
     """Linear layers with layer norm on all pixels, for tiny images.
 
+    Cost: 0.15 million parameters with the defaults.
+
     Args:
         shape: Of a sample.
         width: D.
@@ -223,6 +225,8 @@ class PixelMLPEncoder(nn.Module):
 
 class PixelMLPDecoder(nn.Module):
     """Linear layers that draw a sample out of the encoder's feature.
+
+    Cost: 0.15 million parameters with the defaults.
 
     Args:
         shape: Of a sample.

@@ -6,15 +6,15 @@ Left out: nothing of the stage; :class:`AugmentedViews` says where its colours d
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.averages import ema_update
 from lit_methods.catalog import Technique
 from lit_methods.consistency_models.curricula import doubling_levels
@@ -32,12 +32,13 @@ from lit_methods.consistency_models.epg.core import (
     pretrain_levels,
     pretrain_loss,
     shift_of,
-    warmup_factor,
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head
 from lit_methods.consistency_models.epg.views import Views
+from lit_methods.consistency_models.evaluation import Part, WholeSetEvaluation
 from lit_methods.consistency_models.levels import like
 from lit_methods.distributed import gather_rows
+from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.seeds import own_seed, seeded_noise
 from lit_methods.steps import gradient_norm, logs_now, training_length
@@ -59,21 +60,12 @@ TECHNIQUE = Technique(
 )
 
 
-# ---- the maths -------------------------------------------------------------------------------------------------------------------------
-
-
-# ---- what both stages share ------------------------------------------------------------------------------------------------------------
-
-
-# ---- the module ------------------------------------------------------------------------------------------------------------------------
-
-
 class _Seen(NamedTuple):
     features: Tensor  # (levels, B, D), the clean level first
     labels: Tensor | None
 
 
-class EPGPretrain(LightningModule):
+class EPGPretrain(WholeSetEvaluation[_Seen]):
     """Stage 1 of EPG: trains an encoder of noisy images without labels; :class:`EPGFinetune` then draws images with it.
 
     Batches: ``image`` (B, C, H, W) floating point in [-1, 1], at most mirrored; without ``views`` also ``view1`` and ``view2``, like it;
@@ -175,14 +167,10 @@ class EPGPretrain(LightningModule):
         super().__init__()
         if not 1 <= s0 <= s1:
             raise ValueError(f"s0={s0} and s1={s1} are the numbers of intervals at start and end: give 1 <= s0 <= s1")
-        if temperature_schedule not in get_args(TemperatureSchedule):
-            raise ValueError(f"temperature_schedule is {temperature_schedule!r}: give one of {', '.join(get_args(TemperatureSchedule))}")
-        if min(contrastive_temperature, temperature, temperature if final_temperature is None else final_temperature) <= 0:
-            raise ValueError(f"temperatures are {contrastive_temperature}, {temperature} and {final_temperature}: give numbers above 0")
-        if min(consistency_weight, contrastive_weight) < 0:
-            raise ValueError(f"weights are {contrastive_weight} and {consistency_weight}: give 0 or more")
-        if not 0 <= target_decay <= 1:
-            raise ValueError(f"target_decay is {target_decay}: give a number from 0 to 1")
+        checks.one_of(TemperatureSchedule, temperature_schedule=temperature_schedule)
+        checks.positive(contrastive_temperature=contrastive_temperature, temperature=temperature, final_temperature=final_temperature)
+        checks.at_least(0, consistency_weight=consistency_weight, contrastive_weight=contrastive_weight)
+        checks.share(target_decay=target_decay)
         self.save_hyperparameters(ignore=["encoder", "views"])
         self.encoder = encoder
         self.projector = projection_head(needs_width(encoder), projector_width, projector_dim, projector_layers)
@@ -191,7 +179,6 @@ class EPGPretrain(LightningModule):
         self.pixels = Pixels(pixel_mean, pixel_std)
         self.views = views
         self.total_steps = total_steps
-        self._seen: list[_Seen] = []
         self._picture: Tensor | None = None
 
     # ---- features ------------------------------------------------------------------------------------------------------------------------
@@ -233,7 +220,7 @@ class EPGPretrain(LightningModule):
 
     def place(self, batch_idx: int) -> str:
         """Names this batch of this rank, to seed what is drawn for it."""
-        return f"EPG {self.current_epoch} {batch_idx * self.trainer.world_size + self.global_rank}"
+        return f"EPG {self.current_epoch} {self.global_batch(batch_idx)}"
 
     def draw_noise(self, x: Tensor, batch_idx: int) -> Tensor:
         """The noise of a batch."""
@@ -321,8 +308,8 @@ class EPGPretrain(LightningModule):
         total = self.total_steps = training_length(self, self.total_steps)
         trained = [*self.encoder.parameters(), *self.projector.parameters()]
         optimizer = torch.optim.AdamW(trained, lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
-        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_factor(step, hp["warmup_steps"], total, hp["schedule"]))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+        final = 0.0 if hp["schedule"] == "cosine" else 1.0
+        return scheduled(optimizer, lambda step: warmup_cosine(step, total, hp["warmup_steps"], final))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The curriculum's length belongs to the run."""
@@ -339,9 +326,10 @@ class EPGPretrain(LightningModule):
         found: Tensor = encode(self._feature(self.encoder), x + like(level, x) * noise, level, sigma_data=self.hparams["sigma_data"])
         return found.float()
 
-    def _see(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def see(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Keep features at some levels."""
         hp, x = self.hparams, self.pixels(batch["image"])
-        place = f"EPG evaluation {batch_idx * self.trainer.world_size + self.global_rank}"
+        place = f"EPG evaluation {self.global_batch(batch_idx)}"
         noise = seeded_noise(place, hp["seed"], x)
         if batch_idx == 0:
             self._picture = self._paths(x[:64], noise[:64])
@@ -372,14 +360,11 @@ class EPGPretrain(LightningModule):
                 picture[2 : size - 2, place] = picture[place, 2 : size - 2] = image
         return picture.round().byte()
 
-    def _compare(self, part: str) -> None:
+    def compare(self, part: Part, seen: list[_Seen]) -> None:
         """Match noisy with clean features, of all ranks."""
-        if not self._seen:
-            raise ValueError(f"rank {self.global_rank} has seen no data: take fewer ranks or a smaller batch_size")
-        features = gather_rows(torch.cat([one.features for one in self._seen], dim=1).transpose(0, 1).contiguous(), with_grad=False)
-        known = [one.labels for one in self._seen if one.labels is not None]
+        features = gather_rows(torch.cat([batch.features for batch in seen], dim=1).transpose(0, 1).contiguous(), with_grad=False)
+        known = [batch.labels for batch in seen if batch.labels is not None]
         labels = gather_rows(torch.cat(known), with_grad=False) if known else None
-        self._seen = []
         clean, *noisy = features.transpose(0, 1)
         own = torch.arange(len(clean), device=clean.device)
         logs = {}
@@ -391,30 +376,6 @@ class EPGPretrain(LightningModule):
                 guess = neighbour_labels(found, clean, labels, self.hparams["neighbours"], leave_out=True)
                 logs[f"epg/{part}_knn_{name}"] = (guess == labels).float().mean()
         self.log_dict(logs, rank_zero_only=False)
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted validation left."""
-        self._seen = []
-
-    def on_test_epoch_start(self) -> None:
-        """Forget what an interrupted test left."""
-        self._seen = []
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Keep features at some levels."""
-        self._see(batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """As in validation."""
-        self._see(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Compare them."""
-        self._compare("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Compare them."""
-        self._compare("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """{"feature": (B, D)} of images without noise."""

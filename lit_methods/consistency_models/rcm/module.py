@@ -3,28 +3,27 @@
 Networks as functions of time: :mod:`~lit_methods.consistency_models.rcm.trigflow`; losses, schedule and sampler:
 :mod:`~lit_methods.consistency_models.rcm.core`; attention with its derivative:
 :mod:`~lit_methods.consistency_models.rcm.attention_jvp`, and a transformer made of it:
-:mod:`~lit_methods.consistency_models.rcm.wan`. Here: the module, and a teacher for trials. sCM (arXiv:2410.11081), score distillation alone
+:mod:`~lit_methods.consistency_models.rcm.wan`. Here: the module. sCM (arXiv:2410.11081), score distillation alone
 (DMD2, arXiv:2405.14867, without its GAN loss) and discrete consistency distillation are settings of the module. Left out: context
 parallelism, GAN losses.
 """
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Literal, get_args
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lit_methods import distributed
-from lit_methods.averages import ema_update, power_decay, power_exponent
+from lit_methods import checks, distributed
+from lit_methods.averages import ema_update, power_decay, power_exponent, state_tensors
 from lit_methods.catalog import Technique
-from lit_methods.consistency_models.evaluation import sliced_wasserstein
-from lit_methods.consistency_models.ict import density_picture
+from lit_methods.consistency_models.evaluation import Purpose, SampleEvaluation
 from lit_methods.consistency_models.networks import fourier_features
 from lit_methods.consistency_models.rcm.core import (
     MID_TIMES,
@@ -52,9 +51,9 @@ from lit_methods.consistency_models.rcm.trigflow import (
     trig_time,
     trigflow,
 )
-from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
-from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
+from lit_methods.optim import linear_rise
+from lit_methods.panels import Curve, ImagePanel, Panel
 from lit_methods.runs.checkpoints import load_into
 
 TECHNIQUE = Technique(
@@ -78,42 +77,6 @@ Consistency = Literal["scm", "dcm", "none"]
 Profile = Literal["power", "constant"]
 Reduction = Literal["mean", "sum"]
 
-# ---- a teacher that is known in closed form --------------------------------------------------------------------------------------------
-
-
-class RingTeacher(nn.Module):
-    """The exact velocity F(x_t, t) of equal Gaussians on a circle, for trials: a teacher without weights. Use ``wrapper: trigflow``.
-
-    Args:
-        modes: Number of Gaussians.
-        radius: Of the circle.
-        noise: Standard deviation of each Gaussian in each coordinate, > 0.
-    """
-
-    def __init__(self, modes: int = 8, radius: float = 1.35, noise: float = 0.05) -> None:
-        super().__init__()
-        if modes < 1 or noise <= 0:
-            raise ValueError(f"modes={modes}, noise={noise}: give at least one mode, and noise above 0")
-        angles = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
-        self.register_buffer("centres", radius * torch.stack([angles.cos(), angles.sin()], dim=1))
-        self.noise = noise
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """(B, 2) and (B,) in [0, pi/2] -> (B, 2)."""
-        centres = self.get_buffer("centres").double()
-        cos, sin = time.double().cos()[:, None, None], time.double().sin()[:, None, None]
-        away = x.double()[:, None] - cos * centres  # (B, modes, 2)
-        variance = (cos * self.noise) ** 2 + sin**2
-        share = (-away.square().sum(-1, keepdim=True) / (2 * variance)).softmax(1)
-        x0, z = centres + cos * self.noise**2 / variance * away, sin / variance * away
-        return (share * (cos * z - sin * x0)).sum(1).to(x.dtype)
-
-    def evaluate(self, samples: Tensor) -> dict[str, Tensor]:
-        """Share of samples (N, 2) within 3 standard deviations of a mode, ``quality``, and the number of ``modes`` with more than 2 %."""
-        distance, mode = torch.cdist(samples.double(), self.get_buffer("centres").double()).min(1)
-        shares = (mode[:, None] == torch.arange(len(self.get_buffer("centres")), device=mode.device)).double().mean(0)
-        return {"quality": (distance < 3 * self.noise).double().mean(), "modes": (shares > 0.02).sum().double()}
-
 
 class TimeWeight(nn.Module):
     """A learned w(t) of sCM's loss, 0 at first.
@@ -135,10 +98,7 @@ class TimeWeight(nn.Module):
         return answer
 
 
-# ---- the module ------------------------------------------------------------------------------------------------------------------------
-
-
-class RCM(LightningModule):
+class RCM(SampleEvaluation):
     """Distils a diffusion or flow model into a student that draws a sample in 1 to 4 steps.
 
     Iterations (``accumulate`` batches each) are counted by the module, and the count is saved. At first ``pretrain_iterations`` fit the
@@ -218,6 +178,7 @@ class RCM(LightningModule):
         ValueError: An argument outside its range, two that contradict each other, or weights of another network.
     """
 
+    prefix: ClassVar[str] = "rcm"
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve(
             "Tangent",
@@ -283,34 +244,18 @@ class RCM(LightningModule):
         grid: int = 16,
     ) -> None:
         super().__init__()
-        choices: tuple[tuple[str, str, Any], ...] = (
-            ("wrapper", wrapper, Wrapper),
-            ("consistency", consistency, Consistency),
-            ("warmup_style", warmup_style, WarmupStyle),
-            ("tangent_mode", tangent_mode, TangentMode),
-            ("ema_profile", ema_profile, Profile),
-            ("reduction", reduction, Reduction),
-        )
-        for name, value, known in choices:
-            if value not in get_args(known):
-                raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(known))}")
-        at_least_one = {"student_every": student_every, "max_simulation_steps": max_simulation_steps, "accumulate": accumulate}
-        for name, count in at_least_one.items():
-            if count < 1:
-                raise ValueError(f"{name} is {count}: give 1 or more")
-        not_negative = {"tangent_warmup": tangent_warmup, "pretrain_iterations": pretrain_iterations, "lr_warmup": lr_warmup}
-        for name, size in {
-            **not_negative,
-            "ema_shift": ema_shift,
-            "dmd_weight": dmd_weight,
-            "consistency_weight": consistency_weight,
-        }.items():
-            if size < 0:
-                raise ValueError(f"{name} is {size}: give 0 or more")
-        if not 1 <= dcm_skip <= dcm_steps:
+        checks.one_of(Wrapper, wrapper=wrapper)
+        checks.one_of(Consistency, consistency=consistency)
+        checks.one_of(WarmupStyle, warmup_style=warmup_style)
+        checks.one_of(TangentMode, tangent_mode=tangent_mode)
+        checks.one_of(Profile, ema_profile=ema_profile)
+        checks.one_of(Reduction, reduction=reduction)
+        checks.at_least(1, student_every=student_every, max_simulation_steps=max_simulation_steps, accumulate=accumulate, dcm_skip=dcm_skip)
+        checks.at_least(0, "iterations", tangent_warmup=tangent_warmup, pretrain_iterations=pretrain_iterations, lr_warmup=lr_warmup)
+        checks.at_least(0, ema_shift=ema_shift, dmd_weight=dmd_weight, consistency_weight=consistency_weight)
+        checks.share(ema_decay=ema_decay)
+        if dcm_skip > dcm_steps:
             raise ValueError(f"dcm_skip is {dcm_skip}: give 1 to dcm_steps={dcm_steps}")
-        if not 0 <= ema_decay <= 1:
-            raise ValueError(f"ema_decay is {ema_decay}: give a number from 0 to 1")
         if adaptive_weight and consistency != "scm":
             raise ValueError(f"adaptive_weight is a part of consistency: scm, not of {consistency}: leave it out")
         if consistency == "none" and (dmd_weight == 0 or tangent_warmup > 0):
@@ -337,14 +282,12 @@ class RCM(LightningModule):
         self.critic = copy.deepcopy(student) if dmd_weight > 0 else None
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.weighting = TimeWeight() if adaptive_weight else None
-        self.sample_steps = tuple(sample_steps)
+        self.sample_steps, self.grid = tuple(sample_steps), grid
         self._exponent = power_exponent(ema_width) if ema_profile == "power" else 0.0
         self._done = 0  # iterations, those of pretraining too
         self._batches = 0  # of the iteration under way
         self._seed: int | None = None
         self._notes: dict[str, Tensor | float] = {}
-        self._pictures: tuple[Tensor, dict[int, Tensor]] | None = None  # data and samples of the last validation
-        self._seen: list[tuple[Tensor, dict[int, Tensor]]] = []
 
     # ---- networks ------------------------------------------------------------------------------------------------------------------------
 
@@ -531,14 +474,14 @@ class RCM(LightningModule):
         hp = self.hparams
         if name == "student":
             decay = power_decay(phase.effective + hp["ema_shift"], self._exponent) if hp["ema_profile"] == "power" else hp["ema_decay"]
-            ema_update(_state(self.average), _state(self.student), decay)
+            ema_update(state_tensors(self.average), state_tensors(self.student), decay)
             self._note(ema_decay=decay)
         self._done += 1
         self._batches = 0
         if name == "pretrain" and self.iteration == 0:  # what comes starts from the student as it is now
             for follower in (self.average, self.critic):
                 if follower is not None:
-                    ema_update(_state(follower), _state(self.student), 0.0)
+                    ema_update(state_tensors(follower), state_tensors(self.student), 0.0)
 
     def _roles(self) -> list[str]:
         found = ["student"] + ["critic"] * (self.critic is not None)
@@ -554,8 +497,7 @@ class RCM(LightningModule):
             optimizers.append(torch.optim.AdamW(self.critic.parameters(), lr=hp["critic_learning_rate"], **common))
         if hp["pretrain_iterations"] > 0:
             optimizers.append(torch.optim.Adam(self.student.parameters(), lr=hp["pretrain_learning_rate"]))
-        warmup = hp["lr_warmup"]
-        rise = (lambda step: min(1.0, (step + 1) / (warmup + 1))) if warmup else (lambda step: 1.0)
+        rise = partial(linear_rise, warmup_steps=hp["lr_warmup"])
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, rise) for optimizer in optimizers]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -591,80 +533,17 @@ class RCM(LightningModule):
         student = self._predict(self.average, noise.dtype, condition)
         return sample(student, noise, between, hp["mid_times"][: steps - 1], hp["sigma_max"]).to(noise.dtype)
 
-    def _draw(self, batch: dict[str, Tensor], seed: int) -> dict[int, Tensor]:
-        """Steps -> as many samples as the batch has, of the same noise each time."""
+    def _draw_samples(self, batch: dict[str, Tensor], batch_idx: int, purpose: Purpose) -> dict[int, Tensor]:
+        seed = (0 if purpose == "evaluation" else 2_000_001) + 2 * self.global_batch(batch_idx)
         data = batch["image"]
         noise = torch.randn(data.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).to(data)
         again = {steps: torch.Generator(data.device).manual_seed(seed + 1) for steps in self.sample_steps}
         return {steps: self.sample(noise, steps, *self._condition(batch), generator=again[steps]) for steps in self.sample_steps}
 
-    def _see(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        drawn = self._draw(batch, 2 * (batch_idx * distributed.world_size() + distributed.rank()))
-        self._seen.append((batch["image"].float().cpu(), {steps: samples.float().cpu() for steps, samples in drawn.items()}))
-        return {f"{steps}_steps": samples for steps, samples in drawn.items()}
-
-    def on_validation_epoch_start(self) -> None:
-        """Forget what an interrupted validation left."""
-        self._seen = []
-
-    def on_test_epoch_start(self) -> None:
-        """Forget what an interrupted test left."""
-        self._seen = []
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Draw as many samples as there are data: ``<n>_steps`` -> (B, ...)."""
-        return self._see(batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """As in validation."""
-        return self._see(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Say how far the samples are from the data."""
-        self._evaluate("val")
-
-    def on_test_epoch_end(self) -> None:
-        """As in validation, ``rcm/test_...``."""
-        self._evaluate("test")
-
-    def _evaluate(self, split: str) -> None:
-        """Log how far the samples of all ranks are from the data of all ranks."""
-        if not self._seen:
-            raise ValueError(f"rank {self.global_rank} has seen no data to compare samples with: take fewer ranks or a smaller batch_size")
-        data = gather_rows(torch.cat([one for one, _ in self._seen]), with_grad=False)
-        found = {steps: gather_rows(torch.cat([drawn[steps] for _, drawn in self._seen]), with_grad=False) for steps in self.sample_steps}
-        self._seen, self._pictures = [], (data, found)
-        known = getattr(self.teacher.module, "evaluate", None)
-        for steps, samples in found.items():
-            values = {"sw2": sliced_wasserstein(samples.flatten(1), data.flatten(1))}
-            values |= known(samples.to(self.device)) if known is not None else {}
-            ending = "" if steps == 1 else f"_{steps}_steps"
-            self.log_dict({f"rcm/{split}_{name}{ending}": value.to(self.device) for name, value in values.items()}, rank_zero_only=False)
-
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """``<n>_steps`` -> as many samples as the batch has, for each of ``sample_steps``."""
-        drawn = self._draw(batch, 2_000_001 + 2 * (batch_idx * distributed.world_size() + distributed.rank()))
-        return {f"{steps}_steps": samples for steps, samples in drawn.items()}
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """Of the last validation: a grid of samples where they are images, the density of points in the plane, nothing for other data."""
-        if self._pictures is None or self.hparams["grid"] == 0:
-            return {}
-        data, found = self._pictures
-        steps = ", ".join(str(steps) for steps in found)
-        if data.ndim == 2 and data.shape[1] == 2:
-            limit = 1.25 * float(data.abs().max())
-            picture = torch.cat([density_picture(points, limit) for points in (data, *found.values())], dim=1)
-            words = f"Density of the data on the left; of samples in {steps} steps beside it"
-        elif data.ndim == 4 and data.shape[1] in (1, 3):
-            from torchvision.utils import make_grid
-
-            shown = [samples[: self.hparams["grid"]] for samples in found.values()]
-            picture = make_grid(torch.cat(shown).add(1).div(2).clamp(0, 1), nrow=len(shown[0]), padding=1)
-            picture, words = picture.mul(255).round().byte().permute(1, 2, 0), f"Samples in {steps} steps, one row each"
-        else:
-            return {}
-        return {"rcm/samples": ImageMedia(picture.contiguous().numpy(), alt=words)}
+    def sample_metrics(self, samples: Tensor) -> Mapping[str, Tensor]:
+        """What the teacher says of samples, if it has ``evaluate``."""
+        evaluate = getattr(self.teacher.module, "evaluate", None)
+        return {} if evaluate is None else evaluate(samples.to(self.device))  # type: ignore[no-any-return]
 
 
 def drop_bad_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -698,7 +577,3 @@ def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         flat /= distributed.world_size()
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-def _state(module: nn.Module) -> list[Tensor]:
-    return [*(parameter.data for parameter in module.parameters()), *module.buffers()]

@@ -1,12 +1,12 @@
 r"""SuperFlow++ maths: tensors in, tensors out.
 
-Sources: SuperFlow++ (arXiv:2503.19912) and its predecessor SuperFlow (arXiv:2407.06190). The golden vectors of this
-file were made with the authors' code, Xiangxu-0103/SuperFlow at commit 7dbdd1c:
-``superflow/models/selfsup/superflow.py`` (losses), ``superflow/models/data_preprocessors/data_preprocessor.py``
-(voxels), ``superflow/datasets/transforms`` (projection, pairs, sweeps); the Lovasz loss with MMDetection3D at
-fe25f7a. The rule of temporal voting is not public: ours is a reconstruction from the paper's abstract.
+Sources: SuperFlow++ (arXiv:2503.19912) and its predecessor SuperFlow (arXiv:2407.06190). The golden vectors were made with the authors'
+code, Xiangxu-0103/SuperFlow at commit 7dbdd1c (``superflow/models/selfsup/superflow.py``). The rule of temporal voting is not public: ours
+is a reconstruction from the paper's abstract.
 
-Order of this file: projection and pairs, dense cloud, voxels, pooling, losses, segmentation loss, temporal voting.
+Projection, voxels, InfoNCE and the Lovasz loss are the family's: :mod:`~lit_methods.lidar.projection`, :mod:`~lit_methods.lidar.voxels`,
+:mod:`~lit_methods.lidar.contrast`, :mod:`~lit_methods.lidar.point_losses`. Their names are here, too. Order of this file: pooling, losses,
+temporal voting.
 """
 
 from collections.abc import Sequence
@@ -16,220 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-VoxelType = Literal["cylinder", "cubic"]
-
-
-def wide(x: Tensor) -> Tensor:
-    """``x`` in float32 or wider (float64 stays): the precision in which pooling and contrast are computed."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# --------------------------------------------------------------------------------------------------------------- projection and pairs
-
-
-def _rotate(points: Tensor, rotation: Tensor) -> Tensor:
-    """``R p`` for each row p, computed in float64 and rounded to the points' float32 as the reference does between any two steps."""
-    return (points.double() @ rotation.double().T).to(points.dtype)
-
-
-def _translate(points: Tensor, translation: Tensor) -> Tensor:
-    return (points.double() + translation.double()).to(points.dtype)
-
-
-def project_points(
-    points: Tensor,
-    lidar2ego_rotation: Tensor,
-    lidar2ego_translation: Tensor,
-    ego2global_rotation: Tensor,
-    ego2global_translation: Tensor,
-    cam_sensor2ego_rotation: Tensor,
-    cam_sensor2ego_translation: Tensor,
-    cam_ego2global_rotation: Tensor,
-    cam_ego2global_translation: Tensor,
-    cam_intrinsic: Tensor,
-    image_height: int,
-    image_width: int,
-    min_dist: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Pair LiDAR points with the pixels that they fall on, through the poses at the LiDAR's and each camera's time.
-
-    Args:
-        points: (N, >= 3) float32, x, y, z in metres in the LiDAR frame.
-        lidar2ego_rotation: (3, 3) LiDAR -> vehicle; likewise ``lidar2ego_translation`` (3,), metres.
-        lidar2ego_translation: See above.
-        ego2global_rotation: (3, 3) vehicle -> world at the LiDAR's time; likewise ``ego2global_translation`` (3,).
-        ego2global_translation: See above.
-        cam_sensor2ego_rotation: (c, 3, 3) camera -> vehicle; likewise ``cam_sensor2ego_translation`` (c, 3).
-        cam_sensor2ego_translation: See above.
-        cam_ego2global_rotation: (c, 3, 3) vehicle -> world at each camera's time; likewise
-            ``cam_ego2global_translation`` (c, 3).
-        cam_ego2global_translation: See above.
-        cam_intrinsic: (c, 3, 3) pinhole matrices for the native image size.
-        image_height: Native height in pixels, the same for all cameras.
-        image_width: Native width in pixels.
-        min_dist: Points at this depth or nearer are dropped, metres.
-
-    Returns:
-        ``pairing_points`` (M,) int64 row in ``points``, and ``pairing_images`` (M, 3) int64 (camera, row, column);
-        cameras one after the other, points in input order. A pixel is kept when 0 < u < W-1 and 0 < v < H-1 before
-        rounding half to even.
-    """
-    rows, pixels = [], []
-    world = _translate(_rotate(points[:, :3], lidar2ego_rotation), lidar2ego_translation)
-    world = _translate(_rotate(world, ego2global_rotation), ego2global_translation)
-    for camera in range(cam_intrinsic.shape[0]):
-        ego = _rotate(_translate(world, -cam_ego2global_translation[camera]), cam_ego2global_rotation[camera].T)
-        seen = _rotate(_translate(ego, -cam_sensor2ego_translation[camera]), cam_sensor2ego_rotation[camera].T)
-        image = seen.double() @ cam_intrinsic[camera].double().T
-        uv = image[:, :2] / image[:, 2:3]
-        inside = (seen[:, 2] > min_dist) & (uv > 0).all(dim=1) & (uv[:, 0] < image_width - 1) & (uv[:, 1] < image_height - 1)
-        kept = inside.nonzero().squeeze(1)
-        rows.append(kept)
-        pixels.append(torch.cat([torch.full_like(kept, camera)[:, None], uv[kept].flip(1).round().long()], dim=1))
-    return torch.cat(rows), torch.cat(pixels)
-
-
-def resize_pairs(pairing_images: Tensor, native_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Pixel coordinates after resizing the whole image.
-
-    Args:
-        pairing_images: (M, 3) int64 (camera, row, column) at the native size.
-        native_size: (H, W) in pixels.
-        size: (h, w) in pixels.
-
-    Returns:
-        (M, 3) int64: row = min(round(row * h / H), h - 1), half to even; likewise the column.
-    """
-    # the authors' arithmetic: (coordinate * new) / old in float64, so that exact ties stay exact
-    new, old = torch.tensor(size, device=pairing_images.device), torch.tensor(native_size, device=pairing_images.device)
-    scaled = (pairing_images[:, 1:] * new).double() / old
-    return torch.cat([pairing_images[:, :1], torch.minimum(scaled.round().long(), new - 1)], dim=1)
-
-
-def resize_superpixels(superpixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest-neighbour resize of id maps.
-
-    Args:
-        superpixels: (c, H, W) integer ids.
-        size: (h, w) in pixels.
-
-    Returns:
-        (c, h, w), dtype of the input.
-    """
-    if superpixels.dtype != torch.uint8:  # float32 is exact for ids below 2**24
-        return F.interpolate(superpixels[None].float(), size=size, mode="nearest")[0].to(superpixels.dtype)
-    return F.interpolate(superpixels[None], size=size, mode="nearest")[0]
-
-
-def flip_cameras(
-    flip: Tensor, pairing_images: Tensor, superpixels: Tensor, images: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Mirror chosen cameras left to right: pixels, ids and pairs together.
-
-    Args:
-        flip: (c,) bool, which cameras to mirror.
-        pairing_images: (M, 3) int64 (camera, row, column).
-        superpixels: (c, h, w) integer ids.
-        images: (c, 3, h, w) or None.
-
-    Returns:
-        The last three arguments, mirrored; the inputs are left as they are.
-    """
-    width = superpixels.shape[-1]
-    column = torch.where(flip[pairing_images[:, 0]], width - 1 - pairing_images[:, 2], pairing_images[:, 2])
-    pairing_images = torch.cat([pairing_images[:, :2], column[:, None]], dim=1)
-    superpixels = torch.where(flip[:, None, None], superpixels.flip(-1), superpixels)
-    images = None if images is None else torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return pairing_images, superpixels, images
-
-
-# ------------------------------------------------------------------------------------------------------------------------ dense cloud
-
-
-def dense_cloud(points: Tensor, sweeps: Sequence[Tensor], lidar2sensor: Tensor) -> Tensor:
-    """The key scan followed by its sweeps, all in the key scan's LiDAR frame (stored matrices as in MMDetection3D).
-
-    Args:
-        points: (N, >= 4) float32 x, y, z (metres), intensity of the key scan.
-        sweeps: One (n_s, >= 4) float32 cloud per sweep, each in its own frame.
-        lidar2sensor: (S, 4, 4) with (R | t) in its top rows; row-vector form ``p_key = p_sweep @ R - t``. For a true
-            rigid key -> sweep motion (R, t0) pass ``t = t0 @ R``.
-
-    Returns:
-        (N', 4) float32, the key scan's N points first.
-    """
-    moved = [points[:, :4]]
-    for sweep, matrix in zip(sweeps, lidar2sensor, strict=False):
-        xyz = (sweep[:, :3].double() @ matrix[:3, :3].double() - matrix[:3, 3].double()).to(sweep.dtype)
-        moved.append(torch.cat([xyz, sweep[:, 3:4]], dim=1))
-    return torch.cat(moved)
-
-
-# ----------------------------------------------------------------------------------------------------------------------------- voxels
-
-
-class Voxels(NamedTuple):
-    """Voxels of a batch of clouds.
-
-    Attributes:
-        features: (V, C) features of each voxel's first point (lowest row), not their mean.
-        coords: (V, 4) int32 (a, b, c, sample), each sample's smallest coordinate at 0.
-        point2voxel: (N,) int64, voxel of each point.
-        first_point: (V,) int64, the point whose features and label stand for the voxel.
-    """
-
-    features: Tensor
-    coords: Tensor
-    point2voxel: Tensor
-    first_point: Tensor
-
-
-def voxelize(
-    points: Tensor,
-    batch_index: Tensor,
-    voxel_size: Sequence[float] | Tensor,
-    voxel_type: VoxelType = "cylinder",
-    batch_size: int | None = None,
-) -> Voxels:
-    """Round points to voxels: one list for a batch, sample after sample, sorted by (a, b, c) within a sample.
-
-    Args:
-        points: (N, C >= 3) float32, x, y, z in metres first.
-        batch_index: (N,) integer, sample of each point.
-        voxel_size: 3 numbers: (rho m, phi degrees, z m) for ``cylinder``, (x, y, z) in metres for ``cubic``.
-        voxel_type: Coordinates that are rounded.
-        batch_size: Number of samples; None reads it from ``batch_index`` (a host sync on an accelerator).
-
-    Returns:
-        The voxels; coordinates are rounded half to even.
-
-    Raises:
-        ValueError: Unknown ``voxel_type``, or no point at all.
-    """
-    if points.ndim != 2 or points.shape[0] == 0 or points.shape[1] < 3:
-        raise ValueError(f"points must be (N >= 1, C >= 3), got {tuple(points.shape)}: an empty scan can't be voxelised")
-    x, y, z = points[:, 0], points[:, 1], points[:, 2]
-    if voxel_type == "cylinder":
-        position = torch.stack([torch.sqrt(x**2 + y**2), torch.atan2(y, x) * (180 / torch.pi), z], dim=1)
-    elif voxel_type == "cubic":
-        position = points[:, :3]
-    else:
-        raise ValueError(f"voxel_type must be 'cylinder' or 'cubic', got {voxel_type!r}")
-    cell = torch.round(position / torch.as_tensor(voxel_size, dtype=points.dtype, device=points.device)).int()
-    sample = batch_index.long()
-    batch_size = int(sample.max()) + 1 if batch_size is None else batch_size
-    smallest = torch.full((batch_size, 3), torch.iinfo(torch.int32).max, dtype=torch.int32, device=points.device)
-    smallest.scatter_reduce_(0, sample[:, None].expand(-1, 3), cell, reduce="amin")
-    cell = (cell - smallest[sample]).long()
-    # one integer per voxel, last coordinate fastest, so that sorting the integers sorts the voxels
-    extent = cell.amax(0) + 1
-    key = ((sample * extent[0] + cell[:, 0]) * extent[1] + cell[:, 1]) * extent[2] + cell[:, 2]
-    keys, point2voxel = torch.unique(key, return_inverse=True)
-    first = torch.full(keys.shape, points.shape[0], dtype=torch.long, device=points.device)
-    first.scatter_reduce_(0, point2voxel, torch.arange(points.shape[0], device=points.device), reduce="amin")
-    coords = torch.cat([cell, sample[:, None]], dim=1)[first].int()
-    return Voxels(points[first], coords, point2voxel, first)
-
+from lit_methods.lidar.contrast import effective_rank, group_mean, info_nce, retrieval_accuracy, wide
+from lit_methods.lidar.point_losses import lovasz_softmax, segmentation_losses
+from lit_methods.lidar.projection import dense_cloud, flip_cameras, project_points, resize_pairs, resize_superpixels
+from lit_methods.lidar.voxels import Voxels, voxelize
 
 # ---------------------------------------------------------------------------------------------------------------------------- pooling
 
@@ -296,23 +86,6 @@ def look_up_pairs(pairs: Pairs, point2voxel: Tensor, points_per_sample: Tensor, 
     return point2voxel[point], groups.flatten(0, 1)[image, pairs.images[:, 1], pairs.images[:, 2]]
 
 
-def group_mean(embeddings: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Mean embedding of each group, ``sum / (n + 1e-6)``: zero for an empty group, and NOT normalised again.
-
-    Args:
-        embeddings: (n, D).
-        groups: (n,) int64 in 0..num_groups-1.
-        num_groups: G.
-
-    Returns:
-        Means (G, D) in float32 or wider, and sizes (G,) of the same dtype.
-    """
-    embeddings = wide(embeddings)
-    total = embeddings.new_zeros(num_groups, embeddings.shape[1]).index_add(0, groups, embeddings)
-    size = embeddings.new_zeros(num_groups).index_add(0, groups, embeddings.new_ones(groups.shape[0]))
-    return total / (size[:, None] + 1e-6), size
-
-
 def pool_points(voxel_embeddings: Tensor, pair_voxel: Tensor, pair_group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     """Mean L2-normalised voxel embedding over the pairs of each group: K of the paper.
 
@@ -344,40 +117,6 @@ def pool_pixels(pixel_embeddings: Tensor, groups: Tensor, num_groups: int) -> Te
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- losses
-
-
-def info_nce(a: Tensor, b: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
-    """One-directional InfoNCE: rows of ``a`` against all rows of ``b``, positives on the diagonal.
-
-    Nothing is normalised or detached inside.
-
-    ``mean_i -log softmax_j(<a_i, b_j> / temperature)_i`` over the rows of the mask. Computed outside autocast,
-    without a host sync.
-
-    Args:
-        a: (n, D).
-        b: (n, D).
-        temperature: > 0.
-        mask: (n,) bool, rows (and columns) that take part; None takes all.
-
-    Returns:
-        Scalar, float32 or wider; 0 (with zero gradients) when no row takes part.
-    """
-    with torch.autocast(a.device.type, enabled=False):
-        logits = wide(a) @ wide(b).T / temperature
-        if mask is None:
-            mask = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
-        # rows that don't take part get finite logits, so that neither their value nor their gradient is ever NaN
-        logits = logits.masked_fill(~mask[None], -torch.inf).masked_fill(~mask[:, None], 0.0)
-        loss = torch.logsumexp(logits, dim=1) - logits.diagonal() if logits.numel() else logits.sum(1)
-        return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def retrieval_accuracy(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Share of the mask's rows of ``a`` whose most similar row of ``b`` (of the mask) is their own; 0 for an empty mask."""
-    similarity = (a.detach() @ b.detach().T).masked_fill(~mask[None], -torch.inf)
-    hit = similarity.argmax(dim=1) == torch.arange(a.shape[0], device=a.device)
-    return (hit & mask).sum() / mask.sum().clamp(min=1)
 
 
 def dense_to_sparse_loss(
@@ -451,64 +190,6 @@ def superflow_losses(
         losses["temporal"] = torch.stack(flow).mean()
     losses["total"] = torch.stack(list(losses.values())).sum()
     return losses
-
-
-def effective_rank(embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Exp of the entropy of the normalised singular values of the mask's rows (Roy & Vetterli 2007): 1 when all rows are parallel."""
-    with torch.autocast(embeddings.device.type, enabled=False):
-        rows = wide(embeddings.detach()) * mask[:, None]
-        share = torch.linalg.svdvals(rows)
-        share = share / share.sum().clamp(min=1e-12)
-        return torch.exp(torch.special.entr(share).sum())
-
-
-# ------------------------------------------------------------------------------------------------------------------ segmentation loss
-
-
-def lovasz_softmax(probs: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Lovasz-softmax (arXiv:1705.08790) over the classes present in the batch, points of all samples together.
-
-    Args:
-        probs: (n, C) softmax over all C outputs.
-        labels: (n,) int64.
-        ignore_index: Points with this label take no part.
-
-    Returns:
-        Scalar; 0 (with zero gradients) when every point is ignored.
-    """
-    valid = labels != ignore_index
-    target = F.one_hot(torch.where(valid, labels, 0), probs.shape[1]).to(probs.dtype) * valid[:, None]
-    # ignored points sort behind all others, where they change no value and no rank
-    error = torch.where(valid[:, None], (target - probs).abs(), -1.0)
-    error, order = error.sort(dim=0, descending=True)
-    target = target.gather(0, order)
-    present = target.sum(0)
-    hit = target.cumsum(0)
-    miss = (1 - target).cumsum(0)
-    jaccard = 1 - (present - hit) / (present + miss)
-    step = torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
-    per_class = (error.clamp(min=0) * step).sum(0)
-    return torch.where(present > 0, per_class, 0.0).sum() / (present > 0).sum().clamp(min=1)
-
-
-def segmentation_losses(logits: Tensor, labels: Tensor, ignore_index: int, lovasz_weight: float = 2.0) -> dict[str, Tensor]:
-    """Cross-entropy averaged over the points that are not ignored, and the weighted Lovasz-softmax.
-
-    Args:
-        logits: (n, C) any float dtype; computed in float32 or wider.
-        labels: (n,) int64 in 0..C-1, or ``ignore_index``.
-        ignore_index: Label that takes no part.
-        lovasz_weight: 2.0 in the authors' configuration.
-
-    Returns:
-        ``ce``, ``lovasz`` (already weighted), ``total``; zeros with zero gradients when every point is ignored.
-    """
-    with torch.autocast(logits.device.type, enabled=False):
-        logits = wide(logits)
-        valid = labels != ignore_index
-        ce = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum") / valid.sum().clamp(min=1)
-        lovasz = lovasz_weight * lovasz_softmax(logits.softmax(dim=1), labels, ignore_index)
-        return {"ce": ce, "lovasz": lovasz, "total": ce + lovasz}
 
 
 # -------------------------------------------------------------------------------------------------------------------- temporal voting
@@ -591,3 +272,11 @@ def temporal_vote(
     confidence = decided.max(dim=1).values
     labels = torch.where(confidence < confidence_threshold, ignore_index, decided.argmax(dim=1))
     return Vote(labels, confidence, frames[at], decided)
+
+
+__all__ = [
+    "Pairs", "PooledView", "Vote", "Voxels", "dense_cloud", "dense_to_sparse_loss", "effective_rank", "flip_cameras", "group_mean",
+    "info_nce", "look_up_pairs", "lovasz_softmax", "pool_pixels", "pool_points", "project_points", "resize_pairs", "resize_superpixels",
+    "retrieval_accuracy", "segmentation_losses", "superflow_losses", "superpixel_groups", "temporal_vote", "to_batch_rows", "voxelize",
+    "wide",
+]  # fmt: skip

@@ -1,6 +1,5 @@
 """Causal language modelling with any causal model of Hugging Face transformers."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,8 +11,10 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, Panel
 from lit_methods.runs.checkpoints import load_into
+from lit_methods.steps import training_length
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
 
@@ -33,22 +34,6 @@ def token_losses(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> tu
         flat = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2)
         total = F.cross_entropy(flat, labels.flatten(), ignore_index=ignore_index, reduction="sum")
     return total, (labels != ignore_index).sum()
-
-
-def warmup_cosine(step: int, total_steps: int, warmup_share: float, final_share: float) -> float:
-    """Factor of the learning rate at optimiser step ``step`` (from 0): linear rise, then half a cosine down to ``final_share``.
-
-    Args:
-        step: Steps done.
-        total_steps: Of the training, >= 1.
-        warmup_share: Share of the steps that rise, in [0, 1).
-        final_share: Factor at the end, in [0, 1]; 1: constant.
-    """
-    warmup = round(warmup_share * total_steps)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-    return final_share + (1 - final_share) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> nn.Module:
@@ -210,17 +195,10 @@ class CausalLM(LightningModule):
         optimizer = torch.optim.AdamW(
             parameters, lr=hp["learning_rate"], betas=tuple(hp["betas"]), eps=hp["eps"], weight_decay=hp["weight_decay"]
         )
-        self.trainer.fit_loop.setup_data()  # the next line asks for the loader, and with max_steps alone nobody has made it yet
-        total = self.trainer.estimated_stepping_batches
-        constant = hp["warmup_share"] == 0 and hp["final_share"] == 1
-        if not math.isfinite(total) and not constant:
-            raise ValueError("warmup_share and final_share count from the end of the training, and this one has none: set max_steps")
-
-        def factor(step: int) -> float:
-            return 1.0 if constant else warmup_cosine(step, int(total), hp["warmup_share"], hp["final_share"])
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        if hp["warmup_share"] == 0 and hp["final_share"] == 1:
+            return scheduled(optimizer, lambda step: 1.0)
+        total = training_length(self, what="the schedule of warmup_share and final_share", instead=None)
+        return scheduled(optimizer, lambda step: warmup_cosine(step, total, round(hp["warmup_share"] * total), hp["final_share"]))
 
 
-__all__ = ["CausalLM", "causal_model", "token_losses", "warmup_cosine"]
+__all__ = ["CausalLM", "causal_model", "token_losses"]

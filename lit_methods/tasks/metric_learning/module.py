@@ -1,6 +1,5 @@
 """Metric learning: embeddings for retrieval among classes that training hasn't seen."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
@@ -11,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lit_methods.distributed import gather_rows
+from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, ImagePanel, Media, Panel
 from lit_methods.tasks.metric_learning.opis import OPIS, RetrievalScores, summary
 from lit_methods.tasks.metric_learning.pictures import utility_curves
@@ -154,11 +154,7 @@ class MetricLearning(LightningModule):
         optimizer = kind(groups, lr=hp["learning_rate"], weight_decay=hp["weight_decay"])
         if hp["schedule"] == "constant":
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError("schedule='cosine' ends with the training: set max_epochs or max_steps")
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(int(steps), 1))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return cosine_to_the_end(self, optimizer, "schedule='cosine'")
 
 
 __all__ = ["MetricLearning"]

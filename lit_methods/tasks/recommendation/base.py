@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, Panel
 from lit_methods.tasks.recommendation.metrics import ranking_metrics
 
@@ -118,11 +119,7 @@ class Recommender(LightningModule):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.learning_rate)
         if self.min_lr is None:
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError("min_lr asks for a schedule that ends with the training: set max_epochs or max_steps, or min_lr to null")
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(int(steps), 1), eta_min=self.min_lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return cosine_to_the_end(self, optimizer, f"min_lr={self.min_lr}", self.min_lr)
 
 
 __all__ = ["Recommender"]

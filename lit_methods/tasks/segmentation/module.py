@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_methods.distributed import gather_rows
+from lit_methods.optim import scheduled
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
+from lit_methods.steps import training_length
 from lit_methods.tasks.segmentation.core import batch_dice, sample_cross_entropy
 from lit_methods.tasks.segmentation.metrics import ClassCounts, dice_and_hd95
 
@@ -201,12 +203,8 @@ class ImageSegmentor(LightningModule):
             optimizer = torch.optim.SGD(trained, lr=hp["learning_rate"], momentum=hp["momentum"], weight_decay=hp["weight_decay"])
         if not hp["poly_power"]:
             return optimizer
-        self.trainer.fit_loop.setup_data()  # the next line asks for the loader, and with max_steps alone nobody has made it yet
-        total = self.trainer.estimated_stepping_batches
-        if not 0 < total < float("inf"):
-            raise ValueError(f"poly_power={hp['poly_power']} falls to the end of training, which has none: set max_steps or max_epochs")
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / total) ** hp["poly_power"])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        total = training_length(self, what=f"poly_power={hp['poly_power']}", instead=None)
+        return scheduled(optimizer, lambda step: max(0.0, 1 - step / total) ** hp["poly_power"])
 
 
 __all__ = ["ImageSegmentor", "colour_labels", "grey_image"]

@@ -18,6 +18,8 @@ def _block(inside: int, outside: int) -> nn.Sequential:
 class SmallUNet2d(nn.Module):
     """A U-Net of two 3 x 3 convolutions with batch norm at each level, for images of some dozen pixels.
 
+    Cost: 0.12 million parameters with the defaults.
+
     Args:
         num_classes: Classes, the background counted.
         in_channels: Of the images.

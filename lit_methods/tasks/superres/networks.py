@@ -30,6 +30,8 @@ class EDSR(nn.Module):
     EDSR-L is ``channels=256, num_blocks=32, residual_scale=0.1``; the baseline has 64 and 16. Submodules: ``head``, ``body.i`` with
     ``conv1`` and ``conv2``, the last of them one convolution; ``tail``, which enlarges.
 
+    Cost: 1.4 million parameters with the defaults.
+
     Args:
         scale: 2, 3 or 4.
         channels: Of all layers between the first and the last.

@@ -1,6 +1,5 @@
 """Image classification with any network: the module that techniques for classifiers attach to."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
@@ -13,8 +12,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
+from lit_methods.optim import learning_rate_factor, scheduled
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into
+from lit_methods.steps import steps_per_epoch, training_length
 
 Loss = Literal["cross_entropy", "bce"]
 Schedule = Literal["constant", "cosine", "multistep"]
@@ -64,46 +65,6 @@ def mixup(images: Tensor, labels: Tensor, share: Tensor | float, num_classes: in
     """
     targets = F.one_hot(labels, num_classes).to(images.dtype)
     return share * images + (1 - share) * images.flip(0), share * targets + (1 - share) * targets.flip(0)
-
-
-def learning_rate_factor(
-    step: int,
-    *,
-    total_steps: int,
-    steps_per_epoch: int,
-    schedule: Schedule,
-    milestones: Sequence[int] = (),
-    gamma: float = 0.1,
-    warmup_epochs: float = 0.0,
-    warmup_start: float = 0.0,
-    minimum: float = 0.0,
-) -> float:
-    """Learning rate at an optimiser step, as a factor of the full one.
-
-    Args:
-        step: Optimiser steps done, >= 0.
-        total_steps: Of the whole training.
-        steps_per_epoch: Optimiser steps per epoch.
-        schedule: ``constant``; ``cosine``: half a cosine from the end of the warm-up to the last step; ``multistep``: times ``gamma`` at
-            each milestone.
-        milestones: Epochs, counted from the start of training.
-        gamma: Factor at a milestone.
-        warmup_epochs: Epochs of linear rise from ``warmup_start`` to 1; 0: none.
-        warmup_start: Factor at step 0 of a warm-up.
-        minimum: Factor at the end of the cosine.
-
-    Returns:
-        Factor >= 0; 1 is the full learning rate.
-    """
-    warmup = round(warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        return warmup_start + (1 - warmup_start) * step / warmup
-    if schedule == "cosine":
-        progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-        return minimum + (1 - minimum) * (1 + math.cos(math.pi * progress)) / 2
-    if schedule == "multistep":
-        return gamma ** sum(step >= milestone * steps_per_epoch for milestone in milestones)
-    return 1.0
 
 
 # ---- the module ------------------------------------------------------------------------------------------------------------------------
@@ -314,13 +275,9 @@ class ImageClassifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Optimiser and learning rate per step."""
         hp = self.hparams
-        self.trainer.fit_loop.setup_data()  # the lines below ask for the loader, and with max_steps alone nobody has made it yet
-        total = self.trainer.estimated_stepping_batches
-        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        if not math.isfinite(total) and hp["schedule"] == "cosine":
-            raise ValueError("schedule='cosine' ends with the training, and this training has no end: set max_epochs or max_steps")
-        if not math.isfinite(per_epoch) and (hp["schedule"] == "multistep" or hp["warmup_epochs"]):
-            raise ValueError("milestones and warmup_epochs are counted in epochs, and the training loader has no length")
+        in_epochs = hp["schedule"] == "multistep" or hp["warmup_epochs"]
+        per_epoch = steps_per_epoch(self, "milestones and warmup_epochs" if in_epochs else None)
+        total = training_length(self, what="schedule='cosine'", instead=None) if hp["schedule"] == "cosine" else -1
         rate = hp["learning_rate"]
         groups, decay = self.parameter_groups(), hp["weight_decay"]
         scaled = rate * self._batch_factor()
@@ -334,8 +291,8 @@ class ImageClassifier(LightningModule):
         def factor(step: int) -> float:
             return learning_rate_factor(
                 step,
-                total_steps=int(total) if math.isfinite(total) else -1,
-                steps_per_epoch=math.ceil(per_epoch) if math.isfinite(per_epoch) else 0,
+                total_steps=total,
+                steps_per_epoch=per_epoch,
                 schedule=hp["schedule"],
                 milestones=hp["milestones"],
                 gamma=hp["gamma"],
@@ -344,10 +301,7 @@ class ImageClassifier(LightningModule):
                 minimum=hp["min_lr"] / rate,
             )
 
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor), "interval": "step"},
-        }
+        return scheduled(optimizer, factor)
 
 
-__all__ = ["ImageClassifier", "classification_loss", "learning_rate_factor", "mixup"]
+__all__ = ["ImageClassifier", "classification_loss", "mixup"]

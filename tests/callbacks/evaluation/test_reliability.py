@@ -167,7 +167,7 @@ def test_modules_and_batches_that_dont_fit_are_refused():
         ({"x": x}, "the batch has no 'image', it has"),
         ((x,), "the batch has no 1, it has 1 parts"),
         (x, "the batch is a Tensor: expected a dictionary"),
-        ((x, ["a", "b"]), "expected tensors"),
+        ((x, ["a", "b"]), "is a list: expected a tensor"),
         ((x, y.float()), "expected one class a sample"),
         ((x, y[:1]), "expected one class a sample"),
     ):

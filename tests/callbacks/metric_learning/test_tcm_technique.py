@@ -238,7 +238,7 @@ class Doubled(OpenWorldDataModule):
             list(ClassBalancedSampler(self.train_set, self.train_labels, 4, 3, batches=4, rank=rank, world_size=2)) for rank in range(2)
         ]
         draws = [draw for k in range(0, 4 * 12, 12) for part in parts for draw in part[k : k + 12]]
-        return DataLoader(self.train_set, 24, sampler=draws, collate_fn=self.collate)
+        return DataLoader(self.train_set, 24, sampler=draws, collate_fn=self.train_set.collate)
 
 
 def test_two_processes_equal_one_that_sees_all_pairs():

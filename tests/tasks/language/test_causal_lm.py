@@ -8,7 +8,8 @@ import torch
 
 from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, tiny_trainer
 from lit_methods.callbacks import ExactResume
-from lit_methods.tasks.language.causal_lm import causal_model, token_losses, warmup_cosine
+from lit_methods.optim import warmup_cosine
+from lit_methods.tasks.language.causal_lm import causal_model, token_losses
 
 CONFIG = {
     "model_type": "llama",
@@ -48,11 +49,11 @@ def test_token_losses_count_what_counts():
 
 
 def test_learning_rate():
-    rates = [warmup_cosine(step, 12, 1 / 6, 0.1) for step in range(14)]
+    rates = [warmup_cosine(step, 12, 2, 0.1) for step in range(14)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[7] == pytest.approx(0.55)
     assert rates[12] == rates[13] == pytest.approx(0.1)
-    assert warmup_cosine(5, 10, 0.0, 1.0) == 1.0
+    assert warmup_cosine(5, 10, 0, 1.0) == 1.0
 
 
 def test_loss_falls_and_validation_is_the_mean_over_tokens():

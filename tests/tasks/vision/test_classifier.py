@@ -11,7 +11,8 @@ from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, run
 from lit_methods import MLP, ImageClassifier, SmallConvNet
 from lit_methods.callbacks import ExactResume
 from lit_methods.datamodules import DigitsDataModule
-from lit_methods.tasks.vision.classifier import classification_loss, learning_rate_factor, mixup
+from lit_methods.optim import learning_rate_factor
+from lit_methods.tasks.vision.classifier import classification_loss, mixup
 
 
 def module(network=None, **kwargs):

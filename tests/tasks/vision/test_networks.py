@@ -101,3 +101,31 @@ def test_features_of_an_mlp_are_above_zero_with_a_relu_at_the_end():
     x = torch.randn(8, 6)
     assert plain(x).min() < 0
     assert torch.equal(ending(x), plain(x).clamp(min=0))
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda **kwargs: MLP([64, 32, 10], **kwargs), (8, 64)),
+        (SmallConvNet, (8, 1, 8, 8)),
+        (lambda **kwargs: CifarResNet(8, width=4, **kwargs), (8, 3, 8, 8)),
+        (lambda **kwargs: CifarResNet18(width_factor=1 / 16, **kwargs), (8, 3, 8, 8)),
+        (lambda **kwargs: WideResNet(10, 1, **kwargs), (8, 3, 8, 8)),
+    ],
+    ids=["MLP", "SmallConvNet", "CifarResNet", "CifarResNet18", "WideResNet"],
+)
+def test_dropout_acts_in_training_alone_and_changes_no_name(build, shape):
+    torch.manual_seed(0)
+    plain, dropping = build(), build(dropout=0.5)
+    assert list(plain.state_dict()) == list(dropping.state_dict())
+    assert [name for name, _ in plain.named_modules()] == [name for name, _ in dropping.named_modules()]
+    dropping.load_state_dict(plain.state_dict())
+    images = torch.randn(shape)
+    state = torch.get_rng_state()
+    plain.train()(images)
+    assert torch.equal(torch.get_rng_state(), state), "without dropout nothing is drawn"
+    assert not torch.equal(dropping.train()(images), dropping(images)), "two passes draw two masks"
+    dropping.load_state_dict(plain.state_dict())  # batch norms have counted
+    torch.testing.assert_close(dropping.eval()(images), plain.eval()(images), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"dropout is 1\.5"):
+        build(dropout=1.5)

@@ -1,0 +1,43 @@
+"""A teacher that is known in closed form, for trials without weights."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class RingTeacher(nn.Module):
+    """The exact velocity F(x_t, t) of equal Gaussians on a circle, for trials: a teacher without weights. Use ``wrapper: trigflow``.
+
+    Args:
+        modes: Number of Gaussians.
+        radius: Of the circle.
+        noise: Standard deviation of each Gaussian in each coordinate, > 0.
+    """
+
+    def __init__(self, modes: int = 8, radius: float = 1.35, noise: float = 0.05) -> None:
+        super().__init__()
+        if modes < 1 or noise <= 0:
+            raise ValueError(f"modes={modes}, noise={noise}: give at least one mode, and noise above 0")
+        angles = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
+        self.register_buffer("centres", radius * torch.stack([angles.cos(), angles.sin()], dim=1))
+        self.noise = noise
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """(B, 2) and (B,) in [0, pi/2] -> (B, 2)."""
+        centres = self.get_buffer("centres").double()
+        cos, sin = time.double().cos()[:, None, None], time.double().sin()[:, None, None]
+        away = x.double()[:, None] - cos * centres  # (B, modes, 2)
+        variance = (cos * self.noise) ** 2 + sin**2
+        share = (-away.square().sum(-1, keepdim=True) / (2 * variance)).softmax(1)
+        x0, z = centres + cos * self.noise**2 / variance * away, sin / variance * away
+        return (share * (cos * z - sin * x0)).sum(1).to(x.dtype)
+
+    def evaluate(self, samples: Tensor) -> dict[str, Tensor]:
+        """Share of samples (N, 2) within 3 standard deviations of a mode, ``quality``, and the number of ``modes`` with more than 2 %."""
+        distance, mode = torch.cdist(samples.double(), self.get_buffer("centres").double()).min(1)
+        shares = (mode[:, None] == torch.arange(len(self.get_buffer("centres")), device=mode.device)).double().mean(0)
+        return {"quality": (distance < 3 * self.noise).double().mean(), "modes": (shares > 0.02).sum().double()}
+
+
+__all__ = ["RingTeacher"]

@@ -1,0 +1,128 @@
+"""Every datamodule with built-in data: a plain DataLoader and a plain index work, and the loaders' rules hold."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from helpers import tiny_trainer
+from lit_methods import datamodules
+from lit_methods.datamodules.base import Batches, LoaderDataModule
+
+SMALL = {
+    "AgeDataModule": {"image_size": 32, "views": 1},
+    "BarsDataModule": {"views": 2},
+    "GenerativeImageNetDataModule": {"image_size": 32},
+    "ImageNetDataModule": {"image_size": 32},
+    "NYUD2DataModule": {"reweight": "inverse"},
+    "RetrievalImagesDataModule": {"image_size": 32},
+    "SemiSupervisedDataModule": {"data": None, "policy": "small_grey", "strong_views": 2},
+}
+DRIVING = {"KittiStyleDataModule", "NuScenesDataModule"}  # clouds of different sizes need the datamodule's collate function
+NAMES = sorted(set(datamodules.__all__) - DRIVING)
+
+
+def prepared(name: str, **arguments):
+    arguments = SMALL.get(name, {}) | arguments
+    if name == "SemiSupervisedDataModule":
+        arguments["data"] = datamodules.DigitsDataModule()
+    module = getattr(datamodules, name)(**arguments)
+    module.prepare_data()
+    for stage in ("fit", "test"):
+        module.setup(stage)
+    return module
+
+
+def tensors(sample) -> list[Tensor]:
+    if isinstance(sample, dict):
+        return [tensor for key in sorted(sample) for tensor in tensors(sample[key])]
+    if isinstance(sample, list):
+        return [tensor for part in sample for tensor in tensors(part)]
+    return [sample] if isinstance(sample, Tensor) else []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plain_index_is_epoch_0_and_a_plain_loader_works(name):
+    module = prepared(name)
+    parts = [module.labelled_set, module.unlabelled_set] if name == "SemiSupervisedDataModule" else [module.train_set]
+    held_out = module.test_set[0] if isinstance(module.test_set, list) else module.test_set
+    parts += [] if held_out is None else [held_out]
+    for part in parts:
+        last = len(part) - 1
+        for plain, full in ((part[1], part[0, 1]), (part[-1], part[0, last])):
+            assert tensors(plain)
+            torch.testing.assert_close(tensors(plain), tensors(full), rtol=0, atol=0)
+        with pytest.raises(IndexError, match=f"index {last + 1} of a data set of {last + 1} samples"):
+            part[last + 1]
+        batch = next(iter(DataLoader(part, batch_size=1 if part.batch_size else 2)))
+        stacked = [torch.stack(column) for column in zip(*([tensors(part[k]) for k in range(1 if part.batch_size else 2)]), strict=True)]
+        for found in stacked:
+            assert any(torch.equal(found, one) for one in tensors(batch))
+
+
+class Squares(Batches):
+    def __len__(self):
+        return 10
+
+    def batch(self, epochs, index):
+        return {"image": torch.from_numpy(100 * epochs + index**2)}
+
+
+class SquaresDataModule(LoaderDataModule):
+    root = None
+
+    def setup(self, stage: str) -> None:
+        self.train_set = Squares()
+        self.test_set = [Squares(), Squares()]
+
+
+def squares(batch_size=4, **arguments):
+    return SquaresDataModule(batch_size=batch_size, **({"num_workers": 0, "seed": 0} | arguments))
+
+
+def test_batches_are_fetched_whole_by_our_loaders_and_one_by_one_by_others():
+    assert Squares()[2, 3] == {"image": 209}
+    assert Squares().__getitems__([(0, 3), (1, 2)])["image"].tolist() == [9, 104]
+    assert [batch["image"].tolist() for batch in DataLoader(Squares(), 5)] == [[0, 1, 4, 9, 16], [25, 36, 49, 64, 81]]
+
+
+def test_an_incomplete_batch_is_dropped_in_training_unless_it_is_the_only_one():
+    module = squares()
+    module.setup("fit")
+    assert [len(batch["image"]) for batch in module.train_dataloader()] == [4, 4]
+    few = squares(16)
+    few.setup("fit")
+    assert [len(batch["image"]) for batch in few.train_dataloader()] == [10]
+    evaluation = squares(eval_batch_size=3)
+    evaluation.setup("test")
+    for loader in (*evaluation.test_dataloader(), *evaluation.predict_dataloader()):
+        assert [batch["image"].tolist() for batch in loader] == [[0, 1, 4], [9, 16, 25], [36, 49, 64], [81]]
+
+
+def test_a_missing_part_is_named():
+    module = squares()
+    with pytest.raises(RuntimeError, match=r"SquaresDataModule has no train data: call setup\(\) first"):
+        module.train_dataloader()
+    module.setup("fit")
+    with pytest.raises(RuntimeError, match="has no val data: root='None' has none, or setup"):
+        module.val_dataloader()
+    for wrong in ({"batch_size": 0}, {"eval_batch_size": 0}, {"num_workers": -1}, {"seed": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
+            squares(**wrong)
+
+
+def test_overfitting_a_few_batches_works_with_data_that_come_in_batches():
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    seen = []
+
+    class Keeps(BoringModel):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch["image"].tolist())
+            return self.layer(torch.ones(1, 32)).sum()
+
+    module = squares()
+    module.val_set = Squares()
+    with pytest.warns(UserWarning, match="overfit"):
+        tiny_trainer(overfit_batches=2, max_epochs=2, limit_val_batches=0).fit(Keeps(), datamodule=module)
+    assert seen == [[0, 1, 4, 9], [16, 25, 36, 49]] * 2
