@@ -4,13 +4,21 @@ BIN := .venv/bin
 # Test processes, one thread each. 0: all tests in one process, in order.
 WORKERS ?= 2
 
-.PHONY: superflow test test-slow test-faults lint types wheel-check claims docs functional notebooks bench-lidar bench-logging size clean
+.PHONY: superflow test test-all test-slow test-faults lint types wheel-check claims docs functional notebooks bench-lidar bench-logging size clean
 
 superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
 
-test: .venv/installed  ## the whole test suite
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
+ifdef T
+test: .venv/installed  ## make test T=<slug>: all that concerns one technique, of both tiers
+	$(BIN)/python -m pytest -m "not slow" --technique $(T)
+else
+test: .venv/installed  ## what to run before every commit; make test T=<slug>: all that concerns one technique
+	$(BIN)/python -m pytest -m "not slow and not thorough" -n $(WORKERS) --dist loadfile
+endif
+
+test-all: .venv/installed  ## what `make test` leaves out, but for the slow ones; see docs/testing.md
+	$(BIN)/python -m pytest -m "thorough and not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: .venv/installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

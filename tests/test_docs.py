@@ -367,12 +367,14 @@ def technique_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+@pytest.mark.catalogue
 def test_the_readme_lists_the_catalogue() -> None:
     found = TABLE.search((ROOT / "README.md").read_text(encoding="utf-8"))
     assert found is not None, "README.md has lost the comments around the table"
     assert found[0] == technique_table(), "run: python tests/test_docs.py"
 
 
+@pytest.mark.catalogue
 def test_every_technique_has_a_page() -> None:
     pages = {path.stem for path in (ROOT / "docs" / "techniques").glob("*.md")}
     assert pages == set(published())

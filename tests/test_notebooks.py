@@ -21,7 +21,7 @@ pytest.importorskip("nbclient", reason='the notebooks need: pip install "lit-met
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LONGER = ("01", "03", "04", "05")  # executed by `make test-slow` only
+LONGER = ("01", "03", "04", "05")  # executed by `make test-slow` only; the others by `make test-all`
 FILE_LIMIT, PICTURE_LIMIT = 700_000, 150_000  # bytes
 MACHINE = re.compile(r"(?<![\w.<~])/(?:work|tmp|home|root|Users|private|var|opt|mnt)/|[A-Z]:\\\\Users|lit-methods-cache")
 
@@ -231,7 +231,9 @@ def test_scrubbing_drops_paths_and_colours(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(path, marks=pytest.mark.slow) if path.name.startswith(LONGER) else path for path in NOTEBOOKS], ids=stem
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.name.startswith(LONGER) else pytest.mark.thorough) for path in NOTEBOOKS],
+    ids=stem,
 )
 def test_a_notebook_executes_to_its_committed_outputs(path: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copy(path, tmp_path))

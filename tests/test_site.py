@@ -109,6 +109,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- the built site --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @needs_mkdocs
 def test_every_link_leads_somewhere_and_nothing_comes_from_the_network(site: Path) -> None:
     assert len(list(site.rglob("*.html"))) > 15
@@ -117,6 +118,7 @@ def test_every_link_leads_somewhere_and_nothing_comes_from_the_network(site: Pat
     assert not re.findall(r"(?:@import|url\()\s*[\"']?https?://", styles)
 
 
+@pytest.mark.thorough
 @needs_mkdocs
 def test_every_public_name_has_an_entry(site: Path, hooks: ModuleType) -> None:
     anchors = set().union(*(read_file(path).anchors for path in (site / "api").glob("*.html")))
@@ -129,6 +131,7 @@ def test_every_public_name_has_an_entry(site: Path, hooks: ModuleType) -> None:
     assert ":class:" not in text
 
 
+@pytest.mark.thorough
 @needs_mkdocs
 def test_every_technique_has_a_page_and_a_picture_that_is_described(site: Path) -> None:
     home = read_file(site / "index.html")
@@ -142,12 +145,14 @@ def test_every_technique_has_a_page_and_a_picture_that_is_described(site: Path) 
         assert [image["alt"] for image in on_home] == [" ".join(shown[0]["alt"].split())]
 
 
+@pytest.mark.thorough
 @needs_mkdocs
 def test_every_picture_has_an_alternative_text(site: Path) -> None:
     for path in site.rglob("*.html"):
         assert all(image.get("alt", "").strip() for image in read_file(path).images), path
 
 
+@pytest.mark.thorough
 @needs_mkdocs
 def test_pages_of_the_repository_are_there_and_read_well(site: Path) -> None:
     pages = "quick_start attach notebooks configs errors techniques/index benchmarks add_a_technique design changes"
@@ -164,6 +169,7 @@ def test_pages_of_the_repository_are_there_and_read_well(site: Path) -> None:
     assert not list(site.rglob("*.py"))
 
 
+@pytest.mark.thorough
 @needs_mkdocs
 def test_the_search_works_without_a_server(site: Path) -> None:
     assert (site / "search" / "search_index.js").is_file()

@@ -4,7 +4,8 @@
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,13 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "SparseIFT, wide": lambda: SparseIFT(0.5, "wide", interval=1, end_fraction=1.0, flops_tolerance=None),
     "SparseIFT, factorized": lambda: SparseIFT(0.5, "factorized", interval=1, end_fraction=1.0, flops_tolerance=None),
 }
+KINDS: dict[str, str] = {
+    **dict.fromkeys(CALLBACKS, "weights are masked"),
+    **dict.fromkeys(("NMSparsity", "NMSparsity, SdGf", "CAST"), "the forward pass sees other weights"),
+    "MaskedBNSparsity": "channels are cut",
+    **dict.fromkeys(("SparseIFT, wide", "SparseIFT, factorized"), "layers are replaced"),
+}
+ONE_OF_EACH_KIND = tuple({kind: name for name, kind in reversed(KINDS.items())}.values())
 WITH_ADAM = ("CAST",)  # it replaces Adam
 DENSE = ("MaskedBNSparsity",)  # until channels are cut, which is another stage
 TRANSFORMED = {"SparseIFT, wide": "wide", "SparseIFT, factorized": "factorized"}
@@ -179,8 +187,16 @@ def assert_sparse(module: pl.LightningModule, masks: dict[str, Tensor]) -> None:
     assert 0.3 < kept / total < 0.6, "of all cases"
 
 
-@pytest.mark.parametrize("callback", CALLBACKS)
-@pytest.mark.parametrize("module", MODULES)
+def thorough(pairs: Iterable[tuple[str, str]], is_quick: Callable[[str, str], bool]) -> list[Any]:
+    """Parameters of a test of pairs: those that aren't quick are left to `make test-all`."""
+    return [pytest.param(*pair, marks=[] if is_quick(*pair) else pytest.mark.thorough) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("module", "callback"),
+    # a ResNet-18 takes seconds: one of each kind, and what is about its channels
+    thorough(product(MODULES, CALLBACKS), lambda module, callback: module != "torchvision ResNet-18" or callback in ONE_OF_EACH_KIND),
+)
 def test_callback_on_module(callback: str, module: str) -> None:
     own, plain, added = prepared(callback, MODULES[module]()), MODULES[module](), CALLBACKS[callback]()
     trainer = tiny_trainer(max_epochs=1, callbacks=[added, SparsityReport()], limit_val_batches=0)
@@ -263,8 +279,14 @@ def test_callback_beside(callback: str, partner: str) -> None:
             assert not averaged[name][~mask.to(averaged[name].device)].any(), "the teacher is as sparse"
 
 
-@pytest.mark.parametrize("first", [name for name in CALLBACKS if name not in DENSE])
-@pytest.mark.parametrize("second", [name for name in CALLBACKS if name not in DENSE])
+@pytest.mark.parametrize(
+    ("second", "first"),
+    # the square of the callbacks is left to `make test-all`
+    thorough(
+        product(*[[name for name in CALLBACKS if name not in DENSE]] * 2),
+        lambda second, first: first == second or {first, second} & set(ONE_OF_EACH_KIND) != set(),
+    ),
+)
 def test_two_sparsity_callbacks(first: str, second: str) -> None:
     """On the same weights they refuse, whatever their order; two of a class already when the Trainer is made."""
 

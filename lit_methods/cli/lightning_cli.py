@@ -43,7 +43,7 @@ class LitCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str], config_files: list[Path]) -> None:
-        self.config_files = config_files
+        self.args, self.config_files = args, config_files
         self.run_folder: Path | None = None
         self.auto = False  # --resume auto
         self.restart: Restart | None = None
@@ -57,6 +57,12 @@ class LitCLI(LightningCLI):
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False},  # a cut-off key is a typo
             args=args,
         )
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Add the one subcommand that was given: setting up all four takes most of the time that parsing takes."""
+        given = {self.args[0]: LightningCLI.subcommands()[self.args[0]]}
+        self.subcommands = lambda: given  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys that concern the run as a whole."""
