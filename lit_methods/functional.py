@@ -10,8 +10,7 @@ from lit_methods.callbacks.metric_learning.tcm import tcm_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import adawac_loss, normalised_weights, update_sample_weights
 from lit_methods.callbacks.noisy_labels.adele.core import corrected_labels, fit_iou_curve, merged_labels, multiscale_consistency
 from lit_methods.callbacks.sparsity.cast.adams import adam_update_, ast_momentum, decay_share, decayed_momentum
-from lit_methods.callbacks.sparsity.cast.core import finalized_weight, scaled_weight
-from lit_methods.callbacks.sparsity.cast.self_distillation import distillation_loss, kl_to_teacher
+from lit_methods.callbacks.sparsity.cast.core import distillation_loss, finalized_weight, kl_to_teacher, scaled_weight
 from lit_methods.callbacks.sparsity.channels import load_pruned, prune_channels
 from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
 from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold, drop_smallest, grow, update_mask

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from lit_methods.callbacks.run.step_cost import peak_memory
-from lit_methods.callbacks.sparsity.flops import Macs
+from lit_methods.callbacks.sparsity.card import SparsityCard
+from lit_methods.callbacks.sparsity.flops import Macs, training_flops
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ def theoretical_cost(macs: Macs, density: Mapping[str, float], samples: int = 1)
     sparse = {name: count * density.get(name, 1.0) for name, count in dense.items()}
     other = macs.other / samples
     return Cost(dense, sparse, other, 2 * (sum(dense.values()) + other), 2 * (sum(sparse.values()) + other))
+
+
+def training_cost(cost: Cost, cards: Mapping[str, SparsityCard]) -> float:
+    """FLOPs to train on one sample: each weight by the regime of the method that masks it, all else dense.
+
+    Args:
+        cost: Cost of a forward pass, per sample.
+        cards: Weight -> card of the method that masks it.
+    """
+    dense = SparsityCard("during", "dense_to_dense", "static")  # where nothing is masked, sparse and dense cost are the same
+    priced = [(cards.get(name, dense), 2 * macs, 2 * cost.macs_sparse[name]) for name, macs in cost.macs_dense.items()]
+    return sum((training_flops(card.cost, *flops, card.update_interval) for card, *flops in priced), 6 * cost.attention_macs)
 
 
 def expected_nonzeros(sizes: Sequence[int], densities: Sequence[float]) -> list[float]:
