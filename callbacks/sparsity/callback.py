@@ -154,10 +154,8 @@ class MaskCallback(OrderedCallback):
             for index, optimizer in enumerate(optimizers)
         ]
         active, total = map(sum, zip(*self.store.counts().values(), strict=True))
-        rank_zero_info(
-            f"{type(self).__name__}: {len(self.store.weights)} weights, {active:,} of {total:,} entries active ({active / total:.2%}): "
-            f"{', '.join(self.store.weights)}"
-        )
+        share = f"{active:,} of {total:,} entries active ({active / total:.2%})"
+        rank_zero_info(f"{type(self).__name__}: {len(self.store.weights)} weights, {share}: {', '.join(self.store.weights)}")
         notify_mask_updated(trainer, pl_module, self)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:

@@ -126,10 +126,8 @@ def agree(
         for name in group.norms:
             mask = keep.get(name)
             if mask is not None and (mask.shape != (group.channels,) or mask.dtype != torch.bool):
-                raise ValueError(
-                    f"mask of {name!r} is {tuple(mask.shape)} {mask.dtype}, but the layer has {group.channels} channels: give bools, made "
-                    "for this network as it is now (not before an earlier pruning)"
-                )
+                given = f"mask of {name!r} is {tuple(mask.shape)} {mask.dtype}, but the layer has {group.channels} channels"
+                raise ValueError(f"{given}: give bools, made for this network as it is now (not before an earlier pruning)")
         whole = torch.ones(group.channels, dtype=torch.bool, device=next((keep[name].device for name in group.norms if name in keep), None))
         votes = [keep.get(name, whole) for name in group.voters]
         merged = merge_keep_masks(torch.stack(votes)) if len(votes) > 1 else votes[0]
@@ -148,9 +146,7 @@ def _torch_pruning() -> Any:
     try:
         import torch_pruning
     except ImportError as error:
-        raise ImportError(
-            "finding out which channels depend on each other needs Torch-Pruning: pip install 'lit-methods[sparsity]' (or torch-pruning)"
-        ) from error
+        raise ImportError("finding out which channels belong together needs Torch-Pruning: pip install 'lit-methods[sparsity]'") from error
     return torch_pruning
 
 
@@ -437,10 +433,8 @@ def make_plan(groups: Sequence[ChannelGroup], keep: Mapping[str, Tensor]) -> Cha
         if len(masks) < len(group.norms) or any(not torch.equal(mask, masks[0]) for mask in masks):
             raise ValueError(f"{', '.join(group.norms)} are tied and need one mask: merge theirs with agree()")
         if masks[0].shape != (group.channels,) or not masks[0].any():
-            raise ValueError(
-                f"mask of {group.norms[0]!r} keeps {int(masks[0].sum())} of {len(masks[0])} channels where the layer has {group.channels}: "
-                "give one bool a channel, at least one True"
-            )
+            kept = f"keeps {int(masks[0].sum())} of {len(masks[0])} channels where the layer has {group.channels}"
+            raise ValueError(f"mask of {group.norms[0]!r} {kept}: give one bool a channel, at least one True")
         if masks[0].all():
             continue
         for part in group.parts:
@@ -492,10 +486,8 @@ def apply_plan(module: nn.Module, plan: ChannelPlan) -> None:
         for side, cut in sides.items():
             if there.get(side) != cut["size"]:
                 found = f"has {there[side]} there" if side in there else "has no such layer"
-                raise ValueError(
-                    f"the channel plan is for a network whose {name!r} has {cut['size']} {side}put channels, but {type(module).__name__} "
-                    f"{found}: build the module as it was before pruning"
-                )
+                planned = f"the channel plan is for a network whose {name!r} has {cut['size']} {side}put channels"
+                raise ValueError(f"{planned}, but {type(module).__name__} {found}: build the module as it was before pruning")
     for name, sides in plan.items():
         layer = named[name]
         kept = {side: torch.tensor(cut["kept"], dtype=torch.int64) for side, cut in sides.items()}

@@ -69,7 +69,7 @@ def training_cost(cost: Cost, cards: Mapping[str, SparsityCard]) -> float:
     """
     dense = SparsityCard("during", "dense_to_dense", "static")  # where nothing is masked, sparse and dense cost are the same
     priced = [(cards.get(name, dense), 2 * macs, 2 * cost.macs_sparse[name]) for name, macs in cost.macs_dense.items()]
-    return sum((training_flops(card.cost, *flops, card.update_interval) for card, *flops in priced), 6 * cost.attention_macs)
+    return sum((training_flops(card.cost, a, b, card.update_interval) for card, a, b in priced), 6 * cost.attention_macs)
 
 
 def expected_nonzeros(sizes: Sequence[int], densities: Sequence[float]) -> list[float]:
@@ -167,8 +167,6 @@ def speedup(dense: Timing, sparse: Timing) -> float:
     if not isinstance(dense, Timing) or not isinstance(sparse, Timing):
         raise TypeError("a speed-up is a ratio of two timings: pass what measure() returns; a ratio of FLOPs is called flops_ratio")
     if (dense.device, dense.batch_size) != (sparse.device, sparse.batch_size):
-        raise ValueError(
-            f"timings of {dense.device}, batch {dense.batch_size} and of {sparse.device}, batch {sparse.batch_size} don't compare: "
-            "measure both in the same way"
-        )
+        both = f"timings of {dense.device}, batch {dense.batch_size} and of {sparse.device}, batch {sparse.batch_size}"
+        raise ValueError(f"{both} don't compare: measure both in the same way")
     return dense.seconds / sparse.seconds

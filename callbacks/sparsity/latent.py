@@ -229,10 +229,8 @@ class LatentCallback(OrderedCallback):
         every = list(prunable_weights(pl_module))
         inner: dict[str, Any] = {name: weight for name, weight in weights.items() if name not in (every[0], every[-1])}
         if not inner:
-            raise ValueError(
-                f"{type(pl_module).__name__} has no linear, convolution or attention module between its first and its last one, which stay "
-                "dense by default: name the ones to prune with targets"
-            )
+            between = "has no linear, convolution or attention module between its first and its last one, which stay dense by default"
+            raise ValueError(f"{type(pl_module).__name__} {between}: name the ones to prune with targets")
         return inner
 
     def make_layers(

@@ -64,9 +64,7 @@ def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequenc
         taken = any(is_parametrized(plain_module(module)) for module in chosen.values())
         why = "; they are parametrised already, by another callback perhaps" if taken else ""
         given = f"targets={list(targets)} with skip={list(skip)} hold no parameter with two dimensions or more{why}"
-        raise ValueError(
-            f"no weight of {type(root).__name__} is left to prune: {given}; targets name modules ('encoder.*'), not parameters"
-        )
+        raise ValueError(f"no weight of {type(root).__name__} is left to prune: {given}; targets name modules, not parameters")
     return weights
 
 

@@ -189,9 +189,7 @@ class AdamS(Optimizer):
         """
         for parameter, mask in masks.items():
             if parameter not in self.sparse:
-                raise ValueError(
-                    f"a weight of shape {tuple(parameter.shape)} gets a mask, but isn't among the sparse ones: name it in sparse"
-                )
+                raise ValueError(f"a weight of shape {tuple(parameter.shape)} gets a mask, but isn't among the sparse ones")
             if problem := _misaligned(parameter, mask):
                 raise ValueError(f"AdamS.set_masks: {problem}")
         self.masks.update(masks)
@@ -253,9 +251,7 @@ class AdamS(Optimizer):
             for weight in weights:
                 mask = self.masks.get(weight)
                 if problem := "it has none" if mask is None else _misaligned(weight, mask):
-                    raise RuntimeError(
-                        f"AdamS has no aligned mask for a sparse weight of shape {tuple(weight.shape)} ({problem}): call set_masks first"
-                    )
+                    raise RuntimeError(f"AdamS has no aligned mask for a weight of shape {tuple(weight.shape)} ({problem}): call set_masks")
         lr = float(group["lr"])
         torch._foreach_lerp_(exp_avgs, grads, 1.0 - group["betas"][0])
         directions, seen = exp_avgs, grads

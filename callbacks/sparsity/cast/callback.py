@@ -284,13 +284,12 @@ class CAST(LatentCallback):
         """Copy the teacher, and make the weights with scale and branch."""
         if str(trainer.precision) in ("bf16-true", "16-true", "transformer-engine", "transformer-engine-float16"):
             raise ValueError(
-                f"CAST needs float32 weights, in which steps as small as its decay are not lost, but precision is {trainer.precision!r}: "
-                "use bf16-mixed"
+                f"CAST needs float32 weights, in which its small decay isn't lost, but precision is {trainer.precision!r}: use bf16-mixed"
             )
         layers = {name: self._layer(name, place) for name, place in places.items()}
         if self.distill_weight:
-            loss = {"eta": self.distill_weight, "temperature": self.temperature, "squared": self.temperature_squared}
-            self.dense = DenseSelf(pl_module, self.distill, who="CAST", labels=self.labels, ignore_index=self.ignore_index, **loss)
+            loss = (self.distill_weight, self.temperature, self.temperature_squared)
+            self.dense = DenseSelf(pl_module, self.distill, "CAST", *loss, self.labels, self.ignore_index)
         return layers
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -342,10 +341,8 @@ class CAST(LatentCallback):
         if not self.save_teacher:
             before, self._fingerprint = self._fingerprint, self.dense.fingerprint()
             if before is not None and not _same(before, self._fingerprint):
-                raise ValueError(
-                    "CAST: the module starts with other weights than the run that saved this checkpoint, so its teacher would be another "
-                    "one: build the module with the same pretrained weights, or use save_teacher=True from the start"
-                )
+                why = "the module starts with other weights than the run that saved this checkpoint, so its teacher would be another one"
+                raise ValueError(f"CAST: {why}: build it with the same pretrained weights, or use save_teacher=True from the start")
         self.dense.teacher.to(pl_module.device)
         if self.teacher_dtype == "bfloat16":
             self.dense.teacher.to(torch.bfloat16)
@@ -361,10 +358,8 @@ class CAST(LatentCallback):
             new = old
             if sparse and not isinstance(old, AdamS):
                 if not isinstance(old, torch.optim.Adam | torch.optim.AdamW):
-                    raise ValueError(
-                        f"CAST turns Adam and AdamW into AdamS, but the sparse weights are trained by {type(old).__name__}: return one of "
-                        "them (or AdamS) from configure_optimizers, or set update='adam' to keep your optimiser"
-                    )
+                    why = f"CAST turns Adam and AdamW into AdamS, but the sparse weights are trained by {type(old).__name__}"
+                    raise ValueError(f"{why}: return one of them from configure_optimizers, or keep your optimiser by update='adam'")
                 new = AdamS.from_adam(old, rule=rule)
             if isinstance(new, AdamS):
                 new.add_sparse(sparse)
@@ -385,15 +380,11 @@ class CAST(LatentCallback):
         """
         steps = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
         if not math.isfinite(steps):
-            raise ValueError(
-                "CAST's decay grows until the training ends, and this one has no end: set max_steps, max_epochs or total_steps"
-            )
+            raise ValueError("CAST's decay grows until training ends, and this one has no end: set max_steps, max_epochs or total_steps")
         steps = max(1, int(steps))
         if self._steps is not None and self._steps != steps:
-            raise ValueError(
-                f"CAST: the training was to take {self._steps} optimiser steps and is now to take {steps}, so that alpha = t / T would "
-                f"jump: resume with the same length, or set total_steps to {self._steps}"
-            )
+            change = f"was to take {self._steps} optimiser steps and is now to take {steps}"
+            raise ValueError(f"CAST: the training {change}, so that alpha = t / T would jump: train as long, or set total_steps")
         self._steps = steps
         ramp = steps // 4 if self.ramp_steps is None else self.ramp_steps
         for optimizer in self._adams(trainer):
@@ -504,10 +495,9 @@ class CAST(LatentCallback):
         ratio = float(self._magnitudes()["magnitude_ratio"])
         if not self.masked_forward and ratio > 0.1:
             budget = max((group.get("decay_budget", 0.0) for o in trainer.optimizers for group in o.param_groups), default=0.0)
-            rank_zero_warn(
-                f"CAST removes weights that are not small: on average {ratio:.1%} of the kept ones' size. The decay could move a weight by "
-                f"about {budget:.3g} (sum of lr * alpha): raise l1_decay, the learning rate or the number of steps"
-            )
+            far = f"the decay could move a weight by about {budget:.3g} (sum of lr * alpha)"
+            small = f"on average {ratio:.1%} of the kept ones' size, and {far}"
+            rank_zero_warn(f"CAST removes weights that are not small: {small}: raise l1_decay, the learning rate or the number of steps")
         self._save(trainer, "unfinalized.ckpt", weights_only=False)
         self.store.apply()
         self._prune(True)

@@ -40,7 +40,6 @@ class DenseSelf:
         self,
         pl_module: pl.LightningModule,
         name: str | None,
-        *,
         who: str,
         eta: float,
         temperature: float,
@@ -49,10 +48,8 @@ class DenseSelf:
         ignore_index: int,
     ) -> None:
         if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{who} distils through the loss that training_step returns, but {type(pl_module).__name__} calls backward itself "
-                "(automatic_optimization = False): set distill_weight to 0, and add kl_to_teacher to the loss there"
-            )
+            own = f"{type(pl_module).__name__} calls backward itself (automatic_optimization = False)"
+            raise ValueError(f"{who} distils through the loss, but {own}: set distill_weight to 0, and add kl_to_teacher to the loss there")
         if name is None:
             children = [name for name, child in pl_module.named_children() if any(True for _ in child.parameters())]
             if len(children) != 1:

@@ -219,10 +219,8 @@ class IterativeSoftShrinkage(MaskCallback):
             self._switch = {name: value.to(pl_module.device) for name, value in loaded["switch"].items()}
         steps = trainer.estimated_stepping_batches
         if steps < self.prune_iters:
-            rank_zero_warn(
-                f"{type(self).__name__}: this training has {steps} optimiser steps, but the switch comes after prune_iters="
-                f"{self.prune_iters}: its weights will stay dense. Train longer, or lower prune_iters"
-            )
+            late = f"{steps} optimiser steps, but the switch comes after prune_iters={self.prune_iters}"
+            rank_zero_warn(f"{type(self).__name__}: this training has {late}: its weights will stay dense. Train longer, or lower it")
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """All True, but for the methods that start sparse."""
@@ -369,10 +367,8 @@ class IterativeSoftShrinkage(MaskCallback):
         """Say so if the switch has not come."""
         steps = max(self._steps, default=0)
         if steps < self.prune_iters:
-            rank_zero_warn(
-                f"{type(self).__name__}: training ended after {steps} of prune_iters={self.prune_iters} steps, before the switch: the "
-                "weights are dense"
-            )
+            early = f"after {steps} of prune_iters={self.prune_iters} steps, before the switch"
+            rank_zero_warn(f"{type(self).__name__}: training ended {early}: the weights are dense")
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the layers."""

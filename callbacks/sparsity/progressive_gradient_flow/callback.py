@@ -212,6 +212,8 @@ class NMSparsity(LatentCallback):
         for a, b in (self._pattern, *patterns):
             if not 1 <= a <= b:
                 raise ValueError(f"a pattern of {a}:{b} can't be: give 1 <= N <= M")
+        self.n: int | None
+        self.m: int | None
         self.n, self.m = next(iter(patterns)) if len(patterns) == 1 else (None, None)  # where all weights have the same pattern
 
     def reset(self) -> None:
@@ -268,10 +270,8 @@ class NMSparsity(LatentCallback):
         """Weights that follow the flow of their pattern; none for ``dense``."""
         end = self._end(trainer)
         if not math.isfinite(end) and (self.fine_tune_epochs or self.recipe.startswith("sdgf_")):
-            raise ValueError(
-                f"NMSparsity: recipe={self.recipe!r} with fine_tune_epochs={self.fine_tune_epochs} counts from the last epoch, but the "
-                "Trainer has no max_epochs: give total_epochs"
-            )
+            given = f"recipe={self.recipe!r} with fine_tune_epochs={self.fine_tune_epochs}"
+            raise ValueError(f"NMSparsity: {given} counts from the last epoch, but the Trainer has no max_epochs: give total_epochs")
         layers = {}
         for name, pattern in chosen.items() if self.recipe != "dense" else ():
             place = places[name]
@@ -297,10 +297,8 @@ class NMSparsity(LatentCallback):
         kind: Any = self.recipe.removeprefix("sdgf_")
         stages = core.sdgf_schedule(kind, n, m, int(end), self.dense_epochs, self.fine_tune_epochs, self.stages)
         if stages[-1][1:] != (n, m) and not self.fine_tune_epochs:
-            rank_zero_warn(
-                f"NMSparsity: the last stage of {self.recipe} is {stages[-1][1]}:{stages[-1][2]}, the target {n}:{m}; without "
-                "fine_tune_epochs the target is reached at the very end alone"
-            )
+            last = f"the last stage of {self.recipe} is {stages[-1][1]}:{stages[-1][2]}, the target {n}:{m}"
+            rank_zero_warn(f"NMSparsity: {last}; without fine_tune_epochs the target is reached at the very end alone")
         return [stage[1:] for stage in stages]
 
     def _end(self, trainer: pl.Trainer) -> float:

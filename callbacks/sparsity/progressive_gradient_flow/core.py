@@ -100,10 +100,8 @@ def sdgf_schedule(
     """
     room = total_epochs - dense_epochs - fine_tune_epochs
     if room < 0:
-        raise ValueError(
-            f"dense_epochs={dense_epochs} and fine_tune_epochs={fine_tune_epochs} are more than total_epochs={total_epochs}: "
-            "the stages of SdGf need epochs between them"
-        )
+        given = f"dense_epochs={dense_epochs} and fine_tune_epochs={fine_tune_epochs} are more than total_epochs={total_epochs}"
+        raise ValueError(f"{given}: the stages of SdGf need epochs between them")
     if not 1 <= n <= m:
         raise ValueError(f"SdGf can't end at {n}:{m}: give 1 <= n <= m")
     if kind == "custom":

@@ -355,10 +355,8 @@ def iso_flop_transform(
     modules = {plain_name(name): plain_module(part) for name, part in module.named_modules()}
     matrices = [name for name, part in modules.items() if isinstance(part, (nn.Linear, _ConvNd))]
     if not matrices:
-        raise ValueError(
-            f"{type(module).__name__} has no linear layer or convolution: if it makes its layers later, call iso_flop_transform at the end "
-            "of its configure_model"
-        )
+        late = "if it makes its layers later, call iso_flop_transform at the end of its configure_model"
+        raise ValueError(f"{type(module).__name__} has no linear layer or convolution: {late}")
     ends = [matrices[0] if stem is None else stem, matrices[-1] if head is None else head]
     for argument, name in zip(("stem", "head"), ends, strict=True):
         if name not in matrices:
@@ -375,9 +373,8 @@ def iso_flop_transform(
     chosen = [name for name in chosen if name not in pointwise or masks_shortcuts]
     enlarged = [name for name in chosen if family in ("wide", "none") or name not in kept]
     if not enlarged:
-        raise ValueError(
-            f"{type(module).__name__} has no hidden layer to transform beside stem {ends[0]!r} and head {ends[1]!r}: name layers by targets"
-        )
+        ends_text = f"stem {ends[0]!r} and head {ends[1]!r}"
+        raise ValueError(f"{type(module).__name__} has no hidden layer to transform beside {ends_text}: name layers by targets")
     last_norms = _last_norms(module) if zero_init_last else []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(own_seed("SparseIFT", seed))  # the CPU's alone: others wouldn't be restored
