@@ -40,6 +40,11 @@ class Cost:
         """Sparse / dense, attention included. This is theory, no speed."""
         return self.flops_sparse / self.flops_dense
 
+    def figures(self) -> dict[str, float]:
+        """FLOPs, their ratios, and the products without a weight, by name."""
+        flops = {"flops_dense": self.flops_dense, "flops_sparse": self.flops_sparse, "flops_ratio": self.ratio}
+        return flops | {"flops_ratio_without_attention": self.ratio_without_attention, "attention_macs": self.attention_macs}
+
     @property
     def ratio_without_attention(self) -> float:
         """Sparse / dense of the weights alone."""
@@ -81,7 +86,7 @@ def size_in_bytes(shape: Sequence[int], kept: int, itemsize: int, two_four: bool
     """Bytes of one weight in several formats.
 
     Args:
-        shape: Of the weight; a kernel counts as a matrix (outputs, everything else).
+        shape: Shape of the weight; a kernel counts as a matrix (outputs, everything else).
         kept: Weights that are not 0.
         itemsize: Bytes of one value.
         two_four: Also 2:4, whose metadata are 2 bits per kept value; two of four values are stored.
@@ -130,7 +135,7 @@ def measure(call: Callable[[], Any], device: torch.device, kernel: str, batch_si
     Args:
         call: One forward pass.
         device: On CUDA each call is waited for.
-        kernel: See :class:`Timing`.
+        kernel: How zeros are treated, such as ``dense-masked``.
         batch_size: Samples per call.
         repeats: Timed calls, at least 20.
         warmup: Calls before them.

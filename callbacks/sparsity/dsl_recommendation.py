@@ -60,7 +60,7 @@ def update_ratio(step: int, total_steps: int, initial: float = 0.5, floor: float
 
     Args:
         step: Optimiser steps done, >= 0.
-        total_steps: Of the whole training, >= 1; from there on the ratio stays at ``floor``.
+        total_steps: Optimiser steps of the whole training, >= 1; from there on the ratio stays at ``floor``.
         initial: Ratio at step 0, in [0, 1].
         floor: Ratio at the end, in [0, 1].
     """
@@ -294,7 +294,7 @@ class DSL(MaskCallback):
         """Choose the weights, and refuse what can't work.
 
         Raises:
-            ValueError: As in :class:`MaskCallback`, or an embedding with sparse gradients.
+            ValueError: What :class:`MaskCallback` refuses, or an embedding with sparse gradients.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "fit":

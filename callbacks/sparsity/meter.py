@@ -84,9 +84,9 @@ class FlopMeter:
     """Counts a forward pass once, and adds up what training spends at the density of the moment.
 
     Attributes:
-        macs: Of one batch: ``per_weight``, ``other``, ``samples``, and the ``method`` that was run; None before it is counted.
+        macs: Count of one batch: ``per_weight``, ``other``, ``samples``, and the ``method`` that was run; None before it is counted.
         uncountable: Why nothing could be counted.
-        cost: Of one forward pass per sample, at the last density.
+        cost: Cost of one forward pass per sample, at the last density.
         per_sample: Training FLOPs per sample, at the last density.
         flops: Training FLOPs so far, on all processes.
         samples: Training samples so far, on all processes.

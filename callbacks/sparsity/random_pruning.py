@@ -8,7 +8,7 @@ ImageNet/core.py) and CIFAR/sparselearning/snip.py (shares of the layers by SNIP
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -21,7 +21,6 @@ from lit_methods import checks
 from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of, require_logits
 from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
-from lit_methods.callbacks.sparsity.density import Method as DensityMethod
 from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.scores import grasp_scores, kept_masks, kept_shares, snip_scores
@@ -264,18 +263,9 @@ class RandomPruning(MaskCallback):
                 way = "give larger inputs (with maps smaller than kernels most scores are 0), or choose a method by shape, such as 'erk'"
                 raise ValueError(f"method={self.method!r} {why}: {way}")
         else:
-            names, method = list(weights), self.method
-            assert method in get_args(DensityMethod)
-            shares = layer_density(
-                [weight.shape for weight in weights.values()],
-                self.density,
-                method,  # type: ignore[arg-type]
-                power=self.power,
-                first=self._place(names, "first_layer", self.first_layer),
-                last=self._place(names, "last_layer", self.last_layer),
-                last_density=self.last_density,
-                exact_budget=self.exact_budget,
-            )
+            names, options = list(weights), {"power": self.power, "last_density": self.last_density, "exact_budget": self.exact_budget}
+            ends = {end: self._place(names, f"{end}_layer", getattr(self, f"{end}_layer")) for end in ("first", "last")}
+            shares = layer_density([weight.shape for weight in weights.values()], self.density, self.method, **options, **ends)  # type: ignore[arg-type]
         self.layer_densities = dict(zip(weights, shares, strict=True))
         if self.positions == "score":
             return dict(zip(weights, kept_masks(scores, self.density, remove), strict=True))
@@ -306,14 +296,8 @@ class RandomPruning(MaskCallback):
                 inputs, labels = first
                 if self.redraw:
                     self._redraw(weights)
-            return layer_scores(
-                lambda x: logits_of(twin, self.logits, x),
-                weights,
-                inputs,
-                labels,
-                "snip" if self.method == "snip" else "grasp",
-                self.temperature,
-            )
+            method: ScoreMethod = "snip" if self.method == "snip" else "grasp"
+            return layer_scores(lambda x: logits_of(twin, self.logits, x), weights, inputs, labels, method, self.temperature)
 
     @torch.no_grad()
     def _redraw(self, weights: Sequence[Tensor]) -> None:

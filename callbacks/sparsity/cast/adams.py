@@ -102,7 +102,7 @@ class AdamS(Optimizer):
     The :class:`CAST` callback puts this optimiser in the place of Adam or AdamW and keeps its masks.
 
     Args:
-        params: As in torch's optimisers.
+        params: Parameters or groups, as torch's optimisers take them.
         lr: Learning rate.
         betas: b1 and b2, in [0, 1).
         eps: Added to the denominator.

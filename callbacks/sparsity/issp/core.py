@@ -164,6 +164,7 @@ def grow_penalty(penalty: Tensor, pruned: Tensor, delta: float, limit: float = m
     return torch.where(pruned, (penalty + delta).clamp(max=limit), penalty)
 
 
+# not shrink: the bare name belongs to no technique alone
 __all__ = [
     "draw_sample",
     "fitting_pattern",
@@ -172,7 +173,6 @@ __all__ = [
     "pick_below_sample",
     "pick_pruned",
     "pruned_count",
-    "shrink",
     "shrink_ratio",
     "shrink_step",
 ]

@@ -91,14 +91,14 @@ class MaskedBNSparsity(OrderedCallback):
         threshold: Scales above it stay (authors: 0.01); also that of the log.
         energy: Share of the energy that ``ot`` discards.
         ratio: Share of the channels that goes; or pattern -> share.
-        min_channels: Of each layer stay so many at least.
+        min_channels: So many channels of each layer stay at least.
         cut: What ``prune`` and ``finetune`` remove from a network of ``mask_sparsity``: what its ``mask`` says, or what the criterion says
             now (``criterion``). A network of ``global_sparsity`` is cut by the criterion.
         from_scratch: In ``finetune``: take the shape of ``weights`` and none of its values.
         keep_start: In ``global_sparsity``: save the weights of the start, which makes checkpoints larger.
         forward: Method or submodule that maps inputs to outputs, for tracing; ``forward``: the module itself.
         inputs: Key or position of the inputs in a batch; null: ``image``, or 0.
-        input_shape: Of one input, without the batch: trace with random numbers in place of a training batch.
+        input_shape: Shape of one input, without the batch: trace with random numbers in place of a training batch.
         targets: ``fnmatch`` patterns on names of batch norms that may be pruned; empty: all.
         skip: Patterns of those that may not. A group with one of them stays whole.
 
@@ -368,14 +368,8 @@ class MaskedBNSparsity(OrderedCallback):
 
     def _by_criterion(self, gammas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Masks from scales, agreed upon in each group."""
-        masks = core.keep_masks(
-            gammas,
-            self.criterion,
-            threshold=self.threshold,
-            energy=self.energy,
-            ratio=self.ratio,
-            min_channels=self.min_channels,
-        )
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("threshold", "energy", "ratio", "min_channels")}
+        masks = core.keep_masks(gammas, self.criterion, **options)
         return channels.agree(self._groups, masks, gammas, self.min_channels)
 
     def _gammas_in(self, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def keep_masks(
         energy: Share that ``ot`` discards.
         ratio: Share that goes, in [0, 1]: of each layer, rounded; or pattern of names -> share, where the first that fits counts and a
             layer that no pattern fits stays whole. ``global_ratio`` takes a number.
-        min_channels: Of each layer stay so many at least, see :func:`threshold_mask`; ``ratio`` keeps them exactly.
+        min_channels: So many channels of each layer stay at least, as in :func:`threshold_mask`; ``ratio`` keeps them exactly.
 
     Returns:
         Name -> (C,) bool.

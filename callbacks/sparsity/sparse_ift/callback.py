@@ -194,21 +194,9 @@ class SparseIFT(DynamicSparsity):
             for other in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(other, WeightAveraging) and other._average_model is not None:
                     raise ValueError(f"{type(other).__name__} has copied the dense module: put SparseIFT before it in the list")
-            iso_flop_transform(
-                self._root(pl_module),
-                self.family,
-                self.sparsity,
-                targets=self.targets,
-                skip=self.skip,
-                stem=self.stem,
-                head=self.head,
-                sparse_shortcuts=self.sparse_shortcuts,
-                uv_layer=self.uv_layer,
-                sparse_u_only=self.sparse_u_only,
-                init=self.init,
-                zero_init_last=self.zero_init_last,
-                seed=self.seed,
-            )
+            names = ("targets", "skip", "stem", "head", "sparse_shortcuts", "uv_layer", "sparse_u_only", "init", "zero_init_last", "seed")
+            options: dict[str, Any] = {name: getattr(self, name) for name in names}
+            iso_flop_transform(self._root(pl_module), self.family, self.sparsity, **options)
             done = transformation_of(pl_module)
         assert done is not None
         self._agree(done.settings(), f"{type(pl_module).__name__} is transformed already")

@@ -63,7 +63,7 @@ def factorized_width(f_in: int, f_out: int, sparsity: float, kernel_size: Sequen
         f_in: Inputs of the dense layer.
         f_out: Its outputs.
         sparsity: s of U and V, not rounded to 1 / B.
-        kernel_size: Of U; () for a linear layer.
+        kernel_size: Kernel of U; () for a linear layer.
         sparse_u_only: V stays dense.
 
     Raises:
@@ -84,7 +84,7 @@ def doped_rank(f_in: int, f_out: int, sparsity: float, kernel_size: Sequence[int
         f_in: Inputs of the dense layer.
         f_out: Its outputs.
         sparsity: s of the sparse part, not rounded to 1 / B.
-        kernel_size: Of the layer and of U; () for a linear layer.
+        kernel_size: Kernel of the layer and of U; () for a linear layer.
 
     Raises:
         ValueError: s outside [0, 1).

@@ -127,7 +127,7 @@ class SparsityReport(OrderedCallback):
     def _reset(self) -> None:
         self._found = Findings(Guards(self.strict))
         self._batch: Any = None  # to be timed
-        self._resumed, self._checked = False, -1
+        self._watching, self._resumed, self._checked = False, False, -1
         self._report: dict[str, Any] = {}
 
     # ---- hooks -------------------------------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class SparsityReport(OrderedCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at weights and masks for the first time; all callbacks have made theirs."""
-        self._found.network = Network(pl_module)
+        self._found.network, self._watching = Network(pl_module), True
         self._observe(trainer, pl_module)
         cards = {name: asdict(card) for name, card in self._found.sources.items() if card is not None}
         for logger in trainer.loggers if cards else ():
@@ -166,7 +166,7 @@ class SparsityReport(OrderedCallback):
 
     def on_mask_updated(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Any) -> None:
         """Compare new masks with the old ones."""
-        if self._found.network is not None and self._observe(trainer, pl_module):
+        if self._watching and self._observe(trainer, pl_module):
             self._log_row(trainer)
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class SparsityReport(OrderedCallback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the result beside the FLOPs."""
-        if trainer.sanity_checking or self._found.network is None:
+        if trainer.sanity_checking or not self._watching:
             return
         metrics, meter = trainer.callback_metrics, self._found.meter
         likely = (name for name in metrics if "val" in name and any(word in name for word in ("acc", "iou", "f1")))
@@ -223,7 +223,7 @@ class SparsityReport(OrderedCallback):
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the module."""
-        self._found.network, self._batch = None, None
+        self._watching, self._batch = False, None
 
     def state_dict(self) -> dict[str, Any]:
         """What can't be computed again: masks of the past, and sums."""
@@ -262,7 +262,6 @@ class SparsityReport(OrderedCallback):
     def _observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Take in all masks there are, or which weights are not 0 where nobody has masks; whether masks have changed."""
         found, network = self._found, self._found.network
-        assert network is not None
         sources, masks = self._sources(trainer, pl_module), {}
         found.by_mask = bool(sources)
         for source in sources:
@@ -277,7 +276,7 @@ class SparsityReport(OrderedCallback):
         return found.look(masks if sources else {name: (network.value(name) != 0).cpu() for name in network.prunable})
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        watches = self._found.network is not None and self._found.by_mask and self.mask_check_every_n > 0
+        watches = self._watching and self._found.by_mask and self.mask_check_every_n > 0
         return watches and trainer.global_step % self.mask_check_every_n == 0
 
     @torch.no_grad()
@@ -286,7 +285,6 @@ class SparsityReport(OrderedCallback):
         self._checked = trainer.global_step
         self._observe(trainer, pl_module)  # masks that are made anew in every forward pass have moved since the last event
         found, network = self._found, self._found.network
-        assert network is not None
         last, parameters = found.history.last, plain_parameters(pl_module)
         for name in nonzero_where_removed({name: network.value(name) for name in last}, last):
             found.guards.warn(2, f"{name}: something (weight decay, momentum, averaging, loading) has brought removed weights back")

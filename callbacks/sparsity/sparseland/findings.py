@@ -57,10 +57,10 @@ class Findings:
     """Everything that a report knows of one run.
 
     Args:
-        network: Weights of the module.
         guards: Where warnings go.
 
     Attributes:
+        network: Weights of the module, once training starts.
         sources: Class of each callback or module that masks -> its card.
         cards: Masked weight -> card of the method that masks it.
         by_mask: Whether anybody has masks; otherwise weights that are 0 count as removed.
@@ -72,8 +72,9 @@ class Findings:
         results: Validation results beside the FLOPs of their moment.
     """
 
+    network: Network
+
     def __init__(self, guards: Guards) -> None:
-        self.network: Network | None = None
         self.guards = guards
         self.sources: dict[str, SparsityCard | None] = {}
         self.cards: dict[str, SparsityCard] = {}
@@ -107,16 +108,13 @@ class Findings:
 
     def price(self) -> None:
         """Set the cost of a sample by the densities of the moment."""
-        assert self.network is not None
         self.meter.price({name: kept / self.network.sizes[name] for name, kept in self._kept.items()}, self.cards)
 
     def _left(self) -> dict[str, int]:
         """Prunable or masked weight -> entries that are left."""
-        assert self.network is not None
         return {name: self._kept.get(name, self.network.sizes[name]) for name in (*self.network.prunable, *self.history.last)}
 
     def _count_effective(self) -> int | None:
-        assert self.network is not None
         if not self.network.chains:
             return None
         left, last = self._left(), self.history.last
@@ -129,7 +127,6 @@ class Findings:
 
     def values(self) -> dict[str, float]:
         """Every figure that is logged, by name."""
-        assert self.network is not None
         left = self._left()
         size, kept, everything = sum(self.network.sizes[name] for name in left), sum(left.values()), sum(self.network.sizes.values())
         values: dict[str, float] = {"density": kept / max(1, size), "density_all": (everything - size + kept) / max(1, everything)}
@@ -164,21 +161,8 @@ class Findings:
             },
             "density": {"prunable": values["density"], "all": values["density_all"], "basis": "masks" if self.by_mask else "weight != 0"},
             "layers": layers,
-            "inference": None
-            if cost is None
-            else {
-                "counted_on": meter.macs["method"] if meter.macs else None,
-                "flops_dense": cost.flops_dense,
-                "flops_sparse": cost.flops_sparse,
-                "flops_ratio": cost.ratio,
-                "flops_ratio_without_attention": cost.ratio_without_attention,
-                "attention_macs": cost.attention_macs,
-            },
-            "training": {
-                "samples": meter.samples,
-                "flops": None if cost is None else meter.flops,
-                "flops_per_sample": None if cost is None else meter.per_sample,
-            },
+            "inference": None if cost is None else {"counted_on": meter.macs["method"] if meter.macs else None, **cost.figures()},
+            "training": {"samples": meter.samples, "flops": cost and meter.flops, "flops_per_sample": cost and meter.per_sample},
             "dynamics": {key: values[key] for key in ("itop", "updates", *self.changes) if key in values},
             "health": {key: values[key] for key in ("dead_outputs", "dead_inputs", "disconnected", "effective_density") if key in values},
             "bytes": {key: sum(row["bytes"][key] for row in layers) for key in ("dense", "csr", "bitmask")},
@@ -189,7 +173,6 @@ class Findings:
 
     def _layers(self) -> list[dict[str, Any]]:
         """A row for each prunable or masked weight."""
-        assert self.network is not None
         left, last, cost = self._left(), self.history.last, self.meter.cost
         rates = itop_rate(self.history.ever)[1] if self.by_mask and self.history.ever else {}
         weights = {name: self.network.value(name) for name in left}
@@ -202,9 +185,7 @@ class Findings:
                 "name": name,
                 "shape": list(weight.shape),
                 "size": weight.numel(),
-                "kept": kept,
-                "nonzero": int(count),
-                "density": kept / weight.numel(),
+                **{"kept": kept, "nonzero": int(count), "density": kept / weight.numel()},
                 "share": kept / max(1, sum(left.values())),
                 "masked": self.by_mask and mask is not None,
                 "itop": rates.get(name),

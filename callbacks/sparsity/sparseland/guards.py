@@ -130,7 +130,7 @@ def not_comparable(run: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 
     Args:
         run: Content of a ``sparsity.json``.
-        other: Of another one.
+        other: Content of another one.
     """
     reasons = []
     a, b = run["training"], other["training"]
