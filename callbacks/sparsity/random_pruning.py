@@ -7,7 +7,8 @@ ImageNet/core.py) and CIFAR/sparselearning/snip.py (shares of the layers by SNIP
 :class:`~lit_methods.callbacks.DynamicSparsity`. The paper's further measures are in :class:`~lit_methods.callbacks.Reliability`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -291,7 +292,7 @@ class RandomPruning(MaskCallback):
             if self.method == "grasp":
                 with torch.no_grad():
                     classes = logits_of(independent_copy(trainer, pl_module), self.logits, first[0]).shape[1]
-                inputs, labels = balanced_batch(_after(first, batches), self.samples_per_class, classes)
+                inputs, labels = balanced_batch(chain([first], batches), self.samples_per_class, classes)
             else:
                 inputs, labels = first
                 if self.redraw:
@@ -341,8 +342,3 @@ class RandomPruning(MaskCallback):
             shape = " x ".join(map(str, self.store.weights[name].shape))
             rows.append((name, shape, number, self.layer_densities.get(name), kept / number, kept))
         return {"random_pruning/layers": TableMedia(("layer", "shape", "weights", "wanted density", "density", "kept"), tuple(rows))}
-
-
-def _after(first: tuple[Tensor, Tensor], rest: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    yield first
-    yield from rest

@@ -3,6 +3,7 @@
 Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.masksparsity.core`.
 """
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -218,7 +219,7 @@ class MaskedBNSparsity(OrderedCallback):
             self._begin(pl_module)
 
     def _refuse(self, pl_module: pl.LightningModule) -> None:
-        found = pl_module if self.forward == "forward" else _submodule(pl_module, self.forward)
+        found = functools.reduce(lambda part, name: getattr(part, name, None), self.forward.split("."), pl_module)
         if not callable(found) or (self.forward == "forward" and not is_overridden("forward", pl_module, pl.LightningModule)):
             missing = f"{type(pl_module).__name__} has no {self.forward!r} that maps inputs to outputs"
             raise TypeError(f"MaskedBNSparsity traces the network, but {missing}: give forward the name of such a method or submodule")
@@ -315,16 +316,13 @@ class MaskedBNSparsity(OrderedCallback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was removed."""
-        self._log_cut(pl_module)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what was removed."""
-        self._log_cut(pl_module)
-
-    def _log_cut(self, pl_module: pl.LightningModule) -> None:
         if self._scales is not None:
             shares = {f"masksparsity/{name}_kept": after / before for name, (before, after) in self._cost.items() if before}
             pl_module.log_dict({name: float(value) for name, value in (self._figures(*self._scales) | shares).items()})
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what was removed."""
+        self.on_validation_epoch_end(trainer, pl_module)
 
     # ---- which channels ----------------------------------------------------------------------------------------------------------------
 
@@ -431,7 +429,8 @@ class MaskedBNSparsity(OrderedCallback):
         if not self._groups:
             if plan and self.stage != "mask":
                 return  # cut already
-            raise ValueError(f"weights={str(self.weights)!r} doesn't say which channels can go: give one of stage 2 or 4")
+            stages = "a checkpoint of stage global_sparsity or mask_sparsity"
+            raise ValueError(f"weights={str(self.weights)!r} doesn't say which channels can go: give {stages}")
         gammas = self._gammas_in(state, self.weights)
         own = mine["stage"] == "mask_sparsity" and self.cut == "mask" and self.stage != "mask"
         self._masks = {name: mask.clone() for name, mask in mine["masks"].items()} if own else self._by_criterion(gammas)
@@ -480,20 +479,17 @@ class MaskedBNSparsity(OrderedCallback):
             for name, side in zip(("kept", "removed"), sides, strict=True):
                 found[f"masksparsity/{name}"] = HistogramMedia(np.histogram(side, edges)[0], edges)
         if masks := self.keep_masks():
-            rows = []
-            for index, group in enumerate(self._groups):
-                for name in group.norms:
-                    shared = f"group {index}" if len(group.norms) > 1 else ""
-                    rows.append((name, shared, group.channels, int(masks[name].sum())))
+            shared = [f"group {index}" if len(group.norms) > 1 else "" for index, group in enumerate(self._groups)]
+            members = [(name, label, group.channels) for group, label in zip(self._groups, shared, strict=True) for name in group.norms]
+            rows = [(*member, int(masks[member[0]].sum())) for member in members]
             found["masksparsity/layers"] = TableMedia(("batch norm", "shares a mask", "channels", "stay"), tuple(rows))
-        cost = self._cost or (
-            _cost(self._parameters, self._macs, channels.make_plan(self._groups, masks)) if masks and self._parameters else {}
-        )
+        cost = self._cost
+        if not cost and masks and self._parameters:
+            cost = _cost(self._parameters, self._macs, channels.make_plan(self._groups, masks))
         if cost:
-            rows_cut: list[tuple[Any, ...]] = [(name, before, after) for name, (before, after) in cost.items()]
-            both = sorted(set(self._before) & set(self._after))
-            rows_cut += [(name, self._before[name], self._after[name]) for name in both]
-            found["masksparsity/pruning"] = TableMedia(("what", "before", "after"), tuple(rows_cut))
+            results = {name: (self._before[name], self._after[name]) for name in sorted(set(self._before) & set(self._after))}
+            pairs = [(name, *pair) for name, pair in (*cost.items(), *results.items())]
+            found["masksparsity/pruning"] = TableMedia(("what", "before", "after"), tuple(pairs))
         return found
 
     def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
@@ -538,13 +534,6 @@ class MaskedBNSparsity(OrderedCallback):
         if self._norms:
             self._masks = {name: mask.cpu() for name, mask in self.keep_masks().items()}
             self._norms, self._prune = {}, {}
-
-
-def _submodule(module: nn.Module, name: str) -> Any:
-    try:
-        return operator.attrgetter(name)(module)
-    except AttributeError:
-        return None
 
 
 def _is_cut(module: nn.Module, plan: ChannelPlan) -> bool:

@@ -23,7 +23,13 @@ from lit_methods.callbacks.sparsity.dynamics import itop_rate
 from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.meter import count_on_batch
 from lit_methods.callbacks.sparsity.sparse_ift.core import Distribution, Family, Init, UVLayer, base_scaling, folded_frobenius, spectral_gap
-from lit_methods.callbacks.sparsity.sparse_ift.surgery import Transformation, flops_against_dense, iso_flop_transform, transformation_of
+from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
+    Transformation,
+    TransformedLayer,
+    flops_against_dense,
+    iso_flop_transform,
+    transformation_of,
+)
 from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_sharded
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -177,6 +183,11 @@ class SparseIFT(DynamicSparsity):
         """What kind of sparsity this is."""
         return replace(super().sparsity_card, layerwise="er" if self.layer_rule == "er_plus" else self.layer_rule)
 
+    @property
+    def _layers(self) -> tuple[TransformedLayer, ...]:
+        """Transformed layers; none before ``setup``."""
+        return () if self.transformation is None else self.transformation.layers
+
     # ---- the transformation ------------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -222,7 +233,7 @@ class SparseIFT(DynamicSparsity):
         if self.transformation is None:
             return {}
         parameters = plain_parameters(pl_module)
-        names = [name for layer in self.transformation.layers for name in layer.sparse]
+        names = [name for layer in self._layers for name in layer.sparse]
         missing = [name for name in names if name not in parameters]
         if missing:
             made = f"{type(pl_module).__name__} has made its layers anew after setup"
@@ -243,8 +254,7 @@ class SparseIFT(DynamicSparsity):
 
     def _output_weights(self) -> tuple[str, ...]:
         """Of the layer that ``head`` names, or else of the last transformed one, if targets name layers themselves."""
-        assert self.transformation is not None
-        layers = self.transformation.layers
+        layers = self._layers
         prefix = f"{self.network}." if self.network else ""
         if self.head is not None:
             return next((layer.sparse for layer in layers if layer.name == prefix + self.head), ())
@@ -266,8 +276,7 @@ class SparseIFT(DynamicSparsity):
             self._history.note(self.store.masks)
         self._uncounted = self._macs is None
         sizes = {name: parameter.numel() for name, parameter in plain_parameters(pl_module).items()}
-        assert self.transformation is not None
-        self._stored = {name: sizes[name] for layer in self.transformation.layers for name in (*layer.sparse, *layer.dense)}
+        self._stored = {name: sizes[name] for layer in self._layers for name in (*layer.sparse, *layer.dense)}
         if self.fold_weight_decay:
             self._check_decay(trainer)
 
@@ -293,10 +302,9 @@ class SparseIFT(DynamicSparsity):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def _fold(self, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        assert self.transformation is not None
         decay = {id(p): float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups for p in group["params"]}
         parameters = plain_parameters(pl_module)
-        for layer in self.transformation.layers:
+        for layer in self._layers:
             pair = [parameters[name] for name in layer.folded]
             if not pair or any(decay.get(id(one), 0.0) == 0 or one.grad is None for one in pair):
                 continue
@@ -338,9 +346,8 @@ class SparseIFT(DynamicSparsity):
 
     def _layer_macs(self, density: Mapping[str, float], enlarged: bool = False) -> tuple[float, float]:
         """MACs of the transformed layers (or those of them that have grown sparse and larger), now and dense."""
-        assert self.transformation is not None
         assert self._macs is not None
-        layers = [one for one in self.transformation.layers if not enlarged or (one.enlarged and one.sparse)]
+        layers = [one for one in self._layers if not enlarged or (one.enlarged and one.sparse)]
         found = flops_against_dense(layers, self._macs["per_weight"], self._stored, density)
         return sum(now for now, _ in found), sum(before for _, before in found)
 
@@ -348,10 +355,9 @@ class SparseIFT(DynamicSparsity):
 
     def _values(self, trainer: pl.Trainer) -> dict[str, float]:
         """Everything that is logged, by name."""
-        assert self.transformation is not None
         counts = self.store.counts()
         density = {name: active / size for name, (active, size) in counts.items()}
-        layers = [one for one in self.transformation.layers if one.enlarged and one.sparse]
+        layers = [one for one in self._layers if one.enlarged and one.sparse]
         values = {
             "density": sum(active for active, _ in counts.values()) / sum(size for _, size in counts.values()),
             "itop": itop_rate(self._history.ever)[0],
@@ -387,12 +393,12 @@ class SparseIFT(DynamicSparsity):
         if not self.store.masks or self.transformation is None:
             return {}
         sizes, counts = self._stored, self.store.counts()
-        ratios = [(0.0, 0.0)] * len(self.transformation.layers)
+        ratios = [(0.0, 0.0)] * len(self._layers)
         if self._macs is not None:
             density = {name: active / size for name, (active, size) in counts.items()}
-            ratios = flops_against_dense(self.transformation.layers, self._macs["per_weight"], sizes, density)
+            ratios = flops_against_dense(self._layers, self._macs["per_weight"], sizes, density)
         rows = []
-        for layer, (now, before) in zip(self.transformation.layers, ratios, strict=True):
+        for layer, (now, before) in zip(self._layers, ratios, strict=True):
             weights = (*layer.sparse, *layer.dense)
             active = sum(counts[name][0] if name in counts else sizes[name] for name in weights)
             shape = " x ".join(map(str, layer.dense_shape))
