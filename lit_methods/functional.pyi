@@ -5,12 +5,15 @@ from lit_methods.averages import half_life_decay as half_life_decay
 from lit_methods.averages import power_decay as power_decay
 from lit_methods.averages import power_exponent as power_exponent
 from lit_methods.averages import warmup_decay as warmup_decay
-from lit_methods.callbacks.imbalanced_regression.conr import conr_dense_loss as conr_dense_loss
-from lit_methods.callbacks.imbalanced_regression.conr import conr_loss as conr_loss
-from lit_methods.callbacks.imbalanced_regression.fds import begin_epoch as fds_begin_epoch
-from lit_methods.callbacks.imbalanced_regression.fds import calibrate as fds_calibrate
-from lit_methods.callbacks.imbalanced_regression.fds import moments as fds_moments
-from lit_methods.callbacks.imbalanced_regression.fds import update as fds_update
+from lit_methods.callbacks.imbalanced_regression.conr.core import conr_dense_loss as conr_dense_loss
+from lit_methods.callbacks.imbalanced_regression.conr.core import conr_loss as conr_loss
+from lit_methods.callbacks.imbalanced_regression.fds.core import begin_epoch as fds_begin_epoch
+from lit_methods.callbacks.imbalanced_regression.fds.core import bucket_kernel as fds_bucket_kernel
+from lit_methods.callbacks.imbalanced_regression.fds.core import calibrate as fds_calibrate
+from lit_methods.callbacks.imbalanced_regression.fds.core import initial_state as fds_initial_state
+from lit_methods.callbacks.imbalanced_regression.fds.core import moments as fds_moments
+from lit_methods.callbacks.imbalanced_regression.fds.core import pooled as fds_pooled
+from lit_methods.callbacks.imbalanced_regression.fds.core import update as fds_update
 from lit_methods.callbacks.metric_learning.tcm import tcm_loss as tcm_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import adawac_loss as adawac_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import normalised_weights as normalised_weights
@@ -23,16 +26,15 @@ from lit_methods.callbacks.sparsity.cast.adams import adam_update_ as adam_updat
 from lit_methods.callbacks.sparsity.cast.adams import ast_momentum as ast_momentum
 from lit_methods.callbacks.sparsity.cast.adams import decay_share as decay_share
 from lit_methods.callbacks.sparsity.cast.adams import decayed_momentum as decayed_momentum
+from lit_methods.callbacks.sparsity.cast.core import convex_loss as convex_loss
+from lit_methods.callbacks.sparsity.cast.core import distillation_loss as distillation_loss
 from lit_methods.callbacks.sparsity.cast.core import expand_blocks as expand_blocks
 from lit_methods.callbacks.sparsity.cast.core import finalized_weight as finalized_weight
 from lit_methods.callbacks.sparsity.cast.core import is_refresh_step as is_refresh_step
+from lit_methods.callbacks.sparsity.cast.core import kl_to_teacher as kl_to_teacher
 from lit_methods.callbacks.sparsity.cast.core import magnitude_statistics as magnitude_statistics
-from lit_methods.callbacks.sparsity.cast.core import pack_bits as pack_bits
 from lit_methods.callbacks.sparsity.cast.core import pruned_block_means as pruned_block_means
 from lit_methods.callbacks.sparsity.cast.core import scaled_weight as scaled_weight
-from lit_methods.callbacks.sparsity.cast.core import unpack_bits as unpack_bits
-from lit_methods.callbacks.sparsity.cast.self_distillation import distillation_loss as distillation_loss
-from lit_methods.callbacks.sparsity.cast.self_distillation import kl_to_teacher as kl_to_teacher
 from lit_methods.callbacks.sparsity.channels import load_pruned as load_pruned
 from lit_methods.callbacks.sparsity.channels import prune_channels as prune_channels
 from lit_methods.callbacks.sparsity.density import exact_counts as exact_counts
@@ -45,13 +47,13 @@ from lit_methods.callbacks.sparsity.dynamics import itop_rate as itop_rate
 from lit_methods.callbacks.sparsity.dynamics import mask_change as mask_change
 from lit_methods.callbacks.sparsity.flops import gradual_training_flops as gradual_training_flops
 from lit_methods.callbacks.sparsity.flops import training_flops as training_flops
+from lit_methods.callbacks.sparsity.issp.core import draw_sample as draw_sample
 from lit_methods.callbacks.sparsity.issp.core import fitting_pattern as fitting_pattern
 from lit_methods.callbacks.sparsity.issp.core import grow_penalty as grow_penalty
 from lit_methods.callbacks.sparsity.issp.core import parse_pick as parse_pick
 from lit_methods.callbacks.sparsity.issp.core import pick_below_sample as pick_below_sample
 from lit_methods.callbacks.sparsity.issp.core import pick_pruned as pick_pruned
 from lit_methods.callbacks.sparsity.issp.core import pruned_count as pruned_count
-from lit_methods.callbacks.sparsity.issp.core import shrink as issp_shrink
 from lit_methods.callbacks.sparsity.issp.core import shrink_ratio as shrink_ratio
 from lit_methods.callbacks.sparsity.issp.core import shrink_step as shrink_step
 from lit_methods.callbacks.sparsity.latent import masked_weight as masked_weight
@@ -69,7 +71,6 @@ from lit_methods.callbacks.sparsity.masksparsity.core import threshold_mask as t
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import decay_pruned as decay_pruned
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import flow_factor as flow_factor
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import parse_pattern as parse_pattern
-from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import phase_at as progressive_gradient_flow_phase_at
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import sdgf_schedule as sdgf_schedule
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import sparse_mask as sparse_mask
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import to_semi_structured as to_semi_structured
@@ -82,7 +83,6 @@ from lit_methods.callbacks.sparsity.scores import kept_shares as kept_shares
 from lit_methods.callbacks.sparsity.scores import snip_scores as snip_scores
 from lit_methods.callbacks.sparsity.sparse_ift.core import base_scaling as base_scaling
 from lit_methods.callbacks.sparsity.sparse_ift.core import doped_rank as doped_rank
-from lit_methods.callbacks.sparsity.sparse_ift.core import drop_schedule as drop_schedule
 from lit_methods.callbacks.sparsity.sparse_ift.core import factorized_width as factorized_width
 from lit_methods.callbacks.sparsity.sparse_ift.core import folded_frobenius as folded_frobenius
 from lit_methods.callbacks.sparsity.sparse_ift.core import parallel_branches as parallel_branches
@@ -238,6 +238,7 @@ __all__ = [
     "consistency_pair_loss",
     "consistency_temperature",
     "consistency_tuning_loss",
+    "convex_loss",
     "coprompt_loss",
     "corrected_labels",
     "cosine_decay",
@@ -264,8 +265,8 @@ __all__ = [
     "doped_rank",
     "doubling_levels",
     "doubling_stage_length",
+    "draw_sample",
     "drop_below_threshold",
-    "drop_schedule",
     "drop_smallest",
     "early_diffusion_loss",
     "ect_lower",
@@ -279,8 +280,11 @@ __all__ = [
     "exponential_drop",
     "factorized_width",
     "fds_begin_epoch",
+    "fds_bucket_kernel",
     "fds_calibrate",
+    "fds_initial_state",
     "fds_moments",
+    "fds_pooled",
     "fds_update",
     "finalized_weight",
     "finite_or_zero",
@@ -310,7 +314,6 @@ __all__ = [
     "is_nm",
     "is_refresh_step",
     "iso_flop_transform",
-    "issp_shrink",
     "itop_rate",
     "karras_levels",
     "keep_largest",
@@ -344,7 +347,6 @@ __all__ = [
     "normalized_adjacency",
     "opis",
     "ot_threshold",
-    "pack_bits",
     "parallel_branches",
     "parse_pattern",
     "parse_pick",
@@ -360,7 +362,6 @@ __all__ = [
     "precision_recall",
     "pretrain_levels",
     "pretrain_loss",
-    "progressive_gradient_flow_phase_at",
     "project_points",
     "propagate",
     "proxy_softmax",
@@ -418,7 +419,6 @@ __all__ = [
     "trigflow",
     "uncertain_loss",
     "uniform_probabilities",
-    "unpack_bits",
     "update_mask",
     "update_sample_weights",
     "velocity_tangent",

@@ -17,11 +17,8 @@ HEAD = "# Written by `make functional` (docs/tools/functional.py): each core's _
 
 SHARED = {
     "averages": "cosine_decay ema_update half_life_decay power_decay power_exponent warmup_decay",
-    "callbacks.imbalanced_regression.conr": "conr_dense_loss conr_loss",
-    "callbacks.imbalanced_regression.fds": "begin_epoch calibrate moments update",
     "callbacks.metric_learning.tcm": "tcm_loss",
     "callbacks.sparsity.cast.adams": "adam_update_ ast_momentum decay_share decayed_momentum",
-    "callbacks.sparsity.cast.self_distillation": "distillation_loss kl_to_teacher",
     "callbacks.sparsity.channels": "load_pruned prune_channels",
     "callbacks.sparsity.density": "exact_counts layer_density",
     "callbacks.sparsity.drop_grow": "drop_below_threshold drop_smallest grow update_mask",
@@ -63,7 +60,7 @@ SHARED = {
     "tasks.superres.metrics": "psnr_y ssim_y",
 }
 # files all of whose names say too little by themselves
-PREFIXED = {"callbacks.imbalanced_regression.fds": "fds"}
+PREFIXED = {"callbacks.imbalanced_regression.fds.core": "fds"}
 # which of two techniques had a name first: the other one's starts with its folder; "": every one's does
 FIRST = {"phase_at": "consistency_models.rcm.core", "shrink": "semi.shrinkmatch.core", "sample": ""}
 
