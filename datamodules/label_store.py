@@ -117,7 +117,7 @@ class LabelStore:
         Args:
             folder: Created if need be.
             labels: (H, W) integers of each image, in order of the index.
-            dtype: That holds every label, the one for ignored pixels too.
+            dtype: Integer type that holds every label, the one for ignored pixels too.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

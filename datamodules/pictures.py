@@ -23,10 +23,10 @@ def open_picture(
     """Decode an image file.
 
     Args:
-        path: Of any format of Pillow.
+        path: File of any format that Pillow reads.
         field: What it is to the data set, for messages.
         missing: What to do where there is no such file, for the message.
-        mode: Of Pillow, that it is converted to; None: as stored.
+        mode: Pillow's colour mode that the image is converted to; None: as stored.
 
     Raises:
         MissingFileError: There is no such file.

@@ -1,7 +1,7 @@
 """What all driving data sets share: reading files with clear errors, augmentation, the segmentation data sets and their batches.
 
 Clouds are (N, 4) float32: x, y, z in metres in the LiDAR frame and the raw intensity. In a batch the clouds of all samples follow one
-another in ``points`` (N, 4), with ``points_per_sample`` (B,) int64; pairs likewise.
+another in ``points`` (N, 4), with ``points_per_sample`` (B,) int64; and so do pairs.
 
 Every random number of a sample follows from (seed, epoch, index) alone, never from the worker or rank that reads it.
 """
@@ -296,7 +296,7 @@ class SegmentationDataset(SampleDataset):
 
     Args:
         frames: The data set's frames.
-        indices: Which of them, in order.
+        indices: Indices of the frames to use, in order.
         seed: Seed of the augmentation.
         augment: Mirror, rotate by [-pi, pi], scale.
         labelled: Read labels.

@@ -315,9 +315,11 @@ def read_calibration(path: Path) -> NDArray[np.float64]:
 class KittiStyleDataModule(DrivingDataModule):
     """LiDAR segmentation on SemanticKITTI and data sets laid out like it.
 
-    Batches: see :func:`~lit_methods.datamodules.driving.common.collate_segmentation`; in training with ``mode="semi_supervised"``
-    ``labelled`` and ``unlabelled`` ones. A batch's ``token`` is ``<sequence>/<frame>``. Validation and test read the validation split
-    (public test sequences have no labels).
+    Batch: {"points": (N, 4) float32, "points_per_sample": (B,) int64, "labels": (N,) int64, "token": list of B strings}
+
+    N: points of all B scans, x, y, z in metres and the intensity. In training with ``mode="semi_supervised"`` a batch has two parts,
+    ``labelled`` and ``unlabelled``; all keys: :func:`~lit_methods.datamodules.driving.common.collate_segmentation`. A ``token`` is
+    ``<sequence>/<frame>``. Validation and test read the validation split, as public test sequences have no labels.
 
     Args:
         root: Folder of the data set. There is no built-in sample in this layout: null is an error.
@@ -326,9 +328,9 @@ class KittiStyleDataModule(DrivingDataModule):
         mode: segment or semi_supervised.
         label_fraction: Percent of the training scans that have labels: every (100 / x)-th.
         neighbours: Scans before and after each scan that come with it; needs poses.
-        train_sequences: Instead of the label map's training sequences; likewise ``val_sequences`` and ``test_sequences``.
-        val_sequences: See above.
-        test_sequences: See above.
+        train_sequences: Training sequences; null: those of the label map.
+        val_sequences: Validation sequences; null: those of the label map.
+        test_sequences: Test sequences; null: those of the label map.
         predict_split: Scans to predict: val or test.
         batch_size: Samples per process and step.
         num_workers: Processes that read data; 0 reads in the training process.

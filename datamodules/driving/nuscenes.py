@@ -1,6 +1,6 @@
 """nuScenes v1.0 (arXiv:1903.11027), read from the official layout without the devkit; lidarseg labels; the SuperFlow pretraining samples.
 
-Any folder in that layout will do: the release itself, nuScenes-C (Robo3D, arXiv:2303.17597) once its scans are laid out likewise, or the
+Any folder in that layout will do: the release itself, nuScenes-C (Robo3D, arXiv:2303.17597) once its scans are laid out in it, or the
 built-in procedural world, which is written in the same layout and read by the same code.
 """
 
@@ -285,10 +285,12 @@ def collate_pretrain(samples: Sequence[Sample]) -> Batch:
 class NuScenesDataModule(DrivingDataModule):
     """nuScenes for image-to-LiDAR pretraining, LiDAR segmentation, and semi-supervised LiDAR segmentation.
 
-    Batches: ``pretrain``: see :func:`collate_pretrain`; ``segment``: see
-    :func:`~lit_methods.datamodules.driving.common.collate_segmentation`; ``semi_supervised``: ``labelled`` and ``unlabelled``
-    segmentation batches for training (the latter with neighbours and without labels), a segmentation batch otherwise. Validation and test
-    read the official val scenes without augmentation; prediction reads the val scenes, or all scenes of v1.0-test.
+    Batch: {"cur": {"points": (N, 4) float32, "images": (B, c, 3, H, W) float32, ...}, "prev": ..., "next": ..., "dense": ..., "token": ...}
+
+    ``pretrain``: all keys in :func:`collate_pretrain`. ``segment``: those of
+    :func:`~lit_methods.datamodules.driving.common.collate_segmentation`. ``semi_supervised``: in training ``labelled`` and ``unlabelled``
+    parts (the latter with neighbours and without labels), otherwise as ``segment``. Validation and test read the official val scenes
+    without augmentation; prediction reads the val scenes, or all scenes of v1.0-test.
 
     Args:
         root: Folder of the release (``<version>/``, ``samples/``, ``sweeps/``, ``lidarseg/``); null: the built-in procedural world, made

@@ -293,7 +293,7 @@ def corrupt(ids: Ints, share: float, rng: np.random.Generator) -> Ints:
     Args:
         ids: (H, W) uint8.
         share: Wanted share of wrong pixels, 0..0.9.
-        rng: Which cells, and which classes.
+        rng: Source of the cells and classes.
 
     Returns:
         (H, W) uint8.
@@ -475,7 +475,7 @@ def embedded_world(
 
     Args:
         cache: Folder that holds worlds; None: :func:`cache_folder`.
-        seed: As in :func:`make_world`, like all others.
+        seed: Seed of the world; this and the following as in :func:`make_world`.
         scenes: Number of scenes.
         val_scenes: Scenes of the val split.
         key_frames: Key frames per scene.

@@ -34,7 +34,7 @@ class LatentFiles:
 
     Args:
         root: Folder.
-        name: Of the file or folder in it.
+        name: Name of the file or folder in it.
 
     Raises:
         WrongRootError: There is neither.
@@ -221,10 +221,10 @@ class StoredLatents(Batches):
 
     Args:
         files: Where they are.
-        index: Which of them.
+        index: Indices of the chosen latents.
         mean: (C, 1, 1) or (C, H, W), of latents without ``factor``.
-        std: Likewise.
-        factor: Of the stored latents; it is divided out first.
+        std: (C, 1, 1) or (C, H, W), of latents without ``factor``.
+        factor: Factor of the stored latents; it is divided out first.
     """
 
     def __init__(self, files: LatentFiles, index: range, mean: Tensor, std: Tensor, factor: float) -> None:
@@ -241,28 +241,30 @@ class StoredLatents(Batches):
 class LatentDataModule(GenerativeDataModule):
     """Latents of a frozen autoencoder, encoded once, with mean 0 and standard deviation 0.5: (z - mean) / std * 0.5.
 
-    Batches: ``image`` (B, C, H, W) float32; with the built-in digits also ``label`` (B,) int64 in 0..9. Give the module the same
-    ``autoencoder``, so that it can show what it draws; it takes ``latent_mean`` and ``latent_std`` over.
+    Batch: {"image": (B, C, H, W) float32, "label": (B,) int64 in 0..9}
 
-    Layout, as the authors of sLCT have it: ``<root>/<name>/000000000.npy``, ... one latent (C, H, W) a file, and
+    Only the built-in digits have labels. Give the module the same ``autoencoder``, so that it can show what it draws; it takes
+    ``latent_mean`` and ``latent_std`` over.
+
+    Layout of ``root``, as the authors of sLCT have it: ``<root>/<name>/000000000.npy``, ... one latent (C, H, W) a file, and
     ``<root>/<name>_stat.npy``. Or ``<root>/<name>.npy``, all latents (N, C, H, W), which is memory-mapped. If there is neither and
     ``images`` is given, ``prepare_data`` encodes these into the latter. Missing statistics are computed for each channel of the training
     latents, and stored.
 
     Args:
         root: Folder of the latents. None: built-in digits of 16 x 16 pixels, encoded by ``DigitAutoencoder`` (4 x 4 x 4).
-        name: Of the data set in it.
+        name: Name of the data set in it.
         images: Folder of images, encoded once if there are no latents yet.
-        autoencoder: That encodes them.
+        autoencoder: Autoencoder that encodes the images.
         image_size: Side of the images that are encoded.
         mirrored: Encode the mirrored images, too, as sLCT does for LSUN Church.
-        latent_factor: Of the stored latents; statistics are those without it.
+        latent_factor: Factor of the stored latents; statistics are those without it.
         num_val: Latents at the end that are for validation and not for training.
         batch_size: Latents per process and step.
         val_batch_size: Latents per process and validation step.
         num_samples: Samples that ``lit predict`` draws, at most ``num_val``.
         num_workers: Processes that read data.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Raises:
         WrongRootError: Neither latents nor images.

@@ -41,7 +41,7 @@ def read_index(shard: Path, endings: Sequence[str]) -> list[Record]:
     Args:
         shard: Members are called ``<key>.<ending>``; those of a sample stand together, as in webdataset. Folders before the key are a part
             of it.
-        endings: That a sample must have; others are left out.
+        endings: Endings that a sample must have; parts with other endings are left out.
 
     Raises:
         ValueError: The file is truncated or no tar file, or a sample lacks a part.
@@ -90,7 +90,7 @@ def write_shard(path: Path | str, samples: Iterable[tuple[str, Mapping[str, Tens
     """Write a tar file that this data module, and webdataset, can read.
 
     Args:
-        path: Of the tar file; is replaced.
+        path: The tar file; it is replaced.
         samples: Key, without dots, and its parts by their endings: tensors as ``torch.save`` writes them, texts in UTF-8.
 
     Raises:
@@ -116,7 +116,7 @@ class LatentShards(Batches):
     """Samples of tar files, in the order of files and members. A loader fetches a whole batch in one go.
 
     Args:
-        records: Of :func:`read_index`.
+        records: What :func:`read_index` has found.
         latent: Ending of the latents.
         embedding: Ending of the prompt's embeddings; None: batches have no ``prompt``.
         tokens: Length that the embeddings are filled up to with zeros; None: they have one length.
@@ -178,14 +178,16 @@ class LatentShards(Batches):
 class LatentShardsDataModule(GenerativeDataModule):
     """Latents in webdataset's tar files, ``<key>.latent.pth`` and ``<key>.embed.pth`` for each sample, as rCM is trained with.
 
-    Batches: ``image`` (B, C, H, W) or (B, C, T, H, W) float32; with ``embedding`` also ``prompt`` (B, L, D) float32; with
-    ``null_embedding`` also ``null_prompt`` (B, L, D). Samples are drawn at random places of all tar files, whose headers are read at the
+    Batch: {"image": (B, C, T, H, W) float32, "prompt": (B, L, D) float32}
+
+    Latents of images are (B, C, H, W). Without ``embedding`` there is no ``prompt``; with ``null_embedding`` there is also ``null_prompt``
+    (B, L, D). Samples are drawn at random places of all tar files, whose headers are read at the
     start. Tensors are read with ``weights_only``.
 
     Args:
         root: Folder of the tar files. None: the built-in sample, 64 videos of a moving blob with 4 channels, 2 frames of 8 x 8 and one of 8
             prompts of 6 tokens with 16 features, kept in the cache folder.
-        pattern: Of the tar files' names.
+        pattern: Pattern of the tar files' names.
         latent: Ending of the latents.
         embedding: Ending of the embeddings; None: there are none.
         tokens: Length that embeddings are filled up to with zeros, 512 for Wan 2.1; None: they have one length.
@@ -196,7 +198,7 @@ class LatentShardsDataModule(GenerativeDataModule):
         val_batch_size: Samples per process and validation step.
         num_samples: Samples that ``lit predict`` draws, at most ``num_val``.
         num_workers: Processes that read data.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Raises:
         ValueError: A number lies outside its range.

@@ -26,7 +26,7 @@ class ClassBalancedSampler(RankSampler):
         batches: Batches of a rank in an epoch; None: as many as the samples fill.
         rank: Index of this process.
         world_size: Number of processes.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: There are fewer than ``classes`` classes, or a number is below 1.
@@ -89,7 +89,7 @@ class RetrievalDataModule(LoaderDataModule):
         steps_per_epoch: Batches of a process in an epoch; None: as many as the samples fill.
         eval_batch_size: Samples per process and evaluation step.
         num_workers: Processes that read data.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: A number is below 1.

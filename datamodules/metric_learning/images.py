@@ -158,8 +158,9 @@ class RetrievalView:
 class RetrievalImagesDataModule(RetrievalDataModule):
     """Images of classes for training, and of other classes for evaluation.
 
-    Batches: ``image`` (B, 3, S, S) float32, normalised with ImageNet's mean and deviation; ``label`` (B,) int64, 0 to C - 1 in training and
-    C or more in evaluation.
+    Batch: {"image": (B, 3, S, S) float32 normalised by ImageNet's mean and deviation, "label": (B,) int64}
+
+    Labels are 0 to C - 1 in training and C or more in evaluation.
 
     Args:
         root: The release's folder. ``cub``: ``images.txt``, ``image_class_labels.txt`` and ``images/``. ``cars``: ``cars_annos.mat`` and
@@ -172,7 +173,7 @@ class RetrievalImagesDataModule(RetrievalDataModule):
         steps_per_epoch: Batches of a process in an epoch; None: as many as the images fill.
         eval_batch_size: Images per process and evaluation step.
         num_workers: Processes that read images.
-        seed: Of the draws and the augmentation.
+        seed: Seed of the draws and the augmentation.
 
     Raises:
         ValueError: A value lies outside its range.

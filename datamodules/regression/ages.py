@@ -88,7 +88,9 @@ def _built_in(split: str, count: int) -> tuple[list[Any], NDArray[np.float32]]:
 class AgeDataModule(RegressionDataModule):
     """AgeDB-DIR or IMDB-WIKI-DIR: faces with the age in years. Training ages are skewed, validation and test balanced.
 
-    Batches: ``image`` (B, 3, S, S) float32 in [-1, 1], ``target`` (B,) float32 years, ``count`` (B,) int64; in training with ``reweight``
+    Batch: {"image": (B, 3, S, S) float32 in [-1, 1], "target": (B,) float32 years, "count": (B,) int64}
+
+    ``count``: the training images of the same age. In training there is with ``reweight``
     also ``weight`` (B,) float32, and with ``views`` also ``view_1``, ... like ``image`` with other random crops and mirror images.
 
     Args:
@@ -100,11 +102,11 @@ class AgeDataModule(RegressionDataModule):
         reweight: Weight of a training sample by its age: ``none``, ``inverse`` or ``sqrt_inv`` frequency.
         lds: Smooth the frequencies over neighbouring ages.
         lds_kernel: ``gaussian``, ``triang`` or ``laplace``.
-        lds_kernel_size: In years, odd; the benchmark: 5, ConR on AgeDB: 9.
-        lds_sigma: In years; the benchmark: 2, ConR on AgeDB: 1.
+        lds_kernel_size: Width of the kernel in years, odd; the benchmark: 5, ConR on AgeDB: 9.
+        lds_sigma: Standard deviation of the kernel in years; the benchmark: 2, ConR on AgeDB: 1.
         batch_size: Images per process and step.
         num_workers: Processes that read images.
-        seed: Of order and augmentation.
+        seed: Seed of the order and augmentation.
 
     Raises:
         ValueError: A value lies outside its range.

@@ -22,7 +22,7 @@ class LabelledImages(Samples):
         read: Index -> image as stored.
         labels: (N,) integers.
         transform: (image, (seed, epoch, index)) -> (C, H, W) float32.
-        seed: Of the augmentation.
+        seed: Seed of the augmentation.
         names: File names by index, where the images are files.
     """
 
@@ -57,7 +57,7 @@ def redraw_labels(labels: NDArray[np.int64], share: float, num_classes: int, see
 
     Args:
         labels: (N,) in 0..num_classes-1; not changed.
-        share: In [0, 1].
+        share: Share of the labels to redraw, in [0, 1].
         num_classes: Number of classes.
         seed: Decides which and what.
 

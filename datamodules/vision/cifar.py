@@ -150,7 +150,7 @@ def built_in_release(name: Name) -> tuple[Arrays, Arrays, tuple[str, ...]]:
 class CIFARDataModule(ClassificationDataModule):
     """CIFAR-10 or CIFAR-100: colour images of 32 x 32 pixels in 10 or 100 classes.
 
-    Batches: ``image`` (B, 3, 32, 32) float32, normalised; ``label`` (B,) int64.
+    Batch: {"image": (B, 3, 32, 32) float32 normalised, "label": (B,) int64}
 
     Args:
         root: Folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``, whole or with fewer images per file. None: built-in images
@@ -160,9 +160,9 @@ class CIFARDataModule(ClassificationDataModule):
         val_size: Training images that are held out for validation, the same for every seed; 0: validation sees the test images.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of the order and the augmentation.
-        mean: Of the three channels in [0, 1], subtracted; None: that of the official training images.
-        std: Likewise, divided by.
+        seed: Seed of the order and the augmentation.
+        mean: Mean of the three channels in [0, 1], subtracted; None: that of the official training images.
+        std: Standard deviation of the three channels, divided by; None: that of the official training images.
 
     Raises:
         ValueError: A value lies outside its range.

@@ -18,10 +18,10 @@ def _as_it_is(image: Tensor, draw: tuple[int, int, int]) -> Tensor:
 class DigitsDataModule(ClassificationDataModule):
     """1,797 grey images of 8 x 8 pixels, 10 classes (UCI Optical Recognition of Handwritten Digits, the test part).
 
-    Batches: ``image`` (B, 1, 8, 8) float32 in [0, 1], ``label`` (B,) int64 in 0..9. One permutation, the same for every seed, splits the
-    images into ``num_train`` for training and the rest. Validation and test are both that rest: choose nothing by the one to report it by
-    the other.
-    There is nothing to download and no ``root``.
+    Batch: {"image": (B, 1, 8, 8) float32 in [0, 1], "label": (B,) int64 in 0..9}
+
+    One permutation, the same for every seed, splits the images into ``num_train`` for training and the rest. Validation and test are both
+    that rest: choose nothing by the one to report it by the other. There is nothing to download and no ``root``.
 
     Args:
         num_train: Images of the training part, 1 to 1796; 1200 leaves 597 held-out images.
@@ -29,7 +29,7 @@ class DigitsDataModule(ClassificationDataModule):
         label_noise: Share of the training labels that is drawn anew from all classes, 0 to 1; held-out labels stay clean.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of the order and of the label noise.
+        seed: Seed of the order and of the label noise.
 
     Raises:
         ValueError: A number lies outside its range.

@@ -159,8 +159,10 @@ class _EvalTransform:
 class ImageNetDataModule(ClassificationDataModule):
     """ImageNet-1k: photos in 1,000 classes, from ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``.
 
-    Batches: ``image`` (B, 3, S, S) float32, normalised by ImageNet's mean and standard deviation; ``label`` (B,) int64. Validation and test
-    both read ``val/``, as the labels of ImageNet's test images aren't public. A root without ``train/`` serves for validation and testing.
+    Batch: {"image": (B, 3, S, S) float32 normalised by ImageNet's mean and deviation, "label": (B,) int64}
+
+    Validation and test both read ``val/``, as the labels of ImageNet's test images aren't public. A root without ``train/`` serves for
+    validation and testing.
 
     Args:
         root: Folder with ``train`` and ``val``. None: built-in images of shapes and textures in ten classes, 600 for training and 200 for
@@ -174,7 +176,7 @@ class ImageNetDataModule(ClassificationDataModule):
         interpolation: ``bilinear`` or ``bicubic``.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of the order and the augmentation.
+        seed: Seed of the order and the augmentation.
 
     Raises:
         WrongRootError: The folders aren't there, or don't fit the classes.

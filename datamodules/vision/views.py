@@ -81,11 +81,11 @@ class SmallColourView:
     torchvision and a hole of half the side.
 
     Args:
-        strong: Which of the two.
-        mean: Of the channels in [0, 1].
-        std: Likewise.
-        operations: Of RandAugment.
-        magnitude: Of RandAugment, 0 to 30 in torchvision's bins; 10 as in the recipe.
+        strong: The strong view; False: the weak one.
+        mean: Mean of the channels in [0, 1].
+        std: Standard deviation of the channels in [0, 1].
+        operations: Number of RandAugment's operations.
+        magnitude: Strength of RandAugment, 0 to 30 in torchvision's bins; 10 as in the recipe.
     """
 
     def __init__(self, strong: bool, mean: Sequence[float], std: Sequence[float], operations: int = 2, magnitude: int = 10) -> None:
@@ -117,7 +117,7 @@ class ImageNetView:
     80 %, grey in 20 %, blur in 50 %, solarised in 10 %: SimMatchV2's recipe.
 
     Args:
-        strong: Which of the two.
+        strong: The strong view; False: the weak one.
         size: Side of the view in pixels.
         scale: Smallest and largest share of the area that a crop keeps.
     """
@@ -153,8 +153,8 @@ def make_views(
     Args:
         policy: ``small_grey``, ``small_colour`` or ``imagenet``.
         strong_views: S >= 1; with ``imagenet`` and more than one the first S of :data:`MULTI_CROP`, so at most five.
-        mean: For ``small_colour``.
-        std: For ``small_colour``.
+        mean: Mean of the channels, for ``small_colour``.
+        std: Standard deviation of the channels, for ``small_colour``.
 
     Raises:
         ValueError: An unknown policy or number.
