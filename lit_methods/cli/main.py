@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, 1 for bad data, a missing library or a failed machine, 2 for a mistake in the arguments or configs, 143 for
-        a fit that SIGTERM or SIGUSR1 has stopped behind a checkpoint.
+        a fit that SIGTERM or SIGUSR1 has stopped behind a checkpoint, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("LIT_METHODS_DEBUG", "") not in ("", "0")
