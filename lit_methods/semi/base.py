@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -15,8 +14,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lit_methods import checks
 from lit_methods.distributed import gather_rows
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import scheduled, seven_sixteenths_cosine, warmup_then_epoch_cosine
-from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.panels import Curve, Panel, TableMedia, TablePanel
 from lit_methods.steps import steps_per_epoch, training_length
 
 Schedule = Literal["seven_sixteenths", "epoch_cosine", "constant"]
@@ -61,7 +61,7 @@ def take_apart(batch: dict[str, Any]) -> SemiBatch:
     return SemiBatch(*fields, unlabelled.get("label"))
 
 
-class SemiSupervised(LightningModule):
+class SemiSupervised(Evaluated):
     """Base: a backbone with a linear head, evaluation, optimiser and the diagnostics of pseudo labels.
 
     Subclasses give :meth:`losses`. ``forward`` gives logits. Evaluation uses the weights as they are: attach ``WeightEMA``. Parts of the
@@ -104,7 +104,6 @@ class SemiSupervised(LightningModule):
         self.eval_accuracy = MulticlassAccuracy(num_classes, average="micro")
         for name in ("seen", "covered", "right"):  # per class, since the last validation
             self.register_buffer(name, torch.zeros(num_classes, dtype=torch.int64))
-        self._media: dict[str, Media] = {}
 
     def features(self, images: Tensor) -> Tensor:
         """(B, ...) images -> (B, feature_dim).
@@ -112,13 +111,13 @@ class SemiSupervised(LightningModule):
         Raises:
             ValueError: The backbone gives something else.
         """
-        found = self.backbone(images)
-        if found.ndim != 2 or found.shape[1] != self.feature_dim:
+        features = self.backbone(images)
+        if features.ndim != 2 or features.shape[1] != self.feature_dim:
             raise ValueError(
-                f"the backbone gives {tuple(found.shape)} for {len(images)} images, expected (.., feature_dim={self.feature_dim}): "
+                f"the backbone gives {tuple(features.shape)} for {len(images)} images, expected (.., feature_dim={self.feature_dim}): "
                 "take off its classifier (timm: num_classes=0) and set feature_dim to its width"
             )
-        return found
+        return features
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, ...) images -> (B, C) logits."""
@@ -130,10 +129,10 @@ class SemiSupervised(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The total loss."""
-        found = self.losses(take_apart(batch))
-        loss = found.pop("loss")
+        parts = self.losses(take_apart(batch))
+        loss = parts.pop("loss")
         self.log("semi/loss", loss.detach(), prog_bar=True)
-        self.log_dict({f"semi/{name}": value.detach() for name, value in found.items()})
+        self.log_dict({f"semi/{name}": value.detach() for name, value in parts.items()})
         return loss
 
     def observe(self, pseudo_label: Tensor, certain: Tensor, truth: Tensor | None) -> dict[str, Tensor]:
@@ -154,22 +153,14 @@ class SemiSupervised(LightningModule):
 
     # ---- evaluation --------------------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits = self(batch["image"]).float()
         self.eval_loss.update(F.cross_entropy(logits, batch["label"]), weight=len(logits))
         self.eval_accuracy.update(logits.argmax(dim=1), batch["label"])
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self._evaluate(batch)
-
     def on_validation_epoch_end(self) -> None:
         """Accuracy over all ranks, and the table of pseudo labels."""
-        self._log_evaluation("val")
+        super().on_validation_epoch_end()
         counts = torch.stack([gather_rows(c[None], with_grad=False).sum(0) for c in (self.seen, self.covered, self.right)]).tolist()
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", ()) or range(self.num_classes)
         rows = tuple((str(name), *own) for name, *own in zip(names, *counts, strict=True))
@@ -177,18 +168,10 @@ class SemiSupervised(LightningModule):
         for counter in (self.seen, self.covered, self.right):
             counter.zero_()
 
-    def on_test_epoch_end(self) -> None:
-        """Accuracy over all ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, part: Part) -> None:
         for name, metric in (("loss", self.eval_loss), ("accuracy", self.eval_accuracy)):
-            self.log(f"semi/{stage}_{name}", metric.compute(), prog_bar=True)
+            self.log(f"semi/{part}_{name}", metric.compute(), prog_bar=True)
             metric.reset()
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """The table."""
-        return self._media
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """``logits`` (B, C), and ``label`` where the batch has one."""

@@ -141,8 +141,8 @@ def pretrain_loss(
 
     def noisy(network: Map, image: Tensor, level: float) -> Tensor:
         sigma = torch.full((len(image),), level, dtype=torch.promote_types(image.dtype, torch.float32), device=image.device)
-        found: Tensor = encode(network, image + level * noise, sigma, sigma_data=sigma_data)
-        return found
+        encoded: Tensor = encode(network, image + level * noise, sigma, sigma_data=sigma_data)
+        return encoded
 
     with torch.no_grad():
         key1, key2 = (gather(target_projector(noisy(target_encoder, view, levels.clean))) for view in (view1, view2))
@@ -340,13 +340,13 @@ def consistency_tuning_loss(
     """
     weight = inverse_distance(upper, lower)
     other = (lambda *_: x) if warmup else teacher
-    found = consistency_pair_loss(student, other, x, noise, lower, upper, partial(detached_pseudo_huber, c=c), weight, *condition)
-    contrast = torch.zeros_like(found.losses)
+    pair = consistency_pair_loss(student, other, x, noise, lower, upper, partial(detached_pseudo_huber, c=c), weight, *condition)
+    contrast = torch.zeros_like(pair.losses)
     if perceptual is not None and not warmup:
         with torch.no_grad():
             keys = gather(perceptual(x))
-        contrast = cosine_info_nce(perceptual(found.student), keys, temperature)
-    return TuningLoss(found.losses, contrast, found.student, found.teacher, weight)
+        contrast = cosine_info_nce(perceptual(pair.student), keys, temperature)
+    return TuningLoss(pair.losses, contrast, pair.student, pair.teacher, weight)
 
 
 def interval_guidance(

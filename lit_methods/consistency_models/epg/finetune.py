@@ -27,12 +27,13 @@ from lit_methods.consistency_models.epg.core import (
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head_of
 from lit_methods.consistency_models.epg.stage import Stage
-from lit_methods.consistency_models.evaluation import Part, Purpose, SampleEvaluation, Samples
+from lit_methods.consistency_models.evaluation import Purpose, SampleEvaluation, Samples
 from lit_methods.consistency_models.levels import karras_levels, like, quarter_means
 from lit_methods.consistency_models.metrics import square
 from lit_methods.consistency_models.pairs import consistency_function
 from lit_methods.consistency_models.sampling import Solver, check_sample_times, denoise_sample, multistep_sample
 from lit_methods.distributed import gather_rows
+from lit_methods.evaluated import Part
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, ImagePanel, Panel
 from lit_methods.runs.checkpoints import read_state_dict
@@ -216,8 +217,8 @@ class EPGFinetune(Stage, SampleEvaluation):
             raise ValueError(
                 f"{path} has another encoder than {type(self.encoder).__name__}: {'; '.join(sorted(wrong)[:3]) or 'no name is the same'}"
             )
-        found = self.encoder.load_state_dict(state, strict=False)
-        said = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in zip(("missing", "unknown"), found, strict=True) if names]
+        named = self.encoder.load_state_dict(state, strict=False)
+        said = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in zip(("missing", "unknown"), named, strict=True) if names]
         rank_zero_info(f"encoder of {path}: {len(own.keys() & state.keys())} tensors loaded" + "".join(f", {one}" for one in said))
         if self.mode == "consistency" and self.perceptual_weight:
             head = projection_head_of(read_state_dict(path, "projector."))
@@ -246,8 +247,8 @@ class EPGFinetune(Stage, SampleEvaluation):
         encoder, projector = self.perceptual.module["encoder"], self.perceptual.module["projector"]  # type: ignore[index]
         clean = torch.full((len(x),), self.hparams["sigma_min"] * self.shift(x), device=x.device)
         encoded: Encoded = encode(lambda u, noise: encoder(u.to(self.dtype), noise), x, clean, sigma_data=self.hparams["sigma_data"])
-        found: Tensor = projector(encoded.feature)
-        return found
+        projected: Tensor = projector(encoded.feature)
+        return projected
 
     # ---- training ------------------------------------------------------------------------------------------------------------------------
 
@@ -290,7 +291,7 @@ class EPGFinetune(Stage, SampleEvaluation):
             losses = denoising_loss(self(x + like(sigma, x) * drawn.noise, sigma, *labels), x, drawn.weight)
         else:
             stage = self.stage(self.trainer.global_step)
-            found = consistency_tuning_loss(
+            tuning = consistency_tuning_loss(
                 self,
                 self,
                 x,
@@ -304,11 +305,11 @@ class EPGFinetune(Stage, SampleEvaluation):
                 temperature=hp["perceptual_temperature"],
                 gather=gather_keys,
             )
-            losses = found.consistency + self.perceptual_weight * found.perceptual
+            losses = tuning.consistency + self.perceptual_weight * tuning.perceptual
             logs = {
                 "epg/stage": float(stage),
-                "epg/consistency": found.consistency.detach().mean(),
-                "epg/perceptual": found.perceptual.detach().mean(),
+                "epg/consistency": tuning.consistency.detach().mean(),
+                "epg/perceptual": tuning.perceptual.detach().mean(),
             }
         loss = losses.mean()
         self.log("epg/loss", loss.detach())
@@ -414,7 +415,7 @@ class EPGFinetune(Stage, SampleEvaluation):
         """The sampler of ``denoise`` has one number of steps, which figures needn't name."""
         return "" if self.mode == "denoise" else super().ending(steps)
 
-    def see(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Denoise, and draw as many samples as there are data."""
         hp, x = self.hparams, self.pixels(batch["image"])
         place = f"EPG evaluation {self.global_batch(batch_idx)}"
@@ -424,7 +425,7 @@ class EPGFinetune(Stage, SampleEvaluation):
             noisy = x + like(level, x) * seeded_noise(f"{place} {sigma:g}", hp["seed"], x)
             errors.append(square(self(noisy, level, *self._labels(batch)).float(), x))
         self._errors.append(torch.stack(errors, dim=1))
-        return super().see(batch, batch_idx)
+        return super()._evaluate(batch, batch_idx)
 
     def compare(self, part: Part, seen: list[Samples]) -> None:
         """Log the errors of all ranks, and how far their samples are from their data."""

@@ -124,12 +124,12 @@ class PixelViTEncoder(nn.Module):
         if condition is not None:
             cls = cls + condition[:, None]
         h = torch.cat([cls, time[:, None], patches], dim=1) + self.positions
-        found = []
+        blocks = []
         for block in self.blocks:
             h = block(h)
-            found.append(h)
+            blocks.append(h)
         h = self.norm(h)
-        return Encoded(h[:, 0], h, tuple(found), time)
+        return Encoded(h[:, 0], h, tuple(blocks), time)
 
 
 class PixelViTDecoder(nn.Module):
@@ -215,12 +215,12 @@ class PixelMLPEncoder(nn.Module):
         """(B, ...), (B,) noise condition ln(sigma) / 4 and (B, D) embeddings of classes, which join the feature."""
         time = fourier_features(noise.float(), self.frequencies).to(x.dtype)
         h = torch.cat([x.flatten(1), time], dim=1)
-        found = []
+        blocks = []
         for layer in self.layers:
             h = layer(h)
-            found.append(h[:, None])
+            blocks.append(h[:, None])
         feature = h if condition is None else h + condition
-        return Encoded(feature, feature[:, None], tuple(found), time)
+        return Encoded(feature, feature[:, None], tuple(blocks), time)
 
 
 class PixelMLPDecoder(nn.Module):

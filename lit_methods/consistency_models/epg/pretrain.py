@@ -35,9 +35,10 @@ from lit_methods.consistency_models.epg.core import (
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head
 from lit_methods.consistency_models.epg.stage import Stage
 from lit_methods.consistency_models.epg.views import Views
-from lit_methods.consistency_models.evaluation import Part, WholeSetEvaluation
+from lit_methods.consistency_models.evaluation import WholeSetEvaluation
 from lit_methods.consistency_models.levels import like
 from lit_methods.distributed import gather_rows
+from lit_methods.evaluated import Part
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.seeds import own_seed, seeded_noise
 from lit_methods.steps import logs_now, training_length
@@ -185,13 +186,13 @@ class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
 
     def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
         """Features (B, D) of images (B, C, H, W) in [-1, 1], to which noise of levels (B,) was added, in units of ``pixel_std``."""
-        found: Tensor = encode(self._feature(self.encoder), self.pixels(image), sigma, sigma_data=self.hparams["sigma_data"])
-        return found
+        feature: Tensor = encode(self._feature(self.encoder), self.pixels(image), sigma, sigma_data=self.hparams["sigma_data"])
+        return feature
 
     def _feature(self, encoder: nn.Module) -> Map:
         def feature(x: Tensor, noise: Tensor) -> Tensor:  # with precision bf16-true the network is narrower than the levels
-            found: Encoded = encoder(x.to(self.dtype), noise)  # type: ignore[arg-type]
-            return found.feature
+            encoded: Encoded = encoder(x.to(self.dtype), noise)  # type: ignore[arg-type]
+            return encoded.feature
 
         return feature
 
@@ -251,7 +252,7 @@ class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
             hp["sigma_min"],
             hp["sigma_max"],
         )
-        found = pretrain_loss(
+        losses = pretrain_loss(
             self._feature(self.encoder),
             self.projector,
             self._feature(self.target_encoder),
@@ -267,17 +268,17 @@ class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
             with_consistency=hp["consistency_weight"] > 0,
             gather=gather_keys,
         )
-        contrastive, consistency = found.contrastive.mean(), found.consistency.mean()
+        contrastive, consistency = losses.contrastive.mean(), losses.consistency.mean()
         loss: Tensor = hp["contrastive_weight"] * contrastive + hp["consistency_weight"] * consistency
         self.log_dict({"epg/loss": loss.detach(), "epg/contrastive": contrastive.detach(), "epg/consistency": consistency.detach()})
         if logs_now(self):
-            self.log_dict(self._details(found) | {"epg/levels": float(count), "epg/temperature": tau}, on_step=True, on_epoch=False)
+            self.log_dict(self._details(losses) | {"epg/levels": float(count), "epg/temperature": tau}, on_step=True, on_epoch=False)
         return loss
 
     @torch.no_grad()
-    def _details(self, found: PretrainLoss) -> dict[str, Tensor | float]:
+    def _details(self, losses: PretrainLoss) -> dict[str, Tensor | float]:
         logs: dict[str, Tensor | float] = {}
-        for name, (query, keys) in {"contrastive": found.contrasted, "consistency": found.aligned}.items():
+        for name, (query, keys) in {"contrastive": losses.contrasted, "consistency": losses.aligned}.items():
             if name == "consistency" and self.hparams["consistency_weight"] == 0:
                 continue
             likeness = cosines(query, keys)
@@ -302,10 +303,10 @@ class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
 
     def _at(self, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
         level = torch.full((len(x),), sigma * self.shift(x), device=x.device)
-        found: Tensor = encode(self._feature(self.encoder), x + like(level, x) * noise, level, sigma_data=self.hparams["sigma_data"])
-        return found.float()
+        feature: Tensor = encode(self._feature(self.encoder), x + like(level, x) * noise, level, sigma_data=self.hparams["sigma_data"])
+        return feature.float()
 
-    def see(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Keep features at some levels."""
         hp, x = self.hparams, self.pixels(batch["image"])
         place = f"EPG evaluation {self.global_batch(batch_idx)}"
@@ -347,12 +348,12 @@ class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
         clean, *noisy = features.transpose(0, 1)
         own = torch.arange(len(clean), device=clean.device)
         logs = {}
-        for sigma, found in zip(self.hparams["probe_sigmas"], noisy, strict=True):
-            logs[f"epg/{part}_match_{sigma:g}"] = (cosines(found, clean).argmax(1) == own).float().mean()
+        for sigma, features_at in zip(self.hparams["probe_sigmas"], noisy, strict=True):
+            logs[f"epg/{part}_match_{sigma:g}"] = (cosines(features_at, clean).argmax(1) == own).float().mean()
         if labels is not None and len(clean) > 1:
             names = ["clean", *(f"{sigma:g}" for sigma in self.hparams["probe_sigmas"])]
-            for name, found in zip(names, (clean, *noisy), strict=True):
-                guess = neighbour_labels(found, clean, labels, self.hparams["neighbours"], leave_out=True)
+            for name, features_at in zip(names, (clean, *noisy), strict=True):
+                guess = neighbour_labels(features_at, clean, labels, self.hparams["neighbours"], leave_out=True)
                 logs[f"epg/{part}_knn_{name}"] = (guess == labels).float().mean()
         self.log_dict(logs, rank_zero_only=False)
 

@@ -209,8 +209,8 @@ def dcm_loss(
             x = x - like(now - following, x) * teacher(x, now).velocity
         target = student(x, times[-1]).x0
         good = finite(start, target)
-    found = student(*placed(good, start, times[0])).x0
-    losses = scale * total((only(good, found) - only(good, target)).square())
+    answer = student(*placed(good, start, times[0])).x0
+    losses = scale * total((only(good, answer) - only(good, target)).square())
     return DcmLoss(losses, times[0], start, good)
 
 

@@ -405,14 +405,14 @@ class RCM(SampleEvaluation):
         if hp["consistency"] == "scm":
             noise, time = self.normal(x.shape, x, generator), self._consistency_times(x, generator)
             styles = (hp["warmup_style"], hp["tangent_mode"], None if self.weighting is None else self.weighting(time))
-            found = scm_loss(student, teacher, x, noise, time, phase.warmup_ratio, hp["consistency_weight"], hp["tangent_eps"], *styles)
+            scm = scm_loss(student, teacher, x, noise, time, phase.warmup_ratio, hp["consistency_weight"], hp["tangent_eps"], *styles)
             self._note(
-                consistency_loss=found.losses.detach().mean(),
-                tangent_norm=found.tangent_norm.clamp(min=1e-12).log().mean(),
-                df_dt=total(found.df_dt.square()).sqrt().mean(),
-                bad_samples=(~found.good).sum(),
+                consistency_loss=scm.losses.detach().mean(),
+                tangent_norm=scm.tangent_norm.clamp(min=1e-12).log().mean(),
+                df_dt=total(scm.df_dt.square()).sqrt().mean(),
+                bad_samples=(~scm.good).sum(),
             )
-            yield found.losses
+            yield scm.losses
         elif hp["consistency"] == "dcm":
             noise, uniform = self.normal(x.shape, x, generator), self.uniform((len(x),), x, generator)
             settings = (hp["dcm_steps"], hp["dcm_skip"], hp["time_shift"], hp["consistency_weight"])
@@ -433,10 +433,10 @@ class RCM(SampleEvaluation):
         with torch.no_grad():
             made = self._simulate(self._predict(self.student, x.dtype, condition), x, generator, phase.simulation_steps)
         noise, time = self.normal(x.shape, x, generator), self._score_times((len(x),), x, generator)
-        found = critic_loss(self._predict(self.critic, x.dtype, condition), made.x0, noise, time)
-        self._note(critic_loss=found.losses.detach().mean(), student_phase=0.0)
-        self._note(simulation_steps=phase.simulation_steps, bad_simulations=(~found.good).sum())
-        return found.losses
+        scored = critic_loss(self._predict(self.critic, x.dtype, condition), made.x0, noise, time)
+        self._note(critic_loss=scored.losses.detach().mean(), student_phase=0.0)
+        self._note(simulation_steps=phase.simulation_steps, bad_simulations=(~scored.good).sum())
+        return scored.losses
 
     def _simulate(self, student: Predict, x: Tensor, generator: torch.Generator, steps: int) -> Simulation:
         start, noises = self.normal(x.shape, x, generator), self.normal((steps - 1, *x.shape), x, generator)
@@ -480,8 +480,8 @@ class RCM(SampleEvaluation):
                     ema_update(state_tensors(follower), state_tensors(self.student), 0.0)
 
     def _roles(self) -> list[str]:
-        found = ["student"] + ["critic"] * (self.critic is not None)
-        return found + ["pretrain"] * (self.hparams["pretrain_iterations"] > 0)
+        roles = ["student"] + ["critic"] * (self.critic is not None)
+        return roles + ["pretrain"] * (self.hparams["pretrain_iterations"] > 0)
 
     def configure_optimizers(self) -> Any:
         """AdamW for student and critic, Adam for pretraining, each with a learning rate that counts the iterations of its own phase."""

@@ -42,8 +42,8 @@ def attend(q: Dual, k: Dual, v: Dual) -> Dual:
     if all(one.tangent is None for one in given):
         return Dual(F.scaled_dot_product_attention(q.value, k.value, v.value))
     tq, tk, tv = (torch.zeros_like(one.value) if one.tangent is None else one.tangent for one in given)
-    found = attention_with_tangent(q.value, k.value, v.value, tq, tk, tv)
-    return Dual(found.output, found.tangent)
+    attended = attention_with_tangent(q.value, k.value, v.value, tq, tk, tv)
+    return Dual(attended.output, attended.tangent)
 
 
 def rotary_angles(sizes: tuple[int, int, int], width: int, device: torch.device) -> Tensor:

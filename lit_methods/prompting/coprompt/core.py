@@ -174,7 +174,7 @@ def sentence_table(classes: Sequence[str], descriptions: Mapping[str, Sequence[s
         ValueError: A class has none, or another number than the first; the message names it.
     """
     plain = {_plain(name): list(own) for name, own in descriptions.items()}
-    found: list[list[str]] = []
+    rows: list[list[str]] = []
     for name in classes:
         own = plain.get(_plain(name), [])
         if not own:
@@ -183,10 +183,10 @@ def sentence_table(classes: Sequence[str], descriptions: Mapping[str, Sequence[s
                 f"class {name!r} has no description; there are some of {known}: give the datamodule a file of sentences for every base "
                 "class, or set consistency_weight to 0"
             )
-        if found and len(own) != len(found[0]):
-            raise ValueError(f"class {name!r} has {len(own)} descriptions, {classes[0]!r} has {len(found[0])}: give every class as many")
-        found.append(own)
-    return [list(row) for row in zip(*found, strict=True)]
+        if rows and len(own) != len(rows[0]):
+            raise ValueError(f"class {name!r} has {len(own)} descriptions, {classes[0]!r} has {len(rows[0])}: give every class as many")
+        rows.append(own)
+    return [list(row) for row in zip(*rows, strict=True)]
 
 
 def _plain(name: str) -> str:

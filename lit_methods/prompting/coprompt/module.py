@@ -302,7 +302,7 @@ class CoPrompt(LightningModule):
                     f"the batch has {sorted(batch)} and no 'image_second', another view of the images: use FewShotDataModule, or set "
                     "consistency_weight to 0"
                 )
-            found = coprompt_loss(
+            losses = coprompt_loss(
                 image,
                 text,
                 self.towers_image(batch["image_second"]),
@@ -316,8 +316,8 @@ class CoPrompt(LightningModule):
                 image_mix=self.image_mix,
                 text_mix=self.text_mix,
             )
-            loss, entropy = found.total, found.cross_entropy
-            logs = {"consistency_text": found.consistency_text, "consistency_image": found.consistency_image}
+            loss, entropy = losses.total, losses.cross_entropy
+            logs = {"consistency_text": losses.consistency_text, "consistency_image": losses.consistency_image}
         else:
             own = adapter_features(image, adapters[0], self.image_mix), adapter_features(text, adapters[1], self.text_mix)
             loss = entropy = F.cross_entropy(cosine_logits(*own, self.scale), labels)

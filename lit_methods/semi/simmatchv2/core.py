@@ -116,11 +116,11 @@ def finite_or_zero(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x: What the gradient flows to.
     """
     branch = x.view_as(x)
-    found = loss(branch)
-    finite = found.isfinite()
+    value = loss(branch)
+    finite = value.isfinite()
     if branch.requires_grad:
         branch.register_hook(lambda grad: torch.where(finite, grad, torch.zeros_like(grad)))
-    return torch.where(finite, found, torch.zeros_like(found))
+    return torch.where(finite, value, torch.zeros_like(value))
 
 
 class GraphLosses(NamedTuple):
@@ -225,17 +225,17 @@ class GraphConsistency(nn.Module):
         return GraphLosses(node_node_loss(strong_logits, pseudo_label, certain), ee, ne, probability, pseudo_label, certain)
 
     @torch.no_grad()
-    def store(self, index: Tensor, labelled: Tensor, weak: Tensor, found: GraphLosses) -> None:
+    def store(self, index: Tensor, labelled: Tensor, weak: Tensor, losses: GraphLosses) -> None:
         """Take the embeddings of all ranks into the banks, in place: after the losses and their backward pass.
 
         Args:
             index: (B_x,) int64, rows of the label bank.
             labelled: (B_x, D) unit vectors of the labelled images, by the averaged network.
             weak: (B, D) unit vectors of the weak views, by the averaged network.
-            found: The losses of these images.
+            losses: The losses of these images.
         """
         index, labelled = gather_rows(index, with_grad=False), gather_rows(labelled, with_grad=False)
-        weak, probability = gather_rows(weak, with_grad=False), gather_rows(found.probability, with_grad=False)
+        weak, probability = gather_rows(weak, with_grad=False), gather_rows(losses.probability, with_grad=False)
         size = len(self.bank)
         if size % len(weak):
             raise ValueError(f"bank_size={size} is no multiple of the {len(weak)} unlabelled images of a step: give one that is")

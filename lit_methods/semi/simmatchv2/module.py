@@ -183,11 +183,11 @@ class SimMatchV2(SemiSupervised):
         raw = self.teacher["backbone"](images)
         normed = self.teacher["norm"](raw)
         logits, z = self.teacher["head"](normed).float(), F.normalize(self.teacher["projector"](normed).float(), dim=1)
-        found = [logits, z, raw.float().norm(dim=1)]
+        outputs = [logits, z, raw.float().norm(dim=1)]
         if shuffled:
             size = len(back) // world_size()
-            found = [gather_rows(one)[back][rank() * size : (rank() + 1) * size] for one in found]
-        return found[0], found[1], found[2]
+            outputs = [gather_rows(one)[back][rank() * size : (rank() + 1) * size] for one in outputs]
+        return outputs[0], outputs[1], outputs[2]
 
     def losses(self, batch: SemiBatch) -> dict[str, Tensor]:
         """Labelled loss plus the three weighted consistencies."""
@@ -202,19 +202,19 @@ class SimMatchV2(SemiSupervised):
             supervised = F.cross_entropy(predicted[0][:labelled].float(), batch.label)
             strong_logits = torch.stack([predicted[0][labelled:], *predicted[1:]]).float()
             strong = torch.stack([embedded[0][labelled:], *embedded[1:]])
-            found = self.graph(logits[labelled:], z[labelled:], strong_logits, strong)
+            graph = self.graph(logits[labelled:], z[labelled:], strong_logits, strong)
             nn_, ee, ne = self.weights
-            total = supervised + nn_ * found.nn + ee * found.ee + ne * found.ne
-        self._pending = (batch.index, z[:labelled], z[labelled:], found)
-        logs = self.observe(found.probability.argmax(dim=1), found.certain, batch.truth)
+            total = supervised + nn_ * graph.nn + ee * graph.ee + ne * graph.ne
+        self._pending = (batch.index, z[:labelled], z[labelled:], graph)
+        logs = self.observe(graph.probability.argmax(dim=1), graph.certain, batch.truth)
         if batch.truth is not None:
-            right = found.certain & (found.pseudo_label.argmax(dim=1) == batch.truth)
-            logs["propagated_accuracy"] = right.sum() / found.certain.sum()
+            right = graph.certain & (graph.pseudo_label.argmax(dim=1) == batch.truth)
+            logs["propagated_accuracy"] = right.sum() / graph.certain.sum()
         marginal = self.graph.marginal / self.graph.marginal.sum()
         logs["alignment_entropy"] = torch.special.entr(marginal).sum()
         logs["bank_fill"] = (self.graph.bank_probability.sum(dim=1) > 0).float().mean()
         logs["norm_gap"] = norms[labelled:].mean() / first[labelled:].detach().float().norm(dim=1).mean() - 1
-        parts = {"labelled_loss": supervised, "nn_loss": found.nn, "ee_loss": found.ee, "ne_loss": found.ne}
+        parts = {"labelled_loss": supervised, "nn_loss": graph.nn, "ee_loss": graph.ee, "ne_loss": graph.ne}
         return {"loss": total, **parts, **logs}
 
     def on_after_backward(self) -> None:

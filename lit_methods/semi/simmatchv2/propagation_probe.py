@@ -88,9 +88,9 @@ class PropagationProbe(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds a batch to both metrics."""
-        found, label = self(batch["image"]), batch["label"]
-        self.accuracy.update((found.argmax(dim=1) == label).float())
-        self.nll.update(-found.gather(1, label[:, None]).clamp(min=1e-12).log())
+        propagated, label = self(batch["image"]), batch["label"]
+        self.accuracy.update((propagated.argmax(dim=1) == label).float())
+        self.nll.update(-propagated.gather(1, label[:, None]).clamp(min=1e-12).log())
 
     def on_validation_epoch_end(self) -> None:
         """Both over all images."""

@@ -4,18 +4,18 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_methods import checks
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.panels import Curve, Panel
 from lit_methods.tasks.imbalanced_regression.losses import RegressionLoss, regression_loss
 from lit_methods.tasks.imbalanced_regression.metrics import REGIONS, ShotMetrics
 
 
-class ImbalancedRegression(LightningModule):
+class ImbalancedRegression(Evaluated):
     """Trains features and a regressor on them, and measures errors by how often a label occurs in training.
 
     Runs: batches have ``image`` (B, ...), or another key by ``inputs``; ``target``, (B,) or (B, 1, H, W) float32; ``weight`` of the same
@@ -102,7 +102,7 @@ class ImbalancedRegression(LightningModule):
             raise ValueError(f"the regressor puts out {tuple(predictions.shape)} for targets {tuple(target.shape)}: one number for each")
         return predictions.reshape(target.shape)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds a batch to the metrics."""
         target = batch["target"].float()
         predictions = self._predict(batch).float()
@@ -120,29 +120,17 @@ class ImbalancedRegression(LightningModule):
             guess, truth = predictions[valid].clamp(min=1e-6), target[valid].clamp(min=1e-6)
             self.eval_delta1.update((torch.maximum(guess / truth, truth / guess) < 1.25).float())
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the errors over all samples of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the errors over all samples of all ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
-        found = self.eval_shots.compute()
+    def _log_evaluation(self, part: Part) -> None:
+        scores = self.eval_shots.compute()
         logs: dict[str, Any] = {}
         for region in REGIONS:
-            if not bool(found[f"{region}_l1"].isnan()):  # the region is empty
-                logs[f"mae_{region}"], logs[f"gm_{region}"] = found[f"{region}_l1"], found[f"{region}_gmean"]
-                logs[f"rmse_{region}"] = found[f"{region}_mse"].sqrt()
+            if not bool(scores[f"{region}_l1"].isnan()):  # the region is empty
+                logs[f"mae_{region}"], logs[f"gm_{region}"] = scores[f"{region}_l1"], scores[f"{region}_gmean"]
+                logs[f"rmse_{region}"] = scores[f"{region}_mse"].sqrt()
         if self.eval_delta1 is not None:
             logs["delta1"] = self.eval_delta1.compute()
             self.eval_delta1.reset()
-        self.log_dict({f"regression/{stage}_{name}": value.float() for name, value in logs.items()})
+        self.log_dict({f"regression/{part}_{name}": value.float() for name, value in logs.items()})
         self.eval_shots.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

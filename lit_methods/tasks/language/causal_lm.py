@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_methods import checks
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, Panel
 from lit_methods.runs.checkpoints import load_into
@@ -71,7 +71,7 @@ def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> 
 # ---- the module ------------------------------------------------------------------------------------------------------------------------
 
 
-class CausalLM(LightningModule):
+class CausalLM(Evaluated):
     """Trains a causal language model on windows of tokens.
 
     Runs: batches, such as those of ``TextDataModule``, have ``input_ids`` (B, L) int64 and ``labels`` (B, L) int64, the token that follows
@@ -151,30 +151,14 @@ class CausalLM(LightningModule):
         self.log("language/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         total, count = token_losses(self(batch["input_ids"]), batch["labels"])
         self.eval_loss.update(total / count.clamp(min=1), weight=count.to(total.dtype))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self._evaluate(batch)
-
-    def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
+    def _log_evaluation(self, part: Part) -> None:
         loss = self.eval_loss.compute()
-        self.log_dict({f"language/{stage}_loss": loss, f"language/{stage}_perplexity": loss.exp()}, prog_bar=True)
+        self.log_dict({f"language/{part}_loss": loss, f"language/{part}_perplexity": loss.exp()}, prog_bar=True)
         self.eval_loss.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs loss and perplexity over all tokens of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs loss and perplexity over all tokens of all ranks."""
-        self._log_evaluation("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Log-probability of each label.

@@ -223,8 +223,8 @@ def retrieval_scores(embeddings: Tensor, labels: Tensor, top_k: tuple[int, ...] 
         own = others[rows][asked, None]
         inside = right[asked] & (rank <= own)
         precisions.append((inside.cumsum(1) / rank * inside).double().sum(1) / own[:, 0])
-    found = {f"recall_at_{k}": torch.cat(parts).double().mean() for k, parts in hits.items()}
-    return found | {"map_at_r": torch.cat(precisions).mean()}
+    recalls = {f"recall_at_{k}": torch.cat(parts).double().mean() for k, parts in hits.items()}
+    return recalls | {"map_at_r": torch.cat(precisions).mean()}
 
 
 class _Embeddings(Metric):
@@ -304,18 +304,18 @@ class OPIS(_Embeddings):
         Raises:
             ValueError: There are no pairs, or samples of different classes are all equally far apart.
         """
-        found = self.result()
-        if found is None:
+        result = self.result()
+        if result is None:
             raise ValueError("samples of different classes are all equally far apart: there is no range of thresholds for OPIS")
-        return summary(found)
+        return summary(result)
 
 
-def summary(found: OPISResult) -> dict[str, Tensor]:
+def summary(result: OPISResult) -> dict[str, Tensor]:
     """The scalars of :meth:`OPIS.compute`."""
-    middle = len(found.thresholds) // 2
-    far, frr = 1 - found.specificity[:, middle], 1 - found.sensitivity[:, middle]
+    middle = len(result.thresholds) // 2
+    far, frr = 1 - result.specificity[:, middle], 1 - result.sensitivity[:, middle]
     rates = {"far": far.mean(), "frr": frr.mean(), "far_std": far.std(correction=0), "frr_std": frr.std(correction=0)}
-    return {"opis": found.opis, "eps_opis": found.eps_opis, "d_min": found.thresholds[0], "d_max": found.thresholds[-1]} | rates
+    return {"opis": result.opis, "eps_opis": result.eps_opis, "d_min": result.thresholds[0], "d_max": result.thresholds[-1]} | rates
 
 
 class RetrievalScores(_Embeddings):

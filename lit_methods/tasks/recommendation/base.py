@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_methods import checks
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, Panel
 from lit_methods.tasks.recommendation.metrics import ranking_metrics
@@ -18,7 +18,7 @@ from lit_methods.tasks.recommendation.metrics import ranking_metrics
 _METRICS = ("recall", "precision", "ndcg")
 
 
-class Recommender(LightningModule):
+class Recommender(Evaluated):
     """Base of the recommenders. Subclasses write ``training_step`` and :meth:`scores`.
 
     Runs: evaluation batches have ``known`` (B, C) bool and ``target`` (B, C) bool beside what :meth:`scores` needs; C are all items, or the
@@ -71,24 +71,16 @@ class Recommender(LightningModule):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         scores = self.scores(batch)
-        found = {k: ranking_metrics(scores, batch["known"], batch["target"], k) for k in self.top_k}
+        by_k = {k: ranking_metrics(scores, batch["known"], batch["target"], k) for k in self.top_k}
         for name, metric in self._named_metrics():
             kind, _, k = name.rpartition("_")
-            values = found[int(k)]
+            values = by_k[int(k)]
             metric.update(values[kind], weight=values["counted"].to(values[kind]))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch of users to the metrics."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch of users to the metrics."""
-        self._evaluate(batch)
-
-    def _log_evaluation(self, stage: str) -> None:
-        self.log_dict({f"recommender/{stage}_{name}": metric.compute() for name, metric in self._named_metrics()})
+    def _log_evaluation(self, part: Part) -> None:
+        self.log_dict({f"recommender/{part}_{name}": metric.compute() for name, metric in self._named_metrics()})
         for _, metric in self._named_metrics():
             metric.reset()
 
@@ -96,14 +88,6 @@ class Recommender(LightningModule):
         for name, metric in self.eval_metrics.items():
             assert isinstance(metric, MeanMetric)
             yield name, metric
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the means over all users of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the means over all users of all ranks."""
-        self._log_evaluation("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The largest of ``top_k`` recommendations per user, best first, known items left out.

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -14,8 +13,9 @@ from torchmetrics import MeanMetric
 
 from lit_methods import checks
 from lit_methods.distributed import gather_rows
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import scheduled
-from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
+from lit_methods.panels import Curve, ImageMedia, ImagePanel, Panel, TableMedia, TablePanel
 from lit_methods.steps import training_length
 from lit_methods.tasks.segmentation.core import batch_dice, sample_cross_entropy
 from lit_methods.tasks.segmentation.metrics import ClassCounts, dice_and_hd95
@@ -40,7 +40,7 @@ def grey_image(image: Tensor) -> NDArray[np.uint8]:
     return pixels.expand(3, -1, -1).permute(1, 2, 0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
 
 
-class ImageSegmentor(LightningModule):
+class ImageSegmentor(Evaluated):
     """Trains a network to tell the class of every pixel.
 
     The loss is (1 - ``dice_ratio``) cross-entropy + ``dice_ratio`` Dice.
@@ -107,7 +107,6 @@ class ImageSegmentor(LightningModule):
         self.class_names = tuple(class_names or (str(c) for c in range(num_classes)))
         self.eval_counts = ClassCounts(num_classes, ignore_index)
         self.eval_dice, self.eval_distance = MeanMetric(), MeanMetric()
-        self._media: dict[str, Media] = {}
         self._volumes: list[tuple[Any, ...]] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -128,8 +127,8 @@ class ImageSegmentor(LightningModule):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds a batch, or a whole volume, to the measures."""
+    def _evaluate(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add a batch, or a whole volume, to the measures."""
         if "volume" in batch:
             self._add_volume(batch)
             return
@@ -142,10 +141,6 @@ class ImageSegmentor(LightningModule):
             zoom = max(1, 96 // labels.shape[1])
             picture = np.concatenate(columns, axis=1).repeat(zoom, axis=0).repeat(zoom, axis=1)
             self._media["segmentation/predictions"] = ImageMedia(picture, "Held-out images, below them their labels, and the predictions")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds a batch, or a whole volume, to the measures."""
-        self.validation_step(batch, batch_idx)
 
     def _add_volume(self, batch: dict[str, Any]) -> None:
         labels = batch["label"]
@@ -160,38 +155,26 @@ class ImageSegmentor(LightningModule):
             self.eval_dice.update(dice)
             self.eval_distance.update(distance)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs the measures over all images of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the measures over all images of all ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, part: Part) -> None:
         hits, predicted, labelled = self.eval_counts.compute().double()
         self.eval_counts.reset()
         there = (predicted + labelled) > 0
         dice = 2 * hits / (predicted + labelled).clamp(min=1)
         iou = hits / (predicted + labelled - hits).clamp(min=1)
         seen = there[1:].sum().clamp(min=1)
-        self.log(f"segmentation/{stage}_dice", (dice[1:].sum() / seen).float(), prog_bar=True)
-        self.log(f"segmentation/{stage}_iou", (iou[1:].sum() / seen).float())
-        self.log(f"segmentation/{stage}_miou", (iou.sum() / there.sum().clamp(min=1)).float())
+        self.log(f"segmentation/{part}_dice", (dice[1:].sum() / seen).float(), prog_bar=True)
+        self.log(f"segmentation/{part}_iou", (iou[1:].sum() / seen).float())
+        self.log(f"segmentation/{part}_miou", (iou.sum() / there.sum().clamp(min=1)).float())
         for name, value in zip(self.class_names[1:], dice[1:], strict=True):
-            self.log(f"segmentation/{stage}_dice/{name}", value.float())
+            self.log(f"segmentation/{part}_dice/{name}", value.float())
         if int(gather_rows(torch.tensor([len(self._volumes)])).sum()):  # a rank may have had none
-            self.log(f"segmentation/{stage}_volume_dice", self.eval_dice.compute())
-            self.log(f"segmentation/{stage}_hd95", self.eval_distance.compute())
+            self.log(f"segmentation/{part}_volume_dice", self.eval_dice.compute())
+            self.log(f"segmentation/{part}_hd95", self.eval_distance.compute())
         if self._volumes:
             self._media["segmentation/volumes"] = TableMedia(("volume", *self.class_names[1:]), tuple(self._volumes))
             self._volumes = []
         self.eval_dice.reset()
         self.eval_distance.reset()
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """Predictions of the last evaluation, and the table of volumes."""
-        return self._media
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """``label`` (B, H, W) int64: the likeliest class of each pixel."""

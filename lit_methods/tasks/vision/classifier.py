@@ -6,15 +6,15 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
 from lit_methods import checks
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import learning_rate_factor, scheduled
-from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.panels import Curve, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into
 from lit_methods.steps import steps_per_epoch, training_length
 
@@ -71,7 +71,7 @@ def mixup(images: Tensor, labels: Tensor, share: Tensor | float, num_classes: in
 # ---- the module ------------------------------------------------------------------------------------------------------------------------
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(Evaluated):
     """Trains a network to tell the classes of images.
 
     Runs: batches have ``image`` (B, C, H, W) float32 and ``label`` (B,) int64, such as those of ``DigitsDataModule``, ``CIFARDataModule``
@@ -174,7 +174,6 @@ class ImageClassifier(LightningModule):
         self.eval_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.eval_confusion = MulticlassConfusionMatrix(num_classes) if num_classes <= _LARGEST_TABLE else None
         self.eval_calibration = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
-        self._media: dict[str, Media] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images -> (B, num_classes) logits."""
@@ -196,37 +195,19 @@ class ImageClassifier(LightningModule):
         self.log("classifier/accuracy", (logits.detach().argmax(dim=1) == likeliest).float().mean(), batch_size=size)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics, calibration too."""
-        logits = self._evaluate(batch)
-        self.eval_calibration.update(logits.float().softmax(dim=1), batch["label"])
-
-    def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits, labels = self(batch["image"]), batch["label"]
         self.eval_loss.update(classification_loss(logits, labels, self.hparams["loss"]), weight=len(labels))
         predicted = logits.argmax(dim=1)
         self.eval_accuracy.update(predicted, labels)
         if self.eval_confusion is not None:
             self.eval_confusion.update(predicted, labels)
-        return logits
+        if self.trainer.testing:
+            self.eval_calibration.update(logits.float().softmax(dim=1), labels)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs loss and accuracy over all images of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs loss, accuracy and calibration error over all images of all ranks."""
-        self._log_evaluation("test")
-        self.log("classifier/test_ece", self.eval_calibration.compute())
-        self.eval_calibration.reset()
-
-    def _log_evaluation(self, stage: str) -> None:
-        self.log(f"classifier/{stage}_loss", self.eval_loss.compute(), prog_bar=True)
-        self.log(f"classifier/{stage}_accuracy", self.eval_accuracy.compute(), prog_bar=True)
+    def _log_evaluation(self, part: Part) -> None:
+        self.log(f"classifier/{part}_loss", self.eval_loss.compute(), prog_bar=True)
+        self.log(f"classifier/{part}_accuracy", self.eval_accuracy.compute(), prog_bar=True)
         self.eval_loss.reset()
         self.eval_accuracy.reset()
         if self.eval_confusion is not None:
@@ -234,10 +215,9 @@ class ImageClassifier(LightningModule):
             rows = tuple((name, *row) for name, row in zip(self.class_names, counts, strict=True))
             self._media["classifier/confusion"] = TableMedia(("true class", *self.class_names), rows)
             self.eval_confusion.reset()
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """The table of the last evaluation, for 20 classes or fewer."""
-        return self._media
+        if part == "test":
+            self.log("classifier/test_ece", self.eval_calibration.compute())
+            self.eval_calibration.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Logits and labels of a batch.
