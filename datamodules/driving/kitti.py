@@ -23,6 +23,7 @@ from lit_methods.checks import one_of
 from lit_methods.datamodules.driving.base import DrivingDataModule, LabelFraction
 from lit_methods.datamodules.driving.common import (
     OnBroken,
+    SampleDataset,
     collate_semi_supervised,
     label_table,
     read_labels,
@@ -381,17 +382,12 @@ class KittiStyleDataModule(DrivingDataModule):
         if mode == "semi_supervised":
             self.collate_train = collate_semi_supervised
 
-    def setup(self, stage: str | None = None) -> None:
-        """List the scans and make the data sets of a stage: fit, validate, test, predict, or None for all."""
-        stages = ("fit", "validate", "test", "predict") if stage is None else (stage,)
-        if "fit" in stages:
-            self.train_set = self.segmentation_train_set(*self._frames("train"), self.mode == "semi_supervised")
-        if {"fit", "validate"} & set(stages):
-            self.val_set = self.segmentation_set(*self._frames("val"), augment=False)
-        if "test" in stages:
-            self.test_set = self.segmentation_set(*self._frames("val"), augment=False)
-        if "predict" in stages:
-            self.predict_set = self.segmentation_set(*self._frames(self.predict_split), augment=False, labelled=False)
+    def read(self, part: Literal["train", "val", "test", "predict"]) -> SampleDataset:
+        """List the scans of a part."""
+        if part == "train":
+            return self.segmentation_train_set(*self._frames("train"), self.mode == "semi_supervised")
+        split = self.predict_split if part == "predict" else "val"
+        return self.segmentation_set(*self._frames(split), augment=False, labelled=part != "predict")
 
     def write_labels(self, token: str, labels: Tensor, folder: Path) -> Path:
         """Write ``sequences/<sequence>/predictions/<frame>.label``: one uint32 raw id per point, the first raw id of each class.

@@ -382,33 +382,19 @@ class NuScenesDataModule(DrivingDataModule):
                 self.num_superpixels,
             )
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read the tables and make the data sets of a stage: fit, validate, test, predict, or None for all."""
+    def read(self, part: Literal["train", "val", "test", "predict"]) -> SampleDataset:
+        """Read the tables and choose the frames of a part."""
+        pretrain, train = self.mode == "pretrain", part == "train"
+        split: Split = (self.pretrain_split if pretrain else "train") if train else "val"
+        chosen = self._predict_frames() if part == "predict" else self._frames(split)
+        if pretrain:
+            if train and not chosen:
+                raise WrongRootError(f"no scene of {self.pretrain_split!r} in {self._root()}/{self.version}: check version and splits.json")
+            return self._pretrain_set(chosen, augment=train)
         frames = NuScenesFrames(self._tables())
-        stages = ("fit", "validate", "test", "predict") if stage is None else (stage,)
-        if self.mode == "pretrain":
-            if "fit" in stages:
-                train = self._frames(self.pretrain_split)
-                if not train:
-                    raise WrongRootError(
-                        f"no scene of {self.pretrain_split!r} in {self._root()}/{self.version}: check version and splits.json"
-                    )
-                self.train_set = self._pretrain_set(train, augment=True)
-            if {"fit", "validate"} & set(stages):
-                self.val_set = self._pretrain_set(self._frames("val"), augment=False)
-            if "test" in stages:
-                self.test_set = self._pretrain_set(self._frames("val"), augment=False)
-            if "predict" in stages:
-                self.predict_set = self._pretrain_set(self._predict_frames(), augment=False)
-            return
-        if "fit" in stages:
-            self.train_set = self.segmentation_train_set(frames, self._frames("train"), self.mode == "semi_supervised")
-        if {"fit", "validate"} & set(stages):
-            self.val_set = self.segmentation_set(frames, self._frames("val"), augment=False)
-        if "test" in stages:
-            self.test_set = self.segmentation_set(frames, self._frames("val"), augment=False)
-        if "predict" in stages:
-            self.predict_set = self.segmentation_set(frames, self._predict_frames(), augment=False, labelled=False)
+        if train:
+            return self.segmentation_train_set(frames, chosen, self.mode == "semi_supervised")
+        return self.segmentation_set(frames, chosen, augment=False, labelled=part != "predict")
 
     def write_labels(self, token: str, labels: Tensor, folder: Path) -> Path:
         """Write ``lidarseg/<split>/<token>_lidarseg.bin``: one uint8 per point, challenge classes 1..16 (training id + 1).
