@@ -198,8 +198,8 @@ class LatentCallback(OrderedCallback):
     runs_before: ClassVar[Sequence[str]] = ("SparsityReport", "Dashboard")
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "ModelPruning": "both replace the weights while fit runs",
-        "WeightAveraging": "its checkpoints lack the latent weights, so a resumed average would lose them; use EMATeacher",
-        "StochasticWeightAveraging": "its checkpoints lack the latent weights, so a resumed average would lose them",
+        "WeightAveraging": "its checkpoints hold the weights of the forward pass only, so a resumed average would lose the latent ones",
+        "StochasticWeightAveraging": "its checkpoints hold the weights of the forward pass only, so a resumed average would lose the latent ones",
     }
 
     def __init__(self, targets: Iterable[str], skip: Sequence[str]) -> None:
