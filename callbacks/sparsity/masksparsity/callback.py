@@ -3,7 +3,6 @@
 Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.masksparsity.core`.
 """
 
-import functools
 import operator
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -220,7 +219,9 @@ class MaskedBNSparsity(OrderedCallback):
             self._begin(pl_module)
 
     def _refuse(self, pl_module: pl.LightningModule) -> None:
-        found = functools.reduce(lambda part, name: getattr(part, name, None), self.forward.split("."), pl_module)
+        found: Any = pl_module
+        for name in self.forward.split("."):
+            found = getattr(found, name, None)
         if not callable(found) or (self.forward == "forward" and not is_overridden("forward", pl_module, pl.LightningModule)):
             missing = f"{type(pl_module).__name__} has no {self.forward!r} that maps inputs to outputs"
             raise TypeError(f"MaskedBNSparsity traces the network, but {missing}: give forward the name of such a method or submodule")
