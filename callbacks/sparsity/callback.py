@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_methods import checks, distributed
 from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.sparsity.history import pack_bits
 from lit_methods.callbacks.sparsity.store import MaskStore, prunable_weights
 from lit_methods.callbacks.targets import plain_parameters, refuse_sharded
 from lit_methods.seeds import own_seed
@@ -24,6 +25,18 @@ def notify_mask_updated(trainer: pl.Trainer, pl_module: pl.LightningModule, sour
         listen = getattr(callback, "on_mask_updated", None)
         if callable(listen):
             listen(trainer, pl_module, source)
+
+
+def check_ranks(who: str, masks: Iterable[Tensor], sources: str) -> None:
+    """Raise if masks differ between processes.
+
+    Raises:
+        RuntimeError: They do, and so do the ``sources`` that they come from.
+    """
+    if distributed.world_size() > 1:
+        bits = [pack_bits(mask) for mask in masks]
+        if bits and not distributed.same_on_all_ranks(torch.cat([packed.to(bits[0].device) for packed in bits])):
+            raise RuntimeError(f"{who}: the masks differ between ranks, so do the {sources} that they come from")
 
 
 class MaskCallback(OrderedCallback):
@@ -195,10 +208,7 @@ class MaskCallback(OrderedCallback):
             notify_mask_updated(trainer, pl_module, self)
 
     def _check_ranks(self) -> None:
-        if distributed.world_size() > 1:
-            packed = torch.cat([mask.flatten() for mask in self.store.masks.values()])
-            if not distributed.same_on_all_ranks(packed):
-                raise RuntimeError(f"{type(self).__name__}: the masks differ between ranks, so do the weights or gradients they come from")
+        check_ranks(type(self).__name__, self.store.masks.values(), "weights or gradients")
 
     def _apply_to_averages(self, trainer: pl.Trainer) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

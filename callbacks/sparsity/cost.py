@@ -25,15 +25,21 @@ class Cost:
         macs_dense: Weight -> MACs.
         macs_sparse: Weight -> MACs if only kept weights are multiplied.
         attention_macs: Products in which no weight takes part, such as attention scores and values. Sparse weights don't reduce them.
-        flops_dense: All of it, with dense weights.
-        flops_sparse: All of it, with kept weights only.
     """
 
     macs_dense: dict[str, float]
     macs_sparse: dict[str, float]
     attention_macs: float
-    flops_dense: float
-    flops_sparse: float
+
+    @property
+    def flops_dense(self) -> float:
+        """All of it, with dense weights."""
+        return 2 * (sum(self.macs_dense.values()) + self.attention_macs)
+
+    @property
+    def flops_sparse(self) -> float:
+        """All of it, with kept weights only."""
+        return 2 * (sum(self.macs_sparse.values()) + self.attention_macs)
 
     @property
     def ratio(self) -> float:
@@ -60,9 +66,7 @@ def theoretical_cost(macs: Macs, density: Mapping[str, float], samples: int = 1)
         samples: How many samples were counted.
     """
     dense = {name: count / samples for name, count in macs.per_weight.items()}
-    sparse = {name: count * density.get(name, 1.0) for name, count in dense.items()}
-    other = macs.other / samples
-    return Cost(dense, sparse, other, 2 * (sum(dense.values()) + other), 2 * (sum(sparse.values()) + other))
+    return Cost(dense, {name: count * density.get(name, 1.0) for name, count in dense.items()}, macs.other / samples)
 
 
 def training_cost(cost: Cost, cards: Mapping[str, SparsityCard]) -> float:

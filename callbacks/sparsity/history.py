@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_methods.callbacks.sparsity.dynamics import MaskChange, mask_change
+from lit_methods.callbacks.sparsity.dynamics import MaskChange, intersection, mask_change, union
 
 Kind = Literal["first", "last", "ever", "always"]
-_NEXT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "first": lambda old, new: old,
+Masks = Mapping[str, Tensor]
+_NEXT: dict[str, Callable[[Masks, Masks], Masks]] = {
+    "first": lambda old, new: {**new, **old},
     "last": lambda old, new: new,
-    "ever": torch.logical_or,
-    "always": torch.logical_and,
+    "ever": union,
+    "always": intersection,
 }
 
 
@@ -39,17 +40,17 @@ class MaskHistory:
         self.ever: dict[str, Tensor] = {}
         self.always: dict[str, Tensor] = {}
 
-    def note(self, masks: Mapping[str, Tensor]) -> None:
-        """Take in masks; weights that aren't named stay as they are. Masks are kept, not copied."""
+    def note(self, masks: Masks) -> None:
+        """Take in masks; weights that aren't named stay as they are."""
         for kind in self.kinds:
             known: dict[str, Tensor] = getattr(self, kind)
-            known |= {name: _NEXT[kind](known.get(name, mask), mask) for name, mask in masks.items()}
+            known |= _NEXT[kind](known, masks)
 
-    def flips(self, masks: Mapping[str, Tensor]) -> Tensor:
+    def flips(self, masks: Masks) -> Tensor:
         """How many entries differ from the last masks: a scalar on the first mask's device; weights without a last mask don't count."""
         return flips(self.last, masks)
 
-    def change(self, masks: Mapping[str, Tensor]) -> MaskChange | None:
+    def change(self, masks: Masks) -> MaskChange | None:
         """From the last masks to these; None if they are the same."""
         before = {name: self.last[name] for name in masks if name in self.last}
         same = all(torch.equal(mask, masks[name]) for name, mask in before.items())
@@ -65,7 +66,7 @@ class MaskHistory:
             setattr(self, kind, {name: mask.to(weights[name].device) for name, mask in state[key].items()})
 
 
-def flips(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> Tensor:
+def flips(before: Masks, after: Masks) -> Tensor:
     """How many entries differ, over the weights that both name: a scalar on the first mask's device."""
     counts = [(mask != before[name].to(mask.device)).sum() for name, mask in after.items() if name in before]
     return torch.stack([count.to(counts[0].device) for count in counts]).sum() if counts else torch.zeros((), dtype=torch.int64)
@@ -93,7 +94,7 @@ def _places(device: torch.device, low_first: bool) -> Tensor:
     return places if low_first else places.flip(0)
 
 
-def pack(masks: Mapping[str, Tensor]) -> dict[str, Any]:
+def pack(masks: Masks) -> dict[str, Any]:
     """Masks for a checkpoint, a bit per weight: name -> ``shape`` and ``bits``."""
     return {name: {"shape": list(mask.shape), "bits": pack_bits(mask)} for name, mask in masks.items()}
 

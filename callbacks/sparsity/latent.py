@@ -172,6 +172,9 @@ class ParametrizedWeight:
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------
 
 
+_LOST = "its checkpoints hold the weights of the forward pass only, so a resumed average would lose the latent ones"
+
+
 class LatentCallback(OrderedCallback):
     """Base of the callbacks that train latent weights W, of which the forward pass sees a function.
 
@@ -198,8 +201,7 @@ class LatentCallback(OrderedCallback):
     runs_before: ClassVar[Sequence[str]] = ("SparsityReport", "Dashboard")
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "ModelPruning": "both replace the weights while fit runs",
-        "WeightAveraging": "its checkpoints lack the latent weights, so a resumed average would lose them; use EMATeacher",
-        "StochasticWeightAveraging": "its checkpoints lack the latent weights, so a resumed average would lose them",
+        **dict.fromkeys(("WeightAveraging", "StochasticWeightAveraging"), _LOST),
     }
 
     def __init__(self, targets: Iterable[str], skip: Sequence[str]) -> None:

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lit_methods import checks, distributed
-from lit_methods.callbacks.sparsity.callback import notify_mask_updated
+from lit_methods import checks
+from lit_methods.callbacks.sparsity.callback import check_ranks, notify_mask_updated
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.cast import core
 from lit_methods.callbacks.sparsity.cast.adams import AdamS, Rule
@@ -328,7 +328,7 @@ class CAST(LatentCallback):
                     layer.parametrization.branch.data.copy_(core.pruned_block_means(*removed))
         self._first = {name: packed.to(self._layers[name].latent.device) for name, packed in self._first.items()}
         self._share_masks(trainer)
-        self._check_ranks()
+        check_ranks("CAST", self.store.masks.values(), "weights")
         if self.update != "adam":
             self._replace_optimizers(trainer, self.update)
         notify_mask_updated(trainer, pl_module, self)
@@ -436,12 +436,6 @@ class CAST(LatentCallback):
             own = [name for name, weight in self.store.weights.items() if weight in optimizer.sparse]
             optimizer.set_masks({self.store.weights[name]: self.store.masks[name] for name in own})
 
-    def _check_ranks(self) -> None:
-        if distributed.world_size() > 1:
-            device = next(iter(self.store.weights.values())).device
-            if not distributed.same_on_all_ranks(torch.cat([pack_bits(mask).to(device) for mask in self.store.masks.values()])):
-                raise RuntimeError("CAST: the masks differ between ranks, so do the weights that they come from")
-
     @torch.no_grad()
     def _probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The loss of this batch as it is, and after a virtual hard prune; on a copy that shares parameters and logs nothing."""
@@ -504,7 +498,7 @@ class CAST(LatentCallback):
         for name, layer in self._layers.items():
             if not is_nm(layer.latent, self.n, self.m, layer.parametrization.dim):
                 raise RuntimeError(f"CAST: {name} isn't {self.n}:{self.m} after its mask was applied; please report this")
-        self._check_ranks()
+        check_ranks("CAST", self.store.masks.values(), "weights")
         notify_mask_updated(trainer, pl_module, self)
 
     def _save(self, trainer: pl.Trainer, name: str, weights_only: bool) -> None:

@@ -17,10 +17,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lit_methods import checks, distributed
+from lit_methods import checks
 from lit_methods.callbacks.batch import Key, find_in_batch
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.sparsity import channels
+from lit_methods.callbacks.sparsity.callback import check_ranks
 from lit_methods.callbacks.sparsity.channels import PLAN_KEY, ChannelGroup, ChannelPlan
 from lit_methods.callbacks.sparsity.flops import count_macs
 from lit_methods.callbacks.sparsity.masksparsity import core
@@ -257,10 +258,7 @@ class MaskedBNSparsity(OrderedCallback):
             self._restore(self._loaded)
         self._loaded = None
         self._follow(pl_module)
-        if distributed.world_size() > 1 and self._masks:
-            packed = torch.cat([mask.to(pl_module.device) for mask in self._masks.values()])
-            if not distributed.same_on_all_ranks(packed):
-                raise RuntimeError("MaskedBNSparsity: the masks differ between ranks, so do the weights or files that they come from")
+        check_ranks("MaskedBNSparsity", [mask.to(pl_module.device) for mask in self._masks.values()], "weights or files")
 
     def _follow(self, pl_module: pl.LightningModule) -> None:
         """Find the scales, and move the masks to them."""

@@ -276,7 +276,7 @@ class SparseIFT(DynamicSparsity):
             self._history.note(self.store.masks)
         self._uncounted = self._macs is None
         sizes = {name: parameter.numel() for name, parameter in plain_parameters(pl_module).items()}
-        self._stored = {name: sizes[name] for layer in self._layers for name in (*layer.sparse, *layer.dense)}
+        self._stored = {name: sizes[name] for layer in self._layers for name in layer.weights}
         if self.fold_weight_decay:
             self._check_decay(trainer)
 
@@ -366,8 +366,8 @@ class SparseIFT(DynamicSparsity):
         if layers:
             dense = sum(one.dense_size for one in layers)
             sizes = self._stored
-            stored = sum(sizes[name] for one in layers for name in (*one.sparse, *one.dense))
-            active = sum(sizes[name] * density.get(name, 1.0) for one in layers for name in (*one.sparse, *one.dense))
+            stored = sum(sizes[name] for one in layers for name in one.weights)
+            active = sum(sizes[name] * density.get(name, 1.0) for one in layers for name in one.weights)
             values |= {"weights_ratio": active / dense, "stored_ratio": stored / dense}
         if self.method != "static":
             end = int(self.end_fraction * (self.total_steps or 0))
@@ -399,10 +399,9 @@ class SparseIFT(DynamicSparsity):
             ratios = flops_against_dense(self._layers, self._macs["per_weight"], sizes, density)
         rows = []
         for layer, (now, before) in zip(self._layers, ratios, strict=True):
-            weights = (*layer.sparse, *layer.dense)
-            active = sum(counts[name][0] if name in counts else sizes[name] for name in weights)
+            active = sum(counts[name][0] if name in counts else sizes[name] for name in layer.weights)
             shape = " x ".join(map(str, layer.dense_shape))
-            stored = sum(sizes[name] for name in weights)
+            stored = sum(sizes[name] for name in layer.weights)
             kind, ratio = "sparse" if layer.sparse else "dense", now / before if before else None
             rows.append((layer.name, shape, layer.dense_size, stored, active, kind, ratio))
         heads = ("layer", "dense weight", "weights of the dense layer", "stored now", "active now", "kind", "FLOPs / dense")

@@ -227,6 +227,11 @@ class TransformedLayer:
     folded: tuple[str, ...] = ()
 
     @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of all weights in its place."""
+        return (*self.sparse, *self.dense)
+
+    @property
     def dense_size(self) -> int:
         """Weights of the dense layer."""
         return math.prod(self.dense_shape)
@@ -643,7 +648,6 @@ def flops_against_dense(
     """
     found = []
     for layer in layers:
-        weights = (*layer.sparse, *layer.dense)
-        uses = macs[weights[0]] / sizes[weights[0]]
-        found.append((sum(macs[name] * density.get(name, 1.0) for name in weights), uses * layer.dense_size))
+        uses = macs[layer.weights[0]] / sizes[layer.weights[0]]
+        found.append((sum(macs[name] * density.get(name, 1.0) for name in layer.weights), uses * layer.dense_size))
     return found

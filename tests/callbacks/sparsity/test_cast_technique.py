@@ -3,7 +3,6 @@
 import contextlib
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -27,7 +26,6 @@ from helpers import (
 )
 from lit_methods.callbacks import CAST, AdamS, DynamicSparsity, EMATeacher, NMSparsity, SparsityReport
 from lit_methods.callbacks.sparsity.cast import adams, core
-from lit_methods.callbacks.sparsity.history import pack_bits, unpack_bits
 from lit_methods.callbacks.sparsity.masks import is_nm, nm_mask
 from lit_methods.datamodules.loaders import make_loader
 
@@ -268,7 +266,7 @@ def test_kl_survives_large_logits_removed_classes_and_autocast():
         assert core.kl_to_teacher(torch.randn(2, 3).bfloat16(), torch.randn(2, 3)).dtype == torch.float32
 
 
-def test_statistics_and_packed_bits():
+def test_statistics_and_refresh_steps():
     weight = torch.tensor([[1.0, -3.0, 5e-5, 0.0], [2.0, 0.5, -4.0, 0.1]])
     mask = torch.tensor([[True, True, False, False], [True, False, True, False]])
     found = {name: float(value) for name, value in core.magnitude_statistics([weight], [mask]).items()}
@@ -276,13 +274,6 @@ def test_statistics_and_packed_bits():
     assert found == pytest.approx(
         {"masked_magnitude": expected, "kept_magnitude": 2.5, "magnitude_ratio": expected / 2.5, "masked_below_1e-4": 0.5}
     )
-    for shape in ((3, 5), (8,), (2, 4, 3)):
-        bits = torch.rand(shape) < 0.5
-        assert torch.equal(pack_bits(bits), torch.from_numpy(np.packbits(bits.numpy())))
-        for low_first in (True, False):
-            packed = pack_bits(bits, low_first=low_first)
-            assert packed.numel() == -(-bits.numel() // 8)
-            assert torch.equal(unpack_bits(packed, shape, low_first=low_first), bits)
     assert [step for step in range(9) if core.is_refresh_step(step, 4)] == [0, 4, 8]
 
 
