@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Test processes, one thread each. 0: all tests in one process, in order.
 WORKERS ?= 2
 
-.PHONY: superflow test test-all test-slow test-faults lint types wheel-check claims docs notebooks bench-lidar bench-logging size clean
+.PHONY: superflow test test-all test-slow test-faults lint types wheel-check claims docs functional notebooks bench-lidar bench-logging size clean
 
 superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
@@ -47,6 +47,9 @@ claims: .venv/installed  ## re-show every claim, and write docs/evidence.md; hou
 
 docs: .venv/installed  ## the site, in site/; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+functional: .venv/installed  ## lit_methods/functional.pyi, from each core's __all__
+	$(BIN)/python docs/tools/functional.py
 
 notebooks: .venv/installed  ## run them all and keep their outputs
 	$(BIN)/python notebooks/execute.py

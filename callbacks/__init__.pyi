@@ -5,8 +5,8 @@ from .evaluation.reliability import Reliability as Reliability
 from .evaluation.sample_grid import SampleGrid as SampleGrid
 from .evaluation.sample_quality import SampleQuality as SampleQuality
 from .features import FeatureCapture as FeatureCapture
-from .imbalanced_regression.conr import ConR as ConR
-from .imbalanced_regression.fds import FDS as FDS
+from .imbalanced_regression.conr.callback import ConR as ConR
+from .imbalanced_regression.fds.callback import FDS as FDS
 from .lidar.dense_to_sparse import DenseToSparse as DenseToSparse
 from .lidar.submission import SubmissionWriter as SubmissionWriter
 from .lidar.temporal_voting import TemporalVoting as TemporalVoting

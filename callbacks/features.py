@@ -27,7 +27,7 @@ class FeatureCapture:
 
     Args:
         root: Where to look.
-        targets: As in :func:`~lit_methods.callbacks.targets.select_modules`; no target and no type captures nothing.
+        targets: ``fnmatch`` patterns on submodule names; no target and no type captures nothing.
         types: Module classes that are captured; empty: any.
         active: Start keeping at once.
 
@@ -126,7 +126,7 @@ class FeatureCallback(OrderedCallback):
         self._features: FeatureCapture | None = None
 
     @property
-    def features(self) -> FeatureCapture:
+    def _capture(self) -> FeatureCapture:
         """The capture; fit must have been set up."""
         assert self._features is not None
         return self._features
@@ -144,13 +144,13 @@ class FeatureCallback(OrderedCallback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin to keep features."""
-        self.features.clear()
-        self.features.resume()
+        self._capture.clear()
+        self._capture.resume()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep none in validation."""
-        self.features.pause()
-        self.features.clear()
+        self._capture.pause()
+        self._capture.clear()
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the hooks off the module."""
@@ -188,11 +188,11 @@ def one_submodule(root: nn.Module, pattern: str, argument: str) -> tuple[str, nn
         ValueError: None matches, which lists the nearest names, or several do.
     """
     try:
-        found = select_modules(root, [pattern])
+        chosen = select_modules(root, [pattern])
     except ValueError as error:
         raise ValueError(f"{argument}: {error}") from None
-    name = one_of_calls(found, pattern, argument)
-    return name, found[name]
+    name = one_of_calls(chosen, pattern, argument)
+    return name, chosen[name]
 
 
 def require_network(pl_module: pl.LightningModule, name: str, who: str) -> None:

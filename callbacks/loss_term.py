@@ -112,7 +112,7 @@ class LossTerm(FeatureCallback):
         """
         assert self._module is not None
         module, batch_idx, seen = self._module, self._batch_idx, self._batch if batch is None else batch
-        with self.features.apart() as calls:
+        with self._capture.apart() as calls:
             output = second_step(module, seen, batch_idx) if run is None else run(seen)
         return SecondPass(output, {name: outputs[-1] for name, outputs in calls.items() if outputs}, calls)
 
@@ -148,7 +148,7 @@ class LossTerm(FeatureCallback):
         self._batch_idx = batch_idx
 
     def _add(self, output: Any, batch: Any) -> Any:
-        module, features = self._module, self.features
+        module, features = self._module, self._capture
         assert module is not None
         if output is None:
             features.clear()

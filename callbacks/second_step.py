@@ -20,7 +20,9 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
 def _kept(metric: Metric) -> Callable[[], None]:
     """What puts the metric back to where it stands now; states that several metrics share stay shared."""
     noted = {name: vars(metric)[name] for name in ("_update_count", "_computed", "_forward_cache")}
-    states = {name: (state, state.clone() if isinstance(state, Tensor) else list(state)) for name, state in metric.metric_state.items()}
+    states: dict[str, tuple[Any, Any]] = {}
+    for name, state in metric.metric_state.items():
+        states[name] = state, state.clone() if isinstance(state, Tensor) else list(state)
 
     def restore() -> None:
         for name, (state, content) in states.items():

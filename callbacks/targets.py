@@ -1,6 +1,7 @@
 """Choosing submodules by name pattern and type."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -24,6 +25,21 @@ def plain_module(module: nn.Module) -> nn.Module:
             module = module.module
         else:
             return module
+
+
+def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by the names that they have without ``torch.compile`` and parametrisations; tied ones once."""
+    return {plain_parameter_name(name): parameter for name, parameter in module.named_parameters()}
+
+
+def plain_parameter_name(name: str) -> str:
+    """``name`` as it is without ``torch.compile`` and parametrisations: ``0.parametrizations.weight.original`` becomes ``0.weight``."""
+    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", plain_name(name))
+
+
+def plain_modules(module: nn.Module) -> dict[str, nn.Module]:
+    """All submodules, the root (``""``) included, by their names without ``torch.compile``; of a compiled one the module inside."""
+    return {plain_name(name): plain_module(part) for name, part in module.named_modules()}
 
 
 def select_modules(root: nn.Module, targets: Sequence[str], types: tuple[type, ...] = ()) -> dict[str, nn.Module]:
@@ -77,4 +93,4 @@ def refuse_sharded(trainer: pl.Trainer, who: str) -> None:
         ValueError: FSDP, DeepSpeed or tensor parallelism.
     """
     if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
-        raise ValueError(f"{who} masks whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")
+        raise ValueError(f"{who} needs whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")

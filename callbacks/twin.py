@@ -1,40 +1,16 @@
 """Twins of somebody's module: copies that may be run, counted and thrown away without a trace in the original."""
 
 import copy
-import inspect
-import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-from lit_methods.callbacks.sparsity.flops import Macs, count_macs
-from lit_methods.callbacks.targets import plain_name
-
-
-def _plain_parameter_name(name: str) -> str:
-    return re.sub(r"parametrizations\.([^.]+)\.original$", r"\1", plain_name(name))
-
-
-def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by the names that they have without ``torch.compile`` and parametrisations; tied ones once."""
-    return {_plain_parameter_name(name): parameter for name, parameter in module.named_parameters()}
-
-
-def _samples(batch: Any) -> int | None:
-    """Size of the first dimension of the first tensor in a batch."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else None
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next((found for found in map(_samples, values) if found), None)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -58,59 +34,6 @@ def shadow(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningMo
     twin.__class__ = type(type(twin).__name__, (type(twin),), silent)
     twin.trainer = trainer
     return twin.eval()
-
-
-def _runs(twin: pl.LightningModule, forward: str | None) -> list[str]:
-    """Methods that can run the network on a batch, best first."""
-    if forward is not None:
-        return [forward]
-    steps = ["validation_step", "test_step"] + (["training_step"] if twin.automatic_optimization else [])
-    return [*(step for step in steps if is_overridden(step, twin, pl.LightningModule)), "predict_step"]
-
-
-def _call(twin: pl.LightningModule, name: str, batch: Any, precision: Any) -> Any:
-    method = getattr(twin, name)
-    names = list(inspect.signature(method).parameters)
-    others = (0, 0)[: max(0, len(names) - 1)] if name.endswith("_step") else ()
-    with precision:
-        return method(batch, *others)
-
-
-def count_on_batch(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, forward: str | None = None
-) -> tuple[Macs | None, str, list[str]]:
-    """Count a forward pass of a batch through a :func:`shadow` of the module; generators of random numbers stay as they were.
-
-    Args:
-        trainer: Its trainer.
-        pl_module: Any module.
-        batch: As the training step gets it, on the device.
-        forward: Name of the method that is run; None: the first step that works.
-
-    Returns:
-        MACs of the batch by parameter (None: nothing could be run), the method's name, and what went wrong on the way.
-    """
-    weights = {name: weight for name, weight in _parameters(pl_module).items() if weight.ndim >= 2}
-    problems: list[str] = []
-    with isolate_rng(pl_module.device.type == "cuda"):
-        try:
-            twin = shadow(trainer, pl_module)
-            candidates = _runs(twin, forward)
-        except Exception as error:  # a module may hold anything
-            return None, "", [f"no copy of the module can be made: {type(error).__name__}: {error}"]
-        for name in candidates:
-            # autocast makes copies of the weights, which the counter doesn't know; it is off here and in count_macs
-            precision = nullcontext() if "mixed" in str(trainer.precision) else trainer.precision_plugin.val_step_context()
-            inputs = apply_to_collection(batch, Tensor, torch.clone)
-            try:
-                macs = count_macs(twin, lambda name=name, p=precision, x=inputs: _call(twin, name, x, p), weights)  # type: ignore[misc]
-            except Exception as error:  # the user's code, on a batch that it may not be made for
-                problems.append(f"{name}: {type(error).__name__}: {error}")
-                continue
-            if sum(macs.per_weight.values()):
-                return macs, name, problems
-            problems.append(f"{name}: no weight is used")
-    return None, "", problems
 
 
 class _AloneNorm(nn.modules.batchnorm._BatchNorm):
@@ -151,6 +74,20 @@ def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
         )
     for batch in loader:
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def validation_batches(trainer: pl.Trainer) -> Iterator[Any]:
+    """Batches of this rank's validation loaders, on the device, as many as a validation would see."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    limit = trainer.limit_val_batches
+    if source.instance is None or not source.is_defined() or not limit:
+        return
+    loaders: Any = source.dataloader()
+    loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
+    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
+        number = limit if isinstance(limit, int) else None if limit >= 1 else int(limit * len(loader))
+        for batch in islice(loader, number):
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 @contextmanager

@@ -1,44 +1,50 @@
-"""Adding to what somebody else's ``training_step`` returns, and leaving without a trace."""
+"""Standing around a method of somebody else's module, and leaving without a trace."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning.pytorch import LightningModule
 
-Addition = Callable[[Any, Any], Any]
+Addition = Callable[..., Any]
 
 
-def _is_ours(step: Any) -> bool:
-    return getattr(step, "wrapper", None) is step  # functools.wraps of another wrapper copies the attribute, not the identity
+def _is_ours(function: Any) -> bool:
+    return getattr(function, "wrapper", None) is function  # functools.wraps of another wrapper copies the attribute, not the identity
 
 
-def attach(module: LightningModule, add: Addition) -> None:
-    """Pass the output of ``training_step`` through ``add``; any number of additions, which may leave in any order.
+def _after(add: Addition, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run what stands inside, and pass its output on with the method's first argument."""
+    return add(call(*args, **kwargs), args[0] if args else next(iter(kwargs.values()), None))
 
-    One wrapper per module holds all additions and applies them in the order of attachment. It calls what was there
-    before: the class's method, or what ``torch.compile`` or the user put on the instance. Lightning still sees the
-    signature of the step.
+
+def attach(module: LightningModule, add: Addition, method: str = "training_step", *, around: bool = False) -> None:
+    """Pass the output of a method through ``add``; any number of additions, which may leave in any order.
+
+    One wrapper per method holds all additions and applies them in the order of attachment, the first one innermost. It calls what was there
+    before: the class's method, or what ``torch.compile`` or the user put on the instance. Lightning still sees the method's signature.
 
     Args:
-        module: Its instance attribute ``training_step`` is set.
-        add: ``add(output, batch) -> output``. ``output`` is what the step (or the addition before) returned,
-            ``batch`` the step's first argument: the batch on its device, or the iterator for a step that takes
-            ``dataloader_iter``.
+        module: Its instance attribute of the method's name is set.
+        add: ``add(output, first) -> output``. ``output`` is what the method (or the addition before) returned, ``first`` the method's first
+            argument: for ``training_step`` the batch on its device, or the iterator for a step that takes ``dataloader_iter``.
+        method: Name of the method.
+        around: ``add(call, *arguments)`` is called in the method's place: it may act before ``call(*arguments)``, or leave the call out.
     """
-    step = module.training_step
-    if not _is_ours(step):
+    inside = getattr(module, method)
+    if not _is_ours(inside):
 
-        @functools.wraps(step)  # Lightning reads (batch), (batch, batch_idx) or (dataloader_iter) through __wrapped__
+        @functools.wraps(inside)  # Lightning reads (batch), (batch, batch_idx) or (dataloader_iter) through __wrapped__
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            batch = args[0] if args else next(iter(kwargs.values()), None)
-            return functools.reduce(lambda output, f: f(output, batch), tuple(additions), step(*args, **kwargs))
+            call = inside
+            for _, layer in tuple(layers):
+                call = functools.partial(layer, call)
+            return call(*args, **kwargs)
 
-        additions: list[Addition] = []
-        vars(wrapped).update(wrapper=wrapped, additions=additions, was_own="training_step" in vars(module))
-        module.training_step = wrapped  # type: ignore[method-assign]
-    module.training_step.additions.append(add)  # type: ignore[attr-defined]
+        layers: list[tuple[Addition, Addition]] = []
+        vars(wrapped).update(wrapper=wrapped, layers=layers, was_own=method in vars(module))
+        setattr(module, method, wrapped)
+    getattr(module, method).layers.append((add, add if around else functools.partial(_after, add)))
 
 
 def without_additions(module: LightningModule) -> Callable[..., Any]:
@@ -49,46 +55,19 @@ def without_additions(module: LightningModule) -> Callable[..., Any]:
     return module.training_step if step is None else step.__wrapped__  # type: ignore[no-any-return]
 
 
-def detach(module: LightningModule, add: Addition) -> None:
+def detach(module: LightningModule, add: Addition, method: str = "training_step") -> None:
     """Undo one :func:`attach`; the last one to leave takes the wrapper away. A second call does nothing.
 
-    Call it from ``teardown`` and from ``on_exception``, for Lightning doesn't call ``teardown`` when fit raises. A
-    wrapper that a third party has meanwhile put around ours stays, and ours in it then adds nothing.
+    Call it where a run ends and where it raises (:meth:`~lit_methods.callbacks.ordering.OrderedCallback.leave`). A wrapper that a third
+    party has meanwhile put around ours stays, and ours in it then adds nothing.
     """
-    step: Any = module.training_step
-    additions = getattr(step, "additions", [])
-    if add not in additions:
+    wrapper: Any = getattr(module, method)
+    layers = getattr(wrapper, "layers", [])
+    position = next((index for index, (own, _) in enumerate(layers) if own == add), None)
+    if position is None:
         return
-    additions.remove(add)
-    if not additions and _is_ours(step):
-        del module.training_step  # the class's own method shows through again
-        if step.was_own:
-            module.training_step = step.__wrapped__  # type: ignore[method-assign]
-
-
-def _hold_schedulers(module: pl.LightningModule, held: Callable[[Any], bool]) -> None:
-    """Leave out ``module.lr_scheduler_step`` while any of the ``held`` says so; any number of them, leaving in any order."""
-    if not hasattr(module.lr_scheduler_step, "holds"):
-        inside = module.lr_scheduler_step
-
-        @functools.wraps(inside)
-        def wrapped(scheduler: Any, *args: Any, **kwargs: Any) -> None:
-            if not any(hold(scheduler) for hold in waiting.holds):
-                inside(scheduler, *args, **kwargs)
-
-        waiting: Any = wrapped
-        waiting.holds, waiting.inside, waiting.was_own = [], inside, "lr_scheduler_step" in vars(module)
-        module.lr_scheduler_step = waiting  # type: ignore[method-assign]
-    step: Any = module.lr_scheduler_step
-    step.holds.append(held)
-
-
-def _let_schedulers_go(module: pl.LightningModule, held: Callable[[Any], bool]) -> None:
-    """Undo one ``_hold_schedulers``; a second call does nothing."""
-    step: Any = module.lr_scheduler_step
-    if held in getattr(step, "holds", ()):
-        step.holds.remove(held)
-        if not step.holds:
-            del module.lr_scheduler_step
-            if step.was_own:
-                module.lr_scheduler_step = step.inside  # type: ignore[method-assign]
+    del layers[position]
+    if not layers and _is_ours(wrapper):
+        delattr(module, method)  # the class's own method shows through again
+        if wrapper.was_own:
+            setattr(module, method, wrapper.__wrapped__)

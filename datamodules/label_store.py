@@ -19,14 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.files import replacing, write_atomically
 
 _FORMAT = 1
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def _read_json(path: Path) -> Any:
@@ -83,7 +78,7 @@ class LabelWriter:
         """The list of images comes last: a shard without one is not read."""
         self._file.close()
         if kind is None:
-            _replace(self._base.with_suffix(".json"), json.dumps(self._index).encode())
+            write_atomically(self._base.with_suffix(".json"), json.dumps(self._index))
 
 
 class LabelStore:
@@ -122,18 +117,18 @@ class LabelStore:
         Args:
             folder: Created if need be.
             labels: (H, W) integers of each image, in order of the index.
-            dtype: That holds every label, the one for ignored pixels too.
+            dtype: Integer type that holds every label, the one for ignored pixels too.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = ("store.json", "original.bin", "original.part", "generation.bin", "next", "corrected-*")
+        names = ("store.json", "original.bin", ".*.tmp", "generation.bin", "next", "corrected-*")
         earlier = [path for name in names for path in folder.glob(name)]
         if strange := sorted(set(folder.iterdir()) - set(earlier)):
             raise ValueError(f"{folder} is to hold labels and has {strange[0].name} in it: give an empty or a new folder")
         for path in earlier:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         shapes, checksum = [], 0
-        with open(folder / "original.part", "wb") as file:
+        with replacing(folder / "original.bin") as partial, partial.open("wb") as file:
             for index, one in enumerate(labels):
                 packed = np.ascontiguousarray(one).astype(dtype)
                 if one.ndim != 2 or not np.array_equal(packed, one):
@@ -142,10 +137,9 @@ class LabelStore:
                 shapes.append(list(one.shape))
                 checksum = zlib.crc32(data, checksum)
                 file.write(data)
-        os.replace(folder / "original.part", folder / "original.bin")
-        _replace(folder / "generation.bin", np.zeros(1, dtype="<i8").tobytes())
+        write_atomically(folder / "generation.bin", np.zeros(1, dtype="<i8").tobytes())
         about = {"format": _FORMAT, "dtype": dtype, "checksum": checksum, "shapes": shapes}
-        _replace(folder / "store.json", json.dumps(about).encode())  # last: without it there is no store
+        write_atomically(folder / "store.json", json.dumps(about))  # last: without it there is no store
         return cls(folder)
 
     def __len__(self) -> int:
@@ -247,7 +241,7 @@ class LabelStore:
                 for i in kept:
                     writer.write(i, self.current(i))
             shards[f"shard-{shard:05d}"] = _read_json(folder / f"shard-{shard:05d}.json")
-        _replace(folder / "shards.json", json.dumps({name: len(index) for name, index in shards.items()}).encode())
+        write_atomically(folder / "shards.json", json.dumps({name: len(index) for name, index in shards.items()}))
         number = self.generation + 1
         shutil.rmtree(self._folder_of(number), ignore_errors=True)  # of a run that ended before it switched
         os.replace(folder, self._folder_of(number))

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_methods import distributed
+from lit_methods.checks import at_least
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -65,10 +66,8 @@ class RankSampler(DistributedSampler):
         counts_epochs: bool = True,
         with_epoch: bool = True,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}: give 1 or more")
-        if seed < 0:
-            raise ValueError(f"seed is {seed}: give 0 or more")
+        at_least(1, batch_size=batch_size)
+        at_least(0, seed=seed)
         super().__init__(dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
         self.batch_size = batch_size
         self.counts_epochs = counts_epochs
@@ -184,6 +183,7 @@ def make_loader(
     num_workers: int = 0,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     drop_last: bool = False,
+    sampler: RankSampler | None = None,
     trainer: "Trainer | None" = None,
     rank: int | None = None,
     world_size: int | None = None,
@@ -207,6 +207,7 @@ def make_loader(
         num_workers: Processes that read the data; 0 reads in this one. The batches are the same for any number.
         collate_fn: List of samples -> batch; None: torch's default.
         drop_last: Drop the samples behind the last full global batch.
+        sampler: Draws in another way, with a batch size of its own; None: a :class:`RankSampler` of the arguments above.
         trainer: Its ``global_rank`` and ``world_size`` are used.
         rank: Instead of ``trainer``: the index of this process. None: asked of ``torch.distributed``.
         world_size: As ``rank``.
@@ -226,31 +227,32 @@ def make_loader(
     rank = distributed.rank() if rank is None else rank
     world_size = distributed.world_size() if world_size is None else world_size
     training = shuffle if training is None else training
-    sampler = RankSampler(
-        dataset,  # type: ignore[arg-type]
-        batch_size,
-        rank=rank,
-        world_size=world_size,
-        shuffle=shuffle,
-        seed=seed,
-        drop_last=drop_last,
-        counts_epochs=training,
-        with_epoch=with_epoch,
-    )
-    samples, global_batch = len(dataset), world_size * batch_size  # type: ignore[arg-type]
-    if samples == 0 or (drop_last and samples < global_batch):
-        raise ValueError(
-            f"no batch comes out of {samples} samples with batch_size={batch_size} on {world_size} rank(s) and drop_last={drop_last}: "
-            "lower batch_size, set drop_last=False, or look at why the data set is so small"
+    if sampler is None:
+        sampler = RankSampler(
+            dataset,  # type: ignore[arg-type]
+            batch_size,
+            rank=rank,
+            world_size=world_size,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+            counts_epochs=training,
+            with_epoch=with_epoch,
         )
-    if training and not drop_last and 0 < samples % global_batch < world_size:
-        raise ValueError(
-            f"the last {samples % global_batch} of {samples} samples can't be dealt to all {world_size} ranks, "
-            "and training would wait forever: set drop_last=True"
-        )
+        samples, global_batch = len(dataset), world_size * batch_size  # type: ignore[arg-type]
+        if samples == 0 or (drop_last and samples < global_batch):
+            raise ValueError(
+                f"no batch comes out of {samples} samples with batch_size={batch_size} on {world_size} rank(s) and drop_last={drop_last}: "
+                "lower batch_size, set drop_last=False, or look at why the data set is so small"
+            )
+        if training and not drop_last and 0 < samples % global_batch < world_size:
+            raise ValueError(
+                f"the last {samples % global_batch} of {samples} samples can't be dealt to all {world_size} ranks, "
+                "and training would wait forever: set drop_last=True"
+            )
     return ResumableLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=sampler.batch_size,
         sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate_fn,

@@ -3,6 +3,7 @@
     python docs/make_gallery.py                                      # of every technique that has no picture yet
     python docs/make_gallery.py superflow                            # of one, with its first config, from its first step
     python docs/make_gallery.py superflow --run runs/superflow/<time>    # of one, out of a run that is there
+    python docs/make_gallery.py slct --run runs/slct/<time> --panel Samples    # of another panel than the first
 
 The picture is a WebP file of at most 100 kB in ``docs/gallery/``. It is drawn by ``draw(run)`` in ``docs/gallery/<slug>.py`` where there is
 such a file; else it is the first panel that the technique declares and for which the run has something: a chart with its axes, a picture or
@@ -47,14 +48,19 @@ def train(entry: Technique, folder: Path) -> Path:
     return sorted((folder / entry.slug).iterdir())[-1]
 
 
-def draw(entry: Technique, run: Path) -> Image.Image:
+def draw(entry: Technique, run: Path, title: str = "") -> Image.Image:
     """The technique's picture out of a run's folder.
 
+    Args:
+        entry: The technique.
+        run: Folder of a run of it.
+        title: Title of the panel to draw, whoever declares it; "": the technique's own way.
+
     Raises:
-        FileNotFoundError: The run has neither pictures nor metrics.
+        FileNotFoundError: The run has neither pictures nor metrics, or nothing for a panel of that title.
     """
     own = GALLERY / f"{entry.slug}.py"
-    if own.is_file():
+    if own.is_file() and not title:
         spec = importlib.util.spec_from_file_location(f"gallery_{entry.slug}", own)
         assert spec is not None
         assert spec.loader is not None
@@ -65,19 +71,25 @@ def draw(entry: Technique, run: Path) -> Image.Image:
         raise FileNotFoundError(f"{run} has neither media/ nor metrics.jsonl: is it the folder of a run?")
     data = load_run(run) if is_run(run) else None
     series = series_by_name(data.history) if data else {}
-    sections = [section for section in (data.sections if data else ()) if section.title.split(" ")[0] in entry.names]
-    for section in sorted(sections, key=lambda section: entry.names.index(section.title.split(" ")[0])):
+    sections = list(data.sections) if data else []
+    if not title:
+        named = [section for section in sections if section.title.split(" ")[0] in entry.names]
+        sections = sorted(named, key=lambda section: entry.names.index(section.title.split(" ")[0]))
+    for section in sections:
         for panel in section.panels:
-            if picture := drawn(panel, section.media, series):
+            if title in ("", panel.title) and (picture := drawn(panel, section.media, series)):
                 return picture
+    if title:
+        titles = ", ".join(dict.fromkeys(panel.title for section in sections for panel in section.panels))
+        raise FileNotFoundError(f"{run} has nothing for a panel {title!r}; declared are: {titles or 'none'}")
     pictures = sorted((run / "media").rglob("*.png"), key=lambda path: path.stat().st_mtime)
     if pictures:
         return on_canvas(Image.open(pictures[-1]).convert("RGB"))
-    named = {name: values for name, values in series.items() if "/" in name}
-    if not named:
+    metrics = {name: values for name, values in series.items() if "/" in name}
+    if not metrics:
         raise FileNotFoundError(f"{run} holds no picture and no metric")
-    name = max(named, key=lambda name: len(named[name][0]))
-    return curves(name, {name: named[name]})
+    name = max(metrics, key=lambda name: len(metrics[name][0]))
+    return curves(name, {name: metrics[name]})
 
 
 def drawn(panel: Panel, media: Mapping[str, Media], series: Mapping[str, Series]) -> Image.Image | None:
@@ -112,7 +124,11 @@ def curves(title: str, series: Mapping[str, Series]) -> Image.Image:
     place = axes(canvas, title, (min(steps), max(steps)), (min(values), max(values)), "step", names[0] if len(names) == 1 else "value")
     pen = ImageDraw.Draw(canvas)
     for points, colour in zip(lines.values(), LINES, strict=False):
-        pen.line([place(*point) for point in points], fill=colour, width=5, joint="curve")
+        pixels = [place(*point) for point in points]
+        pen.line(pixels, fill=colour, width=5, joint="curve")
+        if len(pixels) == 1:  # no line
+            x, y = pixels[0]
+            pen.ellipse([x - 6, y - 6, x + 6, y + 6], fill=colour)
     if len(names) > 1:
         legend(pen, names)
     return canvas
@@ -219,6 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("slugs", nargs="*", help="techniques; default: those without a picture")
     parser.add_argument("--run", type=Path, help="a finished run of the technique; default: its first config is run")
+    parser.add_argument("--panel", default="", help="title of the panel to draw; default: the technique's own script, or its first panel")
     arguments = parser.parse_args()
     known = techniques()
     missing = [slug for slug in published() if not any((GALLERY / f"{slug}.{kind}").is_file() for kind in ("webp", "png", "svg"))]
@@ -230,7 +247,7 @@ def main() -> None:
     for slug in slugs:
         with tempfile.TemporaryDirectory() as folder:
             run = arguments.run or train(known[slug], Path(folder))
-            data = encoded(draw(known[slug], run))
+            data = encoded(draw(known[slug], run, arguments.panel))
         write_atomically(GALLERY / f"{slug}.webp", data)
         print(f"docs/gallery/{slug}.webp: {len(data) / 1000:.0f} kB; the page shows it: ![alternative text](../gallery/{slug}.webp)")
 

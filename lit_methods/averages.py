@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_methods import checks
+
 
 @torch.no_grad()
 def ema_update(average: list[Tensor], source: list[Tensor], decay: float) -> None:
@@ -23,8 +25,7 @@ def ema_update(average: list[Tensor], source: list[Tensor], decay: float) -> Non
     Raises:
         ValueError: Another decay, or lists that don't fit together.
     """
-    if not 0.0 <= decay <= 1.0:
-        raise ValueError(f"decay is {decay}: give a number from 0 to 1")
+    checks.share(decay=decay)
     if len(average) != len(source) or any(a.shape != s.shape for a, s in zip(average, source, strict=True)):
         raise ValueError(
             f"{len(average)} averaged tensors don't fit the {len(source)} of the source: the module was changed after the teacher was made"
@@ -62,8 +63,7 @@ def cosine_decay(step: int, total_steps: int, base: float) -> float:
 
 def half_life_decay(half_life: float) -> float:
     """The decay that halves the share of the old average in ``half_life`` > 0 updates."""
-    if half_life <= 0:
-        raise ValueError(f"half_life is {half_life}: give a number of steps above 0")
+    checks.within("(0, inf)", "a number of steps", half_life=half_life)
     return 0.5 ** (1.0 / half_life)
 
 

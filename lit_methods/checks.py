@@ -38,7 +38,7 @@ def positive(**given: float | None) -> None:
     Example:
         >>> positive(learning_rate=1e-3, temperature=None)
     """
-    within("(0, inf)", **given)
+    within("(0, inf)", "a number", **given)
 
 
 def share(**given: float | None) -> None:
@@ -47,7 +47,7 @@ def share(**given: float | None) -> None:
     Example:
         >>> share(ema_decay=0.999)
     """
-    within("[0, 1]", **given)
+    within("[0, 1]", "a number", **given)
 
 
 def at_least(least: int, /, what: str = "a number", **given: float | None) -> None:

@@ -172,7 +172,9 @@ def _shapes(name: str) -> str:
         return ""
     docstring = ast.get_docstring(known.node) or ""
     return (
-        _paragraph(docstring, r"(?:[A-Z][\w ]* b|B)atches(?: \([^)]*\))?|Shapes|Needs") or _of_forward(known.node) or _of_batch(known.node)
+        _paragraph(docstring, r"(?:[A-Z][\w ]* b|B)atch(?:es)?(?: \([^)]*\))?|Shapes|Needs")
+        or _of_forward(known.node)
+        or _of_batch(known.node)
     )
 
 

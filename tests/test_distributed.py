@@ -64,6 +64,7 @@ def gather_many() -> dict[str, Tensor]:
     gathered["flat"] = distributed.gather_rows(torch.full((rank + 1,), float(rank)))
     gathered["rank 0 has none"] = distributed.gather_rows(torch.full((2 * rank, 3), float(rank)))
     gathered["nobody has any"] = distributed.gather_rows(torch.zeros(0, 3))
+    gathered["sum"] = distributed.sum_over_ranks(torch.tensor([[1, 2], [3, 4]]) * 10**rank)
     gathered["strided"] = distributed.gather_rows(torch.arange(6.0).reshape(2, 3).T + rank)
     half = torch.full((2, 3), 0.5 + rank, dtype=torch.bfloat16, requires_grad=True)
     distributed.gather_rows(half).square().sum().backward()
@@ -83,6 +84,7 @@ def test_dtypes_shapes_and_unequal_rows() -> None:
     assert first["flat"].tolist() == [0.0, 1.0, 1.0]
     assert first["rank 0 has none"].tolist() == [[1.0] * 3] * 2
     assert first["nobody has any"].shape == (0, 3)
+    assert first["sum"].tolist() == [[11, 22], [33, 44]]
     assert first["strided"].tolist() == [[0, 3], [1, 4], [2, 5], [1, 4], [2, 5], [3, 6]]
     assert not first["constant"]
     assert second["bf16 gradient"].dtype == torch.bfloat16

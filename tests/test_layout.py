@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_methods import catalog
 from lit_methods.catalog import package_folder
 
 PACKAGES = ("lit_methods", "lit_methods.callbacks", "lit_methods.datamodules")
@@ -68,14 +69,23 @@ def imports(module: str, *, inside: bool = True) -> frozenset[str]:
 
 @functools.cache
 def techniques() -> dict[str, str]:
-    """Module -> the technique that it belongs to: the file with the catalogue entry, and its folder where that has a core of its own."""
-    found = {}
+    """Module -> the technique that it belongs to.
+
+    The file with the catalogue entry, its folder where that has a core of its own, and files elsewhere with a class that the entry names
+    and that builds on that core: the callbacks of a technique whose main class is a module.
+    """
+    found: dict[str, str] = {}
     for name, path in modules().items():
         if re.search(r"^TECHNIQUE = Technique\(", path.read_text(encoding="utf-8"), re.MULTILINE):
             found[name] = name
             if (path.parent / "core.py").is_file() and path.parent.name != "tasks":
                 home = name.rpartition(".")[0]
                 found.update({other: home for other in modules() if other == home or other.startswith(f"{home}.")})
+    for entry in catalog.techniques().values():
+        main = next(public()[package, entry.names[0]] for package in PACKAGES if (package, entry.names[0]) in public())
+        for (_, short), module in public().items():
+            if short in entry.names and any(found.get(name) == found[main] for name in imports(module)):
+                found.setdefault(module, found[main])
     return found
 
 

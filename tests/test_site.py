@@ -1,6 +1,5 @@
 """The site builds without a warning, every link in it leads somewhere, and nothing public is left out of it."""
 
-import ast
 import importlib.util
 import os
 import re
@@ -121,10 +120,11 @@ def test_every_link_leads_somewhere_and_nothing_comes_from_the_network(site: Pat
 
 @pytest.mark.thorough
 @needs_mkdocs
-def test_every_public_name_has_an_entry(site: Path) -> None:
+def test_every_public_name_has_an_entry(site: Path, hooks: ModuleType) -> None:
     anchors = set().union(*(read_file(path).anchors for path in (site / "api").glob("*.html")))
     assert {f"{package}.{name}" for name, package in public_names().items()} <= anchors
-    functions = ast.literal_eval((ROOT / "lit_methods" / "functional.py").read_text(encoding="utf-8").partition("__all__ = ")[2])
+    functions = [name for names in hooks.core_functions().values() for name in names]
+    assert len(functions) > 150
     assert {f"lit_methods.functional.{name}" for name in functions} <= anchors
     text = "".join(path.read_text(encoding="utf-8") for path in (site / "api").glob("*.html"))
     assert "Factor of the term" in text  # docstrings of arguments, not just names
@@ -291,6 +291,11 @@ def test_the_picture_is_the_first_panel_that_the_technique_declares(tmp_path: Pa
         assert shown.sum() > 300
         assert not shown[: top - 1].any()
         assert not shown[bottom + 3 :].any()
+    alone = np.asarray(make.curves("One value", {"main/loss": (np.array([3]), np.array([2.0]))})).astype(int)
+    assert (alone == make.LINE).all(axis=-1).sum() > 20, "a single value is a dot"
+    assert make.draw(entry, tmp_path, "C").getpixel((576, 324)) != (200, 30, 40)
+    with pytest.raises(FileNotFoundError, match="nothing for a panel 'Picture'; declared are: C, Loss"):
+        make.draw(entry, tmp_path, "Picture")
     save_run(tmp_path, ReportData("run", "finished", (Section("Main", (ImagePanel("Picture", "picture"), curve), media),)))
     assert make.draw(entry, tmp_path).getpixel((576, 324)) == (200, 30, 40)
 

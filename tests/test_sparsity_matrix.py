@@ -239,13 +239,10 @@ PARTNERS: dict[str, Callable[[], tuple[list[pl.Callback], dict[str, Any]]]] = {
 MASKED = "it renames the weights while fit runs"
 REPARAMETRISED = "both replace the weights while fit runs"
 LATENT = ("NMSparsity", "NMSparsity, SdGf", "CAST")  # the forward pass sees other weights than the optimiser
+LOST = "its checkpoints hold the weights of the forward pass only, so a resumed average would lose the latent"
 PAIR_REFUSALS: dict[tuple[str, str], str] = {
     **{(callback, "ModelPruning"): REPARAMETRISED if callback in LATENT else MASKED for callback in CALLBACKS},
-    **{
-        (callback, "EMAWeightAveraging"): "its checkpoints hold masked weights only, so a resumed average would lose the others"
-        for callback in ("NMSparsity", "NMSparsity, SdGf")
-    },
-    ("CAST", "EMAWeightAveraging"): "its checkpoints hold the weights of the forward pass only, so a resumed average would lose the latent",
+    **{(callback, "EMAWeightAveraging"): LOST for callback in LATENT},
 }
 """(callback, partner) -> why it is refused."""
 

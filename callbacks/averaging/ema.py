@@ -1,7 +1,6 @@
 """A teacher whose weights are the moving average of a student's."""
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,8 +11,13 @@ from torch import Tensor, nn
 from lit_methods import distributed
 from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warmup_decay
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
+from lit_methods.callbacks.targets import plain_module, plain_name, refuse_sharded, select_modules
+from lit_methods.checks import one_of, patterns, share
 from lit_methods.frozen import Frozen
+from lit_methods.steps import training_length
+
+Schedule = Literal["constant", "warmup", "cosine"]
+Buffers = Literal["copy", "average"]
 
 
 class EMATeacher(OrderedCallback):
@@ -22,20 +26,21 @@ class EMATeacher(OrderedCallback):
     Runs: the copy is made when fit starts, before the sanity check, from the weights of that moment. It advances when
     a training batch ends in which an optimiser stepped: accumulation doesn't speed it up. With manual optimisation and
     several optimisers it advances once per batch in which any of them stepped.
+    The copy always evaluates, is not part of the module (no optimiser, no checkpoint of the module, no DDP), lives on
+    the module's device, and is the same on all ranks: buffers are taken from rank 0, parameters are equal anyway. After
+    fit it stays available, on the CPU. For evaluating and saving averaged weights use Lightning's
+    ``EMAWeightAveraging``; both may be used together.
     Saves: the averages and the step of the last update, so that a resumed teacher is equal bit for bit. Saved under a
-    key of its own per set of arguments: several teachers may be used together. The copy always evaluates, is not part
-    of the module (no optimiser, no checkpoint of the module, no DDP), lives on the module's device, and is the same
-    on all ranks: buffers are taken from rank 0, parameters are equal anyway. After fit it stays available, on the
-    CPU. Doesn't work with strategies that shard weights (FSDP, DeepSpeed), nor with callbacks that re-parametrise the
-    module after fit has started. For evaluating and saving averaged weights use Lightning's ``EMAWeightAveraging``;
-    both may be used together.
+    key of its own per set of arguments: several teachers may be used together.
+    Refuses: strategies that shard weights (FSDP, DeepSpeed), and callbacks that re-parametrise the module after fit has
+    started.
 
     Args:
         targets: ``fnmatch`` patterns on submodule names; empty: the whole module. A pattern that matches a module and
             its parts makes a teacher of each.
         decay: In [0, 1]; the limit of "warmup", the start of "cosine".
         schedule: "constant"; "warmup": :func:`warmup_decay`; "cosine": :func:`cosine_decay`, from ``decay`` to 1.
-        half_life: In optimiser steps, instead of ``decay``.
+        half_life: Optimiser steps in which a weight loses half its influence; takes the place of ``decay``.
         total_steps: Length of "cosine" in optimiser steps; None: ``trainer.estimated_stepping_batches``.
         buffers: "copy": running statistics are the student's; "average": floating-point ones are averaged like
             weights.
@@ -51,21 +56,17 @@ class EMATeacher(OrderedCallback):
         self,
         targets: Sequence[str] = (),
         decay: float = 0.999,
-        schedule: Literal["constant", "warmup", "cosine"] = "constant",
+        schedule: Schedule = "constant",
         half_life: float | None = None,
         total_steps: int | None = None,
-        buffers: Literal["copy", "average"] = "copy",
+        buffers: Buffers = "copy",
         float32: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(targets, str):
-            raise ValueError(f"targets is the string {targets!r}: give a list of patterns, [{targets!r}]")
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay is {decay}: give a number from 0 to 1")
-        if schedule not in ("constant", "warmup", "cosine"):
-            raise ValueError(f"schedule is {schedule!r}: give 'constant', 'warmup' or 'cosine'")
-        if buffers not in ("copy", "average"):
-            raise ValueError(f"buffers is {buffers!r}: give 'copy' or 'average'")
+        patterns(targets=targets)
+        share(decay=decay)
+        one_of(Schedule, schedule=schedule)
+        one_of(Buffers, buffers=buffers)
         self.targets = list(targets)
         self.decay = decay if half_life is None else half_life_decay(half_life)
         self.schedule = schedule
@@ -119,8 +120,7 @@ class EMATeacher(OrderedCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
-            raise ValueError(f"EMATeacher copies whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")
+        refuse_sharded(trainer, "EMATeacher")
         self._choose(pl_module)
         self._latest_step = 0
         self._loaded = None
@@ -131,13 +131,8 @@ class EMATeacher(OrderedCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the teachers: the weights are on their device, equal on all ranks, and restored if the run is resumed."""
-        if self.schedule == "cosine" and self.total_steps is None:
-            estimate = trainer.estimated_stepping_batches
-            if not math.isfinite(estimate):
-                raise ValueError(
-                    "schedule='cosine' needs an end, but this run has none: give total_steps, or max_steps / max_epochs to the Trainer"
-                )
-            self.total_steps = int(estimate)
+        if self.schedule == "cosine":
+            self.total_steps = training_length(pl_module, self.total_steps)
         self._choose(pl_module)
         self.teachers = {name: Frozen(_bare_copy(module)) for name, module in self._students.items()}
         self._wide = {name: self._widened(frozen.module) for name, frozen in self.teachers.items()}
@@ -212,23 +207,23 @@ class EMATeacher(OrderedCallback):
 
     def averaged(self) -> dict[str, Tensor]:
         """All averaged tensors, those of the teachers and their float32 versions, by their names in the module; to be changed in place."""
-        found = {}
+        tensors_of: dict[str, Tensor] = {}
         for target in self.teachers:
             prefix = f"{target}." if target else ""
             for tensors in (_tensors(self.teachers[target].module), self._wide[target]):
-                found.update({prefix + name: tensor for name, tensor in tensors.items()})
-        return found
+                tensors_of.update({prefix + name: tensor for name, tensor in tensors.items()})
+        return tensors_of
+
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the module."""
+        self._students = {}
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the module; the teachers go to the CPU like the module itself."""
-        self._students = {}
+        """The teachers go to the CPU like the module itself."""
+        super().teardown(trainer, pl_module, stage)
         for name, frozen in self.teachers.items():
             frozen.to("cpu")
             self._wide[name] = {n: t.cpu() for n, t in self._wide[name].items()}
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the module: Lightning doesn't call ``teardown`` here."""
-        self._students = {}
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:

@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lit_methods.callbacks.features import one_submodule
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.targets import plain_module, refuse_sharded, select_modules
+from lit_methods.callbacks.targets import plain_module, refuse_sharded
 
 
 class EMARemoval(OrderedCallback):
@@ -19,8 +20,9 @@ class EMARemoval(OrderedCallback):
     and before every batch, so that the module's own update of the teacher, wherever it stands, has nothing left to average. The two
     branches don't share storage: an update in two parts, ``mul_`` and then ``add_``, would change the student, too.
 
-    Runs: in training. Cost: a copy of the weights a step. Saves: nothing; checkpoints hold both branches, and may be resumed with or
-    without it. The teacher stays as the module uses it, in its mode. Not with strategies that shard weights.
+    Runs: in training. Cost: a copy of the weights a step. The teacher stays as the module uses it, in its mode.
+    Saves: nothing; checkpoints hold both branches, and may be resumed with or without it.
+    Refuses: strategies that shard weights; branches that differ, and a teacher that an optimiser trains.
 
     Args:
         student: Name of the submodule that learns.
@@ -40,8 +42,8 @@ class EMARemoval(OrderedCallback):
         self._hooks: list[Any] = []
 
     def _branches(self, pl_module: pl.LightningModule) -> tuple[nn.Module, nn.Module]:
-        found = [plain_module(next(iter(select_modules(pl_module, [name]).values()))) for name in (self.student, self.teacher)]
-        return found[0], found[1]
+        student, teacher = (plain_module(one_submodule(pl_module, getattr(self, name), name)[1]) for name in ("student", "teacher"))
+        return student, teacher
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find both, and compare them."""
@@ -79,22 +81,15 @@ class EMARemoval(OrderedCallback):
         """Undo what the module made of the teacher since the optimiser's step."""
         self._follow()
 
-    def _leave(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._source, self._copy, self._hooks = [], [], []
-
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy once more: the module may have averaged behind the last step, or another callback lent weights for good."""
         self._follow()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of both."""
-        self._leave()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of both: Lightning doesn't call ``teardown`` here."""
-        self._leave()
+        for hook in self._hooks:
+            hook.remove()
+        self._source, self._copy, self._hooks = [], [], []
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

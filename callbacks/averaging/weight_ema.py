@@ -1,41 +1,38 @@
 """Averaged weights for evaluation: what samples and validation use, while training goes on with its own."""
 
-import math
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from lit_methods.averages import ema_update, power_decay, power_exponent
+from lit_methods.checks import at_least, one_of, share
+
+Profile = Literal["constant", "power"]
 
 
 class WeightEMA(WeightAveraging):
     """Lightning's ``WeightAveraging`` with the averages of consistency models.
 
-    Runs: the average follows after every optimiser step. During validation, at the end of training and in ``state_dict`` of checkpoints
-    the module has the averaged weights; a resumed run goes on with its own, which stand in the checkpoint, too. Lightning gives the module
-    its own weights back before the module's ``on_validation_epoch_end``: draw samples in ``validation_step``. Buffers are copied.
-    Not for a teacher: that is ``EMATeacher``. Not with strategies that shard weights.
+    Runs: the average follows after every optimiser step. During validation and at the end of training the module has the averaged weights.
+    Lightning gives it its own weights back before its ``on_validation_epoch_end``: draw samples in ``validation_step``. Buffers are copied.
+    Saves: in ``state_dict`` of checkpoints the module has the averaged weights; a resumed run goes on with its own, which stand there, too.
+    Refuses: strategies that shard weights. It is not for a teacher: that is ``EMATeacher``.
 
     Args:
         decay: Share of itself that a ``constant`` average keeps at a step, in [0, 1]: 0.99993 for iCT on CIFAR-10.
         profile: ``constant``, or ``power``: :func:`power_decay`, which never forgets by a fixed number of steps (rCM: ``width`` 0.1).
-        width: Of ``power``, see :func:`power_exponent`.
-        shift: Of ``power``: steps that are taken as done before the first.
+        width: Relative width of the ``power`` profile, see :func:`power_exponent`.
+        shift: Steps that the ``power`` profile takes as done before the first.
 
     Raises:
         ValueError: An argument outside its range.
     """
 
-    def __init__(
-        self, decay: float = 0.9999, profile: Literal["constant", "power"] = "constant", width: float = 0.1, shift: int = 0
-    ) -> None:
-        if not 0 <= decay <= 1 or not math.isfinite(decay):
-            raise ValueError(f"decay is {decay}: give a number from 0 to 1")
-        if profile not in ("constant", "power"):
-            raise ValueError(f"profile is {profile!r}: give 'constant' or 'power'")
-        if shift < 0:
-            raise ValueError(f"shift is {shift}: give a number of steps, 0 or more")
+    def __init__(self, decay: float = 0.9999, profile: Profile = "constant", width: float = 0.1, shift: int = 0) -> None:
+        share(decay=decay)
+        one_of(Profile, profile=profile)
+        at_least(0, "a number of steps", shift=shift)
         self.decay, self.profile, self.width, self.shift = decay, profile, width, shift
         self._exponent = power_exponent(width) if profile == "power" else 0.0
         self._now = decay

@@ -17,7 +17,8 @@ from torchmetrics.functional.classification import binary_auroc
 
 from lit_methods import distributed
 from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of, require_logits
-from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
+from lit_methods.checks import at_least
 from lit_methods.panels import Curve, Panel
 
 
@@ -27,7 +28,7 @@ def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> Te
     Args:
         confidence: (N,) probability of the predicted class, in [0, 1].
         correct: (N,) bool, or 0 and 1.
-        bins: Of equal width; bin k holds confidences in ((k - 1) / bins, k / bins], the first one also 0.
+        bins: Number of bins of equal width; bin k holds confidences in ((k - 1) / bins, k / bins], the first one also 0.
 
     Returns:
         Scalar in [0, 1] in the dtype of ``confidence``; NaN for N = 0.
@@ -64,28 +65,28 @@ def fast_gradient_sign(images: Tensor, gradient: Tensor, epsilon: Tensor | float
         images: (B, ...) floating point.
         gradient: dL/d images, same shape.
         epsilon: >= 0, in units of ``images``, or a tensor that broadcasts: one value a channel for normalised images.
-        low: Smallest value that an image may have, likewise.
-        high: Largest one.
+        low: Smallest value that an image may have; a number, or a tensor that broadcasts.
+        high: Largest value, in the same form.
     """
     moved = images + epsilon * gradient.sign()
     bounds = [bound if isinstance(bound, Tensor) else images.new_tensor(bound) for bound in (low, high)]
     return moved.clamp(*bounds)
 
 
-class Reliability(OrderedCallback):
+class Reliability(EvaluationCallback):
     """Logs calibration error, likelihood, accuracy under attack and detection of unknown inputs, for any classifier.
 
     Runs: after each validation and test batch one forward pass, and for the attack a forward pass, a backward pass to the inputs and
     another forward pass, in evaluation mode; with ``unknown``, one pass over its validation (or test) loader at the end. Random numbers
     and gradients of weights aren't touched. All ranks' samples count together.
-    Logs: ``reliability/val_accuracy``, ``val_ece``, ``val_nll``, ``val_fgsm_accuracy``, ``val_ood_auroc``, and the same with ``test``.
     Saves: nothing.
+    Refuses: modules without logits, batches and logits of another form.
 
     Args:
         logits: Method or submodule that maps the inputs of a batch to (B, classes) logits; ``forward``: the module itself.
         inputs: Key or position of the inputs in a batch; null: ``image``, or 0.
         labels: Key or position of the labels; null: ``label``, or 1.
-        bins: Of the calibration error.
+        bins: Number of bins of the calibration error.
         fgsm_epsilon: Size of the attack in units of pixels in [0, 1]; 0: no attack.
         mean: Per channel, what was subtracted from pixels in [0, 1].
         std: Per channel, what they were divided by then.
@@ -128,8 +129,7 @@ class Reliability(OrderedCallback):
         every_n_epochs: int = 1,
     ) -> None:
         super().__init__()
-        if bins < 1 or every_n_epochs < 1:
-            raise ValueError(f"bins is {bins} and every_n_epochs is {every_n_epochs}: give 1 or more")
+        at_least(1, bins=bins, every_n_epochs=every_n_epochs)
         if not 0 <= fgsm_epsilon <= 1:
             raise ValueError(
                 f"fgsm_epsilon is {fgsm_epsilon}: pixels lie in [0, 1], so give a number from 0 to 1, such as 0.0314 for 8/255"
@@ -149,33 +149,19 @@ class Reliability(OrderedCallback):
             self.unknown.prepare_data()
             self.unknown.setup("validate")
 
-    def _begin(self) -> None:
-        self._rows = []
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Forget the epoch before."""
-        self._begin()
-
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget what was there."""
-        self._begin()
+        self._rows = []
 
     def _skipped(self, trainer: pl.Trainer) -> bool:
         fitting = trainer.state.fn == "fit"
         return trainer.sanity_checking or (fitting and (trainer.current_epoch + 1) % self.every_n_epochs != 0)
 
-    def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    def evaluate_batch(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, split: Split, dataloader_idx: int
     ) -> None:
         """Measure a batch of the first loader."""
         if dataloader_idx == 0 and not self._skipped(trainer):
-            self._measure(pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Measure a batch of the first loader."""
-        if dataloader_idx == 0:
             self._measure(pl_module, batch)
 
     def _measure(self, pl_module: pl.LightningModule, batch: Any) -> None:
@@ -197,16 +183,10 @@ class Reliability(OrderedCallback):
                     hit_attacked = logits_of(pl_module, self.logits, worse).argmax(1) == labels
         self._rows.append(torch.stack([confidence, hit, losses.detach(), hit_attacked], dim=1).float())
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Log all samples of all ranks together."""
-        if not self._skipped(trainer):
-            self._log(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log all samples of all ranks together."""
-        self._log(trainer, pl_module, "test")
-
-    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._skipped(trainer):
+            return
         mine = torch.cat([torch.empty(0, 4, device=pl_module.device), *self._rows])
         confidence, hit, loss, attacked = distributed.gather_rows(mine, with_grad=False).T.contiguous()
         values = {"accuracy": hit.mean(), "ece": calibration_error(confidence, hit, self.bins), "nll": loss.mean()}
@@ -214,16 +194,16 @@ class Reliability(OrderedCallback):
             values["fgsm_accuracy"] = attacked.mean()
         if self.unknown is not None:
             values["ood_auroc"] = detection_auroc(confidence, self._unknown_confidence(trainer, pl_module))
-        pl_module.log_dict({f"reliability/{stage}_{name}": value for name, value in values.items()})
+        pl_module.log_dict({f"reliability/{split}_{name}": value for name, value in values.items()})
         self._rows = []
 
     @torch.no_grad()
     def _unknown_confidence(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
         """Largest softmax probabilities of all unknown inputs; every rank sees all of them."""
         assert self.unknown is not None
-        found = []
+        confidences = []
         with isolate_rng(pl_module.device.type == "cuda"):  # a loader takes a seed for its workers from the global generator
             for batch in self.unknown.val_dataloader():
                 images = inputs_and_labels(batch, self.inputs, self.labels)[0].to(pl_module.device)
-                found.append(logits_of(pl_module, self.logits, images).float().softmax(1).amax(1))
-        return torch.cat(found)
+                confidences.append(logits_of(pl_module, self.logits, images).float().softmax(1).amax(1))
+        return torch.cat(confidences)

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lit_methods.checks import at_least
 from lit_methods.distributed import gather_rows
 from lit_methods.runs.folder import run_dir
 
@@ -19,7 +20,11 @@ class SampleGrid(BasePredictionWriter):
 
     For any module whose ``predict_step`` returns {name: (B, 1 or 3, H, W) samples in [-1, 1]}, such as ``1_steps`` and ``2_steps``. The
     grid ``<name>.png`` shows the first samples in order, of all ranks; ``samples.pt`` holds {name: (N, ...) float32}, whatever their
-    shape, so that points in the plane are kept, too. Runs: after each predict batch and at the end of predict. Saves: nothing.
+    shape, so that points in the plane are kept, too.
+
+    Runs: after each predict batch and at the end of predict.
+    Saves: nothing in checkpoints.
+    Refuses: a ``predict_step`` that returns something else.
 
     Args:
         output: Folder of the files; null: ``samples/`` in the run's folder.
@@ -32,15 +37,14 @@ class SampleGrid(BasePredictionWriter):
 
     def __init__(self, output: Path | None = None, columns: int = 8, max_images: int = 64) -> None:
         super().__init__(write_interval="batch")
-        if columns < 1 or max_images < 1:
-            raise ValueError(f"columns is {columns} and max_images {max_images}: give 1 or more")
+        at_least(1, columns=columns, max_images=max_images)
         self.output = None if output is None else Path(output)
         self.columns, self.max_images = columns, max_images
-        self._found: dict[str, list[Tensor]] = {}
+        self._samples: dict[str, list[Tensor]] = {}
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin anew."""
-        self._found = {}
+        self._samples = {}
 
     def write_on_batch_end(
         self,
@@ -58,13 +62,13 @@ class SampleGrid(BasePredictionWriter):
                 f"{type(pl_module).__name__}.predict_step must return a dict of tensors for SampleGrid, got {type(prediction).__name__}"
             )
         for name, samples in prediction.items():
-            self._found.setdefault(name, []).append(samples.detach().float().cpu())
+            self._samples.setdefault(name, []).append(samples.detach().float().cpu())
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the files, on rank 0."""
         folder = run_dir(trainer) / "samples" if self.output is None else self.output
-        samples = {name: gather_rows(torch.cat(parts), with_grad=False) for name, parts in self._found.items()}
-        self._found = {}
+        samples = {name: gather_rows(torch.cat(parts), with_grad=False) for name, parts in self._samples.items()}
+        self._samples = {}
         if not trainer.is_global_zero:
             return
         from torchvision.utils import save_image

@@ -25,16 +25,19 @@ def _voxels(features: Any, number: int) -> VoxelFeatures:
 class DenseToSparse(LossTerm):
     """Adds the agreement between a scan's superpixel groups and those of its multi-sweep cloud to the loss.
 
-    The target submodule is a network ``(points, points_per_sample) -> (N, C) features or VoxelFeatures``; its
-    features of the scan are caught where the module computes them (at its first call in a step), and it is run once
-    more on ``batch["dense"]``. The batch is a pretraining batch of the driving family or any dict with the same keys
-    (the scan under ``cur`` or at the top level).
+    The groups' mean features of the scan and of the dense cloud are contrasted (``nce``) or aligned (``cosine``).
+
+    Runs: around ``training_step``. The target is a network ``(points, points_per_sample) -> (N, C) features or VoxelFeatures``; its
+    features of the scan are caught where the module computes them (at its first call in a step), and it runs again on ``batch["dense"]``.
+    The batch is a pretraining batch of the driving family or any dict with the same keys (the scan under ``cur`` or at the top level).
+    Saves: nothing.
+    Refuses: batches without superpixels, pairs or the dense cloud, and a target that matches several submodules.
 
     Args:
         target: fnmatch pattern of the submodule, such as ``backbone_3d``.
         weight: Factor of the term, >= 0.
-        num_superpixels: Ids per sample.
-        temperature: Of ``mode: nce``.
+        num_superpixels: Superpixel ids per sample.
+        temperature: Divides the cosines in mode ``nce``.
         mode: ``nce`` as the authors' code, ``cosine`` as the ECCV paper states it (mem).
         view_consistency: One id is one group in all cameras.
     """
@@ -71,7 +74,8 @@ class DenseToSparse(LossTerm):
         groups = core.superpixel_groups(scan["superpixels"], self.num_superpixels, self.view_consistency)
         num_groups = self.num_superpixels * groups.shape[0] * (1 if self.view_consistency else groups.shape[1])
         dense = batch["dense"]
-        again = inputs["module"].get_submodule(name)(dense["points"], dense["points_per_sample"])
+        network = inputs["module"].get_submodule(name)
+        again = self.run_again(dense, lambda cloud: network(cloud["points"], cloud["points_per_sample"])).output
         pooled = []
         for cloud, output in ((scan, calls[0]), (dense, again)):
             voxels = _voxels(output, cloud["points"].shape[0])

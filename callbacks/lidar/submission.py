@@ -14,7 +14,9 @@ class SubmissionWriter(pl.Callback):
     """Writes what ``predict_step`` returns, one file per scan, through the datamodule's ``write_labels``.
 
     Runs: at the end of every predict batch; on several ranks each writes the scans that it predicted, so their files never meet. A file
-    appears whole or not at all. Saves: nothing. Any module will do whose ``predict_step`` returns {"token": list of B names, "labels":
+    appears whole or not at all.
+    Saves: nothing in checkpoints.
+    Refuses: datamodules without ``write_labels``, and modules whose ``predict_step`` doesn't return {"token": list of B names, "labels":
     list of B (n_i,) integer tensors, training ids}.
 
     nuScenes: ``lidarseg/<split>/<token>_lidarseg.bin`` (uint8, challenge classes 1..16). KITTI layout:

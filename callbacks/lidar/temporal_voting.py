@@ -11,11 +11,13 @@ from torchmetrics import Metric, SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lit_methods.callbacks.averaging.ema import EMATeacher
-from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
+from lit_methods.checks import one_of, positive, share
 from lit_methods.lidar.point_metrics import PointIoU, mean_iou
 from lit_methods.lidar.superflow.core import Vote, temporal_vote
 from lit_methods.panels import Curve, Panel
 
+Mode = Literal["soft", "hard"]
 Predictor = Callable[[dict[str, Any]], Tensor]
 
 
@@ -26,7 +28,7 @@ def vote_on_batch(predict: Predictor, batch: dict[str, Any], **options: Any) -> 
         predict: Cloud -> (N, C) logits.
         batch: A cloud with ``neighbours`` (see :class:`lit_methods.datamodules.NuScenesDataModule` with ``neighbours
             >= 1``).
-        options: Of :func:`lit_methods.lidar.superflow.core.temporal_vote`.
+        options: Further arguments of :func:`lit_methods.lidar.superflow.core.temporal_vote`.
 
     Returns:
         The scan's own probabilities (N, C) and the vote, both in the order of ``batch["points"]``.
@@ -59,17 +61,19 @@ def vote_on_batch(predict: Predictor, batch: dict[str, Any], **options: Any) -> 
     return own, vote
 
 
-class TemporalVoting(OrderedCallback):
+class TemporalVoting(EvaluationCallback):
     """Lets neighbouring scans refine a point segmentor's predictions, and offers the result as pseudo-labels.
 
-    Attaches to any LightningModule with a method ``(cloud) -> (N, C) logits`` that its evaluation steps call. Static
-    parts of the scene gain; moving objects break the assumption: watch ``voting/agreement/*`` and list them in
-    ``exclude_classes``.
+    For any LightningModule with a method ``(cloud) -> (N, C) logits`` that its evaluation steps call. The points of neighbouring scans that
+    fall into one cell add their class probabilities up, and the cell's points take the result. Static parts of the scene gain; moving
+    objects break the assumption: watch their agreement and list them in ``exclude_classes``. The rule is our reconstruction: the authors'
+    is not public.
 
-    Runs: at validation, test and predict the method's result is replaced by the logarithm of the voted distribution.
-    With ``pseudo_labels``, before each training step ``batch["unlabelled"]["labels"]`` is set from the teacher of the
-    ``EMATeacher`` callback, in evaluation mode.
-    Saves: nothing. The rule is our reconstruction: the authors' is not public.
+    Runs: at validation, test and predict the method's result is replaced by the logarithm of the voted distribution. With
+    ``pseudo_labels``, before each training step ``batch["unlabelled"]["labels"]`` is set from the teacher of the ``EMATeacher`` callback,
+    in evaluation mode.
+    Saves: nothing.
+    Refuses: modules without the method, batches without neighbours, and ``pseudo_labels`` without a teacher.
 
     Args:
         predictor: Name of the method, called with a batch or a neighbour cloud.
@@ -82,7 +86,7 @@ class TemporalVoting(OrderedCallback):
         class_names: Names of the classes without the ignored one, for the logs; None numbers them.
         refine: Vote at validation, test and predict.
         pseudo_labels: Vote on unlabelled training batches.
-        confidence_threshold: Of pseudo-labels, in [0, 1]; predictions are never dropped at test time.
+        confidence_threshold: Pseudo-labels below it get ``ignore_index``; in [0, 1]. Predictions are never dropped at test time.
     """
 
     runs_after: ClassVar[tuple[str, ...]] = ("EMATeacher",)
@@ -103,7 +107,7 @@ class TemporalVoting(OrderedCallback):
         predictor: str = "point_logits",
         voxel_size: float = 0.25,
         min_frames: int = 2,
-        mode: Literal["soft", "hard"] = "soft",
+        mode: Mode = "soft",
         exclude_classes: Sequence[int] = (),
         num_outputs: int = 17,
         ignore_index: int = 16,
@@ -113,10 +117,9 @@ class TemporalVoting(OrderedCallback):
         confidence_threshold: float = 0.9,
     ) -> None:
         super().__init__()
-        if voxel_size <= 0 or not 0 <= confidence_threshold <= 1:
-            raise ValueError(
-                f"voxel_size must be > 0 and confidence_threshold in [0, 1], got voxel_size={voxel_size}, {confidence_threshold=}"
-            )
+        positive(voxel_size=voxel_size)
+        share(confidence_threshold=confidence_threshold)
+        one_of(Mode, mode=mode)
         self.predictor, self.refine, self.pseudo_labels = predictor, refine, pseudo_labels
         self.confidence_threshold = confidence_threshold
         self.options: dict[str, Any] = {
@@ -136,7 +139,7 @@ class TemporalVoting(OrderedCallback):
     # ------------------------------------------------------------------------------------------------------------------ at evaluation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the module and the trainer have what is needed."""
+        """Check that the module and the trainer have what is needed."""
         super().setup(trainer, pl_module, stage)
         if not callable(getattr(pl_module, self.predictor, None)):
             raise TypeError(
@@ -147,7 +150,7 @@ class TemporalVoting(OrderedCallback):
             self._teacher(trainer)
 
     def _attach(self, pl_module: LightningModule) -> None:
-        """The predictor of this instance votes from now on: during an evaluation only, so that no copy of the module inherits it."""
+        """Let the predictor of this instance vote: during an evaluation only, so that no copy of the module inherits it."""
         if not self.refine:
             return
         predict = getattr(pl_module, self.predictor)
@@ -163,38 +166,23 @@ class TemporalVoting(OrderedCallback):
         setattr(pl_module, self.predictor, voted)
         self._attached = True
 
-    def _detach(self, pl_module: LightningModule) -> None:
-        if self._attached:
-            delattr(pl_module, self.predictor)
-            self._attached = False
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Votes from here on."""
-        self._attach(pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Votes from here on."""
+    def begin_evaluation(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+        """Vote from here on."""
         self._attach(pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Votes from here on."""
+        """Vote from here on."""
         self._attach(pl_module)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves nothing behind."""
-        self._detach(pl_module)
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves nothing behind."""
-        self._detach(pl_module)
-
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves nothing behind."""
-        self._detach(pl_module)
+        """Leave nothing behind."""
+        self.leave(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leaves nothing behind after a failed run either."""
-        self._detach(pl_module)
+    def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module its own method back."""
+        if self._attached:
+            delattr(pl_module, self.predictor)
+            self._attached = False
 
     def _count(self, own: Tensor, vote: Vote, labels: Tensor | None) -> None:
         for metric in self._metrics:
@@ -208,7 +196,9 @@ class TemporalVoting(OrderedCallback):
             self.flipped.update(flipped)
             self.righted.update(flipped & (voted == labels))
 
-    def _log_epoch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def end_evaluation(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
+        """Stop voting, and log agreement and mIoU."""
+        self.leave(trainer, pl_module)
         if not self.refine or trainer.sanity_checking:
             return
         table = self.agreement.compute().float()
@@ -221,14 +211,6 @@ class TemporalVoting(OrderedCallback):
             logs["flip_precision"] = self.righted.compute() / self.flipped.compute().clamp(min=1)
         pl_module.log_dict({f"voting/{name}": value for name, value in logs.items()})
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs agreement and mIoU."""
-        self._log_epoch(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs agreement and mIoU."""
-        self._log_epoch(trainer, pl_module)
-
     # -------------------------------------------------------------------------------------------------------------------- in training
 
     def _teacher(self, trainer: Trainer) -> EMATeacher:
@@ -238,7 +220,7 @@ class TemporalVoting(OrderedCallback):
         raise TypeError("TemporalVoting with pseudo_labels needs a teacher: add the EMATeacher callback (decay 0.99 in SuperFlow++)")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Puts voted labels into ``batch["unlabelled"]``."""
+        """Put voted labels into ``batch["unlabelled"]``."""
         if not self.pseudo_labels:
             return
         if "unlabelled" not in batch:

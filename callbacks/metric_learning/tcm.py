@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_methods.callbacks.batch import Key, rows_of, values_of_batch
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.catalog import Technique
+from lit_methods.checks import at_least
 from lit_methods.panels import Curve, Panel
 
 TECHNIQUE = Technique(
@@ -92,13 +93,13 @@ def tcm_loss(
 class TCM(LossTerm):
     """Adds the threshold-consistent margin loss of a module's embeddings to its loss.
 
-    The embeddings are what ``embedding`` puts out in ``training_step``; no second forward pass is made. The base loss is the module's own.
-    Batches must hold several samples of each class, or there are no positive pairs: the panel of hard pairs shows it.
+    lambda+ * mean(m+ - s) over hard pairs of one class + lambda- * mean(s - m-) over hard pairs of two classes, s their cosine.
 
-    Needs: a submodule whose output is (B, D), or (B, ...) which is flattened; and class labels (B,) in the batch. Where the submodule sees
-    several views of the batch, in one call (views one behind the other) or in several, each view has the batch's labels.
-    Logs: ``tcm/loss``, ``tcm/positive``, ``tcm/negative``, ``tcm/hard_positives`` and ``tcm/hard_negatives`` (ordered pairs).
+    Runs: around ``training_step``, on what ``embedding`` puts out there; no second forward pass is made. Where the submodule sees several
+    views of the batch, in one call (views one behind the other) or in several, each view has the batch's labels. Batches must hold several
+    samples of each class, or there are no positive pairs: the panel of hard pairs shows it.
     Saves: nothing.
+    Refuses: embeddings without a row for each sample, and labels that aren't integers (B,).
 
     Args:
         embedding: Name or ``fnmatch`` pattern of the submodule; it must match one.
@@ -135,8 +136,7 @@ class TCM(LossTerm):
     ) -> None:
         if not -1 <= margin_neg <= margin_pos <= 1:
             raise ValueError(f"margin_neg={margin_neg} and margin_pos={margin_pos} are cosines: give -1 <= margin_neg <= margin_pos <= 1")
-        if weight_pos < 0 or weight_neg < 0:
-            raise ValueError(f"weight_pos={weight_pos} and weight_neg={weight_neg} must not be negative")
+        at_least(0, weight_pos=weight_pos, weight_neg=weight_neg)
         super().__init__([embedding], weight)
         self.labels, self.gather_ranks = labels, gather_ranks
         self.margin_pos, self.margin_neg, self.weight_pos, self.weight_neg = margin_pos, margin_neg, weight_pos, weight_neg
@@ -153,14 +153,14 @@ class TCM(LossTerm):
             raise ValueError(f"the batch's labels are {labels.dtype}: TCM needs classes, as integers")
         if self.gather_ranks:
             embeddings, labels = self.gather(embeddings), self.gather(labels)
-        found = tcm_loss(embeddings, labels, self.margin_pos, self.margin_neg, self.weight_pos, self.weight_neg)
+        pairs = tcm_loss(embeddings, labels, self.margin_pos, self.margin_neg, self.weight_pos, self.weight_neg)
         logs = {
-            "positive": found.positive,
-            "negative": found.negative,
-            "hard_positives": found.hard_positives.float(),
-            "hard_negatives": found.hard_negatives.float(),
+            "positive": pairs.positive,
+            "negative": pairs.negative,
+            "hard_positives": pairs.hard_positives.float(),
+            "hard_negatives": pairs.hard_negatives.float(),
         }
-        return found.loss, logs
+        return pairs.loss, logs
 
 
 __all__ = ["TCM", "TCMLoss", "tcm_loss"]

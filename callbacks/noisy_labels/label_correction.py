@@ -44,16 +44,16 @@ class LabelCorrection(OrderedCallback):
     Refuses: runs without a store or a loader, and batches whose images have labels of several sizes.
 
     Args:
-        store: None: ``trainer.datamodule.label_store``.
-        loader: None: ``trainer.datamodule.correction_dataloader()``, asked for anew at each pass.
+        store: Store of the labels; None: ``trainer.datamodule.label_store``.
+        loader: Batches of the training images; None: ``trainer.datamodule.correction_dataloader()``, asked for anew at each pass.
         restart: Every correction starts from the original labels; False: from the current ones, so that errors can add up.
 
     Attributes:
-        num_labels: Classes whose quality is measured.
+        quality_classes: Classes whose quality is measured.
         ignore_index: Label that quality leaves out.
     """
 
-    num_labels = 256
+    quality_classes = 256
     ignore_index = 255
 
     def __init__(self, store: LabelStore | None = None, loader: Iterable[Any] | None = None, restart: bool = True) -> None:
@@ -162,16 +162,16 @@ class LabelCorrection(OrderedCallback):
         """(C,) IoU of all images' labels against clean ones, on every rank alike; None where the datamodule has no clean ones.
 
         Args:
-            labels: Of an image, by its index: ``store.current`` or ``store.original``.
+            labels: Index of an image -> its labels (H, W): ``store.current`` or ``store.original``.
         """
         clean = getattr(self.datamodule, "clean_labels", None)
         if clean is None:
             return None
         assert self.store is not None
-        counts = torch.zeros(3, self.num_labels, dtype=torch.int64)
+        counts = torch.zeros(3, self.quality_classes, dtype=torch.int64)
         for i in range(len(self.store)):
             ours, truth = (torch.from_numpy(np.asarray(part).astype(np.int64)) for part in (labels(i), clean(i)))
-            counts += class_counts(ours, truth, self.num_labels, self.ignore_index)
+            counts += class_counts(ours, truth, self.quality_classes, self.ignore_index)
         return iou_of_counts(counts).numpy()
 
     def state_dict(self) -> dict[str, Any]:

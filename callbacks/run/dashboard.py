@@ -1,37 +1,32 @@
 """One dashboard for every technique: W&B, TensorBoard and a self-contained ``report.html`` from panels that are declared once."""
 
 import datetime
-import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from lit_methods.catalog import techniques_in
+from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.run.loggers import STEP, add_tags, for_wandb, log_artifact, to_tensorboard
+from lit_methods.callbacks.run.providers import ask_for_artifacts, ask_for_media, gather_panels, save_tensors, tensors_digest
 from lit_methods.files import write_atomically
-from lit_methods.panels import CloudMedia, Curve, HistogramMedia, ImageMedia, Media, Panel
-from lit_methods.reports.html import subsample
+from lit_methods.panels import Curve, Media
 from lit_methods.reports.page import Record, ReportData, Section, Status, read_history, record_line, render_report
 from lit_methods.reports.record import read_notes, run_facts, save_run
 from lit_methods.runs.folder import run_dir
 from lit_methods.runs.wandb import attempt, has_login, keep_training
-
-STEP = "trainer/global_step"  # the horizontal axis that Lightning's WandbLogger logs with every metric
 
 
 class _Recorder(DummyLogger):
@@ -50,7 +45,7 @@ class _Recorder(DummyLogger):
         self._receive(metrics, step)
 
 
-class Dashboard(pl.Callback):
+class Dashboard(OrderedCallback):
     """Shows what every technique of a run declares: curves, histograms, pictures, point clouds and tables.
 
     It asks the LightningModule and all callbacks for ``panels`` and ``dashboard_media()`` (see :mod:`lit_methods.panels`) and writes
@@ -71,6 +66,7 @@ class Dashboard(pl.Callback):
     training.
     Saves: nothing in checkpoints. A run that is resumed in its own folder goes on with that folder's ``metrics.jsonl``; a new run in an old
     folder replaces both files.
+    Refuses: panels that are none of ours, media that no panel declares or of another type, artifacts whose name can't be a file's.
 
     Args:
         title: Heading of the report; by default the module's class and the folder's name.
@@ -103,6 +99,8 @@ class Dashboard(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Gather the panels and start to read along."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # sections stand as the user has listed them
+        super().setup(trainer, pl_module, stage)
         folder = run_dir(trainer)  # on every rank: it may broadcast
         silent = bool(trainer.fast_dev_run) or stage == "predict"  # type: ignore[attr-defined]
         self._active = trainer.is_global_zero and not silent
@@ -116,13 +114,12 @@ class Dashboard(pl.Callback):
         if folder != self.folder:
             self.folder, self.history, self._fresh, self._artifacts, self._defined = folder, [], True, {}, set()
         self._started = time.monotonic()
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         self._providers, self._sections = gather_panels([pl_module, *callbacks])
         self._artifact_providers = [candidate for candidate in (pl_module, *callbacks) if hasattr(candidate, "dashboard_artifacts")]
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 keep_training(logger, self._define_new_metrics)
-                attempt(logger, lambda logger=logger: _add_tags(logger, [pl_module, *callbacks]))  # type: ignore[misc]
+                attempt(logger, partial(add_tags, logger, [pl_module, *callbacks]))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the folder's history where a resumed fit starts, or drop what an earlier run left there."""
@@ -157,13 +154,10 @@ class Dashboard(pl.Callback):
         except Exception as error:  # must not hide why the run broke off
             rank_zero_warn(f"Dashboard could not write the last report: {type(error).__name__}: {error}")
         finally:
-            self._leave(trainer)
+            super().on_exception(trainer, pl_module, exception)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the recorder off the trainer."""
-        self._leave(trainer)
-
-    def _leave(self, trainer: pl.Trainer) -> None:
         if self._recorder is not None:
             trainer.loggers = [logger for logger in trainer.loggers if logger is not self._recorder]
             self._recorder = None
@@ -290,11 +284,11 @@ class Dashboard(pl.Callback):
         step = self.history[-1].step if self.history else trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                row = {**{key: _for_wandb(item) for key, item in media.items()}, STEP: step}
+                row = {**{key: for_wandb(item) for key, item in media.items()}, STEP: step}
                 attempt(logger, lambda logger=logger, row=row: logger.experiment.log(row))  # type: ignore[misc]
             elif isinstance(logger, TensorBoardLogger):
                 for key, item in media.items():
-                    _to_tensorboard(logger.experiment, key, item, step)
+                    to_tensorboard(logger.experiment, key, item, step)
 
     def _keep_artifacts(self, trainer: pl.Trainer) -> None:
         for name, tensors in ask_for_artifacts(self._artifact_providers).items():
@@ -302,133 +296,11 @@ class Dashboard(pl.Callback):
             if self._artifacts.get(name) == digest:
                 continue
             self._artifacts[name] = digest
-            self._write(lambda folder, name=name, tensors=tensors: save_tensors(folder / "artifacts" / f"{name}.pt", tensors))  # type: ignore[misc]
             path = cast(Path, self.folder) / "artifacts" / f"{name}.pt"
+            self._write(lambda _, path=path, tensors=tensors: save_tensors(path, tensors))  # type: ignore[misc]
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger) and path.is_file():
-                    attempt(logger, lambda logger=logger, name=name, path=path: _log_artifact(logger, name, path, trainer.global_step))  # type: ignore[misc]
-
-
-# ---- panels ----------------------------------------------------------------------------------------------------------------------------
-
-
-def gather_panels(candidates: list[Any]) -> tuple[list[Any], list[Section]]:
-    """Those of the modules and callbacks that declare panels, and a section for each; one that only repeats another's curves has none.
-
-    Raises:
-        TypeError: ``panels`` holds something else beside panels.
-    """
-    kinds = get_args(Panel)
-    providers: list[Any] = []
-    sections: list[Section] = []
-    shown: set[Curve] = set()
-    present = techniques_in(type(candidate).__name__ for candidate in candidates)
-    for candidate in candidates:
-        panels = getattr(candidate, "panels", ())
-        if not isinstance(panels, (tuple, list)) or not any(isinstance(panel, kinds) for panel in panels):
-            continue  # somebody else's attribute of that name
-        for index, panel in enumerate(panels):
-            if not isinstance(panel, kinds):
-                names = ", ".join(kind.__name__ for kind in kinds)
-                raise TypeError(f"{type(candidate).__name__}.panels[{index}] is a {type(panel).__name__}, expected one of {names}")
-        own = tuple(panel for panel in panels if not isinstance(panel, Curve) or panel not in shown)
-        shown.update(panel for panel in own if isinstance(panel, Curve))
-        if not own:
-            continue
-        name = type(candidate).__name__
-        count = sum(type(other) is type(candidate) for other in providers)
-        technique = next((entry for entry in present if name in entry.names), None)
-        summary = technique.summary if technique and all(technique.summary != section.summary for section in sections) else ""  # once
-        url = f"https://arxiv.org/abs/{technique.arxiv}" if summary and technique and technique.arxiv else ""
-        sections.append(Section(f"{name} {count + 1}" if count else name, own, {}, summary, url))
-        providers.append(candidate)
-    return providers, sections
-
-
-def ask_for_media(provider: Any, panels: tuple[Panel, ...]) -> dict[str, Media]:
-    """``provider.dashboard_media()``, checked against what it declares; {} where it has no such method.
-
-    Raises:
-        TypeError: A panel's medium is of another type than the panel shows.
-        ValueError: A key that no panel declares.
-    """
-    if not hasattr(provider, "dashboard_media"):
-        return {}
-    media: dict[str, Media] = provider.dashboard_media()
-    declared = {panel.key: panel for panel in panels if not isinstance(panel, Curve)}
-    where = f"{type(provider).__name__}.dashboard_media()"
-    for key, item in media.items():
-        if key not in declared:
-            raise ValueError(f"{where} returned {key!r}, which no panel declares; declared keys: {', '.join(sorted(declared)) or 'none'}")
-        if not isinstance(item, declared[key].media):
-            expected = declared[key].media.__name__
-            raise TypeError(f"{where}[{key!r}] is a {type(item).__name__}, but {type(declared[key]).__name__} shows a {expected}")
-    return media
-
-
-# ---- artifacts -------------------------------------------------------------------------------------------------------------------------
-
-
-def ask_for_artifacts(providers: list[Any]) -> dict[str, dict[str, Tensor]]:
-    """What the providers' ``dashboard_artifacts()`` return, by name; names checked.
-
-    Raises:
-        TypeError: Something else than a dict of tensors.
-        ValueError: A name that can't be a file's, or that two providers use.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    for provider in providers:
-        where = f"{type(provider).__name__}.dashboard_artifacts()"
-        for name, tensors in provider.dashboard_artifacts().items():
-            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII):
-                raise ValueError(f"{where} returned the name {name!r}: use letters, digits, '.', '_' and '-', as it names a file")
-            if name in found:
-                raise ValueError(f"{where} returned {name!r}, which another callback or the module returns, too: choose another name")
-            if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-                raise TypeError(f"{where}[{name!r}] must be a dict of tensors, got {type(tensors).__name__}")
-            found[name] = tensors
-    return found
-
-
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values; one tensor at a time comes to the CPU."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a ``.pt`` file that ``torch.load(path, weights_only=True)`` reads on any machine, as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, partial)  # clone: a view drags its base along
-        os.replace(partial, path)
-    except RuntimeError as error:  # how torch.save reports a full disk
-        raise OSError(f"{path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _add_tags(logger: WandbLogger, candidates: list[Any]) -> None:
-    """Tag the run with the slugs of the techniques in it, by which ``lit dashboard`` finds it."""
-    slugs = [entry.slug for entry in techniques_in(type(candidate).__name__ for candidate in candidates)]
-    run = logger.experiment
-    missing = [slug for slug in slugs if slug not in (run.tags or ())]
-    if missing:
-        run.tags = (*(run.tags or ()), *missing)
-
-
-def _log_artifact(logger: WandbLogger, name: str, path: Path, step: int) -> None:
-    import wandb
-
-    run = logger.experiment
-    artifact = wandb.Artifact(f"{name}-{run.id}", type="mask", metadata={STEP: step})
-    artifact.add_file(str(path))  # copied at once, so that a later version doesn't change this one
-    run.log_artifact(artifact, aliases=["latest", f"step-{step}"])
+                    attempt(logger, partial(log_artifact, logger, name, path, trainer.global_step))
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------------------------
@@ -478,38 +350,3 @@ def _checkpoints(trainer: pl.Trainer, folder: Path) -> list[tuple[str, str, str]
             if callback.last_model_path:
                 rows.setdefault(callback.last_model_path, ("last", ""))
     return [(os.path.relpath(path, folder) if Path(path).is_relative_to(folder) else path, *row) for path, row in rows.items()]
-
-
-# ---- loggers ---------------------------------------------------------------------------------------------------------------------------
-
-
-def _for_wandb(item: Media) -> Any:
-    import wandb
-
-    if isinstance(item, ImageMedia):
-        return wandb.Image(item.pixels, caption=item.alt)
-    if isinstance(item, CloudMedia):
-        cloud = subsample(item, 100_000)
-        return wandb.Object3D(np.concatenate([cloud.points, cloud.colors], axis=1, dtype=np.float64))
-    if isinstance(item, HistogramMedia):
-        return wandb.Histogram(np_histogram=(item.counts, item.edges))
-    return wandb.Table(columns=list(item.columns), data=[list(row) for row in item.rows], allow_mixed_types=True)
-
-
-def _to_tensorboard(writer: Any, key: str, item: Media, step: int) -> None:
-    if isinstance(item, ImageMedia):
-        writer.add_image(key, item.pixels, step, dataformats="HWC")
-    elif isinstance(item, HistogramMedia):
-        counts, edges = np.asarray(item.counts, dtype=np.float64), np.asarray(item.edges, dtype=np.float64)
-        middle = (edges[1:] + edges[:-1]) / 2
-        writer.add_histogram_raw(
-            key,
-            min=float(edges[0]),
-            max=float(edges[-1]),
-            num=int(counts.sum()),
-            sum=float(counts @ middle),
-            sum_squares=float(counts @ middle**2),
-            bucket_limits=edges[1:].tolist(),
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )

@@ -64,11 +64,12 @@ class ExactResume(OrderedCallback):
     as if it belonged to the old epoch, or counts the epoch twice. (3) A module that asks for
     ``trainer.estimated_stepping_batches`` in ``configure_optimizers`` makes Lightning forget the place of its loaders.
 
-    Saves: tensors, numbers and lists, about 15 kB per rank. Needs the same number of ranks at the resume, else it
-    warns and restores no generator.
+    Runs: when a checkpoint is saved or loaded, at the start of training, and around validation.
+    Saves: tensors, numbers and lists, about 15 kB per rank. A resume with another number of ranks gives a warning and
+    restores no generator.
     Loaders: those of :func:`~lit_methods.datamodules.loaders.make_loader` draw nothing from the global generators. A
     plain ``DataLoader`` draws its workers' seed whenever an iterator is made, which a resume does at other moments.
-    Not covered: sums of several CPU threads, which now and then come out in another order (``OMP_NUM_THREADS=1`` is
+    Refuses: nothing. Not covered: sums of several CPU threads, which now and then come out in another order (``OMP_NUM_THREADS=1`` is
     exact); random numbers drawn in ``on_train_start`` of the module or of a callback behind this one, and
     generators that a module or data set owns.
     """
@@ -77,11 +78,6 @@ class ExactResume(OrderedCallback):
         super().__init__()
         self._resumed: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
-        super().setup(trainer, pl_module, stage)
-        self._resumed = self._before_validation = None
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Collect the states of all ranks."""
@@ -125,7 +121,7 @@ class ExactResume(OrderedCallback):
             restore_random_state(self._before_validation, trainer.strategy.root_device)
             self._before_validation = None
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the run."""
         self._resumed = self._before_validation = None
 

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.checks import one_of
 
 Policy = Literal["stop", "warn"]
 NEVER = torch.iinfo(torch.int64).max
@@ -40,7 +41,9 @@ class FiniteGuard(OrderedCallback):
     With ``precision="16-mixed"`` the gradient scaler skips steps that overflow, so a loss alone only warns there.
 
     Runs: ``on_train_batch_end``, ``on_train_epoch_end``, ``on_save_checkpoint``; all ranks agree on what was seen, so all of
-    them stop. Saves: nothing. Modules that return no loss (manual optimisation) are watched by their weights alone.
+    them stop. Modules that return no loss (manual optimisation) are watched by their weights alone.
+    Saves: nothing.
+    Refuses: to go on with, or to save, what isn't finite.
 
     Args:
         policy: ``stop`` ends the run at a loss that isn't finite; ``warn`` says it once and goes on.
@@ -52,8 +55,7 @@ class FiniteGuard(OrderedCallback):
 
     def __init__(self, policy: Policy = "stop") -> None:
         super().__init__()
-        if policy not in ("stop", "warn"):
-            raise ValueError(f"policy is {policy!r}: give 'stop' or 'warn'")
+        one_of(Policy, policy=policy)
         self.policy = policy
         self._first: Tensor | None = None
         self._known: set[str] = set()
@@ -62,9 +64,9 @@ class FiniteGuard(OrderedCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note which parameters hold infinities on purpose."""
         self._first, self._warned = None, False
-        found = not_finite(dict(pl_module.named_parameters()))
-        flags = torch.stack(list(found.values())).tolist() if found else []
-        self._known = {name for name, bad in zip(found, flags, strict=True) if bad}
+        bad = not_finite(dict(pl_module.named_parameters()))
+        flags = torch.stack(list(bad.values())).tolist() if bad else []
+        self._known = {name for name, is_bad in zip(bad, flags, strict=True) if is_bad}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Note the loss; read the notes now and then."""
@@ -90,7 +92,7 @@ class FiniteGuard(OrderedCallback):
         if bad is not None:
             raise NonFiniteError(self._message(trainer, f"the weights are not finite ({bad or 'on another process'})", self._first_step()))
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the run."""
         self._first = None
 
@@ -112,11 +114,11 @@ class FiniteGuard(OrderedCallback):
 
     def _bad_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
         """Name of the first parameter that isn't finite on this rank, "" when it is one of another rank's, None when all are finite."""
-        found = not_finite({name: value for name, value in pl_module.named_parameters() if name not in self._known})
-        any_bad = bool(torch.stack(list(found.values())).any()) if found else False
+        bad = not_finite({name: value for name, value in pl_module.named_parameters() if name not in self._known})
+        any_bad = bool(torch.stack(list(bad.values())).any()) if bad else False
         if not trainer.strategy.reduce_boolean_decision(any_bad, all=False):
             return None
-        return next((name for name, bad in found.items() if bad), "")
+        return next((name for name, is_bad in bad.items() if is_bad), "")
 
     @staticmethod
     def _message(trainer: pl.Trainer, what: str, step: int | None) -> str:

@@ -1,4 +1,4 @@
-"""A run that is asked to leave (SIGTERM, SIGUSR1) saves itself behind the current step, and the same command goes on later."""
+"""A run that is asked to leave (SIGTERM, SIGUSR1, Ctrl-C) saves itself behind the current step, and the same command goes on later."""
 
 import os
 import signal
@@ -18,9 +18,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.checks import positive
 from lit_methods.runs.folder import run_dir
 
 EXIT_STATUS = 143  # 128 + SIGTERM, for SIGUSR1 too: not 0, which Kubernetes takes for a finished job
+INTERRUPTED = 130  # 128 + SIGINT, as a shell reports Ctrl-C
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))  # Windows lacks the second
 MOST_STEPS = 1000  # between two agreements, however short the steps are
 
@@ -31,7 +33,7 @@ class Preempted(SIGTERMException):
     Args:
         name: Name of the signal.
         checkpoint: What was saved.
-        status: Exit status of this process: 143 on rank 0, 0 on the others (Lightning's and torchrun's launchers kill
+        status: Exit status of this process: 143 (130 after Ctrl-C) on rank 0, 0 on the others (Lightning's and torchrun's launchers kill
             all processes as soon as one of them fails, rank 0 in the middle of its last report).
     """
 
@@ -44,12 +46,12 @@ class Preempted(SIGTERMException):
 
 
 class Preemption(OrderedCallback):
-    """Turns SIGTERM and SIGUSR1 into a checkpoint and a clean exit; ``lit fit`` adds it to every run that saves checkpoints.
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a checkpoint and a clean exit; ``lit fit`` adds it to every run that saves checkpoints.
 
-    Behind the first optimiser step after the signal, ``<run folder>/checkpoints/last.ckpt`` is written and
-    :class:`Preempted` ends the fit with exit status 143. Where a validation or the end of the epoch is due right behind
-    that step, the checkpoint is written at once, too, but the run ends one step later, so that no validation is lost. A
-    signal that arrives during a validation is obeyed behind it; with a single process a checkpoint is written at once.
+    Behind the first optimiser step after the signal, ``<run folder>/checkpoints/last.ckpt`` is written and :class:`Preempted` ends the fit
+    with exit status 143, or 130 after Ctrl-C; a second Ctrl-C ends it at once. Where a validation or the end of the epoch is due right
+    behind that step, the checkpoint is written at once, too, but the run ends one step later, so that no validation is lost. A signal that
+    arrives during a validation is obeyed behind it; with a single process a checkpoint is written at once.
 
     Several processes: a signal to any one of them stops all of them behind the same step. They agree by one all-reduce
     of two numbers about every ``agree_seconds``; the same reduction settles after how many steps they ask again, from
@@ -59,8 +61,10 @@ class Preemption(OrderedCallback):
     SLURM: with ``requeue`` and Lightning's ``SLURMEnvironment(auto_requeue=True)``, ``scontrol requeue`` is called for
     the job behind the checkpoint, on Lightning's requeue signal (SIGUSR1) only: SIGTERM comes from ``scancel`` as well.
 
-    Runs: in ``on_train_batch_end``. Saves: nothing of its own. Signals are handled from the start of training (the
-    sanity check, too) to the end of fit; before that, the system's default ends the process, and nothing is lost.
+    Runs: in ``on_train_batch_end``. Signals are handled from the start of training (the sanity check, too) to the end
+    of fit; before that, the system's default ends the process, and nothing is lost.
+    Saves: nothing of its own.
+    Refuses: nothing; any module and strategy will do.
 
     Args:
         agree_seconds: Seconds between two agreements of several processes, > 0; the longest time that a signal waits
@@ -70,8 +74,7 @@ class Preemption(OrderedCallback):
 
     def __init__(self, agree_seconds: float = 2.0, requeue: bool = False) -> None:
         super().__init__()
-        if agree_seconds <= 0:
-            raise ValueError(f"agree_seconds is {agree_seconds}: give more than 0")
+        positive(agree_seconds=agree_seconds)
         self.agree_seconds, self.requeue = agree_seconds, requeue
         self._forget()
 
@@ -110,7 +113,8 @@ class Preemption(OrderedCallback):
             return
         if self.requeue:
             self._requeue(trainer)
-        raise Preempted(self._name, path, EXIT_STATUS if trainer.is_global_zero else 0)
+        status = INTERRUPTED if self._received == signal.SIGINT else EXIT_STATUS
+        raise Preempted(self._name, path, status if trainer.is_global_zero else 0)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save at once, in case that the validation outlasts the time that is left."""
@@ -118,6 +122,11 @@ class Preemption(OrderedCallback):
         if self._received is not None and fitting and not self._saved and trainer.world_size == 1:
             self._saved = True
             self._save(trainer)
+
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give Ctrl-C back; Lightning gives the other signals back."""
+        if signal.getsignal(signal.SIGINT) == self._receive:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     # ---- the parts -------------------------------------------------------------------------------------------------
 
@@ -127,11 +136,16 @@ class Preemption(OrderedCallback):
             for number in SIGNALS:
                 if signal.getsignal(number) != self._receive:
                     signal.signal(number, self._receive)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where somebody else handles or ignores it
+                signal.signal(signal.SIGINT, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received is not None:
+            raise KeyboardInterrupt
         if self._received is None:  # only a note: anything more could run in the middle of a collective
             self._received = number
-            os.write(2, f"\n{self._name} received: saving a checkpoint behind the current step\n".encode())
+            hurry = " (Ctrl-C again: stop at once)" if number == signal.SIGINT else ""
+            os.write(2, f"\n{self._name} received: saving a checkpoint behind the current step{hurry}\n".encode())
 
     @property
     def _name(self) -> str:

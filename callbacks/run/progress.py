@@ -16,9 +16,11 @@ class ThroughputProgressBar(RichProgressBar):
     Without a terminal (a log file, CI) it prints a plain line at the first step, then at most every ``log_seconds``, and at the
     end, so that logs stay short. Throughput is a moving average over the last 20 batches, waiting for data included.
 
-    Runs: after each batch; reads metrics from the device at most four times a second. Saves: nothing. Works with any module
-    and strategy; only rank 0 shows anything. Samples per second are ``batch_size`` of the training loader times the number of
-    processes; a loader without a batch size shows iterations per second alone.
+    Runs: after each batch; reads metrics from the device at most four times a second. Only rank 0 shows anything. Samples per second
+    are ``batch_size`` of the training loader times the number of processes; a loader without a batch size shows iterations per
+    second alone.
+    Saves: nothing.
+    Refuses: nothing; any module and strategy will do.
 
     Args:
         refresh_rate: Redraws per second on a terminal; 0 shows nothing.

@@ -1,6 +1,5 @@
 """Measures what a training step costs: seconds, memory, parameters, operations."""
 
-import json
 import resource
 import statistics
 import sys
@@ -13,13 +12,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lit_methods.files import write_atomically
+from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.files import write_json
 from lit_methods.runs.folder import run_dir
 
 _MIB = 2**20
 
 
-class StepCost(pl.Callback):
+class StepCost(OrderedCallback):
     """Writes ``cost.json`` into the run's folder when ``fit`` ends: what its training steps took.
 
     A step is one training batch: with gradient accumulation several of them make one optimiser step. Its time goes from the end of the
@@ -33,7 +33,7 @@ class StepCost(pl.Callback):
     ``parameters``            trainable parameters at the start of training
     ``seconds``               time of each timed step after the warm-up, the first ``max_samples`` of them
     ``data_seconds``          of these the part until the step's start
-    ``seconds_per_step``      median, and ``data_seconds_per_step`` likewise; null where no step was timed
+    ``seconds_per_step``      median, as is ``data_seconds_per_step``; null where no step was timed
     ``peak_mib``              CUDA: ``torch.cuda.max_memory_allocated`` between start and end of training, everything included. CPU: how far
                               the highest resident memory of the process during training lies above that at its start. Linux measures
                               this exactly (the high-water mark is reset at the start); where it can't be reset, growth that stays below
@@ -46,8 +46,10 @@ class StepCost(pl.Callback):
     ``interrupted``           the run was stopped by a signal before its end
     ========================  ===========================================================================================================
 
-    Runs: in the batch hooks; nothing waits for the device, unless ``synchronize`` asks for it. Saves: nothing in checkpoints. Works
-    with any module and strategy; rank 0 writes its own figures. A step whose operations are counted isn't timed.
+    Runs: in the batch hooks; nothing waits for the device, unless ``synchronize`` asks for it. Rank 0 writes its own figures. A step whose
+    operations are counted isn't timed.
+    Saves: nothing in checkpoints.
+    Refuses: nothing; any module and strategy will do.
 
     Args:
         warmup_steps: First steps that are not timed.
@@ -118,9 +120,9 @@ class StepCost(pl.Callback):
         folder = run_dir(trainer)  # on every rank: it may broadcast
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / "cost.json", json.dumps(self.measured(trainer), indent=1) + "\n")
+            write_json(folder / "cost.json", self.measured(trainer))
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave no counter behind."""
         self._stop_counting()
 

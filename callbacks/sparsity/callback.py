@@ -1,6 +1,7 @@
 """What all callbacks with masks share: one store, re-applied wherever a dead weight could come back to life."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -9,11 +10,12 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lit_methods import distributed
+from lit_methods import checks, distributed
 from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.sparsity.history import pack_bits
 from lit_methods.callbacks.sparsity.store import MaskStore, prunable_weights
-from lit_methods.callbacks.targets import plain_name, refuse_sharded
+from lit_methods.callbacks.targets import plain_parameters, refuse_sharded
 from lit_methods.seeds import own_seed
 
 
@@ -25,29 +27,47 @@ def notify_mask_updated(trainer: pl.Trainer, pl_module: pl.LightningModule, sour
             listen(trainer, pl_module, source)
 
 
+def check_ranks(who: str, masks: Iterable[Tensor], sources: str) -> None:
+    """Raise if masks differ between processes.
+
+    Raises:
+        RuntimeError: They do, and so do the ``sources`` that they come from.
+    """
+    if distributed.world_size() > 1:
+        bits = [pack_bits(mask) for mask in masks]
+        if bits and not distributed.same_on_all_ranks(torch.cat([packed.to(bits[0].device) for packed in bits])):
+            raise RuntimeError(f"{who}: the masks differ between ranks, so do the {sources} that they come from")
+
+
 class MaskCallback(OrderedCallback):
-    """Base of the callbacks that keep chosen weights at exactly 0.
+    """Base of the callbacks that keep chosen weights at exactly 0: W * M after every step, with a mask M of zeros and ones.
 
     Subclasses say which masks a run starts with (:meth:`initial_masks`), and may change them later (:meth:`after_step`). Everything else is
-    here:
+    here.
 
     Runs: masks are made when fit starts, on rank 0, and broadcast; weights are masked at once and again after every step of every
     optimiser (a hook of the optimiser itself, so that manual optimisation, accumulation and AMP need nothing special), as is the
     optimiser's memory of dead weights. Averaged copies (``EMATeacher``, Lightning's ``WeightAveraging``) are masked when masks change.
-    Every change calls ``on_mask_updated(trainer, pl_module, callback)`` of all callbacks that have it.
+    Every change calls ``on_mask_updated(trainer, pl_module, callback)`` of all callbacks that have it. Under DDP the ranks' masks are
+    compared at the start and after every change. After fit the module is an ordinary one, whose dead weights are 0.
+
     Saves: masks, the step counts per optimiser and the state of the random generator. A resumed run takes them over and makes no new ones.
-    Works on one device and under DDP, where the ranks' masks are compared at the start and after every change. Refuses strategies that
-    shard weights, Lightning's ``ModelPruning``, and a second mask callback on the same weights. After fit the module is an ordinary
-    one, whose dead weights are 0.
+
+    Refuses: strategies that shard weights, Lightning's ``ModelPruning``, and a second mask callback on the same weights.
 
     Args:
         targets: ``fnmatch`` patterns on submodule names; empty: every linear, convolution and attention module.
         skip: Patterns on submodule names that stay dense.
-        seed: Of everything random about the masks.
+        seed: Seed of everything random about the masks.
         mask_gradients: Set gradients of dead weights to 0 before clipping and the optimiser's step, so that they count in no norm.
         mask_optimizer_state: Set momenta and moments of dead weights to 0 after every step.
+
+    Attributes:
+        artifact: Name under which the masks are kept with a run; ``{where}`` stands for the patterns. Empty: they aren't.
+        store: The masks; empty before fit.
     """
 
+    artifact: ClassVar[str] = ""
     runs_after: ClassVar[Sequence[str]] = ("EMATeacher", "WeightAveraging")
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "ModelPruning": "it renames the weights while fit runs; DynamicSparsity and RandomPruning do the same by masks"
@@ -62,15 +82,15 @@ class MaskCallback(OrderedCallback):
         mask_optimizer_state: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(targets, str) or isinstance(skip, str):
-            raise ValueError(f"targets and skip are lists of patterns, got targets={targets!r}, skip={skip!r}: write ['encoder.*']")
+        checks.patterns(targets=targets, skip=skip)
         self.targets, self.skip, self.seed = list(targets), list(skip), seed
         self.mask_gradients, self.mask_optimizer_state = mask_gradients, mask_optimizer_state
-        self.store: MaskStore | None = None
+        self.store = MaskStore({})
         self.generator = torch.Generator().manual_seed(own_seed(type(self).__name__, seed))
         self._owned: list[list[str]] = []  # per optimiser: names of its masked weights
         self._steps: list[int] = []  # per optimiser
         self._handles: list[Any] = []
+        self._gradients: dict[str, Tensor] = {}
         self._told = 0  # version of the masks that everybody knows
         self._loaded: dict[str, Any] | None = None
 
@@ -114,12 +134,7 @@ class MaskCallback(OrderedCallback):
         weights = self.chosen(pl_module)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is not self and isinstance(other, MaskCallback):
-                shared = sorted(set(weights) & set(other.chosen(pl_module)))
-                if shared:
-                    raise ValueError(
-                        f"{type(self).__name__} and {type(other).__name__} both mask {shared[0]!r} (and {len(shared) - 1} more): "
-                        "give them different targets"
-                    )
+                refuse_shared(type(self).__name__, other, weights, pl_module)
 
     def chosen(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights that this callback masks, by name."""
@@ -151,19 +166,14 @@ class MaskCallback(OrderedCallback):
             optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._stepped(optimizer, index))
             for index, optimizer in enumerate(optimizers)
         ]
-        self._gradients: dict[str, Tensor] = {}
         active, total = map(sum, zip(*self.store.counts().values(), strict=True))
-        rank_zero_info(
-            f"{type(self).__name__}: {len(self.store.weights)} weights, {active:,} of {total:,} entries active ({active / total:.2%}): "
-            f"{', '.join(self.store.weights)}"
-        )
+        share = f"{active:,} of {total:,} entries active ({active / total:.2%})"
+        rank_zero_info(f"{type(self).__name__}: {len(self.store.weights)} weights, {share}: {', '.join(self.store.weights)}")
         notify_mask_updated(trainer, pl_module, self)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Keep dense gradients where they are wanted, then mask them; before clipping."""
-        if self.store is None:
-            return
-        index = next(index for index, own in enumerate(trainer.optimizers) if own is getattr(optimizer, "_optimizer", optimizer))
+        index = self.index_of(trainer, optimizer)
         names = self._owned[index]
         if self.wants_gradients(self._steps[index] + 1):
             grads = {name: self.store.weights[name].grad for name in names}
@@ -171,10 +181,13 @@ class MaskCallback(OrderedCallback):
         if self.mask_gradients:
             self.store.apply_to_gradients(names)
 
+    def index_of(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer) -> int:
+        """Place of an optimiser, or of Lightning's wrapper of it, among the trainer's."""
+        return next(index for index, own in enumerate(trainer.optimizers) if own is getattr(optimizer, "_optimizer", optimizer))
+
     @torch.no_grad()
     def _stepped(self, optimizer: torch.optim.Optimizer, index: int) -> None:
         """After each optimiser step: dead weights back to 0, then the technique's own change of masks."""
-        assert self.store is not None
         names = self._owned[index]
         self._steps[index] += 1
         self.store.apply(names)
@@ -189,33 +202,33 @@ class MaskCallback(OrderedCallback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Mask averaged copies and tell the others when masks have changed."""
-        if self.store is not None and self.store.version != self._told:
+        if self.store.version != self._told:
             self._told = self.store.version
             self._apply_to_averages(trainer)
             notify_mask_updated(trainer, pl_module, self)
 
     def _check_ranks(self) -> None:
-        assert self.store is not None
-        if distributed.world_size() > 1:
-            packed = torch.cat([mask.flatten() for mask in self.store.masks.values()])
-            if not distributed.same_on_all_ranks(packed):
-                raise RuntimeError(f"{type(self).__name__}: the masks differ between ranks, so do the weights or gradients they come from")
+        check_ranks(type(self).__name__, self.store.masks.values(), "weights or gradients")
 
     def _apply_to_averages(self, trainer: pl.Trainer) -> None:
-        assert self.store is not None
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EMATeacher):
                 self.store.apply_to(callback.averaged())
             elif isinstance(callback, WeightAveraging) and callback._average_model is not None:
-                self.store.apply_to({plain_name(name): tensor for name, tensor in callback._average_model.module.named_parameters()})
+                self.store.apply_to(plain_parameters(callback._average_model.module))
 
     def sparsity_masks(self) -> dict[str, Tensor]:
         """Parameter name -> bool mask, as it is now; {} before fit."""
-        return {} if self.store is None else self.store.masks
+        return self.store.masks
+
+    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
+        """The masks, under :attr:`artifact`."""
+        where = "".join("-" + re.sub(r"[^A-Za-z0-9]+", "-", pattern).strip("-") for pattern in (*self.targets, *self.skip))
+        return {self.artifact.format(where=where): self.store.masks} if self.artifact and self.store.masks else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, steps and the generator's state."""
-        if self.store is None:
+        if not self.store.masks:
             return {}
         return {**self.store.state_dict(), "steps": list(self._steps), "generator": self.generator.get_state()}
 
@@ -223,15 +236,20 @@ class MaskCallback(OrderedCallback):
         """Keep the state until fit starts; Lightning calls this before ``on_fit_start``."""
         self._loaded = state or None
 
-    def _leave(self) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the optimisers; the store stays readable."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._gradients = [], {}
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimisers; the store stays readable."""
-        self._leave()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the optimisers: Lightning doesn't call ``teardown`` here."""
-        self._leave()
+def refuse_shared(who: str, other: MaskCallback, names: Iterable[str], pl_module: nn.Module) -> None:
+    """Raise if a mask callback masks one of the weights.
+
+    Raises:
+        ValueError: It does.
+    """
+    shared = sorted(set(names) & set(other.chosen(pl_module)))
+    if shared:
+        both = f"{who} and {type(other).__name__}"
+        raise ValueError(f"{both} both mask {shared[0]!r} (and {len(shared) - 1} more): give them different targets")

@@ -10,7 +10,7 @@ class SparsityCard:
 
     Attributes:
         stage: When weights are chosen: ``before``, ``during`` or ``post`` training.
-        regime: Of the training: ``dense_to_sparse`` starts dense, ``sparse_to_sparse`` never is, and so on.
+        regime: Course of the training: ``dense_to_sparse`` starts dense, ``sparse_to_sparse`` never is, and so on.
         mask: Whether the choice is made once (``static``) or changes (``dynamic``).
         granularity: What is removed as one.
         object: What becomes sparse.

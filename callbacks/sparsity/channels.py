@@ -10,7 +10,7 @@ Left out: convolutions with groups other than depthwise ones, norms other than b
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from lit_methods.callbacks.sparsity.masks import keep_largest
-from lit_methods.callbacks.targets import plain_name
+from lit_methods.callbacks.targets import plain_modules
 from lit_methods.runs.checkpoints import check_readable
 
 Side = Literal["in", "out"]
@@ -44,7 +44,7 @@ class Part:
         module: Name.
         side: ``out``: what it computes (of norms and depthwise convolutions: all they have); ``in``: what it reads.
         size: Entries of that dimension.
-        offset: Of channel 0; above 0 behind a concatenation.
+        offset: Place of channel 0; above 0 behind a concatenation.
         block: Entries per channel; above 1 where a map of several pixels was flattened.
     """
 
@@ -112,7 +112,7 @@ def agree(
     """Masks on which the members of each group agree.
 
     Args:
-        groups: Of the network.
+        groups: Groups of the network.
         keep: Norm -> (C,) bool; a norm that isn't there keeps all. Norms of no group are left out of the result.
         scores: Norm -> (C,), such as its scale: the largest sums of magnitudes stay where an agreement would leave too little; None: the
             first channels.
@@ -126,10 +126,8 @@ def agree(
         for name in group.norms:
             mask = keep.get(name)
             if mask is not None and (mask.shape != (group.channels,) or mask.dtype != torch.bool):
-                raise ValueError(
-                    f"mask of {name!r} is {tuple(mask.shape)} {mask.dtype}, but the layer has {group.channels} channels: give bools, made "
-                    "for this network as it is now (not before an earlier pruning)"
-                )
+                given = f"mask of {name!r} is {tuple(mask.shape)} {mask.dtype}, but the layer has {group.channels} channels"
+                raise ValueError(f"{given}: give bools, made for this network as it is now (not before an earlier pruning)")
         whole = torch.ones(group.channels, dtype=torch.bool, device=next((keep[name].device for name in group.norms if name in keep), None))
         votes = [keep.get(name, whole) for name in group.voters]
         merged = merge_keep_masks(torch.stack(votes)) if len(votes) > 1 else votes[0]
@@ -148,9 +146,7 @@ def _torch_pruning() -> Any:
     try:
         import torch_pruning
     except ImportError as error:
-        raise ImportError(
-            "finding out which channels depend on each other needs Torch-Pruning: pip install 'lit-methods[sparsity]' (or torch-pruning)"
-        ) from error
+        raise ImportError("finding out which channels belong together needs Torch-Pruning: pip install 'lit-methods[sparsity]'") from error
     return torch_pruning
 
 
@@ -182,11 +178,6 @@ def _undisturbed(stack: ExitStack) -> None:
         stack.enter_context(torch.autocast(device, enabled=False))
 
 
-def _named(module: nn.Module) -> dict[str, nn.Module]:
-    """Names without those of ``torch.compile``; of a compiled module the one inside."""
-    return {plain_name(name): submodule for name, submodule in module.named_modules()}
-
-
 def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | None = None) -> tuple[list[ChannelGroup], dict[str, str]]:
     """The channels of a network that can be removed, and the batch norms that must be left alone.
 
@@ -214,12 +205,12 @@ def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | No
     for parameter in twin.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    names = {id(submodule): name for name, submodule in _named(twin).items()}
-    norms = {name: norm for name, norm in _named(twin).items() if isinstance(norm, _BatchNorm) and norm.affine}
+    names = {id(submodule): name for name, submodule in plain_modules(twin).items()}
+    norms = {name: norm for name, norm in plain_modules(twin).items() if isinstance(norm, _BatchNorm) and norm.affine}
     if not norms:
         raise ValueError(f"{type(module).__name__} has no batch norm with scale and shift: there are no channels to choose by them")
     owners: dict[int, set[str]] = {}
-    for name, submodule in _named(twin).items():
+    for name, submodule in plain_modules(twin).items():
         for parameter in submodule.parameters(recurse=False):
             owners.setdefault(id(parameter), set()).add(name)
     tied = set().union(*(several for several in owners.values() if len(several) > 1))
@@ -362,25 +353,20 @@ def differs(module: nn.Module, keep: Mapping[str, Tensor], plan: ChannelPlan, ru
     """How the outputs of a cut module differ from its own with scale and shift of removed channels at 0; "" if they don't.
 
     Args:
-        module: In eval mode; it is the same afterwards.
+        module: In eval mode; copies of it are run.
         keep: Norm -> (C,) bool.
-        plan: Of those masks.
+        plan: Plan of those masks.
         run: Module -> its outputs. Gradients must be off.
     """
-    named: dict[str, Any] = dict(_named(module))
-    saved = {name: (named[name].weight.detach().clone(), named[name].bias.detach().clone()) for name in keep}
+    masked, smaller = copy.deepcopy(module), copy.deepcopy(module)
+    named: dict[str, Any] = dict(plain_modules(masked))
+    for name, mask in keep.items():
+        for value in (named[name].weight, named[name].bias):
+            value.data.masked_fill_(~mask.to(value.device), 0.0)
+    expected = run(masked)
     try:
-        for name, mask in keep.items():
-            named[name].weight.data.masked_fill_(~mask.to(named[name].weight.device), 0.0)
-            named[name].bias.data.masked_fill_(~mask.to(named[name].bias.device), 0.0)
-        expected = run(module)
-    finally:
-        for name, (weight, bias) in saved.items():
-            named[name].weight.data.copy_(weight)
-            named[name].bias.data.copy_(bias)
-    try:
-        with _cut_for_now(module, plan):
-            found = run(module)
+        apply_plan(smaller, plan)
+        found = run(smaller)
     except Exception as error:
         return f"without some of its channels the network doesn't run ({(str(error) or type(error).__name__).splitlines()[0]})"
     if [one.shape for one in found] != [one.shape for one in expected]:
@@ -395,24 +381,6 @@ def differs(module: nn.Module, keep: Mapping[str, Tensor], plan: ChannelPlan, ru
     return ""
 
 
-@contextlib.contextmanager
-def _cut_for_now(module: nn.Module, plan: ChannelPlan) -> Iterator[None]:
-    """Cut, and put the very same tensors back."""
-    layers: list[Any] = [_named(module)[name] for name in plan]
-    before = [
-        (dict(layer._parameters), dict(layer._buffers), {a: vars(layer)[a] for a in (*_WIDTHS, "groups") if a in vars(layer)})
-        for layer in layers
-    ]
-    apply_plan(module, plan)
-    try:
-        yield
-    finally:
-        for layer, (parameters, buffers, widths) in zip(layers, before, strict=True):
-            layer._parameters.update(parameters)
-            layer._buffers.update(buffers)
-            vars(layer).update(widths)
-
-
 # ---- the plan --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -420,7 +388,7 @@ def make_plan(groups: Sequence[ChannelGroup], keep: Mapping[str, Tensor]) -> Cha
     """What is left of each module.
 
     Args:
-        groups: Of the network.
+        groups: Groups of the network.
         keep: Norm -> (C,) bool, the same for all norms of a group, as from :func:`agree`; groups whose norms aren't there stay whole.
 
     Returns:
@@ -437,10 +405,8 @@ def make_plan(groups: Sequence[ChannelGroup], keep: Mapping[str, Tensor]) -> Cha
         if len(masks) < len(group.norms) or any(not torch.equal(mask, masks[0]) for mask in masks):
             raise ValueError(f"{', '.join(group.norms)} are tied and need one mask: merge theirs with agree()")
         if masks[0].shape != (group.channels,) or not masks[0].any():
-            raise ValueError(
-                f"mask of {group.norms[0]!r} keeps {int(masks[0].sum())} of {len(masks[0])} channels where the layer has {group.channels}: "
-                "give one bool a channel, at least one True"
-            )
+            kept = f"keeps {int(masks[0].sum())} of {len(masks[0])} channels where the layer has {group.channels}"
+            raise ValueError(f"mask of {group.norms[0]!r} {kept}: give one bool a channel, at least one True")
         if masks[0].all():
             continue
         for part in group.parts:
@@ -486,16 +452,14 @@ def apply_plan(module: nn.Module, plan: ChannelPlan) -> None:
     Raises:
         ValueError: It is another architecture; nothing is changed then.
     """
-    named = _named(module)
+    named = plain_modules(module)
     for name, sides in plan.items():
         there = channel_counts(named[name]) if name in named else {}
         for side, cut in sides.items():
             if there.get(side) != cut["size"]:
                 found = f"has {there[side]} there" if side in there else "has no such layer"
-                raise ValueError(
-                    f"the channel plan is for a network whose {name!r} has {cut['size']} {side}put channels, but {type(module).__name__} "
-                    f"{found}: build the module as it was before pruning"
-                )
+                planned = f"the channel plan is for a network whose {name!r} has {cut['size']} {side}put channels"
+                raise ValueError(f"{planned}, but {type(module).__name__} {found}: build the module as it was before pruning")
     for name, sides in plan.items():
         layer = named[name]
         kept = {side: torch.tensor(cut["kept"], dtype=torch.int64) for side, cut in sides.items()}
@@ -545,8 +509,8 @@ def prune_channels(
         module: Any module with batch norms.
         keep: Name of the batch norm (or of its weight) -> (C,) bool, True: stays. A norm that isn't there keeps all its channels. Norms
             whose outputs are summed get one mask, see :func:`merge_keep_masks`. Norms that must be left alone are, with a warning.
-        example_inputs: See :func:`channel_groups`.
-        forward: See :func:`channel_groups`.
+        example_inputs: What its forward takes: a tensor, a sequence of positional or a dictionary of named arguments.
+        forward: ``forward(module, example_inputs)`` in place of the module's own.
         min_channels: Channels that stay in a summed group at least.
 
     Returns:
@@ -558,7 +522,7 @@ def prune_channels(
         RuntimeError: The cut network isn't the masked one; the module is as it was.
     """
     masks = {name.removesuffix(".weight"): mask.detach().cpu() for name, mask in keep.items()}
-    named = _named(module)
+    named = plain_modules(module)
     for name in masks:
         if not isinstance(named.get(name), _BatchNorm):
             known = ", ".join(other for other, norm in named.items() if isinstance(norm, _BatchNorm))
@@ -587,7 +551,7 @@ def plan_from_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> ChannelP
     Good for loading that state dict, and for nothing else.
     """
     plan: ChannelPlan = {}
-    for name, layer in _named(module).items():
+    for name, layer in plain_modules(module).items():
         counts, weight = channel_counts(layer), state.get(f"{name}.weight" if name else "weight")
         if not counts or weight is None:
             continue

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from lit_methods.callbacks.run.step_cost import peak_memory
-from lit_methods.callbacks.sparsity.flops import Macs
+from lit_methods.callbacks.sparsity.card import SparsityCard
+from lit_methods.callbacks.sparsity.flops import Macs, training_flops
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,31 @@ class Cost:
         macs_dense: Weight -> MACs.
         macs_sparse: Weight -> MACs if only kept weights are multiplied.
         attention_macs: Products in which no weight takes part, such as attention scores and values. Sparse weights don't reduce them.
-        flops_dense: All of it, with dense weights.
-        flops_sparse: All of it, with kept weights only.
     """
 
     macs_dense: dict[str, float]
     macs_sparse: dict[str, float]
     attention_macs: float
-    flops_dense: float
-    flops_sparse: float
+
+    @property
+    def flops_dense(self) -> float:
+        """All of it, with dense weights."""
+        return 2 * (sum(self.macs_dense.values()) + self.attention_macs)
+
+    @property
+    def flops_sparse(self) -> float:
+        """All of it, with kept weights only."""
+        return 2 * (sum(self.macs_sparse.values()) + self.attention_macs)
 
     @property
     def ratio(self) -> float:
         """Sparse / dense, attention included. This is theory, no speed."""
         return self.flops_sparse / self.flops_dense
+
+    def figures(self) -> dict[str, float]:
+        """FLOPs, their ratios, and the products without a weight, by name."""
+        flops = {"flops_dense": self.flops_dense, "flops_sparse": self.flops_sparse, "flops_ratio": self.ratio}
+        return flops | {"flops_ratio_without_attention": self.ratio_without_attention, "attention_macs": self.attention_macs}
 
     @property
     def ratio_without_attention(self) -> float:
@@ -54,9 +66,19 @@ def theoretical_cost(macs: Macs, density: Mapping[str, float], samples: int = 1)
         samples: How many samples were counted.
     """
     dense = {name: count / samples for name, count in macs.per_weight.items()}
-    sparse = {name: count * density.get(name, 1.0) for name, count in dense.items()}
-    other = macs.other / samples
-    return Cost(dense, sparse, other, 2 * (sum(dense.values()) + other), 2 * (sum(sparse.values()) + other))
+    return Cost(dense, {name: count * density.get(name, 1.0) for name, count in dense.items()}, macs.other / samples)
+
+
+def training_cost(cost: Cost, cards: Mapping[str, SparsityCard]) -> float:
+    """FLOPs to train on one sample: each weight by the regime of the method that masks it, all else dense.
+
+    Args:
+        cost: Cost of a forward pass, per sample.
+        cards: Weight -> card of the method that masks it.
+    """
+    dense = SparsityCard("during", "dense_to_dense", "static")  # where nothing is masked, sparse and dense cost are the same
+    priced = [(cards.get(name, dense), 2 * macs, 2 * cost.macs_sparse[name]) for name, macs in cost.macs_dense.items()]
+    return sum((training_flops(card.cost, a, b, card.update_interval) for card, a, b in priced), 6 * cost.attention_macs)
 
 
 def expected_nonzeros(sizes: Sequence[int], densities: Sequence[float]) -> list[float]:
@@ -68,7 +90,7 @@ def size_in_bytes(shape: Sequence[int], kept: int, itemsize: int, two_four: bool
     """Bytes of one weight in several formats.
 
     Args:
-        shape: Of the weight; a kernel counts as a matrix (outputs, everything else).
+        shape: Shape of the weight; a kernel counts as a matrix (outputs, everything else).
         kept: Weights that are not 0.
         itemsize: Bytes of one value.
         two_four: Also 2:4, whose metadata are 2 bits per kept value; two of four values are stored.
@@ -117,7 +139,7 @@ def measure(call: Callable[[], Any], device: torch.device, kernel: str, batch_si
     Args:
         call: One forward pass.
         device: On CUDA each call is waited for.
-        kernel: See :class:`Timing`.
+        kernel: How zeros are treated, such as ``dense-masked``.
         batch_size: Samples per call.
         repeats: Timed calls, at least 20.
         warmup: Calls before them.
@@ -154,8 +176,6 @@ def speedup(dense: Timing, sparse: Timing) -> float:
     if not isinstance(dense, Timing) or not isinstance(sparse, Timing):
         raise TypeError("a speed-up is a ratio of two timings: pass what measure() returns; a ratio of FLOPs is called flops_ratio")
     if (dense.device, dense.batch_size) != (sparse.device, sparse.batch_size):
-        raise ValueError(
-            f"timings of {dense.device}, batch {dense.batch_size} and of {sparse.device}, batch {sparse.batch_size} don't compare: "
-            "measure both in the same way"
-        )
+        both = f"timings of {dense.device}, batch {dense.batch_size} and of {sparse.device}, batch {sparse.batch_size}"
+        raise ValueError(f"{both} don't compare: measure both in the same way")
     return dense.seconds / sparse.seconds

@@ -7,7 +7,9 @@ against which golden vectors test them; ERK also against Shiweiliuiiiiiii/In-Tim
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
+
+from lit_methods import checks
 
 Method = Literal["uniform", "uniform_plus", "er", "erk", "erk_plus"]
 
@@ -44,10 +46,8 @@ def layer_density(
     Raises:
         ValueError: An unknown method, a density out of range, or a budget smaller than the fixed layers need.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density is {density}, expected a share in (0, 1]")
-    if method not in get_args(Method):
-        raise ValueError(f"method is {method!r}, expected one of {', '.join(get_args(Method))}")
+    checks.within("(0, 1]", "a share", density=density)
+    checks.one_of(Method, method=method)
     sizes = [math.prod(shape) for shape in shapes]
     total = sum(sizes)
     if method == "uniform":
@@ -55,29 +55,22 @@ def layer_density(
     if method in ("er", "erk"):
         return _proportional(sizes, _ratios(shapes, method, power), density * total)[0]
     last = len(sizes) - 1 if last is None else last % len(sizes)
-    found = [0.0] * len(sizes)
-    if method == "erk_plus":
-        found[last] = 1.0 if last_density is None else last_density
-        rest = [index for index in range(len(sizes)) if index != last]
-        budget = _positive(density * total - found[last] * sizes[last], density, method)
-        ratios = _ratios([shapes[index] for index in rest], "erk", power)
-        for index, value in zip(rest, _proportional([sizes[index] for index in rest], ratios, budget)[0], strict=True):
-            found[index] = value
-        return found
     first = 0 if first is None else first % len(sizes)
     floor = 0.2 if last_density is None else last_density
-    found[last], found[first] = max(density, floor), 1.0
-    rest = [index for index in range(len(sizes)) if index not in (first, last)]
-    if exact_budget:
-        budget = _positive(density * total - sizes[first] - found[last] * sizes[last], density, method)
-        share = min(1.0, budget / max(1, sum(sizes[index] for index in rest)))
-    elif density < floor:
-        share = _positive(density * total - sizes[first] - floor * sizes[last], density, method) / total
-    else:
-        share = density
-    for index in rest:
-        found[index] = share
-    return found
+    fixed = {last: max(density, floor), first: 1.0}
+    if method == "erk_plus":
+        fixed = {last: 1.0 if last_density is None else last_density}
+    rest = [index for index in range(len(sizes)) if index not in fixed]
+    budget = density * total - sum(share * sizes[index] for index, share in fixed.items())
+    if method == "erk_plus":
+        ratios = _ratios([shapes[index] for index in rest], "erk", power)
+        shares = _proportional([sizes[index] for index in rest], ratios, _positive(budget, density, method))[0]
+    elif exact_budget:
+        shares = [min(1.0, _positive(budget, density, method) / max(1, sum(sizes[index] for index in rest)))] * len(rest)
+    else:  # as released: a share of all weights, not of the rest
+        shares = [_positive(budget, density, method) / total if density < floor else density] * len(rest)
+    found = fixed | dict(zip(rest, shares, strict=True))
+    return [found[index] for index in range(len(sizes))]
 
 
 def _positive(budget: float, density: float, method: str) -> float:

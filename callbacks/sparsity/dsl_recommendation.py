@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold, grow
-from lit_methods.callbacks.sparsity.dynamics import itop_rate, union
+from lit_methods.callbacks.sparsity.dynamics import itop_rate
+from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.schedules import cosine_drop
-from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
+from lit_methods.callbacks.targets import plain_modules, select_modules
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
+from lit_methods.steps import training_length
 
 TECHNIQUE = Technique(
     slug="dsl_recommendation",
@@ -57,7 +60,7 @@ def update_ratio(step: int, total_steps: int, initial: float = 0.5, floor: float
 
     Args:
         step: Optimiser steps done, >= 0.
-        total_steps: Of the whole training, >= 1; from there on the ratio stays at ``floor``.
+        total_steps: Optimiser steps of the whole training, >= 1; from there on the ratio stays at ``floor``.
         initial: Ratio at step 0, in [0, 1].
         floor: Ratio at the end, in [0, 1].
     """
@@ -159,11 +162,11 @@ def update_mask(
         weight: Any shape, zero where ``mask`` is False.
         mask: bool, same shape.
         score: Same shape, >= 0; for DSL's own growth the magnitude of the dense gradient.
-        ratio: See :func:`prune`, as ``death``, ``gradient`` and ``threshold``.
-        uniform: See :func:`regrow`.
-        death: See :func:`prune`.
-        gradient: See :func:`prune`.
-        threshold: See :func:`prune`.
+        ratio: Share of the active weights to remove, in [0, 1].
+        uniform: Same shape, random in [0, 1): decides among zero scores.
+        death: What is pruned, as in :func:`prune`.
+        gradient: Same shape, of the step just taken; for ``taylor`` alone.
+        threshold: Largest magnitude that ``threshold`` prunes.
 
     Returns:
         The new mask with as many True entries as ``mask``, and the number of pruned weights, a scalar int64 tensor.
@@ -181,18 +184,20 @@ class DSL(MaskCallback):
 
     Every ``interval`` optimiser steps the smallest weights give way to the inactive ones with the largest gradient. Every chosen tensor has
     the same density. The share that an update replaces falls along a cosine over all optimiser steps, and updates go on to the last step.
-    Dense gradients are needed: embeddings with ``sparse=True`` are refused. An update whose gradients aren't finite is left out.
 
-    Runs, works with: see :class:`MaskCallback`. With several optimisers each updates the masks of its own weights, counting its own steps.
+    Runs: as :class:`MaskCallback`; with several optimisers each updates the masks of its own weights, counting its own steps. An update
+    whose gradients aren't finite is left out.
+
     Saves: what :class:`MaskCallback` saves, and which weights were ever active.
-    Logged: ``dsl/ratio``, ``dsl/density``, ``dsl/itop`` (share of the weights that were ever active) and ``dsl/survival`` (share of the
-    active weights that the last update left in place).
+
+    Refuses: what :class:`MaskCallback` refuses, Lightning's ``StochasticWeightAveraging``, and embeddings with ``sparse=True``, as dense
+    gradients are needed.
 
     Args:
         density: Share of the chosen weights that is active, in (0, 1].
         start: First masks. ``uniform``: each entry by itself with probability ``density``; ``lottery_ticket``: the largest initial weights
             of all chosen tensors together.
-        death: What is pruned: ``magnitude``, ``set``, ``taylor`` or ``threshold``; see :func:`prune`.
+        death: What is pruned: ``magnitude``, ``set``, ``taylor`` or ``threshold``, as :func:`prune` says.
         growth: What grows: ``gradient``; ``random``; ``random_unfired``, at random, never active ones first; ``momentum``: size of
             Adam's mean / sqrt(mean of squares), or of SGD's momentum.
         interval: Optimiser steps between two updates.
@@ -202,9 +207,9 @@ class DSL(MaskCallback):
         fix: Keep the first masks: the static baseline.
         include_vectors: Mask tensors of one dimension as well, such as biases, as the authors do for MultVAE.
         total_steps: All optimiser steps; None: ``trainer.estimated_stepping_batches``.
-        targets: See :class:`MaskCallback`, as ``skip`` and ``seed``.
+        targets: Patterns on names of the modules to mask; empty: every linear, convolution and attention module.
         skip: Patterns on submodule names that stay dense.
-        seed: Of everything random about the masks.
+        seed: Seed of everything random about the masks.
         mask_gradients: Set gradients of dead weights to 0 before the optimiser's step. The authors don't.
         mask_optimizer_state: Set Adam's moments (SGD's momentum) of dead weights to 0 after every step. The authors do so for SGD, not for
             Adam. True is the cleaner choice: a weight that grows then starts without a memory of its dead time.
@@ -213,6 +218,7 @@ class DSL(MaskCallback):
         ValueError: An argument outside its range.
     """
 
+    artifact = "dsl_masks"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         **MaskCallback.conflicts_with,
         "StochasticWeightAveraging": "the mean of networks with different masks isn't sparse; EMATeacher's copy is masked at each update",
@@ -245,31 +251,27 @@ class DSL(MaskCallback):
         mask_optimizer_state: bool = False,
     ) -> None:
         super().__init__(targets, skip, seed, mask_gradients, mask_optimizer_state)
-        if not 0 < density <= 1:
-            raise ValueError(f"density is {density}: give a share above 0, at most 1")
-        for name, value in {"initial_ratio": initial_ratio, "min_ratio": min_ratio}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}: give a share from 0 to 1")
-        if interval < 1:
-            raise ValueError(f"interval is {interval}: give a number of optimiser steps, at least 1")
-        if death_threshold < 0:
-            raise ValueError(f"death_threshold is {death_threshold}: give a magnitude, 0 or more")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps is {total_steps}: give a number of optimiser steps, at least 1, or null")
-        for name, choice, choices in (("start", start, Start), ("death", death, Death), ("growth", growth, Growth)):
-            if choice not in get_args(choices):
-                raise ValueError(f"{name} is {choice!r}: give one of {', '.join(get_args(choices))}")
+        checks.within("(0, 1]", "a share", density=density)
+        checks.share(initial_ratio=initial_ratio, min_ratio=min_ratio)
+        checks.at_least(1, "optimiser steps", interval=interval, total_steps=total_steps)
+        checks.at_least(0, "a magnitude", death_threshold=death_threshold)
+        checks.one_of(Start, start=start)
+        checks.one_of(Death, death=death)
+        checks.one_of(Growth, growth=growth)
         if growth == "momentum" and (mask_gradients or mask_optimizer_state):
-            raise ValueError(
-                "growth='momentum' looks at the optimiser's memory of dead weights: set mask_gradients and mask_optimizer_state to false"
-            )
+            raise ValueError("growth='momentum' reads the moments of dead weights: set mask_gradients and mask_optimizer_state to false")
         self.density, self.start, self.death, self.growth, self.interval = density, start, death, growth, interval
         self.initial_ratio, self.min_ratio, self.death_threshold = initial_ratio, min_ratio, death_threshold
         self.fix, self.include_vectors, self.total_steps = fix, include_vectors, total_steps
-        self.fired: dict[str, Tensor] = {}
+        self.history = MaskHistory("ever")
         self._module: pl.LightningModule | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
         self._logged: dict[str, float] = {}
+
+    @property
+    def fired(self) -> dict[str, Tensor]:
+        """Name -> which entries were ever active."""
+        return self.history.ever
 
     @property
     def sparsity_card(self) -> SparsityCard:
@@ -292,7 +294,7 @@ class DSL(MaskCallback):
         """Choose the weights, and refuse what can't work.
 
         Raises:
-            ValueError: As in :class:`MaskCallback`, or an embedding with sparse gradients.
+            ValueError: What :class:`MaskCallback` refuses, or an embedding with sparse gradients.
         """
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
@@ -310,29 +312,25 @@ class DSL(MaskCallback):
         owners = {name.rpartition(".")[0] for name in weights}
         if self.targets:
             owners |= set(select_modules(pl_module, self.targets)) - set(select_modules(pl_module, self.skip) if self.skip else ())
-        named = {plain_name(name): module for name, module in pl_module.named_modules()}
+        named = plain_modules(pl_module)
         found: dict[str, nn.Parameter] = {}
         for owner in (name for name in named if name in owners):
-            for own, parameter in plain_module(named[owner]).named_parameters(recurse=False):
+            for own, parameter in named[owner].named_parameters(recurse=False):
                 if not any(parameter is other for other in found.values()):
                     found[f"{owner}.{own}" if owner else own] = parameter
         return found
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle the schedule's end, then make or restore the masks."""
-        if not self.fix and self.total_steps is None:
-            estimate = trainer.estimated_stepping_batches
-            if estimate == float("inf"):
-                raise ValueError("DSL needs an end of its schedule: give total_steps, or max_steps / max_epochs to the Trainer")
-            self.total_steps = int(estimate)
+        if not self.fix:
+            self.total_steps = training_length(pl_module, self.total_steps)
         self._module, self._optimizers = pl_module, list(trainer.optimizers)
         loaded = self._loaded
         super().on_fit_start(trainer, pl_module)
-        assert self.store is not None
-        masks = self.store.masks
-        self.fired = {name: mask.clone() for name, mask in masks.items()}
+        self.history = MaskHistory("ever")
+        self.history.note(self.store.masks)
         if loaded is not None:
-            self.fired = {name: seen.to(masks[name].device) for name, seen in loaded["fired"].items()}
+            self.history.load(loaded, self.store.weights, fired="ever")
         self._logged = {"dsl/survival": 1.0} | self._shares()
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -357,7 +355,6 @@ class DSL(MaskCallback):
 
     def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Prune and grow in every tensor."""
-        assert self.store is not None
         if not self.is_update(step):
             return {}
         changed: dict[str, Tensor] = {}
@@ -374,7 +371,7 @@ class DSL(MaskCallback):
             elif self.growth == "momentum":
                 score = self._momentum(name, weight)
             elif self.growth == "random_unfired":
-                score = uniform + (~self.fired[name]).to(uniform)
+                score = uniform + (~self.history.ever[name]).to(uniform)
             else:
                 score = uniform
             new, _ = update_mask(weight, mask, score, self.ratio(step), uniform, self.death, gradient, self.death_threshold)
@@ -382,7 +379,7 @@ class DSL(MaskCallback):
             before += int(mask.sum())
             after += int((mask & new).sum())
         if changed:
-            self.fired |= union({name: self.fired[name] for name in changed}, changed)
+            self.history.note(changed)
             self._logged["dsl/survival"] = after / before if before else 1.0
         return changed
 
@@ -397,12 +394,11 @@ class DSL(MaskCallback):
     # ---- what is shown and saved -------------------------------------------------------------------------------------------------------
 
     def _shares(self) -> dict[str, float]:
-        assert self.store is not None
-        return {"dsl/density": self.store.density(), "dsl/itop": itop_rate(self.fired)[0]}
+        return {"dsl/density": self.store.density(), "dsl/itop": itop_rate(self.history.ever)[0]}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log; the counts are taken anew only when masks have changed."""
-        if self.store is not None and self.store.version != self._told:
+        if self.store.version != self._told:
             self._logged |= self._shares()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         ratio = {} if self.fix else {"dsl/ratio": self.ratio(max(self._steps, default=0))}
@@ -411,11 +407,7 @@ class DSL(MaskCallback):
     def state_dict(self) -> dict[str, Any]:
         """Masks, steps, generator, and which weights were ever active."""
         state = super().state_dict()
-        return state and {**state, "fired": {name: seen.cpu() for name, seen in self.fired.items()}}
-
-    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
-        """The masks."""
-        return {"dsl_masks": self.sparsity_masks()} if self.store is not None else {}
+        return state and {**state, **self.history.state(fired="ever")}
 
     def dashboard_media(self) -> dict[str, Media]:
         """Active entries per row; density by popularity where the module knows ``row_popularity()``."""

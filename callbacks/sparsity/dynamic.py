@@ -7,23 +7,28 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.density import Method, exact_counts, layer_density
 from lit_methods.callbacks.sparsity.drop_grow import update_mask
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
-from lit_methods.callbacks.sparsity.schedules import drop_fraction, is_update_step
+from lit_methods.callbacks.sparsity.schedules import drop_fraction, drop_schedule
+from lit_methods.steps import training_length
 
 
 class DynamicSparsity(MaskCallback):
     """Trains a sparse network from the start: every ``interval`` optimiser steps the smallest weights give way to new ones.
 
     SET (Mocanu et al. 2018) grows at random, RigL (Evci et al., arXiv:1911.11134) where the dense gradient is largest, ``static`` keeps the
-    first masks. The update follows the released code of Sparse-IFT (see :mod:`lit_methods.callbacks.sparsity.drop_grow`). Dense gradients
-    are kept on update steps alone. An update whose gradients aren't finite is left out.
+    first masks. The update follows the released code of Sparse-IFT (see :mod:`lit_methods.callbacks.sparsity.drop_grow`).
 
-    Runs, saves, works with: see :class:`MaskCallback`. With several optimisers each updates the masks of its own weights, counting its own
-    steps.
+    Runs: as :class:`MaskCallback`; with several optimisers each updates the masks of its own weights, counting its own steps. Dense
+    gradients are kept on update steps alone. An update whose gradients aren't finite is left out.
+
+    Saves: what :class:`MaskCallback` saves.
+
+    Refuses: what :class:`MaskCallback` refuses, and Lightning's ``StochasticWeightAveraging``.
 
     Args:
         density: Share of the chosen weights that is active, in (0, 1].
@@ -34,11 +39,12 @@ class DynamicSparsity(MaskCallback):
         interval: Optimiser steps between two updates.
         drop_fraction: Share of the active weights that is replaced at the first updates, in [0, 1].
         anneal: ``cosine`` to 0 at the last update, ``constant``, or ``exponential``: times exp(-``rate`` * progress).
-        rate: Of ``exponential``.
+        rate: How fast ``exponential`` falls.
         begin: Updates come after this step.
         end_fraction: Updates end before this share of all optimiser steps.
         total_steps: All optimiser steps; None: ``trainer.estimated_stepping_batches``.
-        targets: See :class:`MaskCallback`, as ``skip``, ``seed``, ``mask_gradients`` and ``mask_optimizer_state``.
+        targets: Patterns of the modules to mask, as ``skip``, ``seed``, ``mask_gradients`` and ``mask_optimizer_state`` in
+            :class:`MaskCallback`.
 
     Raises:
         ValueError: An argument outside its range.
@@ -69,24 +75,17 @@ class DynamicSparsity(MaskCallback):
         mask_optimizer_state: bool = True,
     ) -> None:
         super().__init__(targets, skip, seed, mask_gradients, mask_optimizer_state)
-        for name, value in {"drop_fraction": drop_fraction, "end_fraction": end_fraction}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}: give a share from 0 to 1")
-        if not 0 < density <= 1:
-            raise ValueError(f"density is {density}: give a share above 0, at most 1")
-        if interval < 1:
-            raise ValueError(f"interval is {interval}: give a number of optimiser steps, at least 1")
-        for name, choice, choices in (
-            ("method", method, ("static", "set", "rigl")),
-            ("start", start, ("random", "random_exact", "magnitude")),
-            ("anneal", anneal, ("cosine", "constant", "exponential")),
-        ):
-            if choice not in choices:
-                raise ValueError(f"{name} is {choice!r}: give one of {', '.join(choices)}")
+        checks.within("(0, 1]", "a share", density=density)
+        checks.share(drop_fraction=drop_fraction, end_fraction=end_fraction)
+        checks.at_least(1, "optimiser steps", interval=interval)
+        checks.one_of(("static", "set", "rigl"), method=method)
+        checks.one_of(("random", "random_exact", "magnitude"), start=start)
+        checks.one_of(("cosine", "constant", "exponential"), anneal=anneal)
         self.density, self.method, self.distribution, self.start = density, method, distribution, start
         self.interval, self.drop_fraction, self.anneal, self.rate = interval, drop_fraction, anneal, rate
         self.begin, self.end_fraction, self.total_steps = begin, end_fraction, total_steps
         self.layer_densities: dict[str, float] = {}
+        self.updates: dict[int, float] = {}  # optimiser step after which masks change -> drop fraction
         self._counts: dict[str, int] = {}
 
     @property
@@ -105,13 +104,10 @@ class DynamicSparsity(MaskCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle the schedule's end and the layers' densities, then make the masks."""
-        if self.method != "static" and self.total_steps is None:
-            estimate = trainer.estimated_stepping_batches
-            if estimate == float("inf"):
-                raise ValueError(
-                    f"{type(self).__name__} needs an end of its schedule: give total_steps, or max_steps / max_epochs to the Trainer"
-                )
-            self.total_steps = int(estimate)
+        if self.method != "static":
+            self.total_steps = training_length(pl_module, self.total_steps)
+            schedule = (self.interval, self.begin, self.end_fraction, self.drop_fraction, self.anneal, self.rate)
+            self.updates = dict(zip(*drop_schedule(self.total_steps, *schedule), strict=True))
         weights = self.chosen(pl_module)
         self.layer_densities = self.densities(weights)
         self._counts = self.counts(weights)
@@ -119,9 +115,8 @@ class DynamicSparsity(MaskCallback):
 
     def densities(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Density of each weight."""
-        return dict(
-            zip(weights, layer_density([weight.shape for weight in weights.values()], self.density, self.distribution), strict=True)
-        )
+        shares = layer_density([weight.shape for weight in weights.values()], self.density, self.distribution)
+        return dict(zip(weights, shares, strict=True))
 
     def counts(self, weights: Mapping[str, Tensor]) -> dict[str, int]:
         """Active entries of each weight after an update, from ``layer_densities``."""
@@ -130,34 +125,24 @@ class DynamicSparsity(MaskCallback):
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Random or by magnitude, at the layers' densities."""
-        masks = {}
-        for name, weight in weights.items():
-            if self.start == "random":
-                masks[name] = random_mask(weight.shape, self.layer_densities[name], self.generator)
-            elif self.start == "random_exact":
-                masks[name] = keep_largest(torch.rand(weight.shape, generator=self.generator), self._counts[name])
-            else:
-                masks[name] = keep_largest(weight.abs(), self._counts[name])
-        return masks
+        if self.start == "random":
+            return {name: random_mask(weight.shape, self.layer_densities[name], self.generator) for name, weight in weights.items()}
+        drawn = self.start == "random_exact"
+        scores = {name: torch.rand(w.shape, generator=self.generator) if drawn else w.abs() for name, w in weights.items()}
+        return {name: keep_largest(score, self._counts[name]) for name, score in scores.items()}
 
     def fraction(self, step: int) -> float:
         """Share of the active weights that an update after ``step`` replaces."""
         end = int(self.end_fraction * (self.total_steps or 0))
-        return drop_fraction(step, self.anneal, self.drop_fraction, self.begin, end, self.rate)
-
-    def is_update(self, step: int) -> bool:
-        """Whether masks change after optimiser step ``step``, counted from 1."""
-        end = int(self.end_fraction * (self.total_steps or 0))
-        return self.method != "static" and is_update_step(step, self.interval, self.begin, end)
+        return drop_fraction(step, self.anneal, self.drop_fraction, self.begin, end, self.rate) if end > self.begin else 0.0
 
     def wants_gradients(self, step: int) -> bool:
         """RigL grows by them."""
-        return self.method == "rigl" and self.is_update(step)
+        return self.method == "rigl" and step in self.updates
 
     def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop and grow in every layer."""
-        assert self.store is not None
-        if not self.is_update(step):
+        if step not in self.updates:
             return {}
         changed = {}
         for name in names:
@@ -168,5 +153,5 @@ class DynamicSparsity(MaskCallback):
                 score = gradients[name].abs()
             else:
                 continue
-            changed[name] = update_mask(weight, mask, score, self.fraction(step), self._counts[name])
+            changed[name] = update_mask(weight, mask, score, self.updates[step], self._counts[name])
         return changed

@@ -12,7 +12,7 @@ from lit_methods.callbacks.targets import plain_name
 
 @dataclass(frozen=True)
 class Health:
-    """Of one weight.
+    """What one weight's mask leaves.
 
     Attributes:
         dead_outputs: Rows (outputs, first dimension) without any kept weight.
@@ -42,8 +42,8 @@ def effective_masks(masks: Sequence[Tensor]) -> list[Tensor]:
     A weight into a unit whose outgoing weights are all removed has no effect, nor has one from a unit that gets no input (biases aside).
 
     Args:
-        masks: Of layers that follow each other, (outputs, inputs, ...) bool each. The inputs of a layer are the outputs of the one before,
-            or a whole multiple of them (a convolution, flattened).
+        masks: Masks of layers that follow each other, (outputs, inputs, ...) bool each. The inputs of a layer are the outputs of the one
+            before, or a whole multiple of them (a convolution, flattened).
 
     Returns:
         Smaller or equal masks.

@@ -78,10 +78,8 @@ def nm_mask(weight: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
     dim %= weight.ndim
     size = weight.shape[dim]
     if size % m:
-        raise ValueError(
-            f"{n}:{m} doesn't fit a weight of shape {tuple(weight.shape)}: dimension {dim} has {size} entries, no multiple of {m}, "
-            "so that groups would cross rows; choose another pattern, another dim, or leave this layer out of the targets"
-        )
+        misfit = f"dimension {dim} has {size} entries, no multiple of {m}, so that groups would cross rows"
+        raise ValueError(f"{n}:{m} doesn't fit a weight of shape {tuple(weight.shape)}: {misfit}; take another pattern or dim, or skip it")
     if n == m:
         return torch.ones_like(weight, dtype=torch.bool)
     magnitude = _comparable(weight.detach()).abs()

@@ -7,9 +7,9 @@ ImageNet/core.py) and CIFAR/sparselearning/snip.py (shares of the layers by SNIP
 :class:`~lit_methods.callbacks.DynamicSparsity`. The paper's further measures are in :class:`~lit_methods.callbacks.Reliability`.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,13 +18,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lit_methods import checks
 from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of, require_logits
 from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
-from lit_methods.callbacks.sparsity.density import Method as DensityMethod
 from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
-from lit_methods.callbacks.sparsity.scores import grasp_scores, kept_masks, snip_scores
+from lit_methods.callbacks.sparsity.scores import grasp_scores, kept_masks, kept_shares, snip_scores
 from lit_methods.callbacks.twin import independent_copy, training_batches
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -66,7 +66,7 @@ def layer_scores(
         labels: (B,) int64; None for ``global_magnitude``.
         method: ``snip``: |w * dL/dw| of the cross-entropy L. ``grasp``: -w * Hg, with outputs divided by ``temperature``.
             ``global_magnitude``: |w|.
-        temperature: Of GraSP, > 0.
+        temperature: GraSP divides outputs by it; > 0.
 
     Returns:
         One tensor per weight, its shape; no graph.
@@ -89,9 +89,7 @@ def layer_scores(
         except RuntimeError as error:
             if "not have been used" not in str(error):
                 raise
-            raise ValueError(
-                f"{method} scores need weights that take part in the loss, but one doesn't: leave its layer out by skip"
-            ) from error
+            raise ValueError(f"{method} scores need weights that take part in the loss, but one doesn't: leave it out by skip") from error
     if not all(bool(score.isfinite().all()) for score in scores):
         raise ValueError(f"{method} scores aren't finite: look at the inputs, or choose method='erk', which needs no data")
     return scores
@@ -120,9 +118,7 @@ def balanced_batch(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, num
     for inputs, labels in batches:
         there = labels.cpu()
         if bool(((there < 0) | (there >= num_classes)).any()):
-            raise ValueError(
-                f"labels reach from {int(there.min())} to {int(there.max())}, but the network tells {num_classes} classes apart"
-            )
+            raise ValueError(f"labels reach from {int(there.min())} to {int(there.max())}, but the network has {num_classes} classes")
         earlier = F.one_hot(there, num_classes).cumsum(0).gather(1, there[:, None])[:, 0] - 1  # of the same class in this batch
         keep = (earlier + seen[there] < per_class).to(labels.device)
         chosen.append((inputs[keep], labels[keep]))
@@ -130,15 +126,11 @@ def balanced_batch(batches: Iterable[tuple[Tensor, Tensor]], per_class: int, num
         if int(seen.min()) >= per_class:
             break
     if int(seen.min()) < per_class:
-        raise ValueError(
-            f"there are {int(seen.min())} training samples of class {int(seen.argmin())}, but samples_per_class is {per_class}: lower it"
-        )
+        few = f"{int(seen.min())} training samples of class {int(seen.argmin())}"
+        raise ValueError(f"there are {few}, but samples_per_class is {per_class}: lower it")
     inputs, labels = (torch.cat(parts) for parts in zip(*chosen, strict=True))
     order = labels.argsort(stable=True)
     return inputs[order], labels[order]
-
-
-# ---- one batch, without leaving a trace ------------------------------------------------------------------------------------------------
 
 
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------
@@ -150,14 +142,13 @@ class RandomPruning(MaskCallback):
     ``snip``, ``grasp`` and ``global_magnitude`` let the scores of all layers compete; only the shares of the layers are used, and the
     positions are random, unless ``positions`` is ``score``: that is the baseline, SNIP and GraSP themselves.
 
-    SNIP and GraSP take one batch of the training data on rank 0, in a copy of the module in training mode: its weights, running
-    statistics, hooks, the loader's place and the generators of random numbers are as before. Data sets that carry a generator of their
-    own are read once more. They need a classifier: (B, classes) logits from ``logits`` and (B,) labels in the batch. Scores are computed in
-    float32 or wider.
+    Runs: as :class:`MaskCallback`. SNIP and GraSP take one batch of the training data on rank 0, in a copy of the module in training mode:
+    its weights, running statistics, hooks, the loader's place and the generators of random numbers are as before. Data sets that carry a
+    generator of their own are read once more. Scores are computed in float32 or wider.
 
-    Runs, saves, works with: see :class:`MaskCallback`. Also saved: the wanted densities and the gradient norm of the first step.
-    Logs: at each epoch's end ``random_pruning/density``, kept share of the masked weights, and ``random_pruning/gradient_norm_at_init``,
-    the norm of all gradients of the first optimiser's first step, over kept weights.
+    Saves: what :class:`MaskCallback` saves, the wanted densities and the gradient norm of the first step.
+
+    Refuses: what :class:`MaskCallback` refuses; with SNIP and GraSP, modules without (B, classes) logits and batches without (B,) labels.
 
     Args:
         density: Share of the chosen weights that is kept, in (0, 1]; 0.05 is 95 % sparsity.
@@ -166,23 +157,25 @@ class RandomPruning(MaskCallback):
         positions: ``random``, or ``score``: keep the positions that the scores of ``snip``, ``grasp`` or ``global_magnitude`` choose.
         exact: Keep the exact count in every layer; False: each entry by itself, as in the paper, so that densities vary a little.
         power: Exponent of the ratios of ``er``, ``erk`` and ``erk_plus``.
-        last_density: Of the classifier, for the plus methods; null: 0.2 for ``uniform_plus``, 1 for ``erk_plus``.
+        last_density: Density of the classifier, for the plus methods; null: 0.2 for ``uniform_plus``, 1 for ``erk_plus``.
         exact_budget: ``uniform_plus`` meets the density; False: as in the authors' code, which misses it a little.
         first_layer: Name of the first layer for ``uniform_plus``; null: the first of the chosen ones.
         last_layer: Name of the classifier for the plus methods; null: the last of the chosen ones.
-        samples_per_class: Of GraSP's batch, which has every class equally often.
+        samples_per_class: Samples of each class in GraSP's batch.
         temperature: GraSP divides logits by it.
         redraw: SNIP draws the weights of its copy anew (Xavier normal) first, as in the authors' code; training weights stay.
         logits: Method or submodule that maps the inputs of a batch to (B, classes) logits; ``forward``: the module itself.
         inputs: Key or position of the inputs in a batch; null: ``image``, or 0.
         labels: Key or position of the labels; null: ``label``, or 1.
-        targets: See :class:`MaskCallback`, as ``skip``, ``seed``, ``mask_gradients`` and ``mask_optimizer_state``.
+        targets: Patterns of the modules to mask, as ``skip``, ``seed``, ``mask_gradients`` and ``mask_optimizer_state`` in
+            :class:`MaskCallback`.
 
     Raises:
         ValueError: An argument outside its range; at fit start, data that SNIP or GraSP can't use.
         TypeError: In ``setup``, SNIP or GraSP find no logits.
     """
 
+    artifact = "random_pruning_masks{where}"
     panels: ClassVar[tuple[Panel, ...]] = (
         TablePanel("Density per layer", "random_pruning/layers", note="Wanted, and as drawn. A layer near 0 cuts the network."),
         Curve("Density of the random masks", ("random_pruning/density",), note="Constant: the masks stay."),
@@ -213,19 +206,13 @@ class RandomPruning(MaskCallback):
         mask_optimizer_state: bool = True,
     ) -> None:
         super().__init__(targets, skip, seed, mask_gradients, mask_optimizer_state)
-        if not 0 < density <= 1:
-            raise ValueError(f"density is {density}: give a share above 0, at most 1")
-        for name, choice, choices in (("method", method, get_args(Method)), ("positions", positions, ("random", "score"))):
-            if choice not in choices:
-                raise ValueError(f"{name} is {choice!r}: give one of {', '.join(choices)}")
+        checks.within("(0, 1]", "a share", density=density, last_density=last_density)
+        checks.one_of(Method, method=method)
+        checks.one_of(("random", "score"), positions=positions)
+        checks.at_least(1, "a number of samples", samples_per_class=samples_per_class)
+        checks.positive(temperature=temperature)
         if positions == "score" and method not in REMOVED:
-            raise ValueError(
-                f"positions='score' needs scores, which {method!r} has not: choose {', '.join(REMOVED)}, or positions='random'"
-            )
-        if last_density is not None and not 0 < last_density <= 1:
-            raise ValueError(f"last_density is {last_density}: give a share above 0, at most 1, or null")
-        if samples_per_class < 1 or temperature <= 0:
-            raise ValueError(f"samples_per_class is {samples_per_class} and temperature is {temperature}: give 1 or more, and above 0")
+            raise ValueError(f"positions='score' needs scores, which {method!r} has not: choose {', '.join(REMOVED)}, or 'random'")
         self.generator.manual_seed(own_seed("random_pruning", seed))
         self.density, self.method, self.positions, self.exact, self.power = density, method, positions, exact, power
         self.last_density, self.exact_budget, self.first_layer, self.last_layer = last_density, exact_budget, first_layer, last_layer
@@ -269,31 +256,20 @@ class RandomPruning(MaskCallback):
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Random at the layers' densities, or where the scores say."""
         if self.method in REMOVED:
-            masks = kept_masks(self._scores(trainer, pl_module), self.density, REMOVED[self.method])
-            shares = [float(mask.sum()) / mask.numel() for mask in masks]
-            whole = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
-            if abs(whole - self.density) > 0.1 * self.density + 2 / sum(mask.numel() for mask in masks):
-                raise ValueError(
-                    f"method={self.method!r} would keep {whole:.1%} of the weights where density is {self.density:.1%}, as that many have "
-                    "the same score: with maps smaller than their kernels, for example, most scores are exactly 0. Give larger inputs, or "
-                    "choose a method by shape, such as 'erk'"
-                )
+            scores, remove = self._scores(trainer, pl_module), REMOVED[self.method]
+            shares, sizes = kept_shares(scores, self.density, remove), [score.numel() for score in scores]
+            whole = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
+            if abs(whole - self.density) > 0.1 * self.density + 2 / sum(sizes):
+                why = f"would keep {whole:.1%} of the weights where density is {self.density:.1%}, as that many have the same score"
+                way = "give larger inputs (with maps smaller than kernels most scores are 0), or choose a method by shape, such as 'erk'"
+                raise ValueError(f"method={self.method!r} {why}: {way}")
         else:
-            names, method = list(weights), self.method
-            assert method in get_args(DensityMethod)
-            shares = layer_density(
-                [weight.shape for weight in weights.values()],
-                self.density,
-                method,  # type: ignore[arg-type]
-                power=self.power,
-                first=self._place(names, "first_layer", self.first_layer),
-                last=self._place(names, "last_layer", self.last_layer),
-                last_density=self.last_density,
-                exact_budget=self.exact_budget,
-            )
+            names, options = list(weights), {"power": self.power, "last_density": self.last_density, "exact_budget": self.exact_budget}
+            ends = {end: self._place(names, f"{end}_layer", getattr(self, f"{end}_layer")) for end in ("first", "last")}
+            shares = layer_density([weight.shape for weight in weights.values()], self.density, self.method, **options, **ends)  # type: ignore[arg-type]
         self.layer_densities = dict(zip(weights, shares, strict=True))
         if self.positions == "score":
-            return dict(zip(weights, masks, strict=True))
+            return dict(zip(weights, kept_masks(scores, self.density, remove), strict=True))
         if not self.exact:
             return {name: random_mask(weights[name].shape, share, self.generator) for name, share in self.layer_densities.items()}
         counts = exact_counts([weight.numel() for weight in weights.values()], shares)
@@ -316,19 +292,13 @@ class RandomPruning(MaskCallback):
             if self.method == "grasp":
                 with torch.no_grad():
                     classes = logits_of(independent_copy(trainer, pl_module), self.logits, first[0]).shape[1]
-                inputs, labels = balanced_batch(_after(first, batches), self.samples_per_class, classes)
+                inputs, labels = balanced_batch(chain([first], batches), self.samples_per_class, classes)
             else:
                 inputs, labels = first
                 if self.redraw:
                     self._redraw(weights)
-            return layer_scores(
-                lambda x: logits_of(twin, self.logits, x),
-                weights,
-                inputs,
-                labels,
-                "snip" if self.method == "snip" else "grasp",
-                self.temperature,
-            )
+            method: ScoreMethod = "snip" if self.method == "snip" else "grasp"
+            return layer_scores(lambda x: logits_of(twin, self.logits, x), weights, inputs, labels, method, self.temperature)
 
     @torch.no_grad()
     def _redraw(self, weights: Sequence[Tensor]) -> None:
@@ -340,7 +310,7 @@ class RandomPruning(MaskCallback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Mask gradients; at the first step, take their norm."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self._gradient_norm is None and self.store is not None:
+        if self._gradient_norm is None:
             mask_of = {id(weight): self.store.masks[name] for name, weight in self.store.weights.items()}
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.grad is not None]
             squares = [(p.grad.detach().float() * mask_of.get(id(p), 1)).square().sum() for p in parameters]
@@ -348,7 +318,6 @@ class RandomPruning(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density and the first step's gradient norm."""
-        assert self.store is not None
         pl_module.log("random_pruning/density", self.store.density())
         if self._gradient_norm is not None:
             pl_module.log("random_pruning/gradient_norm_at_init", self._gradient_norm.to(pl_module.device))
@@ -366,20 +335,10 @@ class RandomPruning(MaskCallback):
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the layers."""
-        if self.store is None:
+        if not self.store.masks:
             return {}
         rows = []
         for name, (kept, number) in self.store.counts().items():
             shape = " x ".join(map(str, self.store.weights[name].shape))
             rows.append((name, shape, number, self.layer_densities.get(name), kept / number, kept))
         return {"random_pruning/layers": TableMedia(("layer", "shape", "weights", "wanted density", "density", "kept"), tuple(rows))}
-
-    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
-        """The masks."""
-        where = "".join("-" + re.sub(r"[^A-Za-z0-9]+", "-", pattern).strip("-") for pattern in (*self.targets, *self.skip))
-        return {} if self.store is None else {f"random_pruning_masks{where}": self.store.masks}
-
-
-def _after(first: tuple[Tensor, Tensor], rest: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    yield first
-    yield from rest

@@ -1,6 +1,7 @@
 """Schedules of sparse training, pure functions of the optimiser step: a resumed run is where it would have been."""
 
 import math
+from typing import Literal
 
 
 def cubic_sparsity(step: int, start: int, end: int, initial: float, final: float) -> float:
@@ -38,7 +39,7 @@ def drop_fraction(step: int, anneal: str, initial: float, begin: int, end: int, 
         initial: At ``begin``.
         begin: Step from which it falls.
         end: Step of the end; > ``begin``.
-        rate: Of ``exponential``.
+        rate: How fast ``exponential`` falls.
 
     Raises:
         ValueError: An unknown ``anneal``.
@@ -55,3 +56,28 @@ def drop_fraction(step: int, anneal: str, initial: float, begin: int, end: int, 
 def is_update_step(step: int, interval: int, begin: int = 0, end: float = math.inf) -> bool:
     """Whether masks change after optimiser step ``step``, counted from 1: a multiple of ``interval``, strictly between the two."""
     return begin < step < end and step % interval == 0
+
+
+def drop_schedule(
+    total_steps: int,
+    interval: int = 100,
+    begin: int = 0,
+    end_fraction: float = 0.75,
+    initial: float = 0.3,
+    anneal: Literal["cosine", "constant", "exponential"] = "cosine",
+    rate: float = 3.0,
+) -> tuple[list[int], list[float]]:
+    """All updates of a training: optimiser steps, counted from 1, after which masks change, and the drop fraction of each.
+
+    Args:
+        total_steps: Optimiser steps of the training.
+        interval: Updates come at its multiples.
+        begin: Updates come after this step.
+        end_fraction: Updates come before step int(end_fraction * total_steps).
+        initial: Drop fraction at ``begin``.
+        anneal: ``cosine`` to 0 at the end, ``constant``, or ``exponential``.
+        rate: How fast ``exponential`` falls.
+    """
+    end = int(end_fraction * total_steps)
+    steps = [step for step in range(interval, total_steps + 1, interval) if is_update_step(step, interval, begin, end)]
+    return steps, [drop_fraction(step, anneal, initial, begin, end, rate) for step in steps]

@@ -11,15 +11,17 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
 
-
-def prunable_types() -> tuple[type[nn.Module], ...]:
-    """Module classes whose matrices and kernels are masked by default: linear, convolution, attention projections."""
-    found: list[type[nn.Module]] = [nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention]
-    return tuple(found)
+_PRUNABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+"""Module classes whose matrices and kernels are masked by default: linear, convolution, attention projections."""
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")  # GPT-2's linear layer
+    """Whether it is the linear layer of GPT-2 in ``transformers``, whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _is_prunable(module: nn.Module) -> bool:
+    return isinstance(module, _PRUNABLE) or _is_conv1d(module)
 
 
 def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
@@ -38,19 +40,15 @@ def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequenc
     Raises:
         ValueError: A pattern matches nothing, or nothing is left.
     """
-    types = prunable_types()
     everything = {plain_name(name): module for name, module in root.named_modules()}
-    if targets:
-        chosen = select_modules(root, targets)
-    else:
-        chosen = {name: module for name, module in everything.items() if isinstance(module, types) or _is_conv1d(module)}
+    chosen = select_modules(root, targets) if targets else {name: module for name, module in everything.items() if _is_prunable(module)}
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in everything):
             raise ValueError(f"skip pattern {pattern!r} matches no submodule of {type(root).__name__}: correct it or leave it out")
     dense = {
         id(parameter)
         for module in everything.values()
-        if not targets and not isinstance(module, types) and not _is_conv1d(module)
+        if not targets and not _is_prunable(module)
         for parameter in module.parameters(recurse=False)
     }
     weights: dict[str, nn.Parameter] = {}
@@ -65,10 +63,8 @@ def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequenc
     if not weights:
         taken = any(is_parametrized(plain_module(module)) for module in chosen.values())
         why = "; they are parametrised already, by another callback perhaps" if taken else ""
-        raise ValueError(
-            f"no weight of {type(root).__name__} is left to prune: targets={list(targets)} with skip={list(skip)} hold no parameter with "
-            f"two dimensions or more{why}; targets name modules (such as 'encoder.*'), not parameters"
-        )
+        given = f"targets={list(targets)} with skip={list(skip)} hold no parameter with two dimensions or more{why}"
+        raise ValueError(f"no weight of {type(root).__name__} is left to prune: {given}; targets name modules, not parameters")
     return weights
 
 
@@ -175,8 +171,6 @@ class MaskStore:
         """
         saved = state["masks"]
         if set(saved) != set(self.weights):
-            odd = sorted(set(saved) ^ set(self.weights))[:6]
-            raise ValueError(
-                f"the checkpoint's masks are of other weights ({', '.join(odd)}): resume with the same module, targets and skip"
-            )
+            odd = ", ".join(sorted(set(saved) ^ set(self.weights))[:6])
+            raise ValueError(f"the checkpoint's masks are of other weights ({odd}): resume with the same module, targets and skip")
         self.set(saved)

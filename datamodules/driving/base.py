@@ -67,6 +67,16 @@ class DrivingDataModule(LoaderDataModule):
         """Label of ignored points."""
         return len(self.class_names)
 
+    def read(self, part: Literal["train", "val", "test", "predict"]) -> SampleDataset:
+        """The data set of one part."""
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the data sets of a stage: fit, validate, test, predict, or None for all."""
+        parts = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+        for part in ("train", "val", "test", "predict") if stage is None else parts[stage]:
+            setattr(self, f"{part}_set", self.read(part))  # type: ignore[arg-type]
+
     def segmentation_set(
         self, frames: Frames, indices: Sequence[int], *, augment: bool, labelled: bool = True, neighbours: int | None = None
     ) -> SegmentationDataset:

@@ -1,14 +1,12 @@
 """What all driving data sets share: reading files with clear errors, augmentation, the segmentation data sets and their batches.
 
 Clouds are (N, 4) float32: x, y, z in metres in the LiDAR frame and the raw intensity. In a batch the clouds of all samples follow one
-another in ``points`` (N, 4), with ``points_per_sample`` (B,) int64; pairs likewise.
+another in ``points`` (N, 4), with ``points_per_sample`` (B,) int64; and so do pairs.
 
 Every random number of a sample follows from (seed, epoch, index) alone, never from the worker or rank that reads it.
 """
 
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch.utils.data import get_worker_info
 
 from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.files import write_atomically
 
 LABEL_FRACTIONS = (1, 5, 10, 25, 100)
 Sample = dict[str, Any]
@@ -175,14 +174,7 @@ def read_image(path: Path, size: tuple[int, int] | int) -> tuple[Tensor, tuple[i
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that it is either whole or absent, whoever else reads or writes it, and whenever the run is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, content)
 
 
 def rigid(rotation: NDArray[np.float64], translation: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -304,7 +296,7 @@ class SegmentationDataset(SampleDataset):
 
     Args:
         frames: The data set's frames.
-        indices: Which of them, in order.
+        indices: Indices of the frames to use, in order.
         seed: Seed of the augmentation.
         augment: Mirror, rotate by [-pi, pi], scale.
         labelled: Read labels.

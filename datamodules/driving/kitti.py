@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.catalog import configs_folder
+from lit_methods.checks import one_of
 from lit_methods.datamodules.driving.base import DrivingDataModule, LabelFraction
 from lit_methods.datamodules.driving.common import (
     OnBroken,
+    SampleDataset,
     collate_semi_supervised,
     label_table,
     read_labels,
@@ -314,9 +316,11 @@ def read_calibration(path: Path) -> NDArray[np.float64]:
 class KittiStyleDataModule(DrivingDataModule):
     """LiDAR segmentation on SemanticKITTI and data sets laid out like it.
 
-    Batches: see :func:`~lit_methods.datamodules.driving.common.collate_segmentation`; in training with ``mode="semi_supervised"``
-    ``labelled`` and ``unlabelled`` ones. A batch's ``token`` is ``<sequence>/<frame>``. Validation and test read the validation split
-    (public test sequences have no labels).
+    Batch: {"points": (N, 4) float32, "points_per_sample": (B,) int64, "labels": (N,) int64, "token": list of B strings}
+
+    N: points of all B scans, x, y, z in metres and the intensity. In training with ``mode="semi_supervised"`` a batch has two parts,
+    ``labelled`` and ``unlabelled``; all keys: :func:`~lit_methods.datamodules.driving.common.collate_segmentation`. A ``token`` is
+    ``<sequence>/<frame>``. Validation and test read the validation split, as public test sequences have no labels.
 
     Args:
         root: Folder of the data set. There is no built-in sample in this layout: null is an error.
@@ -325,9 +329,9 @@ class KittiStyleDataModule(DrivingDataModule):
         mode: segment or semi_supervised.
         label_fraction: Percent of the training scans that have labels: every (100 / x)-th.
         neighbours: Scans before and after each scan that come with it; needs poses.
-        train_sequences: Instead of the label map's training sequences; likewise ``val_sequences`` and ``test_sequences``.
-        val_sequences: See above.
-        test_sequences: See above.
+        train_sequences: Training sequences; null: those of the label map.
+        val_sequences: Validation sequences; null: those of the label map.
+        test_sequences: Test sequences; null: those of the label map.
         predict_split: Scans to predict: val or test.
         batch_size: Samples per process and step.
         num_workers: Processes that read data; 0 reads in the training process.
@@ -363,10 +367,8 @@ class KittiStyleDataModule(DrivingDataModule):
             seed=seed,
             on_broken=on_broken,
         )
-        if mode not in ("segment", "semi_supervised"):
-            raise ValueError(f"mode={mode!r} is neither 'segment' nor 'semi_supervised'")
-        if predict_split not in ("val", "test"):
-            raise ValueError(f"predict_split={predict_split!r} is neither 'val' nor 'test'")
+        one_of(("segment", "semi_supervised"), mode=mode)
+        one_of(("val", "test"), predict_split=predict_split)
         self.label_map = read_label_map(dataset)
         if root is None:
             raise ValueError(
@@ -380,17 +382,12 @@ class KittiStyleDataModule(DrivingDataModule):
         if mode == "semi_supervised":
             self.collate_train = collate_semi_supervised
 
-    def setup(self, stage: str | None = None) -> None:
-        """List the scans and make the data sets of a stage: fit, validate, test, predict, or None for all."""
-        stages = ("fit", "validate", "test", "predict") if stage is None else (stage,)
-        if "fit" in stages:
-            self.train_set = self.segmentation_train_set(*self._frames("train"), self.mode == "semi_supervised")
-        if {"fit", "validate"} & set(stages):
-            self.val_set = self.segmentation_set(*self._frames("val"), augment=False)
-        if "test" in stages:
-            self.test_set = self.segmentation_set(*self._frames("val"), augment=False)
-        if "predict" in stages:
-            self.predict_set = self.segmentation_set(*self._frames(self.predict_split), augment=False, labelled=False)
+    def read(self, part: Literal["train", "val", "test", "predict"]) -> SampleDataset:
+        """List the scans of a part."""
+        if part == "train":
+            return self.segmentation_train_set(*self._frames("train"), self.mode == "semi_supervised")
+        split = self.predict_split if part == "predict" else "val"
+        return self.segmentation_set(*self._frames(split), augment=False, labelled=part != "predict")
 
     def write_labels(self, token: str, labels: Tensor, folder: Path) -> Path:
         """Write ``sequences/<sequence>/predictions/<frame>.label``: one uint32 raw id per point, the first raw id of each class.

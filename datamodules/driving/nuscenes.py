@@ -1,6 +1,6 @@
 """nuScenes v1.0 (arXiv:1903.11027), read from the official layout without the devkit; lidarseg labels; the SuperFlow pretraining samples.
 
-Any folder in that layout will do: the release itself, nuScenes-C (Robo3D, arXiv:2303.17597) once its scans are laid out likewise, or the
+Any folder in that layout will do: the release itself, nuScenes-C (Robo3D, arXiv:2303.17597) once its scans are laid out in it, or the
 built-in procedural world, which is written in the same layout and read by the same code.
 """
 
@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_methods.checks import at_least, one_of, within
 from lit_methods.datamodules.driving.base import DrivingDataModule, LabelFraction
 from lit_methods.datamodules.driving.common import (
     Batch,
@@ -284,10 +285,12 @@ def collate_pretrain(samples: Sequence[Sample]) -> Batch:
 class NuScenesDataModule(DrivingDataModule):
     """nuScenes for image-to-LiDAR pretraining, LiDAR segmentation, and semi-supervised LiDAR segmentation.
 
-    Batches: ``pretrain``: see :func:`collate_pretrain`; ``segment``: see
-    :func:`~lit_methods.datamodules.driving.common.collate_segmentation`; ``semi_supervised``: ``labelled`` and ``unlabelled``
-    segmentation batches for training (the latter with neighbours and without labels), a segmentation batch otherwise. Validation and test
-    read the official val scenes without augmentation; prediction reads the val scenes, or all scenes of v1.0-test.
+    Batch: {"cur": {"points": (N, 4) float32, "images": (B, c, 3, H, W) float32, ...}, "prev": ..., "next": ..., "dense": ..., "token": ...}
+
+    ``pretrain``: all keys in :func:`collate_pretrain`. ``segment``: those of
+    :func:`~lit_methods.datamodules.driving.common.collate_segmentation`. ``semi_supervised``: in training ``labelled`` and ``unlabelled``
+    parts (the latter with neighbours and without labels), otherwise as ``segment``. Validation and test read the official val scenes
+    without augmentation; prediction reads the val scenes, or all scenes of v1.0-test.
 
     Args:
         root: Folder of the release (``<version>/``, ``samples/``, ``sweeps/``, ``lidarseg/``); null: the built-in procedural world, made
@@ -347,17 +350,12 @@ class NuScenesDataModule(DrivingDataModule):
             seed=seed,
             on_broken=on_broken,
         )
-        for name, value, allowed in (
-            ("mode", mode, ("pretrain", "segment", "semi_supervised")),
-            ("superpixels", superpixels, ("openseed", "slic")),
-            ("pretrain_split", pretrain_split, ("slidr600", "train")),
-            ("frames", frames, tuple(VIEWS)),
-            ("cameras", cameras, tuple(range(1, len(CAMERAS) + 1))),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not one of {allowed}")
-        if num_sweeps < 0:
-            raise ValueError(f"num_sweeps={num_sweeps}: give 0 or more")
+        one_of(("pretrain", "segment", "semi_supervised"), mode=mode)
+        one_of(("openseed", "slic"), superpixels=superpixels)
+        one_of(("slidr600", "train"), pretrain_split=pretrain_split)
+        within("[1, 3]", "key frames", frames=frames)
+        within(f"[1, {len(CAMERAS)}]", cameras=cameras)
+        at_least(0, num_sweeps=num_sweeps)
         self.root, self.version, self.mode = None if root is None else Path(root), version if root is not None else "v1.0-mini", mode
         self.superpixels, self.superpixel_root = superpixels, None if superpixel_root is None else Path(superpixel_root)
         self.num_superpixels = num_superpixels or (17 if superpixels == "openseed" else 150)
@@ -384,33 +382,19 @@ class NuScenesDataModule(DrivingDataModule):
                 self.num_superpixels,
             )
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read the tables and make the data sets of a stage: fit, validate, test, predict, or None for all."""
+    def read(self, part: Literal["train", "val", "test", "predict"]) -> SampleDataset:
+        """Read the tables and choose the frames of a part."""
+        pretrain, train = self.mode == "pretrain", part == "train"
+        split: Split = (self.pretrain_split if pretrain else "train") if train else "val"
+        chosen = self._predict_frames() if part == "predict" else self._frames(split)
+        if pretrain:
+            if train and not chosen:
+                raise WrongRootError(f"no scene of {self.pretrain_split!r} in {self._root()}/{self.version}: check version and splits.json")
+            return self._pretrain_set(chosen, augment=train)
         frames = NuScenesFrames(self._tables())
-        stages = ("fit", "validate", "test", "predict") if stage is None else (stage,)
-        if self.mode == "pretrain":
-            if "fit" in stages:
-                train = self._frames(self.pretrain_split)
-                if not train:
-                    raise WrongRootError(
-                        f"no scene of {self.pretrain_split!r} in {self._root()}/{self.version}: check version and splits.json"
-                    )
-                self.train_set = self._pretrain_set(train, augment=True)
-            if {"fit", "validate"} & set(stages):
-                self.val_set = self._pretrain_set(self._frames("val"), augment=False)
-            if "test" in stages:
-                self.test_set = self._pretrain_set(self._frames("val"), augment=False)
-            if "predict" in stages:
-                self.predict_set = self._pretrain_set(self._predict_frames(), augment=False)
-            return
-        if "fit" in stages:
-            self.train_set = self.segmentation_train_set(frames, self._frames("train"), self.mode == "semi_supervised")
-        if {"fit", "validate"} & set(stages):
-            self.val_set = self.segmentation_set(frames, self._frames("val"), augment=False)
-        if "test" in stages:
-            self.test_set = self.segmentation_set(frames, self._frames("val"), augment=False)
-        if "predict" in stages:
-            self.predict_set = self.segmentation_set(frames, self._predict_frames(), augment=False, labelled=False)
+        if train:
+            return self.segmentation_train_set(frames, chosen, self.mode == "semi_supervised")
+        return self.segmentation_set(frames, chosen, augment=False, labelled=part != "predict")
 
     def write_labels(self, token: str, labels: Tensor, folder: Path) -> Path:
         """Write ``lidarseg/<split>/<token>_lidarseg.bin``: one uint8 per point, challenge classes 1..16 (training id + 1).

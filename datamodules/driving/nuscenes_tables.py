@@ -1,7 +1,7 @@
 """The JSON tables of a nuScenes v1.0 release, read once into compact arrays.
 
-Of the 2.6 million rows of ``sample_data.json`` (v1.0-trainval) the key frames of LIDAR_TOP and of the six cameras are kept, and the few
-LiDAR sweeps before each key frame; poses likewise. The result pickles quickly, so that worker processes start quickly.
+Of the 2.6 million rows of ``sample_data.json`` (v1.0-trainval) the key frames of LIDAR_TOP and of the six cameras are kept, the few
+LiDAR sweeps before each key frame, and the poses of all. The result pickles quickly, so that worker processes start quickly.
 """
 
 import json
@@ -95,10 +95,10 @@ class NuScenesTables:
         file: (R,) bytes, path relative to the root.
         timestamp: (R,) int64, microseconds.
         sensor: (R,) int32, row of the calibrations.
-        ego_rotation: (R, 3, 3) float64, vehicle -> world at the record's own time; ``ego_translation`` (R, 3), metres.
-        ego_translation: See above.
-        sensor_rotation: (C, 3, 3) float64, sensor -> vehicle; ``sensor_translation`` (C, 3), metres.
-        sensor_translation: See above.
+        ego_rotation: (R, 3, 3) float64, vehicle -> world at the record's own time.
+        ego_translation: (R, 3) float64, metres, of the same transform.
+        sensor_rotation: (C, 3, 3) float64, sensor -> vehicle.
+        sensor_translation: (C, 3) float64, metres, of the same transform.
         intrinsic: (C, 3, 3) float64, zeros for a LiDAR.
         lidarseg: (F,) bytes, label file relative to the root; empty where there is none.
     """
@@ -150,7 +150,7 @@ def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
 
     Args:
         root: Folder that holds ``samples/``, ``sweeps/``, ``lidarseg/`` and the folder of tables.
-        version: That folder: ``v1.0-trainval``, ``v1.0-mini`` or ``v1.0-test``.
+        version: Folder of the tables: ``v1.0-trainval``, ``v1.0-mini`` or ``v1.0-test``.
         num_sweeps: Sweeps kept per key frame.
 
     Returns:

@@ -45,7 +45,7 @@ def choose_scenes(names: Sequence[str], split: Split, version: str, root: Path) 
 
     Args:
         names: Names of all scenes in the tables.
-        split: Which scenes.
+        split: Name of the split.
         version: Folder of the tables, such as ``v1.0-trainval``. The scenes of ``v1.0-test`` are all "test".
         root: Folder of the data set.
 

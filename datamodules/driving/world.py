@@ -1,7 +1,7 @@
 """The embedded sample of the driving family: a procedural world in the official nuScenes v1.0 layout.
 
 :func:`embedded_world` makes it once in a cache folder; the nuScenes reader then reads it like the real release. The world is a handful of
-street scenes (:mod:`~lit_methods.datamodules.driving.street`), seen by a spinning LiDAR and six cameras that fire at different times while
+street scenes (:mod:`~lit_methods.datamodules.driving.layout`), seen by a spinning LiDAR and six cameras that fire at different times while
 the ego car and the others move; every ray of either sensor goes through one ray caster (:mod:`~lit_methods.datamodules.driving.render`).
 
 What it leaves out of a real release: camera sweeps, radar, hits on the ego car, the smear of a LiDAR turn (a sweep has one time and one
@@ -30,10 +30,12 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.transform import Rotation
 
+from lit_methods.datamodules.cache import cache_folder, making_folder
 from lit_methods.datamodules.driving import render
+from lit_methods.datamodules.driving.layout import make_scene
 from lit_methods.datamodules.driving.nuscenes_writer import Row, Tables, write_tables
 from lit_methods.datamodules.driving.render import GROUND, SKY, Bools, Floats, Hits, Ints, Posed
-from lit_methods.datamodules.driving.street import LIDARSEG_NAMES, Scene, make_scene
+from lit_methods.datamodules.driving.street import LIDARSEG_NAMES, Scene
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +293,7 @@ def corrupt(ids: Ints, share: float, rng: np.random.Generator) -> Ints:
     Args:
         ids: (H, W) uint8.
         share: Wanted share of wrong pixels, 0..0.9.
-        rng: Which cells, and which classes.
+        rng: Source of the cells and classes.
 
     Returns:
         (H, W) uint8.
@@ -455,11 +457,6 @@ def _work() -> None:
         (Path(job["rows"]) / f"{index}.json").write_text(json.dumps(record(Path(job["root"]), options, index)))
 
 
-def cache_folder() -> Path:
-    """Where generated data is kept: the environment variable LIT_METHODS_CACHE, or ``~/.cache/lit-methods``."""
-    return Path(os.environ.get("LIT_METHODS_CACHE") or Path.home() / ".cache" / "lit-methods")
-
-
 def embedded_world(
     cache: Path | None = None,
     seed: int = 0,
@@ -478,7 +475,7 @@ def embedded_world(
 
     Args:
         cache: Folder that holds worlds; None: :func:`cache_folder`.
-        seed: As in :func:`make_world`, like all others.
+        seed: Seed of the world; this and the following as in :func:`make_world`.
         scenes: Number of scenes.
         val_scenes: Scenes of the val split.
         key_frames: Key frames per scene.
@@ -505,16 +502,8 @@ def embedded_world(
             for left in cache.glob(f".{name}.tmp-*"):
                 shutil.rmtree(left, ignore_errors=True)
         log.info("making the driving world in %s: about half a minute, once", root)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}.tmp-", dir=cache))
-        try:
-            work.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+        with making_folder(root) as work:  # where the file system has no locks, the first process wins
             make_world(work, workers=workers, **asdict(options))
-            os.rename(work, root)
-        except OSError:
-            if not root.is_dir():  # else another process was faster, on a file system without locks
-                raise
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return root
 
 

@@ -15,7 +15,7 @@ from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.fewshot import coloured_shapes as shapes
 from lit_methods.datamodules.fewshot.releases import LAYOUTS, Name, choose_shots, read_descriptions, read_release
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import open_listed
 from lit_methods.datamodules.vision.base import LabelledImages
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -80,21 +80,19 @@ class PhotoView:
         return found
 
 
-def _open(paths: list[Path], index: int) -> Any:
-    return open_picture(paths[index])
-
-
 class FewShotDataModule(LoaderDataModule):
     """K labelled images of each base class, and test images of the base classes and of new ones.
 
-    Training batches: ``image`` and ``image_second`` (B, 3, S, S) float32, two views of the same images, and ``label`` (B,) int64. There are
-    two validation loaders, and the same two test and prediction loaders: images of the base classes, then of the new ones, ``image`` and
-    ``label`` from 0 in each. Validation images are the test images: choose nothing by the one to report it by the other.
+    Batch: {"image": (B, 3, S, S) float32, "image_second": (B, 3, S, S) float32, "label": (B,) int64}
+
+    The two images are two views of the same picture. There are two validation loaders, and the same two test and prediction loaders: images
+    of the base classes, then of the new ones, with ``image`` and ``label`` alone, labels from 0 in each. Validation images are the test
+    images: choose nothing by the one to report it by the other.
 
     Args:
         root: Folder of one of the eleven sets in the layout of CoOp's DATASETS.md, such as ``eurosat/`` with ``2750/`` and
             ``split_zhou_EuroSAT.json``. None: built-in coloured shapes, 20 classes with names, 24 x 24 pixels, no download.
-        name: Which set ``root`` holds.
+        name: Name of the set that ``root`` holds.
         shots: K; a class that has fewer images gives all. None: all images.
         shot_seed: Decides which images; nothing else depends on it.
         classes: ``base_to_new``: the first half of the classes (rounded up) is tuned on, the rest is new; ``all``: all are base classes,
@@ -105,12 +103,13 @@ class FewShotDataModule(LoaderDataModule):
         batch_size: Training images per process and step.
         eval_batch_size: Images per process and evaluation step.
         num_workers: Processes that read images.
-        seed: Of the order and of the augmentation.
+        seed: Seed of the order and of the augmentation.
 
     Attributes:
-        base_classes: Names, after ``setup``; likewise ``new_classes``.
+        base_classes: Names of the base classes, after ``setup``.
+        new_classes: Names of the new classes, after ``setup``.
         descriptions: Class name -> sentences, after ``setup``.
-        template: For class names.
+        template: Text with ``{}`` for a class name.
 
     Raises:
         ValueError: A value outside its range.
@@ -184,7 +183,7 @@ class FewShotDataModule(LoaderDataModule):
 
     def _read(self, root: Path) -> Any:
         found = read_release(root, self.release)
-        parts = [(partial(_open, split.paths), split.labels) for split in (found.train, found.test)]
+        parts = [(partial(open_listed, split.paths), split.labels) for split in (found.train, found.test)]
         return found.classes, *parts, partial(PhotoView, self.image_size)
 
 

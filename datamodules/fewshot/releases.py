@@ -184,7 +184,7 @@ def read_release(root: Path, name: str) -> Release:
 
     Args:
         root: Its folder.
-        name: Of :data:`LAYOUTS`.
+        name: A key of :data:`LAYOUTS`.
 
     Raises:
         WrongRootError: The folder doesn't hold it.

@@ -19,7 +19,7 @@ class Tensors(Batches):
         images: (N, ...), uint8 in 0..255, which becomes float32 in [-1, 1]; or float32, which stays as it is.
         labels: (N,) int64; None: batches have no ``label``.
         flip: Mirror half of the images, other ones in every epoch; the last dimension is the width.
-        seed: Of the mirroring.
+        seed: Seed of the mirroring.
     """
 
     def __init__(self, images: Tensor, labels: Tensor | None = None, flip: bool = False, seed: int = 0) -> None:
@@ -46,8 +46,8 @@ class Tensors(Batches):
 class GenerativeDataModule(LoaderDataModule):
     """Base of the generative datamodules: ``setup`` of a subclass fills ``train_set`` and ``val_set``.
 
-    Batches: ``image`` (B, ...) float32; with classes also ``label`` (B,) int64. Validation and test see ``val_set``. For ``lit predict``
-    there is a part of it, which says how many samples to draw, of what shape and of which classes.
+    Batches have ``image`` (B, ...) float32, with classes also ``label`` (B,) int64. Validation and test see
+    ``val_set``. For ``lit predict`` there is a part of it, which says how many samples to draw, of what shape and of which classes.
 
     Args:
         batch_size: Samples per process and training step.

@@ -19,7 +19,9 @@ from lit_methods.datamodules.vision.imagenet import ImageNetDataModule
 class GenerativeDigitsDataModule(GenerativeDataModule):
     """Handwritten digits that scikit-learn ships, smoothly enlarged.
 
-    Batches: ``image`` (B, 1, S, S) float32 in [-1, 1], ``label`` (B,) int64 in 0..9. The split is that of ``DigitsDataModule``.
+    Batch: {"image": (B, 1, S, S) float32 in [-1, 1], "label": (B,) int64 in 0..9}
+
+    The split is that of ``DigitsDataModule``.
 
     Args:
         image_size: S, 8 or more; the images have 8 x 8 pixels of their own.
@@ -28,7 +30,7 @@ class GenerativeDigitsDataModule(GenerativeDataModule):
         val_batch_size: Images per process and validation step.
         num_samples: Samples that ``lit predict`` draws, at most as many as there are validation images.
         num_workers: Processes that read data; the images lie in memory, so 0 is fastest.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Raises:
         ValueError: A number lies outside its range.
@@ -69,7 +71,9 @@ class GenerativeDigitsDataModule(GenerativeDataModule):
 class GenerativeCIFARDataModule(GenerativeDataModule):
     """CIFAR-10 for generative models.
 
-    Batches: ``image`` (B, 3, 32, 32) float32 in [-1, 1], ``label`` (B,) int64 in 0..9. Validation sees the test images.
+    Batch: {"image": (B, 3, 32, 32) float32 in [-1, 1], "label": (B,) int64 in 0..9}
+
+    Validation sees the test images.
 
     Args:
         root: Folder that holds ``cifar-10-batches-py``, whole or with fewer images per file. None: built-in images of shapes and
@@ -79,7 +83,7 @@ class GenerativeCIFARDataModule(GenerativeDataModule):
         val_batch_size: Images per process and validation step.
         num_samples: Samples that ``lit predict`` draws, at most as many as there are test images.
         num_workers: Processes that read data; the images lie in memory.
-        seed: Of order and mirroring.
+        seed: Seed of the order and mirroring.
 
     Raises:
         WrongRootError: ``root`` doesn't hold the release.
@@ -138,7 +142,9 @@ class _AdmTransform:
 class GenerativeImageNetDataModule(ImageNetDataModule):
     """ImageNet for generative models, prepared as ADM does it.
 
-    Batches: ``image`` (B, 3, S, S) float32 in [-1, 1], ``label`` (B,) int64. Validation and test both read ``val/``.
+    Batch: {"image": (B, 3, S, S) float32 in [-1, 1], "label": (B,) int64}
+
+    Validation and test both read ``val/``.
 
     Args:
         root: Folder with ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``. None: built-in images of shapes and textures in ten classes,
@@ -148,7 +154,7 @@ class GenerativeImageNetDataModule(ImageNetDataModule):
         flip: Mirror half of the training images, other ones in every epoch.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of order and mirroring.
+        seed: Seed of the order and mirroring.
 
     Raises:
         WrongRootError: The folders aren't there, or don't fit the classes.

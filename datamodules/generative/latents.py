@@ -20,6 +20,7 @@ from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, 
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule, Tensors
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
 from lit_methods.datamodules.pictures import open_picture
+from lit_methods.files import replacing
 
 IMAGE_KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 CHUNK = 256  # latents, or images to encode, at a time
@@ -33,7 +34,7 @@ class LatentFiles:
 
     Args:
         root: Folder.
-        name: Of the file or folder in it.
+        name: Name of the file or folder in it.
 
     Raises:
         WrongRootError: There is neither.
@@ -187,19 +188,21 @@ def encode_folder(images: Path, target: Path, autoencoder: nn.Module, size: int,
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = autoencoder.to(device).eval()
     work = [(file, turned) for turned in ((False, True) if mirrored else (False,)) for file in files]
-    part, stored = target.with_name(f".{target.name}.part"), None
+    stored = None
     target.parent.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(work), CHUNK):
-        pixels = torch.stack([_pixels(file, size, turned) for file, turned in work[start : start + CHUNK]])
-        latents = torch.cat([autoencoder.encode(few.to(device)) * factor for few in pixels.split(16)]).float().cpu().numpy()  # type: ignore[operator]
-        if stored is None:
-            stored = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=(len(work), *latents.shape[1:]))
-        stored[start : start + len(latents)] = latents
-        rank_zero_info(f"{target.name}: {start + len(latents)} of {len(work)} images are encoded")
-    assert stored is not None
-    stored.flush()
-    del stored
-    part.replace(target)
+    for left in target.parent.glob(f".{target.name}.*.tmp"):  # by a run that was killed; they are large
+        left.unlink()
+    with replacing(target) as partial:
+        for start in range(0, len(work), CHUNK):
+            pixels = torch.stack([_pixels(file, size, turned) for file, turned in work[start : start + CHUNK]])
+            latents = torch.cat([autoencoder.encode(few.to(device)) * factor for few in pixels.split(16)]).float().cpu().numpy()  # type: ignore[operator]
+            if stored is None:
+                stored = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=(len(work), *latents.shape[1:]))
+            stored[start : start + len(latents)] = latents
+            rank_zero_info(f"{target.name}: {start + len(latents)} of {len(work)} images are encoded")
+        assert stored is not None
+        stored.flush()
+        del stored
     autoencoder.cpu()
     return len(work)
 
@@ -218,10 +221,10 @@ class StoredLatents(Batches):
 
     Args:
         files: Where they are.
-        index: Which of them.
+        index: Indices of the chosen latents.
         mean: (C, 1, 1) or (C, H, W), of latents without ``factor``.
-        std: Likewise.
-        factor: Of the stored latents; it is divided out first.
+        std: (C, 1, 1) or (C, H, W), of latents without ``factor``.
+        factor: Factor of the stored latents; it is divided out first.
     """
 
     def __init__(self, files: LatentFiles, index: range, mean: Tensor, std: Tensor, factor: float) -> None:
@@ -238,28 +241,30 @@ class StoredLatents(Batches):
 class LatentDataModule(GenerativeDataModule):
     """Latents of a frozen autoencoder, encoded once, with mean 0 and standard deviation 0.5: (z - mean) / std * 0.5.
 
-    Batches: ``image`` (B, C, H, W) float32; with the built-in digits also ``label`` (B,) int64 in 0..9. Give the module the same
-    ``autoencoder``, so that it can show what it draws; it takes ``latent_mean`` and ``latent_std`` over.
+    Batch: {"image": (B, C, H, W) float32, "label": (B,) int64 in 0..9}
 
-    Layout, as the authors of sLCT have it: ``<root>/<name>/000000000.npy``, ... one latent (C, H, W) a file, and
+    Only the built-in digits have labels. Give the module the same ``autoencoder``, so that it can show what it draws; it takes
+    ``latent_mean`` and ``latent_std`` over.
+
+    Layout of ``root``, as the authors of sLCT have it: ``<root>/<name>/000000000.npy``, ... one latent (C, H, W) a file, and
     ``<root>/<name>_stat.npy``. Or ``<root>/<name>.npy``, all latents (N, C, H, W), which is memory-mapped. If there is neither and
     ``images`` is given, ``prepare_data`` encodes these into the latter. Missing statistics are computed for each channel of the training
     latents, and stored.
 
     Args:
         root: Folder of the latents. None: built-in digits of 16 x 16 pixels, encoded by ``DigitAutoencoder`` (4 x 4 x 4).
-        name: Of the data set in it.
+        name: Name of the data set in it.
         images: Folder of images, encoded once if there are no latents yet.
-        autoencoder: That encodes them.
+        autoencoder: Autoencoder that encodes the images.
         image_size: Side of the images that are encoded.
         mirrored: Encode the mirrored images, too, as sLCT does for LSUN Church.
-        latent_factor: Of the stored latents; statistics are those without it.
+        latent_factor: Factor of the stored latents; statistics are those without it.
         num_val: Latents at the end that are for validation and not for training.
         batch_size: Latents per process and step.
         val_batch_size: Latents per process and validation step.
         num_samples: Samples that ``lit predict`` draws, at most ``num_val``.
         num_workers: Processes that read data.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Raises:
         WrongRootError: Neither latents nor images.
@@ -319,9 +324,8 @@ class LatentDataModule(GenerativeDataModule):
             files = LatentFiles(self.root, hp["name"])
             train = self._split(len(files))[0]
             chunks = (files[train[start : start + CHUNK]] / hp["latent_factor"] for start in range(0, len(train), CHUNK))
-            part = self._statistics.with_name(f".{self._statistics.name}")
-            np.save(part, np.stack([found.numpy() for found in channel_statistics(chunks)]))
-            part.replace(self._statistics)
+            with replacing(self._statistics) as partial, partial.open("wb") as file:
+                np.save(file, np.stack([found.numpy() for found in channel_statistics(chunks)]))
 
     def setup(self, stage: str) -> None:
         """Open the files, read the validation latents."""

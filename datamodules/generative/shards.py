@@ -2,10 +2,7 @@
 
 import io
 import math
-import os
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from lit_methods.checks import at_least, positive
 from lit_methods.datamodules.base import Batches, Ints
-from lit_methods.datamodules.driving.world import cache_folder
+from lit_methods.datamodules.cache import cache_folder, making_folder
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule
 
 BLOCK = 512  # bytes; every part of a tar file begins at a multiple of it
@@ -44,7 +41,7 @@ def read_index(shard: Path, endings: Sequence[str]) -> list[Record]:
     Args:
         shard: Members are called ``<key>.<ending>``; those of a sample stand together, as in webdataset. Folders before the key are a part
             of it.
-        endings: That a sample must have; others are left out.
+        endings: Endings that a sample must have; parts with other endings are left out.
 
     Raises:
         ValueError: The file is truncated or no tar file, or a sample lacks a part.
@@ -93,7 +90,7 @@ def write_shard(path: Path | str, samples: Iterable[tuple[str, Mapping[str, Tens
     """Write a tar file that this data module, and webdataset, can read.
 
     Args:
-        path: Of the tar file; is replaced.
+        path: The tar file; it is replaced.
         samples: Key, without dots, and its parts by their endings: tensors as ``torch.save`` writes them, texts in UTF-8.
 
     Raises:
@@ -119,7 +116,7 @@ class LatentShards(Batches):
     """Samples of tar files, in the order of files and members. A loader fetches a whole batch in one go.
 
     Args:
-        records: Of :func:`read_index`.
+        records: What :func:`read_index` has found.
         latent: Ending of the latents.
         embedding: Ending of the prompt's embeddings; None: batches have no ``prompt``.
         tokens: Length that the embeddings are filled up to with zeros; None: they have one length.
@@ -181,14 +178,16 @@ class LatentShards(Batches):
 class LatentShardsDataModule(GenerativeDataModule):
     """Latents in webdataset's tar files, ``<key>.latent.pth`` and ``<key>.embed.pth`` for each sample, as rCM is trained with.
 
-    Batches: ``image`` (B, C, H, W) or (B, C, T, H, W) float32; with ``embedding`` also ``prompt`` (B, L, D) float32; with
-    ``null_embedding`` also ``null_prompt`` (B, L, D). Samples are drawn at random places of all tar files, whose headers are read at the
+    Batch: {"image": (B, C, T, H, W) float32, "prompt": (B, L, D) float32}
+
+    Latents of images are (B, C, H, W). Without ``embedding`` there is no ``prompt``; with ``null_embedding`` there is also ``null_prompt``
+    (B, L, D). Samples are drawn at random places of all tar files, whose headers are read at the
     start. Tensors are read with ``weights_only``.
 
     Args:
         root: Folder of the tar files. None: the built-in sample, 64 videos of a moving blob with 4 channels, 2 frames of 8 x 8 and one of 8
             prompts of 6 tokens with 16 features, kept in the cache folder.
-        pattern: Of the tar files' names.
+        pattern: Pattern of the tar files' names.
         latent: Ending of the latents.
         embedding: Ending of the embeddings; None: there are none.
         tokens: Length that embeddings are filled up to with zeros, 512 for Wan 2.1; None: they have one length.
@@ -199,7 +198,7 @@ class LatentShardsDataModule(GenerativeDataModule):
         val_batch_size: Samples per process and validation step.
         num_samples: Samples that ``lit predict`` draws, at most ``num_val``.
         num_workers: Processes that read data.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Raises:
         ValueError: A number lies outside its range.
@@ -268,10 +267,7 @@ def built_in_shards() -> Path:
     root = cache_folder() / f"latent-shards-v{BUILT_IN}"
     if root.is_dir():
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{root.name}.tmp-", dir=root.parent))
-    try:
-        work.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+    with making_folder(root) as work:
         generator = torch.Generator().manual_seed(0)
         embeddings = torch.randn(8, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
         grid = torch.stack(torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij"))
@@ -291,10 +287,4 @@ def built_in_shards() -> Path:
                 }
                 samples.append((f"{number:06d}", parts))
             write_shard(work / f"shard-{shard:04d}.tar", samples)
-        os.rename(work, root)
-    except OSError:
-        if not root.is_dir():  # else another process was faster
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return root

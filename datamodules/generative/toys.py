@@ -16,7 +16,7 @@ def ring(count: int, generator: torch.Generator, modes: int = 8, radius: float =
         count: Number of points.
         generator: CPU generator.
         modes: Number of Gaussians, all as likely.
-        radius: Of the circle.
+        radius: Radius of the circle.
         noise: Standard deviation of each Gaussian in each coordinate.
     """
     angles = torch.randint(modes, (count,), generator=generator) * (2 * math.pi / modes)
@@ -26,13 +26,15 @@ def ring(count: int, generator: torch.Generator, modes: int = 8, radius: float =
 class RingDataModule(GenerativeDataModule):
     """A ring of Gaussians in the plane; some of the training points may be thrown far away.
 
-    Batches: ``image`` (B, 2) float32; with the defaults the standard deviation of a coordinate is 0.46. Validation points are always clean.
+    Batch: {"image": (B, 2) float32}
+
+    With the defaults the standard deviation of a coordinate is 0.46. Validation points are always clean.
 
     Args:
         num_train: Training points, drawn once.
         num_val: Validation points, drawn once, the same for every seed.
         modes: Number of Gaussians.
-        radius: Of the circle.
+        radius: Radius of the circle.
         noise: Standard deviation of each Gaussian.
         impulses: Share of the training points that are thrown, in [0, 1]: an impulse is added to each.
         impulse_scale: Standard deviation of an impulse in each coordinate.
@@ -40,7 +42,7 @@ class RingDataModule(GenerativeDataModule):
         val_batch_size: Points per process and validation step.
         num_samples: Samples that ``lit predict`` draws, at most ``num_val``.
         num_workers: Processes that read data; the points lie in memory, so 0 is fastest.
-        seed: Of the training points and their order.
+        seed: Seed of the training points and their order.
 
     Raises:
         ValueError: A number lies outside its range.

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lit_methods.checks import at_least
@@ -26,7 +25,7 @@ class ClassBalancedSampler(RankSampler):
         batches: Batches of a rank in an epoch; None: as many as the samples fill.
         rank: Index of this process.
         world_size: Number of processes.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: There are fewer than ``classes`` classes, or a number is below 1.
@@ -89,7 +88,7 @@ class RetrievalDataModule(LoaderDataModule):
         steps_per_epoch: Batches of a process in an epoch; None: as many as the samples fill.
         eval_batch_size: Samples per process and evaluation step.
         num_workers: Processes that read data.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: A number is below 1.
@@ -125,16 +124,7 @@ class RetrievalDataModule(LoaderDataModule):
             world_size=trainer.world_size if trainer is not None else 1,
             seed=self.seed,
         )
-        return ResumableLoader(
-            dataset,
-            batch_size=sampler.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=dataset.collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-            generator=torch.Generator(),
-        )
+        return self.loader(dataset, training=True, sampler=sampler)  # type: ignore[no-any-return]
 
     def test_dataloader(self) -> Any:
         """The samples of validation: choose nothing by the one to report it by the other."""

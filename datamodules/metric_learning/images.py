@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, Prepare, open_listed
 from lit_methods.datamodules.vision.base import LabelledImages
 
 Name = Literal["cub", "cars", "sop", "inat"]
@@ -24,7 +23,6 @@ _FIRST = {  # the file that shows that a folder is the release, and where it com
     "sop": ("Ebay_train.txt", "Stanford_Online_Products"),
     "inat": ("Inat_dataset_splits/Inaturalist_train_set1.txt", "train_val2018 and the lists of the retrieval split, Inat_dataset_splits,"),
 }
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 @dataclass(frozen=True)
@@ -130,15 +128,12 @@ def read_inat(root: Path) -> tuple[ImageList, ImageList]:
 _READERS = {"cub": read_cub, "cars": read_cars, "sop": read_sop, "inat": read_inat}
 
 
-def _open(paths: list[Path], index: int) -> Any:
-    return open_picture(paths[index])
-
-
-class _Prepare:
+class RetrievalView:
     """A PIL image -> (3, S, S) float32, normalised; training: a random crop of 16 to 100 % of the area, mirrored in half of the cases."""
 
     def __init__(self, size: int, augment: bool) -> None:
         self.size, self.augment = size, augment
+        self.normalise = Prepare(False, IMAGENET_MEAN, IMAGENET_STD)
 
     def __call__(self, picture: Any, draw: tuple[int, int, int]) -> Tensor:
         from torchvision.transforms.functional import pil_to_tensor
@@ -157,14 +152,15 @@ class _Prepare:
             picture = picture.resize((max(self.size, round(width * scale)), max(self.size, round(height * scale))), 2)
             left, top = (picture.width - self.size) // 2, (picture.height - self.size) // 2
             image = pil_to_tensor(picture.crop((left, top, left + self.size, top + self.size)))
-        return (image / 255 - torch.tensor(_MEAN).view(3, 1, 1)) / torch.tensor(_STD).view(3, 1, 1)
+        return self.normalise(image, draw)
 
 
 class RetrievalImagesDataModule(RetrievalDataModule):
     """Images of classes for training, and of other classes for evaluation.
 
-    Batches: ``image`` (B, 3, S, S) float32, normalised with ImageNet's mean and deviation; ``label`` (B,) int64, 0 to C - 1 in training and
-    C or more in evaluation.
+    Batch: {"image": (B, 3, S, S) float32 normalised by ImageNet's mean and deviation, "label": (B,) int64}
+
+    Labels are 0 to C - 1 in training and C or more in evaluation.
 
     Args:
         root: The release's folder. ``cub``: ``images.txt``, ``image_class_labels.txt`` and ``images/``. ``cars``: ``cars_annos.mat`` and
@@ -177,7 +173,7 @@ class RetrievalImagesDataModule(RetrievalDataModule):
         steps_per_epoch: Batches of a process in an epoch; None: as many as the images fill.
         eval_batch_size: Images per process and evaluation step.
         num_workers: Processes that read images.
-        seed: Of the draws and the augmentation.
+        seed: Seed of the draws and the augmentation.
 
     Raises:
         ValueError: A value lies outside its range.
@@ -238,10 +234,10 @@ class RetrievalImagesDataModule(RetrievalDataModule):
                 raise BrokenRecordError(self.root / first, f"class {min(both)}", "it stands in training and test: they must be disjoint")
             seen, own = np.unique(train.labels, return_inverse=True)
             labels = [own.astype(np.int64), np.unique(test.labels, return_inverse=True)[1].astype(np.int64) + len(seen)]
-            reads = [partial(_open, part.paths) for part in (train, test)]
+            reads = [partial(open_listed, part.paths) for part in (train, test)]
         self.train_labels = labels[0]
-        self.train_set = LabelledImages(reads[0], labels[0], _Prepare(size, True), self.seed)
-        self.val_set = LabelledImages(reads[1], labels[1], _Prepare(size, False), self.seed)
+        self.train_set = LabelledImages(reads[0], labels[0], RetrievalView(size, True), self.seed)
+        self.val_set = LabelledImages(reads[1], labels[1], RetrievalView(size, False), self.seed)
 
 
 __all__ = ["ImageList", "RetrievalImagesDataModule", "read_cars", "read_cub", "read_inat", "read_sop"]

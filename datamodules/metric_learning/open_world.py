@@ -31,7 +31,9 @@ def open_world(num_classes: int, per_class: int, dims: int, rng: np.random.Gener
 class OpenWorldDataModule(RetrievalDataModule):
     """Vectors of 64 numbers in classes of different spread; evaluation is on classes that training hasn't seen. Nothing is downloaded.
 
-    Batches: ``image`` (B, 64) float32, ``label`` (B,) int64, 0 to ``num_train_classes - 1`` in training and larger in evaluation.
+    Batch: {"image": (B, 64) float32 in [-1, 1], "label": (B,) int64}
+
+    Labels are 0 to ``num_train_classes - 1`` in training and larger in evaluation.
 
     Args:
         num_train_classes: Seen classes.
@@ -43,7 +45,7 @@ class OpenWorldDataModule(RetrievalDataModule):
         steps_per_epoch: Batches of a process in an epoch; None: as many as the samples fill.
         eval_batch_size: Samples per process and evaluation step.
         num_workers: Processes that read data; the samples lie in memory, so 0 is fastest.
-        seed: Of the classes, their samples and the draws.
+        seed: Seed of the classes, their samples and the draws.
 
     Raises:
         ValueError: A number is below 1.

@@ -218,7 +218,7 @@ def synthetic_interactions(num_users: int = 200, num_items: int = 150, rank: int
     Args:
         num_users: U.
         num_items: I >= 40.
-        rank: Of the taste.
+        rank: Length of the vectors of taste.
         seed: Decides everything.
     """
     rng = np.random.default_rng([seed, 20240202])
@@ -331,6 +331,8 @@ def _tensors(**arrays: NDArray[Any]) -> Batch:
 class RatingsDataModule(LoaderDataModule):
     """Implicit feedback from ratings, plays or pairs; every pair counts as taken, whatever its value, unless ``min_value`` is given.
 
+    Batch: {"user": (B,) int64, "positive": (B,) int64, "negative": (B,) int64}
+
     Layouts of ``root``: MovieLens (``ratings.dat`` with ``::``, ``ratings.csv``, ``u.data``, or RecBole's ``*.inter``), Last.fm of HetRec
     2011 (``user_artists.dat``), and LightGCN's pairs (``<name>.train`` and ``<name>.test``, a line ``user item`` each, item ids behind the
     user ids, the split as given). Ids of the first two become 0, 1, ... in rising order after thinning.
@@ -355,16 +357,16 @@ class RatingsDataModule(LoaderDataModule):
         min_value: Count a pair only if its rating (or play count) is at least this; None: all.
         min_user_items: Thin out users with fewer items.
         min_item_users: Thin out items with fewer users.
-        test_share: Of each user's items that is held out: in ``autoencoder`` of the held-out users' alone. Not used for ``neumf`` and given
-            splits.
-        val_share: For ``bpr``: share of each user's training items that is held out for validation; 0: validate on the test items.
-        heldout_users: For ``autoencoder``: share of the users for validation, and as many for test.
-        num_negatives: For ``neumf``.
+        test_share: Share of each user's items that is held out; in ``autoencoder`` of the held-out users' alone. Not used for ``neumf`` and
+            given splits.
+        val_share: Share of each user's training items that is held out for validation, in ``bpr``; 0: validate on the test items.
+        heldout_users: Share of the users for validation, and as many for test, in ``autoencoder``.
+        num_negatives: Items that a user lacks, for each pair, in ``neumf``.
         batch_size: Pairs (users in ``autoencoder``) per process and training step.
         eval_batch_size: Users per process and evaluation batch.
         num_workers: Processes that make batches.
-        split_seed: Of the synthetic set, of the split and of the fixed negatives.
-        seed: Of the order and of the draws.
+        split_seed: Seed of the synthetic set, of the split and of the fixed negatives.
+        seed: Seed of the order and of the draws.
 
     Attributes:
         num_users: U, after ``setup``.

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import crop_and_flip, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
@@ -58,7 +57,7 @@ def _open(root: Path, paths: list[str], index: int) -> Any:
     return open_picture(root / paths[index], missing="unpack the images of the benchmark below root")
 
 
-class _Prepare:
+class FaceView:
     """A PIL image -> (3, S, S) float32 in [-1, 1]; in training a random crop after padding, and a mirror image in half of the cases."""
 
     def __init__(self, size: int, augment: bool) -> None:
@@ -69,11 +68,7 @@ class _Prepare:
 
         image = pil_to_tensor(picture.resize((self.size, self.size), resample=2))  # 2: bilinear
         if self.augment:
-            rng = np.random.default_rng(draw)
-            pad = round(_PAD * self.size / 224)
-            top, left = rng.integers(2 * pad + 1, size=2).tolist()
-            image = torch.nn.functional.pad(image, (pad,) * 4)[:, top : top + self.size, left : left + self.size]
-            image = image.flip(2) if rng.integers(2) else image
+            image = crop_and_flip(image, draw, border=round(_PAD * self.size / 224))
         return image.float().div_(127.5).sub_(1)
 
 
@@ -93,7 +88,9 @@ def _built_in(split: str, count: int) -> tuple[list[Any], NDArray[np.float32]]:
 class AgeDataModule(RegressionDataModule):
     """AgeDB-DIR or IMDB-WIKI-DIR: faces with the age in years. Training ages are skewed, validation and test balanced.
 
-    Batches: ``image`` (B, 3, S, S) float32 in [-1, 1], ``target`` (B,) float32 years, ``count`` (B,) int64; in training with ``reweight``
+    Batch: {"image": (B, 3, S, S) float32 in [-1, 1], "target": (B,) float32 years, "count": (B,) int64}
+
+    ``count``: the training images of the same age. In training there is with ``reweight``
     also ``weight`` (B,) float32, and with ``views`` also ``view_1``, ... like ``image`` with other random crops and mirror images.
 
     Args:
@@ -105,11 +102,11 @@ class AgeDataModule(RegressionDataModule):
         reweight: Weight of a training sample by its age: ``none``, ``inverse`` or ``sqrt_inv`` frequency.
         lds: Smooth the frequencies over neighbouring ages.
         lds_kernel: ``gaussian``, ``triang`` or ``laplace``.
-        lds_kernel_size: In years, odd; the benchmark: 5, ConR on AgeDB: 9.
-        lds_sigma: In years; the benchmark: 2, ConR on AgeDB: 1.
+        lds_kernel_size: Width of the kernel in years, odd; the benchmark: 5, ConR on AgeDB: 9.
+        lds_sigma: Standard deviation of the kernel in years; the benchmark: 2, ConR on AgeDB: 1.
         batch_size: Images per process and step.
         num_workers: Processes that read images.
-        seed: Of order and augmentation.
+        seed: Seed of the order and augmentation.
 
     Raises:
         ValueError: A value lies outside its range.
@@ -160,8 +157,8 @@ class AgeDataModule(RegressionDataModule):
             ages = {split: labels for split, (_, labels) in table.items()}
         labels = dict(zip(_SPLITS, self.known(ages["train"], [ages["val"], ages["test"]]), strict=True))
         size, views = self.hparams["image_size"], self.hparams["views"]
-        self.train_set = RegressionSamples(reads["train"], labels["train"], _Prepare(size, True), views, self.seed)
-        self.val_set, self.test_set = (RegressionSamples(reads[s], labels[s], _Prepare(size, False)) for s in ("val", "test"))
+        self.train_set = RegressionSamples(reads["train"], labels["train"], FaceView(size, True), views, self.seed)
+        self.val_set, self.test_set = (RegressionSamples(reads[s], labels[s], FaceView(size, False)) for s in ("val", "test"))
 
 
 __all__ = ["AgeDataModule", "read_ages"]

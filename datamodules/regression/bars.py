@@ -60,24 +60,27 @@ class BarsDataModule(RegressionDataModule):
 
     Small labels are frequent in training (exponential, mean 9) and equally frequent in validation; labels of fewer than 20 training
     pictures are few-shot. Validation and test are the same pictures: choose nothing by the one to report it by the other.
-    Batches: ``image`` (B, 1, 12, 12) float32, ``target`` (B,) float32, ``count`` (B,) int64; in training with ``reweight`` also ``weight``
+
+    Batch: {"image": (B, 1, 12, 12) float32, "target": (B,) float32, "count": (B,) int64}
+
+    ``count``: the training pictures with the same label. In training there is with ``reweight`` also ``weight``
     (B,) float32, and with ``views`` also ``view_1``, ``view_2``, ... (B, 1, 12, 12), the picture with further noise.
 
     Args:
         num_train: Training pictures.
         num_val: Validation pictures.
-        mean_label: Of the exponential distribution of training labels, in steps.
+        mean_label: Mean of the exponential distribution of training labels, in steps.
         noise: Standard deviation of the noise; the bar's brightness is 1.
         views: Further views of a training picture; ConR needs 2.
         view_noise: Standard deviation of their noise.
         reweight: Weight of a training sample by its label: ``none``, ``inverse`` or ``sqrt_inv`` frequency.
         lds: Smooth the frequencies over neighbouring labels.
         lds_kernel: ``gaussian``, ``triang`` or ``laplace``.
-        lds_kernel_size: In labels, odd.
-        lds_sigma: In labels.
+        lds_kernel_size: Width of the kernel in labels, odd.
+        lds_sigma: Standard deviation of the kernel in labels.
         batch_size: Pictures per process and step.
         num_workers: Processes that read data; the pictures lie in memory, so 0 is fastest.
-        seed: Of training pictures, order and views. The validation pictures are the same for every seed.
+        seed: Seed of training pictures, order and views. The validation pictures are the same for every seed.
 
     Raises:
         ValueError: A value lies outside its range.

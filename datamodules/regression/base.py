@@ -30,7 +30,7 @@ class Labels:
         return len(self.tensors["target"])
 
     def rows(self, index: Any) -> dict[str, Tensor]:
-        """Of some samples, or of one."""
+        """What is known of some samples, or of one."""
         return {name: values[index] for name, values in self.tensors.items()}
 
 
@@ -39,10 +39,10 @@ class RegressionSamples(Samples):
 
     Args:
         read: Index -> input as stored.
-        labels: Of all samples.
+        labels: Labels of all samples.
         transform: (input, (seed, epoch, index, view)) -> tensor. View 0 goes by ``name``.
         views: Number of further views, ``view_1``, ``view_2``, ...
-        seed: Of the augmentation.
+        seed: Seed of the augmentation.
         name: Key of the input.
     """
 

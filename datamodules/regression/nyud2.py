@@ -14,13 +14,12 @@ from torch import Tensor
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, Reweighting
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
 
 HEIGHT, WIDTH = 228, 304  # pixels of an image after the crop; a training target has half of each
 _SHORT = 240  # pixels of the short side before the crop
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 _BINS = 100  # of 0.1 m
 _TURN, _EDGE = 5.0, 16  # degrees, at most; pixels that a corner can move by beyond the crop
 _JITTER = 0.4
@@ -43,9 +42,9 @@ def bin_weights(
         counts: (K,) pixels in each bin.
         reweight: ``inverse`` or ``sqrt_inv``.
         lds: Smooth the frequencies over neighbouring bins.
-        kernel: As in :func:`~lit_methods.tasks.imbalanced_regression.weights.smoothing_kernel`.
-        kernel_size: In bins, odd.
-        sigma: In bins.
+        kernel: A kernel of :func:`~lit_methods.tasks.imbalanced_regression.weights.smoothing_kernel`.
+        kernel_size: Width of the kernel in bins, odd.
+        sigma: Standard deviation of the kernel in bins.
 
     Returns:
         (K,) float32 > 0.
@@ -139,7 +138,7 @@ class DepthImages(Samples):
         counts: (100,) training pixels in each bin.
         weights: (100,) weight of a pixel in each bin; None: samples have no ``weight``.
         augment: Draw other images in every epoch, and give targets of half the size.
-        seed: Of the augmentation.
+        seed: Seed of the augmentation.
         mask: (N, 228, 304) bool, pixels that are evaluated; the target of others is NaN.
     """
 
@@ -177,7 +176,7 @@ class DepthImages(Samples):
         if self.mask is not None:
             target[~self.mask[index]] = np.nan
         known["target"] = torch.from_numpy(target)
-        pixels = normalize(pil_to_tensor(image).float().div_(255), list(_MEAN), list(_STD))
+        pixels = normalize(pil_to_tensor(image).float().div_(255), list(IMAGENET_MEAN), list(IMAGENET_STD))
         return {"image": pixels} | {name: values[None] for name, values in known.items()}
 
 
@@ -201,10 +200,11 @@ def made_up_rooms(count: int, seed: int) -> list[tuple[Any, Any]]:
 class NYUD2DataModule(RegressionDataModule):
     """NYUD2-DIR: indoor images with the depth of each pixel. Small depths are frequent; the test pixels are balanced by a mask.
 
-    Batches: ``image`` (B, 3, 228, 304) float32, normalised; in training ``target`` (B, 1, 114, 152) float32 metres, in evaluation
-    (B, 1, 228, 304) with NaN where the mask leaves a pixel out; ``count`` int64 of the target's shape, the training pixels in the bin of
-    0.1 m; in training with ``reweight`` also ``weight`` float32. Validation and test are the same images, as in the benchmark: choose
-    nothing by the one to report it by the other.
+    Batch: {"image": (B, 3, 228, 304) float32 normalised, "target": (B, 1, 114, 152) float32 metres, "count": (B, 1, 114, 152) int64}
+
+    In evaluation ``target`` is (B, 1, 228, 304) with NaN where the mask leaves a pixel out; ``count`` has the target's shape: the training
+    pixels in the bin of 0.1 m; in training with ``reweight`` also ``weight`` float32. Validation and test are the same images, as in the
+    benchmark: choose nothing by the one to report it by the other.
 
     Args:
         root: Folder with ``nyu2_train.csv``, ``nyu2_test.csv``, ``test_balanced_mask.npy`` and the images of the benchmark. None: built-in
@@ -213,11 +213,11 @@ class NYUD2DataModule(RegressionDataModule):
         reweight: Weight of a training pixel by its bin: ``none``, ``inverse`` or ``sqrt_inv`` frequency.
         lds: Smooth the frequencies over neighbouring bins.
         lds_kernel: ``gaussian``, ``triang`` or ``laplace``.
-        lds_kernel_size: In bins, odd.
-        lds_sigma: In bins.
+        lds_kernel_size: Width of the kernel in bins, odd.
+        lds_sigma: Standard deviation of the kernel in bins.
         batch_size: Images per process and step.
         num_workers: Processes that read images.
-        seed: Of order and augmentation.
+        seed: Seed of the order and augmentation.
 
     Raises:
         ValueError: A value lies outside its range.

@@ -97,8 +97,10 @@ def made_up_pairs(count: int, balanced: bool, rng: np.random.Generator) -> Pairs
 class SentencePairsDataModule(RegressionDataModule):
     """STS-B-DIR: pairs of sentences with a score of 0 (nothing in common) to 5. Training scores are skewed, validation and test balanced.
 
-    Batches: ``tokens`` (B, 2, L) int64, hashed words with 0 behind the last one; ``target`` (B,) float32; ``count`` (B,) int64, the
-    training pairs in the bin of 0.1 that the score lies in; in training with ``reweight`` also ``weight`` (B,) float32.
+    Batch: {"tokens": (B, 2, L) int64, "target": (B,) float32, "count": (B,) int64}
+
+    ``tokens``: hashed words with 0 behind the last one. ``count``: the training pairs in the bin of 0.1 that the score lies in; in training
+    with ``reweight`` also ``weight`` (B,) float32.
 
     Args:
         root: Folder with ``train_new.tsv``, ``dev_new.tsv`` and ``test_new.tsv`` of the benchmark. None: built-in sentences of five parts.
@@ -107,11 +109,11 @@ class SentencePairsDataModule(RegressionDataModule):
         reweight: Weight of a training sample by its bin: ``none``, ``inverse`` or ``sqrt_inv`` frequency.
         lds: Smooth the frequencies over neighbouring bins.
         lds_kernel: ``gaussian``, ``triang`` or ``laplace``.
-        lds_kernel_size: In bins, odd.
-        lds_sigma: In bins.
+        lds_kernel_size: Width of the kernel in bins, odd.
+        lds_sigma: Standard deviation of the kernel in bins.
         batch_size: Pairs per process and step.
         num_workers: Processes that read data; the sentences lie in memory.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Raises:
         ValueError: A value lies outside its range.

@@ -20,7 +20,7 @@ def flip_or_rotate(sample: Arrays, rng: np.random.Generator, degrees: int = 20) 
     Args:
         sample: Arrays whose last two axes are height and width; all are moved alike.
         rng: What is drawn from.
-        degrees: See above.
+        degrees: Largest angle of a rotation, in whole degrees.
     """
     if rng.random() < 0.5:
         turns, axis = int(rng.integers(4)), int(rng.integers(2)) - 2
@@ -62,7 +62,7 @@ class SegmentationSamples(Samples):
         transform: (arrays, generator) -> arrays; None: as they are. View v is drawn from (seed, epoch, index, v).
         views: 1: ``image``, ``label``, ...; 2: also ``image_2``, ``label_2``, ..., transformed anew.
         extra: Keys of further values -> (size, ...) arrays, one row a sample.
-        seed: Of the views.
+        seed: Seed of the views.
     """
 
     def __init__(

@@ -16,9 +16,8 @@ from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, resize
-from lit_methods.datamodules.vision.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from lit_methods.runs.folder import run_dir
 
 VOC = (
@@ -33,7 +32,7 @@ def draw_shapes(number: int, seed: int, noise: float = 0.2) -> tuple[NDArray[np.
     """Images of 32 x 32 pixels with two of three shapes, half-widths 4 to 7 pixels, and their true masks.
 
     Args:
-        number: Of images.
+        number: Number of images.
         seed: What is drawn follows from it.
         noise: Standard deviation; the shapes have 0.6, 0.8 and 1.0.
 
@@ -135,13 +134,14 @@ def resize_linear(sample: Arrays, size: tuple[int, int]) -> Arrays:
 class NoisyMasksDataModule(LoaderDataModule):
     """Images with noisy training masks in a label store, so that a callback can correct them.
 
-    Batches: ``image`` (B, C, H, W) float32, ``label`` (B, H, W) int64, in training the current labels of the store, ``index`` (B,) int64;
-    in training also ``label_original``, the annotations with the same augmentation. 255 is no class.
-    For callbacks: ``label_store``; ``correction_dataloader()``, the training images as they are; ``training_image(index)``; and
-    ``clean_labels(index)``, where true masks are known.
+    Batch: {"image": (B, C, H, W) float32, "label": (B, H, W) int64, "label_original": (B, H, W) int64, "index": (B,) int64}
 
-    Without ``root``: 32 x 32 pixels with two of three shapes, whose outlines are dilated or eroded for training; 4 classes.
-    With ``root``: ``JPEGImages/<name>.jpg``, ``SegmentationClass/<name>.png`` and ``ImageSets/Segmentation/{<train>,<val>}.txt`` of VOC
+    ``label``: in training the current labels of the store; ``label_original``, in training alone: the annotations with the same
+    augmentation. 255 is no class. For callbacks: ``label_store``; ``correction_dataloader()``, the training images as they are;
+    ``training_image(index)``; and ``clean_labels(index)``, where true masks are known.
+
+    Layout of ``root``. None: 32 x 32 pixels with two of three shapes, whose outlines are dilated or eroded for training; 4 classes.
+    Else: ``JPEGImages/<name>.jpg``, ``SegmentationClass/<name>.png`` and ``ImageSets/Segmentation/{<train>,<val>}.txt`` of VOC
     2012 (``root`` or ``root/VOCdevkit/VOC2012``), and ``masks/<name>.png``, such as pseudo-labels of SEAM; 21 classes. Images are
     normalised by ImageNet's mean and deviation, and evaluated one by one at their own size.
 
@@ -149,7 +149,7 @@ class NoisyMasksDataModule(LoaderDataModule):
         root: None: generated shapes.
         masks: Folder of the noisy training masks of ``root``.
         train: Name of the list of training images.
-        val: Of the validation images.
+        val: Name of the list of validation images.
         clean: Folder of true training masks, such as ``root/SegmentationClassAug``, to measure the labels; None: they aren't measured.
         crop: Pixels of a side of a training crop of ``root``.
         scales: Random scale of a training image of ``root``.
@@ -158,10 +158,10 @@ class NoisyMasksDataModule(LoaderDataModule):
         num_val: Generated validation images, and as many for the test.
         pixels: Smallest and largest number of pixels that an outline is shifted by.
         noise: Standard deviation of the generated images' noise.
-        labels_folder: Of the label store; None: ``labels`` in the run's folder. It is written anew at every fit.
+        labels_folder: Folder of the label store; None: ``labels`` in the run's folder. It is written anew at every fit.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of generated training images, order and augmentation. The generated validation images are the same for every seed.
+        seed: Seed of generated training images, order and augmentation. The generated validation images are the same for every seed.
 
     Raises:
         ValueError: A value lies outside its range, or ``masks`` is missing.

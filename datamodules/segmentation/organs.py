@@ -4,11 +4,12 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_methods.checks import at_least, one_of, share, within
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
@@ -25,7 +26,7 @@ def make_volumes(number: int, seed: int, noise: float = 0.25) -> tuple[NDArray[n
     """Volumes of 16 slices of 24 x 24 pixels with up to three organs, ellipsoids of 1.0, 0.7 and 0.45, in the middle half of the slices.
 
     Args:
-        number: Of volumes.
+        number: Number of volumes.
         seed: What is drawn follows from it.
         noise: Standard deviation of what is added; a smooth field of up to 0.3 is added, too.
 
@@ -115,10 +116,11 @@ def _checked(path: Path, dims: int, classes: int) -> tuple[NDArray[np.float32], 
 class OrganSlicesDataModule(LoaderDataModule):
     """Slices of volumes with several organs, each with its index, in one view or two.
 
-    Batches: ``image`` (B, 1, H, W) float32, ``label`` (B, H, W) int64, ``index`` (B,) int64, with two views also ``image_2`` and
-    ``label_2``; generated data also ``dense`` (B,) bool, whether the slice truly has an organ. A view is turned by quarters and flipped, or
-    rotated by less than 20 degrees, and then resized. Test batches are whole volumes with ``volume``; so are validation batches of
-    ``synapse`` and ``acdc``.
+    Batch: {"image": (B, 1, H, W) float32, "label": (B, H, W) int64, "index": (B,) int64, "dense": (B,) bool}
+
+    With two views there are also ``image_2`` and ``label_2``, transformed anew. ``dense``, in generated training data alone: whether the
+    slice truly has an organ. A view is turned by quarters and flipped, or rotated by less than 20 degrees, and then resized. Test batches
+    are whole volumes with ``volume``; so are validation batches of ``synapse`` and ``acdc``.
 
     ``generated``: slices of 24 x 24 pixels; half of them have no organ, and a share of these a square that is wrongly labelled. Validation
     and test are clean. Nothing is downloaded.
@@ -130,20 +132,20 @@ class OrganSlicesDataModule(LoaderDataModule):
 
     Args:
         root: Folder of ``synapse`` or ``acdc``; None: generated slices.
-        name: Which data.
+        name: Data set: ``generated``, ``synapse`` or ``acdc``.
         image_size: Pixels of a side that the network sees; None: as stored.
         views: 1 or 2 of a training slice.
         augment: Turn and rotate training slices.
         train_list: File with the names of the training slices, one a line, without ending; the official subsets are such lists.
-        val_list: Of the validation volumes.
-        test_list: Of the test volumes.
+        val_list: File with the names of the validation volumes.
+        test_list: File with the names of the test volumes.
         num_train: Generated training volumes of 16 slices.
         num_val: Generated validation volumes, and as many for the test.
         spurious: Share of generated slices without an organ that get a wrong label.
         noise: Standard deviation of the generated images' noise.
         batch_size: Slices per process and step.
         num_workers: Processes that read data.
-        seed: Of generated training volumes, order and views. The generated validation volumes are the same for every seed.
+        seed: Seed of generated training volumes, order and views. The generated validation volumes are the same for every seed.
 
     Raises:
         ValueError: A value lies outside its range, or ``root`` and ``name`` don't go together.
@@ -168,22 +170,15 @@ class OrganSlicesDataModule(LoaderDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if name not in get_args(Name):
-            raise ValueError(f"name={name!r}: give one of {', '.join(get_args(Name))}")
+        one_of(Name, name=name)
         if (root is None) != (name == "generated"):
             raise ValueError(f"root={root} and name={name!r}: give root for synapse and acdc, and none for generated")
-        if views not in (1, 2) or not 0 <= spurious <= 1 or min(num_train, num_val) < 1 or noise < 0:
-            raise ValueError(
-                f"views={views} must be 1 or 2, spurious={spurious} in 0 to 1, num_train={num_train} and num_val={num_val} 1 or more, "
-                f"and noise={noise} not negative"
-            )
-        self.root, self.name, self.image_size, self.views, self.augment = (
-            None if root is None else Path(root),
-            name,
-            image_size,
-            views,
-            augment,
-        )
+        within("[1, 2]", views=views)
+        share(spurious=spurious)
+        at_least(1, num_train=num_train, num_val=num_val)
+        within("[0, inf)", noise=noise)
+        self.root, self.name = None if root is None else Path(root), name
+        self.image_size, self.views, self.augment = image_size, views, augment
         self.lists = {"train": train_list, "val": val_list, "test": test_list}
         self.num_train, self.num_val, self.spurious, self.noise = num_train, num_val, spurious, noise
         self.class_names = {"generated": GENERATED, "synapse": SYNAPSE, "acdc": ACDC}[name]

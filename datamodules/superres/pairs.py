@@ -164,7 +164,7 @@ class Patches(Samples):
         per_image: Samples of each image in an epoch.
         patch: Side at low resolution.
         scale: Enlargement.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     def __init__(self, read: Read, images: int, per_image: int, patch: int, scale: int, seed: int) -> None:
@@ -212,15 +212,17 @@ class WholeImages(Samples):
 class SuperResolutionDataModule(LoaderDataModule):
     """Patches of training images, whole images for validation and test.
 
-    Batches: ``lr`` (B, C, h, w) and ``hr`` (B, C, scale * h, scale * w) float32 in [0, 1], C 3 (RGB) or 1 (luminance), and ``name``, a list
-    of B strings. Evaluation batches hold one image. Patches are mirrored and turned by draws that follow from (seed, epoch, index).
+    Batch: {"lr": (B, C, h, w) float32 in [0, 1], "hr": (B, C, scale * h, scale * w) float32 in [0, 1], "name": list of B strings}
+
+    C is 3 (RGB) or 1 (luminance). Evaluation batches hold one image. Patches are mirrored and turned by draws that follow from (seed,
+    epoch, index).
 
     ``root: null``: five photographs that scikit-image ships, the left 70 % of each for training and the rest for validation and test;
     reduced by :func:`downsample`. Else::
 
         root/DIV2K/HR/0001.png                 (or DIV2K_train_HR)
         root/DIV2K/LR_bicubic/X2/0001x2.png    (or DIV2K_train_LR_bicubic)
-        root/Flickr2K/HR/000001.png            (or Flickr2K_HR; likewise LR_bicubic)
+        root/Flickr2K/HR/000001.png            (or Flickr2K_HR, Flickr2K_LR_bicubic)
         root/benchmark/Set5/HR/baby.png
         root/benchmark/Set5/LR_bicubic/X2/babyx2.png
 
@@ -238,14 +240,14 @@ class SuperResolutionDataModule(LoaderDataModule):
         patches_per_image: Samples of each image in an epoch.
         batch_size: Patches per process and step.
         num_workers: Processes that read data.
-        seed: Of order and patches.
+        seed: Seed of the order and patches.
 
     Attributes:
         test_names: Names of the test loaders.
 
     Raises:
         ValueError: A number lies outside its range.
-        WrongRootError: In ``setup``, ``root`` is laid out in another way.
+        WrongRootError: ``root`` is laid out in another way; raised by ``setup``.
     """
 
     def __init__(

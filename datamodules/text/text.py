@@ -109,7 +109,7 @@ class Windows(Samples):
     Args:
         tokens: (T,) integers, may be mapped from a file.
         length: L.
-        name: Of the split, for the error.
+        name: Name of the split, for the error.
         file: Where they come from, for errors.
         vocab_size: Tokens must lie below; checked when a window is read.
 
@@ -144,7 +144,9 @@ class Windows(Samples):
 class TextDataModule(LoaderDataModule):
     """Text for causal language models.
 
-    Batches: ``input_ids`` (B, L) int64 and ``labels`` (B, L) int64, the token that follows each.
+    Batch: {"input_ids": (B, L) int64, "labels": (B, L) int64}
+
+    Each label is the token that follows.
 
     Layouts of ``root``:
 
@@ -157,13 +159,13 @@ class TextDataModule(LoaderDataModule):
     A folder may lack ``valid`` or ``test``, which then are each other; one that lacks ``train`` serves for evaluation alone.
 
     Args:
-        root: See above; None: a made-up language of 6,000 sentences, with no download.
+        root: File or folder in one of these layouts; None: a made-up language of 6,000 sentences, with no download.
         level: ``char``: the characters of the training text; ``byte``; ``tokenizer``. Token files have theirs already.
-        tokenizer: For ``tokenizer``: folder of a tokenizer of transformers.
+        tokenizer: Folder of a tokenizer of transformers; with ``level: tokenizer`` alone.
         block_size: L, tokens of a window.
         batch_size: Windows per process and step.
         num_workers: Processes that read data.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Attributes:
         vocab_size: Number of different tokens, after ``setup``.

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lit_methods import checks
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 
 
@@ -21,7 +22,7 @@ class LabelledImages(Samples):
         read: Index -> image as stored.
         labels: (N,) integers.
         transform: (image, (seed, epoch, index)) -> (C, H, W) float32.
-        seed: Of the augmentation.
+        seed: Seed of the augmentation.
         names: File names by index, where the images are files.
     """
 
@@ -56,7 +57,7 @@ def redraw_labels(labels: NDArray[np.int64], share: float, num_classes: int, see
 
     Args:
         labels: (N,) in 0..num_classes-1; not changed.
-        share: In [0, 1].
+        share: Share of the labels to redraw, in [0, 1].
         num_classes: Number of classes.
         seed: Decides which and what.
 
@@ -66,8 +67,7 @@ def redraw_labels(labels: NDArray[np.int64], share: float, num_classes: int, see
     Raises:
         ValueError: ``share`` lies outside [0, 1].
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"label_noise={share} is a share of the training labels: give 0 to 1")
+    checks.share(label_noise=share)
     rng = np.random.default_rng([seed, 1])
     chosen = rng.permutation(len(labels))[: round(share * len(labels))]
     noisy = labels.copy()

@@ -4,18 +4,17 @@ import functools
 import io
 import operator
 import pickle
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
+from lit_methods.checks import one_of
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages, fixed_split
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
@@ -148,38 +147,10 @@ def built_in_release(name: Name) -> tuple[Arrays, Arrays, tuple[str, ...]]:
 # ---- images ----------------------------------------------------------------------------------------------------------------------------
 
 
-def crop_and_flip(image: Tensor, draw: tuple[int, int, int], border: int = 4, mirror: bool = True) -> Tensor:
-    """Black pixels on each side, a random crop of the old size, a mirror image in half of the cases.
-
-    Args:
-        image: (C, H, W).
-        draw: (seed, epoch, index), which decide everything.
-        border: Pixels on each side.
-        mirror: False: no mirror images, as for digits.
-    """
-    rng = np.random.default_rng(draw)
-    top, left = rng.integers(2 * border + 1, size=2).tolist()
-    height, width = image.shape[1:]
-    image = F.pad(image, (border,) * 4)[:, top : top + height, left : left + width]
-    return image.flip(2) if mirror and rng.integers(2) else image
-
-
-class Prepare:
-    """(3, H, W) uint8 -> float32, augmented and normalised."""
-
-    def __init__(self, augment: bool, mean: Sequence[float], std: Sequence[float], border: int = 4, mirror: bool = True) -> None:
-        self.augment, self.border, self.mirror = augment, border, mirror
-        self.mean, self.std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-
-    def __call__(self, image: Tensor, draw: tuple[int, int, int]) -> Tensor:
-        image = crop_and_flip(image, draw, self.border, self.mirror) if self.augment else image
-        return (image / 255 - self.mean) / self.std
-
-
 class CIFARDataModule(ClassificationDataModule):
     """CIFAR-10 or CIFAR-100: colour images of 32 x 32 pixels in 10 or 100 classes.
 
-    Batches: ``image`` (B, 3, 32, 32) float32, normalised; ``label`` (B,) int64.
+    Batch: {"image": (B, 3, 32, 32) float32 normalised, "label": (B,) int64}
 
     Args:
         root: Folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``, whole or with fewer images per file. None: built-in images
@@ -189,9 +160,9 @@ class CIFARDataModule(ClassificationDataModule):
         val_size: Training images that are held out for validation, the same for every seed; 0: validation sees the test images.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of the order and the augmentation.
-        mean: Of the three channels in [0, 1], subtracted; None: that of the official training images.
-        std: Likewise, divided by.
+        seed: Seed of the order and the augmentation.
+        mean: Mean of the three channels in [0, 1], subtracted; None: that of the official training images.
+        std: Standard deviation of the three channels, divided by; None: that of the official training images.
 
     Raises:
         ValueError: A value lies outside its range.
@@ -212,8 +183,7 @@ class CIFARDataModule(ClassificationDataModule):
         std: tuple[float, float, float] | None = None,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if name not in _FOLDERS:
-            raise ValueError(f"name={name!r} is neither 'cifar10' nor 'cifar100'")
+        one_of(Name, name=name)
         self.release: Name = name  # Lightning has a use of its own for `name`
         self.root, self.augment, self.val_size = root if root is None else Path(root), augment, val_size
         self.mean, self.std = mean or _STATISTICS[name][0], std or _STATISTICS[name][1]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_methods.checks import share, within
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages, fixed_split, redraw_labels
 
 
@@ -17,10 +18,10 @@ def _as_it_is(image: Tensor, draw: tuple[int, int, int]) -> Tensor:
 class DigitsDataModule(ClassificationDataModule):
     """1,797 grey images of 8 x 8 pixels, 10 classes (UCI Optical Recognition of Handwritten Digits, the test part).
 
-    Batches: ``image`` (B, 1, 8, 8) float32 in [0, 1], ``label`` (B,) int64 in 0..9. One permutation, the same for every seed, splits the
-    images into ``num_train`` for training and the rest. Validation and test are both that rest: choose nothing by the one to report it by
-    the other.
-    There is nothing to download and no ``root``.
+    Batch: {"image": (B, 1, 8, 8) float32 in [0, 1], "label": (B,) int64 in 0..9}
+
+    One permutation, the same for every seed, splits the images into ``num_train`` for training and the rest. Validation and test are both
+    that rest: choose nothing by the one to report it by the other. There is nothing to download and no ``root``.
 
     Args:
         num_train: Images of the training part, 1 to 1796; 1200 leaves 597 held-out images.
@@ -28,7 +29,7 @@ class DigitsDataModule(ClassificationDataModule):
         label_noise: Share of the training labels that is drawn anew from all classes, 0 to 1; held-out labels stay clean.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of the order and of the label noise.
+        seed: Seed of the order and of the label noise.
 
     Raises:
         ValueError: A number lies outside its range.
@@ -44,12 +45,9 @@ class DigitsDataModule(ClassificationDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if not 1 <= num_train <= 1796:
-            raise ValueError(f"num_train={num_train}: give 1 to 1796 of the 1797 images, the rest is held out")
-        if train_size is not None and not 1 <= train_size <= num_train:
-            raise ValueError(f"train_size={train_size}: give 1 to num_train={num_train}, or null for all of them")
-        if not 0 <= label_noise <= 1:
-            raise ValueError(f"label_noise={label_noise} is a share of the training labels: give 0 to 1")
+        within("[1, 1796]", "images for training, the rest of the 1797 is held out,", num_train=num_train)
+        within(f"[1, {num_train}]", "images, at most num_train, or null for all of them,", train_size=train_size)
+        share(label_noise=label_noise)
         # not read from hparams: below another datamodule Lightning puts that one's there
         self.num_train, self.train_size, self.label_noise = num_train, train_size, label_noise
         self.save_hyperparameters()

@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lit_methods.checks import one_of
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _ENDINGS = (".jpeg", ".jpg", ".png")
 _BUILT_IN = (600, 200, 72)  # training images, validation images, side in pixels
 
@@ -159,8 +159,10 @@ class _EvalTransform:
 class ImageNetDataModule(ClassificationDataModule):
     """ImageNet-1k: photos in 1,000 classes, from ``train/<class>/*.JPEG`` and ``val/<class>/*.JPEG``.
 
-    Batches: ``image`` (B, 3, S, S) float32, normalised by ImageNet's mean and standard deviation; ``label`` (B,) int64. Validation and test
-    both read ``val/``, as the labels of ImageNet's test images aren't public. A root without ``train/`` serves for validation and testing.
+    Batch: {"image": (B, 3, S, S) float32 normalised by ImageNet's mean and deviation, "label": (B,) int64}
+
+    Validation and test both read ``val/``, as the labels of ImageNet's test images aren't public. A root without ``train/`` serves for
+    validation and testing.
 
     Args:
         root: Folder with ``train`` and ``val``. None: built-in images of shapes and textures in ten classes, 600 for training and 200 for
@@ -174,7 +176,7 @@ class ImageNetDataModule(ClassificationDataModule):
         interpolation: ``bilinear`` or ``bicubic``.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of the order and the augmentation.
+        seed: Seed of the order and the augmentation.
 
     Raises:
         WrongRootError: The folders aren't there, or don't fit the classes.
@@ -195,8 +197,7 @@ class ImageNetDataModule(ClassificationDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"interpolation={interpolation!r} is neither 'bilinear' nor 'bicubic'")
+        one_of(("bilinear", "bicubic"), interpolation=interpolation)
         self.save_hyperparameters()
         self.root, self.class_list = (path if path is None else Path(path) for path in (root, class_list))
         # not read from hparams: below another datamodule Lightning puts that one's there

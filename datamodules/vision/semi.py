@@ -17,7 +17,7 @@ from lit_methods.datamodules.vision.base import ClassificationDataModule, Labell
 from lit_methods.datamodules.vision.views import Policy, View, make_views
 
 _SEPARATE = 7919  # several strong views of one image differ by this in their seed
-_AGAIN = 104_729  # likewise a labelled image that stands in a pass several times
+_AGAIN = 104_729  # and so does a labelled image that stands in a pass several times
 
 
 def labelled_subset(labels: NDArray[np.integer[Any]], per_class: int, seed: int) -> NDArray[np.int64]:
@@ -34,8 +34,7 @@ def labelled_subset(labels: NDArray[np.integer[Any]], per_class: int, seed: int)
     Raises:
         ValueError: A class has fewer images.
     """
-    if per_class < 1:
-        raise ValueError(f"labels_per_class={per_class}: give 1 or more")
+    at_least(1, labels_per_class=per_class)
     chosen = []
     for name in np.unique(labels):
         mine = np.flatnonzero(labels == name)
@@ -52,7 +51,7 @@ class Views(Samples):
 
     Args:
         images: All images, as stored.
-        chosen: Which of them.
+        chosen: Indices of the images to use.
         weak: The weak view.
         strong: The strong views; empty: ``image`` in place of ``weak`` and ``strong``, for labelled images.
         repeats: Each image so many times in a pass, in views of its own.
@@ -90,11 +89,12 @@ def joined(first: LabelledImages, second: LabelledImages) -> LabelledImages:
 class SemiSupervisedDataModule(LoaderDataModule):
     """Labels for a few images of a classification data set, and views of all of them without.
 
-    Training batches: ``{"labelled": {"image" (B, C, H, W), "label" (B,), "index" (B,)}, "unlabelled": {"weak" (mu B, C, H, W), "strong", a
-    list of S tensors (mu B, C, H, W), "index" (mu B,), "label" (mu B,)}}``. ``index`` counts the labelled images and the unlabelled ones
-    each from 0. The unlabelled images are those of training, and behind them the ``unlabelled_set`` of ``data`` (STL-10, SVHN's extra
-    images); their labels are there for diagnostics alone, and only if all are known. An epoch is one pass over the unlabelled images; the
-    labelled ones start again as often as needed. Validation and test batches are those of ``data``.
+    Batch: {"labelled": {"image": (B, C, H, W) float32, ...}, "unlabelled": {"weak": (mu B, C, H, W), "strong": list of S such, ...}}
+
+    Both parts have ``index`` and, where all are known, ``label``, int64 of the length of the batch. ``index`` counts the labelled images
+    and the unlabelled ones each from 0. The unlabelled images are those of training, and behind them the ``unlabelled_set`` of ``data``
+    (STL-10, SVHN's extra images); their labels are there for diagnostics alone, and only if all are known. An epoch is one pass over the
+    unlabelled images; the labelled ones start again as often as needed. Validation and test batches are those of ``data``.
 
     Args:
         data: The data set; its batch size is that of validation. Its own augmentation of training images isn't used.
@@ -106,7 +106,7 @@ class SemiSupervisedDataModule(LoaderDataModule):
         ratio: mu, unlabelled images for each labelled one.
         include_labelled: The unlabelled images include the labelled ones (FixMatch); False: they don't (SimMatchV2's ImageNet).
         strong_views: S.
-        policy: Of the views: ``small_grey`` (digits), ``small_colour`` (CIFAR) or ``imagenet``.
+        policy: Policy of the views: ``small_grey`` (digits), ``small_colour`` (CIFAR) or ``imagenet``.
         num_workers: Processes that read data, for each of the two loaders.
 
     Attributes:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
-from lit_methods.datamodules.vision.cifar import Prepare
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
 _SIDE = 96
@@ -69,7 +69,9 @@ def _image(images: Pixels, index: int) -> Tensor:
 class STL10DataModule(ClassificationDataModule):
     """STL-10: 10 classes of 96 x 96 pixels, 5,000 labelled training images, 8,000 test images, 100,000 without a label.
 
-    Batches: ``image`` (B, 3, 96, 96) float32, normalised; ``label`` (B,) int64. ``SemiSupervisedDataModule`` also takes those without.
+    Batch: {"image": (B, 3, 96, 96) float32 normalised, "label": (B,) int64}
+
+    ``SemiSupervisedDataModule`` also takes those without.
 
     Args:
         root: Folder that holds ``stl10_binary``, whole or with fewer images per file. None: built-in shapes and textures.
@@ -77,7 +79,7 @@ class STL10DataModule(ClassificationDataModule):
         augment: Random crops after padding by 12 pixels, and mirror images, in training.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of the order and the augmentation.
+        seed: Seed of the order and the augmentation.
 
     Raises:
         WrongRootError: ``root`` doesn't hold the release.

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
-from lit_methods.datamodules.vision.cifar import Prepare
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
 _MEAN, _STD = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)  # of the training images, in [0, 1] (mem)
@@ -58,7 +58,7 @@ def built_in_digits(number: int, seed: int) -> Arrays:
 class SVHNDataModule(ClassificationDataModule):
     """SVHN: house numbers, one digit an image of 32 x 32 pixels; 73,257 for training, 26,032 for testing, 531,131 easier ones.
 
-    Batches: ``image`` (B, 3, 32, 32) float32, normalised; ``label`` (B,) int64.
+    Batch: {"image": (B, 3, 32, 32) float32 normalised, "label": (B,) int64}
 
     Args:
         root: Folder that holds ``train_32x32.mat`` and ``test_32x32.mat``, whole or with fewer images. None: built-in shapes and textures.
@@ -66,7 +66,7 @@ class SVHNDataModule(ClassificationDataModule):
         augment: Random crops after padding by 4 pixels in training; no mirror images, which would be other digits.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Of the order and the augmentation.
+        seed: Seed of the order and the augmentation.
 
     Raises:
         WrongRootError: ``root`` doesn't hold the release.

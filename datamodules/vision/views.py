@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_methods.datamodules.vision.imagenet import IMAGENET_MEAN, IMAGENET_STD, seeded
+from lit_methods.checks import at_least, one_of
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD
+from lit_methods.datamodules.vision.imagenet import seeded
 
 Policy = Literal["small_grey", "small_colour", "imagenet"]
 View = Callable[[Any, tuple[int, int, int]], Tensor]
@@ -79,11 +81,11 @@ class SmallColourView:
     torchvision and a hole of half the side.
 
     Args:
-        strong: Which of the two.
-        mean: Of the channels in [0, 1].
-        std: Likewise.
-        operations: Of RandAugment.
-        magnitude: Of RandAugment, 0 to 30 in torchvision's bins; 10 as in the recipe.
+        strong: The strong view; False: the weak one.
+        mean: Mean of the channels in [0, 1].
+        std: Standard deviation of the channels in [0, 1].
+        operations: Number of RandAugment's operations.
+        magnitude: Strength of RandAugment, 0 to 30 in torchvision's bins; 10 as in the recipe.
     """
 
     def __init__(self, strong: bool, mean: Sequence[float], std: Sequence[float], operations: int = 2, magnitude: int = 10) -> None:
@@ -115,7 +117,7 @@ class ImageNetView:
     80 %, grey in 20 %, blur in 50 %, solarised in 10 %: SimMatchV2's recipe.
 
     Args:
-        strong: Which of the two.
+        strong: The strong view; False: the weak one.
         size: Side of the view in pixels.
         scale: Smallest and largest share of the area that a crop keeps.
     """
@@ -151,20 +153,20 @@ def make_views(
     Args:
         policy: ``small_grey``, ``small_colour`` or ``imagenet``.
         strong_views: S >= 1; with ``imagenet`` and more than one the first S of :data:`MULTI_CROP`, so at most five.
-        mean: For ``small_colour``.
-        std: For ``small_colour``.
+        mean: Mean of the channels, for ``small_colour``.
+        std: Standard deviation of the channels, for ``small_colour``.
 
     Raises:
         ValueError: An unknown policy or number.
     """
-    if strong_views < 1 or (policy == "imagenet" and strong_views > len(MULTI_CROP)):
-        raise ValueError(f"strong_views={strong_views}: give 1 or more, with policy='imagenet' at most {len(MULTI_CROP)}")
+    one_of(Policy, policy=policy)
+    at_least(1, strong_views=strong_views)
+    if policy == "imagenet" and strong_views > len(MULTI_CROP):
+        raise ValueError(f"strong_views is {strong_views}: with policy='imagenet' give at most {len(MULTI_CROP)}")
     if policy == "small_grey":
         return SmallGreyView(False), [SmallGreyView(True)] * strong_views
     if policy == "small_colour":
         return SmallColourView(False, mean, std), [SmallColourView(True, mean, std)] * strong_views
-    if policy == "imagenet":
-        if strong_views == 1:
-            return ImageNetView(False), [ImageNetView(True)]
-        return ImageNetView(False), [ImageNetView(True, size, scale) for size, scale in MULTI_CROP[:strong_views]]
-    raise ValueError(f"policy={policy!r}: give 'small_grey', 'small_colour' or 'imagenet'")
+    if strong_views == 1:
+        return ImageNetView(False), [ImageNetView(True)]
+    return ImageNetView(False), [ImageNetView(True, size, scale) for size, scale in MULTI_CROP[:strong_views]]

@@ -25,7 +25,7 @@ def draw(run: Path) -> Image.Image:
     from lit_methods import SimMatchV2, SmallConvNet
     from lit_methods.datamodules import DigitsDataModule, SemiSupervisedDataModule
     from lit_methods.functional import propagate
-    from lit_methods.semi.graph import edges
+    from lit_methods.semi.simmatchv2.core import edges
 
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     network, chosen = config["model"]["init_args"], config["data"]["init_args"]

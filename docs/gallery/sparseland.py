@@ -17,10 +17,10 @@ def draw(run: Path) -> Image.Image:
     Args:
         run: A run of ``configs/sparseland.yaml``.
     """
-    import lit_methods.callbacks.sparsity.sparseland.callback as report
+    from lit_methods.callbacks.sparsity.history import unpack
 
     states = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
-    union = report._unpack(next(state["seen"] for name, state in states.items() if name.startswith("SparsityReport")))
+    union = unpack(next(state["seen"] for name, state in states.items() if name.startswith("SparsityReport")))
     final = next(state["masks"] for name, state in states.items() if name.startswith("DynamicSparsity"))
     first, second, third = (painted(union[name], final[name]) for name in list(union)[:3])
     canvas = np.full((HEIGHT, WIDTH, 3), BACKGROUND, dtype=np.uint8)

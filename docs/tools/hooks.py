@@ -223,7 +223,7 @@ def public_classes() -> dict[str, tuple[str, str]]:
 
 def core_functions() -> dict[str, list[str]]:
     """Names of ``lit_methods.functional`` by family, "" for those of none."""
-    tree = ast.parse((ROOT / "lit_methods" / "functional.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "lit_methods" / "functional.pyi").read_text(encoding="utf-8"))
     found: dict[str, list[str]] = {}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lit_methods."):
@@ -286,7 +286,7 @@ def generated_pages() -> dict[str, str]:
 def source_view(folder: Path) -> None:
     """Copy the sources under ``folder`` as their import names say, so that griffe finds them without importing.
 
-    Names that a package resolves lazily (``lazy_loader.attach_stub``, ``lazy_loader.attach``) become imports in its ``__init__.py``.
+    Names that a package or module resolves lazily (from its stub, or by ``lazy_loader.attach``) become imports in the copy.
     """
     for package in PACKAGES:
         source = package_folder(package)
@@ -294,16 +294,18 @@ def source_view(folder: Path) -> None:
             copy = folder / package.replace(".", "/") / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             text = path.read_text(encoding="utf-8")
-            copy.write_text(text + lazy_imports(path) if path.name == "__init__.py" else text, encoding="utf-8")
+            copy.write_text(text + lazy_imports(path), encoding="utf-8")
 
 
-def lazy_imports(init: Path) -> str:
-    """The imports that stand for the lazy names of a package: its stub, or ``submod_attrs`` of ``lazy_loader.attach``."""
-    stub = init.with_suffix(".pyi")
+def lazy_imports(source: Path) -> str:
+    """The imports that stand for the lazy names of a package or module: its stub, or ``submod_attrs`` of ``lazy_loader.attach``."""
+    stub = source.with_suffix(".pyi")
     if stub.is_file():
         return "\n" + stub.read_text(encoding="utf-8")
+    if source.name != "__init__.py":
+        return ""
     lines = [""]
-    for node in ast.walk(ast.parse(init.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "attach":
             for word in node.keywords:
                 if word.arg == "submod_attrs":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_methods.catalog import configs_folder, published, techniques
+from lit_methods.catalog import configs_folder, techniques
 from lit_methods.cli.commands import Parser, parsed
 from lit_methods.errors import CommandError, suggest
 from lit_methods.files import write_atomically, write_json
@@ -270,5 +270,6 @@ def write_page(root: Path) -> Path:
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     page = folder.with_suffix(".md")
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(page, evidence_page(records, published()))
+    finished = {slug: entry for slug, entry in techniques().items() if not entry.draft}
+    write_atomically(page, evidence_page(records, finished))
     return page

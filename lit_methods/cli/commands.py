@@ -202,7 +202,7 @@ def _described(technique: Technique) -> str:
     if short:
         section = "trainer.callbacks" if technique.form == "callback" else "model"
         rows.append(("arguments", f"lit fit --{section}.help {short}"))
-    lines = [f"{technique.slug}: {technique.title}", "", technique.summary, ""]
+    lines = [f"{technique.slug}: {technique.title}", "", *([technique.summary, ""] if technique.summary else [])]
     for label, text in rows:
         first, *others = text.split("\n")
         lines += [f"{label:10} {first}", *(f"{'':10} {other}" for other in others)]

@@ -499,7 +499,9 @@ def _constructor_error(text: str) -> str | None:
     failed = re.search(r"Namespace\(class_path='([\w.]+)'", given) if given.startswith(("Namespace(", "[")) else None
     if said is None or failed is None or not failed.group(1).startswith(("lit_methods.", "lightning.", "torch.")):
         return None
-    return f"{failed.group(1).rpartition('.')[2]}: {' '.join(said.group(1).split())}"
+    text = " ".join(said.group(1).split())
+    named = re.match(r"\w+", text)  # the message may name the class that it is about, deep inside the one that failed
+    return text if named and named.group(0) in public_names() else f"{failed.group(1).rpartition('.')[2]}: {text}"
 
 
 def _refuses_settings(filename: str) -> bool:

@@ -380,6 +380,8 @@ def run(argv: list[str]) -> int:
         last = sorted(cli.run_folder.glob("checkpoints/last*.ckpt")) if trainer is not None and cli.run_folder is not None else []
         if stop.code and last and trainer is not None and trainer.is_global_zero:
             print(f"stopped; go on: lit {argv[0]} --config {_short(cli.run_folder)}/config.yaml --ckpt_path {_short(last[-1])}")
+        elif stop.code and argv[0] == "fit" and trainer is not None and trainer.is_global_zero:
+            print("stopped; nothing was kept, as no checkpoint had been written")
         raise
     finally:
         finish_runs(getattr(getattr(cli, "trainer", None), "loggers", ()), failed)

@@ -20,8 +20,8 @@ Train and evaluate
       lit test --config runs/superflow/<time>/config.yaml --ckpt_path runs/superflow/<time>/checkpoints/last.ckpt
 
 Look around
-  list [--family F] [--json]      techniques that are here
-  info <technique>                what it does, its configs, how to run it
+  list [--family F] [--json]      techniques that are here; --parts: what one builds with; --configs: what runs
+  info <technique|family|class>   what it does, its configs, how to run it
 
 Believe and see
   claims [technique...]           re-show the claims of the papers: method against baseline, verdict, evidence
@@ -32,7 +32,7 @@ Believe and see
 Files
   cp <config> <dest>              copy a shipped config to edit
   export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors)
-  new <slug> --form callback      skeleton of a new technique, in a checkout of the repository
+  new <slug> --form term          skeleton of a technique (term, callback, module) or datamodule, here or in a package of yours
 
 Any command: --help. `lit fit --help` for the keys of a run. --debug shows full tracebacks. lit --version
 """
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, 1 for bad data, a missing library or a failed machine, 2 for a mistake in the arguments or configs, 143 for
-        a fit that SIGTERM or SIGUSR1 has stopped behind a checkpoint.
+        a fit that SIGTERM or SIGUSR1 has stopped behind a checkpoint, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("LIT_METHODS_DEBUG", "") not in ("", "0")

@@ -260,19 +260,21 @@ def write_all(root: Path, texts: Mapping[Path, str], changed: Mapping[Path, str]
         if path.suffix in (".py", ".pyi") and len(longest) > _LONGEST:
             raise CommandError(f"a line of {path} would have {len(longest)} characters: give a shorter slug, family, title or --class")
     before = {path: (root / path).read_text(encoding="utf-8") for path in changed}
+    begun: list[Path] = []
     folders: list[Path] = []
     try:
         for path, text in {**texts, **changed}.items():
-            missing = [folder for folder in (root / path).parents if not folder.exists()]
-            folders += reversed(missing)
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            for folder in reversed([folder for folder in (root / path).parents if not folder.exists()]):
+                folder.mkdir()
+                folders.append(folder)
+            begun.append(path)
             (root / path).write_text(text, encoding="utf-8")
     except OSError as error:
-        for path in texts:
-            (root / path).unlink(missing_ok=True)
-        for path, text in before.items():
-            if (root / path).read_text(encoding="utf-8") != text:
-                (root / path).write_text(text, encoding="utf-8")
+        for path in begun:
+            if path in before:
+                (root / path).write_text(before[path], encoding="utf-8")
+            elif (root / path).is_file():
+                (root / path).unlink()
         for folder in reversed(folders):
             folder.rmdir()
         raise CommandError(f"can't write {error.filename}: {error.strerror}; nothing was written", exit_code=1) from error
@@ -318,7 +320,7 @@ def new(argv: list[str]) -> int:
         "package, or, anywhere else, into a new package in a folder of its own.",
     )
     parser.add_argument("slug", help="short lower-case name, such as two_views")
-    parser.add_argument("--form", choices=tuple(FORMS), help=forms)
+    parser.add_argument("--form", metavar="|".join(FORMS), help=forms)
     parser.add_argument("--class", dest="class_name", help="name of the class, such as VICReg; default: TwoViews for two_views")
     parser.add_argument("--family", help="folder that holds it, such as lidar; needed in a checkout")
     parser.add_argument("--new-family", action="store_true", help="--family is a new one")
@@ -333,8 +335,9 @@ def new(argv: list[str]) -> int:
             raise CommandError(f"{name} {value!r} must be lower-case letters, digits and _, starting with a letter, such as two_views")
     if options.complete:
         return _complete(options.slug)
-    if options.form is None:
-        raise CommandError(f"lit new {options.slug}: which form? --form {' | '.join(FORMS)}\n  {forms}")
+    if options.form not in FORMS:
+        given = "which form?" if options.form is None else f"there is no form {options.form!r}:"
+        raise CommandError(f"lit new {options.slug}: {given} --form {' | '.join(FORMS)}\n  {forms}")
     skeleton = _skeleton(options)
     _refuse_taken(skeleton)
     written = skeleton.write()

@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 
+def check_intervals(s0: int, s1: int) -> None:
+    """Raise ValueError unless 1 <= s0 <= s1."""
+    if not 1 <= s0 <= s1:
+        raise ValueError(f"s0={s0} and s1={s1} are the numbers of intervals at start and end: give 1 <= s0 <= s1")
+
+
 def doubling_stage_length(total_steps: int, s0: int, s1: int, rounding: Literal["floor", "ceil"] = "floor") -> int:
     """K': optimiser steps of a stage of :func:`doubling_levels`.
 
@@ -78,7 +84,7 @@ def ect_lower(upper: Tensor, stage: int, q: float = 2.0, k: float = 8.0, b: floa
 
     Args:
         upper: t, any shape, in any float dtype: give float32 or wider.
-        stage: Of :func:`ect_stage`. At 0 all are ``sigma_min``.
+        stage: What :func:`ect_stage` gives. At 0 all are ``sigma_min``.
         q: > 1: how much nearer the levels come with each stage.
         k: How much wider pairs are where t is small.
         b: How fast that fades with t.

@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from lit_methods.distributed import gather_rows
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.panels import ImageMedia, Media
 
 Kept = TypeVar("Kept")
-Part = Literal["val", "test"]
 Purpose = Literal["evaluation", "prediction"]
 
 
@@ -25,7 +24,7 @@ def sliced_wasserstein(samples: Tensor, data: Tensor, projections: int = 64, see
         samples: (N, D).
         data: (N, D).
         projections: Number of directions.
-        seed: Of the directions: the same on every machine.
+        seed: Seed of the directions: they are the same on every machine.
 
     Returns:
         Scalar >= 0; 0 if both are the same set.
@@ -74,8 +73,8 @@ def frechet_distance(samples: Tensor, data: Tensor) -> Tensor:
     distance = FrechetInceptionDistance(_AsTheyAre(samples.shape[1]), sync_on_compute=False).set_dtype(torch.float64)
     distance.update(data.cpu().double(), real=True)
     distance.update(samples.cpu().double(), real=False)
-    found: Tensor = distance.compute().float()
-    return found
+    gap: Tensor = distance.compute().float()
+    return gap
 
 
 def _check_features(samples: Tensor, data: Tensor) -> None:
@@ -164,8 +163,8 @@ class DigitFeatures(nn.Module):
     Cost: 17 thousand parameters; the first use trains them, a second or so.
 
     Args:
-        steps: Of Adam, with 128 images each.
-        seed: Of weights and order.
+        steps: Training steps of Adam, with 128 images each.
+        seed: Seed of weights and order.
     """
 
     def __init__(self, steps: int = 200, seed: int = 0) -> None:
@@ -219,20 +218,16 @@ class DigitFeatures(nn.Module):
 # ---- the part of a module that evaluates -----------------------------------------------------------------------------------------------
 
 
-class WholeSetEvaluation(LightningModule, Generic[Kept]):
+class WholeSetEvaluation(Evaluated, Generic[Kept]):
     """Base of modules whose figures need all of the validation or test data at once.
 
-    Subclasses give :meth:`see`, which adds to ``_seen`` what it keeps of a batch, and :meth:`compare`, which logs. All of it stays in
+    Subclasses give :meth:`_evaluate`, which adds to ``_seen`` what it keeps of a batch, and :meth:`compare`, which logs. All of it stays in
     memory until then: limit the data.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._seen: list[Kept] = []
-
-    def see(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
-        """Keep what is needed of a batch; what this returns is what the step returns."""
-        raise NotImplementedError
 
     def compare(self, part: Part, seen: list[Kept]) -> None:
         """Log what all batches of this rank say together."""
@@ -254,23 +249,7 @@ class WholeSetEvaluation(LightningModule, Generic[Kept]):
         """Forget what an interrupted test left."""
         self.forget()
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
-        """Look at a batch: here, where ``WeightEMA`` lends its weights."""
-        return self.see(batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
-        """As in validation."""
-        return self.see(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Compare, over all ranks."""
-        self._compare("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Compare, over all ranks."""
-        self._compare("test")
-
-    def _compare(self, part: Part) -> None:
+    def _log_evaluation(self, part: Part) -> None:
         if not self._seen:
             raise ValueError(f"rank {self.global_rank} has seen no data to compare with: take fewer ranks or a smaller batch_size")
         self.compare(part, self._seen)
@@ -310,8 +289,8 @@ class SampleEvaluation(WholeSetEvaluation[Samples]):
         """What the names of figures end with, for samples of so many steps."""
         return "" if steps == 1 else f"_{steps}_steps"
 
-    def see(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Draw as many samples as there are data: ``<n>_steps`` -> (B, ...)."""
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Draw as many samples as there are data, by the weights that ``WeightEMA`` lends: ``<n>_steps`` -> (B, ...)."""
         drawn = self._draw_samples(batch, batch_idx, "evaluation")
         self._seen.append((batch["image"].float().cpu(), {steps: samples.float().cpu() for steps, samples in drawn.items()}))
         return {f"{steps}_steps": samples for steps, samples in drawn.items()}

@@ -56,7 +56,8 @@ class ConsistencyTraining(PairTraining):
     samples as there are data and returns them, so that ``SampleQuality`` makes FID, precision and recall of them; all are kept in memory
     until it ends: limit them for large images. ``predict_step`` returns as many samples as a batch has images, for each number of steps;
     ``SampleGrid`` writes them as pictures. On latents give the ``autoencoder``, and data by ``LatentDataModule``: pictures and predictions
-    are decoded.
+    are decoded. Beside the panels the mean of lambda, ``consistency/weight``, and with ``teacher: ema`` ``consistency/teacher_decay`` are
+    logged.
 
     Saves: the network, CT's averaged teacher (``teacher_network``), the length of the curriculum, the statistics of the latents.
     Autoencoder, features and denoiser aren't trained and aren't saved.

@@ -24,7 +24,7 @@ def standardise(latents: Tensor, mean: Tensor, std: Tensor, sigma_data: float = 
     Args:
         latents: (B, c, h, w), without any factor such as 0.18215.
         mean: (c, 1, 1), or (c, h, w) as the authors' statistics have it.
-        std: Likewise, > 0.
+        std: Standard deviation of each channel, > 0.
         sigma_data: Standard deviation of the result.
     """
     return (latents - mean.to(latents)) / std.to(latents) * sigma_data

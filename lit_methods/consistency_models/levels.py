@@ -20,7 +20,7 @@ def karras_levels(
         sigma_min: Smallest level, > 0.
         sigma_max: Largest level.
         rho: > 0; the larger, the more levels are small.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Returns:
         (N,) ascending.
@@ -42,8 +42,8 @@ def lognormal_probabilities(levels: Tensor, mean: float = -1.1, std: float = 2.0
 
     Args:
         levels: (N,) ascending, > 0.
-        mean: Of ln sigma.
-        std: Of ln sigma, > 0.
+        mean: Mean of ln sigma.
+        std: Standard deviation of ln sigma, > 0.
 
     Returns:
         (N - 1,) sums to 1; entry i - 1 belongs to the pair (sigma_i, sigma_{i+1}).
@@ -96,7 +96,7 @@ def quarter_means(name: str, losses: Tensor, quarter: Tensor) -> dict[str, Tenso
     """Mean loss of each quarter of the noise levels, as ``<name>_q1`` to ``_q4``; NaN where no sample fell.
 
     Args:
-        name: Of what is logged.
+        name: Prefix of what is logged.
         losses: (B,).
         quarter: (B,) int64 in 0..3.
     """

@@ -79,7 +79,7 @@ def perceptual(
     Returns:
         (B,) in the dtype of ``a``.
     """
-    first, second = ([found] if isinstance(found, Tensor) else list(found) for found in (features(a), features(b)))
+    first, second = ([layers] if isinstance(layers, Tensor) else list(layers) for layers in (features(a), features(b)))
     total = torch.zeros(len(a), dtype=a.dtype, device=a.device)
     for layer, (one, other) in enumerate(zip(first, second, strict=True)):
         apart = F.normalize(one.to(a.dtype), dim=1) - F.normalize(other.to(a.dtype), dim=1)

@@ -29,9 +29,9 @@ class NoiseMLP(nn.Module):
 
     Args:
         features: D of the points (B, D).
-        width: Of the hidden layers.
+        width: Width of the hidden layers.
         depth: Hidden layers.
-        frequencies: Of the noise condition, see :func:`fourier_features`.
+        frequencies: Frequencies of the noise condition, see :func:`fourier_features`.
         dropout: Behind each hidden layer.
     """
 
@@ -100,14 +100,14 @@ class SmallUNet(nn.Module):
     Cost: 0.56 million parameters with the defaults.
 
     Args:
-        in_channels: Of the images.
-        channels: Of the first stage.
-        multipliers: Of ``channels``, a stage each.
+        in_channels: Channels of the images.
+        channels: Channels of the first stage.
+        multipliers: How many times ``channels`` each stage has.
         blocks: Residual blocks per stage, down and up.
         dropout: Inside each block.
         num_classes: Classes whose labels it is given; None: none.
         attention: Numbers of the stages, from 0, whose blocks attend over all pixels; the middle then does, too.
-        fourier_scale: Of the random frequencies of the noise embedding, 0.02 in iCT on CIFAR-10; None: the sinusoidal embedding.
+        fourier_scale: Scale of the noise embedding's random frequencies, 0.02 in iCT on CIFAR-10; None: the sinusoidal embedding.
     """
 
     frequencies: Tensor | None

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lit_methods.consistency_models.curricula import doubling_levels
+from lit_methods.consistency_models.curricula import check_intervals, doubling_levels
 from lit_methods.consistency_models.evaluation import Purpose, SampleEvaluation
 from lit_methods.consistency_models.latents import LatentSpace
 from lit_methods.consistency_models.levels import inverse_gap, karras_levels, lognormal_probabilities, quarter_means
@@ -87,8 +87,7 @@ class PairTraining(SampleEvaluation):
         grid: int,
     ) -> None:
         super().__init__()
-        if not 1 <= s0 <= s1:
-            raise ValueError(f"s0={s0} and s1={s1} are the numbers of intervals at start and end: give 1 <= s0 <= s1")
+        check_intervals(s0, s1)
         check_sample_times(sample_times, sigma_min, sigma_max)
         self.network = network
         self.latents = None if autoencoder is None else LatentSpace(autoencoder, sigma_data)

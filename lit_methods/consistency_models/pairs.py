@@ -64,7 +64,7 @@ def consistency_pair_loss(
 
     Args:
         student: f of (B, ...) and (B,).
-        teacher: f-, likewise.
+        teacher: The teacher's f, of (B, ...) and (B,).
         x: (B, ...) data.
         noise: z, like ``x``: one for both levels.
         lower: (B,) sigma_i.

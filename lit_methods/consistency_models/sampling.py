@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lit_methods import checks
+
 Consistency = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -88,7 +90,7 @@ def denoise_sample(
         start: (B, ...) noise times the first level.
         levels: Descending, > 0; a last step to 0 follows. N levels are N calls of D with ``euler`` and ``sde``, 2 N - 1 with ``heun``.
         solver: ``heun``, ``euler`` or ``sde``.
-        generator: Of the noise of ``sde``.
+        generator: Draws the noise of ``sde``.
 
     Returns:
         (B, ...).
@@ -96,8 +98,7 @@ def denoise_sample(
     Raises:
         ValueError: Levels that don't descend, or another solver.
     """
-    if solver not in ("heun", "euler", "sde"):
-        raise ValueError(f"solver is {solver!r}: give 'heun', 'euler' or 'sde'")
+    checks.one_of(Solver, solver=solver)
     if not levels or any(low >= high for high, low in pairwise(levels)) or levels[-1] <= 0:
         raise ValueError(f"levels are {list(levels)[:4]}...: give descending numbers above 0")
 

@@ -38,15 +38,14 @@ def project_points(
 
     Args:
         points: (N, >= 3) float32, x, y, z in metres in the LiDAR frame.
-        lidar2ego_rotation: (3, 3) LiDAR -> vehicle; likewise ``lidar2ego_translation`` (3,), metres.
-        lidar2ego_translation: See above.
-        ego2global_rotation: (3, 3) vehicle -> world at the LiDAR's time; likewise ``ego2global_translation`` (3,).
-        ego2global_translation: See above.
-        cam_sensor2ego_rotation: (c, 3, 3) camera -> vehicle; likewise ``cam_sensor2ego_translation`` (c, 3).
-        cam_sensor2ego_translation: See above.
-        cam_ego2global_rotation: (c, 3, 3) vehicle -> world at each camera's time; likewise
-            ``cam_ego2global_translation`` (c, 3).
-        cam_ego2global_translation: See above.
+        lidar2ego_rotation: (3, 3) LiDAR -> vehicle.
+        lidar2ego_translation: (3,) LiDAR -> vehicle, metres.
+        ego2global_rotation: (3, 3) vehicle -> world at the LiDAR's time.
+        ego2global_translation: (3,) vehicle -> world at the LiDAR's time, metres.
+        cam_sensor2ego_rotation: (c, 3, 3) camera -> vehicle.
+        cam_sensor2ego_translation: (c, 3) camera -> vehicle, metres.
+        cam_ego2global_rotation: (c, 3, 3) vehicle -> world at each camera's time.
+        cam_ego2global_translation: (c, 3) vehicle -> world at each camera's time, metres.
         cam_intrinsic: (c, 3, 3) pinhole matrices for the native image size.
         image_height: Native height in pixels, the same for all cameras.
         image_width: Native width in pixels.
@@ -81,7 +80,7 @@ def resize_pairs(pairing_images: Tensor, native_size: tuple[int, int], size: tup
         size: (h, w) in pixels.
 
     Returns:
-        (M, 3) int64: row = min(round(row * h / H), h - 1), half to even; likewise the column.
+        (M, 3) int64: row = min(round(row * h / H), h - 1), half to even; the column in the same way.
     """
     # the authors' arithmetic: (coordinate * new) / old in float64, so that exact ties stay exact
     new, old = torch.tensor(size, device=pairing_images.device), torch.tensor(native_size, device=pairing_images.device)

@@ -5,25 +5,31 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.lidar import pictures
 from lit_methods.lidar.point_losses import segmentation_losses
 from lit_methods.lidar.point_metrics import PointIoU, iou_rows, mean_iou
 from lit_methods.optim import adamw_one_cycle
-from lit_methods.panels import CloudPanel, Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.panels import CloudPanel, Curve, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into
 
 
-class PointSegmentor(LightningModule):
+class PointSegmentor(Evaluated):
     """A 3D backbone and one linear layer: SuperFlow's downstream protocol.
 
-    Cross-entropy and 2 x Lovasz-softmax on voxels, mIoU on points. A voxel's label is that of its first point; a
-    point's prediction is that of its voxel. Batches: see :class:`lit_methods.datamodules.NuScenesDataModule` with
-    ``mode: segment``, or ``semi_supervised``: there the batch holds ``labelled`` and ``unlabelled`` clouds, and the
-    ``TemporalVoting`` callback puts voted labels of an EMA teacher into the latter before the step.
+    The loss is cross-entropy and 2 x Lovasz-softmax on voxels, the metric mIoU on points. A voxel's label is that of its first point; a
+    point's prediction is that of its voxel.
+
+    Runs: batches of :class:`lit_methods.datamodules.NuScenesDataModule` with ``mode: segment``, or ``semi_supervised``: there the batch
+    holds ``labelled`` and ``unlabelled`` clouds, and the ``TemporalVoting`` callback puts voted labels of an EMA teacher into the latter
+    before the step.
+
+    Saves: backbone and linear layer.
+
+    Refuses: unlabelled clouds without voted labels; a checkpoint of another architecture; a training without an end.
 
     Args:
         backbone_3d: (points, points_per_sample) -> ``VoxelFeatures`` with an attribute ``out_channels``, such as
@@ -38,7 +44,7 @@ class PointSegmentor(LightningModule):
         lovasz_weight: Factor of the Lovasz term.
         unlabelled_weight: Factor of the loss on voted pseudo-labels.
         learning_rate: Peak of the one-cycle schedule.
-        weight_decay: Of AdamW.
+        weight_decay: AdamW's weight decay.
         pct_start: Share of the steps in which the learning rate rises.
     """
 
@@ -85,7 +91,6 @@ class PointSegmentor(LightningModule):
             raise ValueError(
                 f"class_names has {len(self.class_names)} names, but {classes} classes are counted (num_outputs without ignore_index)"
             )
-        self._media: dict[str, Media] = {}
         self.train(self.training)  # Lightning never calls train() before a first validation
 
     def train(self, mode: bool = True) -> "PointSegmentor":
@@ -125,37 +130,20 @@ class PointSegmentor(LightningModule):
         self.log("segmentor/loss", loss.detach(), prog_bar=True, batch_size=size)
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds the points of a batch to the confusion matrix."""
-        predicted = self._evaluate(batch, self.val_iou)
-        if batch_idx == 0 and self.trainer.is_global_zero:
-            self._draw(batch, predicted)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Like validation, on the test split."""
-        predicted = self._evaluate(batch, self.test_iou)
-        if batch_idx == 0 and self.trainer.is_global_zero:
-            self._draw(batch, predicted)
-
-    def _evaluate(self, batch: dict[str, Any], metric: PointIoU) -> Tensor:
+    def _evaluate(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add the points of a batch to the confusion matrix, and draw those of the first one."""
         predicted = self.point_logits(batch).argmax(dim=1)
-        metric.update(predicted, batch["labels"])
-        return predicted
+        (self.test_iou if self.trainer.testing else self.val_iou).update(predicted, batch["labels"])
+        if batch_idx == 0 and self.trainer.is_global_zero:
+            self._draw(batch, predicted)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs mIoU and the IoU of every class."""
-        self._log_iou(self.val_iou, "val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs mIoU and the IoU of every class."""
-        self._log_iou(self.test_iou, "test")
-
-    def _log_iou(self, metric: PointIoU, stage: str) -> None:
+    def _log_evaluation(self, part: Part) -> None:
+        metric = self.val_iou if part == "val" else self.test_iou
         iou = metric.iou()
         metric.reset()
-        self.log(f"segmentor/{stage}_miou", mean_iou(iou), prog_bar=True)
+        self.log(f"segmentor/{part}_miou", mean_iou(iou), prog_bar=True)
         present = {name: value.float() for name, value in zip(self.class_names, iou, strict=True) if not value.isnan()}
-        self.log_dict({f"segmentor/{stage}_iou/{name}": value for name, value in present.items()})
+        self.log_dict({f"segmentor/{part}_iou/{name}": value for name, value in present.items()})
         self._media["segmentor/iou"] = TableMedia(("class", "IoU, %"), iou_rows(iou, self.class_names))
 
     def _draw(self, batch: dict[str, Any], predicted: Tensor) -> None:
@@ -165,10 +153,6 @@ class PointSegmentor(LightningModule):
             self._media[f"segmentor/{key}"] = pictures.label_cloud(
                 points, labels[:first], self.class_names, f"{key}, scan {batch['token'][0]}"
             )
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """Pictures and table of the last evaluation."""
-        return self._media
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Labels of the scans of a batch, which ``SubmissionWriter`` writes to files.

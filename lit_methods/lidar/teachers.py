@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
+
 _DINOV2 = {
     "small": "vit_small_patch14_dinov2.lvd142m",
     "base": "vit_base_patch14_dinov2.lvd142m",
@@ -32,8 +34,7 @@ class DINOv2(nn.Module):
         super().__init__()
         import timm  # imports torchvision: only where it is used
 
-        if size not in _DINOV2:
-            raise ValueError(f"size must be one of {sorted(_DINOV2)}, got {size!r}")
+        checks.one_of(_DINOV2, size=size)
         if image_size[0] % self.stride or image_size[1] % self.stride:
             raise ValueError(f"image_size must be multiples of {self.stride}, got {tuple(image_size)}")
         local = weights is not None and weights != "random"

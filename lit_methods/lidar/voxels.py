@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lit_methods import checks
+
 VoxelType = Literal["cylinder", "cubic"]
 
 
@@ -52,13 +54,12 @@ def voxelize(
     """
     if points.ndim != 2 or points.shape[0] == 0 or points.shape[1] < 3:
         raise ValueError(f"points must be (N >= 1, C >= 3), got {tuple(points.shape)}: an empty scan can't be voxelised")
+    checks.one_of(VoxelType, voxel_type=voxel_type)
     x, y, z = points[:, 0], points[:, 1], points[:, 2]
     if voxel_type == "cylinder":
         position = torch.stack([torch.sqrt(x**2 + y**2), torch.atan2(y, x) * (180 / torch.pi), z], dim=1)
-    elif voxel_type == "cubic":
-        position = points[:, :3]
     else:
-        raise ValueError(f"voxel_type must be 'cylinder' or 'cubic', got {voxel_type!r}")
+        position = points[:, :3]
     cell = torch.round(position / torch.as_tensor(voxel_size, dtype=points.dtype, device=points.device)).int()
     sample = batch_index.long()
     batch_size = int(sample.max()) + 1 if batch_size is None else batch_size

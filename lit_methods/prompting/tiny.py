@@ -51,8 +51,8 @@ class TinyTowers(TwoTowers):
     Cost: 0.14 million parameters with the defaults; the first use pretrains them, under a minute on one core.
 
     Args:
-        pretrain_steps: Of AdamW, with an image and a caption of each of the 36 classes; 0: random weights.
-        seed: Of weights, images and captions.
+        pretrain_steps: Steps of AdamW, with an image and a caption of each of the 36 classes; 0: random weights.
+        seed: Seed of weights, images and captions.
     """
 
     def __init__(self, pretrain_steps: int = 500, seed: int = 0) -> None:
@@ -88,8 +88,8 @@ def pretrain(towers: TwoTowers, steps: int, seed: int) -> None:
 
     Args:
         towers: To be trained.
-        steps: Of AdamW, with half a cosine from 3e-3.
-        seed: Of images and captions.
+        steps: Steps of AdamW, with half a cosine from 3e-3.
+        seed: Seed of images and captions.
     """
     classes, per_class = shapes.all_classes(), 64
     number = len(classes)

@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
         heads: Divides W.
         causal: Each token sees itself and those before it.
         activation: ``quick_gelu`` (OpenAI's weights) or ``gelu``.
-        eps: Of the layer norms.
+        eps: Addend of the layer norms.
     """
 
     def __init__(self, width: int, heads: int, causal: bool, activation: Activation = "quick_gelu", eps: float = 1e-5) -> None:
@@ -109,8 +109,8 @@ class TowerSizes:
         vocabulary: Number of tokens.
         context_length: Tokens of a text at most, beginning and end included.
         embed_dim: D of both embeddings.
-        activation: Of all blocks.
-        eps: Of all layer norms.
+        activation: Activation of all blocks.
+        eps: Addend of all layer norms.
     """
 
     image_size: int
@@ -199,8 +199,8 @@ class TwoTowers(nn.Module):
         if deep_prompts is None:
             deep_prompts = tokens.new_empty(0, 0, tokens.shape[2])
         tokens = run_prompted_blocks(list(self.image_blocks), self.ln_pre(tokens), deep_prompts, "end")
-        found: Tensor = self.image_projection(self.ln_post(tokens[:, 0]))
-        return found
+        embedding: Tensor = self.image_projection(self.ln_post(tokens[:, 0]))
+        return embedding
 
     def encode_text(self, ids: Tensor, prompt: Tensor | None = None, deep_prompts: Tensor | None = None) -> Tensor:
         """Embeddings of texts.
@@ -221,8 +221,8 @@ class TwoTowers(nn.Module):
             deep_prompts = tokens.new_empty(0, 0, tokens.shape[2])
         tokens = run_prompted_blocks(list(self.text_blocks), tokens + self.text_positions[: ids.shape[1]], deep_prompts, "after_first")
         ends = tokens[torch.arange(len(ids), device=ids.device), self.end_of(ids)]
-        found: Tensor = self.text_projection(self.ln_final(ends))
-        return found
+        embedding: Tensor = self.text_projection(self.ln_final(ends))
+        return embedding
 
 
 # ---- weights of transformers -----------------------------------------------------------------------------------------------------------

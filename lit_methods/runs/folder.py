@@ -243,12 +243,8 @@ class RunFolder(pl.Callback):
 
         Lightning logs the hyperparameters of module and datamodule behind all ``setup`` hooks; theirs stay below ``hyperparameters``.
         """
-        hyperparameters = {
-            key: value
-            for part in (pl_module, trainer.datamodule)
-            if part is not None
-            for key, value in part.hparams_initial.items()  # type: ignore[attr-defined]
-        }
+        parts = [pl_module, getattr(trainer, "datamodule", None)]
+        hyperparameters = {key: value for part in parts if part is not None for key, value in part.hparams_initial.items()}
         if overwritten := sorted(set(hyperparameters) & set(self._logged)):
             config = {key: self._logged.pop(key) for key in overwritten}  # once a run
             for logger in trainer.loggers:

@@ -26,6 +26,13 @@ def moving_marginal(marginal: Tensor | None, batch_mean: Tensor, momentum: float
     return batch_mean if marginal is None else momentum * marginal + (1 - momentum) * batch_mean
 
 
+@torch.no_grad()
+def advance(average: Tensor, known: Tensor, value: Tensor, momentum: float) -> None:
+    """:func:`moving_marginal` in place, where the bool tensor ``known`` says whether there is an average yet; it is True from then on."""
+    average.copy_(torch.where(known, moving_marginal(average, value, momentum), value))
+    known.fill_(True)
+
+
 class MarginalQueue(nn.Module):
     """The last L batch means, first in, first out; their mean is the marginal. Saved with the module.
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from helpers import compiled_classifier, fingerprint, small_network
-from lit_methods.callbacks.features import FeatureCapture
+from lit_methods.callbacks.features import FeatureCapture, one_submodule
 
 
 def test_keeps_outputs_with_their_graph_in_call_order() -> None:
@@ -77,3 +77,35 @@ def test_no_match_is_an_error_and_no_choice_captures_nothing() -> None:
     with pytest.raises(ValueError, match="matches no submodule"):
         FeatureCapture(small_network(), ["nowhere"])
     assert FeatureCapture(small_network(), []).calls == {}
+
+
+def test_a_second_pass_is_kept_apart_from_every_capture_of_the_module() -> None:
+    network = small_network().eval()
+    x = torch.randn(2, 3, 8, 8)
+    mine, other, paused = FeatureCapture(network, ["7"]), FeatureCapture(network, ["5"]), FeatureCapture(network, ["5"], active=False)
+    elsewhere = FeatureCapture(stranger := small_network(), ["7"])
+    network(x)
+    with mine.apart() as calls:
+        again = network(x + 1)
+        stranger(x)
+    assert [output is again for output in calls["7"]] == [True]
+    assert [len(capture.last) for capture in (mine, other, paused, elsewhere)] == [1, 1, 0, 1]
+    assert mine.last["7"] is not again
+    network(x)
+    assert [len(mine.calls["7"]), len(other.calls["5"]), len(paused.calls["5"])] == [2, 2, 0]
+    ((arguments, keywords), _) = mine.arguments["7"]
+    assert arguments[0].shape == (2, 8)
+    assert keywords == {}
+    with pytest.raises(ZeroDivisionError), mine.apart():
+        raise ZeroDivisionError
+    network(x)
+    assert len(other.calls["5"]) == 3  # it goes on after an exception, too
+
+
+def test_one_submodule_is_named_or_what_is_wrong() -> None:
+    network = small_network()
+    assert one_submodule(network, "7", "head") == ("7", network[7])
+    with pytest.raises(ValueError, match=r"head: targets\[0\]='nowhere' matches no submodule of Sequential; nearest"):
+        one_submodule(network, "nowhere", "head")
+    with pytest.raises(ValueError, match=r"head='\[57\]' matches 2 submodules, 5, 7: name one"):
+        one_submodule(network, "[57]", "head")

@@ -221,7 +221,7 @@ class Twice(LossTerm):
         second = self.run_again() if self.again else None
         hits = inputs["module"].hits
         counted = {"updates": hits.update_count, "samples": int(hits.tp.sum() + hits.fn.sum())}
-        self.seen.append((inputs, second, counted | {name: len(calls) for name, calls in self.features.calls.items()}))
+        self.seen.append((inputs, second, counted | {name: len(calls) for name, calls in self._capture.calls.items()}))
         return first.square().mean() if second is None else (first - second.features["network.5"]).square().mean()
 
 
@@ -271,7 +271,7 @@ def test_a_second_pass_of_another_batch_or_part() -> None:
             module.train()
             torch.testing.assert_close(part.features["network.7"], flipped.features["network.7"])
             assert part.output is part.features["network.7"]
-            assert self.features.last["network.7"] is inputs["features"]["network.7"]
+            assert self._capture.last["network.7"] is inputs["features"]["network.7"]
             return flipped.output["loss"]
 
     trainer = tiny_trainer(max_steps=1, callbacks=[Other(["network.7"], weight=0.5)])

@@ -128,3 +128,32 @@ def test_a_deep_copy_of_the_module_can_be_made() -> None:
     detach(module, add)
     assert twin.training_step(0) == [0]  # the copy shares the wrapper, which adds nothing any more
     assert "training_step" not in vars(module)
+
+
+def test_any_method_can_be_wrapped_and_an_addition_around_it_may_leave_the_call_out() -> None:
+    module, seen = Step(), []
+    before = fingerprint(module)
+
+    def hold(call: Any, scheduler: Any, metric: Any) -> None:
+        if scheduler != "waits":
+            call(scheduler, metric)
+
+    def note(output: None, scheduler: Any) -> None:
+        seen.append(scheduler)
+
+    attach(module, note, "lr_scheduler_step")
+    attach(module, hold, "lr_scheduler_step", around=True)
+    module.lr_scheduler_step("waits", None)  # type: ignore[arg-type]
+    assert seen == [], "what stands outside keeps what stands inside from running"
+    for add in (note, hold):
+        detach(module, add, "lr_scheduler_step")
+    scheduler = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.ones(1)], 0.1))
+    for order in ((note, hold), (hold, note)):
+        attach(module, note, "lr_scheduler_step")
+        attach(module, hold, "lr_scheduler_step", around=True)
+        module.lr_scheduler_step(scheduler, None)
+        assert seen.pop() is scheduler
+        for add in order:
+            detach(module, add, "lr_scheduler_step")
+            detach(module, add, "lr_scheduler_step")
+        assert fingerprint(module) == before

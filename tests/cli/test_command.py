@@ -1,8 +1,6 @@
-"""The light commands: list, info, cp, export, new, help; none of them needs a model."""
+"""The light commands: list, info, cp, export, help; none of them needs a model."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import run_python
 from lit_methods.catalog import techniques
 from lit_methods.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def lit(*words: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lit_methods", *words]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=check)
-
-
 @pytest.mark.parametrize(
-    "words", [["list"], ["--help"], ["--version"], ["info", "superflow"], ["fit", "--help"], ["fot"], ["cp", "nothing", "x"]]
+    "words",
+    [
+        ["list"],
+        ["list", "--parts"],
+        ["list", "--configs"],
+        ["--help"],
+        ["--version"],
+        ["info", "superflow"],
+        ["info", "sparsity"],
+        ["info", "LossTerm"],
+        ["fit", "--help"],
+        ["fot"],
+        ["cp", "nothing", "x"],
+        ["new", "Two-Views", "--form", "term"],
+    ],
 )
 def test_light_commands_import_neither_torch_nor_lightning(words: list[str], tmp_path: Path) -> None:
     code = (
@@ -55,14 +60,45 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["slug", "family", "form", "title", "arXiv"]
-    assert [line.split()[0] for line in lines[1 : 1 + len(techniques())]] == list(techniques())
+    assert lines[0].split() == ["slug", "family", "form", "class", "title", "arXiv"]
+    rows = [line.split()[:4] for line in lines[1 : 1 + len(techniques())]]
+    assert rows == [[slug, entry.family, entry.form, entry.names[0]] for slug, entry in techniques().items()]
     assert main(["list", "--family", "lidar", "--json"]) == 0
     entries = json.loads(capsys.readouterr().out)
     assert {entry["slug"] for entry in entries} == {slug for slug, technique in techniques().items() if technique.family == "lidar"}
     assert next(entry for entry in entries if entry["slug"] == "superflow")["arxiv"] == "2503.19912"
     assert main(["list", "--family", "lidr"]) == 2
     assert "lidar" in capsys.readouterr().err
+
+
+def test_list_of_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--configs", "--json"]) == 0
+    heads = {entry["path"]: entry["head"] for entry in json.loads(capsys.readouterr().out)}
+    assert set(heads) == {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    silent = [path for path, head in heads.items() if not head]
+    assert not silent, "their first line doesn't say what they are"
+    assert main(["list", "--configs", "--family", "semi"]) == 0
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert {"configs/shrinkmatch.yaml", "configs/full/simmatchv2_imagenet.yaml"} <= set(shown)
+    assert "configs/superflow.yaml" not in shown
+    assert main(["list", "--configs", "--family", "semy"]) == 2
+    assert "semi" in capsys.readouterr().err
+    assert main(["list", "--configs", "--parts"]) == 2
+
+
+def test_info_of_a_family_and_of_a_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "lidar"]) == 0
+    text = capsys.readouterr().out
+    for part in ("superflow (SuperFlow,", "configs/superflow_probe.yaml", "configs/full/superflow_vits.yaml", "PointSegmentor", "MinkUNet"):
+        assert part in text
+    assert main(["info", "lidar", "--json"]) == 0
+    assert [entry["slug"] for entry in json.loads(capsys.readouterr().out)] == [
+        t.slug for t in techniques().values() if t.family == "lidar"
+    ]
+    assert main(["info", "DigitsDataModule"]) == 0
+    assert "num_train: Images of the training part" in capsys.readouterr().out
+    assert main(["info", "TCM"]) == 0
+    assert capsys.readouterr().out.startswith("tcm: Threshold-Consistent")
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,72 +196,3 @@ def test_export_refuses_with_a_reason(checkpoint: Path, tmp_path: Path, capsys: 
     Path(out).write_text("precious")
     assert "--force" in error(str(checkpoint), out)
     assert Path(out).read_text() == "precious"
-
-
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    """A copy of the repository's packages in which our import names work from the folder itself."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.npz", "runs")
-    for folder in ("lit_methods", "callbacks", "datamodules", "configs", "tests/golden"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
-    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
-    for folder in ("callbacks", "datamodules", "configs"):
-        (tmp_path / "lit_methods" / folder).symlink_to(tmp_path / folder)
-    return tmp_path
-
-
-FORMS = {"callback": ("callbacks", "tests/callbacks/metric"), "module": ("lit_methods", "tests/metric")}
-
-
-def test_new_writes_skeletons_that_list_themselves_and_fail_their_own_tests(checkout: Path) -> None:
-    for form, (home, tests) in FORMS.items():
-        slug, name = f"two_views_{form}", f"TwoViews{form.capitalize()}"
-        words = ["new", slug, "--form", form, "--family", "metric", "--title", "Two Views of One Thing"]
-        said = lit(*words, cwd=checkout).stdout
-        written = [
-            f"{home}/metric/{slug}.py",
-            f"configs/{slug}.yaml",
-            f"configs/claims/{slug}.yaml",
-            f"tests/golden/test_{slug}.py",
-            f"{tests}/test_{slug}_technique.py",
-            f"docs/techniques/{slug}.md",
-            f"{home}/metric/__init__.py",
-            f"{home}/__init__.pyi",
-        ]
-        for path in written:
-            assert (checkout / path).is_file(), path
-            assert path in said
-            assert "$" not in (checkout / path).read_text()
-        assert [slug, "metric", form] in [line.split()[:3] for line in lit("list", cwd=checkout).stdout.splitlines()]
-        again = lit(*words, cwd=checkout, check=False)
-        assert again.returncode == 2
-        assert f"{name} is already listed" in again.stderr
-
-    def run_tests(*folders: str) -> subprocess.CompletedProcess[str]:
-        return run_python(["-m", "pytest", "-q", "-p", "no:cacheprovider", *folders], checkout, forget=("lit_methods",))
-
-    unit = [tests for _, tests in FORMS.values()]
-    unfilled = run_tests("tests/golden/test_two_views_callback.py", "tests/golden/test_two_views_module.py", *unit)
-    assert "8 failed, 2 passed" in unfilled.stdout, unfilled.stdout  # the refusal of a wrong shape is written already
-    assert "NotImplementedError: two_views_module_loss: write the paper's equation here" in unfilled.stdout
-    assert "no golden case found" in unfilled.stdout
-
-    for form, (home, _) in FORMS.items():  # filled in, the skeletons work
-        core = checkout / home / "metric" / f"two_views_{form}.py"
-        text = core.read_text()
-        start = text.index("    raise NotImplementedError")
-        value = f"    return {'weights' if form == 'callback' else 'features'}.square().sum()\n"
-        core.write_text(text[:start] + value + text[text.index("\n", start) + 1 :])
-    filled = run_tests(*unit)
-    assert "8 passed" in filled.stdout, filled.stdout
-
-
-def test_new_refuses_what_it_can_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["new", "two_views", "--form", "callback"]) == 2
-    assert "checkout" in capsys.readouterr().err
-    assert main(["new", "Two-Views", "--form", "callback"]) == 2
-    assert "lower-case" in capsys.readouterr().err
-    assert main(["new", "two_views"]) == 2
-    assert "--form" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

@@ -1,5 +1,10 @@
 """Every datamodule with built-in data: a plain DataLoader and a plain index work, and the loaders' rules hold."""
 
+import ast
+import inspect
+import re
+import textwrap
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +63,28 @@ def test_a_plain_index_is_epoch_0_and_a_plain_loader_works(name):
         stacked = [torch.stack(column) for column in zip(*([tensors(part[k]) for k in range(1 if part.batch_size else 2)]), strict=True)]
         for found in stacked:
             assert any(torch.equal(found, one) for one in tensors(batch))
+
+
+def declared(name: str) -> dict[str, tuple[int, str]]:
+    """Key -> number of dimensions and dtype, of the tensors in the docstring's line ``Batch: {...}``."""
+    docstring = ast.get_docstring(ast.parse(textwrap.dedent(inspect.getsource(getattr(datamodules, name)))).body[0])
+    (line,) = (line for line in docstring.splitlines() if line.startswith("Batch: {"))
+    assert line.endswith("}")
+    found = re.findall(r'"(\w+)": \(([^)]*)\) (\w+)', line)
+    return {key: (len([side for side in shape.split(",") if side.strip()]), dtype) for key, shape, dtype in found}
+
+
+@pytest.mark.parametrize("name", sorted(set(datamodules.__all__) - DRIVING - {"SemiSupervisedDataModule"}))
+def test_the_docstring_tells_the_keys_of_a_batch(name):
+    without = {"AgeDataModule": {"views": 0}, "BarsDataModule": {"views": 0}, "NYUD2DataModule": {"reweight": "none"}}
+    arguments = without.get(name, {"views": 1} if name == "OrganSlicesDataModule" else {})
+    batch = next(iter(prepared(name, **arguments).train_dataloader()))
+    assert declared(name) == {key: (part.ndim, str(part.dtype)[6:]) for key, part in batch.items() if isinstance(part, Tensor)}
+
+
+@pytest.mark.parametrize("name", sorted(DRIVING | {"SemiSupervisedDataModule"}))
+def test_every_docstring_has_one_line_on_batches(name):
+    assert declared(name)
 
 
 class Squares(Batches):
@@ -121,8 +148,11 @@ def test_overfitting_a_few_batches_works_with_data_that_come_in_batches():
             seen.append(batch["image"].tolist())
             return self.layer(torch.ones(1, 32)).sum()
 
+        def validation_step(self, batch, batch_idx):
+            pass
+
     module = squares()
     module.val_set = Squares()
     with pytest.warns(UserWarning, match="overfit"):
-        tiny_trainer(overfit_batches=2, max_epochs=2, limit_val_batches=0).fit(Keeps(), datamodule=module)
+        tiny_trainer(overfit_batches=2, max_epochs=2).fit(Keeps(), datamodule=module)
     assert seen == [[0, 1, 4, 9], [16, 25, 36, 49]] * 2

@@ -10,7 +10,8 @@ from helpers import tiny_trainer
 from lit_methods import CifarResNet, ImageClassifier
 from lit_methods.datamodules import CIFARDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.vision.cifar import crop_and_flip, read_pickle
+from lit_methods.datamodules.pictures import crop_and_flip
+from lit_methods.datamodules.vision.cifar import read_pickle
 from lit_methods.datamodules.vision.shapes import draw_shapes
 from lit_methods.runs.checkpoints import read_state_dict
 

@@ -643,10 +643,10 @@ def test_skipped_samples_of_workers_are_counted(copy):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "detect"}, "mode='detect' is not one of"),
-        ({"cameras": 7}, "cameras=7 is not one of"),
-        ({"frames": 4}, "frames=4 is not one of"),
-        ({"num_sweeps": -1}, "num_sweeps=-1: give 0 or more"),
+        ({"mode": "detect"}, "mode is 'detect': give one of pretrain, segment, semi_supervised"),
+        ({"cameras": 7}, r"cameras is 7: .* in \[1, 6\]"),
+        ({"frames": 4}, r"frames is 4: give key frames in \[1, 3\]"),
+        ({"num_sweeps": -1}, r"num_sweeps is -1: .* in \[0, inf\)"),
         ({"label_fraction": 3}, "label_fraction=3 is not one of"),
         ({"neighbours": -1}, "neighbours is -1: give scans before and after"),
         ({"on_broken": "ignore"}, "on_broken is 'ignore': give one of error, skip"),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.callbacks.sparsity.cast import core, self_distillation
+from lit_methods.callbacks.sparsity.cast import core
 from lit_methods.callbacks.sparsity.cast.adams import AdamS
 from lit_methods.callbacks.sparsity.masks import nm_mask
 
@@ -62,7 +62,7 @@ def weight_scaling(case: GoldenCase) -> dict[str, Tensor]:
 def kd_loss(case: GoldenCase) -> dict[str, Tensor]:
     student = case.tensor("in_student_logits").requires_grad_()
     numbers = case.hp("eta"), case.hp("temperature")
-    loss, kl, ce = self_distillation.distillation_loss(student, case.tensor("in_teacher_logits"), case.tensor("in_targets"), *numbers)
+    loss, kl, ce = core.distillation_loss(student, case.tensor("in_teacher_logits"), case.tensor("in_targets"), *numbers)
     return {"out_loss": loss, "out_kl": kl, "out_ce": ce, "out_grad_student_logits": torch.autograd.grad(loss, student)[0]}
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.callbacks.imbalanced_regression import conr, fds
+from lit_methods.callbacks.imbalanced_regression.conr import core as conr
+from lit_methods.callbacks.imbalanced_regression.fds import core as fds
 from lit_methods.tasks.imbalanced_regression import metrics, weights
 
 HYPER = {"window": "similarity_window", "temperature": "temperature", "eta": "eta"}

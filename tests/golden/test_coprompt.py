@@ -5,7 +5,7 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.optim import warmup_cosine_rate
-from lit_methods.prompting.losses import coprompt_loss
+from lit_methods.prompting.coprompt.core import coprompt_loss
 from lit_methods.prompting.towers import ResidualBlock, run_prompted_blocks
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
+from lit_methods.callbacks.sparsity import latent
 from lit_methods.callbacks.sparsity.progressive_gradient_flow import core
 
 DIRECTION = {0: "input", 1: "output"}
@@ -11,7 +12,7 @@ DIRECTION = {0: "input", 1: "output"}
 
 def mask(case: GoldenCase) -> dict[str, Tensor]:
     weight = case.tensor("in_weight")
-    dim = core.group_dim(weight.ndim, DIRECTION[case.hp("sparse_dim")])
+    dim = latent.group_dim(weight.ndim, DIRECTION[case.hp("sparse_dim")])
     found = core.sparse_mask(weight, case.hp("n"), case.hp("m"), case.hp("sparsity_rate"), dim)
     return {"out_mask": found.to(weight.dtype)}
 
@@ -19,7 +20,7 @@ def mask(case: GoldenCase) -> dict[str, Tensor]:
 def masked_weight(case: GoldenCase) -> dict[str, Tensor]:
     recipe, weight = case.hp("recipe"), case.tensor("in_weight").requires_grad_()
     kept = core.sparse_mask(weight, case.hp("n"), case.hp("m"))
-    masked = core.masked_weight(weight, kept, core.flow_factor(recipe, case.hp("step"), case.hp("decay_coef")))
+    masked = latent.masked_weight(weight, kept, core.flow_factor(recipe, case.hp("step"), case.hp("decay_coef")))
     (grad,) = torch.autograd.grad(masked, weight, case.tensor("in_grad_masked_weight"))
     if recipe == "srste":
         grad = core.decay_pruned(grad, weight, kept, case.hp("srste_decay"))
@@ -38,7 +39,7 @@ def phase(case: GoldenCase) -> dict[str, Tensor]:
     masked = []
     for epoch, step in zip(case.tensor("in_epoch").tolist(), case.tensor("in_step").tolist(), strict=True):
         now = core.phase_at(epoch, step, case.hp("recipe"), case.hp("n"), case.hp("m"), decay=case.hp("decay_coef"), **epochs)
-        masked.append(core.masked_weight(weight, core.sparse_mask(weight, now.n, now.m), now.beta))
+        masked.append(latent.masked_weight(weight, core.sparse_mask(weight, now.n, now.m), now.beta))
     return {"out_masked_weight": torch.stack(masked)}
 
 

@@ -7,7 +7,8 @@ import torch
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.optim import seven_sixteenths_cosine
 from lit_methods.semi.alignment import MarginalQueue, align, moving_marginal
-from lit_methods.semi.shrink import certain_loss, shrink, uncertain_loss
+from lit_methods.semi.fixmatch import certain_loss
+from lit_methods.semi.shrinkmatch.core import shrink, uncertain_loss
 
 
 def loss(case: GoldenCase) -> dict[str, Any]:

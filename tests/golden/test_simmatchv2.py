@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.averages import ema_update
 from lit_methods.optim import warmup_then_epoch_cosine
-from lit_methods.semi.simmatchv2 import GraphConsistency
+from lit_methods.semi.simmatchv2.core import GraphConsistency
 
 
 def losses(case: GoldenCase) -> dict[str, Any]:

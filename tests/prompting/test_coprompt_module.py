@@ -12,8 +12,8 @@ from helpers import cloned_state, kill_and_resume, run_two_processes, tiny_train
 from lit_methods.callbacks import ExactResume, WeightEMA
 from lit_methods.datamodules.fewshot import coloured_shapes as shapes
 from lit_methods.datamodules.loaders import make_loader
-from lit_methods.prompting.coprompt import CoPrompt, sentence_index, sentence_table
-from lit_methods.prompting.losses import embedding_consistency
+from lit_methods.prompting.coprompt.core import embedding_consistency, sentence_index, sentence_table
+from lit_methods.prompting.coprompt.module import CoPrompt
 from lit_methods.prompting.tiny import TinyTowers
 
 OWN = shapes.task_classes()[:6]
@@ -170,9 +170,9 @@ def test_more_consistency_keeps_the_embeddings_nearer() -> None:
     [
         ({"depth": 4}, "depth=4.*3 blocks"),
         ({"criterion": "kl"}, "cosine, mse, l1"),
-        ({"consistency_weight": -1.0}, "must not be negative"),
-        ({"image_mix": 1.5}, "shares"),
-        ({"learning_rate": 0.0}, "above 0"),
+        ({"consistency_weight": -1.0}, r"consistency_weight is -1.0: give a number in \[0, inf\)"),
+        ({"image_mix": 1.5}, r"image_mix is 1.5: give a share in \[0, 1\]"),
+        ({"learning_rate": 0.0}, r"learning_rate is 0.0: give a number in \(0, inf\)"),
     ],
 )
 def test_arguments_outside_their_range(arguments: dict[str, Any], message: str) -> None:

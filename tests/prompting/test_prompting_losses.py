@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_methods.optim import warmup_cosine_rate
-from lit_methods.prompting.losses import (
+from lit_methods.prompting.coprompt.core import (
     adapter_features,
     coprompt_loss,
     cosine_logits,

@@ -13,8 +13,8 @@ from lit_methods.datamodules.vision.semi import labelled_subset, read_label_list
 from lit_methods.datamodules.vision.views import affine, cut_out, make_views
 from lit_methods.optim import seven_sixteenths_cosine, warmup_then_epoch_cosine
 from lit_methods.semi.alignment import MarginalQueue, align
-from lit_methods.semi.graph import finite_or_zero, propagate
-from lit_methods.semi.shrink import shrink, shrunk_loss
+from lit_methods.semi.shrinkmatch.core import shrink, shrunk_loss
+from lit_methods.semi.simmatchv2.core import finite_or_zero, propagate
 
 
 def test_alignment_undoes_a_skew():

@@ -12,9 +12,8 @@ from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, run
 from lit_methods import MLP, FixMatch, PropagationProbe, ShrinkMatch, SimMatchV2, SmallConvNet
 from lit_methods.callbacks import ExactResume, WeightEMA
 from lit_methods.datamodules import DigitsDataModule, SemiSupervisedDataModule
-from lit_methods.semi.fixmatch import take_apart
-from lit_methods.semi.graph import edges
-from lit_methods.semi.simmatchv2 import GraphConsistency
+from lit_methods.semi.base import take_apart
+from lit_methods.semi.simmatchv2.core import GraphConsistency, edges
 
 SIM = {"num_labelled": 20, "embedding_dim": 8, "bank_size": 96, "neighbours": 4, "warmup_epochs": 0}
 METHODS = {
@@ -229,10 +228,10 @@ def test_propagation_helps_a_linear_classifier():
     [
         (lambda: FixMatch(small(), 16, 10, threshold=1.5), ValueError, "probability"),
         (lambda: FixMatch(small(), 16, 10, distribution_alignment="mean"), ValueError, "none, queue, ema"),
-        (lambda: FixMatch(small(), 16, 1), ValueError, "2 or more classes"),
+        (lambda: FixMatch(small(), 16, 1), ValueError, r"num_classes is 1: give classes in \[2, inf\)"),
         (lambda: FixMatch(small(), 16, 10, schedule="linear"), ValueError, "seven_sixteenths"),
         (lambda: ShrinkMatch(small(), 16, 10, ranks="strong"), ValueError, "aligned"),
-        (lambda: METHODS["simmatchv2"](ema_decay=2.0), ValueError, "0 to 1"),
+        (lambda: METHODS["simmatchv2"](ema_decay=2.0), ValueError, r"ema_decay is 2.0: give a number in \[0, 1\]"),
         (lambda: fit(METHODS["simmatchv2"](num_labelled=30), max_steps=1), ValueError, "the data have 20 labelled images"),
         (lambda: fit(METHODS["simmatchv2"](neighbours=30)), ValueError, "neighbours=30 of 20"),
         (lambda: fit(METHODS["simmatchv2"](bank_size=100), max_steps=1), ValueError, "no multiple of the 24"),

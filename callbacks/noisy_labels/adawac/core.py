@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from lit_methods.checks import one_of
 from lit_methods.tasks.segmentation.core import batch_dice, has_foreground, sample_cross_entropy
 
 Mode = Literal["adawac", "base", "pair", "pseudo", "dac-only", "trim-train", "trim-ratio", "reweight-only", "pm-dro"]
@@ -106,16 +107,16 @@ def adawac_loss(
     - ``reweight-only``, ``pm-dro``: view 1 with :func:`normalised_weights`.
 
     Args:
-        logits: Of the views, (B, C, ...) each.
-        labels: Of the views, (B, ...) int64 each; 0 is the background.
+        logits: (B, C, ...) for each of the two views.
+        labels: (B, ...) int64 for each of the two views; 0 is the background.
         latents: Features of the views, (B, ...) each; None: no consistency.
         weights: (B, 2) rows of the batch's samples.
         mode: See above.
         rate: eta_w.
         consistency_weight: lambda_AC.
         dice_ratio: r in 0 to 1.
-        trim_quantile: Of ``trim-ratio``, linear interpolation; samples at it are left out.
-        entropy: Of ``pm-dro``.
+        trim_quantile: Quantile of the batch's cross-entropies, by linear interpolation; ``trim-ratio`` leaves out samples at it or below.
+        entropy: Strength with which ``pm-dro`` pulls the weights together, >= 0.
         ignore_index: Label of pixels that don't count.
 
     Returns:
@@ -124,8 +125,7 @@ def adawac_loss(
     Raises:
         ValueError: Unknown mode, or shapes that don't fit.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}: give one of {', '.join(MODES)}")
+    one_of(MODES, mode=mode)
     for view, (one, label) in enumerate(zip(logits, labels, strict=True)):
         if one.ndim < 2 or label.shape != (one.shape[0], *one.shape[2:]):
             raise ValueError(
@@ -169,4 +169,4 @@ def adawac_loss(
     return AdaWACLoss(loss, both, dice_both.expand(size), consistency, weights, count)
 
 
-__all__ = ["LEARNED", "MODES", "AdaWACLoss", "Mode", "adawac_loss", "normalised_weights", "update_sample_weights"]
+__all__ = ["adawac_loss", "normalised_weights", "update_sample_weights"]

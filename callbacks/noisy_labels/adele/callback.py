@@ -60,7 +60,7 @@ class ADELE(LabelCorrection, FeatureCallback):
     ``tracked`` names: ``label_original``, the annotations with the same augmentation as the labels.
 
     Args:
-        num_classes: The background, 0, counted.
+        num_classes: Number of classes, the background (0) included.
         network: Name of the submodule that maps images to logits (B, classes, ...).
         tracked: Key or position of the labels that are compared with predictions; the authors: the original ones for ``images``, the
             current ones for ``slices``.
@@ -80,9 +80,10 @@ class ADELE(LabelCorrection, FeatureCallback):
         temperature: Divides the averaged logits.
         restart: Every correction starts from the original labels.
         ignore_index: Label of pixels that don't count.
-        class_names: None: numbers.
-        store: None: the datamodule's ``label_store``.
-        loader: None: the datamodule's ``correction_dataloader()``. Each of several ranks needs its own share, as from ``make_loader``.
+        class_names: Names of the classes, for the logs; None: their numbers.
+        store: Store of the labels; None: the datamodule's ``label_store``.
+        loader: Batches of the training images; None: the datamodule's ``correction_dataloader()``. Each of several ranks needs its own
+            share, as from ``make_loader``.
 
     Raises:
         ValueError: A value lies outside its range.
@@ -156,7 +157,7 @@ class ADELE(LabelCorrection, FeatureCallback):
         self.scales, self.flip_from_epoch, self.temperature = tuple(scales), flip_from_epoch, temperature
         self.ignore_index = ignore_index
         self.class_names = tuple(class_names or (str(c) for c in range(num_classes)))
-        self.num_labels = num_classes
+        self.quality_classes = num_classes
         self._fresh()
 
     def _fresh(self) -> None:
@@ -194,7 +195,7 @@ class ADELE(LabelCorrection, FeatureCallback):
         Raises:
             ValueError: The step didn't call the network, or the batch has no such labels.
         """
-        calls = self.features.calls[self.network]
+        calls = self._capture.calls[self.network]
         if not calls:
             raise ValueError(f"ADELE: training_step didn't call network={self.network!r}: name a submodule that it calls")
         needed = "ADELE compares predictions with the original annotations, which the data set returns with the same augmentation"

@@ -296,4 +296,4 @@ def multiscale_consistency(
         return MultiScaleLoss(ce, (divergence * mask).mean(), mixture, certain)
 
 
-__all__ = ["FittedCurve", "MultiScaleLoss", "corrected_labels", "fit_iou_curve", "merged_labels", "multiscale_consistency"]
+__all__ = ["corrected_labels", "fit_iou_curve", "merged_labels", "multiscale_consistency"]

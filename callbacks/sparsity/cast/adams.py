@@ -4,11 +4,13 @@ The paper has no public code. The decay of its predecessor AST (arXiv:2407.20584
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lit_methods import checks
 
 Rule = Literal["adams", "ast"]
 _AT_ONCE = 2**26  # entries that are updated together
@@ -102,7 +104,7 @@ class AdamS(Optimizer):
     The :class:`CAST` callback puts this optimiser in the place of Adam or AdamW and keeps its masks.
 
     Args:
-        params: As in torch's optimisers.
+        params: Parameters or groups, as torch's optimisers take them.
         lr: Learning rate.
         betas: b1 and b2, in [0, 1).
         eps: Added to the denominator.
@@ -131,15 +133,11 @@ class AdamS(Optimizer):
         rule: Rule = "adams",
         sparse: Iterable[Tensor] = (),
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("l1_decay", l1_decay), ("ramp_steps", ramp_steps)):
-            if not value >= 0:
-                raise ValueError(f"{name} is {value}: give 0 or more")
+        checks.at_least(0, lr=lr, eps=eps, weight_decay=weight_decay, l1_decay=l1_decay, ramp_steps=ramp_steps)
+        checks.at_least(1, "optimiser steps", total_steps=total_steps)
+        checks.one_of(Rule, rule=rule)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas are {betas}: give two numbers in [0, 1)")
-        if total_steps is not None and total_steps < 1:
-            raise ValueError(f"total_steps is {total_steps}: give the number of optimiser steps of the whole training, 1 or more")
-        if rule not in get_args(Rule):
-            raise ValueError(f"rule is {rule!r}: give one of {', '.join(get_args(Rule))}")
         settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "l1_decay": l1_decay, "total_steps": total_steps, "ramp_steps": ramp_steps})
         self.rule = rule
@@ -173,10 +171,8 @@ class AdamS(Optimizer):
         own = {id(parameter) for group in self.param_groups for parameter in group["params"]}
         for parameter in parameters:
             if parameter.dtype not in (torch.float32, torch.float64):
-                raise ValueError(
-                    f"a sparse weight of shape {tuple(parameter.shape)} is {parameter.dtype}: AdamS needs float32 weights, in which "
-                    "steps as small as its decay are not lost; train with precision bf16-mixed or 32-true"
-                )
+                kind = f"a sparse weight of shape {tuple(parameter.shape)} is {parameter.dtype}"
+                raise ValueError(f"{kind}: AdamS needs float32 weights, in which its small decay isn't lost; use bf16-mixed or 32-true")
             if id(parameter) not in own:
                 raise ValueError(f"a sparse weight of shape {tuple(parameter.shape)} is in none of the groups: give it in params, too")
             self.sparse.add(parameter)
@@ -189,9 +185,7 @@ class AdamS(Optimizer):
         """
         for parameter, mask in masks.items():
             if parameter not in self.sparse:
-                raise ValueError(
-                    f"a weight of shape {tuple(parameter.shape)} gets a mask, but isn't among the sparse ones: name it in sparse"
-                )
+                raise ValueError(f"a weight of shape {tuple(parameter.shape)} gets a mask, but isn't among the sparse ones")
             if problem := _misaligned(parameter, mask):
                 raise ValueError(f"AdamS.set_masks: {problem}")
         self.masks.update(masks)
@@ -253,9 +247,7 @@ class AdamS(Optimizer):
             for weight in weights:
                 mask = self.masks.get(weight)
                 if problem := "it has none" if mask is None else _misaligned(weight, mask):
-                    raise RuntimeError(
-                        f"AdamS has no aligned mask for a sparse weight of shape {tuple(weight.shape)} ({problem}): call set_masks first"
-                    )
+                    raise RuntimeError(f"AdamS has no aligned mask for a weight of shape {tuple(weight.shape)} ({problem}): call set_masks")
         lr = float(group["lr"])
         torch._foreach_lerp_(exp_avgs, grads, 1.0 - group["betas"][0])
         directions, seen = exp_avgs, grads
@@ -284,13 +276,10 @@ class AdamS(Optimizer):
 def _chunks(weights: list[Tensor]) -> list[list[Tensor]]:
     """Weights in lists of a bounded size: an update needs three more tensors of the size of all that it sees at once."""
     chunks: list[list[Tensor]] = [[]]
-    size = 0
     for weight in weights:
-        if chunks[-1] and size + weight.numel() > _AT_ONCE:
+        if chunks[-1] and sum(other.numel() for other in chunks[-1]) + weight.numel() > _AT_ONCE:
             chunks.append([])
-            size = 0
         chunks[-1].append(weight)
-        size += weight.numel()
     return chunks
 
 
@@ -298,10 +287,8 @@ def _misaligned(weight: Tensor, mask: Tensor) -> str:
     """What is wrong with a mask; "" for nothing."""
     if mask.shape == weight.shape and mask.dtype == torch.bool and mask.device == weight.device:
         return ""
-    return (
-        f"the mask is {tuple(mask.shape)} {mask.dtype} on {mask.device}, the weight {tuple(weight.shape)} on {weight.device}; expected a "
-        "bool tensor of the same shape on the same device"
-    )
+    there = f"the mask is {tuple(mask.shape)} {mask.dtype} on {mask.device}, the weight {tuple(weight.shape)} on {weight.device}"
+    return f"{there}; expected a bool tensor of the same shape on the same device"
 
 
 __all__ = ["AdamS", "adam_update_", "ast_momentum", "decay_share", "decayed_momentum"]

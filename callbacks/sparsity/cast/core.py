@@ -7,7 +7,6 @@ and marked on the technique's page. Baselines: AST (arXiv:2407.20584) and naive 
 Wanda or SparseGPT as the start of naive retraining, MaskLLM.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +39,7 @@ def scaled_weight(weight: Tensor, scale: Tensor, dim: int = 1) -> Tensor:
     """W_s[r, c] = W[r, c] A[r, c // (C / n)] (Eq. 11 and 12).
 
     Args:
-        weight: W, see :func:`expand_blocks`.
+        weight: W, as in :func:`expand_blocks`.
         scale: A, (R, n), floating point; 1 changes nothing.
         dim: The weight's dimension of inputs.
     """
@@ -105,13 +104,76 @@ def magnitude_statistics(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> 
     }
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """A bool mask as bytes, eight entries each: the first mask is kept for the whole training."""
-    bits = F.pad(mask.flatten(), (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8)
-    return (bits << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+def kl_to_teacher(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, squared: bool = True, valid: Tensor | None = None
+) -> Tensor:
+    """KL(teacher || student) over the last dimension, mean over all others.
+
+    Args:
+        student_logits: (..., V) floating point.
+        teacher_logits: Same shape; -inf removes a class.
+        temperature: Divides both, > 0; CAST has none (1), AST has 2.
+        squared: Multiply by ``temperature`` squared.
+        valid: (...) bool, which entries count; None: all.
+
+    Returns:
+        Scalar >= 0 in float32 or wider; 0 where nothing counts.
+    """
+    with torch.autocast(student_logits.device.type, enabled=False):
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        log_p = (teacher_logits.to(dtype) / temperature).log_softmax(-1)
+        log_q = (student_logits.to(dtype) / temperature).log_softmax(-1)
+        p = log_p.exp()
+        terms = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
+        mean = terms.mean() if valid is None else (terms * valid).sum() / valid.sum().clamp(min=1)
+    return mean * temperature**2 if squared else mean
 
 
-def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Undo :func:`pack_bits`."""
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    return bits.flatten()[: math.prod(shape)].bool().view(*shape)
+def convex_loss(kl: Tensor, own: Tensor, eta: float) -> Tensor:
+    """Eq. 13: eta KL + (1 - eta) times the module's own loss."""
+    return eta * kl + (1.0 - eta) * own
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    eta: float = 1 / 3,
+    temperature: float = 1.0,
+    squared: bool = True,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All of Eq. 13: convex sum of the KL to the teacher and the cross-entropy, over the same tokens.
+
+    Args:
+        student_logits: (..., V) floating point.
+        teacher_logits: Same shape.
+        targets: (...) int64 classes; ``ignore_index`` leaves an entry out of both parts.
+        eta: Share of the KL, 0 to 1.
+        temperature: Temperature of the KL; the cross-entropy has none.
+        squared: Multiply the KL by ``temperature`` squared.
+        ignore_index: Class in ``targets`` that leaves an entry out.
+
+    Returns:
+        Loss, KL and cross-entropy: scalars in float32 or wider.
+    """
+    valid = targets != ignore_index
+    kl = kl_to_teacher(student_logits, teacher_logits, temperature, squared, valid)
+    with torch.autocast(student_logits.device.type, enabled=False):
+        logits = student_logits.to(kl.dtype).flatten(0, -2)
+        total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+    ce = total / valid.sum().clamp(min=1)
+    return convex_loss(kl, ce, eta), kl, ce
+
+
+__all__ = [
+    "convex_loss",
+    "distillation_loss",
+    "expand_blocks",
+    "finalized_weight",
+    "is_refresh_step",
+    "kl_to_teacher",
+    "magnitude_statistics",
+    "pruned_block_means",
+    "scaled_weight",
+]

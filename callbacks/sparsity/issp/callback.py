@@ -4,10 +4,8 @@ Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.issp.core`.
 """
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, ClassVar, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -15,21 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lit_methods import distributed
+from lit_methods import checks, distributed
 from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
-from lit_methods.callbacks.sparsity.issp.core import (
-    SAMPLE,
-    VISIBLE,
-    fitting_pattern,
-    grow_penalty,
-    parse_pick,
-    pick_below_sample,
-    pick_pruned,
-    shrink,
-    shrink_ratio,
-)
-from lit_methods.callbacks.wrapping import _hold_schedulers, _let_schedulers_go
+from lit_methods.callbacks.sparsity.history import MaskHistory
+from lit_methods.callbacks.sparsity.issp import core
+from lit_methods.callbacks.twin import evaluating, validation_batches
+from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.seeds import own_seed
@@ -48,18 +38,6 @@ TECHNIQUE = Technique(
 )
 
 Method = Literal["iss_p", "iht", "iss_r", "assl", "l1", "scratch", "random"]
-
-"""No more than this share of a layer is ever pruned."""
-"""Weights of a layer from which ``pick="fast"`` takes its threshold."""
-"""Pruned weights above this count as still there at the switch."""
-
-# ---- the maths -------------------------------------------------------------------------------------------------------------------------
-
-
-# ---- a schedule that waits -------------------------------------------------------------------------------------------------------------
-
-
-# ---- the callback ----------------------------------------------------------------------------------------------------------------------
 
 
 class IterativeSoftShrinkage(MaskCallback):
@@ -82,22 +60,17 @@ class IterativeSoftShrinkage(MaskCallback):
     Runs: after every step of every optimiser, as a hook of the optimiser itself: accumulation, manual optimisation and AMP (which keeps
     float32 weights) need nothing special, and shrinking happens once per step. Each optimiser counts its own steps. At the switch the
     optimiser goes on: moments of kept weights stay, those of pruned ones are cleared (``mask_optimizer_state``). Afterwards everything is
-    as :class:`MaskCallback` says. ``sparsity_masks()`` is all True before the switch, for the network is dense then.
-    Learning rate: schedulers that Lightning steps wait until the switch (``hold_lr``), so that they count from there. Schedulers that a
-    module steps by hand don't.
-    Saves: what :class:`MaskCallback` saves, the present and the first pick, penalties, and the counts of flips.
-    Works on one device and under DDP (all ranks have the same weights, so they pick the same; ``fast`` draws from the same seed).
-    Refuses what :class:`MaskCallback` refuses, and Lightning's ``StochasticWeightAveraging``.
+    as :class:`MaskCallback` says. ``sparsity_masks()`` is all True before the switch, for the network is dense then. Schedulers that
+    Lightning steps wait until the switch (``hold_lr``), so that they count from there; schedulers that a module steps by hand don't. All
+    DDP ranks have the same weights, so they pick the same; ``fast`` draws from the same seed.
 
-    Logs, on steps that are logged: ``issp/mask_flips``, weights that went in or out of the pick, per 100 steps; ``issp/overlap``, share
-    of the kept weights that the first pick kept, too; ``issp/magnitude_pruned`` and ``issp/magnitude_kept``, mean |W|; ``issp/grad_norm``,
-    ``issp/grad_norm_smallest`` and ``issp/grad_variance``, mean, smallest and mean over the layers. At the end of each epoch
-    ``issp/density`` and ``issp/total_flips``; after the switch ``issp/share_above_at_switch``, share of the pruned weights that were above
-    1e-3, and with ``probe`` ``issp/probe_before``, ``issp/probe_after`` and ``issp/probe_drop``.
+    Saves: what :class:`MaskCallback` saves, the present and the first pick, penalties, and the counts of flips.
+
+    Refuses: what :class:`MaskCallback` refuses, and Lightning's ``StochasticWeightAveraging``.
 
     Args:
-        pr: Share of every layer that is pruned, in [0, 1]; see :func:`pruned_count`.
-        method: See above.
+        pr: Share of every layer that is pruned, in [0, 1]; at most 0.995 of a layer.
+        method: What happens before the switch, one of the list above.
         ratio: r, factor of pruned weights per step, in [0, 1]: 1 less the shrinkage percentage. Authors: 0.95.
         prune_iters: Optimiser steps before the switch, >= 1; authors: 100,000. ``scratch`` and ``random`` have none.
         pick: ``min``; ``min_N:M``: N of every M consecutive weights of the flattened layer are pruned instead, N and M raised until M
@@ -109,12 +82,14 @@ class IterativeSoftShrinkage(MaskCallback):
         hold_lr: Schedulers wait. A warm-up would wait, too: set it to False then.
         probe: Name of a method of the module that maps a batch to (B,) values, such as ``psnr_y`` of ``SuperResolution``. Its mean over
             the validation batches is taken with pruned weights as they were and with 0 in their place. None: not measured.
-        targets: See :class:`MaskCallback`, as ``skip``, ``seed``, ``mask_gradients`` and ``mask_optimizer_state``.
+        targets: Patterns of the modules to prune, as ``skip``, ``seed``, ``mask_gradients`` and ``mask_optimizer_state`` in
+            :class:`MaskCallback`.
 
     Raises:
         ValueError: An argument outside its range; at fit start, groups that fit no layers.
     """
 
+    artifact = "issp_masks{where}"
     conflicts_with: ClassVar[Mapping[str, str]] = {
         **MaskCallback.conflicts_with,
         "StochasticWeightAveraging": "a mean over the switch isn't sparse; EMATeacher's copy is masked at the switch",
@@ -158,18 +133,14 @@ class IterativeSoftShrinkage(MaskCallback):
         mask_optimizer_state: bool = True,
     ) -> None:
         super().__init__(targets, skip, seed, mask_gradients, mask_optimizer_state)
-        for name, value in {"pr": pr, "ratio": ratio}.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}: give a number from 0 to 1")
-        if method not in get_args(Method):
-            raise ValueError(f"method is {method!r}: give one of {', '.join(get_args(Method))}")
-        if prune_iters < 1 or reg_interval < 1:
-            raise ValueError(f"prune_iters={prune_iters} and reg_interval={reg_interval} are numbers of optimiser steps: give 1 or more")
+        checks.share(pr=pr, ratio=ratio)
+        checks.one_of(Method, method=method)
+        checks.at_least(1, "optimiser steps", prune_iters=prune_iters, reg_interval=reg_interval)
         if not 0 <= stabilize_iters < prune_iters:
             raise ValueError(f"stabilize_iters={stabilize_iters} are the last of prune_iters={prune_iters}: give fewer, 0 or more")
-        if reg_limit <= 0 or (reg_delta is not None and reg_delta < 0):
-            raise ValueError(f"reg_limit={reg_limit} must be above 0, and reg_delta={reg_delta} null or not negative")
-        self.pattern = parse_pick(pick)
+        checks.positive(reg_limit=reg_limit)
+        checks.at_least(0, reg_delta=reg_delta)
+        self.pattern = core.parse_pick(pick)
         self.pr, self.method, self.ratio, self.pick = pr, method, ratio, pick
         self.prune_iters = 0 if method in ("scratch", "random") else prune_iters
         self.reg_interval, self.reg_limit, self.stabilize_iters = reg_interval, reg_limit, stabilize_iters
@@ -180,10 +151,9 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def _forget(self) -> None:
         self._granularity = 0
-        self._picked: dict[str, Tensor] = {}
-        self._first: dict[str, Tensor] = {}
+        self._picks = MaskHistory("first", "last")
         self._penalty: dict[str, Tensor] = {}
-        self._flips: Tensor | None = None  # of all steps
+        self._flips = torch.zeros((), dtype=torch.int64)  # of all steps
         self._window = (0, 0)  # step and flips of the last entry in the log
         self._switch: dict[str, Tensor] = {}  # what was measured there
         self._spare: dict[str, Tensor] = {}  # weights just before the switch, until the probe has run
@@ -212,13 +182,16 @@ class IterativeSoftShrinkage(MaskCallback):
         if stage != "fit":
             return
         if self.probe is not None and not callable(getattr(pl_module, self.probe, None)):
-            raise ValueError(
-                f"probe is {self.probe!r}, but {type(pl_module).__name__} has no such method: name one that maps a batch to (B,) values, "
-                "or leave probe out"
-            )
+            there = f"probe is {self.probe!r}, but {type(pl_module).__name__} has no such method"
+            raise ValueError(f"{there}: name one that maps a batch to (B,) values, or leave probe out")
         if self.hold_lr and self.prune_iters:
-            _let_schedulers_go(pl_module, self._waits)
-            _hold_schedulers(pl_module, self._waits)
+            detach(pl_module, self._hold, "lr_scheduler_step")
+            attach(pl_module, self._hold, "lr_scheduler_step", around=True)
+
+    def _hold(self, call: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        """In the place of ``lr_scheduler_step``: nothing before the switch."""
+        if not self._waits(scheduler):
+            call(scheduler, *args, **kwargs)
 
     def _waits(self, scheduler: Any) -> bool:
         """Whether a scheduler has to wait after the step that was just made."""
@@ -232,117 +205,101 @@ class IterativeSoftShrinkage(MaskCallback):
         loaded = self._loaded
         if self.pattern is not None:
             self._granularity = math.gcd(*(weight.numel() for weight in self.chosen(pl_module).values()))
-            n, m = fitting_pattern(*self.pattern, self._granularity)
+            n, m = core.fitting_pattern(*self.pattern, self._granularity)
             rank_zero_info(f"{type(self).__name__}: {n} of every {m} weights are pruned, {n / m:.2%}")
         self._optimizers: list[torch.optim.Optimizer] = list(trainer.optimizers)
         super().on_fit_start(trainer, pl_module)
-        assert self.store is not None
-        device = pl_module.device
-        self._flips = torch.zeros((), dtype=torch.int64, device=device)
+        self._flips = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         if loaded is not None:
-            for name in ("picked", "first", "penalty"):
-                setattr(self, f"_{name}", {key: value.to(self.store.weights[key].device) for key, value in loaded[name].items()})
+            weights = self.store.weights
+            self._picks.load(loaded, weights, picked="last", first="first")
+            self._penalty = {name: value.to(weights[name].device) for name, value in loaded["penalty"].items()}
             self._flips += int(loaded["flips"])
             self._window = (int(loaded["window"][0]), int(loaded["window"][1]))
-            self._switch = {name: value.to(device) for name, value in loaded["switch"].items()}
+            self._switch = {name: value.to(pl_module.device) for name, value in loaded["switch"].items()}
         steps = trainer.estimated_stepping_batches
         if steps < self.prune_iters:
-            rank_zero_warn(
-                f"{type(self).__name__}: this training has {steps} optimiser steps, but the switch comes after prune_iters="
-                f"{self.prune_iters}: its weights will stay dense. Train longer, or lower prune_iters"
-            )
+            late = f"{steps} optimiser steps, but the switch comes after prune_iters={self.prune_iters}"
+            rank_zero_warn(f"{type(self).__name__}: this training has {late}: its weights will stay dense. Train longer, or lower it")
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """All True, but for the methods that start sparse."""
+        if self.method not in ("scratch", "random"):
+            return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
         if self.method == "scratch":
             return {name: ~self._pick(name, weight.detach(), 0) for name, weight in weights.items()}
-        if self.method == "random":
-            draws = {name: torch.rand(weight.shape, generator=self.generator) for name, weight in weights.items()}
-            return {name: ~pick_pruned(draw, self.pr, self._exact_pick, self._granularity) for name, draw in draws.items()}
-        return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
-
-    @property
-    def _exact_pick(self) -> str:
-        return "min" if self.pick == "fast" else self.pick
+        pick = "min" if self.pick == "fast" else self.pick
+        draws = {name: torch.rand(weight.shape, generator=self.generator) for name, weight in weights.items()}
+        return {name: ~core.pick_pruned(draw, self.pr, pick, self._granularity) for name, draw in draws.items()}
 
     # ---- pruning -----------------------------------------------------------------------------------------------------------------------
 
+    def _shrink(self, name: str, weight: Tensor, step: int, ratio: float) -> tuple[Tensor, Tensor]:
+        """A layer after ``step`` steps, and its pruned weights, the same on all ranks."""
+        seed = own_seed(f"issp {step} {name}", self.seed) if self.pick == "fast" else 0
+        return core.shrink_step(weight, self.pr, ratio, self.pick, self._granularity, seed)
+
     def _pick(self, name: str, weight: Tensor, step: int) -> Tensor:
-        """The pruned weights of a layer after ``step`` steps, the same on all ranks."""
-        score = weight.abs()
-        if self.pick != "fast":
-            return pick_pruned(score, self.pr, self.pick, self._granularity)
-        flat = score.flatten()
-        if flat.numel() > SAMPLE:
-            generator = torch.Generator(flat.device).manual_seed(own_seed(f"issp {step} {name}", self.seed))
-            flat = flat[torch.randint(flat.numel(), (SAMPLE,), generator=generator, device=flat.device)]
-        return pick_below_sample(score, flat, self.pr)
+        return self._shrink(name, weight, step, 1.0)[1]
 
     def _note(self, name: str, picked: Tensor) -> None:
         """Count what went in or out of the pick."""
-        before = self._picked.get(name)
-        if before is None:
-            self._first[name] = picked
-        else:
-            assert self._flips is not None
-            self._flips += (before != picked).sum().to(self._flips.device)
-        self._picked[name] = picked
+        self._flips += self._picks.flips({name: picked}).to(self._flips.device)
+        self._picks.note({name: picked})
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Measure gradients on steps that are logged, add the penalty, mask; before clipping."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self.store is None:
-            return
-        index = next(index for index, own in enumerate(trainer.optimizers) if own is getattr(optimizer, "_optimizer", optimizer))
-        names = [name for name in self._owned[index] if self.store.weights[name].grad is not None]
-        gradients: dict[str, Any] = {name: self.store.weights[name].grad for name in names}
+        index = self.index_of(trainer, optimizer)
+        gradients = {name: grad for name in self._owned[index] if (grad := self.store.weights[name].grad) is not None}
         if gradients and trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             for name, gradient in gradients.items():
                 wide = gradient.float()
                 self._gradient_stats[name] = torch.stack([wide.norm(), wide.var(correction=0)])
-            norms, variances = torch.stack([self._gradient_stats[name].to(pl_module.device) for name in names]).unbind(1)
+            norms, variances = torch.stack([self._gradient_stats[name].to(pl_module.device) for name in gradients]).unbind(1)
             values = {"grad_norm": norms.mean(), "grad_norm_smallest": norms.min(), "grad_variance": variances.mean()}
             pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
         if self._steps[index] < self.prune_iters and self.method in ("iss_r", "assl"):
             for name, gradient in gradients.items():
                 weight = self.store.weights[name]
-                if self.method == "assl" and name not in self._picked:
+                if self.method == "assl" and name not in self._picks.last:
                     self._note(name, self._pick(name, weight.detach(), 0))
                 if name in self._penalty:
                     gradient.add_((self._penalty[name] * weight).to(gradient.dtype))
 
     def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Shrink or penalise the smallest weights; after the last step of the stage, make the masks."""
-        assert self.store is not None
         if step > self.prune_iters:
             return {}
         last, updates = step == self.prune_iters, step % self.reg_interval == 0
-        repicks = self.method in ("iss_p", "iht") or (self.method == "iss_r" and updates)
         grows = updates and (self.method == "iss_r" or (self.method == "assl" and step <= self.prune_iters - self.stabilize_iters))
         for name in names:
             weight = self.store.weights[name]
-            if repicks or (last and (self.method != "assl" or name not in self._picked)):
-                self._note(name, self._pick(name, weight.detach(), step))
             if self.method in ("iss_p", "iht"):
-                weight.copy_(shrink(weight, self._picked[name], shrink_ratio(self.method, self.ratio)))  # type: ignore[arg-type]
-            elif grows and name in self._picked:
+                ratio = core.shrink_ratio(self.method, self.ratio)  # type: ignore[arg-type]
+                shrunk, picked = self._shrink(name, weight.detach(), step, ratio)
+                weight.copy_(shrunk)
+                self._note(name, picked)
+                continue
+            if (self.method == "iss_r" and updates) or (last and (self.method != "assl" or name not in self._picks.last)):
+                self._note(name, self._pick(name, weight.detach(), step))
+            if grows and name in self._picks.last:
                 penalty = self._penalty.get(name, torch.zeros_like(weight))
-                self._penalty[name] = grow_penalty(penalty, self._picked[name], self.reg_delta, self.reg_limit)
+                self._penalty[name] = core.grow_penalty(penalty, self._picks.last[name], self.reg_delta, self.reg_limit)
         return self._make_masks(names) if last else {}
 
     def _make_masks(self, names: list[str]) -> dict[str, Tensor]:
         """The switch."""
-        assert self.store is not None
-        weights = {name: self.store.weights[name] for name in names}
-        above = sum(((weight.abs() > VISIBLE) & self._picked[name]).sum() for name, weight in weights.items())
-        pruned = sum(self._picked[name].sum() for name in names)
+        weights, picked = {name: self.store.weights[name] for name in names}, self._picks.last
+        above = sum(((weight.abs() > core.VISIBLE) & picked[name]).sum() for name, weight in weights.items())
+        pruned = sum(picked[name].sum() for name in names)
         self._switch["share_above_at_switch"] = torch.as_tensor(above / torch.as_tensor(pruned).clamp(min=1))
         if self.probe is not None:
             self._spare |= {name: weight.detach().clone() for name, weight in weights.items()}
         for name in names:
             self._penalty.pop(name, None)
-        return {name: ~self._picked[name] for name in names}
+        return {name: ~picked[name] for name in names}
 
     # ---- what is shown -----------------------------------------------------------------------------------------------------------------
 
@@ -352,9 +309,8 @@ class IterativeSoftShrinkage(MaskCallback):
         if self._spare:
             self._probe_switch(trainer, pl_module)
         step, every = max(self._steps, default=0), trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not self._picked or not every or trainer.global_step % every or step == self._window[0]:
+        if not self._picks.last or not every or trainer.global_step % every or step == self._window[0]:
             return
-        assert self._flips is not None
         flips = int(self._flips)  # waits for the device, on logged steps alone
         values = {**self._magnitudes(), "mask_flips": (flips - self._window[1]) * 100 / (step - self._window[0])}
         self._window = (step, flips)
@@ -363,11 +319,10 @@ class IterativeSoftShrinkage(MaskCallback):
     @torch.no_grad()
     def _magnitudes(self) -> dict[str, Any]:
         """Mean |W| of pruned and kept weights, and the overlap of the kept ones with the first pick."""
-        assert self.store is not None
         sums = []
-        for name, picked in self._picked.items():
+        for name, picked in self._picks.last.items():
             size, kept = self.store.weights[name].detach().float().abs(), ~picked
-            both = (kept & ~self._first[name]).sum()
+            both = (kept & ~self._picks.first[name]).sum()
             sums.append(torch.stack([size.masked_fill(kept, 0).sum(), size.masked_fill(picked, 0).sum(), picked.sum(), kept.sum(), both]))
         pruned, kept, number_pruned, number_kept, both = torch.stack([one.to(sums[0].device) for one in sums]).double().sum(0).unbind()
         return {
@@ -379,7 +334,6 @@ class IterativeSoftShrinkage(MaskCallback):
     @torch.no_grad()
     def _probe_switch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The probe on the validation data, with pruned weights as they were just before and with 0 in their place."""
-        assert self.store is not None
         spare, self._spare = self._spare, {}
         after = self._probe_mean(trainer, pl_module)
         if after is None:
@@ -395,20 +349,14 @@ class IterativeSoftShrinkage(MaskCallback):
     def _probe_mean(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         """Mean of the probe over the validation samples of all ranks; None where there are none."""
         assert self.probe is not None
-        modes = {module: module.training for module in pl_module.modules()}
-        pl_module.eval()
-        with isolate_rng(pl_module.device.type == "cuda"), trainer.precision_plugin.forward_context():
-            values = [getattr(pl_module, self.probe)(batch).detach().double().reshape(-1) for batch in _validation_batches(trainer)]
-        for module, mode in modes.items():
-            module.training = mode
+        with evaluating(pl_module), isolate_rng(pl_module.device.type == "cuda"), trainer.precision_plugin.forward_context():
+            values = [getattr(pl_module, self.probe)(batch).detach().double().reshape(-1) for batch in validation_batches(trainer)]
         mine = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64, device=pl_module.device)
         everyone = distributed.gather_rows(mine, with_grad=False)
         return everyone.mean().float() if len(everyone) else None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density, flips and what was measured at the switch."""
-        assert self.store is not None
-        assert self._flips is not None
         pl_module.log("issp/density", self.store.density())
         if self.method in ("iss_p", "iht", "iss_r"):
             pl_module.log("issp/total_flips", self._flips.float())
@@ -419,66 +367,36 @@ class IterativeSoftShrinkage(MaskCallback):
         """Say so if the switch has not come."""
         steps = max(self._steps, default=0)
         if steps < self.prune_iters:
-            rank_zero_warn(
-                f"{type(self).__name__}: training ended after {steps} of prune_iters={self.prune_iters} steps, before the switch: the "
-                "weights are dense"
-            )
+            early = f"after {steps} of prune_iters={self.prune_iters} steps, before the switch"
+            rank_zero_warn(f"{type(self).__name__}: training ended {early}: the weights are dense")
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the layers."""
-        if self.store is None:
-            return {}
         rows = []
         for name, weight in self.store.weights.items():
-            size, picked = weight.detach().float().abs(), self._picked.get(name, ~self.store.masks[name])
+            size, picked = weight.detach().float().abs(), self._picks.last.get(name, ~self.store.masks[name])
             number = int(picked.sum())
             means = (float(size[picked].mean()) if number else None, float(size[~picked].mean()) if number < weight.numel() else None)
             norm, variance = self._gradient_stats[name].tolist() if name in self._gradient_stats else (None, None)
             rows.append((name, " x ".join(map(str, weight.shape)), number / weight.numel(), *means, norm, variance))
         columns = ("layer", "shape", "picked", "mean |W| picked", "mean |W| kept", "gradient norm", "gradient variance")
-        return {"issp/layers": TableMedia(columns, tuple(rows))}
-
-    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
-        """The masks."""
-        where = "".join("-" + re.sub(r"[^A-Za-z0-9]+", "-", pattern).strip("-") for pattern in (*self.targets, *self.skip))
-        return {} if self.store is None else {f"issp_masks{where}": self.store.masks}
+        return {"issp/layers": TableMedia(columns, tuple(rows))} if rows else {}
 
     # ---- state -------------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What all mask callbacks save, picks, penalties and counts."""
         state = super().state_dict()
-        if not state:
-            return state
-        return {
+        return state and {
             **state,
-            **{name: dict(getattr(self, f"_{name}")) for name in ("picked", "first", "penalty")},
-            "flips": 0 if self._flips is None else int(self._flips),
+            **self._picks.state(picked="last", first="first"),
+            "penalty": dict(self._penalty),
+            "flips": int(self._flips),
             "window": list(self._window),
             "switch": dict(self._switch),
         }
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimisers and the schedulers."""
-        super().teardown(trainer, pl_module, stage)
-        _let_schedulers_go(pl_module, self._waits)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of the optimisers and the schedulers."""
-        super().on_exception(trainer, pl_module, exception)
-        _let_schedulers_go(pl_module, self._waits)
-
-
-def _validation_batches(trainer: pl.Trainer) -> Iterator[Any]:
-    """Batches of this rank's validation loaders, on the device, as many as a validation would see."""
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
-    if source.instance is None or not source.is_defined() or not trainer.limit_val_batches:
-        return
-    loaders: Any = source.dataloader()
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    limit = trainer.limit_val_batches
-    for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
-        number = limit if isinstance(limit, int) else None if limit >= 1 else int(limit * len(loader))
-        for batch in islice(loader, number):
-            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        super().leave(trainer, pl_module)
+        detach(pl_module, self._hold, "lr_scheduler_step")

@@ -15,12 +15,11 @@ from torch import Tensor
 from lit_methods.callbacks.sparsity.masks import keep_largest, nm_mask
 
 LARGEST_SHARE = 0.995
-
-
+"""No more than this share of a layer is ever pruned."""
 SAMPLE = 32_400
-
-
+"""Weights of a layer from which the fast pick takes its threshold."""
 VISIBLE = 1e-3
+"""Pruned weights above this count as still there at the switch."""
 
 
 def pruned_count(number: int, pr: float) -> int:
@@ -61,10 +60,8 @@ def fitting_pattern(n: int, m: int, granularity: int) -> tuple[int, int]:
     for larger in range(m, max(granularity, m) + 1):
         if granularity % larger == 0:
             return n + larger - m, larger
-    raise ValueError(
-        f"min_{n}:{m} fits no layers whose sizes have {granularity} as greatest common divisor: choose groups of at most {granularity}, "
-        "leave small layers out by skip, or take pick='min'"
-    )
+    why = f"min_{n}:{m} fits no layers whose sizes have {granularity} as greatest common divisor"
+    raise ValueError(f"{why}: choose groups of at most {granularity}, leave small layers out by skip, or take pick='min'")
 
 
 def pick_pruned(score: Tensor, pr: float, pick: str = "min", granularity: int = 0) -> Tensor:
@@ -72,10 +69,10 @@ def pick_pruned(score: Tensor, pr: float, pick: str = "min", granularity: int = 
 
     Args:
         score: |W| of the layer, any shape, >= 0, no NaN.
-        pr: Share that is pruned, in [0, 1]; see :func:`pruned_count`. Doesn't matter for groups.
+        pr: Share that is pruned, in [0, 1], as in :func:`pruned_count`. Doesn't matter for groups.
         pick: ``min``: the smallest of the whole layer. ``min_N:M``: the N smallest of every M consecutive entries of the flattened layer,
             after :func:`fitting_pattern`. Mind that N counts the pruned ones.
-        granularity: See :func:`fitting_pattern`; for groups alone.
+        granularity: Greatest common divisor of the layers' sizes, for groups alone.
 
     Returns:
         bool, shape of ``score``, True where pruned; of equal scores the first are pruned, as in a stable sort.
@@ -121,20 +118,32 @@ def shrink(weight: Tensor, pruned: Tensor, ratio: float) -> Tensor:
     return weight.masked_fill(pruned, 0.0) if ratio == 0 else torch.where(pruned, weight * ratio, weight)
 
 
-def shrink_step(weight: Tensor, pr: float, ratio: float, pick: str = "min", granularity: int = 0) -> tuple[Tensor, Tensor]:
+def draw_sample(score: Tensor, seed: int) -> Tensor:
+    """What the fast pick looks at: (S,) scores of a layer, drawn with repetition; of small layers all of them."""
+    flat = score.flatten()
+    if flat.numel() <= SAMPLE:
+        return flat
+    generator = torch.Generator(flat.device).manual_seed(seed)
+    return flat[torch.randint(flat.numel(), (SAMPLE,), generator=generator, device=flat.device)]
+
+
+def shrink_step(weight: Tensor, pr: float, ratio: float, pick: str = "min", granularity: int = 0, seed: int = 0) -> tuple[Tensor, Tensor]:
     """What follows an optimiser's step: pick the smallest weights anew and shrink them (ISS-P, IHT).
 
     Args:
-        weight: As the optimiser left it. The shrinking adds up: give the next step the returned one.
+        weight: W as the optimiser left it. The shrinking adds up: give the next step the returned one.
         pr: Share that is pruned.
         ratio: Factor r of pruned weights.
-        pick: See :func:`pick_pruned`.
-        granularity: See :func:`pick_pruned`.
+        pick: ``fast``, or a pick of :func:`pick_pruned`.
+        granularity: Greatest common divisor of the layers' sizes, for groups alone.
+        seed: Seed of the sample, for ``fast`` alone.
 
     Returns:
         New weight, and which were pruned (bool).
     """
-    pruned = pick_pruned(weight.abs(), pr, pick, granularity)
+    score = weight.abs()
+    fast = pick == "fast"
+    pruned = pick_below_sample(score, draw_sample(score, seed), pr) if fast else pick_pruned(score, pr, pick, granularity)
     return shrink(weight, pruned, ratio), pruned
 
 
@@ -149,7 +158,21 @@ def grow_penalty(penalty: Tensor, pruned: Tensor, delta: float, limit: float = m
     Args:
         penalty: Per weight, >= 0.
         pruned: bool, same shape.
-        delta: Of one update, >= 0.
+        delta: What one update adds, >= 0.
         limit: Growth stops here.
     """
     return torch.where(pruned, (penalty + delta).clamp(max=limit), penalty)
+
+
+# not shrink: the bare name belongs to no technique alone
+__all__ = [
+    "draw_sample",
+    "fitting_pattern",
+    "grow_penalty",
+    "parse_pick",
+    "pick_below_sample",
+    "pick_pruned",
+    "pruned_count",
+    "shrink_ratio",
+    "shrink_step",
+]

@@ -4,10 +4,10 @@ Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.masksparsity.core
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,34 +17,19 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lit_methods import distributed
-from lit_methods.callbacks.batch import Key
+from lit_methods import checks
+from lit_methods.callbacks.batch import Key, find_in_batch
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.channels import (
-    PLAN_KEY,
-    ChannelGroup,
-    ChannelPlan,
-    agree,
-    apply_plan,
-    channel_counts,
-    channel_groups,
-    compose,
-    load_state,
-    make_plan,
-)
+from lit_methods.callbacks.sparsity import channels
+from lit_methods.callbacks.sparsity.callback import check_ranks
+from lit_methods.callbacks.sparsity.channels import PLAN_KEY, ChannelGroup, ChannelPlan
 from lit_methods.callbacks.sparsity.flops import count_macs
-from lit_methods.callbacks.sparsity.masksparsity.core import (
-    Criterion,
-    Penalty,
-    keep_masks,
-    load_masks,
-    ot_threshold,
-    save_masks,
-    sparse_gradient,
-)
+from lit_methods.callbacks.sparsity.masksparsity import core
+from lit_methods.callbacks.sparsity.masksparsity.core import Criterion, Penalty
 from lit_methods.callbacks.sparsity.store import prunable_weights
-from lit_methods.callbacks.targets import plain_name, refuse_sharded
+from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_sharded
 from lit_methods.callbacks.twin import independent_copy, training_batches
+from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import check_readable
@@ -67,28 +52,6 @@ TECHNIQUE = Technique(
 Stage = Literal["baseline", "global_sparsity", "mask", "mask_sparsity", "prune", "finetune"]
 
 
-# ---- the maths -------------------------------------------------------------------------------------------------------------------------
-
-
-# ---- the callback ----------------------------------------------------------------------------------------------------------------------
-
-
-def _inputs(batch: Any, key: Key) -> Tensor:
-    """The network's inputs in a batch."""
-    if isinstance(batch, Mapping):
-        key = "image" if key is None else key
-        found = batch.get(key)
-    elif isinstance(batch, list | tuple):
-        key = 0 if key is None else key
-        found = batch[key] if isinstance(key, int) and -len(batch) <= key < len(batch) else None
-    else:
-        found = batch
-    if not isinstance(found, Tensor):
-        there = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"MaskedBNSparsity finds no tensor {key!r} in the batch ({there}): say by inputs where the network's inputs are")
-    return found
-
-
 class MaskedBNSparsity(OrderedCallback):
     """Removes channels from any network with batch norms: MaskSparsity, and Network Slimming as its baseline.
 
@@ -102,41 +65,41 @@ class MaskedBNSparsity(OrderedCallback):
     5. ``prune`` (validate or test): removes the channels, evaluates the smaller network, and writes ``checkpoints/pruned.ckpt``.
     6. ``finetune`` (fit): removes the channels before the optimiser is made, and trains on.
 
-    The penalty's gradient is added to the scales' gradients once per optimiser step: after they are summed over micro-batches and averaged
-    over ranks, unscaled, and clipped. Logged losses don't contain it. (With manual optimisation it is added in
+    The penalty's gradient, lambda r(gamma), is added to the scales' gradients once per optimiser step: after they are summed over
+    micro-batches and averaged over ranks, unscaled, and clipped. Logged losses don't contain it. (With manual optimisation it is added in
     ``on_before_optimizer_step``, which comes after the module's own clipping.) Weight decay stays as it is, shifts aren't penalised.
 
-    Prunable are the batch norms whose channels can be traced and removed (see
+    Runs: prunable are the batch norms whose channels can be traced and removed (see
     :func:`~lit_methods.callbacks.sparsity.channels.channel_groups`), on a copy, with one batch of the training data, when fit starts; which
-    norms share a mask, and which are left alone and why, is printed. It needs the extra ``sparsity`` (Torch-Pruning).
+    norms share a mask, and which are left alone and why, is printed. It needs the extra ``sparsity`` (Torch-Pruning). Masks aren't applied
+    while training, so there is nothing for ``SparsityReport`` to see before channels are gone.
 
     Saves: masks, groups of channels, MACs; in ``global_sparsity`` the weights that it started from, so that the next stage can go back to
     them; once channels are removed, the channel plan, under ``channel_plan`` of the checkpoint. With this callback, fit, validate, test and
-    predict rebuild the smaller network from that before loading; without it, ``load_pruned`` does. Masks aren't applied while training, so
-    there is nothing for ``SparsityReport`` to see before channels are gone.
-    Works with accumulation, AMP, DDP, manual optimisation and several optimisers. Refuses sharding strategies, a second of its kind, and
-    ``ModelPruning``.
+    predict rebuild the smaller network from that before loading; without it, ``load_pruned`` does.
+
+    Refuses: sharding strategies, a second of its kind, and ``ModelPruning``.
 
     Args:
-        stage: See above.
+        stage: One of the list above.
         weights: Checkpoint to start from. For ``mask_sparsity`` either the baseline's, or that of the global run, which holds the
             baseline's weights, too. None: the module as it was built.
         mask: For ``mask_sparsity``: a ``.npz`` or ``.pt`` file, name of the batch norm -> bool (True: kept), as ``save_masks`` writes it
             and as it lies in ``artifacts/`` of a run; or a checkpoint, whose scales make it. None: the scales that training starts with.
         lambda_: Strength of the penalty; authors: 5e-4, 2e-4.
-        penalty: ``l1``, ``l2``, ``smooth_l1`` or ``bounded_l2``, see :func:`penalty_gradient`.
-        criterion: How scales make a mask: ``threshold``, ``ot``, ``ratio`` or ``global_ratio``, see :func:`keep_masks`.
+        penalty: r, one of ``l1``, ``l2``, ``smooth_l1`` and ``bounded_l2``, as ``penalty_gradient`` in the core says.
+        criterion: How scales make a mask: ``threshold``, ``ot``, ``ratio`` or ``global_ratio``, as ``keep_masks`` in the core says.
         threshold: Scales above it stay (authors: 0.01); also that of the log.
         energy: Share of the energy that ``ot`` discards.
         ratio: Share of the channels that goes; or pattern -> share.
-        min_channels: Of each layer stay so many at least.
+        min_channels: So many channels of each layer stay at least.
         cut: What ``prune`` and ``finetune`` remove from a network of ``mask_sparsity``: what its ``mask`` says, or what the criterion says
             now (``criterion``). A network of ``global_sparsity`` is cut by the criterion.
         from_scratch: In ``finetune``: take the shape of ``weights`` and none of its values.
         keep_start: In ``global_sparsity``: save the weights of the start, which makes checkpoints larger.
         forward: Method or submodule that maps inputs to outputs, for tracing; ``forward``: the module itself.
         inputs: Key or position of the inputs in a batch; null: ``image``, or 0.
-        input_shape: Of one input, without the batch: trace with random numbers in place of a training batch.
+        input_shape: Shape of one input, without the batch: trace with random numbers in place of a training batch.
         targets: ``fnmatch`` patterns on names of batch norms that may be pruned; empty: all.
         skip: Patterns of those that may not. A group with one of them stays whole.
 
@@ -188,18 +151,12 @@ class MaskedBNSparsity(OrderedCallback):
         skip: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        for name, value, known in (
-            ("stage", stage, get_args(Stage)),
-            ("penalty", penalty, get_args(Penalty)),
-            ("criterion", criterion, get_args(Criterion)),
-            ("cut", cut, ("mask", "criterion")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}: give one of {', '.join(known)}")
-        if isinstance(targets, str) or isinstance(skip, str):
-            raise ValueError(f"targets and skip are lists of patterns, got targets={targets!r}, skip={skip!r}: write ['backbone.*']")
-        if lambda_ < 0:
-            raise ValueError(f"lambda_ is {lambda_}: give 0 or more")
+        checks.one_of(Stage, stage=stage)
+        checks.one_of(Penalty, penalty=penalty)
+        checks.one_of(Criterion, criterion=criterion)
+        checks.one_of(("mask", "criterion"), cut=cut)
+        checks.patterns(targets=targets, skip=skip)
+        checks.at_least(0, lambda_=lambda_)
         if stage in ("mask", "prune", "finetune") and weights is None:
             raise ValueError(f"stage={stage!r} needs weights: give the checkpoint of the stage before")
         if mask is not None and stage != "mask_sparsity":
@@ -210,8 +167,8 @@ class MaskedBNSparsity(OrderedCallback):
         self.from_scratch, self.keep_start, self.forward, self.inputs = from_scratch, keep_start, forward, inputs
         self.input_shape = None if input_shape is None else list(input_shape)
         self.targets, self.skip = list(targets), list(skip)
-        keep_masks({}, "threshold", threshold=threshold, ratio=ratio, min_channels=min_channels)  # checks their ranges
-        ot_threshold(torch.ones(1), energy)
+        core.keep_masks({}, "threshold", threshold=threshold, ratio=ratio, min_channels=min_channels)  # checks their ranges
+        core.ot_threshold(torch.ones(1), energy)
         self.plan: ChannelPlan = {}
         self._reset()
 
@@ -228,7 +185,7 @@ class MaskedBNSparsity(OrderedCallback):
         self._parameters: dict[str, tuple[int, int]] = {}  # name -> entries and dimensions
         self._scales: tuple[Tensor, Tensor] | None = None  # of kept and removed channels, as they were when cut
         self._loaded: dict[str, Any] | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._module: Any = None
 
     @property
     def _penalises(self) -> bool:
@@ -244,72 +201,40 @@ class MaskedBNSparsity(OrderedCallback):
             TypeError: The module has nothing to trace.
         """
         super().setup(trainer, pl_module, stage)
-        self._release()
+        self.leave(trainer, pl_module)
         self._reset()
         if not _is_cut(pl_module, self.plan):  # another module than last time
             self.plan = {}
-        self._replace(pl_module, "on_load_checkpoint", self._rebuilding(pl_module))
+        self._module = pl_module
+        attach(pl_module, self._rebuild, "on_load_checkpoint", around=True)
         if stage == "fit":
             refuse_sharded(trainer, "MaskedBNSparsity")
             if self.stage in ("mask", "prune"):
                 raise ValueError(f"MaskedBNSparsity: stage={self.stage!r} doesn't train: run `lit validate` (trainer.validate), not fit")
             if self._penalises:
                 self._refuse(pl_module)
-                if pl_module.automatic_optimization:
-                    self._replace(pl_module, "configure_gradient_clipping", self._clipping(pl_module))
+                if pl_module.automatic_optimization:  # Lightning calls it at every step, clipping or not
+                    attach(pl_module, self._penalise, "configure_gradient_clipping")
         if self.weights is not None and not self.plan and (stage == "fit" or self.stage in ("mask", "prune")):
             self._begin(pl_module)
 
     def _refuse(self, pl_module: pl.LightningModule) -> None:
-        try:
-            found = operator.attrgetter(self.forward)(pl_module)
-        except AttributeError:
-            found = None
+        found: Any = pl_module
+        for name in self.forward.split("."):
+            found = getattr(found, name, None)
         if not callable(found) or (self.forward == "forward" and not is_overridden("forward", pl_module, pl.LightningModule)):
-            raise TypeError(
-                f"MaskedBNSparsity traces the network, but {type(pl_module).__name__} has no {self.forward!r} that maps inputs to outputs: "
-                "give forward the name of such a method or submodule"
-            )
+            missing = f"{type(pl_module).__name__} has no {self.forward!r} that maps inputs to outputs"
+            raise TypeError(f"MaskedBNSparsity traces the network, but {missing}: give forward the name of such a method or submodule")
 
-    def _replace(self, pl_module: pl.LightningModule, name: str, function: Callable[..., Any]) -> None:
-        """Put a function in a method's place, until :meth:`_release`."""
-        own = vars(pl_module).get(name)
-        setattr(pl_module, name, function)
-
-        def undo() -> None:
-            if vars(pl_module).get(name) is function:
-                delattr(pl_module, name)
-                if own is not None:
-                    setattr(pl_module, name, own)
-
-        self._undo.append(undo)
-
-    def _rebuilding(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
-        """``on_load_checkpoint`` that gives the module the widths of the checkpoint first."""
-        original = pl_module.on_load_checkpoint
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> Any:
-            plan = checkpoint.get(PLAN_KEY)
-            if plan and plan != self.plan:
-                if self.plan:
-                    raise ValueError(
-                        f"the checkpoint's network was cut otherwise than that of weights={str(self.weights)!r}: give the same weights"
-                    )
-                apply_plan(pl_module, plan)
-                self.plan = plan
-            return original(checkpoint)
-
-        return on_load_checkpoint
-
-    def _clipping(self, pl_module: pl.LightningModule) -> Callable[..., Any]:
-        """``configure_gradient_clipping`` that adds the penalty after it. Lightning calls it at every step, clipping or not."""
-        original = pl_module.configure_gradient_clipping
-
-        def configure_gradient_clipping(optimizer: Any, *args: Any, **kwargs: Any) -> None:
-            original(optimizer, *args, **kwargs)
-            self._penalise(optimizer)
-
-        return configure_gradient_clipping
+    def _rebuild(self, call: Any, checkpoint: dict[str, Any]) -> Any:
+        """Around ``on_load_checkpoint``: give the module the widths of the checkpoint first."""
+        plan = checkpoint.get(PLAN_KEY)
+        if plan and plan != self.plan:
+            if self.plan:
+                raise ValueError(f"the checkpoint's network was cut otherwise than that of weights={str(self.weights)!r}: give the same")
+            channels.apply_plan(self._module, plan)
+            self.plan = plan
+        return call(checkpoint)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Trace the network and make the masks, or restore them.
@@ -318,10 +243,8 @@ class MaskedBNSparsity(OrderedCallback):
             ValueError: A checkpoint of another stage, a mask that doesn't fit, nothing to prune.
         """
         if self._loaded is not None and self._loaded.get("stage") != self.stage:
-            raise ValueError(
-                f"MaskedBNSparsity: the checkpoint is of stage {self._loaded.get('stage')!r}, this run of {self.stage!r}: give it as "
-                "weights of the callback; --ckpt_path (or --resume) goes on with a run of the same stage"
-            )
+            stages = f"the checkpoint is of stage {self._loaded.get('stage')!r}, this run of {self.stage!r}"
+            raise ValueError(f"MaskedBNSparsity: {stages}: give it as weights of the callback; a resume goes on in the same stage")
         if not self._penalises:
             return
         if self._loaded is None:
@@ -335,14 +258,11 @@ class MaskedBNSparsity(OrderedCallback):
             self._restore(self._loaded)
         self._loaded = None
         self._follow(pl_module)
-        if distributed.world_size() > 1 and self._masks:
-            packed = torch.cat([mask.to(pl_module.device) for mask in self._masks.values()])
-            if not distributed.same_on_all_ranks(packed):
-                raise RuntimeError("MaskedBNSparsity: the masks differ between ranks, so do the weights or files that they come from")
+        check_ranks("MaskedBNSparsity", [mask.to(pl_module.device) for mask in self._masks.values()], "weights or files")
 
     def _follow(self, pl_module: pl.LightningModule) -> None:
         """Find the scales, and move the masks to them."""
-        named = {plain_name(name): module for name, module in pl_module.named_modules()}
+        named = plain_modules(pl_module)
         self._norms = {name: named[name] for group in self._groups for name in group.norms}
         self._parameters = _sizes(pl_module)
         for name, norm in self._norms.items():
@@ -355,15 +275,15 @@ class MaskedBNSparsity(OrderedCallback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """With manual optimisation, add the penalty here: the module has clipped already."""
         if self._penalises and not pl_module.automatic_optimization:
-            self._penalise(optimizer)
+            self._penalise(None, optimizer)
 
     @torch.no_grad()
-    def _penalise(self, optimizer: torch.optim.Optimizer) -> None:
+    def _penalise(self, _: None, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
             for gamma in group["params"]:
                 if gamma.grad is not None and id(gamma) in self._prune:
                     prune = self._prune[id(gamma)]
-                    gamma.grad.copy_(sparse_gradient(gamma, gamma.grad, prune, self.penalty, self.lambda_, group["lr"]))
+                    gamma.grad.copy_(core.sparse_gradient(gamma, gamma.grad, prune, self.penalty, self.lambda_, group["lr"]))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the scales of channels that stay and that go."""
@@ -390,21 +310,18 @@ class MaskedBNSparsity(OrderedCallback):
             trainer.save_checkpoint(path)
         elif trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_masks(path, self._masks)
+            core.save_masks(path, self._masks)
         rank_zero_info(f"MaskedBNSparsity: {self.stage} written to {path}")
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was removed."""
-        self._log_cut(pl_module)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what was removed."""
-        self._log_cut(pl_module)
-
-    def _log_cut(self, pl_module: pl.LightningModule) -> None:
         if self._scales is not None:
             shares = {f"masksparsity/{name}_kept": after / before for name, (before, after) in self._cost.items() if before}
             pl_module.log_dict({name: float(value) for name, value in (self._figures(*self._scales) | shares).items()})
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what was removed."""
+        self.on_validation_epoch_end(trainer, pl_module)
 
     # ---- which channels ----------------------------------------------------------------------------------------------------------------
 
@@ -417,7 +334,7 @@ class MaskedBNSparsity(OrderedCallback):
             return net(inputs) if self.forward == "forward" else operator.attrgetter(self.forward)(net)(inputs)
 
         inputs = self._example(trainer, pl_module)
-        groups, left = channel_groups(twin, inputs, run)
+        groups, left = channels.channel_groups(twin, inputs, run)
         self._groups = [group for group in groups if all(self._chosen(name) for name in group.norms)]
         left |= {name: "targets or skip say so" for group in groups if group not in self._groups for name in group.norms}
         if not self._groups:
@@ -434,13 +351,12 @@ class MaskedBNSparsity(OrderedCallback):
         try:
             batch = next(iter(training_batches(trainer)), None)
         except ValueError as error:
-            raise ValueError(
-                "MaskedBNSparsity traces the network with a batch of a DataLoader, and the training data are something else: give "
-                "input_shape, the shape of one input such as [3, 224, 224]"
-            ) from error
+            why = "MaskedBNSparsity traces the network with a batch of a DataLoader, and the training data are something else"
+            raise ValueError(f"{why}: give input_shape, the shape of one input such as [3, 224, 224]") from error
         if batch is None:
             raise ValueError("MaskedBNSparsity traces the network with a training batch, but the training data are empty")
-        inputs = _inputs(batch, self.inputs)[:4]
+        inputs = batch if isinstance(batch, Tensor) else find_in_batch(batch, self.inputs, ("image", 0), "inputs")
+        inputs = inputs[:4]
         return inputs.float() if inputs.is_floating_point() else inputs
 
     def _chosen(self, name: str) -> bool:
@@ -449,15 +365,9 @@ class MaskedBNSparsity(OrderedCallback):
 
     def _by_criterion(self, gammas: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Masks from scales, agreed upon in each group."""
-        masks = keep_masks(
-            gammas,
-            self.criterion,
-            threshold=self.threshold,
-            energy=self.energy,
-            ratio=self.ratio,
-            min_channels=self.min_channels,
-        )
-        return agree(self._groups, masks, gammas, self.min_channels)
+        options: dict[str, Any] = {name: getattr(self, name) for name in ("threshold", "energy", "ratio", "min_channels")}
+        masks = core.keep_masks(gammas, self.criterion, **options)
+        return channels.agree(self._groups, masks, gammas, self.min_channels)
 
     def _gammas_in(self, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         names = [name for group in self._groups for name in group.norms]
@@ -470,19 +380,18 @@ class MaskedBNSparsity(OrderedCallback):
 
     def _initial_masks(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         if self.mask is None:
-            named = {plain_name(name): parameter.detach().cpu() for name, parameter in pl_module.named_parameters()}
-            return self._by_criterion({name: named[f"{name}.weight"] for group in self._groups for name in group.norms})
+            named = plain_parameters(pl_module)
+            return self._by_criterion({name: named[f"{name}.weight"].detach().cpu() for group in self._groups for name in group.norms})
         if self.mask.suffix in (".npz", ".pt"):
-            masks = load_masks(self.mask)
-            named_modules = {plain_name(name) for name, _ in pl_module.named_modules()}
+            masks = core.load_masks(self.mask)
             prunable = {name for group in self._groups for name in group.norms}
-            if unknown := sorted(set(masks) - named_modules):
+            if unknown := sorted(set(masks) - set(plain_modules(pl_module))):
                 raise ValueError(f"{self.mask} has a mask of {unknown[0]!r}, which {type(pl_module).__name__} has not")
             if ignored := sorted(name for name in set(masks) - prunable if not masks[name].all()):
                 rank_zero_warn(f"MaskedBNSparsity: {', '.join(ignored)} can't be pruned, so their masks in {self.mask} don't count")
             scores = {name: mask.float() for name, mask in masks.items() if name in prunable}
             whole = {name: torch.ones(group.channels) for group in self._groups for name in group.norms}
-            return agree(self._groups, masks, whole | scores, self.min_channels)
+            return channels.agree(self._groups, masks, whole | scores, self.min_channels)
         content = check_readable(self.mask)
         return self._by_criterion(self._gammas_in(content.get("state_dict", content), self.mask))
 
@@ -508,10 +417,10 @@ class MaskedBNSparsity(OrderedCallback):
         mine: dict[str, Any] = next((s for key, s in content.get("callbacks", {}).items() if key.startswith("MaskedBNSparsity")), {})
         if self.stage == "mask_sparsity" and mine.get("start"):
             state = mine["start"]
-        apply_plan(pl_module, plan)
+        channels.apply_plan(pl_module, plan)
         self.plan = plan
         if not self.from_scratch or self.stage != "finetune":
-            load_state(pl_module, state, self.weights)
+            channels.load_state(pl_module, state, self.weights)
         self._before = dict(mine.get("before", {}))
         if self.stage not in ("mask", "prune", "finetune"):
             return
@@ -519,10 +428,8 @@ class MaskedBNSparsity(OrderedCallback):
         if not self._groups:
             if plan and self.stage != "mask":
                 return  # cut already
-            raise ValueError(
-                f"weights={str(self.weights)!r} doesn't say which channels can go: give a checkpoint of stage global_sparsity or "
-                "mask_sparsity"
-            )
+            stages = "a checkpoint of stage global_sparsity or mask_sparsity"
+            raise ValueError(f"weights={str(self.weights)!r} doesn't say which channels can go: give {stages}")
         gammas = self._gammas_in(state, self.weights)
         own = mine["stage"] == "mask_sparsity" and self.cut == "mask" and self.stage != "mask"
         self._masks = {name: mask.clone() for name, mask in mine["masks"].items()} if own else self._by_criterion(gammas)
@@ -531,10 +438,10 @@ class MaskedBNSparsity(OrderedCallback):
             self._cut(pl_module, mine.get("macs", {}))
 
     def _cut(self, pl_module: pl.LightningModule, macs: Mapping[str, float]) -> None:
-        plan = make_plan(self._groups, self._masks)
+        plan = channels.make_plan(self._groups, self._masks)
         self._cost = _cost(_sizes(pl_module), macs, plan)
-        apply_plan(pl_module, plan)
-        self.plan = compose(self.plan, plan)
+        channels.apply_plan(pl_module, plan)
+        self.plan = channels.compose(self.plan, plan)
         shares = ", ".join(f"{one:,.0f} -> {other:,.0f} {name}" for name, (one, other) in self._cost.items())
         rank_zero_info(f"MaskedBNSparsity: channels removed, {shares}")
 
@@ -571,18 +478,17 @@ class MaskedBNSparsity(OrderedCallback):
             for name, side in zip(("kept", "removed"), sides, strict=True):
                 found[f"masksparsity/{name}"] = HistogramMedia(np.histogram(side, edges)[0], edges)
         if masks := self.keep_masks():
-            rows = []
-            for index, group in enumerate(self._groups):
-                for name in group.norms:
-                    shared = f"group {index}" if len(group.norms) > 1 else ""
-                    rows.append((name, shared, group.channels, int(masks[name].sum())))
+            shared = [f"group {index}" if len(group.norms) > 1 else "" for index, group in enumerate(self._groups)]
+            members = [(name, label, group.channels) for group, label in zip(self._groups, shared, strict=True) for name in group.norms]
+            rows = [(*member, int(masks[member[0]].sum())) for member in members]
             found["masksparsity/layers"] = TableMedia(("batch norm", "shares a mask", "channels", "stay"), tuple(rows))
-        cost = self._cost or (_cost(self._parameters, self._macs, make_plan(self._groups, masks)) if masks and self._parameters else {})
+        cost = self._cost
+        if not cost and masks and self._parameters:
+            cost = _cost(self._parameters, self._macs, channels.make_plan(self._groups, masks))
         if cost:
-            rows_cut: list[tuple[Any, ...]] = [(name, before, after) for name, (before, after) in cost.items()]
-            both = sorted(set(self._before) & set(self._after))
-            rows_cut += [(name, self._before[name], self._after[name]) for name in both]
-            found["masksparsity/pruning"] = TableMedia(("what", "before", "after"), tuple(rows_cut))
+            results = {name: (self._before[name], self._after[name]) for name in sorted(set(self._before) & set(self._after))}
+            pairs = [(name, *pair) for name, pair in (*cost.items(), *results.items())]
+            found["masksparsity/pruning"] = TableMedia(("what", "before", "after"), tuple(pairs))
         return found
 
     def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
@@ -619,29 +525,21 @@ class MaskedBNSparsity(OrderedCallback):
         if self.plan:
             checkpoint[PLAN_KEY] = self.plan
 
-    def _release(self) -> None:
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the module's methods as they were; masks stay readable."""
-        for undo in reversed(self._undo):
-            undo()
-        self._undo = []
+        detach(pl_module, self._rebuild, "on_load_checkpoint")
+        detach(pl_module, self._penalise, "configure_gradient_clipping")
+        self._module = None
         if self._norms:
             self._masks = {name: mask.cpu() for name, mask in self.keep_masks().items()}
             self._norms, self._prune = {}, {}
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave an ordinary module."""
-        self._release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave an ordinary module: Lightning doesn't call ``teardown`` here."""
-        self._release()
-
 
 def _is_cut(module: nn.Module, plan: ChannelPlan) -> bool:
     """Whether the module has the widths that a plan leaves."""
-    named = {plain_name(name): submodule for name, submodule in module.named_modules()}
+    named = plain_modules(module)
     return all(
-        channel_counts(named[name]).get(side) == len(cut["kept"]) if name in named else False
+        channels.channel_counts(named[name]).get(side) == len(cut["kept"]) if name in named else False
         for name, sides in plan.items()
         for side, cut in sides.items()
     )
@@ -649,7 +547,7 @@ def _is_cut(module: nn.Module, plan: ChannelPlan) -> bool:
 
 def _sizes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """Parameter -> entries and dimensions."""
-    return {plain_name(name): (parameter.numel(), parameter.ndim) for name, parameter in module.named_parameters()}
+    return {name: (parameter.numel(), parameter.ndim) for name, parameter in plain_parameters(module).items()}
 
 
 def _cost(sizes: Mapping[str, tuple[int, int]], macs: Mapping[str, float], plan: ChannelPlan) -> dict[str, tuple[float, float]]:

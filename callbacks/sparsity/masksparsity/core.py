@@ -18,8 +18,6 @@ from torch import Tensor
 from lit_methods.callbacks.sparsity.masks import keep_largest
 
 Penalty = Literal["l1", "l2", "smooth_l1", "bounded_l2"]
-
-
 Criterion = Literal["threshold", "ot", "ratio", "global_ratio"]
 
 
@@ -31,7 +29,7 @@ def penalty_gradient(gamma: Tensor, penalty: Penalty, strength: float, learning_
         penalty: ``l1``: r is the sign, 0 at 0. ``l2``: gamma. ``smooth_l1``: gamma where |gamma| < learning_rate * strength, else the sign,
             so that scales don't oscillate about 0. ``bounded_l2`` (``shiyan`` in the authors' code): gamma where |gamma| <= 0.09, else 0.
         strength: lambda, >= 0.
-        learning_rate: Of the optimiser; ``smooth_l1`` alone uses it.
+        learning_rate: Learning rate of the step; ``smooth_l1`` alone uses it.
 
     Returns:
         Shape and dtype of ``gamma``.
@@ -61,9 +59,9 @@ def sparse_gradient(
         gamma: (C,) scales.
         grad: (C,) gradient of the loss.
         prune: (C,) bool, True: will be removed (the inverse of a keep mask); None: all channels, as in Network Slimming.
-        penalty: See :func:`penalty_gradient`.
+        penalty: Which r, as in :func:`penalty_gradient`.
         strength: lambda.
-        learning_rate: See :func:`penalty_gradient`.
+        learning_rate: Learning rate of the step; ``smooth_l1`` alone uses it.
 
     Returns:
         (C,) dtype of ``grad``.
@@ -138,11 +136,11 @@ def keep_masks(
         gammas: Name of the batch norm -> (C,) scales.
         criterion: ``threshold``: |gamma| > ``threshold``. ``ot``: :func:`ot_threshold` of each layer. ``ratio``: the smallest go, a share
             of each layer. ``global_ratio``: the smallest of all layers together go (Network Slimming).
-        threshold: Of ``threshold``.
+        threshold: Scales above it stay, for ``threshold``.
         energy: Share that ``ot`` discards.
         ratio: Share that goes, in [0, 1]: of each layer, rounded; or pattern of names -> share, where the first that fits counts and a
             layer that no pattern fits stays whole. ``global_ratio`` takes a number.
-        min_channels: Of each layer stay so many at least, see :func:`threshold_mask`; ``ratio`` keeps them exactly.
+        min_channels: So many channels of each layer stay at least, as in :func:`threshold_mask`; ``ratio`` keeps them exactly.
 
     Returns:
         Name -> (C,) bool.
@@ -213,3 +211,14 @@ def load_masks(path: Path | str) -> dict[str, Tensor]:
             kind = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{path}: {name!r} is {kind}, expected one bool a channel, True for channels that stay")
     return {name.removesuffix(".weight"): mask for name, mask in found.items()}
+
+
+__all__ = [
+    "keep_masks",
+    "load_masks",
+    "ot_threshold",
+    "penalty_gradient",
+    "save_masks",
+    "sparse_gradient",
+    "threshold_mask",
+]

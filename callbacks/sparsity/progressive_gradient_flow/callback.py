@@ -5,36 +5,31 @@ Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.progressive_gradi
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods import checks
 from lit_methods.callbacks.sparsity.callback import notify_mask_updated
 from lit_methods.callbacks.sparsity.card import SparsityCard
+from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.latent import (
     Direction,
     Gradient,
+    LatentCallback,
     LatentWeight,
     ParametrizedWeight,
+    Place,
+    Shared,
     group_dim,
     masked_weight,
-    refuse_unfit,
 )
-from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import (
-    Phase,
-    Recipe,
-    decay_pruned,
-    parse_pattern,
-    phase_at,
-    sdgf_schedule,
-    sparse_mask,
-)
+from lit_methods.callbacks.sparsity.progressive_gradient_flow import core
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import Phase, Recipe, parse_pattern, sparse_mask
 from lit_methods.callbacks.sparsity.store import prunable_weights
-from lit_methods.callbacks.targets import plain_module, plain_name, refuse_sharded
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 
@@ -52,44 +47,33 @@ TECHNIQUE = Technique(
 )
 
 
-# ---- the maths -------------------------------------------------------------------------------------------------------------------------
-
-
-# ---- the parametrisation ---------------------------------------------------------------------------------------------------------------
-
-
-class _Flow:
-    """What the weights of one pattern share. Copies of the module (an EMA teacher) share it too, so that they follow the same phase."""
+class _Flow(Shared):
+    """What the weights of one pattern share."""
 
     def __init__(self, n: int, m: int, rate: float, gradient: Gradient) -> None:
-        self.target = (n, m)
-        self.rate, self.gradient = rate, gradient
+        self.target, self.rate, self.gradient = (n, m), rate, gradient
+        self.kept = 1.0 - rate if rate else n / m  # share of the weights that the target mask keeps
         self.beta = torch.ones((), dtype=torch.float64)  # on the CPU: goes with weights on any device, and reading it waits for none
+        self.phase = Phase("dense", -1.0, n, m)  # before the first one
         self.set(Phase("dense", 1.0, n, m))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_Flow":
-        return self
 
     def set(self, phase: Phase) -> bool:
         """Take over a phase; whether the mask that the forward pass applies is another kind of mask now."""
-        before = getattr(self, "phase", None)
-        self.phase, self.dense, self.n, self.m = phase, phase.name == "dense", phase.n, phase.m
+        before, self.phase = self.phase, phase
         self.beta.fill_(phase.beta)  # in place: compiled code keeps the tensor
-        return before is None or (before.n, before.m, before.beta > 0) != (phase.n, phase.m, phase.beta > 0)
-
-    def finish(self) -> bool:
-        """The target mask, with nothing through pruned weights."""
-        return self.set(Phase("fine_tune", 0.0, *self.target))
+        return (before.n, before.m, before.beta > 0) != (phase.n, phase.m, phase.beta > 0)
 
     @property
-    def kept(self) -> float:
-        """Share of the weights that the mask keeps."""
-        return 1.0 - self.rate if self.rate else self.n / self.m
+    def dense(self) -> bool:
+        """Whether the forward pass sees latent weights as they are."""
+        return self.phase.name == "dense"
 
     @property
     def density(self) -> float:
         """Share of the weights that take part in the forward pass."""
-        return 1.0 if self.phase.beta > 0 else self.kept
+        if self.phase.beta > 0:
+            return 1.0
+        return self.kept if self.rate else self.phase.n / self.phase.m
 
 
 class MaskedForward(LatentWeight):
@@ -101,25 +85,23 @@ class MaskedForward(LatentWeight):
 
     def mask(self, weight: Tensor) -> Tensor:
         """Mask of the present pattern, bool."""
-        return sparse_mask(weight, self.flow.n, self.flow.m, self.flow.rate, self.dim)
+        return sparse_mask(weight, self.flow.phase.n, self.flow.phase.m, self.flow.rate, self.dim)
 
     def forward(self, weight: Tensor) -> Tensor:
         """Latent weight -> weight of the forward pass."""
-        if self.flow.dense:
-            return weight
-        return masked_weight(weight, self.mask(weight), self.flow.beta, self.flow.gradient)
+        return weight if self.flow.dense else masked_weight(weight, self.mask(weight), self.flow.beta, self.flow.gradient)
 
 
 class _Layer(ParametrizedWeight):
-    """A weight that we parametrise."""
+    parametrization: MaskedForward
 
-    def __init__(self, module: nn.Module, attribute: str, flow: _Flow, dim: int) -> None:
-        self.flow, self.masking = flow, MaskedForward(flow, dim)
-        super().__init__(module, attribute, self.masking)
+    @property
+    def flow(self) -> _Flow:
+        return self.parametrization.flow
 
     @torch.no_grad()
     def mask(self) -> Tensor:
-        return self.masking.mask(self.latent)
+        return self.parametrization.mask(self.latent)
 
     @torch.no_grad()
     def active(self) -> Tensor:
@@ -127,10 +109,7 @@ class _Layer(ParametrizedWeight):
         return torch.ones_like(self.latent, dtype=torch.bool) if self.flow.phase.beta > 0 else self.mask()
 
 
-# ---- the callback ----------------------------------------------------------------------------------------------------------------------
-
-
-class NMSparsity(OrderedCallback):
+class NMSparsity(LatentCallback):
     """Trains chosen weights of any module to N:M sparsity: in every group of M consecutive weights N stay.
 
     The optimiser keeps dense latent weights W; the forward pass uses W * (M + (1 - M) beta), with a mask M of the N largest magnitudes that
@@ -147,22 +126,19 @@ class NMSparsity(OrderedCallback):
     - ``one_shot``: dense until fine-tuning or the end of fit, then the largest magnitudes
     - ``dense``: nothing: a baseline in the same place
 
-    Runs: weights are parametrised in ``setup``, before the optimisers are made. Beta and pattern are set before each batch as a pure
-    function of ``trainer.global_step`` and ``trainer.current_epoch``. Fit ends with the target pattern and beta = 0: from its last batch
-    on, the last validation and the last checkpoint included, weights are exactly N:M, and after fit the module is an ordinary one again. A
-    run that is stopped early gets its N:M weights when training ends.
-    Saves: under the weights' own names those of the forward pass, so that checkpoints load and export without this callback; in its own
-    state latent weights, first sparse step, decay and last masks. While fit runs, parameters are called
-    ``<module>.parametrizations.weight.original`` in ``named_parameters()``.
-    Works with any precision (masks come from the weights that the optimiser holds), accumulation, manual optimisation (every optimiser's
-    steps count), compiled inner networks, DDP (all ranks have the same weights, so the same masks). ``EMATeacher`` averages latent weights,
-    and its copy masks its own average, so that it is N:M, too. Refuses strategies that shard weights, Lightning's ``ModelPruning``,
-    ``WeightAveraging`` and ``StochasticWeightAveraging``, tied weights, and mask callbacks on the same weights.
+    Runs: as :class:`LatentCallback`. Beta and pattern are set before each batch as a pure function of ``trainer.global_step`` and
+    ``trainer.current_epoch``. Fit ends with the target pattern and beta = 0: from its last batch on, weights are exactly N:M. With manual
+    optimisation every optimiser's steps count. Masks come from the weights that the optimiser holds, whatever the precision; all DDP ranks
+    have the same. ``EMATeacher`` averages latent weights, and its copy masks its own average, so that it is N:M, too.
+
+    Saves: what :class:`LatentCallback` saves, first sparse step, decay and last masks.
+
+    Refuses: what :class:`LatentCallback` refuses, and patterns that don't fit a weight.
 
     Args:
         n: Weights that stay in each group.
         m: Size of a group: consecutive inputs of a linear layer, input channels of a convolution. Must divide their number.
-        recipe: See above.
+        recipe: How the weights get sparse, one of the list above.
         targets: ``fnmatch`` patterns on submodule names; or pattern -> ``"N:M"``, where the first pattern that fits a module counts. Empty:
             every linear, convolution and attention module except the first and the last one.
         skip: Patterns on submodule names that stay dense.
@@ -171,7 +147,7 @@ class NMSparsity(OrderedCallback):
         srste_decay: lambda of ``srste``.
         dense_epochs: First epochs without a mask.
         fine_tune_epochs: Last epochs with the target pattern and beta = 0, from epoch ``total_epochs - fine_tune_epochs`` on.
-        total_epochs: Of the schedule; None: ``trainer.max_epochs``.
+        total_epochs: Epochs of the schedule; None: ``trainer.max_epochs``.
         stages: Number of stages of ``sdgf_geometric`` and ``sdgf_densify``; list of patterns for ``sdgf_custom``.
         rate: Above 0: unstructured, each weight loses this share, and ``n`` and ``m`` don't matter.
         direction: ``input``, or ``output``: groups of linear layers run over the outputs.
@@ -180,19 +156,8 @@ class NMSparsity(OrderedCallback):
         ValueError: An argument outside its range, here or in ``setup``, where the weights are known.
     """
 
-    runs_before: ClassVar[Sequence[str]] = ("SparsityReport", "Dashboard")
-    conflicts_with: ClassVar[Mapping[str, str]] = {
-        "ModelPruning": "both replace the weights while fit runs",
-        "WeightAveraging": "its checkpoints hold masked weights only, so a resumed average would lose the others; use EMATeacher",
-        "StochasticWeightAveraging": "its checkpoints hold masked weights only, so a resumed average would lose the others",
-    }
-
     panels: ClassVar[tuple[Panel, ...]] = (
-        Curve(
-            "Flow through pruned weights (beta)",
-            ("progressive_gradient_flow/beta",),
-            note="1: dense, 0: the mask is hard. Should be near 0 well before training ends.",
-        ),
+        Curve("Flow through pruned weights (beta)", ("progressive_gradient_flow/beta",), note="1: dense, 0: the mask is hard."),
         Curve("Pattern", ("progressive_gradient_flow/n*", "progressive_gradient_flow/m", "progressive_gradient_flow/m_*")),
         Curve(
             "Density and training FLOPs",
@@ -225,75 +190,52 @@ class NMSparsity(OrderedCallback):
         rate: float = 0.0,
         direction: Direction = "input",
     ) -> None:
-        super().__init__()
-        if isinstance(targets, str) or isinstance(skip, str):
-            raise ValueError(f"targets and skip are lists of patterns, got targets={targets!r}, skip={skip!r}: write ['encoder.*']")
-        for name, value, known in (("recipe", recipe, Recipe), ("gradient", gradient, Gradient), ("direction", direction, Direction)):
-            if value not in get_args(known):
-                raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(known))}")
-        if not 1 <= n <= m:
-            raise ValueError(f"a pattern of {n}:{m} can't be: give 1 <= n <= m")
-        for name, number in (("decay", decay or 0.0), ("srste_decay", srste_decay), ("dense_epochs", dense_epochs)):
-            if number < 0:
-                raise ValueError(f"{name} is {number}: give 0 or more")
-        if fine_tune_epochs < 0 or (total_epochs is not None and total_epochs < 1):
-            raise ValueError(f"fine_tune_epochs={fine_tune_epochs} must be 0 or more, total_epochs={total_epochs} 1 or more")
-        if not 0 <= rate < 1:
-            raise ValueError(f"rate is {rate}: give the share of weights to prune, 0 (N:M instead) up to below 1")
+        super().__init__(targets, skip)
+        checks.one_of(Recipe, recipe=recipe)
+        checks.one_of(Gradient, gradient=gradient)
+        checks.one_of(Direction, direction=direction)
+        checks.at_least(0, decay=decay, srste_decay=srste_decay)
+        checks.at_least(0, "epochs", dense_epochs=dense_epochs, fine_tune_epochs=fine_tune_epochs)
+        checks.at_least(1, "epochs", total_epochs=total_epochs)
+        checks.within("[0, 1)", "the share of weights to prune, or 0 for N:M,", rate=rate)
         if rate and (recipe.startswith("sdgf_") or isinstance(targets, Mapping)):
             raise ValueError(f"rate={rate} is unstructured, but {recipe} or targets ask for N:M patterns: leave one of them out")
         if (recipe == "sdgf_custom") == isinstance(stages, int):
             raise ValueError(f"stages is {stages!r}: a list of patterns such as ['4:8', '2:8'] with sdgf_custom, a number otherwise")
-        if isinstance(stages, int) and stages < 1:
-            raise ValueError(f"stages is {stages}: give at least 1")
-        self.recipe, self.decay, self.gradient, self.srste_decay = recipe, decay, gradient, srste_decay
-        self.targets = {str(k): str(v) for k, v in targets.items()} if isinstance(targets, Mapping) else list(targets)
-        self.skip, self.rate, self.direction = list(skip), rate, direction
-        self.dense_epochs, self.fine_tune_epochs, self.total_epochs = dense_epochs, fine_tune_epochs, total_epochs
         self.stages: int | list[tuple[int, int]] = stages if isinstance(stages, int) else [parse_pattern(stage) for stage in stages]
+        checks.at_least(1, "a number of stages", stages=self.stages if isinstance(self.stages, int) else None)
+        self.recipe, self.decay, self.gradient, self.srste_decay = recipe, decay, gradient, srste_decay
+        self.rate, self.direction = rate, direction
+        self.dense_epochs, self.fine_tune_epochs, self.total_epochs = dense_epochs, fine_tune_epochs, total_epochs
         self._pattern = (n, m)
-        for pattern in self.targets.values() if isinstance(self.targets, dict) else ():
-            if not 1 <= parse_pattern(pattern)[0] <= parse_pattern(pattern)[1]:
-                raise ValueError(f"targets: a pattern of {pattern} can't be: give 1 <= N <= M")
-        self._reset()
+        patterns = {parse_pattern(pattern) for pattern in self.targets.values()} if isinstance(self.targets, dict) else {self._pattern}
+        for a, b in (self._pattern, *patterns):
+            if not 1 <= a <= b:
+                raise ValueError(f"a pattern of {a}:{b} can't be: give 1 <= N <= M")
+        self.n: int | None
+        self.m: int | None
+        self.n, self.m = next(iter(patterns)) if len(patterns) == 1 else (None, None)  # where all weights have the same pattern
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forget the last run."""
+        super().reset()
         self._layers: dict[str, _Layer] = {}
         self._flows: dict[tuple[int, int], _Flow] = {}
         self._first_step: int | None = None  # t0
-        self._decay = self.decay
-        self._previous: dict[str, Tensor] = {}  # masks of the last epoch's end
+        self._decay: float | None = None
+        self._history = MaskHistory("last")  # at the ends of epochs
         self._spent, self._batches = 0.0, 0  # FLOPs so far, in dense batches
-        self._left: dict[str, Any] = {}  # state after fit
         self._final: dict[str, Tensor] = {}  # masks after fit
-
-    @property
-    def state_key(self) -> str:
-        """Differs between callbacks of different targets: several may be used together."""
-        return self._generate_state_key(targets=self.targets, skip=self.skip)
-
-    @property
-    def n(self) -> int | None:
-        """N, where all weights have the same pattern."""
-        return self._one_pattern()[0]
-
-    @property
-    def m(self) -> int | None:
-        """M, where all weights have the same pattern."""
-        return self._one_pattern()[1]
-
-    def _one_pattern(self) -> tuple[int, int] | tuple[None, None]:
-        patterns = {parse_pattern(p) for p in self.targets.values()} if isinstance(self.targets, dict) else {self._pattern}
-        return next(iter(patterns)) if len(patterns) == 1 else (None, None)
 
     @property
     def density(self) -> float | None:
         """Share of the chosen weights that stays in the end; None where it isn't known yet, and for ``dense``."""
-        if self.recipe == "dense" or not self._layers:
-            return None
-        shares = {flow: 1.0 - flow.rate if flow.rate else flow.target[0] / flow.target[1] for flow in self._flows.values()}
-        sizes = {name: layer.latent.numel() for name, layer in self._layers.items()}
-        return sum(shares[layer.flow] * sizes[name] for name, layer in self._layers.items()) / sum(sizes.values())
+        return self._mean({key: flow.kept for key, flow in self._flows.items()}) if self._layers else None
+
+    def _mean(self, shares: Mapping[tuple[int, int], float]) -> float:
+        """Mean over the weights of a share that each pattern has."""
+        sizes = [(shares[layer.flow.target], layer.latent.numel()) for layer in self._layers.values()]
+        return sum(share * size for share, size in sizes) / sum(size for _, size in sizes)
 
     @property
     def sparsity_card(self) -> SparsityCard:
@@ -314,83 +256,54 @@ class NMSparsity(OrderedCallback):
 
     def chosen(self, pl_module: nn.Module) -> dict[str, tuple[int, int]]:
         """Names of the weights, with the pattern of each."""
-        if isinstance(self.targets, dict):
-            found: dict[str, tuple[int, int]] = {}
-            for target, pattern in self.targets.items():
-                for name in prunable_weights(pl_module, [target], self.skip):
-                    found.setdefault(name, parse_pattern(pattern))
-            return found
-        names = list(prunable_weights(pl_module, self.targets, self.skip))
-        if not self.targets:
-            every = list(prunable_weights(pl_module))
-            names = [name for name in names if name not in (every[0], every[-1])]
-            if not names:
-                raise ValueError(
-                    f"{type(pl_module).__name__} has no linear, convolution or attention module between its first and its last one, which "
-                    "stay dense by default: name the ones to prune with targets"
-                )
-        return dict.fromkeys(names, self._pattern)
+        if not isinstance(self.targets, dict):
+            return dict.fromkeys(super().chosen(pl_module), self._pattern)
+        patterns: dict[str, tuple[int, int]] = {}
+        for target, pattern in self.targets.items():
+            for name in prunable_weights(pl_module, [target], self.skip):
+                patterns.setdefault(name, parse_pattern(pattern))
+        return patterns
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Choose the weights and parametrise them, before the optimisers are made.
-
-        Raises:
-            ValueError: What can't work: patterns that don't fit a weight, a sharding strategy, weights that somebody else masks or ties.
-        """
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        refuse_sharded(trainer, type(self).__name__)
-        self._detach()
-        self._reset()
-        patterns = self.chosen(pl_module)
-        refuse_unfit(trainer, pl_module, "NMSparsity", set(patterns))
-        if self.recipe == "dense":
-            return
-        modules = {plain_name(name): plain_module(module) for name, module in pl_module.named_modules()}
+    def make_layers(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Mapping[str, tuple[int, int]], places: Mapping[str, Place]
+    ) -> dict[str, _Layer]:
+        """Weights that follow the flow of their pattern; none for ``dense``."""
         end = self._end(trainer)
         if not math.isfinite(end) and (self.fine_tune_epochs or self.recipe.startswith("sdgf_")):
-            raise ValueError(
-                f"NMSparsity: recipe={self.recipe!r} with fine_tune_epochs={self.fine_tune_epochs} counts from the last epoch, but the "
-                "Trainer has no max_epochs: give total_epochs"
-            )
+            given = f"recipe={self.recipe!r} with fine_tune_epochs={self.fine_tune_epochs}"
+            raise ValueError(f"NMSparsity: {given} counts from the last epoch, but the Trainer has no max_epochs: give total_epochs")
         layers = {}
-        for name, (n, m) in patterns.items():
-            owner, _, attribute = name.rpartition(".")
-            module = modules[owner]
-            flow = self._flows.setdefault((n, m), _Flow(n, m, self.rate, self.gradient))
-            stored_in_out = isinstance(module, nn.modules.conv._ConvTransposeNd) or type(module).__name__ == "Conv1D"
-            weight = getattr(module, attribute)
-            dim = group_dim(weight.ndim, self.direction, stored_in_out)
-            for one_n, one_m in dict.fromkeys([*self._stages(n, m, end), (n, m)]):
+        for name, pattern in chosen.items() if self.recipe != "dense" else ():
+            place = places[name]
+            dim = group_dim(place.weight.ndim, self.direction, place.transposed)
+            for n, m in dict.fromkeys([*self._stages(*pattern, end), pattern]):
                 try:
-                    sparse_mask(weight, one_n, one_m, self.rate, dim)
+                    sparse_mask(place.weight, n, m, self.rate, dim)
                 except ValueError as error:
                     raise ValueError(f"NMSparsity, {name}: {error}") from error
-            layers[name] = _Layer(module, attribute, flow, dim)
-        for layer in layers.values():
-            layer.attach()
-        self._layers = layers
+            flow = self._flows.setdefault(pattern, _Flow(*pattern, self.rate, self.gradient))
+            layers[name] = _Layer(place.module, place.attribute, MaskedForward(flow, dim))
+        return layers
+
+    def title(self) -> str:
+        """Recipe and patterns."""
         kinds = ", ".join(f"{n}:{m}" for n, m in self._flows) if not self.rate else f"{self.rate:.0%} unstructured"
-        rank_zero_info(f"NMSparsity ({self.recipe}, {kinds}): {len(layers)} weights: {', '.join(layers)}")
+        return f"NMSparsity ({self.recipe}, {kinds})"
 
     def _stages(self, n: int, m: int, end: float) -> list[tuple[int, int]]:
         """All patterns of a weight on its way to n:m."""
         if not self.recipe.startswith("sdgf_"):
             return [(n, m)]
         kind: Any = self.recipe.removeprefix("sdgf_")
-        stages = sdgf_schedule(kind, n, m, int(end), self.dense_epochs, self.fine_tune_epochs, self.stages)
+        stages = core.sdgf_schedule(kind, n, m, int(end), self.dense_epochs, self.fine_tune_epochs, self.stages)
         if stages[-1][1:] != (n, m) and not self.fine_tune_epochs:
-            rank_zero_warn(
-                f"NMSparsity: the last stage of {self.recipe} is {stages[-1][1]}:{stages[-1][2]}, the target {n}:{m}; without "
-                "fine_tune_epochs the target is reached at the very end alone"
-            )
+            last = f"the last stage of {self.recipe} is {stages[-1][1]}:{stages[-1][2]}, the target {n}:{m}"
+            rank_zero_warn(f"NMSparsity: {last}; without fine_tune_epochs the target is reached at the very end alone")
         return [stage[1:] for stage in stages]
 
     def _end(self, trainer: pl.Trainer) -> float:
-        if self.total_epochs is not None:
-            return self.total_epochs
-        return trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else math.inf
+        epochs = trainer.max_epochs if self.total_epochs is None else self.total_epochs
+        return epochs if epochs is not None and epochs > 0 else math.inf
 
     # ---- the schedule ------------------------------------------------------------------------------------------------------------------
 
@@ -399,25 +312,14 @@ class NMSparsity(OrderedCallback):
         if self._first_step is None and trainer.current_epoch >= self.dense_epochs:
             self._first_step = trainer.global_step
         since = -1 if self._first_step is None else trainer.global_step - self._first_step
-        changed = False
-        for (n, m), flow in self._flows.items():
-            phase = phase_at(
-                trainer.current_epoch,
-                since,
-                self.recipe,
-                n,
-                m,
-                decay=self._decay or 0.0,
-                total_epochs=self._end(trainer),
-                dense_epochs=self.dense_epochs,
-                fine_tune_epochs=self.fine_tune_epochs,
-                stages=self.stages,
-            )
-            changed |= flow.set(phase)
-        return changed
+        epochs: dict[str, Any] = {"dense_epochs": self.dense_epochs, "fine_tune_epochs": self.fine_tune_epochs, "stages": self.stages}
+        epochs |= {"decay": self._decay or 0.0, "total_epochs": self._end(trainer)}
+        now = trainer.current_epoch
+        return any([flow.set(core.phase_at(now, since, self.recipe, *pattern, **epochs)) for pattern, flow in self._flows.items()])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle the decay, and set the phase that the run starts or goes on with."""
+        self._decay = self._decay if self.decay is None else self.decay
         if self._decay is None and self.recipe in ("mdgf_exp", "mdgf_linear"):
             steps = trainer.estimated_stepping_batches
             if not math.isfinite(steps):
@@ -435,10 +337,9 @@ class NMSparsity(OrderedCallback):
         self._spent += self._density()
         self._batches += 1
         logs: dict[str, float] = {"beta": max(flow.phase.beta for flow in self._flows.values())}
-        for index, flow in enumerate(self._flows.values()):
+        for index, flow in enumerate(self._flows.values() if not self.rate else ()):
             ending = f"_{index}" if len(self._flows) > 1 else ""
-            if not self.rate:
-                logs |= {f"n{ending}": float(flow.n), f"m{ending}": float(flow.m)}
+            logs |= {f"n{ending}": float(flow.phase.n), f"m{ending}": float(flow.phase.m)}
         pl_module.log_dict({f"progressive_gradient_flow/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False)
 
     @torch.no_grad()
@@ -455,24 +356,17 @@ class NMSparsity(OrderedCallback):
                 continue
             mask = layer.mask()
             if logged:
-                pruned = grad.masked_fill(mask, 0.0).float().square().sum()
-                squares.append(torch.stack([pruned, grad.masked_fill(~mask, 0.0).float().square().sum()]))
+                squares.append(torch.stack([grad.masked_fill(part, 0.0).float().square().sum() for part in (mask, ~mask)]))
             if self.recipe == "srste":
-                grad.copy_(decay_pruned(grad, layer.latent, mask, self.srste_decay))
+                grad.copy_(core.decay_pruned(grad, layer.latent, mask, self.srste_decay))
         if squares:
             norms = torch.stack([pair.to(squares[0].device) for pair in squares]).sum(0).sqrt()
             names = ("progressive_gradient_flow/grad_pruned_norm", "progressive_gradient_flow/grad_kept_norm")
             pl_module.log_dict(dict(zip(names, norms, strict=True)), on_step=True, on_epoch=False)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the last batch: the target, so that the last validation and checkpoint are of the sparse network."""
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        epochs_over = last and trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
-        if epochs_over or 0 <= trainer.max_steps <= trainer.global_step:
-            self._finish(trainer, pl_module)
-
-    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if any([flow.finish() for flow in self._flows.values()]):  # a list: all of them
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The target masks, with nothing through pruned weights."""
+        if any([flow.set(Phase("fine_tune", 0.0, *flow.target)) for flow in self._flows.values()]):  # a list: all of them
             notify_mask_updated(trainer, pl_module, self)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -480,24 +374,17 @@ class NMSparsity(OrderedCallback):
         if not self._layers:
             return
         logs = {"density": self._density(), "train_flops": self._spent / max(1, self._batches)}
-        if not all(flow.dense for flow in self._flows.values()):
-            masks = {name: layer.mask() for name, layer in self._layers.items() if not layer.flow.dense}
-            shared = [name for name in masks if name in self._previous]
-            if shared:
-                flips = torch.stack([(masks[name] != self._previous[name].to(masks[name].device)).sum().cpu() for name in shared]).sum()
-                logs["mask_flip_rate"] = float(flips) / sum(masks[name].numel() for name in shared)
-            self._previous = masks
+        masks = {name: layer.mask() for name, layer in self._layers.items() if not layer.flow.dense}
+        if shared := sum(mask.numel() for name, mask in masks.items() if name in self._history.last):
+            logs["mask_flip_rate"] = float(self._history.flips(masks)) / shared
+        self._history.last = masks or self._history.last
         values = {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}
         pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
         notify_mask_updated(trainer, pl_module, self)
 
     def _density(self) -> float:
-        sizes = [(layer.flow.density, layer.latent.numel()) for layer in self._layers.values()]
-        return sum(density * size for density, size in sizes) / sum(size for _, size in sizes)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training may have been stopped early."""
-        self._finish(trainer, pl_module)
+        """Share of the weights that take part in the forward pass now."""
+        return self._mean({key: flow.density for key, flow in self._flows.items()})
 
     # ---- what others ask for -----------------------------------------------------------------------------------------------------------
 
@@ -512,28 +399,23 @@ class NMSparsity(OrderedCallback):
 
     def dashboard_media(self) -> dict[str, Media]:
         """A table of the masked weights."""
-        if not self._layers:
-            return {}
         rows = []
         for name, layer in self._layers.items():
-            n, m = layer.flow.target
-            target = f"{self.rate:.1%} pruned" if self.rate else f"{n}:{m}"
-            now = target if self.rate else f"{layer.flow.n}:{layer.flow.m}"
-            shape = " x ".join(map(str, layer.latent.shape))
-            rows.append((name, shape, target, "dense" if layer.flow.dense else now, layer.flow.phase.beta))
-        return {"progressive_gradient_flow/layers": TableMedia(("weight", "shape", "target", "now", "beta"), tuple(rows))}
+            phase, (n, m) = layer.flow.phase, layer.flow.target
+            target, now = (f"{self.rate:.1%} pruned",) * 2 if self.rate else (f"{n}:{m}", f"{phase.n}:{phase.m}")
+            rows.append((name, " x ".join(map(str, layer.latent.shape)), target, "dense" if layer.flow.dense else now, phase.beta))
+        table = TableMedia(("weight", "shape", "target", "now", "beta"), tuple(rows))
+        return {"progressive_gradient_flow/layers": table} if rows else {}
 
     # ---- state -------------------------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Latent weights and what the schedule and the logs need."""
-        if not self._layers:
-            return self._left
         return {
             "latent": {name: layer.latent.detach() for name, layer in self._layers.items()},
             "first_step": self._first_step,
             "decay": self._decay,
-            "previous": dict(self._previous),
+            **self._history.state(previous="last"),
             "spent": self._spent,
             "batches": self._batches,
         }
@@ -548,35 +430,19 @@ class NMSparsity(OrderedCallback):
         if not state or not self._layers:
             return
         if set(state["latent"]) != set(self._layers):
-            odd = sorted(set(state["latent"]) ^ set(self._layers))[:6]
-            raise ValueError(
-                f"the checkpoint's latent weights are others ({', '.join(odd)}): resume with the same module, targets and skip"
-            )
+            odd = ", ".join(sorted(set(state["latent"]) ^ set(self._layers))[:6])
+            raise ValueError(f"the checkpoint's latent weights are others ({odd}): resume with the same module, targets and skip")
         for name, latent in state["latent"].items():
             self._layers[name].latent.copy_(latent)
         self._first_step = None if state["first_step"] is None else int(state["first_step"])
-        self._decay = self.decay if self.decay is not None else state["decay"]
-        self._previous = dict(state["previous"])
+        self._decay = state["decay"]
+        self._history.load(state, {name: layer.latent for name, layer in self._layers.items()}, previous="last")
         self._spent, self._batches = float(state["spent"]), int(state["batches"])
 
-    def _detach(self) -> None:
-        """Leave an ordinary module with the weights of the forward pass; state and masks stay readable."""
-        if not self._layers:
-            return
-        state = self.state_dict()
-        self._left = state | {"latent": {name: latent.cpu().clone() for name, latent in state["latent"].items()}}
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave an ordinary module; state and masks stay readable."""
         self._final = self.sparsity_masks()
-        layers, self._layers = self._layers, {}
-        for layer in layers.values():
-            layer.detach()
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Make the module an ordinary one again."""
-        self._detach()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Make the module an ordinary one again: Lightning doesn't call ``teardown`` here."""
-        self._detach()
+        super().leave(trainer, pl_module)
 
 
 __all__ = ["MaskedForward", "NMSparsity"]

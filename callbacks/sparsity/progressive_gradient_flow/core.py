@@ -18,8 +18,6 @@ from lit_methods.callbacks.sparsity.masks import is_nm, keep_largest, nm_mask
 Recipe = Literal[
     "mdgf_exp", "mdgf_linear", "sdgf_stepwise", "sdgf_geometric", "sdgf_densify", "sdgf_custom", "ste", "srste", "one_shot", "dense"
 ]
-
-
 Stage = tuple[int, int, int]
 
 
@@ -31,7 +29,7 @@ def sparse_mask(weight: Tensor, n: int, m: int, rate: float = 0.0, dim: int = 1)
         n: Kept per group, 0 to ``m``.
         m: Consecutive entries along ``dim`` that form a group.
         rate: Above 0: unstructured; ``n``, ``m`` and ``dim`` don't matter, and ``int((1 - rate) * numel)`` entries of the weight are kept.
-        dim: See :func:`group_dim`.
+        dim: Dimension along which the groups run.
 
     Returns:
         bool, shape of ``weight``, without a gradient; of equal magnitudes the first is kept.
@@ -87,7 +85,7 @@ def sdgf_schedule(
             ``densify``: N : M 2^k. ``custom``: ``stages`` as they are.
         n: N of the target.
         m: M of the target.
-        total_epochs: Of the training.
+        total_epochs: Epochs of the training.
         dense_epochs: Before the first stage.
         fine_tune_epochs: After the last one.
         stages: Number of stages of ``geometric`` and ``densify``; for ``custom`` the patterns (n, m) themselves.
@@ -100,10 +98,8 @@ def sdgf_schedule(
     """
     room = total_epochs - dense_epochs - fine_tune_epochs
     if room < 0:
-        raise ValueError(
-            f"dense_epochs={dense_epochs} and fine_tune_epochs={fine_tune_epochs} are more than total_epochs={total_epochs}: "
-            "the stages of SdGf need epochs between them"
-        )
+        given = f"dense_epochs={dense_epochs} and fine_tune_epochs={fine_tune_epochs} are more than total_epochs={total_epochs}"
+        raise ValueError(f"{given}: the stages of SdGf need epochs between them")
     if not 1 <= n <= m:
         raise ValueError(f"SdGf can't end at {n}:{m}: give 1 <= n <= m")
     if kind == "custom":
@@ -157,14 +153,14 @@ def phase_at(
     Args:
         epoch: e, counted from 0.
         step: t - t0, optimiser steps since the first one of the first sparse epoch; negative before.
-        recipe: See :class:`NMSparsity`.
+        recipe: How weights get sparse, as :class:`~lit_methods.callbacks.NMSparsity` lists it.
         n: N of the target.
         m: M of the target.
         decay: c of MdGf.
         total_epochs: E; SdGf and fine-tuning need it.
         dense_epochs: E_d; dense while e < E_d.
         fine_tune_epochs: E_f; fine-tuning from e >= E - E_f on. The released code has e > E - E_f, one epoch later.
-        stages: See :func:`sdgf_schedule`.
+        stages: Number of stages, or the patterns themselves, as in :func:`sdgf_schedule`.
 
     Raises:
         ValueError: SdGf without an end.
@@ -224,3 +220,7 @@ def to_semi_structured(module: nn.Module) -> list[str]:
     for layer in found.values():
         layer.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
     return list(found)
+
+
+# not phase_at: the bare name belongs to no technique alone
+__all__ = ["decay_pruned", "flow_factor", "parse_pattern", "sdgf_schedule", "sparse_mask", "to_semi_structured"]

@@ -5,7 +5,7 @@ Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.sparse_ift.core`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -14,15 +14,23 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.density import layer_density
 from lit_methods.callbacks.sparsity.drop_grow import target_count
 from lit_methods.callbacks.sparsity.dynamic import DynamicSparsity
-from lit_methods.callbacks.sparsity.dynamics import intersection, itop_rate, union
+from lit_methods.callbacks.sparsity.dynamics import itop_rate
+from lit_methods.callbacks.sparsity.history import MaskHistory
+from lit_methods.callbacks.sparsity.meter import count_on_batch
 from lit_methods.callbacks.sparsity.sparse_ift.core import Distribution, Family, Init, UVLayer, base_scaling, folded_frobenius, spectral_gap
-from lit_methods.callbacks.sparsity.sparse_ift.surgery import Transformation, flops_against_dense, iso_flop_transform, transformation_of
-from lit_methods.callbacks.targets import plain_module, plain_name, refuse_sharded
-from lit_methods.callbacks.twin import count_on_batch
+from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
+    Transformation,
+    TransformedLayer,
+    flops_against_dense,
+    iso_flop_transform,
+    transformation_of,
+)
+from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_sharded
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 
@@ -41,23 +49,6 @@ TECHNIQUE = Technique(
 )
 
 
-# ---- the maths: sizes ------------------------------------------------------------------------------------------------------------------
-
-
-# ---- the maths: schedule, folded weight decay, spectrum --------------------------------------------------------------------------------
-
-
-# ---- the layers ------------------------------------------------------------------------------------------------------------------------
-
-
-# ---- the surgery -----------------------------------------------------------------------------------------------------------------------
-
-
-# ---- FLOPs -----------------------------------------------------------------------------------------------------------------------------
-
-
-# ---- the callback ----------------------------------------------------------------------------------------------------------------------
-
 _COUPLED = (torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad)
 
 
@@ -66,19 +57,17 @@ class SparseIFT(DynamicSparsity):
 
     Members of the family, at sparsity s and B = 1 / (1 - s): ``wide``: hidden widths times sqrt(B); ``parallel``: B branches, each with a
     batch norm, summed; ``factorized``: V relu(BN(U x)); ``doped``: a sparse layer plus a dense one of low rank. ``none`` enlarges nothing:
-    masks of the same layers, the baseline. See :func:`iso_flop_transform` for what can be transformed; the rest is refused.
+    masks of the same layers, the baseline. :func:`iso_flop_transform` says what can be transformed.
 
     Runs: transforms the module in ``setup``, at every stage, before Lightning loads a checkpoint and before optimisers are made; layers
     that ``configure_model`` makes are made first. A module that is transformed already must be so in the same way. At the first training
     batch FLOPs are counted on one forward pass; all else as in :class:`DynamicSparsity`. The transformed module stays as it is after fit.
+
     Saves: what :class:`MaskCallback` saves, the settings, and which weights were ever and always active. A checkpoint fits the transformed
     module: load it with this callback, or into a module after :func:`iso_flop_transform`.
-    Works as :class:`DynamicSparsity`. Lightning's ``WeightAveraging``, and callbacks that hook a transformed layer, must stand behind it.
-    Logs: after each epoch ``sparse_ift/density``, ``sparse_ift/itop`` (share of masked weights that were ever active), ``sparse_ift/doc``
-    (share that always was), ``sparse_ift/drop_fraction``, ``sparse_ift/flops_ratio`` (FLOPs of a forward pass, whole module, stem and head
-    included, by those of the dense one), ``sparse_ift/flops_ratio_layers`` (the enlarged layers alone), ``sparse_ift/weights_ratio``
-    (active weights of the enlarged layers by those of the dense ones), ``sparse_ift/stored_ratio`` (stored weights likewise),
-    ``sparse_ift/spectral_gap``.
+
+    Refuses: what :class:`DynamicSparsity` refuses, modules that can't be transformed, and Lightning's ``WeightAveraging`` before it in the
+    list; callbacks that hook a transformed layer must stand behind it, too.
 
     Args:
         sparsity: s, share of removed weights in [0, 1); 0.5, 0.75 and 0.9 in the paper.
@@ -88,7 +77,7 @@ class SparseIFT(DynamicSparsity):
         uv_layer: Between U and V of ``factorized``: ``linear``, ``nonlinear_norelu`` (batch norm) or ``nonlinear_relu`` (and ReLU).
         sparse_u_only: V of ``factorized`` stays dense.
         sparse_shortcuts: Mask pointwise shortcuts; null: for ``wide`` and ``none``. The other members mask them as they are.
-        init: Of new weights: ``kaiming_normal`` by fan-out, or ``default``, torch's own.
+        init: Start of new weights: ``kaiming_normal`` by fan-out, or ``default``, torch's own.
         zero_init_last: Start the scale of the last norm of each residual block at 0.
         fold_weight_decay: Decay ||V U||^2 in place of U and V, where nothing stands between them; with SGD, Adam, RMSprop, Adagrad.
         measure_spectral_gap: Log the mean :func:`spectral_gap` of the masks after each epoch; one eigenvalue problem per layer.
@@ -101,22 +90,23 @@ class SparseIFT(DynamicSparsity):
         interval: Optimiser steps between two updates.
         drop_fraction: Share of the active weights that is replaced at the first updates, in [0, 1].
         anneal: ``cosine`` to 0 at the last update, ``constant``, or ``exponential``.
-        rate: Of ``exponential``.
+        rate: How fast ``exponential`` falls.
         begin: Updates come after this step.
         end_fraction: Updates end before this share of all optimiser steps.
         total_steps: All optimiser steps; null: ``trainer.estimated_stepping_batches``.
         stem: Name of the first layer below ``network``, which stays dense; null: the first linear layer or convolution.
-        head: Name of the last one; likewise.
+        head: Name of the last layer below ``network``, which stays dense; null: the last one.
         targets: Patterns on names of layers below ``network``; empty: all but stem, head and shortcuts.
         skip: Patterns on names of layers that stay dense.
-        seed: Of new weights and masks.
-        mask_gradients: See :class:`MaskCallback`.
-        mask_optimizer_state: See :class:`MaskCallback`.
+        seed: Seed of new weights and masks.
+        mask_gradients: Set gradients of dead weights to 0 before clipping and the optimiser's step.
+        mask_optimizer_state: Set momenta and moments of dead weights to 0 after every step.
 
     Raises:
         ValueError: An argument outside its range; in ``setup``, something that can't be transformed; at the first batch, unequal FLOPs.
     """
 
+    artifact = "sparse_ift_masks"
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve(
             "FLOPs against the dense network",
@@ -166,40 +156,16 @@ class SparseIFT(DynamicSparsity):
         mask_optimizer_state: bool = True,
     ) -> None:
         base_scaling(sparsity)
-        super().__init__(
-            1 - sparsity,
-            method,
-            "uniform",
-            start,
-            interval,
-            drop_fraction,
-            anneal,
-            rate,
-            begin,
-            end_fraction,
-            total_steps,
-            targets,
-            skip,
-            seed,
-            mask_gradients,
-            mask_optimizer_state,
-        )
-        choices: tuple[tuple[str, str, Any], ...] = (
-            ("family", family, Family),
-            ("uv_layer", uv_layer, UVLayer),
-            ("distribution", distribution, Distribution),
-            ("init", init, Init),
-        )
-        for name, value, known in choices:
-            if value not in get_args(known):
-                raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(known))}")
+        schedule = (interval, drop_fraction, anneal, rate, begin, end_fraction, total_steps)
+        super().__init__(1 - sparsity, method, "uniform", start, *schedule, targets, skip, seed, mask_gradients, mask_optimizer_state)
+        checks.one_of(Family, family=family)
+        checks.one_of(UVLayer, uv_layer=uv_layer)
+        checks.one_of(Distribution, distribution=distribution)
+        checks.one_of(Init, init=init)
+        checks.at_least(0, "a share", flops_tolerance=flops_tolerance)
         if fold_weight_decay and not (family == "doped" or (family == "factorized" and uv_layer == "linear")):
-            raise ValueError(
-                f"fold_weight_decay needs a linear map V U, which family={family!r} with uv_layer={uv_layer!r} hasn't: "
-                "choose doped, or factorized with uv_layer='linear'"
-            )
-        if flops_tolerance is not None and flops_tolerance < 0:
-            raise ValueError(f"flops_tolerance is {flops_tolerance}: give a share of 0 or more, or null")
+            given = f"family={family!r} with uv_layer={uv_layer!r}"
+            raise ValueError(f"fold_weight_decay needs a linear map V U: choose doped, or factorized with uv_layer='linear', not {given}")
         self.sparsity, self.family, self.network = sparsity, family, network
         self.uv_layer, self.sparse_u_only, self.sparse_shortcuts, self.init = uv_layer, sparse_u_only, sparse_shortcuts, init
         self.zero_init_last, self.fold_weight_decay, self.measure_spectral_gap = zero_init_last, fold_weight_decay, measure_spectral_gap
@@ -209,14 +175,18 @@ class SparseIFT(DynamicSparsity):
         self._macs: dict[str, Any] | None = None  # per_weight, other
         self._uncounted = True
         self._stored: dict[str, int] = {}  # entries of the weights of all transformed layers
-        self._ever: dict[str, Tensor] = {}
-        self._always: dict[str, Tensor] = {}
+        self._history = MaskHistory("ever", "always")
         self._restored: dict[str, Any] | None = None
 
     @property
     def sparsity_card(self) -> SparsityCard:
         """What kind of sparsity this is."""
         return replace(super().sparsity_card, layerwise="er" if self.layer_rule == "er_plus" else self.layer_rule)
+
+    @property
+    def _layers(self) -> tuple[TransformedLayer, ...]:
+        """Transformed layers; none before ``setup``."""
+        return () if self.transformation is None else self.transformation.layers
 
     # ---- the transformation ------------------------------------------------------------------------------------------------------------
 
@@ -234,24 +204,10 @@ class SparseIFT(DynamicSparsity):
         if done is None:
             for other in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(other, WeightAveraging) and other._average_model is not None:
-                    raise ValueError(
-                        f"{type(other).__name__} has copied the dense module: put SparseIFT before it in the list of callbacks"
-                    )
-            iso_flop_transform(
-                self._root(pl_module),
-                self.family,
-                self.sparsity,
-                targets=self.targets,
-                skip=self.skip,
-                stem=self.stem,
-                head=self.head,
-                sparse_shortcuts=self.sparse_shortcuts,
-                uv_layer=self.uv_layer,
-                sparse_u_only=self.sparse_u_only,
-                init=self.init,
-                zero_init_last=self.zero_init_last,
-                seed=self.seed,
-            )
+                    raise ValueError(f"{type(other).__name__} has copied the dense module: put SparseIFT before it in the list")
+            names = ("targets", "skip", "stem", "head", "sparse_shortcuts", "uv_layer", "sparse_u_only", "init", "zero_init_last", "seed")
+            options: dict[str, Any] = {name: getattr(self, name) for name in names}
+            iso_flop_transform(self._root(pl_module), self.family, self.sparsity, **options)
             done = transformation_of(pl_module)
         assert done is not None
         self._agree(done.settings(), f"{type(pl_module).__name__} is transformed already")
@@ -261,11 +217,11 @@ class SparseIFT(DynamicSparsity):
     def _root(self, pl_module: pl.LightningModule) -> nn.Module:
         if self.network is None:
             return pl_module
-        modules = {plain_name(name): part for name, part in pl_module.named_modules()}
+        modules = plain_modules(pl_module)
         if self.network not in modules:
             known = ", ".join(name for name, _ in pl_module.named_children())
             raise ValueError(f"network is {self.network!r}, no submodule of {type(pl_module).__name__}: give one such as {known}, or null")
-        return plain_module(modules[self.network])
+        return modules[self.network]
 
     def _agree(self, settings: Mapping[str, Any], where: str) -> None:
         own = Transformation(self.family, self.sparsity, self.uv_layer, self.sparse_u_only, ()).settings()
@@ -276,14 +232,12 @@ class SparseIFT(DynamicSparsity):
         """The masked weights of the transformed layers, by name; none before ``setup``."""
         if self.transformation is None:
             return {}
-        parameters = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
-        names = [name for layer in self.transformation.layers for name in layer.sparse]
+        parameters = plain_parameters(pl_module)
+        names = [name for layer in self._layers for name in layer.sparse]
         missing = [name for name in names if name not in parameters]
         if missing:
-            raise ValueError(
-                f"{missing[0]} is gone: {type(pl_module).__name__} has made its layers anew after setup. Let configure_model do nothing "
-                "when the layers are there"
-            )
+            made = f"{type(pl_module).__name__} has made its layers anew after setup"
+            raise ValueError(f"{missing[0]} is gone: {made}. Let configure_model do nothing when the layers are there")
         return {name: parameters[name] for name in names}
 
     # ---- masks -------------------------------------------------------------------------------------------------------------------------
@@ -300,8 +254,7 @@ class SparseIFT(DynamicSparsity):
 
     def _output_weights(self) -> tuple[str, ...]:
         """Of the layer that ``head`` names, or else of the last transformed one, if targets name layers themselves."""
-        assert self.transformation is not None
-        layers = self.transformation.layers
+        layers = self._layers
         prefix = f"{self.network}." if self.network else ""
         if self.head is not None:
             return next((layer.sparse for layer in layers if layer.name == prefix + self.head), ())
@@ -314,27 +267,23 @@ class SparseIFT(DynamicSparsity):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the masks, and begin to watch them."""
         super().on_fit_start(trainer, pl_module)
-        assert self.store is not None
+        self._history = MaskHistory("ever", "always")
+        self._macs = None
         if self._restored is not None:
-            devices = {name: mask.device for name, mask in self.store.masks.items()}
-            self._ever = {name: mask.to(devices[name]) for name, mask in self._restored["ever"].items()}
-            self._always = {name: mask.to(devices[name]) for name, mask in self._restored["always"].items()}
+            self._history.load(self._restored, self.store.weights, ever="ever", always="always")
             self._macs, self._restored = self._restored["macs"], None
         else:
-            self._macs = None
-            self._ever, self._always = union({}, self.store.masks), intersection({}, self.store.masks)
+            self._history.note(self.store.masks)
         self._uncounted = self._macs is None
-        sizes = {plain_name(name): parameter.numel() for name, parameter in pl_module.named_parameters()}
-        assert self.transformation is not None
-        self._stored = {name: sizes[name] for layer in self.transformation.layers for name in (*layer.sparse, *layer.dense)}
+        sizes = {name: parameter.numel() for name, parameter in plain_parameters(pl_module).items()}
+        self._stored = {name: sizes[name] for layer in self._layers for name in layer.weights}
         if self.fold_weight_decay:
             self._check_decay(trainer)
 
     def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Drop and grow in every layer, and remember what was active."""
         changed = super().after_step(step, names, gradients)
-        self._ever |= union(self._ever, changed)
-        self._always |= intersection(self._always, changed)
+        self._history.note(changed)
         return changed
 
     # ---- folded weight decay -----------------------------------------------------------------------------------------------------------
@@ -343,22 +292,19 @@ class SparseIFT(DynamicSparsity):
         for optimizer in trainer.optimizers:
             if not isinstance(optimizer, _COUPLED) or optimizer.defaults.get("decoupled_weight_decay"):
                 known = ", ".join(kind.__name__ for kind in _COUPLED)
-                raise ValueError(
-                    f"fold_weight_decay replaces a weight decay that joins the gradient ({known}), but {type(optimizer).__name__} decays "
-                    "weights by itself: take one of these, or fold_weight_decay=false"
-                )
+                why = f"replaces a weight decay that joins the gradient ({known}), but {type(optimizer).__name__} decays weights by itself"
+                raise ValueError(f"fold_weight_decay {why}: take one of these, or fold_weight_decay=false")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Put the decay of the folded matrices into the gradients; then as all mask callbacks."""
-        if self.fold_weight_decay and self.store is not None:
+        if self.fold_weight_decay:
             self._fold(pl_module, optimizer)
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     def _fold(self, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
-        assert self.transformation is not None
         decay = {id(p): float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups for p in group["params"]}
-        parameters = {plain_name(name): parameter for name, parameter in pl_module.named_parameters()}
-        for layer in self.transformation.layers:
+        parameters = plain_parameters(pl_module)
+        for layer in self._layers:
             pair = [parameters[name] for name in layer.folded]
             if not pair or any(decay.get(id(one), 0.0) == 0 or one.grad is None for one in pair):
                 continue
@@ -380,14 +326,12 @@ class SparseIFT(DynamicSparsity):
         if not self._uncounted:
             return
         self._uncounted = False
-        macs, _, problems = count_on_batch(trainer, pl_module, batch, self.forward)
+        macs, _, why = count_on_batch(trainer, pl_module, batch, self.forward)
         if macs is None:
-            why = "; ".join(" ".join(problem.split())[:300] for problem in problems)
             if self.family == "wide" and self.flops_tolerance is not None:
-                raise ValueError(
-                    f"the widened {type(pl_module).__name__} can't run on a training batch ({why}). If its forward counts on widths, give "
-                    "it larger widths yourself and use DynamicSparsity; if no step can run on a copy, set flops_tolerance to null"
-                )
+                failed = f"the widened {type(pl_module).__name__} can't run on a training batch ({why})"
+                ways = "if no step can run on a copy, set flops_tolerance to null"
+                raise ValueError(f"{failed}: if its forward counts on widths, give it larger widths yourself, with DynamicSparsity; {ways}")
             rank_zero_warn(f"SparseIFT can't count FLOPs, so they aren't compared with the dense network's ({why})")
             return
         self._macs = {"per_weight": macs.per_weight, "other": macs.other}
@@ -395,18 +339,15 @@ class SparseIFT(DynamicSparsity):
         if self.family != "none" and self.flops_tolerance is not None and self.layer_rule == "uniform" and before:
             ratio = now / before
             if abs(ratio - 1) > self.flops_tolerance:
-                raise ValueError(
-                    f"Sparse-IFT {self.family!r} at sparsity {self.sparsity} gives the transformed layers {ratio:.3f} of the dense "
-                    f"layers' FLOPs, not 1 within {self.flops_tolerance}: widths, branches and ranks are whole numbers, and these layers "
-                    "are small or 1 / (1 - sparsity) isn't one. Choose another sparsity (0.5, 0.75, 0.9), or raise flops_tolerance"
-                )
+                given = f"{self.family!r} at sparsity {self.sparsity} gives the transformed layers {ratio:.3f} of the dense layers' FLOPs"
+                why = "widths, branches and ranks are whole numbers, and these layers are small or 1 / (1 - sparsity) isn't one"
+                way = "choose another sparsity (0.5, 0.75, 0.9), or raise flops_tolerance"
+                raise ValueError(f"Sparse-IFT {given}, not 1 within {self.flops_tolerance}: {why}; {way}")
 
     def _layer_macs(self, density: Mapping[str, float], enlarged: bool = False) -> tuple[float, float]:
         """MACs of the transformed layers (or those of them that have grown sparse and larger), now and dense."""
-        assert self.transformation is not None
-        assert self.store is not None
         assert self._macs is not None
-        layers = [one for one in self.transformation.layers if not enlarged or (one.enlarged and one.sparse)]
+        layers = [one for one in self._layers if not enlarged or (one.enlarged and one.sparse)]
         found = flops_against_dense(layers, self._macs["per_weight"], self._stored, density)
         return sum(now for now, _ in found), sum(before for _, before in found)
 
@@ -414,25 +355,23 @@ class SparseIFT(DynamicSparsity):
 
     def _values(self, trainer: pl.Trainer) -> dict[str, float]:
         """Everything that is logged, by name."""
-        assert self.store is not None
-        assert self.transformation is not None
         counts = self.store.counts()
         density = {name: active / size for name, (active, size) in counts.items()}
-        layers = [one for one in self.transformation.layers if one.enlarged and one.sparse]
+        layers = [one for one in self._layers if one.enlarged and one.sparse]
         values = {
             "density": sum(active for active, _ in counts.values()) / sum(size for _, size in counts.values()),
-            "itop": itop_rate(self._ever)[0],
-            "doc": itop_rate(self._always)[0],
+            "itop": itop_rate(self._history.ever)[0],
+            "doc": itop_rate(self._history.always)[0],
         }
         if layers:
             dense = sum(one.dense_size for one in layers)
             sizes = self._stored
-            stored = sum(sizes[name] for one in layers for name in (*one.sparse, *one.dense))
-            active = sum(sizes[name] * density.get(name, 1.0) for one in layers for name in (*one.sparse, *one.dense))
+            stored = sum(sizes[name] for one in layers for name in one.weights)
+            active = sum(sizes[name] * density.get(name, 1.0) for one in layers for name in one.weights)
             values |= {"weights_ratio": active / dense, "stored_ratio": stored / dense}
         if self.method != "static":
             end = int(self.end_fraction * (self.total_steps or 0))
-            values["drop_fraction"] = self.fraction(min(max(trainer.global_step, self.begin), end)) if end > self.begin else 0.0
+            values["drop_fraction"] = self.fraction(min(max(trainer.global_step, self.begin), end))
         if self._macs is not None:
             now, before = self._layer_macs(density)
             rest = sum(self._macs["per_weight"].values()) + self._macs["other"] - self._layer_macs({})[0]
@@ -451,27 +390,22 @@ class SparseIFT(DynamicSparsity):
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the transformed layers."""
-        if self.store is None or self.transformation is None:
+        if not self.store.masks or self.transformation is None:
             return {}
         sizes, counts = self._stored, self.store.counts()
-        ratios = [(0.0, 0.0)] * len(self.transformation.layers)
+        ratios = [(0.0, 0.0)] * len(self._layers)
         if self._macs is not None:
             density = {name: active / size for name, (active, size) in counts.items()}
-            ratios = flops_against_dense(self.transformation.layers, self._macs["per_weight"], sizes, density)
+            ratios = flops_against_dense(self._layers, self._macs["per_weight"], sizes, density)
         rows = []
-        for layer, (now, before) in zip(self.transformation.layers, ratios, strict=True):
-            weights = (*layer.sparse, *layer.dense)
-            active = sum(counts[name][0] if name in counts else sizes[name] for name in weights)
+        for layer, (now, before) in zip(self._layers, ratios, strict=True):
+            active = sum(counts[name][0] if name in counts else sizes[name] for name in layer.weights)
             shape = " x ".join(map(str, layer.dense_shape))
-            stored = sum(sizes[name] for name in weights)
+            stored = sum(sizes[name] for name in layer.weights)
             kind, ratio = "sparse" if layer.sparse else "dense", now / before if before else None
             rows.append((layer.name, shape, layer.dense_size, stored, active, kind, ratio))
         heads = ("layer", "dense weight", "weights of the dense layer", "stored now", "active now", "kind", "FLOPs / dense")
         return {"sparse_ift/layers": TableMedia(heads, tuple(rows))}
-
-    def dashboard_artifacts(self) -> dict[str, dict[str, Tensor]]:
-        """The masks."""
-        return {} if self.store is None else {"sparse_ift_masks": self.store.masks}
 
     # ---- state -------------------------------------------------------------------------------------------------------------------------
 
@@ -483,8 +417,7 @@ class SparseIFT(DynamicSparsity):
         return {
             **state,
             "settings": self.transformation.settings(),
-            "ever": {name: mask.cpu() for name, mask in self._ever.items()},
-            "always": {name: mask.cpu() for name, mask in self._always.items()},
+            **self._history.state(ever="ever", always="always"),
             "macs": self._macs,
         }
 

@@ -13,8 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lit_methods.callbacks.sparsity.schedules import drop_fraction as drop_fraction_at
-from lit_methods.callbacks.sparsity.schedules import is_update_step
+from lit_methods.callbacks.sparsity.schedules import drop_schedule
 
 Family = Literal["wide", "parallel", "factorized", "doped", "none"]
 
@@ -64,7 +63,7 @@ def factorized_width(f_in: int, f_out: int, sparsity: float, kernel_size: Sequen
         f_in: Inputs of the dense layer.
         f_out: Its outputs.
         sparsity: s of U and V, not rounded to 1 / B.
-        kernel_size: Of U; () for a linear layer.
+        kernel_size: Kernel of U; () for a linear layer.
         sparse_u_only: V stays dense.
 
     Raises:
@@ -85,7 +84,7 @@ def doped_rank(f_in: int, f_out: int, sparsity: float, kernel_size: Sequence[int
         f_in: Inputs of the dense layer.
         f_out: Its outputs.
         sparsity: s of the sparse part, not rounded to 1 / B.
-        kernel_size: Of the layer and of U; () for a linear layer.
+        kernel_size: Kernel of the layer and of U; () for a linear layer.
 
     Raises:
         ValueError: s outside [0, 1).
@@ -93,31 +92,6 @@ def doped_rank(f_in: int, f_out: int, sparsity: float, kernel_size: Sequence[int
     base_scaling(sparsity)
     positions = math.prod(kernel_size)
     return math.floor(sparsity * (positions * (f_in * f_out)) / (positions * f_in + f_out))
-
-
-def drop_schedule(
-    total_steps: int,
-    interval: int = 100,
-    begin: int = 0,
-    end_fraction: float = 0.75,
-    initial: float = 0.3,
-    anneal: Literal["cosine", "constant", "exponential"] = "cosine",
-    rate: float = 3.0,
-) -> tuple[list[int], list[float]]:
-    """All updates of a training: optimiser steps, counted from 1, after which masks change, and the drop fraction of each.
-
-    Args:
-        total_steps: Optimiser steps of the training.
-        interval: Updates come at its multiples.
-        begin: And only after this step.
-        end_fraction: And before step int(end_fraction * total_steps).
-        initial: Drop fraction at ``begin``.
-        anneal: ``cosine`` to 0 at the end, ``constant``, or ``exponential``.
-        rate: Of ``exponential``.
-    """
-    end = int(end_fraction * total_steps)
-    steps = [step for step in range(1, total_steps + 1) if is_update_step(step, interval, begin, end)]
-    return steps, [drop_fraction_at(step, anneal, initial, begin, end, rate) for step in steps]
 
 
 def folded_frobenius(u: Tensor, v: Tensor) -> Tensor:
@@ -154,3 +128,16 @@ def spectral_gap(mask: Tensor) -> Tensor:
     edges = adjacency.sum()
     degrees = torch.stack([edges / adjacency.shape[0], edges / adjacency.shape[1]])
     return (degrees - 1).clamp(min=0).sqrt().sum() - second
+
+
+__all__ = [
+    "base_scaling",
+    "doped_rank",
+    "drop_schedule",
+    "factorized_width",
+    "folded_frobenius",
+    "parallel_branches",
+    "spectral_gap",
+    "wide_width",
+    "width_factor",
+]

@@ -4,16 +4,17 @@ import copy
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from lit_methods import checks
 from lit_methods.callbacks.sparsity.sparse_ift.core import (
     Family,
     Init,
@@ -25,7 +26,7 @@ from lit_methods.callbacks.sparsity.sparse_ift.core import (
     wide_width,
 )
 from lit_methods.callbacks.sparsity.store import prunable_weights
-from lit_methods.callbacks.targets import plain_module, plain_name
+from lit_methods.callbacks.targets import plain_module, plain_modules, plain_name
 from lit_methods.seeds import own_seed
 
 
@@ -103,9 +104,9 @@ class Parallel(nn.Module):
 
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORM_OF = {nn.Linear: OverFeatures, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+_KERNEL = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
@@ -116,28 +117,17 @@ def _sizes(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
     return layer.in_channels, layer.out_channels, tuple(layer.kernel_size)
 
 
-def _new(layer: nn.Module, inputs: int, outputs: int, bias: bool, pointwise: bool = False) -> nn.Module:
+def _new(layer: Any, inputs: int, outputs: int, bias: bool, pointwise: bool = False) -> nn.Module:
     """A layer of the same kind; a pointwise one has a kernel of 1 and stride 1."""
-    if isinstance(layer, nn.Linear):
-        made: nn.Module = nn.Linear(inputs, outputs, bias)
-    else:
-        assert isinstance(layer, _ConvNd)
-        kind: Any = type(layer)
-        if pointwise:
-            made = kind(inputs, outputs, 1, bias=bias)
-        else:
-            shared = {key: getattr(layer, key) for key in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")}
-            made = kind(inputs, outputs, bias=bias, **shared)
-    return made.to(layer.weight.device, layer.weight.dtype)  # type: ignore[arg-type]
+    shape: dict[str, Any] = {} if isinstance(layer, nn.Linear) else {key: getattr(layer, key) for key in _KERNEL}
+    shape = {"kernel_size": 1} if shape and pointwise else shape
+    made: nn.Module = type(layer)(inputs, outputs, bias=bias, **shape)
+    return made.to(layer.weight.device, layer.weight.dtype)
 
 
-def _new_norm(layer: nn.Module, features: int) -> nn.Module:
-    made: nn.Module
-    if isinstance(layer, nn.Linear):
-        made = OverFeatures(features)
-    else:
-        made = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}[type(layer)](features)  # type: ignore[index]
-    return made.to(layer.weight.device, layer.weight.dtype)  # type: ignore[arg-type]
+def _new_norm(layer: Any, features: int) -> nn.Module:
+    made: nn.Module = _NORM_OF[type(layer)](features)
+    return made.to(layer.weight.device, layer.weight.dtype)
 
 
 def _check_layer(layer: nn.Module, groups: bool = False) -> None:
@@ -163,8 +153,7 @@ def factorize(layer: nn.Module, sparsity: float, uv_layer: UVLayer = "nonlinear_
     Raises:
         ValueError: Another layer, or an unknown ``uv_layer``.
     """
-    if uv_layer not in get_args(UVLayer):
-        raise ValueError(f"uv_layer is {uv_layer!r}: give one of {', '.join(get_args(UVLayer))}")
+    checks.one_of(UVLayer, uv_layer=uv_layer)
     _check_layer(layer)
     inputs, outputs, kernel = _sizes(layer)
     width = factorized_width(inputs, outputs, sparsity, kernel, sparse_u_only)
@@ -177,7 +166,7 @@ def dope(layer: nn.Module, sparsity: float) -> Doped:
     """Sparse Doped: new layers in the place of a linear layer or convolution.
 
     Args:
-        layer: As for :func:`factorize`; the sparse part has its bias.
+        layer: ``nn.Linear`` or ``nn.Conv1d`` to ``nn.Conv3d`` without groups; the sparse part has its bias.
         sparsity: s of the sparse part, above 0.
 
     Returns:
@@ -222,8 +211,8 @@ class TransformedLayer:
     """What stands where a dense layer stood.
 
     Attributes:
-        name: Of the dense layer.
-        dense_shape: Of its weight.
+        name: Name of the dense layer.
+        dense_shape: Shape of its weight.
         sparse: Names of the weights in its place that are masked.
         dense: Names of those that stay dense.
         enlarged: It holds more weights than before, and has the dense layer's FLOPs once it is masked.
@@ -238,6 +227,11 @@ class TransformedLayer:
     folded: tuple[str, ...] = ()
 
     @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of all weights in its place."""
+        return (*self.sparse, *self.dense)
+
+    @property
     def dense_size(self) -> int:
         """Weights of the dense layer."""
         return math.prod(self.dense_shape)
@@ -250,8 +244,8 @@ class Transformation:
     Attributes:
         family: Member of the family.
         sparsity: s.
-        uv_layer: Of Factorized.
-        sparse_u_only: Of Factorized.
+        uv_layer: What stands between U and V of Factorized.
+        sparse_u_only: V of Factorized stays dense.
         layers: All layers whose weights are new, in the module's order.
     """
 
@@ -268,8 +262,6 @@ class Transformation:
 
 
 _MARK = "_sparse_ift"
-
-
 _PARAMETRISED = "its weight is parametrised, which must come after the transformation"
 
 
@@ -333,12 +325,12 @@ def iso_flop_transform(
         shortcuts: Patterns on names: pointwise convolutions that match are shortcuts.
         sparse_shortcuts: Mask shortcuts; ``wide`` enlarges them with the rest, the others mask them as they are, as the authors' code
             does, with fewer FLOPs than before. None: for ``wide`` alone.
-        uv_layer: See :func:`factorize`.
-        sparse_u_only: See :func:`factorize`.
-        init: Of the new weights: ``kaiming_normal`` by fan-out for ReLU, biases 0; ``default``: torch's own. Norms start as the dense
+        uv_layer: What stands between U and V of ``factorized``, as in :func:`factorize`.
+        sparse_u_only: V of ``factorized`` stays dense.
+        init: Start of the new weights: ``kaiming_normal`` by fan-out for ReLU, biases 0; ``default``: torch's own. Norms start as the dense
             network's do.
         zero_init_last: Start the scale of the last norm of each residual block (``conv1``, ``bn1``, ``conv2``, ``bn2``, ...) at 0.
-        seed: Of the new weights.
+        seed: Seed of the new weights.
 
     Returns:
         What was done; :func:`transformation_of` finds it again.
@@ -347,18 +339,16 @@ def iso_flop_transform(
         ValueError: Something can't be transformed; the message says what and why. The module is then unchanged.
     """
     base_scaling(sparsity)
-    for name, value, known in (("family", family, Family), ("uv_layer", uv_layer, UVLayer), ("init", init, Init)):
-        if value not in get_args(known):
-            raise ValueError(f"{name} is {value!r}: give one of {', '.join(get_args(known))}")
+    checks.one_of(Family, family=family)
+    checks.one_of(UVLayer, uv_layer=uv_layer)
+    checks.one_of(Init, init=init)
     if transformation_of(module) is not None:
         raise ValueError(f"{type(module).__name__} is transformed already: transform a dense module")
-    modules = {plain_name(name): plain_module(part) for name, part in module.named_modules()}
+    modules = plain_modules(module)
     matrices = [name for name, part in modules.items() if isinstance(part, (nn.Linear, _ConvNd))]
     if not matrices:
-        raise ValueError(
-            f"{type(module).__name__} has no linear layer or convolution: if it makes its layers later, call iso_flop_transform at the end "
-            "of its configure_model"
-        )
+        late = "if it makes its layers later, call iso_flop_transform at the end of its configure_model"
+        raise ValueError(f"{type(module).__name__} has no linear layer or convolution: {late}")
     ends = [matrices[0] if stem is None else stem, matrices[-1] if head is None else head]
     for argument, name in zip(("stem", "head"), ends, strict=True):
         if name not in matrices:
@@ -375,16 +365,17 @@ def iso_flop_transform(
     chosen = [name for name in chosen if name not in pointwise or masks_shortcuts]
     enlarged = [name for name in chosen if family in ("wide", "none") or name not in kept]
     if not enlarged:
-        raise ValueError(
-            f"{type(module).__name__} has no hidden layer to transform beside stem {ends[0]!r} and head {ends[1]!r}: name layers by targets"
-        )
+        ends_text = f"stem {ends[0]!r} and head {ends[1]!r}"
+        raise ValueError(f"{type(module).__name__} has no hidden layer to transform beside {ends_text}: name layers by targets")
     last_norms = _last_norms(module) if zero_init_last else []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(own_seed("SparseIFT", seed))  # the CPU's alone: others wouldn't be restored
         if family == "wide":
             layers = _widen(module, modules, chosen, ends, sparsity, init)
         else:
-            layers = _replace(module, modules, family, chosen, set(enlarged), sparsity, uv_layer, sparse_u_only, init)
+            make = functools.partial(_member, family=family, sparsity=sparsity, uv_layer=uv_layer, sparse_u_only=sparse_u_only)
+            made, norms = _make(module, modules, enlarged if family != "none" else (), family, make)
+            layers = _replace(modules, chosen, made, norms, sparse_u_only, init)
     for path in last_norms:
         _zero_scale(module, path)
     done = Transformation(family, sparsity, uv_layer, sparse_u_only, tuple(layers))
@@ -415,11 +406,9 @@ def _refuse(root: nn.Module, family: str, problems: Mapping[str, str]) -> None:
     if problems:
         name, why = next(iter(problems.items()))
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        way = (
-            "transform a submodule that it can, by network, or choose parallel, factorized or doped"
-            if family == "wide"
-            else "name other layers by targets, or leave it out by skip"
-        )
+        way = "name other layers by targets, or leave it out by skip"
+        if family == "wide":
+            way = "transform a submodule that it can, by network, or choose parallel, factorized or doped"
         raise ValueError(f"Sparse-IFT {family!r} can't transform {name} of {type(root).__name__}{more}: {why}; {way}")
 
 
@@ -452,70 +441,70 @@ def _following_norm(modules: Mapping[str, nn.Module], name: str) -> str | None:
     return f"{name.rpartition('.')[0]}.{after[0]}".lstrip(".")
 
 
-def _replace(
-    root: nn.Module,
-    modules: dict[str, nn.Module],
-    family: str,
-    chosen: Sequence[str],
-    enlarged: set[str],
-    sparsity: float,
-    uv_layer: UVLayer,
-    sparse_u_only: bool,
-    init: Init,
-) -> list[TransformedLayer]:
-    """Everything but Wide: layer by layer."""
-    counts, problems = _uses(root), {}
+def _member(layer: nn.Module, norm: nn.Module | None, family: Family, sparsity: float, uv_layer: UVLayer, sparse_u_only: bool) -> nn.Module:
+    """What takes a layer's place."""
+    if family == "parallel":
+        return parallelize(layer, sparsity, norm)
+    return factorize(layer, sparsity, uv_layer, sparse_u_only) if family == "factorized" else dope(layer, sparsity)
+
+
+def _make(
+    root: nn.Module, modules: Mapping[str, nn.Module], enlarged: Sequence[str], family: str, make: Callable[..., nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """New layers by name, and the norms that go with the old ones."""
+    counts = _uses(root)
     made: dict[str, nn.Module] = {}
     norms: dict[str, str] = {}
-    for name in chosen if family != "none" else ():
-        if name not in enlarged:
-            continue
+    problems: dict[str, str] = {}
+    for name in enlarged:
         layer, (parent, _) = modules[name], _parent(modules, name)
         why = _obstacle(layer, counts)
         if any(getattr(layer, kind, None) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")):
             why = "it has hooks, which would be lost: put SparseIFT before the callback that added them"
         if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, nn.Linear):
             why = "torch's fast path of TransformerEncoderLayer reads the layer's weight"
-        if why is None:
-            try:
-                if family == "parallel":
-                    norm = _following_norm(modules, name)
-                    made[name] = parallelize(layer, sparsity, None if norm is None else modules[norm])
-                    if norm is not None:
-                        norms[name] = norm
-                elif family == "factorized":
-                    made[name] = factorize(layer, sparsity, uv_layer, sparse_u_only)
-                else:
-                    made[name] = dope(layer, sparsity)
-            except ValueError as error:
-                why = str(error)
-        if why is not None:
-            problems[name] = why
+        try:
+            norm = _following_norm(modules, name) if family == "parallel" and why is None else None
+            if why is None:
+                made[name] = make(layer, None if norm is None else modules[norm])
+            norms |= {name: norm} if norm is not None else {}
+        except ValueError as error:
+            why = str(error)
+        problems |= {name: why} if why is not None else {}
     _refuse(root, family, problems)
+    return made, norms
+
+
+def _replace(
+    modules: Mapping[str, nn.Module],
+    chosen: Sequence[str],
+    made: Mapping[str, nn.Module],
+    norms: Mapping[str, str],
+    sparse_u_only: bool,
+    init: Init,
+) -> list[TransformedLayer]:
+    """Everything but Wide: layer by layer; chosen layers without a new one are masked as they are."""
     layers = []
     for name in chosen:
-        shape = tuple(modules[name].weight.shape) if hasattr(modules[name], "weight") else ()  # type: ignore[arg-type]
-        new = made.get(name)
+        new, old = made.get(name), modules[name]
         if new is None:
-            own = [f"{name}.{key}" if name else key for key, value in modules[name].named_parameters(recurse=False) if value.ndim >= 2]
-            for path in own:
-                value = modules[name].get_parameter(path.rpartition(".")[2])
-                layers.append(TransformedLayer(path.rpartition(".")[0], tuple(value.shape), (path,), enlarged=False))
+            for own, value in old.named_parameters(recurse=False):
+                if value.ndim >= 2:
+                    path = f"{name}.{own}" if name else own
+                    layers.append(TransformedLayer(path.rpartition(".")[0], tuple(value.shape), (path,), enlarged=False))
             continue
-        parts = [part for part in new.modules() if type(part) in _LAYERS]
-        _initialise(parts, init)
-        parent, child = _parent(modules, name)
-        setattr(parent, child, new)
+        shape = tuple(old.weight.shape)  # type: ignore[arg-type]
+        _initialise([part for part in new.modules() if type(part) in _LAYERS], init)
+        setattr(*_parent(modules, name), new)
         if name in norms:
             setattr(*_parent(modules, norms[name]), nn.Identity())
+        u, v = f"{name}.u.weight", f"{name}.v.weight"
         if isinstance(new, Parallel):
             layers.append(TransformedLayer(name, shape, tuple(f"{name}.branches.{j}.weight" for j in range(len(new.branches)))))
-            continue
-        u, v = f"{name}.u.weight", f"{name}.v.weight"
-        if isinstance(new, Doped):
+        elif isinstance(new, Doped):
             layers.append(TransformedLayer(name, shape, (f"{name}.sparse.weight",), (u, v), folded=(u, v)))
         else:
-            folded = (u, v) if uv_layer == "linear" else ()
+            folded = (u, v) if new.norm is None else ()
             layers.append(TransformedLayer(name, shape, (u,) if sparse_u_only else (u, v), (v,) if sparse_u_only else (), folded=folded))
     return layers
 
@@ -582,40 +571,37 @@ def _widen(
     return layers
 
 
-def _resize(layer: nn.Module, inputs: int, outputs: int) -> None:
-    if isinstance(layer, nn.Linear):
-        layer.in_features, layer.out_features = inputs, outputs
-    else:
-        assert isinstance(layer, _ConvNd)
-        layer.in_channels, layer.out_channels = inputs, outputs
-    assert isinstance(layer.weight, Tensor)
+def _resize(layer: Any, inputs: int, outputs: int) -> None:
+    for attribute, size in zip(_SIDES[isinstance(layer, nn.Linear)], (inputs, outputs), strict=True):
+        setattr(layer, attribute, size)
     layer.weight = nn.Parameter(layer.weight.new_empty(outputs, inputs, *layer.weight.shape[2:]))
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.weight.new_empty(outputs))
 
 
+_SIDES = {True: ("in_features", "out_features"), False: ("in_channels", "out_channels")}
+
+
+def _norm_attribute(norm: nn.Module) -> str:
+    if isinstance(norm, nn.LayerNorm):
+        return "normalized_shape"
+    return "num_channels" if isinstance(norm, nn.GroupNorm) else "num_features"
+
+
 def _norm_width(norm: nn.Module) -> int:
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_channels
-    return int(norm.normalized_shape[0]) if isinstance(norm, nn.LayerNorm) else int(norm.num_features)  # type: ignore[arg-type]
+    width: Any = getattr(norm, _norm_attribute(norm))
+    return int(width[0]) if isinstance(width, tuple) else int(width)
 
 
 def _resize_norm(norm: nn.Module, width: int) -> None:
-    if isinstance(norm, nn.GroupNorm):
-        norm.num_channels = width
-    elif isinstance(norm, nn.LayerNorm):
-        norm.normalized_shape = (width,)
-    else:
-        assert isinstance(norm, _BatchNorm)
-        norm.num_features = width
-    for name, value, ordinary in [(name, getattr(norm, name), one) for name, one in (("weight", 1.0), ("bias", 0.0))]:
-        if isinstance(value, Tensor):
+    setattr(norm, _norm_attribute(norm), (width,) if isinstance(norm, nn.LayerNorm) else width)
+    for name, ordinary in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
+        value = getattr(norm, name, None)
+        if isinstance(value, nn.Parameter):
             start = float(value.flatten()[0])
             same = bool((value == start).all())  # a start of 0 was meant so
             setattr(norm, name, nn.Parameter(value.new_full((width,), start if same else ordinary)))
-    for name, ordinary in (("running_mean", 0.0), ("running_var", 1.0)):
-        value = getattr(norm, name, None)
-        if isinstance(value, Tensor):
+        elif isinstance(value, Tensor):
             setattr(norm, name, value.new_full((width,), ordinary))
 
 
@@ -651,7 +637,7 @@ def flops_against_dense(
     those of any weight in its place.
 
     Args:
-        layers: Of the module.
+        layers: Transformed layers of the module.
         macs: Name of a weight -> MACs that all its entries take part in, see
             :func:`~lit_methods.callbacks.sparsity.flops.count_macs`.
         sizes: Name -> number of entries.
@@ -662,7 +648,6 @@ def flops_against_dense(
     """
     found = []
     for layer in layers:
-        weights = (*layer.sparse, *layer.dense)
-        uses = macs[weights[0]] / sizes[weights[0]]
-        found.append((sum(macs[name] * density.get(name, 1.0) for name in weights), uses * layer.dense_size))
+        uses = macs[layer.weights[0]] / sizes[layer.weights[0]]
+        found.append((sum(macs[name] * density.get(name, 1.0) for name in layer.weights), uses * layer.dense_size))
     return found

@@ -1,34 +1,126 @@
-"""What makes two sparse runs comparable, and the tables that compare them."""
+"""What must not be claimed: guards over one sparse run, what makes two comparable, and the table that compares them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_methods.callbacks.sparsity.card import SparsityCard
-from lit_methods.callbacks.sparsity.cost import Cost
-from lit_methods.callbacks.sparsity.flops import training_flops
+from lit_methods.callbacks.sparsity.health import Health
+from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.masks import is_nm
 from lit_methods.panels import TableMedia
 
+GUARDS = {
+    2: "weights that their mask removes are not exactly 0",
+    3: "declared sparse to sparse, but something dense is there",
+    5: "density far from its target",
+    6: "a layer has collapsed",
+    7: "the masks don't move as declared",
+    8: "zeros don't lie as declared",
+}
+Warnings = Iterator[tuple[int, str]]
 
-def training_cost(cost: Cost, cards: Mapping[str, SparsityCard]) -> float:
-    """FLOPs to train on one sample: each weight by the regime of the method that masks it, all else dense.
+
+class Guards:
+    """Warnings of one run, each given once.
 
     Args:
-        cost: Of a forward pass, per sample.
-        cards: Weight -> card of the method that masks it.
+        strict: Raise where a guard would warn.
+
+    Attributes:
+        warnings: Message -> number of the guard.
     """
-    total = 6 * cost.attention_macs
-    for name, dense in cost.macs_dense.items():
-        card = cards.get(name)
-        if card is None:
-            total += training_flops("static", 2 * dense, 2 * cost.macs_sparse[name])  # dense, where nothing is masked
-        else:
-            total += training_flops(card.cost, 2 * dense, 2 * cost.macs_sparse[name], card.update_interval)
-    return total
+
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.warnings: dict[str, int] = {}
+
+    def warn(self, number: int, what: str) -> None:
+        """Warn, or raise where that was asked for."""
+        message = f"{GUARDS[number]}: {what}"
+        if self.strict:
+            raise RuntimeError(f"SparsityReport, guard {number}, {message}")
+        if message not in self.warnings:
+            self.warnings[message] = number
+            rank_zero_warn(f"SparsityReport, guard {number}, {message}")
+
+    def take(self, warnings: Warnings) -> None:
+        """Warn of everything that was found."""
+        for number, what in warnings:
+            self.warn(number, what)
+
+
+def nonzero_where_removed(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors with a value other than 0 where their mask is False."""
+    if not tensors:
+        return []
+    flags = [(tensor.masked_fill(masks[name].to(tensor.device), 0) != 0).any() for name, tensor in tensors.items()]
+    wrong = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()  # one wait for the device
+    return [name for name, flag in zip(tensors, wrong, strict=True) if flag]
+
+
+def mask_warnings(history: MaskHistory, cards: Mapping[str, SparsityCard], health: Mapping[str, Health], updates: int) -> Warnings:
+    """Guards 3, 6 and 7 that can be told from the masks so far.
+
+    Args:
+        history: First and last masks.
+        cards: Weight -> card of the method that masks it.
+        health: Dead units of the masked weights.
+        updates: How often the masks have changed.
+    """
+    for name, state in health.items():
+        if state.disconnected:
+            yield 6, f"{name} has no weight left"
+    for name, card in cards.items():
+        if updates and card.mask == "static" and not torch.equal(history.first[name], history.last[name]):
+            yield 7, f"{name} is declared static, but its mask changed"
+    for name, card in cards.items():
+        if card.regime == "sparse_to_sparse" and bool(history.first[name].all()) and not bool(history.last[name].all()):
+            yield 3, f"the first mask of {name} was dense"
+
+
+def final_warnings(source: Any, names: Sequence[str], history: MaskHistory, target: float | None) -> Warnings:
+    """Guards 5, 7 and 8 at the end of training.
+
+    Args:
+        source: The callback or module that masks, with its card and its pattern.
+        names: Weights that it masks.
+        history: First and last masks, and which positions were ever active.
+        target: Share of its weights that it should keep; None: not known.
+    """
+    who, card = type(source).__name__, getattr(source, "sparsity_card", None)
+    kept, first, ever = (sum(int(masks[name].sum()) for name in names) for masks in (history.last, history.first, history.ever))
+    size = sum(history.last[name].numel() for name in names)
+    if target is not None and abs(kept - target * size) > 0.01 * target * size + 1:
+        yield 5, f"{who} keeps {kept:,} of {size:,} weights, {kept / size:.4f} where {target:.4f} was asked for"
+    if not isinstance(card, SparsityCard) or not names:
+        return
+    if card.mask == "dynamic" and ever == first < size:
+        yield 7, f"{who} is declared dynamic, but no weight was ever tried beside the first ones"
+    for name in names:
+        if not _aligned(history.last[name], card, source):
+            yield 8, f"{name} is declared {card.granularity}"
+
+
+def _aligned(mask: Tensor, card: SparsityCard, source: Any) -> bool:
+    """Whether zeros lie in the units that the card declares; True for those that can't be checked from a mask."""
+    if card.granularity == "layer":
+        return bool(mask.all()) or not bool(mask.any())
+    if card.granularity == "channel" and mask.ndim >= 2:  # every removed weight lies in a removed row or column
+        rows, columns = mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)
+        whole = (rows[:, None] & columns).view(*mask.shape[:2], *[1] * (mask.ndim - 2))
+        return torch.equal(mask, whole.expand_as(mask))
+    n, m = getattr(source, "n", None), getattr(source, "m", None)
+    if card.granularity == "n:m" and isinstance(n, int) and isinstance(m, int):
+        return mask.ndim < 2 or is_nm(mask, n, m, 1) or is_nm(mask, n, m, 0)
+    return True
+
+
+# ---- over several runs -----------------------------------------------------------------------------------------------------------------
 
 
 def not_comparable(run: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -38,7 +130,7 @@ def not_comparable(run: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
 
     Args:
         run: Content of a ``sparsity.json``.
-        other: Of another one.
+        other: Content of another one.
     """
     reasons = []
     a, b = run["training"], other["training"]
@@ -145,40 +237,4 @@ def comparison_table(runs: Mapping[str, Mapping[str, Any]]) -> TableMedia:
     return TableMedia(columns, tuple(rows))
 
 
-def _aligned(mask: Tensor, card: SparsityCard, source: Any) -> bool:
-    """Whether zeros lie in the units that the card declares; True for those that can't be checked from a mask."""
-    if card.granularity == "layer":
-        return bool(mask.all()) or not bool(mask.any())
-    if card.granularity == "channel" and mask.ndim >= 2:  # every removed weight lies in a removed row or column
-        rows, columns = mask.flatten(1).any(1), mask.transpose(0, 1).flatten(1).any(1)
-        whole = (rows[:, None] & columns).view(*mask.shape[:2], *[1] * (mask.ndim - 2))
-        return torch.equal(mask, whole.expand_as(mask))
-    n, m = getattr(source, "n", None), getattr(source, "m", None)
-    if card.granularity == "n:m" and isinstance(n, int) and isinstance(m, int):
-        return mask.ndim < 2 or is_nm(mask, n, m, 1) or is_nm(mask, n, m, 0)
-    return True
-
-
-def _totals(report: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The second table: one row per figure, theory and measurement told apart."""
-    inference, speed, sizes = report["inference"], report["speed"], report["bytes"]
-    rows: list[tuple[str, Any]] = [
-        ("density of the prunable weights", report["density"]["prunable"]),
-        ("density of all parameters", report["density"]["all"]),
-        ("counted by", report["density"]["basis"]),
-    ]
-    if inference:
-        rows += [
-            ("FLOPs of a forward pass, dense (theory, per sample)", inference["flops_dense"]),
-            ("FLOPs of a forward pass, sparse (theory, per sample)", inference["flops_sparse"]),
-            ("ratio, attention included", inference["flops_ratio"]),
-            ("ratio of the weights alone", inference["flops_ratio_without_attention"]),
-            ("training FLOPs so far (theory)", report["training"]["flops"]),
-        ]
-    rows += [(f"{key} (masks)", value) for key, value in report["dynamics"].items()]
-    rows += [(key.replace("_", " "), value) for key, value in report["health"].items()]
-    rows += [(f"bytes of the prunable weights, {key}", value) for key, value in sizes.items()]
-    if speed:
-        where = f"{speed['kernel']}, {speed['device']}, batch {speed['batch_size']}"
-        rows += [(f"latency in ms (measured: {where})", 1000 * speed["seconds"]), (f"peak MiB ({speed['memory']})", speed["peak_mib"])]
-    return rows
+__all__ = ["comparison_table", "missing_evidence", "not_comparable"]

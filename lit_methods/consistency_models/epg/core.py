@@ -129,9 +129,9 @@ def pretrain_loss(
         target_projector: Average of ``projector``.
         x: (B, ...) images.
         view1: Augmented images, like ``x``.
-        view2: Likewise.
+        view2: Other augmented images, like ``x``.
         noise: Like ``x``: one for all five noisy inputs.
-        levels: Of :func:`pretrain_levels`.
+        levels: What :func:`pretrain_levels` gives.
         sigma_data: Standard deviation of the data.
         contrastive_temperature: tau of the contrast.
         consistency_temperature: tau of the consistency, at these levels.
@@ -141,8 +141,8 @@ def pretrain_loss(
 
     def noisy(network: Map, image: Tensor, level: float) -> Tensor:
         sigma = torch.full((len(image),), level, dtype=torch.promote_types(image.dtype, torch.float32), device=image.device)
-        found: Tensor = encode(network, image + level * noise, sigma, sigma_data=sigma_data)
-        return found
+        encoded: Tensor = encode(network, image + level * noise, sigma, sigma_data=sigma_data)
+        return encoded
 
     with torch.no_grad():
         key1, key2 = (gather(target_projector(noisy(target_encoder, view, levels.clean))) for view in (view1, view2))
@@ -216,8 +216,8 @@ class Pixels(nn.Module):
     """From images in [-1, 1] to what networks see, and back.
 
     Args:
-        mean: Of the pixels in [0, 1], for each channel or for all.
-        std: Likewise; (0.5,) for both leaves images as they are.
+        mean: Mean of the pixels in [0, 1], for each channel or for all.
+        std: By what they are divided then, for each channel or for all; (0.5,) for both leaves images as they are.
     """
 
     mean: Tensor
@@ -332,21 +332,21 @@ def consistency_tuning_loss(
         upper: (B,) t, shifted.
         lower: (B,) r <= t, shifted.
         condition: Further arguments of both.
-        c: Of the distance.
+        c: Scale of the distance.
         warmup: The answer is compared with ``x`` itself, and not contrasted: stage 0 of the curriculum.
         perceptual: Frozen map (B, ...) -> (B, C) of images without noise, whose gradient reaches its input; None: no contrast.
-        temperature: Of the contrast.
+        temperature: Temperature of the contrast.
         gather: (B, C) -> (M, C) keys of all processes, those of this one first.
     """
     weight = inverse_distance(upper, lower)
     other = (lambda *_: x) if warmup else teacher
-    found = consistency_pair_loss(student, other, x, noise, lower, upper, partial(detached_pseudo_huber, c=c), weight, *condition)
-    contrast = torch.zeros_like(found.losses)
+    pair = consistency_pair_loss(student, other, x, noise, lower, upper, partial(detached_pseudo_huber, c=c), weight, *condition)
+    contrast = torch.zeros_like(pair.losses)
     if perceptual is not None and not warmup:
         with torch.no_grad():
             keys = gather(perceptual(x))
-        contrast = cosine_info_nce(perceptual(found.student), keys, temperature)
-    return TuningLoss(found.losses, contrast, found.student, found.teacher, weight)
+        contrast = cosine_info_nce(perceptual(pair.student), keys, temperature)
+    return TuningLoss(pair.losses, contrast, pair.student, pair.teacher, weight)
 
 
 def interval_guidance(
@@ -368,3 +368,9 @@ def interval_guidance(
         return told
     untold = denoise(x, torch.full_like(labels, null))
     return untold + scale * (told - untold)
+
+
+__all__ = [
+    "consistency_temperature", "consistency_tuning_loss", "cosine_info_nce", "denoising_loss", "denoising_weight", "interval_guidance",
+    "nearest_level", "neighbour_labels", "pretrain_levels", "pretrain_loss", "resolution_shift",
+]  # fmt: skip

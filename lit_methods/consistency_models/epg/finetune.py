@@ -5,7 +5,7 @@ The maths stands in :mod:`~lit_methods.consistency_models.epg.core`.
 
 import copy
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -24,21 +24,21 @@ from lit_methods.consistency_models.epg.core import (
     interval_guidance,
     nearest_level,
     needs_width,
-    shift_of,
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head_of
-from lit_methods.consistency_models.evaluation import Part, Purpose, SampleEvaluation, Samples
+from lit_methods.consistency_models.epg.stage import Stage
+from lit_methods.consistency_models.evaluation import Purpose, SampleEvaluation, Samples
 from lit_methods.consistency_models.levels import karras_levels, like, quarter_means
 from lit_methods.consistency_models.metrics import square
 from lit_methods.consistency_models.pairs import consistency_function
 from lit_methods.consistency_models.sampling import Solver, check_sample_times, denoise_sample, multistep_sample
 from lit_methods.distributed import gather_rows
+from lit_methods.evaluated import Part
 from lit_methods.frozen import Frozen
-from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, ImagePanel, Panel
 from lit_methods.runs.checkpoints import read_state_dict
 from lit_methods.seeds import own_seed, seeded_noise
-from lit_methods.steps import gradient_norm, logs_now, training_length
+from lit_methods.steps import logs_now, training_length
 
 Mode = Literal["denoise", "consistency"]
 Weight = Literal["inverse_gap", "one"]
@@ -53,20 +53,24 @@ class Drawn(NamedTuple):
     weight: Tensor
 
 
-class EPGFinetune(SampleEvaluation):
+class EPGFinetune(Stage, SampleEvaluation):
     """Stage 2 of EPG: the encoder of stage 1 and a new decoder, trained end to end to denoise, or as a consistency model.
 
-    Batches: ``image`` (B, C, H, W) floating point in [-1, 1]; with ``num_classes`` also ``label`` (B,) int64. ``forward`` is the denoised
-    image x0, or f of the consistency model. Validation and samples use the weights as they are: attach ``WeightEMA``. The encoder is loaded
-    when fit starts, by name and not strictly: what is missing or unknown is said. ``encoder_ckpt: null`` is training from scratch, a
-    baseline. The frozen copy for the contrast is not saved: the file must be there when a run is resumed.
+    To denoise, the loss is the weighted mean of (x0(x + sigma n, sigma) - x)^2. As a consistency model it is S / sg sqrt(S + c^2) / (t - r)
+    with the squared distance S of the answers at two levels r < t that come closer stage by stage, plus ``perceptual_weight`` times the
+    InfoNCE of answers and images in the features of the frozen encoder of stage 1.
 
-    Logged: ``epg/loss``; every ``log_every_n_steps`` steps ``epg/grad_norm``, ``epg/loss_q1`` to ``_q4`` (mean loss of the quarters of the
-    lognormal that levels are drawn from) and, for consistency, ``epg/stage``, ``epg/consistency``, ``epg/perceptual``. After validation
-    ``epg/val_mse``, the mean squared error of ``forward`` over pixels and ``probe_sigmas``, ``epg/val_mse_<sigma>`` and
-    ``epg/val_sw2``, the sliced Wasserstein distance of as many samples as there are validation data to these (``epg/test_...`` after a
-    test). All validation data and samples are kept until then: limit them for large images. ``predict_step`` returns as many samples as a
-    batch has images, for each number of steps.
+    Runs: batches have ``image`` (B, C, H, W) floating point in [-1, 1]; with ``num_classes`` also ``label`` (B,) int64. ``forward`` is the
+    denoised image x0, or f of the consistency model. Validation and samples use the weights as they are: attach ``WeightEMA``. The encoder
+    is loaded when fit starts, by name and not strictly: what is missing or unknown is said. ``encoder_ckpt: null`` is training from
+    scratch, a baseline. Validation computes the error of ``forward`` at ``probe_sigmas`` and draws as many samples as there are data; all
+    are kept until it ends: limit them for large images. ``predict_step`` returns as many samples as a batch has images, for each number of
+    steps. Beside the panels a consistency model logs ``epg/stage``, ``epg/consistency`` and ``epg/perceptual``.
+
+    Saves: encoder, decoder, embeddings of classes, the length of the schedule. The frozen copy for the contrast is not saved: the file must
+    be there when a run is resumed.
+
+    Refuses: a checkpoint of another encoder; guidance without classes; a cosine without an end, unless ``total_steps`` is given.
 
     Args:
         encoder: As in :class:`EPGPretrain`; its blocks go to the decoder.
@@ -75,8 +79,8 @@ class EPGFinetune(SampleEvaluation):
         encoder_ckpt: Checkpoint of stage 1; None: a random encoder.
         num_classes: Classes that the network is told; None: none.
         class_dropout: Chance that a label is withheld in training.
-        p_mean: Of ln sigma; None: -1.2 for ``denoise``, -0.4 for ``consistency``.
-        p_std: Of ln sigma.
+        p_mean: Mean of ln sigma; None: -1.2 for ``denoise``, -0.4 for ``consistency``.
+        p_std: Standard deviation of ln sigma.
         num_levels: ``denoise``: sigma is snapped to the nearest of so many levels; None: it isn't.
         weight: ``denoise``: ``inverse_gap``, of the levels before the shift, or ``one``.
         ect_q: ``consistency``: how much nearer the levels of a pair come with each stage.
@@ -85,31 +89,31 @@ class EPGFinetune(SampleEvaluation):
         ect_first: Steps of the first stage.
         ect_length: Steps of every further stage.
         ect_delta: First stage; 0: it is denoising.
-        c: Of the distance.
-        perceptual_weight: Of the contrast with the frozen encoder; None: 1 with ``encoder_ckpt``, 0 without.
+        c: Scale of the distance.
+        perceptual_weight: Factor of the contrast with the frozen encoder; None: 1 with ``encoder_ckpt``, 0 without.
         perceptual_temperature: > 0.
         sigma_min: Smallest level.
         sigma_max: Largest level.
         rho: Spacing of the levels.
         sigma_data: Standard deviation of what the encoder sees.
         base_resolution: As in :class:`EPGPretrain`; None: no shift.
-        pixel_mean: Of pixels in [0, 1], subtracted.
+        pixel_mean: Mean of the pixels in [0, 1], subtracted.
         pixel_std: By which they are divided then.
         solver: ``denoise``: ``heun``, ``euler`` or ``sde``.
         sample_steps: ``denoise``: levels of the sampler.
         sample_times: ``consistency``: levels of the steps after the first, before the shift, for the longest sampling.
         guidance: ``denoise``: how strongly samples follow their class; 1: as the network has it.
         guidance_interval: Levels, before the shift, between which that is done.
-        learning_rate: Of AdamW, after the warm-up.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
+        learning_rate: AdamW's learning rate after the warm-up.
+        betas: AdamW's two momentum decay rates.
+        weight_decay: AdamW's weight decay.
         warmup_steps: Over which the rate rises.
-        schedule: Of the rate after that: ``cosine`` or ``constant``.
+        schedule: Learning rate after the warm-up: ``cosine`` or ``constant``.
         gradient_clip: Largest norm of the gradient once the warm-up is over; None: the Trainer's setting all the time.
-        total_steps: Of the cosine; None: the length of the training when it first starts. Saved with the checkpoint.
+        total_steps: Length of the cosine; None: the length of the training when it first starts. Saved with the checkpoint.
         probe_sigmas: Levels, before the shift, of the error after validation.
         grid: Images in a row of the dashboard's picture; 0: no picture.
-        seed: Of levels, noise and withheld labels. Dropout draws from the global generators.
+        seed: Seed of levels, noise and withheld labels. Dropout draws from the global generators.
 
     Raises:
         ValueError: An argument outside its range.
@@ -213,8 +217,8 @@ class EPGFinetune(SampleEvaluation):
             raise ValueError(
                 f"{path} has another encoder than {type(self.encoder).__name__}: {'; '.join(sorted(wrong)[:3]) or 'no name is the same'}"
             )
-        found = self.encoder.load_state_dict(state, strict=False)
-        said = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in zip(("missing", "unknown"), found, strict=True) if names]
+        named = self.encoder.load_state_dict(state, strict=False)
+        said = [f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in zip(("missing", "unknown"), named, strict=True) if names]
         rank_zero_info(f"encoder of {path}: {len(own.keys() & state.keys())} tensors loaded" + "".join(f", {one}" for one in said))
         if self.mode == "consistency" and self.perceptual_weight:
             head = projection_head_of(read_state_dict(path, "projector."))
@@ -237,18 +241,14 @@ class EPGFinetune(SampleEvaluation):
         answer: Tensor = encode(self.network, x, sigma, *labels, sigma_data=hp["sigma_data"])
         return answer.to(x.dtype)
 
-    def shift(self, x: Tensor) -> float:
-        """By which the levels of these images are multiplied."""
-        return shift_of(x, self.hparams["base_resolution"])
-
     def embed(self, x: Tensor) -> Tensor:
         """What the frozen copy of stage 1 makes of images without noise: (B, ...) -> (B, C), with a gradient for ``x``."""
         assert self.perceptual is not None
         encoder, projector = self.perceptual.module["encoder"], self.perceptual.module["projector"]  # type: ignore[index]
         clean = torch.full((len(x),), self.hparams["sigma_min"] * self.shift(x), device=x.device)
         encoded: Encoded = encode(lambda u, noise: encoder(u.to(self.dtype), noise), x, clean, sigma_data=self.hparams["sigma_data"])
-        found: Tensor = projector(encoded.feature)
-        return found
+        projected: Tensor = projector(encoded.feature)
+        return projected
 
     # ---- training ------------------------------------------------------------------------------------------------------------------------
 
@@ -291,7 +291,7 @@ class EPGFinetune(SampleEvaluation):
             losses = denoising_loss(self(x + like(sigma, x) * drawn.noise, sigma, *labels), x, drawn.weight)
         else:
             stage = self.stage(self.trainer.global_step)
-            found = consistency_tuning_loss(
+            tuning = consistency_tuning_loss(
                 self,
                 self,
                 x,
@@ -305,11 +305,11 @@ class EPGFinetune(SampleEvaluation):
                 temperature=hp["perceptual_temperature"],
                 gather=gather_keys,
             )
-            losses = found.consistency + self.perceptual_weight * found.perceptual
+            losses = tuning.consistency + self.perceptual_weight * tuning.perceptual
             logs = {
                 "epg/stage": float(stage),
-                "epg/consistency": found.consistency.detach().mean(),
-                "epg/perceptual": found.perceptual.detach().mean(),
+                "epg/consistency": tuning.consistency.detach().mean(),
+                "epg/perceptual": tuning.perceptual.detach().mean(),
             }
         loss = losses.mean()
         self.log("epg/loss", loss.detach())
@@ -334,11 +334,6 @@ class EPGFinetune(SampleEvaluation):
         withheld = torch.rand(len(labels), generator=generator, device=labels.device) < self.hparams["class_dropout"]
         return (torch.where(withheld, self.hparams["num_classes"], labels),)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient, before it is clipped."""
-        if logs_now(self):
-            self.log("epg/grad_norm", gradient_norm(self))
-
     def configure_gradient_clipping(
         self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
@@ -351,21 +346,9 @@ class EPGFinetune(SampleEvaluation):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a warm-up."""
-        hp = self.hparams
-        final = 0.0 if hp["schedule"] == "cosine" else 1.0
-        if final == 0:
+        if self.hparams["schedule"] == "cosine":
             self.total_steps = training_length(self, self.total_steps)
-        total = self.total_steps or 1
-        optimizer = torch.optim.AdamW(self.parameters(), lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
-        return scheduled(optimizer, lambda step: warmup_cosine(step, total, hp["warmup_steps"], final))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The schedule's length belongs to the run."""
-        checkpoint["epg"] = {"total_steps": self.total_steps}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it over."""
-        self.total_steps = checkpoint.get("epg", {}).get("total_steps", self.total_steps)
+        return self.adamw(self.parameters())
 
     # ---- sampling ------------------------------------------------------------------------------------------------------------------------
 
@@ -377,7 +360,7 @@ class EPGFinetune(SampleEvaluation):
             labels: (B,), with classes.
             steps: ``denoise``: levels, 2 or more; None: ``sample_steps``. ``consistency``: network calls, at most one more than there are
                 ``sample_times``; None: 1.
-            generator: Of the noise between steps.
+            generator: Draws the noise between steps.
         """
         hp, shift = self.hparams, self.shift(noise)
         if self.mode == "consistency":
@@ -432,7 +415,7 @@ class EPGFinetune(SampleEvaluation):
         """The sampler of ``denoise`` has one number of steps, which figures needn't name."""
         return "" if self.mode == "denoise" else super().ending(steps)
 
-    def see(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Denoise, and draw as many samples as there are data."""
         hp, x = self.hparams, self.pixels(batch["image"])
         place = f"EPG evaluation {self.global_batch(batch_idx)}"
@@ -442,7 +425,7 @@ class EPGFinetune(SampleEvaluation):
             noisy = x + like(level, x) * seeded_noise(f"{place} {sigma:g}", hp["seed"], x)
             errors.append(square(self(noisy, level, *self._labels(batch)).float(), x))
         self._errors.append(torch.stack(errors, dim=1))
-        return super().see(batch, batch_idx)
+        return super()._evaluate(batch, batch_idx)
 
     def compare(self, part: Part, seen: list[Samples]) -> None:
         """Log the errors of all ranks, and how far their samples are from their data."""

@@ -85,10 +85,10 @@ class PixelViTEncoder(nn.Module):
     Args:
         image_size: Side in pixels; a multiple of ``patch_size``.
         patch_size: Side of a patch in pixels.
-        in_channels: Of the images.
+        in_channels: Channels of the images.
         width: D; even, a multiple of ``heads``.
         depth: Blocks.
-        heads: Of the attention.
+        heads: Heads of the attention.
         mlp_ratio: Hidden width of the feed-forward layers over D.
 
     Raises:
@@ -124,12 +124,12 @@ class PixelViTEncoder(nn.Module):
         if condition is not None:
             cls = cls + condition[:, None]
         h = torch.cat([cls, time[:, None], patches], dim=1) + self.positions
-        found = []
+        blocks = []
         for block in self.blocks:
             h = block(h)
-            found.append(h)
+            blocks.append(h)
         h = self.norm(h)
-        return Encoded(h[:, 0], h, tuple(found), time)
+        return Encoded(h[:, 0], h, tuple(blocks), time)
 
 
 class PixelViTDecoder(nn.Module):
@@ -140,13 +140,13 @@ class PixelViTDecoder(nn.Module):
     Args:
         image_size: Side in pixels.
         patch_size: That of the encoder.
-        in_channels: Of the images.
-        width: Of the decoder; a multiple of ``heads``.
+        in_channels: Channels of the images.
+        width: Width of the decoder's tokens; a multiple of ``heads``.
         encoder_width: D of the encoder.
         depth: Blocks, as many as the encoder's.
-        heads: Of the attention.
+        heads: Heads of the attention.
         mlp_ratio: Hidden width of the feed-forward layers over ``width``.
-        dropout: Of what the attention and the feed-forward layers add.
+        dropout: Dropout of what the attention and the feed-forward layers add.
 
     Raises:
         ValueError: Numbers that don't divide.
@@ -199,10 +199,10 @@ class PixelMLPEncoder(nn.Module):
     Cost: 0.15 million parameters with the defaults.
 
     Args:
-        shape: Of a sample.
+        shape: Shape of a sample.
         width: D.
         depth: Layers.
-        frequencies: Of the noise condition.
+        frequencies: Frequencies of the noise condition.
     """
 
     def __init__(self, shape: Sequence[int] = (1, 8, 8), width: int = 256, depth: int = 3, frequencies: int = 8) -> None:
@@ -215,12 +215,12 @@ class PixelMLPEncoder(nn.Module):
         """(B, ...), (B,) noise condition ln(sigma) / 4 and (B, D) embeddings of classes, which join the feature."""
         time = fourier_features(noise.float(), self.frequencies).to(x.dtype)
         h = torch.cat([x.flatten(1), time], dim=1)
-        found = []
+        blocks = []
         for layer in self.layers:
             h = layer(h)
-            found.append(h[:, None])
+            blocks.append(h[:, None])
         feature = h if condition is None else h + condition
-        return Encoded(feature, feature[:, None], tuple(found), time)
+        return Encoded(feature, feature[:, None], tuple(blocks), time)
 
 
 class PixelMLPDecoder(nn.Module):
@@ -229,8 +229,8 @@ class PixelMLPDecoder(nn.Module):
     Cost: 0.15 million parameters with the defaults.
 
     Args:
-        shape: Of a sample.
-        width: Of the hidden layers.
+        shape: Shape of a sample.
+        width: Width of the hidden layers.
         encoder_width: D of the encoder.
         depth: Layers.
         dropout: Behind each hidden layer.
@@ -258,8 +258,8 @@ def projection_head(features: int, width: int = 4096, out_features: int = 256, l
 
     Args:
         features: D of the encoder.
-        width: Of the hidden layers.
-        out_features: Of the output.
+        width: Width of the hidden layers.
+        out_features: Width of the output.
         layers: At least 1.
     """
     sizes = [features, *[width] * (layers - 1)]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_methods import checks
 from lit_methods.averages import ema_update
 from lit_methods.catalog import Technique
-from lit_methods.consistency_models.curricula import doubling_levels
+from lit_methods.consistency_models.curricula import check_intervals, doubling_levels
 from lit_methods.consistency_models.epg.core import (
     Map,
     Pixels,
@@ -31,17 +31,17 @@ from lit_methods.consistency_models.epg.core import (
     neighbour_labels,
     pretrain_levels,
     pretrain_loss,
-    shift_of,
 )
 from lit_methods.consistency_models.epg.networks import Encoded, projection_head
+from lit_methods.consistency_models.epg.stage import Stage
 from lit_methods.consistency_models.epg.views import Views
-from lit_methods.consistency_models.evaluation import Part, WholeSetEvaluation
+from lit_methods.consistency_models.evaluation import WholeSetEvaluation
 from lit_methods.consistency_models.levels import like
 from lit_methods.distributed import gather_rows
-from lit_methods.optim import scheduled, warmup_cosine
+from lit_methods.evaluated import Part
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.seeds import own_seed, seeded_noise
-from lit_methods.steps import gradient_norm, logs_now, training_length
+from lit_methods.steps import logs_now, training_length
 
 TECHNIQUE = Technique(
     slug="epg",
@@ -65,22 +65,24 @@ class _Seen(NamedTuple):
     labels: Tensor | None
 
 
-class EPGPretrain(WholeSetEvaluation[_Seen]):
+class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
     """Stage 1 of EPG: trains an encoder of noisy images without labels; :class:`EPGFinetune` then draws images with it.
 
-    Batches: ``image`` (B, C, H, W) floating point in [-1, 1], at most mirrored; without ``views`` also ``view1`` and ``view2``, like it;
-    for the accuracies ``label`` (B,) int64. ``forward`` gives features of images at a noise level. Keys of all ranks are negatives.
-    The head has batch norm: set ``sync_batchnorm`` of the Trainer on several GPUs. The target averages parameters; its batch norm has
-    statistics of its own. Not for strategies that shard weights.
+    The loss is ``contrastive_weight`` times the InfoNCE of two almost noiseless views, by an averaged target, plus ``consistency_weight``
+    times the InfoNCE of an image's features at two neighbouring noise levels.
 
-    Logged: ``epg/loss``, ``epg/contrastive``, ``epg/consistency``; every ``log_every_n_steps`` steps ``epg/levels`` (N),
-    ``epg/temperature`` (of the consistency), ``epg/grad_norm`` and the mean cosine with the own key and with all others,
-    ``epg/positive_contrastive``, ``epg/negative_contrastive``, ``epg/positive_consistency``, ``epg/negative_consistency``. After
-    validation, for each of ``probe_sigmas``: ``epg/val_match_<sigma>``, the share of noisy images whose
-    feature is most like the clean feature of the same
-    image among all, and, with labels, ``epg/val_knn_<sigma>``, the accuracy of a vote of the nearest clean features of other images
-    (``epg/val_knn_clean``: without noise; ``epg/test_...`` after a test). Features of all validation images are kept until then, and their
-    (N, N) cosines: limit them for a large set. ``predict_step`` returns {"feature": (B, D)} of clean images.
+    Runs: batches have ``image`` (B, C, H, W) floating point in [-1, 1], at most mirrored; without ``views`` also ``view1`` and ``view2``,
+    like it; for the accuracies ``label`` (B,) int64. ``forward`` gives features of images at a noise level, ``predict_step`` {"feature":
+    (B, D)} of clean images. Keys of all ranks are negatives. The head has batch norm: set ``sync_batchnorm`` of the Trainer on several
+    GPUs. The target averages parameters; its batch norm has statistics of its own. Validation looks at noisy images of each of
+    ``probe_sigmas``: the share whose feature is most like the clean feature of the same image, and, with labels, the accuracy of a vote of
+    the nearest clean features of other images. Features of all validation images are kept until then, and their (N, N) cosines: limit them
+    for a large set. Beside the panels the temperature of the consistency, ``epg/temperature``, is logged.
+
+    Saves: encoder, head and their averaged targets, and the length of the curriculum.
+
+    Refuses: a training without an end, unless ``total_steps`` is given; several GPUs without ``sync_batchnorm``. Not for strategies that
+    shard weights.
 
     Args:
         encoder: (B, C, H, W) and (B,) noise condition ln(sigma) / 4 -> :class:`Encoded`, with an attribute ``width``, such as
@@ -88,14 +90,14 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         views: Makes two views of each image; None: the batch has them.
         s0: Intervals between levels at the start.
         s1: At the end.
-        consistency_weight: Of the consistency of features; 0: the contrast alone, a MoCo v3 as a baseline.
-        contrastive_weight: Of the contrast.
+        consistency_weight: Factor of the consistency of features; 0: the contrast alone, a MoCo v3 as a baseline.
+        contrastive_weight: Factor of the contrast.
         contrastive_temperature: > 0.
-        temperature: Of the consistency, > 0.
+        temperature: Temperature of the consistency, > 0.
         final_temperature: Where the schedule ends; None: as ``temperature``.
         temperature_schedule: ``constant``, ``interpolated`` (over sigma) or ``cosine`` (over training).
         projector_width: Hidden width of the projection head.
-        projector_dim: Of its output.
+        projector_dim: Width of its output.
         projector_layers: Its linear layers.
         target_decay: Share of itself that the target keeps at an optimiser step, in [0, 1].
         sigma_min: Smallest level.
@@ -103,17 +105,17 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         rho: Spacing of the levels.
         sigma_data: Standard deviation of what the encoder sees.
         base_resolution: Height in pixels at which levels are as they are; others are multiplied by height / this. None: never.
-        pixel_mean: Of pixels in [0, 1], subtracted: one number or one for each channel.
+        pixel_mean: Mean of the pixels in [0, 1], subtracted: one number or one for each channel.
         pixel_std: By which they are divided then.
-        learning_rate: Of AdamW, after the warm-up.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
+        learning_rate: AdamW's learning rate after the warm-up.
+        betas: AdamW's two momentum decay rates.
+        weight_decay: AdamW's weight decay.
         warmup_steps: Over which the rate rises.
-        schedule: Of the rate after that: ``cosine`` or ``constant``.
+        schedule: Learning rate after the warm-up: ``cosine`` or ``constant``.
         total_steps: K of curriculum and schedules; None: the length of the training when it first starts. Saved with the checkpoint.
         probe_sigmas: Levels, before the resolution shift, at which validation looks.
         neighbours: That vote.
-        seed: Of views, levels and noise.
+        seed: Seed of views, levels and noise.
 
     Raises:
         ValueError: An argument outside its range.
@@ -165,8 +167,7 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not 1 <= s0 <= s1:
-            raise ValueError(f"s0={s0} and s1={s1} are the numbers of intervals at start and end: give 1 <= s0 <= s1")
+        check_intervals(s0, s1)
         checks.one_of(TemperatureSchedule, temperature_schedule=temperature_schedule)
         checks.positive(contrastive_temperature=contrastive_temperature, temperature=temperature, final_temperature=final_temperature)
         checks.at_least(0, consistency_weight=consistency_weight, contrastive_weight=contrastive_weight)
@@ -185,19 +186,15 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
 
     def forward(self, image: Tensor, sigma: Tensor) -> Tensor:
         """Features (B, D) of images (B, C, H, W) in [-1, 1], to which noise of levels (B,) was added, in units of ``pixel_std``."""
-        found: Tensor = encode(self._feature(self.encoder), self.pixels(image), sigma, sigma_data=self.hparams["sigma_data"])
-        return found
+        feature: Tensor = encode(self._feature(self.encoder), self.pixels(image), sigma, sigma_data=self.hparams["sigma_data"])
+        return feature
 
     def _feature(self, encoder: nn.Module) -> Map:
         def feature(x: Tensor, noise: Tensor) -> Tensor:  # with precision bf16-true the network is narrower than the levels
-            found: Encoded = encoder(x.to(self.dtype), noise)  # type: ignore[arg-type]
-            return found.feature
+            encoded: Encoded = encoder(x.to(self.dtype), noise)  # type: ignore[arg-type]
+            return encoded.feature
 
         return feature
-
-    def shift(self, x: Tensor) -> float:
-        """By which the levels of these images are multiplied."""
-        return shift_of(x, self.hparams["base_resolution"])
 
     def num_levels(self, step: int) -> int:
         """N at an optimiser step."""
@@ -255,7 +252,7 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
             hp["sigma_min"],
             hp["sigma_max"],
         )
-        found = pretrain_loss(
+        losses = pretrain_loss(
             self._feature(self.encoder),
             self.projector,
             self._feature(self.target_encoder),
@@ -271,17 +268,17 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
             with_consistency=hp["consistency_weight"] > 0,
             gather=gather_keys,
         )
-        contrastive, consistency = found.contrastive.mean(), found.consistency.mean()
+        contrastive, consistency = losses.contrastive.mean(), losses.consistency.mean()
         loss: Tensor = hp["contrastive_weight"] * contrastive + hp["consistency_weight"] * consistency
         self.log_dict({"epg/loss": loss.detach(), "epg/contrastive": contrastive.detach(), "epg/consistency": consistency.detach()})
         if logs_now(self):
-            self.log_dict(self._details(found) | {"epg/levels": float(count), "epg/temperature": tau}, on_step=True, on_epoch=False)
+            self.log_dict(self._details(losses) | {"epg/levels": float(count), "epg/temperature": tau}, on_step=True, on_epoch=False)
         return loss
 
     @torch.no_grad()
-    def _details(self, found: PretrainLoss) -> dict[str, Tensor | float]:
+    def _details(self, losses: PretrainLoss) -> dict[str, Tensor | float]:
         logs: dict[str, Tensor | float] = {}
-        for name, (query, keys) in {"contrastive": found.contrasted, "consistency": found.aligned}.items():
+        for name, (query, keys) in {"contrastive": losses.contrasted, "consistency": losses.aligned}.items():
             if name == "consistency" and self.hparams["consistency_weight"] == 0:
                 continue
             likeness = cosines(query, keys)
@@ -289,11 +286,6 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
             logs[f"epg/positive_{name}"] = own.mean()
             logs[f"epg/negative_{name}"] = (likeness.sum() - own.sum()) / max(1, likeness.numel() - len(own))
         return logs
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient, before it is clipped."""
-        if logs_now(self):
-            self.log("epg/grad_norm", gradient_norm(self))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The target follows at once: a checkpoint that a callback saves when the batch ends has it."""
@@ -304,29 +296,17 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a warm-up and a cosine."""
-        hp = self.hparams
-        total = self.total_steps = training_length(self, self.total_steps)
-        trained = [*self.encoder.parameters(), *self.projector.parameters()]
-        optimizer = torch.optim.AdamW(trained, lr=hp["learning_rate"], betas=tuple(hp["betas"]), weight_decay=hp["weight_decay"])
-        final = 0.0 if hp["schedule"] == "cosine" else 1.0
-        return scheduled(optimizer, lambda step: warmup_cosine(step, total, hp["warmup_steps"], final))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The curriculum's length belongs to the run."""
-        checkpoint["epg"] = {"total_steps": self.total_steps}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it over."""
-        self.total_steps = checkpoint.get("epg", {}).get("total_steps", self.total_steps)
+        self.total_steps = training_length(self, self.total_steps)
+        return self.adamw([*self.encoder.parameters(), *self.projector.parameters()])
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
 
     def _at(self, x: Tensor, noise: Tensor, sigma: float) -> Tensor:
         level = torch.full((len(x),), sigma * self.shift(x), device=x.device)
-        found: Tensor = encode(self._feature(self.encoder), x + like(level, x) * noise, level, sigma_data=self.hparams["sigma_data"])
-        return found.float()
+        feature: Tensor = encode(self._feature(self.encoder), x + like(level, x) * noise, level, sigma_data=self.hparams["sigma_data"])
+        return feature.float()
 
-    def see(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Keep features at some levels."""
         hp, x = self.hparams, self.pixels(batch["image"])
         place = f"EPG evaluation {self.global_batch(batch_idx)}"
@@ -368,12 +348,12 @@ class EPGPretrain(WholeSetEvaluation[_Seen]):
         clean, *noisy = features.transpose(0, 1)
         own = torch.arange(len(clean), device=clean.device)
         logs = {}
-        for sigma, found in zip(self.hparams["probe_sigmas"], noisy, strict=True):
-            logs[f"epg/{part}_match_{sigma:g}"] = (cosines(found, clean).argmax(1) == own).float().mean()
+        for sigma, features_at in zip(self.hparams["probe_sigmas"], noisy, strict=True):
+            logs[f"epg/{part}_match_{sigma:g}"] = (cosines(features_at, clean).argmax(1) == own).float().mean()
         if labels is not None and len(clean) > 1:
             names = ["clean", *(f"{sigma:g}" for sigma in self.hparams["probe_sigmas"])]
-            for name, found in zip(names, (clean, *noisy), strict=True):
-                guess = neighbour_labels(found, clean, labels, self.hparams["neighbours"], leave_out=True)
+            for name, features_at in zip(names, (clean, *noisy), strict=True):
+                guess = neighbour_labels(features_at, clean, labels, self.hparams["neighbours"], leave_out=True)
                 logs[f"epg/{part}_knn_{name}"] = (guess == labels).float().mean()
         self.log_dict(logs, rank_zero_only=False)
 

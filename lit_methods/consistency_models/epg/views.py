@@ -63,8 +63,8 @@ class AugmentedViews(Views):
     Args:
         min_crop: Smallest share of the area that a crop has; the largest is 1.
         brightness: Largest relative change.
-        contrast: Likewise.
-        saturation: Likewise.
+        contrast: How much the contrast changes, in the same way.
+        saturation: How much the saturation changes, in the same way.
         hue: Largest turn, in turns of the circle.
         jitter: Chance of the four.
         grey: Chance.

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_methods import checks
+
 Backend = Literal["auto", "torch", "triton"]
 
 
@@ -65,7 +67,7 @@ def attention_with_tangent(
         tangent_q: Like ``q``.
         tangent_k: Like ``k``.
         tangent_v: Like ``v``.
-        scale: Of the scores; None: 1 / sqrt(D).
+        scale: Factor of the scores; None: 1 / sqrt(D).
         block_size: Queries and keys at a time; any number from 1 on, and no need to divide S.
         backend: ``auto``: the Triton kernel on CUDA where it can run, else PyTorch. The kernel sums in float32.
 
@@ -101,13 +103,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_size: int) -> None:
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} don't fit: give (B, H, S, D), (B, H, S_kv, D), (B, H, S_kv, D_v), "
             "with at least one key"
         )
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}: give 1 or more")
+    checks.at_least(1, block_size=block_size)
 
 
 def _choose(backend: str, q: Tensor, v: Tensor) -> str:
-    if backend not in ("auto", "torch", "triton"):
-        raise ValueError(f"backend is {backend!r}: give 'auto', 'torch' or 'triton'")
+    checks.one_of(("auto", "torch", "triton"), backend=backend)
     if backend != "auto":
         return backend
     if not q.is_cuda or q.dtype == torch.float64 or q.shape[-1] != v.shape[-1] or q.shape[-1] not in (16, 32, 64, 128):

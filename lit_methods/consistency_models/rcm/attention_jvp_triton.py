@@ -71,8 +71,8 @@ def sweep(
         q: (B, H, S, D) float16, bfloat16 or float32, D one of 16, 32, 64, 128; products of half precision, sums in float32.
         k: (B, H, S_kv, D).
         v: (B, H, S_kv, D).
-        tangents: Of the three, of the same shapes.
-        scale: Of the scores.
+        tangents: Tangents of the three, of the same shapes.
+        scale: Factor of the scores.
 
     Raises:
         ValueError: What the kernel can't do.

@@ -65,7 +65,7 @@ def velocity_tangent(
     The factor stands in the tangents of x and t already, so that nothing grows without bound on the way.
 
     Args:
-        student: Of (x, t).
+        student: The student's network, a function of (x, t).
         x: (B, ...) float64.
         time: (B,) float64.
         drift: (B, ...), the teacher's velocity.
@@ -123,13 +123,13 @@ def scm_loss(
     """Continuous-time consistency distillation with normalised tangents: scale ||F - sg(F) - g||^2, gradient -2 scale g dF.
 
     Args:
-        student: Of (x_t, t); its forward and its forward-mode derivative are taken.
-        teacher: Of (x_t, t), guided where it is; no gradient.
+        student: The student's network, a function of (x_t, t); its forward and its forward-mode derivative are taken.
+        teacher: The teacher's network, a function of (x_t, t), guided where it is; no gradient.
         x0: (B, ...) clean samples of standard deviation 1.
         noise: Standard normal, like ``x0``.
         time: (B,) in (0, pi/2).
         warmup: r in [0, 1].
-        scale: Of the loss.
+        scale: Factor of the loss.
         tangent_eps: Added to the norm of g.
         warmup_style: ``rcm``: g = -cos t sqrt(1 - r^2 sin^2 t) (F - F_T) - (r cos t sin t x_t + tangent), as in the authors' code. ``scm``:
             g = -cos^2 t (F - F_T) - r (cos t sin t x_t + tangent), as in arXiv:2410.11081. The same at r = 1.
@@ -185,15 +185,15 @@ def dcm_loss(
     """Discrete consistency distillation: scale ||x0(x_t0, t0) - sg x0(x_skip, t_skip)||^2, ``skip`` Euler steps of the teacher apart.
 
     Args:
-        student: Of (x_t, t).
-        teacher: Of (x_t, t).
+        student: The student's network, a function of (x_t, t).
+        teacher: The teacher's network, a function of (x_t, t).
         x0: (B, ...).
         noise: Like ``x0``.
         uniform: (B,) in [0, 1).
         total_steps: Intervals of the time axis.
         skip: Intervals that a pair spans, 1 <= skip <= total_steps.
         shift: See :func:`~lit_methods.consistency_models.rcm.trigflow.shift_time`.
-        scale: Of the loss.
+        scale: Factor of the loss.
 
     Raises:
         ValueError: Another ``skip``.
@@ -209,8 +209,8 @@ def dcm_loss(
             x = x - like(now - following, x) * teacher(x, now).velocity
         target = student(x, times[-1]).x0
         good = finite(start, target)
-    found = student(*placed(good, start, times[0])).x0
-    losses = scale * total((only(good, found) - only(good, target)).square())
+    answer = student(*placed(good, start, times[0])).x0
+    losses = scale * total((only(good, answer) - only(good, target)).square())
     return DcmLoss(losses, times[0], start, good)
 
 
@@ -228,7 +228,7 @@ def simulate(student: Predict, start: Tensor, noises: Tensor, draws: Tensor | No
     """Backward simulation: samples of the student in n steps, of which the last one has a graph.
 
     Args:
-        student: Of (x_t, t).
+        student: The student's network, a function of (x_t, t).
         start: (B, ...) standard normal, taken as x at pi/2.
         noises: (n - 1, B, ...) standard normal.
         draws: (n - 1, B) times, of which the running minimum is taken; None: 1.5, 1.4, 1.0, for n <= 4.
@@ -281,7 +281,7 @@ def dmd_loss(fake: Predict, teacher: Predict, samples: Tensor, noise: Tensor, ti
         samples: (B, ...) G, with its graph.
         noise: Standard normal, like ``samples``.
         time: (B,) in (0, pi/2).
-        scale: Of the loss.
+        scale: Factor of the loss.
     """
     time = time.double()
     with torch.no_grad():
@@ -309,11 +309,11 @@ def critic_loss(fake: Predict, samples: Tensor, noise: Tensor, time: Tensor, sca
     """Denoising of the student's samples: scale ||G - x0_fake(x_t, t)||^2 / sin^2 t, a flow-matching loss.
 
     Args:
-        fake: Of (x_t, t), with its graph.
+        fake: The critic's network, a function of (x_t, t), with its graph.
         samples: (B, ...) G; detached.
         noise: Like ``samples``.
         time: (B,) in (0, pi/2).
-        scale: Of the loss.
+        scale: Factor of the loss.
     """
     samples, noise, time = samples.detach().double(), noise.double(), time.double()
     xt = noisy(samples, noise, time)
@@ -371,7 +371,7 @@ def sample(
     """Samples in ``len(mid_times) + 1`` steps, from arctan(sigma_max) over ``mid_times`` to 0.
 
     Args:
-        student: Of (x_t, t).
+        student: The student's network, a function of (x_t, t).
         start: (B, ...) standard normal.
         noises: Standard normal, like ``start``, at least one for each of ``mid_times``.
         mid_times: Descending, in (0, arctan(sigma_max)).
@@ -387,3 +387,6 @@ def sample(
         if index + 1 < len(times):
             x = math.cos(times[index + 1]) * x + math.sin(times[index + 1]) * noises[index].double()
     return x
+
+
+__all__ = ["critic_loss", "dcm_loss", "dmd_loss", "phase_at", "sample", "scm_loss", "simulate", "velocity_tangent"]

@@ -82,7 +82,7 @@ class TimeWeight(nn.Module):
     """A learned w(t) of sCM's loss, 0 at first.
 
     Args:
-        frequencies: Of the time, see :func:`~lit_methods.consistency_models.networks.fourier_features`.
+        frequencies: Frequencies of the time, see :func:`~lit_methods.consistency_models.networks.fourier_features`.
     """
 
     def __init__(self, frequencies: int = 8) -> None:
@@ -101,50 +101,46 @@ class TimeWeight(nn.Module):
 class RCM(SampleEvaluation):
     """Distils a diffusion or flow model into a student that draws a sample in 1 to 4 steps.
 
-    Iterations (``accumulate`` batches each) are counted by the module, and the count is saved. At first ``pretrain_iterations`` fit the
-    student to the teacher's velocity, for a student that doesn't start as a copy. Then, by
-    :func:`~lit_methods.consistency_models.rcm.core.phase_at`, an iteration trains the student, with the consistency loss and, after the
-    warm-up, the score distillation loss, two backward passes and one optimiser step; or it trains the critic, a copy of the student that
-    learns the score of the student's samples. The average of the student's weights and the learning rates advance in their own phase.
-    Samples and validation use the average.
+    The student's velocity F is drawn along the teacher's trajectory by ||F - sg(F) - g / (|g| + eps)||^2 with the tangent g of
+    :func:`~lit_methods.consistency_models.rcm.core.scm_loss` (continuous-time consistency), and its samples to where the teacher's score
+    and that of a critic agree (score distillation). The critic is a copy of the student that learns the score of the student's samples. An
+    iteration is ``accumulate`` batches. At first ``pretrain_iterations`` fit the student to the teacher's velocity, for a student that
+    doesn't start as a copy. Then, by :func:`~lit_methods.consistency_models.rcm.core.phase_at`, an iteration trains the student, with the
+    consistency loss and, after the warm-up, the score distillation loss, two backward passes and one optimiser step; or it trains the
+    critic. The average of the student's weights and the learning rates advance in their own phase. Baselines: sCM is ``dmd_weight: 0``,
+    with ``warmup_style: scm`` and ``adaptive_weight: true`` to the letter; discrete consistency distillation is ``consistency: dcm`` with
+    ``dmd_weight: 0``; score distillation alone is ``consistency: none`` with ``tangent_warmup: 0``.
 
-    Baselines: sCM is ``dmd_weight: 0``, with ``warmup_style: scm`` and ``adaptive_weight: true`` to the letter; discrete consistency
-    distillation is ``consistency: dcm`` with ``dmd_weight: 0``; score distillation alone is ``consistency: none`` with
-    ``tangent_warmup: 0``.
+    Runs: batches have ``image`` (B, ...) floating point of standard deviation 1, and what ``condition`` names. Optimisation is manual: use
+    ``accumulate`` here, not in the trainer, which counts the steps of all optimisers as ``global_step``. Networks train in eval mode,
+    without dropout and with fixed running statistics, which have no place in a derivative. Random numbers follow from the seed of the run,
+    iteration and rank alone. Under DDP gradients are averaged once an iteration. A sample with a number that isn't finite before the call
+    that is differentiated is left out, alone. Where that call itself overflows, its gradients are lost; then this process gives the
+    iteration a gradient of 0 (with fp16's loss scaler, which looks itself, the step is left out). Samples and validation use the averaged
+    weights. What the teacher's ``evaluate(samples) -> dict`` says, if it has one, is logged as ``rcm/val_<name>``.
 
-    Batches: ``image`` (B, ...) floating point of standard deviation 1, and what ``condition`` names. Networks train in eval mode, without
-    dropout and with fixed running statistics, which have no place in a derivative. Random numbers follow from the seed of the run,
-    iteration and rank alone. Optimisation is manual: use ``accumulate`` here, not in the trainer, which counts the steps of all
-    optimisers as ``global_step``. Under DDP gradients are averaged once an iteration. Not with strategies that shard weights. Checkpoints
-    hold student, critic, average, optimisers and the count; the teacher is made anew.
+    Saves: student, critic, average, optimisers, the count of iterations and the seed; an iteration that is under way begins anew. The
+    teacher is made anew.
 
-    Numbers that aren't finite: a sample that has one before the call that is differentiated is left out, alone. Where that call itself
-    overflows, its gradients are lost; then this process gives the iteration a gradient of 0 (with fp16's loss scaler, which looks itself,
-    the step is left out). Weights stay finite either way, and both are counted.
-
-    Logged: ``rcm/consistency_loss``, ``rcm/tangent_norm`` (mean ln of the norm of g before it is normalised, which tells more than the
-    loss), ``rcm/df_dt``, ``rcm/dmd_loss``, ``rcm/dmd_weight`` (mean |G - x0_teacher|), ``rcm/critic_loss``, ``rcm/pretrain_loss``,
-    ``rcm/student_phase``, ``rcm/simulation_steps``, ``rcm/warmup_ratio``, ``rcm/ema_decay``, each as it was last before the entry is
-    written; ``rcm/bad_samples`` and ``rcm/bad_simulations`` (samples with numbers that aren't finite), ``rcm/bad_gradients`` (1 where a
-    gradient was dropped); ``rcm/val_sw2`` and ``rcm/val_sw2_<n>_steps``, the sliced Wasserstein distance of as many samples as validation
-    data to these; and what the teacher's ``evaluate(samples) -> dict`` says, if it has one, as ``rcm/val_<name>``.
+    Refuses: strategies that shard weights; a student without weights; settings that contradict each other.
 
     Args:
         teacher: v(x, 1000 u) or F(x, t), see ``wrapper``: (B, ...), (B,) and a condition, if any -> (B, ...). Frozen.
-        student: Of the same signature; None: a copy of the teacher.
+        student: A network of the same signature; None: a copy of the teacher.
         teacher_weights: File with the teacher's weights: a plain state dict, or a checkpoint of Lightning. None: it has them.
-        teacher_prefix: Of their names in the file, such as ``network.``.
+        teacher_prefix: Prefix of the weights' names in the file, such as ``network.``.
         wrapper: ``rectified_flow``: networks are velocities of rectified flow; ``trigflow``: they are F(x_t, t).
         consistency: ``scm`` (rCM and sCM), ``dcm`` or ``none``.
         consistency_weight: Factor of that loss.
         dmd_weight: Factor of score distillation; 0: none, and no critic.
-        guidance: Of the teacher; 1 or less: none.
+        guidance: Classifier-free guidance of the teacher; 1 or less: none.
         condition: Key of the condition in the batch, such as ``label``; None: there is none.
         null_condition: What the unconditional teacher is told, where the batch has no ``null_<condition>``: a number that fills the
             condition.
-        time_mean: Of ln tan t of the consistency loss: 0.7 (Wan 1.3B), 1.5 (14B).
-        time_std: Of ln tan t.
-        time_shift: Of the times of score distillation and critic, see :func:`~lit_methods.consistency_models.rcm.trigflow.shift_time`.
+        time_mean: Mean of ln tan t of the consistency loss: 0.7 (Wan 1.3B), 1.5 (14B).
+        time_std: Standard deviation of ln tan t.
+        time_shift: Shift of the times of score distillation and critic, by
+            :func:`~lit_methods.consistency_models.rcm.trigflow.shift_time`.
         tangent_warmup: H, iterations in which r rises to 1, without score distillation: 1000 (1.3B), 0 (14B).
         student_every: One iteration in so many is the student's afterwards: 5 (1.3B), 10 (14B).
         max_simulation_steps: Samples of the student take 1 to this many steps, in turn.
@@ -155,21 +151,21 @@ class RCM(SampleEvaluation):
         tangent_mode: See :func:`~lit_methods.consistency_models.rcm.core.velocity_tangent`; ``jvp`` is exact.
         dcm_steps: Intervals of the time axis, for ``dcm``.
         dcm_skip: Intervals between the two points of a pair.
-        pretrain_iterations: Of regression to the teacher, before iteration 0.
-        pretrain_learning_rate: Of Adam there.
-        learning_rate: Of AdamW of the student.
-        critic_learning_rate: Of AdamW of the critic.
-        betas: Of both.
-        weight_decay: Of both.
+        pretrain_iterations: Iterations of regression to the teacher, before iteration 0.
+        pretrain_learning_rate: Adam's learning rate in these iterations.
+        learning_rate: AdamW's learning rate of the student.
+        critic_learning_rate: AdamW's learning rate of the critic.
+        betas: AdamW's two momentum decay rates, of both.
+        weight_decay: AdamW's weight decay, of both.
         lr_warmup: Iterations of its phase over which each learning rate rises to its value.
         ema_profile: ``power``, see :func:`lit_methods.averages.power_decay`, or ``constant``.
-        ema_width: Of ``power``.
-        ema_shift: Of ``power``: iterations that are taken as done before.
-        ema_decay: Of ``constant``.
+        ema_width: Width of the ``power`` profile, see :func:`lit_methods.averages.power_exponent`.
+        ema_shift: Iterations that the ``power`` profile takes as done before.
+        ema_decay: Decay of the ``constant`` profile.
         accumulate: Batches per iteration.
         reduction: ``mean`` over the batch, or ``sum``, as the authors, whose batch is 1.
         sigma_max: Where sampling starts: 80; 1600 is sharper and less diverse.
-        mid_times: Of the steps after the first.
+        mid_times: Times of the steps after the first.
         sample_steps: Numbers of steps that validation and predictions use.
         grid: Samples of a picture; 0: none.
 
@@ -409,14 +405,14 @@ class RCM(SampleEvaluation):
         if hp["consistency"] == "scm":
             noise, time = self.normal(x.shape, x, generator), self._consistency_times(x, generator)
             styles = (hp["warmup_style"], hp["tangent_mode"], None if self.weighting is None else self.weighting(time))
-            found = scm_loss(student, teacher, x, noise, time, phase.warmup_ratio, hp["consistency_weight"], hp["tangent_eps"], *styles)
+            scm = scm_loss(student, teacher, x, noise, time, phase.warmup_ratio, hp["consistency_weight"], hp["tangent_eps"], *styles)
             self._note(
-                consistency_loss=found.losses.detach().mean(),
-                tangent_norm=found.tangent_norm.clamp(min=1e-12).log().mean(),
-                df_dt=total(found.df_dt.square()).sqrt().mean(),
-                bad_samples=(~found.good).sum(),
+                consistency_loss=scm.losses.detach().mean(),
+                tangent_norm=scm.tangent_norm.clamp(min=1e-12).log().mean(),
+                df_dt=total(scm.df_dt.square()).sqrt().mean(),
+                bad_samples=(~scm.good).sum(),
             )
-            yield found.losses
+            yield scm.losses
         elif hp["consistency"] == "dcm":
             noise, uniform = self.normal(x.shape, x, generator), self.uniform((len(x),), x, generator)
             settings = (hp["dcm_steps"], hp["dcm_skip"], hp["time_shift"], hp["consistency_weight"])
@@ -437,10 +433,10 @@ class RCM(SampleEvaluation):
         with torch.no_grad():
             made = self._simulate(self._predict(self.student, x.dtype, condition), x, generator, phase.simulation_steps)
         noise, time = self.normal(x.shape, x, generator), self._score_times((len(x),), x, generator)
-        found = critic_loss(self._predict(self.critic, x.dtype, condition), made.x0, noise, time)
-        self._note(critic_loss=found.losses.detach().mean(), student_phase=0.0)
-        self._note(simulation_steps=phase.simulation_steps, bad_simulations=(~found.good).sum())
-        return found.losses
+        scored = critic_loss(self._predict(self.critic, x.dtype, condition), made.x0, noise, time)
+        self._note(critic_loss=scored.losses.detach().mean(), student_phase=0.0)
+        self._note(simulation_steps=phase.simulation_steps, bad_simulations=(~scored.good).sum())
+        return scored.losses
 
     def _simulate(self, student: Predict, x: Tensor, generator: torch.Generator, steps: int) -> Simulation:
         start, noises = self.normal(x.shape, x, generator), self.normal((steps - 1, *x.shape), x, generator)
@@ -484,8 +480,8 @@ class RCM(SampleEvaluation):
                     ema_update(state_tensors(follower), state_tensors(self.student), 0.0)
 
     def _roles(self) -> list[str]:
-        found = ["student"] + ["critic"] * (self.critic is not None)
-        return found + ["pretrain"] * (self.hparams["pretrain_iterations"] > 0)
+        roles = ["student"] + ["critic"] * (self.critic is not None)
+        return roles + ["pretrain"] * (self.hparams["pretrain_iterations"] > 0)
 
     def configure_optimizers(self) -> Any:
         """AdamW for student and critic, Adam for pretraining, each with a learning rate that counts the iterations of its own phase."""
@@ -518,7 +514,7 @@ class RCM(SampleEvaluation):
             noise: (B, ...) standard normal, the shape of a batch of data.
             steps: 1 to ``len(mid_times) + 1``.
             condition: (B, ...), with ``condition``.
-            generator: Of the noise between steps, on the device of ``noise``.
+            generator: Draws the noise between steps; on the device of ``noise``.
 
         Returns:
             (B, ...), dtype of ``noise``.

@@ -5,20 +5,22 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lit_methods import checks
+
 
 class RingTeacher(nn.Module):
     """The exact velocity F(x_t, t) of equal Gaussians on a circle, for trials: a teacher without weights. Use ``wrapper: trigflow``.
 
     Args:
         modes: Number of Gaussians.
-        radius: Of the circle.
+        radius: Radius of the circle.
         noise: Standard deviation of each Gaussian in each coordinate, > 0.
     """
 
     def __init__(self, modes: int = 8, radius: float = 1.35, noise: float = 0.05) -> None:
         super().__init__()
-        if modes < 1 or noise <= 0:
-            raise ValueError(f"modes={modes}, noise={noise}: give at least one mode, and noise above 0")
+        checks.at_least(1, modes=modes)
+        checks.positive(noise=noise)
         angles = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
         self.register_buffer("centres", radius * torch.stack([angles.cos(), angles.sin()], dim=1))
         self.noise = noise

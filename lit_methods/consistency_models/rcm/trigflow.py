@@ -39,7 +39,7 @@ def flow_scalings(time: Tensor, time_scale: float = 1000.0) -> FlowScalings:
 
     Args:
         time: Any shape, in [0, pi/2].
-        time_scale: Of the rectified-flow time that the network is told.
+        time_scale: Factor of the rectified-flow time that the network is told.
     """
     total = time.cos() + time.sin()
     return FlowScalings(1 / total, -time.sin() / total, 1 / total, time_scale * time.sin() / total)
@@ -81,7 +81,7 @@ class Wrapped:
         network: (B, ...), (B,) and conditions -> (B, ...).
         dtype: That the network is called in; the time is float32 at least.
         condition: Passed on.
-        time_scale: Of a rectified-flow network's time; None: the network is F(x_t, t) itself.
+        time_scale: Factor of a rectified-flow network's time; None: the network is F(x_t, t) itself.
     """
 
     network: Callable[..., Any]

@@ -42,8 +42,8 @@ def attend(q: Dual, k: Dual, v: Dual) -> Dual:
     if all(one.tangent is None for one in given):
         return Dual(F.scaled_dot_product_attention(q.value, k.value, v.value))
     tq, tk, tv = (torch.zeros_like(one.value) if one.tangent is None else one.tangent for one in given)
-    found = attention_with_tangent(q.value, k.value, v.value, tq, tk, tv)
-    return Dual(found.output, found.tangent)
+    attended = attention_with_tangent(q.value, k.value, v.value, tq, tk, tv)
+    return Dual(attended.output, attended.tangent)
 
 
 def rotary_angles(sizes: tuple[int, int, int], width: int, device: torch.device) -> Tensor:
@@ -51,8 +51,8 @@ def rotary_angles(sizes: tuple[int, int, int], width: int, device: torch.device)
 
     Args:
         sizes: Frames, rows, columns.
-        width: Of a head, even; a third of its pairs turns with rows, a third with columns, the rest with frames.
-        device: Of the result.
+        width: Width of a head, even; a third of its pairs turns with rows, a third with columns, the rest with frames.
+        device: Device of the result.
     """
     pairs = width // 2
     shares = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
@@ -160,13 +160,13 @@ class WanTransformer(nn.Module):
     14B: ``width: 5120, hidden: 13824, heads: 40, depth: 40``. Use ``wrapper: rectified_flow`` in :class:`~lit_methods.RCM`.
 
     Args:
-        channels: Of the latents.
-        width: Of the tokens.
-        hidden: Of the two linear layers.
-        heads: Of attention.
+        channels: Channels of the latents.
+        width: Width of the tokens.
+        hidden: Width between the two linear layers.
+        heads: Heads of attention.
         depth: Blocks.
-        text_width: Of the prompt's embeddings.
-        time_width: Of the embedding of the time, even.
+        text_width: Width of the prompt's embeddings.
+        time_width: Width of the embedding of the time, even.
         checkpoint_blocks: Compute each block again in the backward pass, for memory.
 
     Raises:
@@ -208,7 +208,7 @@ class WanTransformer(nn.Module):
             x: (B, C, T, H, W) latents, H and W even.
             time: (B,) 1000 times rectified-flow time; float32 or wider.
             context: (B, L, text_width) embeddings of the prompt.
-            tangents: Of ``x`` and ``time``. The derivative is taken without gradient.
+            tangents: Tangents of ``x`` and ``time``. The derivative is taken without gradient.
 
         Returns:
             (B, C, T, H, W), or that and its derivative.

@@ -21,7 +21,7 @@ def adaptive_c(levels: int, s0: int = 10, initial: float = 0.03456, slope: float
         levels: N >= 2.
         s0: Intervals of the first stage.
         initial: Its c; 0.00054 sqrt(D) in the code, 0.03456 for D = 4096.
-        slope: Of ln c over ln(N - 1): a fit of how the differences of the answers shrink. The code's; the paper's is -1.18 (mem).
+        slope: Slope of ln c over ln(N - 1): a fit of how the differences of the answers shrink. The code's; the paper's is -1.18 (mem).
         intercept: The code's; the paper's is -0.72 (mem).
     """
     return initial if levels <= s0 + 1 else math.exp(slope * math.log(levels - 1) + intercept)

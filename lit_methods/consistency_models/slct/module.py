@@ -43,14 +43,15 @@ CouplingKind = Literal["ot", "none"]
 class SLCT(PairTraining):
     """iCT's training for latents, or any data with outliers: Cauchy metric, falling c, early denoising loss, coupled noise.
 
-    The loss is the mean of lambda ln(1 + |f' - sg f|^2 / (2 c^2)) over pairs of neighbouring levels, plus ``diffusion_weight`` times the
-    denoising loss of the pairs at the smallest levels; c falls with the number of levels.
+    The loss is the mean of lambda ln(1 + m / (2 c^2)) over pairs of neighbouring levels, where m is the mean square of the two answers'
+    difference, plus ``diffusion_weight`` times the denoising loss of the pairs at the smallest levels; c falls with the number of levels.
 
     Runs: batches have ``image`` (B, ...) floating point, of about ``sigma_data`` standard deviation: latents that were standardised and
     multiplied by 0.5, as ``LatentDataModule`` does. Everything that isn't named below is as in :class:`ConsistencyTraining`. The coupling
     is found for each rank's batch by itself, on the CPU in float32, with one host wait a step; with accumulated gradients for each
     micro-batch. Its time grows with the cube of ``coupling_size``, and is longest in few dimensions. Nothing is clipped: set
-    ``gradient_clip_val`` of the Trainer if you want it. A loss that isn't finite is for ``FiniteGuard``.
+    ``gradient_clip_val`` of the Trainer if you want it. A loss that isn't finite is for ``FiniteGuard``. Beside the panels the mean weight
+    of the pairs, ``consistency/weight``, and the number of pairs at the smallest levels, ``consistency/early_samples``, are logged.
 
     Saves: the network, the length of the curriculum, the statistics of the latents.
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_methods import checks
 from lit_methods.lidar.contrast import effective_rank, group_mean, info_nce, retrieval_accuracy, wide
 from lit_methods.lidar.point_losses import lovasz_softmax, segmentation_losses
 from lit_methods.lidar.projection import dense_cloud, flip_cameras, project_points, resize_pairs, resize_superpixels
@@ -128,16 +129,15 @@ def dense_to_sparse_loss(
         k: (G, D) pooled embeddings of the scan.
         k_dense: (G, D) pooled embeddings of the dense cloud.
         mask: (G,) bool, groups of the SCAN with a pair; a group without a dense pair stays in, as a zero row.
-        temperature: Of ``nce``.
+        temperature: Temperature of ``nce``.
         mode: ``nce`` as the authors' code, ``cosine`` = mean(1 - <k, k_dense>) as the ECCV paper states it (mem).
 
     Returns:
         Scalar.
     """
+    checks.one_of(("nce", "cosine"), mode=mode)
     if mode == "nce":
         return info_nce(k, k_dense, temperature, mask)
-    if mode != "cosine":
-        raise ValueError(f"d2s mode must be 'nce' or 'cosine', got {mode!r}")
     return torch.where(mask, 1 - (wide(k) * wide(k_dense)).sum(1), 0.0).sum() / mask.sum().clamp(min=1)
 
 
@@ -171,7 +171,7 @@ def superflow_losses(
         cur: The key frame.
         neighbours: Its previous and next key frames; their groups are matched to ``cur``'s by position.
         dense: The key frame's multi-sweep cloud; None leaves the dense-to-sparse term out.
-        temperature: Of every InfoNCE.
+        temperature: Temperature of every InfoNCE.
         d2s_mode: See :func:`dense_to_sparse_loss`.
         use_temporal: False leaves the flow-based temporal term out.
         spatial_neighbours: False keeps the spatial term to ``cur``.
@@ -245,8 +245,7 @@ def temporal_vote(
     Returns:
         The vote, for the current frame's points in input order. Ties go to the lowest class.
     """
-    if mode not in ("soft", "hard"):
-        raise ValueError(f"mode must be 'soft' or 'hard', got {mode!r}")
+    checks.one_of(("soft", "hard"), mode=mode)
     sample = torch.zeros_like(frame) if sample is None else sample
     motion = frame_to_current.double().reshape(-1, frame_to_current.shape[-3], 4, 4)[sample, frame]
     position = (motion[:, :3, :3] @ points[:, :3, None].double()).squeeze(2) + motion[:, :3, 3]

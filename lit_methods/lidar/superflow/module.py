@@ -50,17 +50,18 @@ TECHNIQUE = Technique(
 class SuperFlow(LightningModule):
     """Image-to-LiDAR pretraining with semantic superpixels (arXiv:2503.19912, arXiv:2407.06190).
 
-    A step embeds four clouds (the key frame, its neighbours, its dense multi-sweep cloud) and the images of three key
-    frames, pools both over superpixels, and adds up the spatial, dense-to-sparse and flow-based temporal contrasts.
-    Batches: see :class:`lit_methods.datamodules.NuScenesDataModule` with ``mode: pretrain``.
+    A step embeds four clouds (the key frame, its neighbours, its dense multi-sweep cloud) and the images of three key frames, pools both
+    over superpixels to K and Q, and adds up InfoNCE(K, Q) (spatial), InfoNCE(K, K of the dense cloud) and InfoNCE(K, K of a neighbour)
+    (flow). Baselines by configuration: SLidR = ``view_consistency: false, use_d2s: false, use_temporal: false`` with SLIC superpixels and
+    one frame (``configs/superflow_slidr.yaml``); PPKT = the same with ``contrast: pixel`` (``configs/superflow_ppkt.yaml``).
 
-    Saves: 3D backbone, both heads, optimiser, schedule. The teacher is frozen and stays out of optimiser, checkpoint
-    and DDP. Negatives are those of the local batch, or of all ranks with ``gather_negatives``. The number of groups,
-    hence of negatives, is that of one micro-batch: gradient accumulation doesn't raise it.
+    Runs: batches of :class:`lit_methods.datamodules.NuScenesDataModule` with ``mode: pretrain``. Negatives are those of the local batch, or
+    of all ranks with ``gather_negatives``. The number of groups, hence of negatives, is that of one micro-batch: gradient accumulation
+    doesn't raise it.
 
-    Baselines by configuration: SLidR = ``view_consistency: false, use_d2s: false, use_temporal: false`` with SLIC
-    superpixels and one frame (``configs/superflow_slidr.yaml``); PPKT = the same with ``contrast: pixel``
-    (``configs/superflow_ppkt.yaml``).
+    Saves: 3D backbone, both heads, optimiser, schedule. The teacher is frozen and stays out of optimiser, checkpoint and DDP.
+
+    Refuses: ``use_d2s`` with batches that have no dense cloud; a training without an end.
 
     Args:
         backbone_3d: (points, points_per_sample) -> ``VoxelFeatures`` with an attribute ``out_channels``, such as
@@ -69,7 +70,7 @@ class SuperFlow(LightningModule):
             ``stride``.
         num_superpixels: Ids per sample (17 semantic categories), or per image without view consistency.
         embed_dim: Width D of the common space.
-        temperature: Of every InfoNCE.
+        temperature: Temperature of every InfoNCE.
         view_consistency: One id is one group in all cameras of a sample; False: every image has groups of its own.
         use_d2s: Dense-to-sparse regularisation; needs ``batch["dense"]``.
         d2s_mode: ``nce`` as the authors' code, ``cosine`` as the ECCV paper states it (mem).
@@ -79,7 +80,7 @@ class SuperFlow(LightningModule):
         num_pixel_pairs: Pairs per batch with ``contrast: pixel`` (4096 in SLidR's PPKT, mem).
         gather_negatives: Contrast with the groups of all ranks, gradient included.
         learning_rate: Peak of the one-cycle schedule.
-        weight_decay: Of AdamW.
+        weight_decay: AdamW's weight decay.
         pct_start: Share of the steps in which the learning rate rises.
     """
 

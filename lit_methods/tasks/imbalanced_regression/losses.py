@@ -16,12 +16,12 @@ def regression_loss(
 
     Args:
         predictions: Floating point, of any shape.
-        targets: Of the same shape.
-        weights: Of the same shape, >= 0; None: 1. The mean is over the elements, not over the weights.
+        targets: The same shape.
+        weights: The same shape, >= 0; None: 1. The mean is over the elements, not over the weights.
         loss: ``l1``, ``mse``, ``huber`` (delta 1); ``focal_l1`` and ``focal_mse``: times 2 sigmoid(0.2 |e|) - 1, Focal-R of
             arXiv:2102.09554; ``balanced_mse``: cross-entropy of each prediction against all targets of the batch under Gaussian noise,
             times 2 sigma^2, the batch-based form of arXiv:2203.16427 (mem); it takes no weights.
-        noise_sigma: Of ``balanced_mse``, in the unit of the targets.
+        noise_sigma: Standard deviation of the noise that ``balanced_mse`` assumes, in the unit of the targets.
 
     Returns:
         Scalar in float32 or wider.

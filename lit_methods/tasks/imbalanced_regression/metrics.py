@@ -91,7 +91,7 @@ class ShotMetrics(Metric):
     Args:
         many: More training samples with the label are many shots.
         few: Fewer are low.
-        kwargs: Of ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
     """
 
     is_differentiable = False

@@ -1,43 +1,45 @@
 """Regression of one number, or of one at each pixel, from data whose labels are skewed."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.panels import Curve, Panel
 from lit_methods.tasks.imbalanced_regression.losses import RegressionLoss, regression_loss
 from lit_methods.tasks.imbalanced_regression.metrics import REGIONS, ShotMetrics
 
 
-class ImbalancedRegression(LightningModule):
+class ImbalancedRegression(Evaluated):
     """Trains features and a regressor on them, and measures errors by how often a label occurs in training.
 
-    Batches: ``image`` (B, ...), or another key by ``inputs``; ``target``, (B,) or (B, 1, H, W) float32; ``weight`` of the same shape where
-    the data are re-weighted; in evaluation ``count`` of the same shape, the number of training samples with the label. Targets that aren't
-    finite aren't evaluated, and maps of another size than their targets are resized in evaluation. ``ConR`` and ``FDS`` find the submodules
-    ``backbone`` and ``regressor``.
+    Runs: batches have ``image`` (B, ...), or another key by ``inputs``; ``target``, (B,) or (B, 1, H, W) float32; ``weight`` of the same
+    shape where the data are re-weighted; in evaluation ``count`` of the same shape, the number of training samples with the label. Targets
+    that aren't finite aren't evaluated, and maps of another size than their targets are resized in evaluation. ``ConR`` and ``FDS`` find
+    the submodules ``backbone`` and ``regressor``. Errors are given for ``all``, ``many``, ``median`` and ``low`` shots; regions without a
+    sample are left out. Beside the panels ``regression/val_rmse_<region>`` is logged, and with ``delta1`` ``regression/val_delta1``.
 
-    Logged: ``regression/loss``; after validation, for ``all``, ``many``, ``median`` and ``low`` shots, ``regression/val_mae_<region>``,
-    ``regression/val_gm_<region>`` (geometric mean of absolute errors) and ``regression/val_rmse_<region>``; with ``delta1`` also
-    ``regression/val_delta1``; likewise ``test``. Regions without a sample are left out.
+    Saves: backbone and regressor.
+
+    Refuses: evaluation data without ``count``; outputs that aren't one number for each target.
 
     Args:
         backbone: Images -> (B, D) features, or (B, C, h, w).
         regressor: Features -> (B, 1), or (B, 1, H, W).
         loss: ``l1``, ``mse``, ``huber``, ``focal_l1``, ``focal_mse`` or ``balanced_mse``.
-        noise_sigma: Of ``balanced_mse``, in the unit of the target.
+        noise_sigma: Standard deviation of the noise that ``balanced_mse`` assumes, in the unit of the target.
         many: A label with more training samples is many-shot.
         few: With fewer: low-shot.
         inputs: Key of the input in the batch.
         delta1: Log the share of predictions within a factor of 1.25 of the target, for depth.
         optimizer: ``adam`` or ``sgd`` (momentum 0.9).
         learning_rate: At the start.
-        weight_decay: Of the optimiser; it joins the gradient.
+        weight_decay: Weight decay of the optimiser; it joins the gradient.
         milestones: Epochs at which the learning rate is multiplied by ``gamma``.
         gamma: See ``milestones``.
 
@@ -68,10 +70,9 @@ class ImbalancedRegression(LightningModule):
         gamma: float = 0.1,
     ) -> None:
         super().__init__()
-        if loss not in get_args(RegressionLoss) or optimizer not in ("adam", "sgd"):
-            raise ValueError(f"loss={loss!r} must be one of {', '.join(get_args(RegressionLoss))}, and optimizer={optimizer!r} adam or sgd")
-        if learning_rate <= 0 or noise_sigma <= 0:
-            raise ValueError(f"learning_rate={learning_rate} and noise_sigma={noise_sigma} must be above 0")
+        checks.one_of(RegressionLoss, loss=loss)
+        checks.one_of(("adam", "sgd"), optimizer=optimizer)
+        checks.positive(learning_rate=learning_rate, noise_sigma=noise_sigma)
         self.save_hyperparameters(ignore=["backbone", "regressor"])
         self.backbone, self.regressor = backbone, regressor
         self.kind: RegressionLoss = loss
@@ -101,7 +102,7 @@ class ImbalancedRegression(LightningModule):
             raise ValueError(f"the regressor puts out {tuple(predictions.shape)} for targets {tuple(target.shape)}: one number for each")
         return predictions.reshape(target.shape)
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds a batch to the metrics."""
         target = batch["target"].float()
         predictions = self._predict(batch).float()
@@ -119,29 +120,17 @@ class ImbalancedRegression(LightningModule):
             guess, truth = predictions[valid].clamp(min=1e-6), target[valid].clamp(min=1e-6)
             self.eval_delta1.update((torch.maximum(guess / truth, truth / guess) < 1.25).float())
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the errors over all samples of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the errors over all samples of all ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
-        found = self.eval_shots.compute()
+    def _log_evaluation(self, part: Part) -> None:
+        scores = self.eval_shots.compute()
         logs: dict[str, Any] = {}
         for region in REGIONS:
-            if not bool(found[f"{region}_l1"].isnan()):  # the region is empty
-                logs[f"mae_{region}"], logs[f"gm_{region}"] = found[f"{region}_l1"], found[f"{region}_gmean"]
-                logs[f"rmse_{region}"] = found[f"{region}_mse"].sqrt()
+            if not bool(scores[f"{region}_l1"].isnan()):  # the region is empty
+                logs[f"mae_{region}"], logs[f"gm_{region}"] = scores[f"{region}_l1"], scores[f"{region}_gmean"]
+                logs[f"rmse_{region}"] = scores[f"{region}_mse"].sqrt()
         if self.eval_delta1 is not None:
             logs["delta1"] = self.eval_delta1.compute()
             self.eval_delta1.reset()
-        self.log_dict({f"regression/{stage}_{name}": value.float() for name, value in logs.items()})
+        self.log_dict({f"regression/{part}_{name}": value.float() for name, value in logs.items()})
         self.eval_shots.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
+
 
 class SentencePairEncoder(nn.Module):
     """Features of a pair of sentences: [u, v, |u - v|, u v], where u and v are the means of their words' embeddings.
@@ -23,10 +25,8 @@ class SentencePairEncoder(nn.Module):
 
     def __init__(self, num_tokens: int = 20_000, embedding_dim: int = 64, hidden_dim: int = 128) -> None:
         super().__init__()
-        if num_tokens < 2 or min(embedding_dim, hidden_dim) < 1:
-            raise ValueError(
-                f"num_tokens={num_tokens} must be 2 or more, embedding_dim={embedding_dim} and hidden_dim={hidden_dim} 1 or more"
-            )
+        checks.at_least(2, num_tokens=num_tokens)
+        checks.at_least(1, embedding_dim=embedding_dim, hidden_dim=hidden_dim)
         self.embedding = nn.Embedding(num_tokens, embedding_dim, padding_idx=0)
         self.hidden = nn.Linear(4 * embedding_dim, hidden_dim)
 
@@ -47,9 +47,9 @@ class DenseFeatures(nn.Module):
     Submodules: ``encoder``, ``lateral``, ``fuse``.
 
     Args:
-        name: Of timm, a network with feature maps, such as ``resnet50``.
+        name: Name in timm of a network with feature maps, such as ``resnet50``.
         channels: Width C of the features.
-        lateral_channels: Of each stage.
+        lateral_channels: Channels that each stage is brought to.
         pretrained: Load timm's weights, which it downloads once.
     """
 

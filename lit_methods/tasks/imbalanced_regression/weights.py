@@ -3,10 +3,12 @@
 Golden vectors come from YyzHarry/imbalanced-regression@a6fdc45, agedb-dir/datasets.py (``_prepare_weights``) and utils.py.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lit_methods import checks
 
 Reweight = Literal["none", "inverse", "sqrt_inv"]
 Kernel = Literal["gaussian", "triang", "laplace"]
@@ -27,10 +29,10 @@ def smoothing_kernel(kernel: Kernel, size: int, sigma: float) -> NDArray[np.floa
     Raises:
         ValueError: An unknown kernel, an even size, or a width of 0 or less.
     """
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel={kernel!r}: give one of {', '.join(get_args(Kernel))}")
-    if size < 1 or size % 2 == 0 or sigma <= 0:
-        raise ValueError(f"kernel size {size} must be odd, and sigma {sigma} above 0")
+    checks.one_of(Kernel, kernel=kernel)
+    checks.positive(sigma=sigma)
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"size is {size}: give an odd number of bins")
     offsets = np.arange(size) - size // 2
     if kernel == "triang":
         return 1 - np.abs(offsets) / (size // 2 + 1)
@@ -58,7 +60,7 @@ def label_weights(
         reweight: ``inverse``: of the count, clipped to 5 to 1000; ``sqrt_inv``: of its square root; ``none``: all weights are 1.
         lds: Smooth the (transformed) counts over neighbouring bins first, with a kernel of largest value 1 and zeros beyond the ends. Under
             ``inverse`` the smoothed counts are truncated to integers, as in the authors' code.
-        kernel: Of LDS.
+        kernel: Kernel of LDS.
         kernel_size: In bins, odd.
         sigma: In bins.
         num_bins: Labels lie in 0 to ``num_bins - 1``.
@@ -70,8 +72,7 @@ def label_weights(
         ValueError: There are no labels, one is negative or not finite, or ``reweight`` is unknown.
     """
     labels = np.asarray(labels)
-    if reweight not in get_args(Reweight):
-        raise ValueError(f"reweight={reweight!r}: give one of {', '.join(get_args(Reweight))}")
+    checks.one_of(Reweight, reweight=reweight)
     if labels.ndim != 1 or not labels.size or not np.isfinite(labels).all() or labels.min() < 0:
         raise ValueError(f"labels are {labels.shape} {labels.dtype}: expected one finite number of 0 or more for each sample")
     if reweight == "none":

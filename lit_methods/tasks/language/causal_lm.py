@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, Panel
 from lit_methods.runs.checkpoints import load_into
@@ -70,23 +71,25 @@ def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> 
 # ---- the module ------------------------------------------------------------------------------------------------------------------------
 
 
-class CausalLM(LightningModule):
+class CausalLM(Evaluated):
     """Trains a causal language model on windows of tokens.
 
-    Batches, such as those of ``TextDataModule``: ``input_ids`` (B, L) int64 and ``labels`` (B, L) int64, the token that follows each
-    (aligned with the logits, not shifted inside as transformers does it); -100 doesn't count.
+    Runs: batches, such as those of ``TextDataModule``, have ``input_ids`` (B, L) int64 and ``labels`` (B, L) int64, the token that follows
+    each (aligned with the logits, not shifted inside as transformers does it); -100 doesn't count. A perplexity depends on the tokenizer
+    and on the length of the windows.
 
-    Logged: ``language/loss`` of each training batch, per token in nats; ``language/val_loss`` and ``language/val_perplexity`` over all
-    validation tokens, and likewise ``test``. A perplexity depends on the tokenizer and on the length of the windows.
+    Saves: the model.
+
+    Refuses: data with more tokens than the model has; a schedule in a training without an end.
 
     Args:
         name_or_path: Folder (or name) of a pretrained model of transformers; loaded in float32.
         config: Instead: ``model_type`` and the arguments of its configuration; weights are random.
         pretrained: Checkpoint of this class that the model starts from.
-        learning_rate: Of AdamW, after the warm-up.
-        betas: Of AdamW.
-        eps: Of AdamW.
-        weight_decay: Of AdamW, for all weights.
+        learning_rate: AdamW's learning rate after the warm-up.
+        betas: AdamW's two momentum decay rates.
+        eps: AdamW's addend to the denominator.
+        weight_decay: AdamW's weight decay, for all weights.
         warmup_share: Share of the steps in which the learning rate rises.
         final_share: Learning rate at the end, as a share of the full one; a cosine leads there; 1: constant.
         gradient_checkpointing: Compute activations twice to save memory.
@@ -115,10 +118,9 @@ class CausalLM(LightningModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate={learning_rate}: give a number above 0")
-        if not 0 <= warmup_share < 1 or not 0 <= final_share <= 1:
-            raise ValueError(f"warmup_share={warmup_share} must lie in [0, 1), final_share={final_share} in [0, 1]")
+        checks.positive(learning_rate=learning_rate)
+        checks.within("[0, 1)", "a share of the steps", warmup_share=warmup_share)
+        checks.share(final_share=final_share)
         self.save_hyperparameters()
         model: Any = causal_model(name_or_path, config).train()  # transformers gives it in eval mode
         if pretrained is not None:
@@ -149,30 +151,14 @@ class CausalLM(LightningModule):
         self.log("language/loss", loss.detach(), prog_bar=True, batch_size=len(batch["input_ids"]))
         return loss
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         total, count = token_losses(self(batch["input_ids"]), batch["labels"])
         self.eval_loss.update(total / count.clamp(min=1), weight=count.to(total.dtype))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self._evaluate(batch)
-
-    def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
+    def _log_evaluation(self, part: Part) -> None:
         loss = self.eval_loss.compute()
-        self.log_dict({f"language/{stage}_loss": loss, f"language/{stage}_perplexity": loss.exp()}, prog_bar=True)
+        self.log_dict({f"language/{part}_loss": loss, f"language/{part}_perplexity": loss.exp()}, prog_bar=True)
         self.eval_loss.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs loss and perplexity over all tokens of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs loss and perplexity over all tokens of all ranks."""
-        self._log_evaluation("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Log-probability of each label.

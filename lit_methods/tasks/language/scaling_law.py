@@ -69,8 +69,8 @@ def fit_scaling_law(tokens: ArrayLike, losses: ArrayLike, sizes: ArrayLike | Non
 
     def predicted(x: Floats) -> Floats:
         """At (log floor, log factor at the mean, exponent, ...): units in which the numbers are of order 1."""
-        found = np.exp(x[0]) + np.exp(x[1]) * (d / d_unit) ** -x[2]
-        return found if n is None else found + np.exp(x[3]) * (n / n_unit) ** -x[4]
+        loss = np.exp(x[0]) + np.exp(x[1]) * (d / d_unit) ** -x[2]
+        return loss if n is None else loss + np.exp(x[3]) * (n / n_unit) ** -x[4]
 
     lowest = np.log(loss.min())
     best = None

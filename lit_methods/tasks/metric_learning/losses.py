@@ -1,10 +1,12 @@
 """Base losses of metric learning with a proxy for each class. Others: any ``loss(embeddings, labels)``, as in pytorch-metric-learning."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lit_methods import checks
 
 MarginOn = Literal["cosine", "angle"]
 
@@ -48,7 +50,7 @@ class ProxySoftmax(nn.Module):
     Args:
         num_classes: Training classes, C.
         embedding_dim: D.
-        scale: Of the cosines.
+        scale: Factor of the cosines.
         margin: 0: normalised softmax; above: CosFace or ArcFace.
         margin_on: ``cosine`` (CosFace) or ``angle`` (ArcFace).
 
@@ -60,13 +62,11 @@ class ProxySoftmax(nn.Module):
         self, num_classes: int, embedding_dim: int, scale: float = 16.0, margin: float = 0.0, margin_on: MarginOn = "cosine"
     ) -> None:
         super().__init__()
-        if num_classes < 2 or embedding_dim < 1 or scale <= 0 or margin < 0:
-            raise ValueError(
-                f"num_classes={num_classes} must be 2 or more, embedding_dim={embedding_dim} 1 or more, scale={scale} above 0, "
-                f"margin={margin} not negative"
-            )
-        if margin_on not in get_args(MarginOn):
-            raise ValueError(f"margin_on={margin_on!r}: give one of {', '.join(get_args(MarginOn))}")
+        checks.at_least(2, "classes", num_classes=num_classes)
+        checks.at_least(1, embedding_dim=embedding_dim)
+        checks.at_least(0, margin=margin)
+        checks.positive(scale=scale)
+        checks.one_of(MarginOn, margin_on=margin_on)
         self.proxies = nn.Parameter(F.normalize(torch.randn(num_classes, embedding_dim), dim=1))
         self.scale, self.margin, self.margin_on = scale, margin, margin_on
 

@@ -1,34 +1,37 @@
 """Metric learning: embeddings for retrieval among classes that training hasn't seen."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.distributed import gather_rows
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import cosine_to_the_end
-from lit_methods.panels import Curve, ImagePanel, Media, Panel
-from lit_methods.tasks.metric_learning.opis import OPIS, RetrievalScores, summary
+from lit_methods.panels import Curve, ImagePanel, Panel
+from lit_methods.tasks.metric_learning.opis import OPIS, RetrievalScores, check_rates, summary
 from lit_methods.tasks.metric_learning.pictures import utility_curves
 
 Optimizer = Literal["adam", "adamw"]
 Schedule = Literal["constant", "cosine"]
 
 
-class MetricLearning(LightningModule):
+class MetricLearning(Evaluated):
     """Trains a network to place samples of one class near each other, and measures it on unseen classes.
 
-    Batches: ``image`` (B, ...) float32 and ``label`` (B,) int64; in training the labels are 0..C-1, in evaluation any. ``forward`` takes
-    images and returns (B, D) embeddings; distances are those of their directions. Evaluation compares all samples with all others, on the
-    CPU and in float64.
+    Runs: batches have ``image`` (B, ...) float32 and ``label`` (B,) int64; in training the labels are 0..C-1, in evaluation any.
+    ``forward`` takes images and returns (B, D) embeddings; distances are those of their directions. Evaluation compares all samples with
+    all others, on the CPU and in float64: ``retrieval/val_d_min`` and ``val_d_max`` are the ends of the calibration range, ``val_far``,
+    ``val_far_std``, ``val_frr`` and ``val_frr_std`` the mean and standard deviation over classes of false acceptance and rejection at its
+    middle.
 
-    Logged: ``retrieval/loss``; after validation ``retrieval/val_recall_at_<k>``, ``retrieval/val_map_at_r``, ``retrieval/val_opis``,
-    ``retrieval/val_eps_opis``, ``retrieval/val_d_min``, ``retrieval/val_d_max``, and at the middle of this range the mean and standard
-    deviation over classes of false acceptance and rejection, ``val_far``, ``val_far_std``, ``val_frr``, ``val_frr_std``; likewise ``test``.
+    Saves: network and loss.
+
+    Refuses: a cosine in a training without an end.
 
     Args:
         network: Images -> (B, D).
@@ -37,12 +40,12 @@ class MetricLearning(LightningModule):
         top_k: Values of k in Recall@k.
         far_min: False acceptance rate at the lower end of OPIS's range.
         far_max: At its upper end.
-        num_thresholds: Of OPIS.
+        num_thresholds: Thresholds at which OPIS looks.
         epsilon: Share of worst and best classes in epsilon-OPIS.
         optimizer: ``adam`` or ``adamw``.
-        learning_rate: Of the network.
-        loss_learning_rate: Of the loss's parameters; None: that of the network.
-        weight_decay: Of all.
+        learning_rate: Learning rate of the network.
+        loss_learning_rate: Learning rate of the loss's parameters; None: that of the network.
+        weight_decay: Weight decay of all parameters.
         schedule: ``constant``, or ``cosine`` to 0 over the whole training.
 
     Raises:
@@ -76,16 +79,14 @@ class MetricLearning(LightningModule):
         schedule: Schedule = "constant",
     ) -> None:
         super().__init__()
-        for name, value, known in (("optimizer", optimizer, Optimizer), ("schedule", schedule, Schedule)):
-            if value not in get_args(known):
-                raise ValueError(f"{name}={value!r}: give one of {', '.join(get_args(known))}")
-        if learning_rate <= 0 or not 0 < far_min < far_max < 1:
-            raise ValueError(f"learning_rate={learning_rate} must be above 0, and 0 < far_min={far_min} < far_max={far_max} < 1")
+        checks.one_of(Optimizer, optimizer=optimizer)
+        checks.one_of(Schedule, schedule=schedule)
+        checks.positive(learning_rate=learning_rate)
+        check_rates(far_min, far_max)
         self.save_hyperparameters(ignore=["network", "loss"])
         self.network, self.loss = network, loss
         self.eval_opis = OPIS(far_min, far_max, num_thresholds, epsilon)
         self.eval_retrieval = RetrievalScores(tuple(top_k))
-        self._media: dict[str, Media] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, ...) images -> (B, D) embeddings."""
@@ -100,44 +101,28 @@ class MetricLearning(LightningModule):
         self.log("retrieval/loss", loss.detach(), prog_bar=True, batch_size=len(batch["label"]))
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Keeps the embeddings."""
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Keep the embeddings."""
         embeddings = self(batch["image"])
         self.eval_opis.update(embeddings, batch["label"])
         self.eval_retrieval.update(embeddings, batch["label"])
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Keeps the embeddings."""
-        self.validation_step(batch, batch_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the scores over all samples of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the scores over all samples of all ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, part: Part) -> None:
         with self.eval_opis.sync_context(), self.eval_retrieval.sync_context():
             _, labels = self.eval_opis.kept()
             counts = labels.unique(return_counts=True)[1]
             if len(counts) < 2 or int(counts.max()) < 2:
                 rank_zero_warn(f"{len(labels)} samples of {len(counts)} classes make no pairs: evaluate more batches for retrieval scores")
             else:
-                scores, found = self.eval_retrieval.scores(), self.eval_opis.result()
-                if found is None:
+                scores, opis = self.eval_retrieval.scores(), self.eval_opis.result()
+                if opis is None:
                     rank_zero_warn("samples of different classes are all equally far apart: there is no range of thresholds for OPIS")
                 else:
-                    scores |= summary(found)
-                    self._media["retrieval/utility"] = utility_curves(found)
-                self.log_dict({f"retrieval/{stage}_{name}": value.float() for name, value in scores.items()})
+                    scores |= summary(opis)
+                    self._media["retrieval/utility"] = utility_curves(opis)
+                self.log_dict({f"retrieval/{part}_{name}": value.float() for name, value in scores.items()})
         self.eval_opis.reset()
         self.eval_retrieval.reset()
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """The utility curves of the last evaluation."""
-        return self._media
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Unit embeddings (B, D), and labels (B,) where the batch has them."""

@@ -18,6 +18,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lit_methods import checks
+
 _BLOCK = 2048  # rows and columns of a block: 32 MiB of distances
 _RANGE = 1e-6  # width below which a range of thresholds is but rounding
 _PAIRS = 5_000_000  # pairs that the calibration range is taken from
@@ -50,6 +52,12 @@ class OPISResult:
     eps_opis: Tensor
 
 
+def check_rates(far_min: float, far_max: float) -> None:
+    """Raise ValueError unless 0 < far_min < far_max < 1."""
+    if not 0 < far_min < far_max < 1:
+        raise ValueError(f"far_min={far_min} and far_max={far_max} are shares of negative pairs: give 0 < far_min < far_max < 1")
+
+
 def _unit(embeddings: Tensor, labels: Tensor) -> Tensor:
     if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1]:
         raise ValueError(f"embeddings must be (N, D) and labels (N,), got {tuple(embeddings.shape)} and {tuple(labels.shape)}")
@@ -72,9 +80,9 @@ def calibration_range(
         embeddings: (N, D) floating point of any length.
         labels: (N,) integers.
         far_min: False acceptance rate of the lower end, in (0, 1).
-        far_max: Of the upper end.
+        far_max: False acceptance rate of the upper end.
         max_pairs: More pairs than this are sampled.
-        seed: Of the sample.
+        seed: Seed of the sample.
 
     Returns:
         d_min, d_max (linear quantiles), and the number of unordered negative pairs that they were taken from.
@@ -82,8 +90,7 @@ def calibration_range(
     Raises:
         ValueError: There is no negative pair, or the rates are out of order.
     """
-    if not 0 < far_min < far_max < 1:
-        raise ValueError(f"far_min={far_min} and far_max={far_max} are shares of negative pairs: give 0 < far_min < far_max < 1")
+    check_rates(far_min, far_max)
     unit, size = _unit(embeddings, labels), len(labels)
     if size * (size - 1) // 2 <= max_pairs:
         parts = []
@@ -148,8 +155,8 @@ def opis(embeddings: Tensor, labels: Tensor, d_min: float, d_max: float, num_thr
     """
     if not d_min < d_max:
         raise ValueError(f"d_min={d_min} must lie below d_max={d_max}: all negative pairs may be equally far apart")
-    if num_thresholds < 2 or not 0 < epsilon <= 1:
-        raise ValueError(f"num_thresholds={num_thresholds} must be 2 or more, and epsilon={epsilon} a share of classes above 0")
+    checks.at_least(2, num_thresholds=num_thresholds)
+    checks.within("(0, 1]", "a share of classes", epsilon=epsilon)
     unit = _unit(embeddings, labels)
     classes, index, counts = labels.unique(return_inverse=True, return_counts=True)
     kept = counts >= 2
@@ -216,8 +223,8 @@ def retrieval_scores(embeddings: Tensor, labels: Tensor, top_k: tuple[int, ...] 
         own = others[rows][asked, None]
         inside = right[asked] & (rank <= own)
         precisions.append((inside.cumsum(1) / rank * inside).double().sum(1) / own[:, 0])
-    found = {f"recall_at_{k}": torch.cat(parts).double().mean() for k, parts in hits.items()}
-    return found | {"map_at_r": torch.cat(precisions).mean()}
+    recalls = {f"recall_at_{k}": torch.cat(parts).double().mean() for k, parts in hits.items()}
+    return recalls | {"map_at_r": torch.cat(precisions).mean()}
 
 
 class _Embeddings(Metric):
@@ -257,8 +264,8 @@ class OPIS(_Embeddings):
         num_thresholds: Equally spaced thresholds.
         epsilon: Share of worst and best classes in epsilon-OPIS.
         max_pairs: Negative pairs that the range is taken from; more are sampled.
-        seed: Of that sample.
-        kwargs: Of ``torchmetrics.Metric``.
+        seed: Seed of that sample.
+        kwargs: Arguments of ``torchmetrics.Metric``.
     """
 
     higher_is_better = False
@@ -297,18 +304,18 @@ class OPIS(_Embeddings):
         Raises:
             ValueError: There are no pairs, or samples of different classes are all equally far apart.
         """
-        found = self.result()
-        if found is None:
+        result = self.result()
+        if result is None:
             raise ValueError("samples of different classes are all equally far apart: there is no range of thresholds for OPIS")
-        return summary(found)
+        return summary(result)
 
 
-def summary(found: OPISResult) -> dict[str, Tensor]:
+def summary(result: OPISResult) -> dict[str, Tensor]:
     """The scalars of :meth:`OPIS.compute`."""
-    middle = len(found.thresholds) // 2
-    far, frr = 1 - found.specificity[:, middle], 1 - found.sensitivity[:, middle]
+    middle = len(result.thresholds) // 2
+    far, frr = 1 - result.specificity[:, middle], 1 - result.sensitivity[:, middle]
     rates = {"far": far.mean(), "frr": frr.mean(), "far_std": far.std(correction=0), "frr_std": frr.std(correction=0)}
-    return {"opis": found.opis, "eps_opis": found.eps_opis, "d_min": found.thresholds[0], "d_max": found.thresholds[-1]} | rates
+    return {"opis": result.opis, "eps_opis": result.eps_opis, "d_min": result.thresholds[0], "d_max": result.thresholds[-1]} | rates
 
 
 class RetrievalScores(_Embeddings):
@@ -316,7 +323,7 @@ class RetrievalScores(_Embeddings):
 
     Args:
         top_k: Values of k.
-        kwargs: Of ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
     """
 
     higher_is_better = True

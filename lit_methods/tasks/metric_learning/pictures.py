@@ -9,11 +9,11 @@ from lit_methods.tasks.metric_learning.opis import OPISResult
 _MOST = 100  # classes that are drawn
 
 
-def utility_curves(found: OPISResult, size: tuple[int, int] = (720, 420)) -> ImageMedia:
+def utility_curves(result: OPISResult, size: tuple[int, int] = (720, 420)) -> ImageMedia:
     """The utility of each class over the range of thresholds, and their mean.
 
     Args:
-        found: Of :func:`~lit_methods.tasks.metric_learning.opis.opis`.
+        result: What :func:`~lit_methods.tasks.metric_learning.opis.opis` gives.
         size: Width and height in pixels.
 
     Returns:
@@ -23,8 +23,8 @@ def utility_curves(found: OPISResult, size: tuple[int, int] = (720, 420)) -> Ima
     picture = Image.new("RGB", size, (255, 255, 255))
     pen = ImageDraw.Draw(picture)
     left, right, top, bottom = 48, width - 16, 28, height - 40
-    span = float(found.thresholds[-1] - found.thresholds[0])
-    x = left + (found.thresholds - found.thresholds[0]).cpu().numpy() / span * (right - left)
+    span = float(result.thresholds[-1] - result.thresholds[0])
+    x = left + (result.thresholds - result.thresholds[0]).cpu().numpy() / span * (right - left)
 
     def line(values: np.ndarray, colour: tuple[int, int, int], thick: int) -> None:
         pen.line(list(zip(x.tolist(), (bottom - values * (bottom - top)).tolist(), strict=True)), fill=colour, width=thick)
@@ -33,17 +33,17 @@ def utility_curves(found: OPISResult, size: tuple[int, int] = (720, 420)) -> Ima
         y = bottom - level * (bottom - top)
         pen.line([(left, y), (right, y)], fill=(222, 226, 232))
         pen.text((8, y - 6), f"{level:.2f}", fill=(70, 70, 70))
-    order = found.class_mean_utility.argsort(stable=True).cpu().numpy()
+    order = result.class_mean_utility.argsort(stable=True).cpu().numpy()
     drawn = order[np.linspace(0, len(order) - 1, min(len(order), _MOST)).round().astype(int)]
-    utility = found.utility.cpu().numpy()
+    utility = result.utility.cpu().numpy()
     for place, row in enumerate(drawn):
         share = place / max(len(drawn) - 1, 1)
         line(utility[row], (int(200 - 140 * share), int(70 + 60 * share), int(60 + 150 * share)), 1)
-    line(found.mean_utility.cpu().numpy(), (20, 20, 20), 4)
-    score = float(found.opis)
+    line(result.mean_utility.cpu().numpy(), (20, 20, 20), 4)
+    score = float(result.opis)
     pen.text((left, 8), f"utility of {len(order)} classes; black: mean; OPIS {score:.4f}", fill=(20, 20, 20))
-    pen.text((left, bottom + 8), f"distance threshold {float(found.thresholds[0]):.3f}", fill=(70, 70, 70))
-    pen.text((right - 34, bottom + 8), f"{float(found.thresholds[-1]):.3f}", fill=(70, 70, 70))
+    pen.text((left, bottom + 8), f"distance threshold {float(result.thresholds[0]):.3f}", fill=(70, 70, 70))
+    pen.text((right - 34, bottom + 8), f"{float(result.thresholds[-1]):.3f}", fill=(70, 70, 70))
     pixels = np.asarray(picture).copy()
     return ImageMedia(pixels, f"Utility of {len(order)} classes over the distance threshold, and their mean; OPIS {score:.4f}")
 

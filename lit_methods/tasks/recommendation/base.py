@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, Panel
 from lit_methods.tasks.recommendation.metrics import ranking_metrics
@@ -17,18 +18,20 @@ from lit_methods.tasks.recommendation.metrics import ranking_metrics
 _METRICS = ("recall", "precision", "ndcg")
 
 
-class Recommender(LightningModule):
+class Recommender(Evaluated):
     """Base of the recommenders. Subclasses write ``training_step`` and :meth:`scores`.
 
-    Evaluation batches: ``known`` (B, C) bool and ``target`` (B, C) bool beside what :meth:`scores` needs; C are all items, or the
-    candidates of a user.
+    Runs: evaluation batches have ``known`` (B, C) bool and ``target`` (B, C) bool beside what :meth:`scores` needs; C are all items, or the
+    candidates of a user. Figures are over the users that have a target, on any number of ranks, for each k of ``top_k``; with one target
+    among candidates recall is the hit rate. Beside the panels ``recommender/val_precision_<k>`` is logged.
 
-    Logged over the users that have a target, on any number of ranks: ``recommender/val_recall_<k>``, ``recommender/val_precision_<k>`` and
-    ``recommender/val_ndcg_<k>`` for each k of ``top_k``; likewise ``test``. With one target among candidates recall is the hit rate.
+    Saves: the weights.
+
+    Refuses: other numbers of users or items than the data have; a ``min_lr`` in a training without an end.
 
     Args:
         top_k: Lengths of the list of recommendations.
-        learning_rate: Of Adam, at the start.
+        learning_rate: Adam's learning rate at the start.
         min_lr: Where the cosine of the learning rate ends; None: no schedule.
     """
 
@@ -42,8 +45,8 @@ class Recommender(LightningModule):
         super().__init__()
         if not top_k or any(k < 1 for k in top_k):
             raise ValueError(f"top_k is {list(top_k)}: give one length of the list or more, each at least 1, such as [20]")
-        if learning_rate <= 0 or (min_lr is not None and not 0 <= min_lr <= learning_rate):
-            raise ValueError(f"learning_rate={learning_rate} must be above 0, and min_lr={min_lr} null or from 0 to learning_rate")
+        checks.positive(learning_rate=learning_rate)
+        checks.within(f"[0, {learning_rate}]", "a rate from 0 to learning_rate, or null,", min_lr=min_lr)
         self.top_k, self.learning_rate, self.min_lr = tuple(top_k), learning_rate, min_lr
         self.eval_metrics = nn.ModuleDict({f"{name}_{k}": MeanMetric() for k in self.top_k for name in _METRICS})
 
@@ -68,24 +71,16 @@ class Recommender(LightningModule):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         scores = self.scores(batch)
-        found = {k: ranking_metrics(scores, batch["known"], batch["target"], k) for k in self.top_k}
+        by_k = {k: ranking_metrics(scores, batch["known"], batch["target"], k) for k in self.top_k}
         for name, metric in self._named_metrics():
             kind, _, k = name.rpartition("_")
-            values = found[int(k)]
+            values = by_k[int(k)]
             metric.update(values[kind], weight=values["counted"].to(values[kind]))
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch of users to the metrics."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch of users to the metrics."""
-        self._evaluate(batch)
-
-    def _log_evaluation(self, stage: str) -> None:
-        self.log_dict({f"recommender/{stage}_{name}": metric.compute() for name, metric in self._named_metrics()})
+    def _log_evaluation(self, part: Part) -> None:
+        self.log_dict({f"recommender/{part}_{name}": metric.compute() for name, metric in self._named_metrics()})
         for _, metric in self._named_metrics():
             metric.reset()
 
@@ -93,14 +88,6 @@ class Recommender(LightningModule):
         for name, metric in self.eval_metrics.items():
             assert isinstance(metric, MeanMetric)
             yield name, metric
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the means over all users of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the means over all users of all ranks."""
-        self._log_evaluation("test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The largest of ``top_k`` recommendations per user, best first, known items left out.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.tasks.recommendation.base import Recommender
 
 
@@ -21,7 +22,7 @@ def normalized_adjacency(user: Tensor, item: Tensor, num_users: int, num_items: 
         item: (E,) int64 in 0..num_items-1; no pair twice.
         num_users: U.
         num_items: I.
-        dtype: Of the result.
+        dtype: Dtype of the result.
 
     Returns:
         (U + I, U + I) sparse, coalesced, symmetric, without gradient.
@@ -95,9 +96,13 @@ def lightgcn_loss(
 class LightGCN(Recommender):
     """LightGCN on implicit feedback. One table, ``embedding``, holds users and then items.
 
-    The graph comes from the datamodule (``RatingsDataModule`` with ``mode: bpr``) in ``setup``, or from :meth:`set_graph`; it is no part
-    of the checkpoint. Training batches: ``user``, ``positive``, ``negative``, each (B,) int64. Evaluation: ``user`` (B,) int64, ``known``
-    and ``target`` (B, I) bool. Metrics: see :class:`Recommender`, with ``recommender/loss``, ``recommender/bpr`` and ``recommender/reg``.
+    Runs: the graph comes from the datamodule (``RatingsDataModule`` with ``mode: bpr``) in ``setup``, or from :meth:`set_graph`. Training
+    batches have ``user``, ``positive``, ``negative``, each (B,) int64; evaluation ``user`` (B,) int64, ``known`` and ``target`` (B, I)
+    bool. Both parts of the loss are logged as ``recommender/bpr`` and ``recommender/reg``.
+
+    Saves: the table; the graph is made anew.
+
+    Refuses: what :class:`Recommender` refuses; scores before there is a graph.
 
     Args:
         num_users: U, as in the data.
@@ -105,7 +110,7 @@ class LightGCN(Recommender):
         embedding_dim: D.
         num_layers: L.
         reg_weight: Factor of the penalty on the table's rows of the batch.
-        learning_rate: Of Adam, at the start.
+        learning_rate: Adam's learning rate at the start.
         min_lr: Where the cosine of the learning rate ends; None: no schedule.
         top_k: Lengths of the list of recommendations.
 
@@ -125,11 +130,8 @@ class LightGCN(Recommender):
         top_k: Sequence[int] = (20,),
     ) -> None:
         super().__init__(top_k, learning_rate, min_lr)
-        if min(num_users, num_items, embedding_dim) < 1 or num_layers < 0 or reg_weight < 0:
-            raise ValueError(
-                f"num_users={num_users}, num_items={num_items} and embedding_dim={embedding_dim} must be 1 or more, "
-                f"num_layers={num_layers} and reg_weight={reg_weight} 0 or more"
-            )
+        checks.at_least(1, num_users=num_users, num_items=num_items, embedding_dim=embedding_dim)
+        checks.at_least(0, num_layers=num_layers, reg_weight=reg_weight)
         self.save_hyperparameters()
         self.num_users, self.num_items, self.num_layers, self.reg_weight = num_users, num_items, num_layers, reg_weight
         self.embedding = nn.Embedding(num_users + num_items, embedding_dim)

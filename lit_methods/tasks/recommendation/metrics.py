@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from lit_methods import checks
+
 
 def ranking_metrics(scores: Tensor, known: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
     """Recall, precision and NDCG of the K best items of each user, all items ranked.
@@ -26,8 +28,7 @@ def ranking_metrics(scores: Tensor, known: Tensor, target: Tensor, k: int) -> di
     Raises:
         ValueError: K below 1, or shapes that differ.
     """
-    if k < 1:
-        raise ValueError(f"k is {k}: give a number of recommended items, at least 1")
+    checks.at_least(1, "a number of recommended items", k=k)
     if not scores.shape == known.shape == target.shape or scores.ndim != 2:
         shapes = ", ".join(str(tuple(part.shape)) for part in (scores, known, target))
         raise ValueError(f"scores, known and target must be (users, items) all three, got {shapes}")

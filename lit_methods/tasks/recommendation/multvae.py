@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.tasks.recommendation.base import Recommender
 
 
@@ -43,18 +44,22 @@ def annealed_beta(step: int, cap: float, steps: int) -> float:
 class MultVAE(Recommender):
     """MultVAE on implicit feedback; recommends to users that it wasn't trained on, from their history.
 
-    Training batches: ``history`` (B, I) float32. Evaluation: ``history``, the known part of held-out users, ``known`` and ``target``
-    (B, I) bool. Metrics: see :class:`Recommender`, with ``recommender/loss``, ``recommender/kl`` and ``recommender/beta``.
-    The noise and the dropout come from torch's global generator, which the ``ExactResume`` callback keeps in the checkpoint.
+    Runs: training batches have ``history`` (B, I) float32; evaluation ``history``, the known part of held-out users, ``known`` and
+    ``target`` (B, I) bool. The noise and the dropout come from torch's global generator, which the ``ExactResume`` callback keeps in the
+    checkpoint. The divergence and its weight are logged as ``recommender/kl`` and ``recommender/beta``.
+
+    Saves: encoder and decoder.
+
+    Refuses: what :class:`Recommender` refuses.
 
     Args:
         num_items: I, as in the data.
         hidden_dim: Width of the hidden layer of encoder and decoder.
         latent_dim: Z.
-        dropout: Of the normalised history.
+        dropout: Dropout of the normalised history.
         beta: Factor of the KL term when annealing is over.
         anneal_steps: Optimiser steps of linear annealing from 0.
-        learning_rate: Of Adam, at the start.
+        learning_rate: Adam's learning rate at the start.
         min_lr: Where the cosine of the learning rate ends; None: no schedule.
         top_k: Lengths of the list of recommendations.
     """
@@ -72,11 +77,9 @@ class MultVAE(Recommender):
         top_k: Sequence[int] = (20, 50),
     ) -> None:
         super().__init__(top_k, learning_rate, min_lr)
-        if min(num_items, hidden_dim, latent_dim) < 1 or not 0 <= dropout < 1 or beta < 0 or anneal_steps < 0:
-            raise ValueError(
-                f"num_items={num_items}, hidden_dim={hidden_dim} and latent_dim={latent_dim} must be 1 or more, "
-                f"dropout={dropout} in [0, 1), beta={beta} and anneal_steps={anneal_steps} 0 or more"
-            )
+        checks.at_least(1, num_items=num_items, hidden_dim=hidden_dim, latent_dim=latent_dim)
+        checks.at_least(0, beta=beta, anneal_steps=anneal_steps)
+        checks.within("[0, 1)", dropout=dropout)
         self.save_hyperparameters()
         self.num_items, self.dropout, self.beta, self.anneal_steps = num_items, dropout, beta, anneal_steps
         self.encoder = nn.Sequential(nn.Linear(num_items, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, 2 * latent_dim))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.tasks.recommendation.base import Recommender
 
 
@@ -25,17 +26,21 @@ def neumf_loss(positive: Tensor, negative: Tensor) -> Tensor:
 class NeuMF(Recommender):
     """NeuMF on implicit feedback, ranked among candidates.
 
-    Tables: ``gmf_user`` and ``gmf_item`` of the product; ``mlp_user`` and ``mlp_item`` of the network, which are the ones that DSL masks.
-    Training batches: ``user`` and ``positive`` (B,), ``negative`` (B, N) int64. Evaluation: ``user`` (B,), ``item`` (B, C) int64
-    candidates, ``known`` and ``target`` (B, C) bool. Metrics: see :class:`Recommender`, with ``recommender/loss``.
+    Runs: training batches have ``user`` and ``positive`` (B,), ``negative`` (B, N) int64; evaluation ``user`` (B,), ``item`` (B, C) int64
+    candidates, ``known`` and ``target`` (B, C) bool.
+
+    Saves: the tables ``gmf_user`` and ``gmf_item`` of the product, ``mlp_user`` and ``mlp_item`` of the network, which are the ones that
+    DSL masks, and the layers.
+
+    Refuses: what :class:`Recommender` refuses.
 
     Args:
         num_users: U, as in the data.
         num_items: I, as in the data.
-        embedding_dim: Of each of the four tables.
+        embedding_dim: Width of each of the four tables.
         hidden: Widths of the network's layers.
         dropout: Before each layer of the network.
-        learning_rate: Of Adam, at the start.
+        learning_rate: Adam's learning rate at the start.
         min_lr: Where the cosine of the learning rate ends; None: no schedule.
         top_k: Lengths of the list of recommendations.
     """
@@ -52,11 +57,10 @@ class NeuMF(Recommender):
         top_k: Sequence[int] = (20,),
     ) -> None:
         super().__init__(top_k, learning_rate, min_lr)
-        if min(num_users, num_items, embedding_dim, *hidden) < 1 or not hidden or not 0 <= dropout < 1:
-            raise ValueError(
-                f"num_users={num_users}, num_items={num_items}, embedding_dim={embedding_dim} and hidden={list(hidden)} must be 1 or more, "
-                f"dropout={dropout} in [0, 1)"
-            )
+        checks.at_least(1, num_users=num_users, num_items=num_items, embedding_dim=embedding_dim)
+        checks.within("[0, 1)", dropout=dropout)
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"hidden is {list(hidden)}: give one width or more, each at least 1")
         self.save_hyperparameters()
         self.num_users, self.num_items = num_users, num_items
         self.gmf_user, self.mlp_user = nn.Embedding(num_users, embedding_dim), nn.Embedding(num_users, embedding_dim)

@@ -77,3 +77,6 @@ def batch_dice(logits: Tensor, labels: Tensor, ignore_index: int = -100, smooth:
 def has_foreground(labels: Tensor, ignore_index: int = -100) -> Tensor:
     """(B,) bool: a pixel of the sample (B, ...) is neither 0, the background, nor ``ignore_index``."""
     return ((labels != 0) & (labels != ignore_index)).reshape(len(labels), -1).any(1)
+
+
+__all__ = ["batch_dice", "class_counts", "class_iou", "has_foreground", "iou_of_counts", "sample_cross_entropy"]

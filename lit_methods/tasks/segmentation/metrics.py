@@ -52,7 +52,7 @@ def dice_and_hd95(prediction: ArrayLike, target: ArrayLike, spacing: Sequence[fl
     Args:
         prediction: Any shape of at least one dimension, non-zero inside.
         target: The same shape.
-        spacing: Of the voxels along each axis, or of all of them.
+        spacing: Edge of the voxels along each axis, or of all of them.
 
     Returns:
         Dice in 0 to 1, and the distance in units of ``spacing``.

@@ -6,15 +6,16 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
 from lit_methods.distributed import gather_rows
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import scheduled
-from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
+from lit_methods.panels import Curve, ImageMedia, ImagePanel, Panel, TableMedia, TablePanel
 from lit_methods.steps import training_length
 from lit_methods.tasks.segmentation.core import batch_dice, sample_cross_entropy
 from lit_methods.tasks.segmentation.metrics import ClassCounts, dice_and_hd95
@@ -39,27 +40,31 @@ def grey_image(image: Tensor) -> NDArray[np.uint8]:
     return pixels.expand(3, -1, -1).permute(1, 2, 0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy()
 
 
-class ImageSegmentor(LightningModule):
+class ImageSegmentor(Evaluated):
     """Trains a network to tell the class of every pixel.
 
-    Batches: ``image`` (B, C, H, W) float32 and ``label`` (B, H, W) int64, 0 for the background; further keys, such as a second view and
-    ``index``, are for callbacks. In evaluation a batch with ``volume`` is one volume: (S, C, h, w) slices and (S, H, W) labels, whose size
-    may be another; predictions are resized to it without interpolation. ``forward`` takes images and returns (B, num_classes, H, W) logits.
+    The loss is (1 - ``dice_ratio``) cross-entropy + ``dice_ratio`` Dice.
 
-    Logged: ``segmentation/loss``; after validation and test, ``segmentation/val_dice`` and ``segmentation/val_iou``, means over the
-    foreground classes of all pixels together, ``segmentation/val_dice/<class>``, and ``segmentation/val_miou``, with the background;
-    of volumes also ``segmentation/test_volume_dice`` and ``segmentation/test_hd95``, means over volumes and foreground classes.
+    Runs: batches have ``image`` (B, C, H, W) float32 and ``label`` (B, H, W) int64, 0 for the background; further keys, such as a second
+    view and ``index``, are for callbacks. In evaluation a batch with ``volume`` is one volume: (S, C, h, w) slices and (S, H, W) labels,
+    whose size may be another; predictions are resized to it without interpolation. ``forward`` takes images and returns (B, num_classes, H,
+    W) logits. Dice and IoU are means over the foreground classes of all pixels together; ``segmentation/val_dice/<class>`` is that of a
+    class, ``segmentation/test_volume_dice`` and ``segmentation/test_hd95`` are means over volumes and foreground classes.
+
+    Saves: the network.
+
+    Refuses: ``poly_power`` in a training without an end.
 
     Args:
         network: Images -> logits, such as ``SmallUNet2d``, ``TimmUNet`` or ``LargeFOV``.
         num_classes: Classes, the background counted.
-        class_names: Of all classes; None numbers them.
+        class_names: Names of all classes; None numbers them.
         dice_ratio: Share of the Dice loss; 0: cross-entropy alone.
         ignore_index: Label of pixels that don't count.
         optimizer: ``sgd`` or ``adam``.
         learning_rate: At the start.
-        momentum: Of SGD.
-        weight_decay: Of the optimiser.
+        momentum: SGD's momentum.
+        weight_decay: Weight decay of the optimiser.
         poly_power: The learning rate falls as (1 - step / steps) to this power; 0: constant.
         slices_per_pass: Slices of a volume that the network takes at once.
 
@@ -90,11 +95,10 @@ class ImageSegmentor(LightningModule):
         slices_per_pass: int = 24,
     ) -> None:
         super().__init__()
-        if num_classes < 2 or not 0 <= dice_ratio <= 1 or learning_rate <= 0 or optimizer not in ("sgd", "adam"):
-            raise ValueError(
-                f"num_classes={num_classes} must be 2 or more, dice_ratio={dice_ratio} in 0 to 1, learning_rate={learning_rate} above 0 "
-                f"and optimizer={optimizer!r} sgd or adam"
-            )
+        checks.at_least(2, "classes", num_classes=num_classes)
+        checks.within("[0, 1]", "a share", dice_ratio=dice_ratio)
+        checks.positive(learning_rate=learning_rate)
+        checks.one_of(("sgd", "adam"), optimizer=optimizer)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but num_classes={num_classes}")
         self.save_hyperparameters(ignore=["network"])
@@ -103,7 +107,6 @@ class ImageSegmentor(LightningModule):
         self.class_names = tuple(class_names or (str(c) for c in range(num_classes)))
         self.eval_counts = ClassCounts(num_classes, ignore_index)
         self.eval_dice, self.eval_distance = MeanMetric(), MeanMetric()
-        self._media: dict[str, Media] = {}
         self._volumes: list[tuple[Any, ...]] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -124,8 +127,8 @@ class ImageSegmentor(LightningModule):
 
     # ---- evaluation ------------------------------------------------------------------------------------------------------------------
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds a batch, or a whole volume, to the measures."""
+    def _evaluate(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Add a batch, or a whole volume, to the measures."""
         if "volume" in batch:
             self._add_volume(batch)
             return
@@ -138,10 +141,6 @@ class ImageSegmentor(LightningModule):
             zoom = max(1, 96 // labels.shape[1])
             picture = np.concatenate(columns, axis=1).repeat(zoom, axis=0).repeat(zoom, axis=1)
             self._media["segmentation/predictions"] = ImageMedia(picture, "Held-out images, below them their labels, and the predictions")
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Adds a batch, or a whole volume, to the measures."""
-        self.validation_step(batch, batch_idx)
 
     def _add_volume(self, batch: dict[str, Any]) -> None:
         labels = batch["label"]
@@ -156,38 +155,26 @@ class ImageSegmentor(LightningModule):
             self.eval_dice.update(dice)
             self.eval_distance.update(distance)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs the measures over all images of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the measures over all images of all ranks."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, part: Part) -> None:
         hits, predicted, labelled = self.eval_counts.compute().double()
         self.eval_counts.reset()
         there = (predicted + labelled) > 0
         dice = 2 * hits / (predicted + labelled).clamp(min=1)
         iou = hits / (predicted + labelled - hits).clamp(min=1)
         seen = there[1:].sum().clamp(min=1)
-        self.log(f"segmentation/{stage}_dice", (dice[1:].sum() / seen).float(), prog_bar=True)
-        self.log(f"segmentation/{stage}_iou", (iou[1:].sum() / seen).float())
-        self.log(f"segmentation/{stage}_miou", (iou.sum() / there.sum().clamp(min=1)).float())
+        self.log(f"segmentation/{part}_dice", (dice[1:].sum() / seen).float(), prog_bar=True)
+        self.log(f"segmentation/{part}_iou", (iou[1:].sum() / seen).float())
+        self.log(f"segmentation/{part}_miou", (iou.sum() / there.sum().clamp(min=1)).float())
         for name, value in zip(self.class_names[1:], dice[1:], strict=True):
-            self.log(f"segmentation/{stage}_dice/{name}", value.float())
+            self.log(f"segmentation/{part}_dice/{name}", value.float())
         if int(gather_rows(torch.tensor([len(self._volumes)])).sum()):  # a rank may have had none
-            self.log(f"segmentation/{stage}_volume_dice", self.eval_dice.compute())
-            self.log(f"segmentation/{stage}_hd95", self.eval_distance.compute())
+            self.log(f"segmentation/{part}_volume_dice", self.eval_dice.compute())
+            self.log(f"segmentation/{part}_hd95", self.eval_distance.compute())
         if self._volumes:
             self._media["segmentation/volumes"] = TableMedia(("volume", *self.class_names[1:]), tuple(self._volumes))
             self._volumes = []
         self.eval_dice.reset()
         self.eval_distance.reset()
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """Predictions of the last evaluation, and the table of volumes."""
-        return self._media
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """``label`` (B, H, W) int64: the likeliest class of each pixel."""

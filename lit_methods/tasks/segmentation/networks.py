@@ -22,7 +22,7 @@ class SmallUNet2d(nn.Module):
 
     Args:
         num_classes: Classes, the background counted.
-        in_channels: Of the images.
+        in_channels: Channels of the images.
         widths: Channels of each level, from full resolution downwards; each further level halves it. Images may have any size.
     """
 
@@ -54,10 +54,10 @@ class TimmUNet(nn.Module):
     """A U-Net whose encoder is any network of timm with feature maps, such as ``resnet34``.
 
     Args:
-        name: Of the network in timm.
+        name: Name of the network in timm.
         num_classes: Classes, the background counted.
-        in_channels: Of the images.
-        decoder_channels: Of the decoder's levels, deepest first; one for each feature map of the encoder.
+        in_channels: Channels of the images.
+        decoder_channels: Channels of the decoder's levels, deepest first; one for each feature map of the encoder.
         pretrained: Load timm's weights.
     """
 
@@ -100,10 +100,10 @@ class LargeFOV(nn.Module):
     """DeepLab-LargeFOV: a network of timm at an eighth of the resolution, and one dilated 3 x 3 convolution (arXiv:1412.7062).
 
     Args:
-        name: Of the network in timm; it must know ``output_stride``.
+        name: Name of the network in timm; it must know ``output_stride``.
         num_classes: Classes, the background counted.
         width: Channels of the head.
-        dilation: Of the head's convolution.
+        dilation: Dilation of the head's convolution.
         pretrained: Load timm's weights.
     """
 

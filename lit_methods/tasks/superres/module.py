@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.runs.checkpoints import load_into
 from lit_methods.tasks.superres.metrics import LuminancePSNR, LuminanceSSIM, psnr_y, to_uint8
@@ -22,19 +23,20 @@ _SHOWN = 192  # pixels of the picture's side at high resolution
 class SuperResolution(LightningModule):
     """Trains a network to enlarge images, with the mean absolute error of the pixels.
 
-    Batches: ``lr`` (B, C, h, w) and ``hr`` (B, C, scale * h, scale * w) float32 in [0, 1], C 3 (RGB) or 1 (luminance), and, for evaluation,
-    ``name``, a list of B strings; such as those of ``SuperResolutionDataModule``. ``forward`` takes ``lr`` and returns the enlarged images,
-    not clipped.
+    Runs: batches have ``lr`` (B, C, h, w) and ``hr`` (B, C, scale * h, scale * w) float32 in [0, 1], C 3 (RGB) or 1 (luminance), and, for
+    evaluation, ``name``, a list of B strings; such as those of ``SuperResolutionDataModule``. ``forward`` takes ``lr`` and returns the
+    enlarged images, not clipped. PSNR (dB) and SSIM are those of the luminance of 8-bit images, ``crop_border`` pixels left out, means over
+    images, beside plain bicubic enlargement; in a test for each loader, named by the datamodule's ``test_names``.
 
-    Logged: ``superres/loss``; ``superres/val_psnr`` (dB) and ``superres/val_ssim`` on the luminance of 8-bit images, ``crop_border`` pixels
-    left out, means over images; ``superres/val_psnr_bicubic``, of plain bicubic enlargement; ``superres/test_psnr/<set>`` and
-    ``superres/test_ssim/<set>`` for each test loader, named by the datamodule's ``test_names``.
+    Saves: the network.
+
+    Refuses: a network, module and data of different scales.
 
     Args:
         network: (B, C, h, w) -> (B, C, scale * h, scale * w), such as ``EDSR`` or ``Swin2SRNetwork``.
         scale: Enlargement.
-        learning_rate: Of Adam.
-        betas: Of Adam.
+        learning_rate: Adam's learning rate.
+        betas: Adam's two momentum decay rates.
         milestones: Optimiser steps at which the learning rate is multiplied by ``gamma``; under ``IterativeSoftShrinkage`` they count from
             the switch.
         gamma: Factor at a milestone.
@@ -71,8 +73,8 @@ class SuperResolution(LightningModule):
         pretrained_prefix: str = "network.",
     ) -> None:
         super().__init__()
-        if scale < 1 or learning_rate <= 0:
-            raise ValueError(f"scale={scale} must be 1 or more and learning_rate={learning_rate} above 0")
+        checks.at_least(1, scale=scale)
+        checks.positive(learning_rate=learning_rate)
         if list(milestones) != sorted(milestones) or any(step < 1 for step in milestones):
             raise ValueError(f"milestones={list(milestones)} are optimiser steps, 1 or more, in rising order")
         if getattr(network, "scale", scale) != scale:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
+
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB of the training images, in [0, 1], as EDSR subtracts it
 DIV2K_LUMA_MEAN = 0.438  # BT.601 studio luminance of that colour / 255
 
@@ -34,7 +36,7 @@ class EDSR(nn.Module):
 
     Args:
         scale: 2, 3 or 4.
-        channels: Of all layers between the first and the last.
+        channels: Channels of all layers between the first and the last.
         num_blocks: Residual blocks.
         residual_scale: Factor of each block's branch.
         image_channels: 3 for RGB, 1 for luminance.
@@ -61,8 +63,7 @@ class EDSR(nn.Module):
         super().__init__()
         if scale not in (2, 3, 4):
             raise ValueError(f"scale={scale}: EDSR enlarges by 2, 3 or 4")
-        if min(channels, num_blocks, image_channels) < 1:
-            raise ValueError(f"channels={channels}, num_blocks={num_blocks} and image_channels={image_channels} must be 1 or more")
+        checks.at_least(1, channels=channels, num_blocks=num_blocks, image_channels=image_channels)
         if mean is None:
             mean = DIV2K_MEAN if image_channels == 3 else [DIV2K_LUMA_MEAN] * image_channels
         if len(mean) != image_channels:
@@ -96,7 +97,7 @@ class Swin2SRNetwork(nn.Module):
         depths: Layers of each block.
         num_heads: Heads of each block, one number for each.
         mlp_ratio: Hidden width of the MLPs / ``embed_dim``.
-        window_size: Of the attention, pixels; the input is padded to a multiple of it.
+        window_size: Window of the attention, pixels; the input is padded to a multiple of it.
         upsampler: ``pixelshuffledirect`` (one convolution) or ``pixelshuffle``.
         image_channels: 3 for RGB, 1 for luminance.
         options: Further arguments of ``Swin2SRConfig``, such as ``{drop_path_rate: 0.0}``.

@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassConfusionMatrix
 
+from lit_methods import checks
+from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import learning_rate_factor, scheduled
-from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.panels import Curve, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into
 from lit_methods.steps import steps_per_epoch, training_length
 
@@ -57,7 +58,7 @@ def mixup(images: Tensor, labels: Tensor, share: Tensor | float, num_classes: in
     Args:
         images: (B, ...) floating point.
         labels: (B,) int64 in 0..num_classes-1.
-        share: Of the image itself, in [0, 1]; the counterpart has the rest.
+        share: Share of the image itself, in [0, 1]; the counterpart has the rest.
         num_classes: C.
 
     Returns:
@@ -70,16 +71,17 @@ def mixup(images: Tensor, labels: Tensor, share: Tensor | float, num_classes: in
 # ---- the module ------------------------------------------------------------------------------------------------------------------------
 
 
-class ImageClassifier(LightningModule):
+class ImageClassifier(Evaluated):
     """Trains a network to tell the classes of images.
 
-    Batches: ``image`` (B, C, H, W) float32 and ``label`` (B,) int64, such as those of ``DigitsDataModule``, ``CIFARDataModule`` and
-    ``ImageNetDataModule``. ``forward`` takes the images and returns (B, num_classes) logits.
+    Runs: batches have ``image`` (B, C, H, W) float32 and ``label`` (B,) int64, such as those of ``DigitsDataModule``, ``CIFARDataModule``
+    and ``ImageNetDataModule``. ``forward`` takes the images and returns (B, num_classes) logits. Evaluation counts every image once on any
+    number of ranks, without mixup and label smoothing; in training under mixup, accuracy means hits of the class whose share is larger. The
+    test also gives the expected calibration error in 15 bins (arXiv:1706.04599).
 
-    Logged: ``classifier/loss`` and ``classifier/accuracy`` of each training batch (under mixup, accuracy means hits of the class whose
-    share is larger); ``classifier/val_loss`` and ``classifier/val_accuracy`` over the validation images, without mixup and label smoothing;
-    ``classifier/test_loss``, ``classifier/test_accuracy`` and ``classifier/test_ece``, the expected calibration error in 15 bins
-    (arXiv:1706.04599). Evaluation counts every image once on any number of ranks.
+    Saves: the network.
+
+    Refuses: a cosine in a training without an end; epochs of a loader without a length.
 
     Args:
         network: Images -> (B, num_classes) logits, such as ``MLP``, ``CifarResNet`` or ``TimmNetwork``.
@@ -89,10 +91,10 @@ class ImageClassifier(LightningModule):
         learning_rate: The full one, after the warm-up.
         base_batch_size: Multiply ``learning_rate``, ``warmup_lr`` and ``min_lr`` by (samples per optimiser step, all ranks and accumulated
             batches counted) / ``base_batch_size``; None: take them as they are.
-        momentum: Of SGD.
+        momentum: SGD's momentum.
         nesterov: Nesterov momentum for SGD.
-        betas: Of Adam and AdamW.
-        eps: Of Adam and AdamW.
+        betas: Adam's and AdamW's two momentum decay rates.
+        eps: Adam's and AdamW's addend to the denominator.
         weight_decay: Factor of the optimiser.
         no_decay_norms: Leave biases, norms and whatever the network lists in ``no_weight_decay()`` without weight decay.
         schedule: ``constant``, ``cosine`` or ``multistep``; changes with every optimiser step.
@@ -152,19 +154,13 @@ class ImageClassifier(LightningModule):
         pretrained_prefix: str = "network.",
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes={num_classes}: give 2 or more")
-        for name, value, known in (
-            ("optimizer", optimizer, ("sgd", "adam", "adamw")),
-            ("schedule", schedule, get_args(Schedule)),
-            ("loss", loss, get_args(Loss)),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate={learning_rate}: give a number above 0")
-        if not 0 <= label_smoothing <= 1 or mixup < 0:
-            raise ValueError(f"label_smoothing={label_smoothing} must lie in 0 to 1, and mixup={mixup} must not be negative")
+        checks.at_least(2, "classes", num_classes=num_classes)
+        checks.one_of(("sgd", "adam", "adamw"), optimizer=optimizer)
+        checks.one_of(Schedule, schedule=schedule)
+        checks.one_of(Loss, loss=loss)
+        checks.positive(learning_rate=learning_rate)
+        checks.share(label_smoothing=label_smoothing)
+        checks.at_least(0, mixup=mixup)
         if schedule == "multistep" and not milestones:
             raise ValueError("schedule='multistep' needs milestones: give the epochs at which the learning rate falls, such as [80, 120]")
         if class_names is not None and len(class_names) != num_classes:
@@ -178,7 +174,6 @@ class ImageClassifier(LightningModule):
         self.eval_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.eval_confusion = MulticlassConfusionMatrix(num_classes) if num_classes <= _LARGEST_TABLE else None
         self.eval_calibration = MulticlassCalibrationError(num_classes, n_bins=15, norm="l1")
-        self._media: dict[str, Media] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) images -> (B, num_classes) logits."""
@@ -200,37 +195,19 @@ class ImageClassifier(LightningModule):
         self.log("classifier/accuracy", (logits.detach().argmax(dim=1) == likeliest).float().mean(), batch_size=size)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics."""
-        self._evaluate(batch)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Adds a batch to the metrics, calibration too."""
-        logits = self._evaluate(batch)
-        self.eval_calibration.update(logits.float().softmax(dim=1), batch["label"])
-
-    def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+    def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         logits, labels = self(batch["image"]), batch["label"]
         self.eval_loss.update(classification_loss(logits, labels, self.hparams["loss"]), weight=len(labels))
         predicted = logits.argmax(dim=1)
         self.eval_accuracy.update(predicted, labels)
         if self.eval_confusion is not None:
             self.eval_confusion.update(predicted, labels)
-        return logits
+        if self.trainer.testing:
+            self.eval_calibration.update(logits.float().softmax(dim=1), labels)
 
-    def on_validation_epoch_end(self) -> None:
-        """Logs loss and accuracy over all images of all ranks."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs loss, accuracy and calibration error over all images of all ranks."""
-        self._log_evaluation("test")
-        self.log("classifier/test_ece", self.eval_calibration.compute())
-        self.eval_calibration.reset()
-
-    def _log_evaluation(self, stage: str) -> None:
-        self.log(f"classifier/{stage}_loss", self.eval_loss.compute(), prog_bar=True)
-        self.log(f"classifier/{stage}_accuracy", self.eval_accuracy.compute(), prog_bar=True)
+    def _log_evaluation(self, part: Part) -> None:
+        self.log(f"classifier/{part}_loss", self.eval_loss.compute(), prog_bar=True)
+        self.log(f"classifier/{part}_accuracy", self.eval_accuracy.compute(), prog_bar=True)
         self.eval_loss.reset()
         self.eval_accuracy.reset()
         if self.eval_confusion is not None:
@@ -238,10 +215,9 @@ class ImageClassifier(LightningModule):
             rows = tuple((name, *row) for name, row in zip(self.class_names, counts, strict=True))
             self._media["classifier/confusion"] = TableMedia(("true class", *self.class_names), rows)
             self.eval_confusion.reset()
-
-    def dashboard_media(self) -> dict[str, Media]:
-        """The table of the last evaluation, for 20 classes or fewer."""
-        return self._media
+        if part == "test":
+            self.log("classifier/test_ece", self.eval_calibration.compute())
+            self.eval_calibration.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Logits and labels of a batch.

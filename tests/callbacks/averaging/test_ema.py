@@ -314,7 +314,7 @@ def test_refusals_say_what_to_do() -> None:
         EMATeacher("network")
     with pytest.raises(ValueError, match="matches no submodule of Classifier; nearest"):
         tiny_trainer(max_steps=1, callbacks=[EMATeacher(["netwrk"])]).fit(Classifier(), images())
-    with pytest.raises(ValueError, match="this run has none"):
+    with pytest.raises(ValueError, match="this training has none: set max_steps, max_epochs, or total_steps"):
         tiny_trainer(max_epochs=-1, callbacks=[EMATeacher(schedule="cosine")]).fit(Classifier(), images())
     trainer = tiny_trainer()
     trainer.strategy.__class__ = type("Sharded", (FSDPStrategy,), {})  # stands in for a strategy that needs GPUs

@@ -23,8 +23,8 @@ from helpers import (
 from lit_methods import MLP, ImbalancedRegression, ShotMetrics
 from lit_methods.callbacks import FDS, ConR, ExactResume
 from lit_methods.callbacks.batch import find_in_batch
-from lit_methods.callbacks.imbalanced_regression.conr import conr_dense_loss, conr_loss
-from lit_methods.callbacks.imbalanced_regression.fds import Buckets, Moments, moments, pooled
+from lit_methods.callbacks.imbalanced_regression.conr.core import conr_dense_loss, conr_loss
+from lit_methods.callbacks.imbalanced_regression.fds.core import Buckets, Moments, moments, pooled
 from lit_methods.cli.main import main
 from lit_methods.datamodules import BarsDataModule
 from lit_methods.tasks.imbalanced_regression.losses import regression_loss

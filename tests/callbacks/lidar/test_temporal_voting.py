@@ -95,6 +95,7 @@ def test_vote_on_batch_equals_voting_on_each_sample_alone():
 
 
 def test_predictions_are_replaced_at_evaluation_and_the_module_is_left_as_it_was():
+    torch.manual_seed(0)
     module, batch = SomeSegmentor(), batch_with_neighbours()
     run = trainer(voting())
     run.validate(module, loader(batch), verbose=False)
@@ -135,7 +136,7 @@ def test_missing_pieces_are_named():
         trainer(voting(pseudo_labels=True)).fit(SomeSegmentor(), loader({"unlabelled": batch_with_neighbours()}))
     with pytest.raises(TypeError, match="'point_logits'"):
         trainer(voting(predictor="point_logits")).validate(SomeSegmentor(), loader(batch_with_neighbours()), verbose=False)
-    with pytest.raises(ValueError, match="voxel_size=0"):
+    with pytest.raises(ValueError, match="voxel_size is 0"):
         voting(voxel_size=0)
 
 

@@ -13,7 +13,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from helpers import tiny_trainer
-from lit_methods.callbacks.run.dashboard import Dashboard, ask_for_media, gather_panels, wandb_offline_without_login
+from lit_methods.callbacks.run.dashboard import Dashboard, wandb_offline_without_login
+from lit_methods.callbacks.run.providers import ask_for_media, gather_panels
 from lit_methods.panels import (
     CloudMedia,
     CloudPanel,

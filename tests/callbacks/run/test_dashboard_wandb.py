@@ -22,7 +22,8 @@ from torch import Tensor
 
 import lit_methods.runs.wandb as wandb_runs
 from helpers import tiny_trainer
-from lit_methods.callbacks.run.dashboard import Dashboard, ask_for_artifacts, save_tensors, tensors_digest
+from lit_methods.callbacks.run.dashboard import Dashboard
+from lit_methods.callbacks.run.providers import ask_for_artifacts, save_tensors, tensors_digest
 from lit_methods.cli.main import main
 from lit_methods.panels import Curve
 from lit_methods.reports.page import read_history

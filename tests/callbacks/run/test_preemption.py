@@ -46,15 +46,34 @@ def saved_step(folder: Path) -> int:
     return int(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_it_stops_behind_the_current_step(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_it_stops_behind_the_current_step(number: int, status: int, tmp_path: Path) -> None:
     before = signal.getsignal(number)
     trainer, preempted = fit(tmp_path, Preemption(), SignalAt(3, number))
     assert preempted is not None
-    assert preempted.code == 143
+    assert preempted.code == status
     assert isinstance(preempted, SystemExit)
     assert trainer.global_step == saved_step(tmp_path) == 4
     assert signal.getsignal(number) == before
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:  # Lightning's answer to KeyboardInterrupt
+        fit(tmp_path, Preemption(), SignalAt(3, signal.SIGINT), SignalAt(3, signal.SIGINT))
+    assert not isinstance(stopped.value, Preempted)
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_handles_interrupts_keeps_them(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trainer, preempted = fit(tmp_path, Preemption(), SignalAt(3, signal.SIGINT))
+        assert preempted is None
+        assert trainer.global_step == 18
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_accumulated_gradients_are_waited_for(tmp_path: Path) -> None:

@@ -25,8 +25,7 @@ from helpers import (
     tiny_trainer,
 )
 from lit_methods.callbacks import CAST, AdamS, DynamicSparsity, EMATeacher, NMSparsity, SparsityReport
-from lit_methods.callbacks.sparsity import adams, cast
-from lit_methods.callbacks.sparsity import self_distillation as distillation
+from lit_methods.callbacks.sparsity.cast import adams, core
 from lit_methods.callbacks.sparsity.masks import is_nm, nm_mask
 from lit_methods.datamodules.loaders import make_loader
 
@@ -226,13 +225,13 @@ def test_a_large_decay_moves_masked_weights_by_the_learning_rate():
 def test_scales_belong_to_contiguous_blocks_of_inputs(shape, dim):
     torch.manual_seed(0)
     weight, scale = torch.randn(shape), torch.randn(4, 2)
-    scaled = cast.scaled_weight(weight, scale, dim)
+    scaled = core.scaled_weight(weight, scale, dim)
     for row in range(4):
         for column in range(8):
             place = (row, column) if dim == 1 else (column, row)
             torch.testing.assert_close(scaled[place], weight[place] * scale[row, column // 4])
     mask = nm_mask(weight, 1, 4, dim)
-    final = cast.finalized_weight(weight, mask, scale, dim)
+    final = core.finalized_weight(weight, mask, scale, dim)
     assert torch.equal(final != 0, mask)
     torch.testing.assert_close(final[mask], scaled[mask])
 
@@ -240,8 +239,8 @@ def test_scales_belong_to_contiguous_blocks_of_inputs(shape, dim):
 def test_the_branch_starts_at_the_mean_of_what_is_removed():
     weight = torch.tensor([[1.0, 5.0, 3.0, 9.0], [4.0, 4.0, 8.0, 2.0]])
     mask = torch.tensor([[False, True, False, True], [True, True, False, False]])
-    assert cast.pruned_block_means(weight, mask, 2).tolist() == [[1.0, 3.0], [0.0, 5.0]]
-    assert torch.equal(cast.pruned_block_means(weight.T, mask.T, 2, dim=0), cast.pruned_block_means(weight, mask, 2))
+    assert core.pruned_block_means(weight, mask, 2).tolist() == [[1.0, 3.0], [0.0, 5.0]]
+    assert torch.equal(core.pruned_block_means(weight.T, mask.T, 2, dim=0), core.pruned_block_means(weight, mask, 2))
 
 
 def test_kl_is_the_sum_over_classes_and_tokens_that_do_not_count_are_left_out_of_both_parts():
@@ -252,35 +251,30 @@ def test_kl_is_the_sum_over_classes_and_tokens_that_do_not_count_are_left_out_of
     counted = targets != -100
     kl = 4 * (p * (p / q).log()).sum(-1)[counted].mean()
     ce = -student.log_softmax(-1)[counted][torch.arange(4), targets[counted]].mean()
-    found = distillation.distillation_loss(student, teacher, targets, 0.25, temperature=2.0)
+    found = core.distillation_loss(student, teacher, targets, 0.25, temperature=2.0)
     torch.testing.assert_close(torch.stack(found), torch.stack([0.25 * kl + 0.75 * ce, kl, ce]))
-    torch.testing.assert_close(distillation.distillation_loss(student, teacher, targets, 0.25, 2.0, squared=False)[1], kl / 4)
-    assert [float(x) for x in distillation.distillation_loss(student, teacher, torch.full((2, 3), -100))] == [0, 0, 0]
+    torch.testing.assert_close(core.distillation_loss(student, teacher, targets, 0.25, 2.0, squared=False)[1], kl / 4)
+    assert [float(x) for x in core.distillation_loss(student, teacher, torch.full((2, 3), -100))] == [0, 0, 0]
 
 
 def test_kl_survives_large_logits_removed_classes_and_autocast():
     student, teacher = torch.tensor([[1e4, 0.0, -1e4]], requires_grad=True), torch.tensor([[0.0, 1e4, -torch.inf]])
-    kl = distillation.kl_to_teacher(student, teacher)
+    kl = core.kl_to_teacher(student, teacher)
     assert float(kl) == pytest.approx(1e4)
     assert torch.autograd.grad(kl, student)[0].isfinite().all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert distillation.kl_to_teacher(torch.randn(2, 3).bfloat16(), torch.randn(2, 3)).dtype == torch.float32
+        assert core.kl_to_teacher(torch.randn(2, 3).bfloat16(), torch.randn(2, 3)).dtype == torch.float32
 
 
-def test_statistics_and_packed_bits():
+def test_statistics_and_refresh_steps():
     weight = torch.tensor([[1.0, -3.0, 5e-5, 0.0], [2.0, 0.5, -4.0, 0.1]])
     mask = torch.tensor([[True, True, False, False], [True, False, True, False]])
-    found = {name: float(value) for name, value in cast.magnitude_statistics([weight], [mask]).items()}
+    found = {name: float(value) for name, value in core.magnitude_statistics([weight], [mask]).items()}
     expected = (5e-5 + 0.6) / 4
     assert found == pytest.approx(
         {"masked_magnitude": expected, "kept_magnitude": 2.5, "magnitude_ratio": expected / 2.5, "masked_below_1e-4": 0.5}
     )
-    for shape in ((3, 5), (8,), (2, 4, 3)):
-        bits = torch.rand(shape) < 0.5
-        packed = cast.pack_bits(bits)
-        assert packed.numel() == -(-bits.numel() // 8)
-        assert torch.equal(cast.unpack_bits(packed, shape), bits)
-    assert [step for step in range(9) if cast.is_refresh_step(step, 4)] == [0, 4, 8]
+    assert [step for step in range(9) if core.is_refresh_step(step, 4)] == [0, 4, 8]
 
 
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------
@@ -591,7 +585,7 @@ def test_the_sparsity_report_has_no_objection(recipe, tmp_path):
         (lambda: [ours(), EMAWeightAveraging()], "can't be used together"),
         (lambda: [ours(targets=["nothing"])], "matches no submodule"),
         (lambda: [ours(distill="network.0")], None),
-        (lambda: [ours(labels="labels")], "name the key of the labels"),
+        (lambda: [ours(labels="labels")], "the batch has no 'labels', it has 2 parts: name the key"),
     ],
 )
 def test_what_cannot_work_is_refused(callbacks, message):
@@ -620,11 +614,11 @@ def test_a_submodule_that_is_not_called_cannot_teach():
         ({"update": "sgd"}, "give one of adams"),
         ({"n": 5, "m": 4}, "pattern of 5:4"),
         ({"mask_interval": 0}, "mask_interval is 0"),
-        ({"distill_weight": 1.5}, "0 to 1"),
+        ({"distill_weight": 1.5}, r"distill_weight is 1.5: give .* in \[0, 1\]"),
         ({"l1_decay": -1.0}, "l1_decay is -1"),
         ({"temperature": 0.0}, "temperature is 0"),
         ({"slorb_block": 64}, "masked forward pass"),
-        ({"targets": "network"}, r"\['layers"),
+        ({"targets": "network"}, r"give a list of patterns, \['network'\]"),
         ({"teacher_dtype": "float16"}, "teacher_dtype"),
         ({"total_steps": 0}, "total_steps is 0"),
     ],

@@ -248,7 +248,7 @@ def test_what_cannot_work_is_refused():
 
     with pytest.raises(ValueError, match="sparse=False"):
         tiny_trainer(max_steps=1, callbacks=[DSL(targets=["table"])]).fit(Table(), rows())
-    with pytest.raises(ValueError, match="end of its schedule"):
+    with pytest.raises(ValueError, match="the schedule needs an end, and this training has none"):
         tiny_trainer(max_epochs=-1, max_steps=-1, callbacks=[DSL()]).fit(Regression(), rows())
     for wrong, message in (
         ({"density": 0.0}, "density is 0.0"),
@@ -285,7 +285,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(growth, tmp_path):
     whole, resumed = kill_and_resume(build, steps=7, kill_at=3, tmp_path=tmp_path, limit_val_batches=0)
     assert_state_dicts_equal(resumed, whole)
     first, _, last = callbacks
-    assert torch.equal(first.fired["embedding.weight"], last.fired["embedding.weight"]), "ITOP goes on too"
+    assert torch.equal(first.history.ever["embedding.weight"], last.history.ever["embedding.weight"]), "ITOP goes on too"
 
 
 def two_ranks() -> tuple[Tensor, Tensor]:

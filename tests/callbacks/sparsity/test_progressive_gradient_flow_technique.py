@@ -27,8 +27,9 @@ from helpers import (
     tiny_trainer,
 )
 from lit_methods.callbacks import DynamicSparsity, EMATeacher, NMSparsity, SparsityReport
-from lit_methods.callbacks.sparsity import progressive_gradient_flow as core
+from lit_methods.callbacks.sparsity.latent import group_dim, masked_weight
 from lit_methods.callbacks.sparsity.masks import is_nm
+from lit_methods.callbacks.sparsity.progressive_gradient_flow import core
 from lit_methods.runs.folder import run_dir
 
 LINEAR = ["network.5"]  # (8, 144) of helpers.small_network
@@ -83,7 +84,7 @@ def test_forward_and_both_gradients_are_those_of_the_formula(dtype):
     mask = core.sparse_mask(weight, 1, 4)
     scale = mask.double() + 0.25 * (~mask).double()
     for gradient, expected in (("ste", arriving), ("exact", (arriving.double() * scale).to(dtype))):
-        masked = core.masked_weight(weight, mask, 0.25, gradient)
+        masked = masked_weight(weight, mask, 0.25, gradient)
         assert masked.dtype == dtype
         torch.testing.assert_close(masked.detach(), (weight.detach().double() * scale).to(dtype))
         torch.testing.assert_close(torch.autograd.grad(masked, weight, arriving)[0], expected)
@@ -101,11 +102,11 @@ def test_unstructured_counts_truncate_and_ties_are_exact():
 
 def test_groups_run_over_inputs_outputs_and_channels():
     weight = torch.randn(8, 4)
-    assert exact_nm(weight * core.sparse_mask(weight, 1, 4, dim=core.group_dim(2, "output")), 1, 4, dim=0)
+    assert exact_nm(weight * core.sparse_mask(weight, 1, 4, dim=group_dim(2, "output")), 1, 4, dim=0)
     kernel = torch.randn(2, 8, 3, 3)
-    assert core.group_dim(4, "output") == 1  # kernels: always input channels
-    assert exact_nm(kernel * core.sparse_mask(kernel, 1, 4, dim=core.group_dim(4)), 1, 4)
-    assert core.group_dim(4, transposed=True) == 0
+    assert group_dim(4, "output") == 1  # kernels: always input channels
+    assert exact_nm(kernel * core.sparse_mask(kernel, 1, 4, dim=group_dim(4)), 1, 4)
+    assert group_dim(4, transposed=True) == 0
 
 
 @pytest.mark.parametrize(
@@ -409,7 +410,7 @@ def test_what_cannot_work_is_refused(callbacks, message):
     [
         ({"recipe": "mdgf"}, "give one of mdgf_exp"),
         ({"n": 5, "m": 4}, "pattern of 5:4"),
-        ({"targets": "network"}, r"\['encoder"),
+        ({"targets": "network"}, r"give a list of patterns, \['network'\]"),
         ({"targets": {"network": "two of four"}}, "no N:M pattern"),
         ({"recipe": "sdgf_custom"}, "a list of patterns"),
         ({"recipe": "sdgf_stepwise", "rate": 0.5}, "leave one of them out"),

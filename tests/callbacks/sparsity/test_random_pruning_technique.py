@@ -339,7 +339,7 @@ def test_the_report_calls_it_static(first):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"density": 0.0}, "density is 0.0: give a share above 0"),
+        ({"density": 0.0}, r"density is 0.0: give a share in \(0, 1\]"),
         ({"method": "ERK"}, "method is 'ERK': give one of uniform, uniform_plus, er"),
         ({"method": "er", "positions": "score"}, "positions='score' needs scores, which 'er' has not"),
         ({"last_density": 1.5}, "last_density is 1.5"),

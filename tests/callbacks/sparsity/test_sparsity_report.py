@@ -30,13 +30,13 @@ from helpers import (
 )
 from lit_methods.callbacks import Dashboard, EMATeacher, ExactResume, LossTerm
 from lit_methods.callbacks.sparsity.card import SparsityCard
-from lit_methods.callbacks.sparsity.cost import Timing, measure, size_in_bytes, speedup, theoretical_cost
+from lit_methods.callbacks.sparsity.cost import Timing, measure, size_in_bytes, speedup, theoretical_cost, training_cost
 from lit_methods.callbacks.sparsity.dynamic import DynamicSparsity
 from lit_methods.callbacks.sparsity.flops import Macs
 from lit_methods.callbacks.sparsity.health import chains, effective_masks, health
 from lit_methods.callbacks.sparsity.masks import nm_mask
 from lit_methods.callbacks.sparsity.sparseland.callback import SparsityReport
-from lit_methods.callbacks.sparsity.sparseland.guards import comparison_table, missing_evidence, not_comparable, training_cost
+from lit_methods.callbacks.sparsity.sparseland.guards import comparison_table, missing_evidence, not_comparable
 
 STATIC = SparsityCard(stage="before", regime="sparse_to_sparse", mask="static", criterion="random")
 

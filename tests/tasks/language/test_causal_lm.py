@@ -99,7 +99,7 @@ def test_what_cannot_work_is_refused():
         model(config=None)
     with pytest.raises(ValueError, match="model_type is 'lama'"):
         model(config={**CONFIG, "model_type": "lama"})
-    with pytest.raises(ValueError, match="learning_rate=0"):
+    with pytest.raises(ValueError, match="learning_rate is 0"):
         model(learning_rate=0.0)
     with pytest.raises(ValueError, match=r"set config\.vocab_size to"):
         tiny_trainer(max_steps=1).fit(model(config={**CONFIG, "vocab_size": 8}), datamodule=data())

@@ -165,11 +165,11 @@ def test_sizes_that_do_not_fit_the_data_are_named():
     assert model(torch.tensor([0, 2])).shape == (2, 4)
     with pytest.raises(ValueError, match="top_k"):
         LightGCN(2, 2, top_k=[])
-    with pytest.raises(ValueError, match=r"dropout=1\.0"):
+    with pytest.raises(ValueError, match=r"dropout is 1\.0"):
         NeuMF(2, 2, dropout=1.0)
-    with pytest.raises(ValueError, match="beta=-1"):
+    with pytest.raises(ValueError, match="beta is -1"):
         MultVAE(2, beta=-1.0)
-    with pytest.raises(ValueError, match=r"min_lr=1\.0"):
+    with pytest.raises(ValueError, match=r"min_lr is 1\.0: give a rate from 0 to learning_rate"):
         LightGCN(2, 2, min_lr=1.0)
 
 

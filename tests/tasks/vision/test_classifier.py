@@ -198,11 +198,11 @@ def test_pretrained_weights_are_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "lion"}, "optimizer='lion' is not one of sgd, adam, adamw"),
+        ({"optimizer": "lion"}, "optimizer is 'lion': give one of sgd, adam, adamw"),
         ({"schedule": "multistep"}, "needs milestones"),
         ({"class_names": ["a"]}, "class_names has 1"),
-        ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0"),
+        ({"label_smoothing": 1.5}, r"label_smoothing is 1.5: give a number in \[0, 1\]"),
+        ({"learning_rate": 0.0}, r"learning_rate is 0.0: give a number in \(0, inf\)"),
     ],
 )
 def test_wrong_arguments_are_refused(options, message):

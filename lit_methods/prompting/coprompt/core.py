@@ -4,11 +4,15 @@ Read in ShuvenduRoy/CoPrompt@a2a6c12 (trainers/coprompt.py), where the golden ve
 :func:`lit_methods.optim.warmup_cosine_rate`. Left out: unused helpers of the authors' file.
 """
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lit_methods import checks
 
 Criterion = Literal["cosine", "mse", "l1"]
 Adapter = tuple[Tensor, Tensor]
@@ -81,8 +85,7 @@ def embedding_consistency(student: Tensor, teacher: Tensor, criterion: Criterion
         raise ValueError(
             f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must be (N, D) both, with the rows of the same"
         )
-    if criterion not in get_args(Criterion):
-        raise ValueError(f"criterion={criterion!r}: give one of {', '.join(get_args(Criterion))}")
+    checks.one_of(Criterion, criterion=criterion)
     with torch.autocast(student.device.type, enabled=False):
         own, target = F.normalize(_wide(student), dim=1), F.normalize(_wide(teacher.detach()), dim=1)
         if criterion == "cosine":
@@ -117,7 +120,7 @@ def coprompt_loss(
         consistency_weight: lambda >= 0.
         criterion: See :func:`embedding_consistency`.
         image_adapter: W1 and W2, see :func:`adapter_features`; None: none.
-        text_adapter: Likewise.
+        text_adapter: W1 and W2 of the text tower's adapter; None: none.
         image_mix: Share of the image adapter.
         text_mix: Share of the text adapter.
 
@@ -146,12 +149,50 @@ def harmonic_mean(one: Tensor, other: Tensor) -> Tensor:
     return 2 * one * other / (one + other).clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def sentence_index(step: int, number: int, seed: int = 0) -> int:
+    """Which of the sentences all classes have at an optimiser step: the same on all ranks, and after a resume.
+
+    Args:
+        step: Optimiser steps done.
+        number: Number of sentences, S >= 1.
+        seed: Seed of the draw.
+
+    Returns:
+        In 0..S-1.
+    """
+    return int(np.random.default_rng([seed, 8111, step]).integers(number))
+
+
+def sentence_table(classes: Sequence[str], descriptions: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """S lists of a sentence for each class. Class names are compared without case, blanks and punctuation.
+
+    Args:
+        classes: C names.
+        descriptions: Class name -> S sentences.
+
+    Raises:
+        ValueError: A class has none, or another number than the first; the message names it.
+    """
+    plain = {_plain(name): list(own) for name, own in descriptions.items()}
+    rows: list[list[str]] = []
+    for name in classes:
+        own = plain.get(_plain(name), [])
+        if not own:
+            known = ", ".join(list(descriptions)[:3]) or "none at all"
+            raise ValueError(
+                f"class {name!r} has no description; there are some of {known}: give the datamodule a file of sentences for every base "
+                "class, or set consistency_weight to 0"
+            )
+        if rows and len(own) != len(rows[0]):
+            raise ValueError(f"class {name!r} has {len(own)} descriptions, {classes[0]!r} has {len(rows[0])}: give every class as many")
+        rows.append(own)
+    return [list(row) for row in zip(*rows, strict=True)]
+
+
+def _plain(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
 __all__ = [
-    "CoPromptLoss",
-    "Criterion",
-    "adapter_features",
-    "coprompt_loss",
-    "cosine_logits",
-    "embedding_consistency",
-    "harmonic_mean",
-]
+    "adapter_features", "coprompt_loss", "cosine_logits", "embedding_consistency", "harmonic_mean", "sentence_index", "sentence_table",
+]  # fmt: skip

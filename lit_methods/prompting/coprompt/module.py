@@ -1,34 +1,37 @@
 """CoPrompt (arXiv:2306.01195): prompts and adapters on both of CLIP's towers, kept near the frozen ones on perturbed inputs.
 
 Read in ShuvenduRoy/CoPrompt@a2a6c12. The same class is MaPLe (arXiv:2210.03117), CoOp (arXiv:2109.01134), CLIP-Adapter-like tuning and
-zero-shot classification, by its arguments. The loss is in :mod:`lit_methods.prompting.losses`, deep prompts in
+zero-shot classification, by its arguments. The loss is in :mod:`lit_methods.prompting.coprompt.core`, deep prompts in
 :mod:`lit_methods.prompting.towers`. Left out: loading prompts that the authors' code has saved.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
+from lit_methods import checks
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
 from lit_methods.optim import scheduled, warmup_cosine_rate
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
-from lit_methods.prompting.losses import (
+from lit_methods.prompting.coprompt.core import (
     Adapter,
     Criterion,
     adapter_features,
     coprompt_loss,
     cosine_logits,
     harmonic_mean,
+    sentence_index,
+    sentence_table,
 )
+from lit_methods.prompting.coprompt.prompts import FeatureAdapter, Prompts
 from lit_methods.prompting.towers import TwoTowers
 from lit_methods.steps import steps_per_epoch, training_length
 
@@ -61,100 +64,12 @@ _CHUNK = 512  # texts that the frozen tower encodes at a time
 SPLITS = ("base", "new")
 
 
-def sentence_index(step: int, number: int, seed: int = 0) -> int:
-    """Which of the sentences all classes have at an optimiser step: the same on all ranks, and after a resume.
-
-    Args:
-        step: Optimiser steps done.
-        number: Of sentences, S >= 1.
-        seed: Of the draw.
-
-    Returns:
-        In 0..S-1.
-    """
-    return int(np.random.default_rng([seed, 8111, step]).integers(number))
-
-
-def sentence_table(classes: Sequence[str], descriptions: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """S lists of a sentence for each class. Class names are compared without case, blanks and punctuation.
-
-    Args:
-        classes: C names.
-        descriptions: Class name -> S sentences.
-
-    Raises:
-        ValueError: A class has none, or another number than the first; the message names it.
-    """
-    plain = {_plain(name): list(own) for name, own in descriptions.items()}
-    found: list[list[str]] = []
-    for name in classes:
-        own = plain.get(_plain(name), [])
-        if not own:
-            known = ", ".join(list(descriptions)[:3]) or "none at all"
-            raise ValueError(
-                f"class {name!r} has no description; there are some of {known}: give the datamodule a file of sentences for every base "
-                "class, or set consistency_weight to 0"
-            )
-        if found and len(own) != len(found[0]):
-            raise ValueError(f"class {name!r} has {len(own)} descriptions, {classes[0]!r} has {len(found[0])}: give every class as many")
-        found.append(own)
-    return [list(row) for row in zip(*found, strict=True)]
-
-
-def _plain(name: str) -> str:
-    return "".join(letter for letter in name.lower() if letter.isalnum())
-
-
-class FeatureAdapter(nn.Module):
-    """A of :func:`~lit_methods.prompting.losses.adapter_features`: D -> D / 4 -> D without biases, a ReLU behind each."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(width, max(1, width // 4), bias=False), nn.Linear(max(1, width // 4), width, bias=False)
-
-    @property
-    def weights(self) -> Adapter:
-        """W1 and W2."""
-        return self.down.weight, self.up.weight
-
-
-class Prompts(nn.Module):
-    """The trained vectors: of the text tower free ones, of the image tower linear maps of these, a map for each depth (MaPLe).
-
-    Args:
-        first: (n, Wt), how the first text prompt starts.
-        depth: J >= 1, the first included.
-        image_width: Wi; None: no prompts in the image tower.
-    """
-
-    def __init__(self, first: Tensor, depth: int, image_width: int | None) -> None:
-        super().__init__()
-        number, width = first.shape
-        self.context = nn.Parameter(first.clone())
-        self.deep = nn.Parameter(0.02 * torch.randn(depth - 1, number, width)) if depth > 1 else None
-        self.project = None if image_width is None else nn.Linear(width, image_width)
-        self.deep_project: nn.ModuleList | None = None
-        if image_width is not None and depth > 1:
-            one = nn.Linear(width, image_width)
-            self.deep_project = nn.ModuleList(nn.Linear(width, image_width) for _ in range(depth - 1))
-            for layer in self.deep_project:
-                layer.load_state_dict(one.state_dict())
-
-    def of_image(self) -> tuple[Tensor | None, Tensor | None]:
-        """(n, Wi) and (J - 1, n, Wi)."""
-        if self.project is None:
-            return None, None
-        if self.deep is None or self.deep_project is None:
-            return self.project(self.context), None
-        return self.project(self.context), torch.stack([layer(own) for layer, own in zip(self.deep_project, self.deep, strict=True)])
-
-
 class CoPrompt(LightningModule):
     """Tunes prompts and adapters of two frozen towers to a few images a class, without forgetting what the towers know.
 
     The loss is the cross-entropy of the cosines between images and class prompts, plus ``consistency_weight`` times the distance of both
-    embeddings from those of the frozen towers, which see another view of the image and a sentence that describes the class. One sentence
-    is drawn for each optimiser step, for all classes, and the same on all ranks.
+    embeddings from those of the frozen towers, which see another view of the image and a sentence that describes the class. One sentence is
+    drawn for each optimiser step, for all classes, and the same on all ranks.
 
     ============================  ============  ========  =================  =============  ======================
     method                        num_context   depth     visual_prompts     adapters       consistency_weight
@@ -166,19 +81,16 @@ class CoPrompt(LightningModule):
     zero-shot (``lit validate``)  0             1         False              False          0
     ============================  ============  ========  =================  =============  ======================
 
-    Batches: ``image`` (B, 3, S, S) and ``label`` (B,) int64, and in training with a consistency term ``image_second``, another view. The
-    names of the classes, their sentences and the template come from the datamodule (``base_classes``, ``new_classes``, ``descriptions``,
-    ``template``) or from :meth:`set_classes`. The first evaluation loader has images of the base classes, the second of the new ones,
-    each with labels from 0.
+    Runs: batches have ``image`` (B, 3, S, S) and ``label`` (B,) int64, and in training with a consistency term ``image_second``, another
+    view. The names of the classes, their sentences and the template come from the datamodule (``base_classes``, ``new_classes``,
+    ``descriptions``, ``template``) or from :meth:`set_classes`. The first evaluation loader has images of the base classes, the second of
+    the new ones, each with labels from 0. Cosines, adapters and consistency are in float32 or wider. Works under DDP (batch means), with
+    accumulation (one sentence for all micro-batches of a step), and with ``WeightEMA``.
 
-    Saved: prompts and adapters alone. The towers are frozen and must be given again; class names aren't saved, so a checkpoint serves any
-    classes. Precision: cosines, adapters and consistency in float32 or wider. Works under DDP (batch means), with accumulation (one
-    sentence for all micro-batches of a step), and with ``WeightEMA``.
+    Saves: prompts and adapters alone. The towers are frozen and must be given again; class names aren't saved, so a checkpoint serves any
+    classes.
 
-    Logged: ``prompting/loss``, ``prompting/cross_entropy``, ``prompting/consistency_text``, ``prompting/consistency_image``,
-    ``prompting/prompt_norm``; ``prompting/val_base_accuracy``, ``val_new_accuracy``, ``val_harmonic_mean``, the same of the frozen towers
-    with the template as ``val_zero_shot_*``, and ``val_drift_base``, ``val_drift_new``, 1 - cosine of tuned and frozen image embeddings;
-    likewise ``test``.
+    Refuses: classes without a name or a description; a batch without the second view; nothing to train; a training without an end.
 
     Args:
         towers: ``CLIPTowers`` with weights from a folder, or ``TinyTowers``. Never trained.
@@ -191,13 +103,13 @@ class CoPrompt(LightningModule):
         text_mix: Share of the text adapter.
         consistency_weight: lambda; 0: no consistency, and no pass through the frozen image tower.
         criterion: ``cosine``, ``mse`` or ``l1``, between unit vectors.
-        learning_rate: Of SGD, after the warm-up.
-        momentum: Of SGD.
-        weight_decay: Of SGD, for everything that is trained.
+        learning_rate: SGD's learning rate after the warm-up.
+        momentum: SGD's momentum.
+        weight_decay: SGD's weight decay, for everything that is trained.
         warmup_epochs: First epochs, with a constant small rate.
         warmup_learning_rate: Theirs.
         compare_zero_shot: Evaluate the frozen towers, too: a second pass for each image.
-        seed: Of the draw of sentences.
+        seed: Seed of the draw of sentences.
 
     Raises:
         ValueError: A value outside its range.
@@ -239,18 +151,10 @@ class CoPrompt(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_context < 0 or not 0 <= image_mix <= 1 or not 0 <= text_mix <= 1 or consistency_weight < 0:
-            raise ValueError(
-                f"num_context={num_context} and consistency_weight={consistency_weight} must not be negative, image_mix={image_mix} and "
-                f"text_mix={text_mix} are shares: give 0 to 1"
-            )
-        if criterion not in get_args(Criterion):
-            raise ValueError(f"criterion={criterion!r}: give one of {', '.join(get_args(Criterion))}")
-        if learning_rate <= 0 or warmup_learning_rate <= 0 or warmup_epochs < 0:
-            raise ValueError(
-                f"learning_rate={learning_rate} and warmup_learning_rate={warmup_learning_rate} must be above 0, "
-                f"warmup_epochs={warmup_epochs} 0 or more"
-            )
+        checks.at_least(0, num_context=num_context, consistency_weight=consistency_weight, warmup_epochs=warmup_epochs)
+        checks.within("[0, 1]", "a share", image_mix=image_mix, text_mix=text_mix)
+        checks.positive(learning_rate=learning_rate, warmup_learning_rate=warmup_learning_rate)
+        checks.one_of(Criterion, criterion=criterion)
         layers = min(towers.sizes.text_layers, towers.sizes.image_layers) if visual_prompts else towers.sizes.text_layers
         if num_context and not 1 <= depth <= layers:
             raise ValueError(f"depth={depth}: these towers have {layers} blocks that can take prompts, give 1 to {layers}")
@@ -294,7 +198,7 @@ class CoPrompt(LightningModule):
 
         Args:
             base_classes: Names of the classes 0, 1, ... of training and of the first evaluation loader.
-            new_classes: Of the second evaluation loader.
+            new_classes: Names of the classes of the second evaluation loader.
             descriptions: Class name -> sentences, for the consistency term; equally many for every base class.
             template: A text with ``{}`` for the name, for zero-shot classification.
 
@@ -336,36 +240,36 @@ class CoPrompt(LightningModule):
         return self._ids[split].to(self.device)
 
     def _tokens(self, texts: Sequence[str]) -> Tensor:
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
-        return towers.cut(towers.tokenize(texts)).to(self.device)
+        return self._clip.cut(self._clip.tokenize(texts)).to(self.device)
+
+    @property
+    def _clip(self) -> TwoTowers:
+        """The frozen towers, past the holder that hides them from the optimiser."""
+        return self.towers.module  # type: ignore[return-value]
 
     # ---- embeddings --------------------------------------------------------------------------------------------------------------------
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, D) of the tuned tower, before its adapter; gradients reach the prompts."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
         prompt, deep = self.prompts.of_image() if self.prompts is not None else (None, None)
-        return towers.encode_image(images, prompt, deep)
+        return self._clip.encode_image(images, prompt, deep)
 
     def embed_texts(self, ids: Tensor) -> Tensor:
         """(C, D) of the tuned tower, before its adapter."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
         if self.prompts is None:
-            return towers.encode_text(ids)
-        return towers.encode_text(ids, self.prompts.context, self.prompts.deep)
+            return self._clip.encode_text(ids)
+        return self._clip.encode_text(ids, self.prompts.context, self.prompts.deep)
 
     @torch.no_grad()
     def frozen_texts(self, texts: Sequence[str]) -> Tensor:
         """(N, D) unit embeddings of plain texts by the frozen tower."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
         ids = self._tokens(texts)
-        return torch.cat([F.normalize(towers.encode_text(part).float(), dim=1) for part in ids.split(_CHUNK)])
+        return torch.cat([F.normalize(self._clip.encode_text(part).float(), dim=1) for part in ids.split(_CHUNK)])
 
     @property
     def scale(self) -> Tensor:
         """What cosines are multiplied with."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
-        return towers.logit_scale.float().exp()
+        return self._clip.logit_scale.float().exp()
 
     @property
     def adapters(self) -> tuple[Adapter | None, Adapter | None]:
@@ -398,7 +302,7 @@ class CoPrompt(LightningModule):
                     f"the batch has {sorted(batch)} and no 'image_second', another view of the images: use FewShotDataModule, or set "
                     "consistency_weight to 0"
                 )
-            found = coprompt_loss(
+            losses = coprompt_loss(
                 image,
                 text,
                 self.towers_image(batch["image_second"]),
@@ -412,8 +316,8 @@ class CoPrompt(LightningModule):
                 image_mix=self.image_mix,
                 text_mix=self.text_mix,
             )
-            loss, entropy = found.total, found.cross_entropy
-            logs = {"consistency_text": found.consistency_text, "consistency_image": found.consistency_image}
+            loss, entropy = losses.total, losses.cross_entropy
+            logs = {"consistency_text": losses.consistency_text, "consistency_image": losses.consistency_image}
         else:
             own = adapter_features(image, adapters[0], self.image_mix), adapter_features(text, adapters[1], self.text_mix)
             loss = entropy = F.cross_entropy(cosine_logits(*own, self.scale), labels)
@@ -428,8 +332,7 @@ class CoPrompt(LightningModule):
     @torch.no_grad()
     def towers_image(self, images: Tensor) -> Tensor:
         """(B, D) of the frozen image tower."""
-        towers: TwoTowers = self.towers.module  # type: ignore[assignment]
-        return towers.encode_image(images)
+        return self._clip.encode_image(images)
 
     def _teacher_texts(self) -> Tensor:
         """(C, D): a sentence for each base class, of this step."""
@@ -562,4 +465,4 @@ class CoPrompt(LightningModule):
         return scheduled(optimizer, factor, "epoch")
 
 
-__all__ = ["CoPrompt", "FeatureAdapter", "Prompts", "sentence_index", "sentence_table"]
+__all__ = ["CoPrompt"]

@@ -1,6 +1,6 @@
 """ShrinkMatch: uncertain images are learned from, too, in a class space that is shrunk until they are certain (arXiv:2308.06777).
 
-Golden vectors come from LiheYoung/ShrinkMatch@c4339b8. The maths stand in :mod:`~lit_methods.semi.shrink` and
+Golden vectors come from LiheYoung/ShrinkMatch@c4339b8. The maths stand in :mod:`~lit_methods.semi.shrinkmatch.core` and
 :mod:`~lit_methods.semi.alignment`. Left out: SimMatch's instance loss, which the authors add on ImageNet.
 """
 
@@ -9,11 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows
 from lit_methods.panels import Curve, Panel
-from lit_methods.semi.fixmatch import Alignment, FixMatch, Schedule, SemiSupervised, advance
-from lit_methods.semi.shrink import certain_loss, shrink, uncertain_loss
+from lit_methods.semi.alignment import advance
+from lit_methods.semi.base import Schedule, SemiSupervised
+from lit_methods.semi.fixmatch import Alignment, FixMatch, certain_loss
+from lit_methods.semi.shrinkmatch.core import shrink, uncertain_loss
 
 TECHNIQUE = Technique(
     slug="shrinkmatch",
@@ -35,7 +38,7 @@ def auxiliary_head(feature_dim: int, num_classes: int, slope: float = 0.1) -> nn
     Args:
         feature_dim: d >= 4.
         num_classes: C.
-        slope: Of the leaky ReLU; 0 on ImageNet.
+        slope: Slope of the leaky ReLU; 0 on ImageNet.
     """
     hidden = max(1, feature_dim // 4)
     return nn.Sequential(
@@ -49,12 +52,16 @@ class ShrinkMatch(FixMatch):
     """FixMatch, and beside it a term for the uncertain images.
 
     The likeliest class of an uncertain weak view stays, the runners-up are removed until it is certain among the rest, and the strong view
-    learns to tell it from these, by an auxiliary head that is used in training only. The term is weighted by the weak view's confidence
-    and by a running mean of the share of certain images (``certain_ratio``, continuous over epochs: the released CIFAR script starts it
-    anew in each). ``ranks: raw`` takes ranks and confidences from the predictions before alignment, as the authors do on STL-10 and SVHN.
+    learns to tell it from these, by an auxiliary head that is used in training only: lambda_u r mean(max p(weak) 1[certain now] H(shrunk)).
+    The term is weighted by the weak view's confidence and by a running mean r of the share of certain images (continuous over epochs: the
+    released CIFAR script starts it anew in each). ``ranks: raw`` takes ranks and confidences from the predictions before alignment, as the
+    authors do on STL-10 and SVHN.
 
-    Logged beside ``FixMatch``'s: ``semi/certain_loss``, ``semi/shrink_loss``, ``semi/certain_ratio``, ``semi/cut`` (mean rank at which the
-    shrinking stops) and ``semi/never_certain`` (share of the uncertain images that stay so).
+    Runs: as :class:`FixMatch`.
+
+    Saves: beside FixMatch's the auxiliary head and the running share.
+
+    Refuses: what FixMatch refuses.
 
     Args:
         backbone: (B, ...) images -> (B, feature_dim).
@@ -66,12 +73,12 @@ class ShrinkMatch(FixMatch):
         distribution_alignment: ``queue`` (CIFAR, ImageNet), ``ema`` (STL-10) or ``none`` (SVHN).
         queue_length: Batch means in the queue: 32 (CIFAR) or 256 (ImageNet).
         ranks: ``aligned`` or ``raw``.
-        ratio_momentum: Of the running share of certain images.
-        slope: Of the auxiliary head's leaky ReLU.
+        ratio_momentum: Momentum of the running share of certain images.
+        slope: Slope of the auxiliary head's leaky ReLU.
         learning_rate: Full one.
         momentum: Nesterov momentum of SGD.
         weight_decay: Not for parameters with one dimension, unless ``no_decay_norms`` is off.
-        no_decay_norms: See there.
+        no_decay_norms: Leave parameters with one dimension, biases and norms, out of weight decay.
         schedule: See ``FixMatch``.
         warmup_epochs: Epochs of linear rise.
 
@@ -113,10 +120,8 @@ class ShrinkMatch(FixMatch):
         schedule: Schedule = "seven_sixteenths",
         warmup_epochs: int = 0,
     ) -> None:
-        if ranks not in ("aligned", "raw"):
-            raise ValueError(f"ranks={ranks!r}: give 'aligned' or 'raw'")
-        if not 0 <= ratio_momentum <= 1:
-            raise ValueError(f"ratio_momentum={ratio_momentum}: give a number from 0 to 1")
+        checks.one_of(("aligned", "raw"), ranks=ranks)
+        checks.share(ratio_momentum=ratio_momentum)
         super().__init__(
             backbone, feature_dim, num_classes, threshold=threshold, unlabelled_weight=unlabelled_weight, hard_labels=hard_labels,
             distribution_alignment=distribution_alignment, queue_length=queue_length, learning_rate=learning_rate, momentum=momentum,

@@ -6,7 +6,6 @@ Golden vectors come from LiheYoung/ShrinkMatch@c4339b8 (CIFAR/shrinkmatch.py, ST
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -59,22 +58,6 @@ def shrunk_loss(logits: Tensor, shrunk: Shrunk) -> Tensor:
     return torch.where(shrunk.cut >= 0, losses, torch.zeros_like(losses))
 
 
-def certain_loss(logits: Tensor, probability: Tensor, certain: Tensor, hard: bool = False) -> Tensor:
-    """FixMatch's loss: cross-entropy of the strong view with the weak view's prediction, summed over certain rows, divided by all rows.
-
-    Args:
-        logits: (B, C) of the strong view.
-        probability: (B, C) of the weak view, no gradient.
-        certain: (B,) bool.
-        hard: The target is the likeliest class; else the whole distribution.
-
-    Returns:
-        Scalar.
-    """
-    target = probability.argmax(dim=1) if hard else probability
-    return (F.cross_entropy(logits, target, reduction="none") * certain).mean()
-
-
 def uncertain_loss(logits: Tensor, probability: Tensor, certain: Tensor, shrunk: Shrunk) -> Tensor:
     """ShrinkMatch's term, without the factor r: sum over uncertain rows of max(p) * 1[reached] * loss, divided by all rows.
 
@@ -89,3 +72,6 @@ def uncertain_loss(logits: Tensor, probability: Tensor, certain: Tensor, shrunk:
     """
     weight = probability.amax(dim=1) * (~certain & shrunk.reached)
     return (weight * shrunk_loss(logits, shrunk)).mean()
+
+
+__all__ = ["Shrunk", "shrink", "shrunk_loss", "uncertain_loss"]

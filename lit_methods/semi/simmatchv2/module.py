@@ -1,23 +1,23 @@
 """SimMatchV2: semi-supervised learning by the consistency of a graph of views (arXiv:2308.06692).
 
-Golden vectors come from mingkai-zheng/SimMatchV2@f0e054c. The maths stand in :mod:`~lit_methods.semi.graph`.
+Golden vectors come from mingkai-zheng/SimMatchV2@f0e054c. The maths stand in :mod:`~lit_methods.semi.simmatchv2.core`.
 """
 
 import copy
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.averages import cosine_decay, ema_update
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows, rank, world_size
 from lit_methods.panels import Curve, Panel
 from lit_methods.seeds import own_seed
-from lit_methods.semi.alignment import align, moving_marginal
-from lit_methods.semi.fixmatch import Schedule, SemiBatch, SemiSupervised
-from lit_methods.semi.graph import edge_edge_loss, edges, finite_or_zero, node_edge_loss, node_node_loss, propagate
+from lit_methods.semi.base import Schedule, SemiBatch, SemiSupervised
+from lit_methods.semi.simmatchv2.core import GraphConsistency
 from lit_methods.steps import training_length
 
 TECHNIQUE = Technique(
@@ -36,147 +36,22 @@ TECHNIQUE = Technique(
 )
 
 
-class GraphLosses(NamedTuple):
-    """What :class:`GraphConsistency` finds for a batch.
-
-    Attributes:
-        nn: Node-node loss, scalar.
-        ee: Edge-edge loss, scalar; 0 where it isn't finite.
-        ne: Node-edge loss, scalar; 0 where it isn't finite, as with an empty bank.
-        probability: (B, C) of the weak view after alignment.
-        pseudo_label: (B, C) after propagation.
-        certain: (B,) bool: the largest probability (not pseudo label) reaches the threshold.
-    """
-
-    nn: Tensor
-    ee: Tensor
-    ne: Tensor
-    probability: Tensor
-    pseudo_label: Tensor
-    certain: Tensor
-
-
-class GraphConsistency(nn.Module):
-    """The banks and the three losses of SimMatchV2. All its state is saved: banks, pointer and marginal.
-
-    Args:
-        labelled: N, number of labelled images: one entry of the label bank each.
-        bank_size: K, entries of the bank of unlabelled images; a multiple of the unlabelled images of all ranks in a step.
-        num_classes: C.
-        embedding_dim: D.
-        temperature: t of all similarities.
-        alpha: Of the propagation, in [0, 1).
-        neighbours: Labelled neighbours in each graph, 1..N.
-        threshold: tau of the node-node loss.
-        distribution_alignment: Align the weak view's predictions.
-        alignment_momentum: Of the marginal.
-        seed: Of the random unit vectors that the banks start with; the same on all ranks.
-
-    Raises:
-        ValueError: An argument outside its range.
-    """
-
-    label_bank: Tensor
-    label_bank_class: Tensor
-    bank: Tensor
-    bank_probability: Tensor
-    pointer: Tensor
-    marginal: Tensor
-
-    def __init__(
-        self,
-        labelled: int,
-        bank_size: int,
-        num_classes: int,
-        embedding_dim: int = 128,
-        temperature: float = 0.1,
-        alpha: float = 0.1,
-        neighbours: int = 128,
-        threshold: float = 0.7,
-        distribution_alignment: bool = True,
-        alignment_momentum: float = 0.9,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        if not 1 <= neighbours <= labelled:
-            raise ValueError(f"neighbours={neighbours} of {labelled} labelled images: give 1 to {labelled}")
-        if not 0 <= alpha < 1:
-            raise ValueError(f"alpha is {alpha}: give 0 or more, and less than 1")
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}: give a number above 0")
-        self.temperature, self.alpha, self.neighbours, self.threshold = temperature, alpha, neighbours, threshold
-        self.distribution_alignment, self.alignment_momentum = distribution_alignment, alignment_momentum
-        generator = torch.Generator().manual_seed(own_seed("GraphConsistency", seed))
-        self.register_buffer("label_bank", F.normalize(torch.randn(labelled, embedding_dim, generator=generator), dim=1))
-        self.register_buffer("label_bank_class", torch.zeros(labelled, dtype=torch.int64))
-        self.register_buffer("bank", F.normalize(torch.randn(bank_size, embedding_dim, generator=generator), dim=1))
-        self.register_buffer("bank_probability", torch.zeros(bank_size, num_classes))
-        self.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
-        self.register_buffer("marginal", torch.full((num_classes,), 1 / num_classes))
-
-    def forward(self, weak_logits: Tensor, weak: Tensor, strong_logits: Tensor, strong: Tensor) -> GraphLosses:
-        """Losses of a batch, by the banks of the step before; the marginal advances.
-
-        Args:
-            weak_logits: (B, C) of the weak views, by the averaged network.
-            weak: (B, D) unit vectors of the weak views, by the averaged network.
-            strong_logits: (S, B, C) of S strong views, by the trained network.
-            strong: (S, B, D) unit vectors of the strong views, by the trained network.
-        """
-        with torch.no_grad():
-            raw = weak_logits.softmax(dim=1)
-            probability = raw
-            if self.distribution_alignment:
-                probability = align(raw, self.marginal.to(raw.dtype))
-                everyone = gather_rows(raw, with_grad=False).mean(dim=0).to(self.marginal.dtype)
-                self.marginal.copy_(moving_marginal(self.marginal, everyone, self.alignment_momentum))
-            pseudo_label = propagate(
-                probability, weak, self.label_bank, self.label_bank_class, self.neighbours, self.temperature, self.alpha
-            )
-            certain = probability.amax(dim=1) >= self.threshold
-            weak_edges = edges(weak, self.bank, self.temperature)
-        ee = finite_or_zero(lambda z: edge_edge_loss(edges(z, self.bank, self.temperature), weak_edges), strong)
-        ne = finite_or_zero(lambda z: node_edge_loss(edges(z, self.bank, self.temperature), self.bank_probability, probability), strong)
-        return GraphLosses(node_node_loss(strong_logits, pseudo_label, certain), ee, ne, probability, pseudo_label, certain)
-
-    @torch.no_grad()
-    def store(self, index: Tensor, labelled: Tensor, weak: Tensor, found: GraphLosses) -> None:
-        """Take the embeddings of all ranks into the banks, in place: after the losses and their backward pass.
-
-        Args:
-            index: (B_x,) int64, rows of the label bank.
-            labelled: (B_x, D) unit vectors of the labelled images, by the averaged network.
-            weak: (B, D) unit vectors of the weak views, by the averaged network.
-            found: The losses of these images.
-        """
-        index, labelled = gather_rows(index, with_grad=False), gather_rows(labelled, with_grad=False)
-        weak, probability = gather_rows(weak, with_grad=False), gather_rows(found.probability, with_grad=False)
-        size = len(self.bank)
-        if size % len(weak):
-            raise ValueError(f"bank_size={size} is no multiple of the {len(weak)} unlabelled images of a step: give one that is")
-        rows = (self.pointer + torch.arange(len(weak), device=weak.device)) % size
-        self.label_bank.index_copy_(0, index, labelled.to(self.label_bank.dtype))
-        self.bank.index_copy_(0, rows, weak.to(self.bank.dtype))
-        self.bank_probability.index_copy_(0, rows, probability.to(self.bank_probability.dtype))
-        self.pointer.add_(len(weak)).remainder_(size)
-
-
 class SimMatchV2(SemiSupervised):
     """Pseudo labels propagated over a graph of labelled neighbours, and similarities that weak and strong views share.
 
-    A second network, the moving average of the trained one, gives predictions and embeddings of weak views. Both read the feature behind a
-    layer norm. A bank holds the embedding of every labelled image, a queue those of the last unlabelled ones with their predictions. An
-    empty queue makes no finite node-edge loss, which is 0 then; while it fills, its classes' mass is below 1 and the loss too large by
-    that, as in the authors' code.
+    The loss is H(y, p(x)) + lambda_nn nn + lambda_ee ee + lambda_ne ne: cross-entropies of the strong views with the propagated label, with
+    the weak view's similarities, and with its classes as read through their own similarities. A second network, the moving average of the
+    trained one, gives predictions and embeddings of weak views. Both read the feature behind a layer norm. A bank holds the embedding of
+    every labelled image, a queue those of the last unlabelled ones with their predictions. An empty queue makes no finite node-edge loss,
+    which is 0 then; while it fills, its classes' mass is below 1 and the loss too large by that, as in the authors' code.
 
-    Needs a datamodule with ``labelled_classes``, the classes of the labelled images by their index (``SemiSupervisedDataModule``).
+    Runs: with a datamodule that has ``labelled_classes``, the classes of the labelled images by their index (``SemiSupervisedDataModule``).
     Evaluation uses the trained network. Works with any precision (graph and losses are computed in float32), DDP (banks hold the rows of
-    all ranks) and accumulation (banks advance once for each micro-batch). Saved: averaged network, banks, pointer, alignment.
+    all ranks) and accumulation (banks advance once for each micro-batch).
 
-    Logged beside ``SemiSupervised``'s: ``semi/nn_loss``, ``semi/ee_loss``, ``semi/ne_loss``; ``semi/propagated_accuracy`` (of the pseudo
-    labels above the threshold; ``semi/pseudo_accuracy`` is that of the predictions they come from), ``semi/bank_fill``,
-    ``semi/alignment_entropy`` (in nats), ``semi/norm_gap`` (how much longer, relatively, features of weak views are than those of strong
-    ones, before the layer norm).
+    Saves: both networks, banks, pointer, alignment.
+
+    Refuses: another number of labelled images than the data have; a ``bank_size`` that the unlabelled images of a step don't divide.
 
     Args:
         backbone: (B, ...) images -> (B, feature_dim).
@@ -187,20 +62,20 @@ class SimMatchV2(SemiSupervised):
         norm_features: Layer norm behind the backbone.
         bank_size: K, images in the queue; a multiple of the unlabelled images of all ranks in a step. 256 such batches in the paper.
         temperature: t of all similarities.
-        alpha: Of the propagation; how far labels travel.
+        alpha: How far labels travel in the propagation, in [0, 1).
         neighbours: Labelled neighbours in each graph, at most as many as there are labelled images.
         threshold: tau, on the prediction before propagation.
         distribution_alignment: Align predictions.
-        alignment_momentum: Of the running distribution.
+        alignment_momentum: Momentum of the running distribution.
         node_node_weight: lambda_nn.
         edge_edge_weight: lambda_ee; 10 with 1 % of ImageNet's labels, 5 with 10 %.
-        node_edge_weight: lambda_ne; likewise.
-        ema_decay: Of the second network; at 0.996 or below it rises to 1 along half a cosine.
+        node_edge_weight: lambda_ne; 10 with 1 % of ImageNet's labels, 5 with 10 %.
+        ema_decay: Decay of the second network; at 0.996 or below it rises to 1 along half a cosine.
         eman: The second network uses averaged batch statistics, and evaluates; else it has the statistics of its own batches, which are
             shuffled over the ranks.
         learning_rate: Full one.
         momentum: Nesterov momentum of SGD.
-        weight_decay: Of all parameters, unless ``no_decay_norms``.
+        weight_decay: SGD's weight decay, of all parameters, unless ``no_decay_norms``.
         no_decay_norms: Not of parameters with one dimension.
         schedule: See ``FixMatch``.
         warmup_epochs: Epochs of linear rise.
@@ -250,8 +125,7 @@ class SimMatchV2(SemiSupervised):
         warmup_epochs: int = 5,
     ) -> None:
         super().__init__(backbone, feature_dim, num_classes, learning_rate, momentum, weight_decay, no_decay_norms, schedule, warmup_epochs)
-        if not 0 <= ema_decay <= 1:
-            raise ValueError(f"ema_decay is {ema_decay}: give a number from 0 to 1")
+        checks.share(ema_decay=ema_decay)
         self.save_hyperparameters(ignore=["backbone"])
         self.norm = nn.LayerNorm(feature_dim) if norm_features else nn.Identity()
         self.projector = nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, embedding_dim))
@@ -309,11 +183,11 @@ class SimMatchV2(SemiSupervised):
         raw = self.teacher["backbone"](images)
         normed = self.teacher["norm"](raw)
         logits, z = self.teacher["head"](normed).float(), F.normalize(self.teacher["projector"](normed).float(), dim=1)
-        found = [logits, z, raw.float().norm(dim=1)]
+        outputs = [logits, z, raw.float().norm(dim=1)]
         if shuffled:
             size = len(back) // world_size()
-            found = [gather_rows(one)[back][rank() * size : (rank() + 1) * size] for one in found]
-        return found[0], found[1], found[2]
+            outputs = [gather_rows(one)[back][rank() * size : (rank() + 1) * size] for one in outputs]
+        return outputs[0], outputs[1], outputs[2]
 
     def losses(self, batch: SemiBatch) -> dict[str, Tensor]:
         """Labelled loss plus the three weighted consistencies."""
@@ -328,19 +202,19 @@ class SimMatchV2(SemiSupervised):
             supervised = F.cross_entropy(predicted[0][:labelled].float(), batch.label)
             strong_logits = torch.stack([predicted[0][labelled:], *predicted[1:]]).float()
             strong = torch.stack([embedded[0][labelled:], *embedded[1:]])
-            found = self.graph(logits[labelled:], z[labelled:], strong_logits, strong)
+            graph = self.graph(logits[labelled:], z[labelled:], strong_logits, strong)
             nn_, ee, ne = self.weights
-            total = supervised + nn_ * found.nn + ee * found.ee + ne * found.ne
-        self._pending = (batch.index, z[:labelled], z[labelled:], found)
-        logs = self.observe(found.probability.argmax(dim=1), found.certain, batch.truth)
+            total = supervised + nn_ * graph.nn + ee * graph.ee + ne * graph.ne
+        self._pending = (batch.index, z[:labelled], z[labelled:], graph)
+        logs = self.observe(graph.probability.argmax(dim=1), graph.certain, batch.truth)
         if batch.truth is not None:
-            right = found.certain & (found.pseudo_label.argmax(dim=1) == batch.truth)
-            logs["propagated_accuracy"] = right.sum() / found.certain.sum()
+            right = graph.certain & (graph.pseudo_label.argmax(dim=1) == batch.truth)
+            logs["propagated_accuracy"] = right.sum() / graph.certain.sum()
         marginal = self.graph.marginal / self.graph.marginal.sum()
         logs["alignment_entropy"] = torch.special.entr(marginal).sum()
         logs["bank_fill"] = (self.graph.bank_probability.sum(dim=1) > 0).float().mean()
         logs["norm_gap"] = norms[labelled:].mean() / first[labelled:].detach().float().norm(dim=1).mean() - 1
-        parts = {"labelled_loss": supervised, "nn_loss": found.nn, "ee_loss": found.ee, "ne_loss": found.ne}
+        parts = {"labelled_loss": supervised, "nn_loss": graph.nn, "ee_loss": graph.ee, "ne_loss": graph.ne}
         return {"loss": total, **parts, **logs}
 
     def on_after_backward(self) -> None:

@@ -10,16 +10,21 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from lit_methods.seeds import own_seed
-from lit_methods.semi.graph import propagate
+from lit_methods.semi.simmatchv2.core import propagate
 
 
 class PropagationProbe(LightningModule):
     """A logistic regression on pixels, fitted on the labelled images, whose predictions are propagated to their neighbours' labels.
 
     The embedding of an image is its centred, unit-length vector of pixels; the bank holds those of the labelled images. With ``alpha: 0``
-    the prediction stays as it is. Needs ``SemiSupervisedDataModule``. Nothing is trained by an optimiser: one step is enough.
+    the prediction stays as it is.
 
-    Logged after validation: ``semi/val_accuracy`` and ``semi/val_nll``, the negative log-likelihood in nats, of the propagated labels.
+    Runs: with ``SemiSupervisedDataModule``. Nothing is trained by an optimiser: one step is enough. After validation ``semi/val_accuracy``
+    and ``semi/val_nll``, the negative log-likelihood of the propagated labels in nats, are logged.
+
+    Saves: the regression and the bank.
+
+    Refuses: data whose labelled images lack a class.
 
     Args:
         num_classes: C.
@@ -27,7 +32,7 @@ class PropagationProbe(LightningModule):
         temperature: t.
         alpha: How far labels travel, in [0, 1).
         logit_noise: Standard deviation of the noise on the logits.
-        seed: Of the noise.
+        seed: Seed of the noise.
     """
 
     centre: Tensor
@@ -83,9 +88,9 @@ class PropagationProbe(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Adds a batch to both metrics."""
-        found, label = self(batch["image"]), batch["label"]
-        self.accuracy.update((found.argmax(dim=1) == label).float())
-        self.nll.update(-found.gather(1, label[:, None]).clamp(min=1e-12).log())
+        propagated, label = self(batch["image"]), batch["label"]
+        self.accuracy.update((propagated.argmax(dim=1) == label).float())
+        self.nll.update(-propagated.gather(1, label[:, None]).clamp(min=1e-12).log())
 
     def on_validation_epoch_end(self) -> None:
         """Both over all images."""

@@ -1,0 +1,1 @@
+"""ConR: a contrastive regulariser for skewed labels."""

@@ -1,0 +1,1 @@
+"""FDS: feature distribution smoothing for skewed labels."""

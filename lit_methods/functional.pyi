@@ -1,0 +1,432 @@
+# Written by `make functional` (docs/tools/functional.py): each core's __all__, and what shared files offer.
+from lit_methods.averages import cosine_decay as cosine_decay
+from lit_methods.averages import ema_update as ema_update
+from lit_methods.averages import half_life_decay as half_life_decay
+from lit_methods.averages import power_decay as power_decay
+from lit_methods.averages import power_exponent as power_exponent
+from lit_methods.averages import warmup_decay as warmup_decay
+from lit_methods.callbacks.imbalanced_regression.conr.core import conr_dense_loss as conr_dense_loss
+from lit_methods.callbacks.imbalanced_regression.conr.core import conr_loss as conr_loss
+from lit_methods.callbacks.imbalanced_regression.fds.core import begin_epoch as fds_begin_epoch
+from lit_methods.callbacks.imbalanced_regression.fds.core import bucket_kernel as fds_bucket_kernel
+from lit_methods.callbacks.imbalanced_regression.fds.core import calibrate as fds_calibrate
+from lit_methods.callbacks.imbalanced_regression.fds.core import initial_state as fds_initial_state
+from lit_methods.callbacks.imbalanced_regression.fds.core import moments as fds_moments
+from lit_methods.callbacks.imbalanced_regression.fds.core import pooled as fds_pooled
+from lit_methods.callbacks.imbalanced_regression.fds.core import update as fds_update
+from lit_methods.callbacks.metric_learning.tcm import tcm_loss as tcm_loss
+from lit_methods.callbacks.noisy_labels.adawac.core import adawac_loss as adawac_loss
+from lit_methods.callbacks.noisy_labels.adawac.core import normalised_weights as normalised_weights
+from lit_methods.callbacks.noisy_labels.adawac.core import update_sample_weights as update_sample_weights
+from lit_methods.callbacks.noisy_labels.adele.core import corrected_labels as corrected_labels
+from lit_methods.callbacks.noisy_labels.adele.core import fit_iou_curve as fit_iou_curve
+from lit_methods.callbacks.noisy_labels.adele.core import merged_labels as merged_labels
+from lit_methods.callbacks.noisy_labels.adele.core import multiscale_consistency as multiscale_consistency
+from lit_methods.callbacks.sparsity.cast.adams import adam_update_ as adam_update_
+from lit_methods.callbacks.sparsity.cast.adams import ast_momentum as ast_momentum
+from lit_methods.callbacks.sparsity.cast.adams import decay_share as decay_share
+from lit_methods.callbacks.sparsity.cast.adams import decayed_momentum as decayed_momentum
+from lit_methods.callbacks.sparsity.cast.core import convex_loss as convex_loss
+from lit_methods.callbacks.sparsity.cast.core import distillation_loss as distillation_loss
+from lit_methods.callbacks.sparsity.cast.core import expand_blocks as expand_blocks
+from lit_methods.callbacks.sparsity.cast.core import finalized_weight as finalized_weight
+from lit_methods.callbacks.sparsity.cast.core import is_refresh_step as is_refresh_step
+from lit_methods.callbacks.sparsity.cast.core import kl_to_teacher as kl_to_teacher
+from lit_methods.callbacks.sparsity.cast.core import magnitude_statistics as magnitude_statistics
+from lit_methods.callbacks.sparsity.cast.core import pruned_block_means as pruned_block_means
+from lit_methods.callbacks.sparsity.cast.core import scaled_weight as scaled_weight
+from lit_methods.callbacks.sparsity.channels import load_pruned as load_pruned
+from lit_methods.callbacks.sparsity.channels import prune_channels as prune_channels
+from lit_methods.callbacks.sparsity.density import exact_counts as exact_counts
+from lit_methods.callbacks.sparsity.density import layer_density as layer_density
+from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold as drop_below_threshold
+from lit_methods.callbacks.sparsity.drop_grow import drop_smallest as drop_smallest
+from lit_methods.callbacks.sparsity.drop_grow import grow as grow
+from lit_methods.callbacks.sparsity.drop_grow import update_mask as update_mask
+from lit_methods.callbacks.sparsity.dynamics import itop_rate as itop_rate
+from lit_methods.callbacks.sparsity.dynamics import mask_change as mask_change
+from lit_methods.callbacks.sparsity.flops import gradual_training_flops as gradual_training_flops
+from lit_methods.callbacks.sparsity.flops import training_flops as training_flops
+from lit_methods.callbacks.sparsity.issp.core import draw_sample as draw_sample
+from lit_methods.callbacks.sparsity.issp.core import fitting_pattern as fitting_pattern
+from lit_methods.callbacks.sparsity.issp.core import grow_penalty as grow_penalty
+from lit_methods.callbacks.sparsity.issp.core import parse_pick as parse_pick
+from lit_methods.callbacks.sparsity.issp.core import pick_below_sample as pick_below_sample
+from lit_methods.callbacks.sparsity.issp.core import pick_pruned as pick_pruned
+from lit_methods.callbacks.sparsity.issp.core import pruned_count as pruned_count
+from lit_methods.callbacks.sparsity.issp.core import shrink_ratio as shrink_ratio
+from lit_methods.callbacks.sparsity.issp.core import shrink_step as shrink_step
+from lit_methods.callbacks.sparsity.latent import masked_weight as masked_weight
+from lit_methods.callbacks.sparsity.masks import is_nm as is_nm
+from lit_methods.callbacks.sparsity.masks import keep_largest as keep_largest
+from lit_methods.callbacks.sparsity.masks import nm_mask as nm_mask
+from lit_methods.callbacks.sparsity.masks import random_mask as random_mask
+from lit_methods.callbacks.sparsity.masksparsity.core import keep_masks as keep_masks
+from lit_methods.callbacks.sparsity.masksparsity.core import load_masks as load_masks
+from lit_methods.callbacks.sparsity.masksparsity.core import ot_threshold as ot_threshold
+from lit_methods.callbacks.sparsity.masksparsity.core import penalty_gradient as penalty_gradient
+from lit_methods.callbacks.sparsity.masksparsity.core import save_masks as save_masks
+from lit_methods.callbacks.sparsity.masksparsity.core import sparse_gradient as sparse_gradient
+from lit_methods.callbacks.sparsity.masksparsity.core import threshold_mask as threshold_mask
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import decay_pruned as decay_pruned
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import flow_factor as flow_factor
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import parse_pattern as parse_pattern
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import sdgf_schedule as sdgf_schedule
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import sparse_mask as sparse_mask
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import to_semi_structured as to_semi_structured
+from lit_methods.callbacks.sparsity.schedules import cosine_drop as cosine_drop
+from lit_methods.callbacks.sparsity.schedules import cubic_sparsity as cubic_sparsity
+from lit_methods.callbacks.sparsity.schedules import exponential_drop as exponential_drop
+from lit_methods.callbacks.sparsity.scores import grasp_scores as grasp_scores
+from lit_methods.callbacks.sparsity.scores import kept_masks as kept_masks
+from lit_methods.callbacks.sparsity.scores import kept_shares as kept_shares
+from lit_methods.callbacks.sparsity.scores import snip_scores as snip_scores
+from lit_methods.callbacks.sparsity.sparse_ift.core import base_scaling as base_scaling
+from lit_methods.callbacks.sparsity.sparse_ift.core import doped_rank as doped_rank
+from lit_methods.callbacks.sparsity.sparse_ift.core import factorized_width as factorized_width
+from lit_methods.callbacks.sparsity.sparse_ift.core import folded_frobenius as folded_frobenius
+from lit_methods.callbacks.sparsity.sparse_ift.core import parallel_branches as parallel_branches
+from lit_methods.callbacks.sparsity.sparse_ift.core import spectral_gap as spectral_gap
+from lit_methods.callbacks.sparsity.sparse_ift.core import wide_width as wide_width
+from lit_methods.callbacks.sparsity.sparse_ift.core import width_factor as width_factor
+from lit_methods.callbacks.sparsity.sparse_ift.surgery import iso_flop_transform as iso_flop_transform
+from lit_methods.consistency_models.curricula import ct_teacher_decay as ct_teacher_decay
+from lit_methods.consistency_models.curricula import doubling_levels as doubling_levels
+from lit_methods.consistency_models.curricula import doubling_stage_length as doubling_stage_length
+from lit_methods.consistency_models.curricula import ect_lower as ect_lower
+from lit_methods.consistency_models.curricula import ect_stage as ect_stage
+from lit_methods.consistency_models.curricula import square_root_levels as square_root_levels
+from lit_methods.consistency_models.epg.core import consistency_temperature as consistency_temperature
+from lit_methods.consistency_models.epg.core import consistency_tuning_loss as consistency_tuning_loss
+from lit_methods.consistency_models.epg.core import cosine_info_nce as cosine_info_nce
+from lit_methods.consistency_models.epg.core import denoising_loss as denoising_loss
+from lit_methods.consistency_models.epg.core import denoising_weight as denoising_weight
+from lit_methods.consistency_models.epg.core import interval_guidance as interval_guidance
+from lit_methods.consistency_models.epg.core import nearest_level as nearest_level
+from lit_methods.consistency_models.epg.core import neighbour_labels as neighbour_labels
+from lit_methods.consistency_models.epg.core import pretrain_levels as pretrain_levels
+from lit_methods.consistency_models.epg.core import pretrain_loss as pretrain_loss
+from lit_methods.consistency_models.epg.core import resolution_shift as resolution_shift
+from lit_methods.consistency_models.evaluation import frechet_distance as frechet_distance
+from lit_methods.consistency_models.evaluation import precision_recall as precision_recall
+from lit_methods.consistency_models.evaluation import sliced_wasserstein as sliced_wasserstein
+from lit_methods.consistency_models.levels import boundary_scalings as boundary_scalings
+from lit_methods.consistency_models.levels import inverse_gap as inverse_gap
+from lit_methods.consistency_models.levels import karras_levels as karras_levels
+from lit_methods.consistency_models.levels import lognormal_probabilities as lognormal_probabilities
+from lit_methods.consistency_models.levels import uniform_probabilities as uniform_probabilities
+from lit_methods.consistency_models.metrics import cauchy as cauchy
+from lit_methods.consistency_models.metrics import detached_pseudo_huber as detached_pseudo_huber
+from lit_methods.consistency_models.metrics import geman_mcclure as geman_mcclure
+from lit_methods.consistency_models.metrics import perceptual as perceptual
+from lit_methods.consistency_models.metrics import pseudo_huber as pseudo_huber
+from lit_methods.consistency_models.pairs import consistency_function as consistency_function
+from lit_methods.consistency_models.pairs import consistency_pair_loss as consistency_pair_loss
+from lit_methods.consistency_models.pairs import heun_step as heun_step
+from lit_methods.consistency_models.rcm.attention_jvp import attention_with_tangent as attention_with_tangent
+from lit_methods.consistency_models.rcm.attention_jvp import blockwise_attention as blockwise_attention
+from lit_methods.consistency_models.rcm.core import critic_loss as critic_loss
+from lit_methods.consistency_models.rcm.core import dcm_loss as dcm_loss
+from lit_methods.consistency_models.rcm.core import dmd_loss as dmd_loss
+from lit_methods.consistency_models.rcm.core import phase_at as phase_at
+from lit_methods.consistency_models.rcm.core import sample as rcm_sample
+from lit_methods.consistency_models.rcm.core import scm_loss as scm_loss
+from lit_methods.consistency_models.rcm.core import simulate as simulate
+from lit_methods.consistency_models.rcm.core import velocity_tangent as velocity_tangent
+from lit_methods.consistency_models.rcm.trigflow import rectified_flow as rectified_flow
+from lit_methods.consistency_models.rcm.trigflow import shift_time as shift_time
+from lit_methods.consistency_models.rcm.trigflow import trig_time as trig_time
+from lit_methods.consistency_models.rcm.trigflow import trigflow as trigflow
+from lit_methods.consistency_models.sampling import denoise_sample as denoise_sample
+from lit_methods.consistency_models.sampling import multistep_sample as multistep_sample
+from lit_methods.consistency_models.slct.core import adaptive_c as adaptive_c
+from lit_methods.consistency_models.slct.core import couple as couple
+from lit_methods.consistency_models.slct.core import early_diffusion_loss as early_diffusion_loss
+from lit_methods.consistency_models.slct.core import is_early as is_early
+from lit_methods.consistency_models.slct.core import remove_norm_scales as remove_norm_scales
+from lit_methods.consistency_models.slct.core import slct_loss as slct_loss
+from lit_methods.lidar.contrast import effective_rank as effective_rank
+from lit_methods.lidar.contrast import group_mean as group_mean
+from lit_methods.lidar.contrast import info_nce as info_nce
+from lit_methods.lidar.contrast import retrieval_accuracy as retrieval_accuracy
+from lit_methods.lidar.point_losses import lovasz_softmax as lovasz_softmax
+from lit_methods.lidar.point_losses import segmentation_losses as segmentation_losses
+from lit_methods.lidar.projection import dense_cloud as dense_cloud
+from lit_methods.lidar.projection import flip_cameras as flip_cameras
+from lit_methods.lidar.projection import project_points as project_points
+from lit_methods.lidar.projection import resize_pairs as resize_pairs
+from lit_methods.lidar.projection import resize_superpixels as resize_superpixels
+from lit_methods.lidar.superflow.core import dense_to_sparse_loss as dense_to_sparse_loss
+from lit_methods.lidar.superflow.core import look_up_pairs as look_up_pairs
+from lit_methods.lidar.superflow.core import pool_pixels as pool_pixels
+from lit_methods.lidar.superflow.core import pool_points as pool_points
+from lit_methods.lidar.superflow.core import superflow_losses as superflow_losses
+from lit_methods.lidar.superflow.core import superpixel_groups as superpixel_groups
+from lit_methods.lidar.superflow.core import temporal_vote as temporal_vote
+from lit_methods.lidar.superflow.core import to_batch_rows as to_batch_rows
+from lit_methods.lidar.voxels import voxelize as voxelize
+from lit_methods.optim import seven_sixteenths_cosine as seven_sixteenths_cosine
+from lit_methods.optim import warmup_cosine as warmup_cosine
+from lit_methods.optim import warmup_cosine_rate as warmup_cosine_rate
+from lit_methods.optim import warmup_then_epoch_cosine as warmup_then_epoch_cosine
+from lit_methods.prompting.coprompt.core import adapter_features as adapter_features
+from lit_methods.prompting.coprompt.core import coprompt_loss as coprompt_loss
+from lit_methods.prompting.coprompt.core import cosine_logits as cosine_logits
+from lit_methods.prompting.coprompt.core import embedding_consistency as embedding_consistency
+from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
+from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
+from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
+from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.semi.alignment import align as align
+from lit_methods.semi.alignment import moving_marginal as moving_marginal
+from lit_methods.semi.fixmatch import certain_loss as certain_loss
+from lit_methods.semi.shrinkmatch.core import shrink as shrink
+from lit_methods.semi.shrinkmatch.core import shrunk_loss as shrunk_loss
+from lit_methods.semi.shrinkmatch.core import uncertain_loss as uncertain_loss
+from lit_methods.semi.simmatchv2.core import edge_edge_loss as edge_edge_loss
+from lit_methods.semi.simmatchv2.core import finite_or_zero as finite_or_zero
+from lit_methods.semi.simmatchv2.core import node_edge_loss as node_edge_loss
+from lit_methods.semi.simmatchv2.core import node_node_loss as node_node_loss
+from lit_methods.semi.simmatchv2.core import propagate as propagate
+from lit_methods.tasks.imbalanced_regression.losses import regression_loss as regression_loss
+from lit_methods.tasks.imbalanced_regression.metrics import shot_metrics as shot_metrics
+from lit_methods.tasks.imbalanced_regression.weights import label_weights as label_weights
+from lit_methods.tasks.language.causal_lm import token_losses as token_losses
+from lit_methods.tasks.language.scaling_law import fit_scaling_law as fit_scaling_law
+from lit_methods.tasks.metric_learning.losses import proxy_softmax as proxy_softmax
+from lit_methods.tasks.metric_learning.opis import calibration_range as calibration_range
+from lit_methods.tasks.metric_learning.opis import opis as opis
+from lit_methods.tasks.metric_learning.opis import retrieval_scores as retrieval_scores
+from lit_methods.tasks.recommendation.lightgcn import lightgcn_loss as lightgcn_loss
+from lit_methods.tasks.recommendation.lightgcn import normalized_adjacency as normalized_adjacency
+from lit_methods.tasks.recommendation.metrics import ranking_metrics as ranking_metrics
+from lit_methods.tasks.recommendation.multvae import annealed_beta as annealed_beta
+from lit_methods.tasks.recommendation.multvae import gaussian_kl as gaussian_kl
+from lit_methods.tasks.recommendation.multvae import multinomial_loss as multinomial_loss
+from lit_methods.tasks.recommendation.neumf import neumf_loss as neumf_loss
+from lit_methods.tasks.segmentation.core import batch_dice as batch_dice
+from lit_methods.tasks.segmentation.core import class_counts as class_counts
+from lit_methods.tasks.segmentation.core import class_iou as class_iou
+from lit_methods.tasks.segmentation.core import has_foreground as has_foreground
+from lit_methods.tasks.segmentation.core import iou_of_counts as iou_of_counts
+from lit_methods.tasks.segmentation.core import sample_cross_entropy as sample_cross_entropy
+from lit_methods.tasks.segmentation.metrics import dice_and_hd95 as dice_and_hd95
+from lit_methods.tasks.superres.metrics import psnr_y as psnr_y
+from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
+
+__all__ = [
+    "adam_update_",
+    "adapter_features",
+    "adaptive_c",
+    "adawac_loss",
+    "align",
+    "annealed_beta",
+    "ast_momentum",
+    "attention_with_tangent",
+    "base_scaling",
+    "batch_dice",
+    "blockwise_attention",
+    "boundary_scalings",
+    "calibration_range",
+    "cauchy",
+    "certain_loss",
+    "class_counts",
+    "class_iou",
+    "conr_dense_loss",
+    "conr_loss",
+    "consistency_function",
+    "consistency_pair_loss",
+    "consistency_temperature",
+    "consistency_tuning_loss",
+    "convex_loss",
+    "coprompt_loss",
+    "corrected_labels",
+    "cosine_decay",
+    "cosine_drop",
+    "cosine_info_nce",
+    "cosine_logits",
+    "couple",
+    "critic_loss",
+    "ct_teacher_decay",
+    "cubic_sparsity",
+    "dcm_loss",
+    "decay_pruned",
+    "decay_share",
+    "decayed_momentum",
+    "denoise_sample",
+    "denoising_loss",
+    "denoising_weight",
+    "dense_cloud",
+    "dense_to_sparse_loss",
+    "detached_pseudo_huber",
+    "dice_and_hd95",
+    "distillation_loss",
+    "dmd_loss",
+    "doped_rank",
+    "doubling_levels",
+    "doubling_stage_length",
+    "draw_sample",
+    "drop_below_threshold",
+    "drop_smallest",
+    "early_diffusion_loss",
+    "ect_lower",
+    "ect_stage",
+    "edge_edge_loss",
+    "effective_rank",
+    "ema_update",
+    "embedding_consistency",
+    "exact_counts",
+    "expand_blocks",
+    "exponential_drop",
+    "factorized_width",
+    "fds_begin_epoch",
+    "fds_bucket_kernel",
+    "fds_calibrate",
+    "fds_initial_state",
+    "fds_moments",
+    "fds_pooled",
+    "fds_update",
+    "finalized_weight",
+    "finite_or_zero",
+    "fit_iou_curve",
+    "fit_scaling_law",
+    "fitting_pattern",
+    "flip_cameras",
+    "flow_factor",
+    "folded_frobenius",
+    "frechet_distance",
+    "gaussian_kl",
+    "geman_mcclure",
+    "gradual_training_flops",
+    "grasp_scores",
+    "group_mean",
+    "grow",
+    "grow_penalty",
+    "half_life_decay",
+    "harmonic_mean",
+    "has_foreground",
+    "heun_step",
+    "info_nce",
+    "interval_guidance",
+    "inverse_gap",
+    "iou_of_counts",
+    "is_early",
+    "is_nm",
+    "is_refresh_step",
+    "iso_flop_transform",
+    "itop_rate",
+    "karras_levels",
+    "keep_largest",
+    "keep_masks",
+    "kept_masks",
+    "kept_shares",
+    "kl_to_teacher",
+    "label_weights",
+    "layer_density",
+    "lightgcn_loss",
+    "load_masks",
+    "load_pruned",
+    "lognormal_probabilities",
+    "look_up_pairs",
+    "lovasz_softmax",
+    "magnitude_statistics",
+    "mask_change",
+    "masked_weight",
+    "merged_labels",
+    "moving_marginal",
+    "multinomial_loss",
+    "multiscale_consistency",
+    "multistep_sample",
+    "nearest_level",
+    "neighbour_labels",
+    "neumf_loss",
+    "nm_mask",
+    "node_edge_loss",
+    "node_node_loss",
+    "normalised_weights",
+    "normalized_adjacency",
+    "opis",
+    "ot_threshold",
+    "parallel_branches",
+    "parse_pattern",
+    "parse_pick",
+    "penalty_gradient",
+    "perceptual",
+    "phase_at",
+    "pick_below_sample",
+    "pick_pruned",
+    "pool_pixels",
+    "pool_points",
+    "power_decay",
+    "power_exponent",
+    "precision_recall",
+    "pretrain_levels",
+    "pretrain_loss",
+    "project_points",
+    "propagate",
+    "proxy_softmax",
+    "prune_channels",
+    "pruned_block_means",
+    "pruned_count",
+    "pseudo_huber",
+    "psnr_y",
+    "random_mask",
+    "ranking_metrics",
+    "rcm_sample",
+    "rectified_flow",
+    "regression_loss",
+    "remove_norm_scales",
+    "resize_pairs",
+    "resize_superpixels",
+    "resolution_shift",
+    "retrieval_accuracy",
+    "retrieval_scores",
+    "run_prompted_blocks",
+    "sample_cross_entropy",
+    "save_masks",
+    "scaled_weight",
+    "scm_loss",
+    "sdgf_schedule",
+    "segmentation_losses",
+    "sentence_index",
+    "sentence_table",
+    "seven_sixteenths_cosine",
+    "shift_time",
+    "shot_metrics",
+    "shrink",
+    "shrink_ratio",
+    "shrink_step",
+    "shrunk_loss",
+    "simulate",
+    "slct_loss",
+    "sliced_wasserstein",
+    "snip_scores",
+    "sparse_gradient",
+    "sparse_mask",
+    "spectral_gap",
+    "square_root_levels",
+    "ssim_y",
+    "superflow_losses",
+    "superpixel_groups",
+    "tcm_loss",
+    "temporal_vote",
+    "threshold_mask",
+    "to_batch_rows",
+    "to_semi_structured",
+    "token_losses",
+    "training_flops",
+    "trig_time",
+    "trigflow",
+    "uncertain_loss",
+    "uniform_probabilities",
+    "update_mask",
+    "update_sample_weights",
+    "velocity_tangent",
+    "voxelize",
+    "warmup_cosine",
+    "warmup_cosine_rate",
+    "warmup_decay",
+    "warmup_then_epoch_cosine",
+    "wide_width",
+    "width_factor",
+]
