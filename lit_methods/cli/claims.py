@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_methods.catalog import configs_folder, published, techniques
+from lit_methods.catalog import configs_folder, techniques
 from lit_methods.cli.commands import Parser, parsed
 from lit_methods.errors import CommandError, suggest
 
@@ -247,5 +247,5 @@ def write_page(root: Path) -> Path:
     records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
     page = folder.with_suffix(".md")
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(evidence_page(records, published()), encoding="utf-8")
+    page.write_text(evidence_page(records, {slug: entry for slug, entry in techniques().items() if not entry.draft}), encoding="utf-8")
     return page
