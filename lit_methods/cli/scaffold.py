@@ -476,6 +476,7 @@ def _complete(slug: str) -> int:
     form = "module" if entry.form == "module" else "callback"
     words = {"slug": slug, "class_name": entry.names[0], "title": entry.title, "family": entry.family, "form": form}
     words["targets"] = '["network"]'
+    words["metric"] = f"{slug}/val_loss" if form == "module" else "classifier/val_loss"
     words["attach"] = Template(_ATTACH[form]).substitute(words)
     targets = {
         Path("configs/full") / f"{slug}.yaml": "full.yaml",
