@@ -36,7 +36,9 @@ Trainer(max_epochs=1).fit($class_name(MLP([64, 64, 10])), datamodule=DigitsDataM
     "callback": """On your own module, without touching it:
 
 ```bash
-lit fit --model my_project.MyModule --trainer.callbacks+=$class_name --trainer.callbacks.targets='$targets'
+lit fit --model lightning.pytorch.demos.boring_classes.BoringModel \\
+    --data lightning.pytorch.demos.boring_classes.BoringDataModule \\
+    --trainer.callbacks+=$class_name --trainer.callbacks.targets='["layer*"]'
 ```
 
 ```python
