@@ -170,6 +170,7 @@ class MaskedBNSparsity(OrderedCallback):
         core.keep_masks({}, "threshold", threshold=threshold, ratio=ratio, min_channels=min_channels)  # checks their ranges
         core.ot_threshold(torch.ones(1), energy)
         self.plan: ChannelPlan = {}
+        self._last: tuple[list[Any], dict[str, Tensor], dict[str, Tensor]] = ([], {}, {})  # scales of the last fit, its masks, its start
         self._reset()
 
     def _reset(self) -> None:
@@ -250,14 +251,19 @@ class MaskedBNSparsity(OrderedCallback):
         if self._loaded is None:
             with isolate_rng(pl_module.device.type == "cuda"):  # a loader draws a seed, data sets may draw more
                 left = self._trace(trainer, pl_module)
-            self._masks = self._initial_masks(pl_module) if self.stage == "mask_sparsity" else {}
-            if self.stage == "global_sparsity" and self.keep_start:
+            scales, masks, start = self._last
+            if scales and {id(scale) for scale in scales} <= {id(parameter) for parameter in pl_module.parameters()}:  # a second fit
+                self._masks, self._start = masks, start
+            elif self.stage == "mask_sparsity":
+                self._masks = self._initial_masks(pl_module)
+            elif self.keep_start:
                 self._start = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
             self._announce(left)
         else:
             self._restore(self._loaded)
         self._loaded = None
         self._follow(pl_module)
+        self._last = [norm.weight for norm in self._norms.values()], self._masks, self._start
         check_ranks("MaskedBNSparsity", [mask.to(pl_module.device) for mask in self._masks.values()], "weights or files")
 
     def _follow(self, pl_module: pl.LightningModule) -> None:
@@ -502,6 +508,8 @@ class MaskedBNSparsity(OrderedCallback):
         """What the next stage needs; the plan stands in the checkpoint itself."""
         if not self._penalises:
             return {"stage": self.stage}
+        if not self._groups:  # before fit
+            return {}
         return {
             "stage": self.stage,
             "groups": [group.state() for group in self._groups],
@@ -513,7 +521,8 @@ class MaskedBNSparsity(OrderedCallback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until fit starts; Lightning calls this before ``on_fit_start``."""
-        self._loaded = state or None
+        if not self._norms:  # a tuner restores what it saved while fit ran
+            self._loaded = state or None
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._groups = [ChannelGroup.from_state(group) for group in state["groups"]]
