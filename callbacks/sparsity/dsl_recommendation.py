@@ -7,7 +7,7 @@ schedule, which doesn't work there. Where the maths here differ from that code: 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -103,6 +103,7 @@ def prune(weight: Tensor, mask: Tensor, ratio: float, death: Death, gradient: Te
     Raises:
         ValueError: ``taylor`` without a gradient, or an unknown ``death``.
     """
+    checks.one_of(Death, death=death)
     weight = weight.detach()
     if death == "magnitude":
         return drop_below_threshold(weight, mask, ratio) & mask
@@ -114,11 +115,9 @@ def prune(weight: Tensor, mask: Tensor, ratio: float, death: Death, gradient: Te
         sides = (mask & (weight > 0), mask & (weight < 0))
         half = math.ceil(removed / 2)
         return torch.stack([_keep_all_but(side, weight.abs(), half) for side in sides]).any(dim=0) if removed else mask
-    if death == "taylor":
-        if gradient is None:
-            raise ValueError("death='taylor' weighs weights by their gradient, and none was given")
-        return _keep_all_but(mask, (weight * gradient).abs(), removed)
-    raise ValueError(f"death={death!r} is not one of {', '.join(get_args(Death))}")
+    if gradient is None:
+        raise ValueError("death='taylor' weighs weights by their gradient, and none was given")
+    return _keep_all_but(mask, (weight * gradient).abs(), removed)
 
 
 def _keep_all_but(mask: Tensor, score: Tensor, count: int) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -205,6 +205,10 @@ class LitCLI(LightningCLI):
             defaults.append(ThroughputProgressBar())
         if settings.get("enable_checkpointing") is not False and not any(isinstance(callback, Checkpoint) for callback in given):
             defaults.append(ModelCheckpoint(save_last=True))  # last.ckpt: a killed run can go on
+        if settings.get("enable_model_summary") is not False and not any(isinstance(callback, ModelSummary) for callback in given):
+            from lit_methods.cli.summary import PartsTable
+
+            defaults.append(PartsTable())
         from lit_methods.callbacks.run.dashboard import Dashboard
         from lit_methods.callbacks.run.exact_resume import ExactResume
         from lit_methods.callbacks.run.finite import FiniteGuard
@@ -287,10 +291,10 @@ def _stay_offline_without_login() -> None:
 
 
 class _Quiet(logging.Filter):
-    """Drops Lightning's advertisements."""
+    """Drops Lightning's advertisements, and what it says of our table of parts."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("💡")
+        return not str(record.msg).startswith(("💡", "Trainer already configured with model summary"))
 
 
 _QUIET = _Quiet()  # one object: adding it twice does nothing
