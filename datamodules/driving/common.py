@@ -15,12 +15,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.pictures import as_rgb, decoding
 from lit_methods.files import write_atomically
 
 LABEL_FRACTIONS = (1, 5, 10, 25, 100)
@@ -152,22 +153,17 @@ def read_image(path: Path, size: tuple[int, int] | int) -> tuple[Tensor, tuple[i
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: The file can't be decoded.
+        BrokenRecordError: The file can't be decoded, or its mode has no known range.
     """
-    try:
-        with Image.open(path) as picture:
-            native = (picture.height, picture.width)
-            if isinstance(size, int):
-                factor = min(1.0, size / max(native))
-                size = (max(1, round(native[0] * factor)), max(1, round(native[1] * factor)))
-            height, width = size
-            reduced = picture.draft("RGB", (width, height))
-            box = reduced[1] if reduced is not None else None
-            small = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR, box=box)
-    except FileNotFoundError:
-        raise MissingFileError(path, "image", "no such file: the release is incomplete here, unpack its camera archives again") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as problem:
-        raise BrokenRecordError(path, "image", f"can't be decoded ({problem}): truncated or not an image, copy it again") from problem
+    with decoding(path, "image", "the release is incomplete here, unpack its camera archives again"), Image.open(path) as picture:
+        native = (picture.height, picture.width)
+        if isinstance(size, int):
+            factor = min(1.0, size / max(native))
+            size = (max(1, round(native[0] * factor)), max(1, round(native[1] * factor)))
+        height, width = size
+        reduced = picture.draft("RGB", (width, height))
+        box = reduced[1] if reduced is not None else None
+        small = as_rgb(picture, path).resize((width, height), Image.Resampling.BILINEAR, box=box)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous(), native
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
+from lit_methods.datamodules.pictures import GREY_16_MODES, IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, Reweighting
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
 
@@ -23,7 +23,7 @@ _SHORT = 240  # pixels of the short side before the crop
 _BINS = 100  # of 0.1 m
 _TURN, _EDGE = 5.0, 16  # degrees, at most; pixels that a corner can move by beyond the crop
 _JITTER = 0.4
-_TRAIN_UNIT, _TEST_UNIT = 10 / 255, 1 / 1000  # metres of one step of the stored depth
+_STORED = ((("L",), 10 / 255), (GREY_16_MODES, 1 / 1000))  # depths of training and test: 8 and 16 bits, metres of one step
 
 
 def depth_bins(depth: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -84,15 +84,16 @@ def read_list(file: Path) -> list[tuple[Path, Path]]:
     return found
 
 
-def _read(pairs: list[tuple[Path, Path]], unit: float, index: int) -> tuple[Any, Any]:
-    """An RGB image, and its depth in metres as a picture of float32."""
+def _read(pairs: list[tuple[Path, Path]], stored: tuple[tuple[str, ...], float], index: int) -> tuple[Any, Any]:
+    """An RGB image, and its depth in metres as a picture of float32, out of a picture of certain modes and metres a step."""
     from PIL import Image
 
-    image, stored = (open_picture(path, mode=None) for path in pairs[index])
-    values = np.asarray(stored)
-    if values.ndim != 2 or stored.size != image.size:
-        raise BrokenRecordError(pairs[index][1], "depth", f"expected one number a pixel of {image.size}, got {values.shape}")
-    return image.convert("RGB"), Image.fromarray(values.astype(np.float32) * np.float32(unit))
+    file, depth = pairs[index]
+    (modes, unit), missing = stored, "the benchmark is incomplete here, copy it again"
+    image, values = open_picture(file), open_indices(depth, "depth", missing, modes)
+    if values.shape != (image.height, image.width):
+        raise BrokenRecordError(depth, "depth", f"expected one number a pixel of {image.size}, got {values.shape}")
+    return image, Image.fromarray(values.astype(np.float32) * np.float32(unit))
 
 
 def _scaled(image: Any, depth: Any) -> tuple[Any, Any]:
@@ -260,7 +261,7 @@ class NYUD2DataModule(RegressionDataModule):
                     "or set root=null for the built-in rooms"
                 )
             lists = [read_list(self.root / f"nyu2_{split}.csv") for split in ("train", "test")]
-            reads = [partial(_read, pairs, unit) for pairs, unit in zip(lists, (_TRAIN_UNIT, _TEST_UNIT), strict=True)]
+            reads = [partial(_read, pairs, stored) for pairs, stored in zip(lists, _STORED, strict=True)]
             sizes = [len(pairs) for pairs in lists]
             mask = read_mask(self.root / "test_balanced_mask.npy", sizes[1])
         counts = count_depths(reads[0], sizes[0], self.hparams["count_images"])

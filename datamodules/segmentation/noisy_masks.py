@@ -16,7 +16,7 @@ from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
-from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, resize
 from lit_methods.runs.folder import run_dir
 
@@ -77,16 +77,13 @@ def shift_outlines(labels: NDArray[np.uint8], pixels: tuple[int, int], seed: int
 
 
 def read_mask(path: Path, classes: int) -> NDArray[np.uint8]:
-    """(H, W) class indices of a PNG with a palette, or in grey; 255 where there is none.
+    """(H, W) class indices of a PNG with a palette, or in grey, as stored; 255 where there is none.
 
     Raises:
         MissingFileError: No such file.
-        BrokenRecordError: It can't be read, has several channels, or a value above the last class.
+        BrokenRecordError: It can't be read, has several channels or fractions, or a value above the last class.
     """
-    missing = "give a folder with a PNG for every image of the list"
-    mask = np.array(open_picture(path, "mask", missing, mode=None))
-    if mask.ndim != 2:
-        raise BrokenRecordError(path, "pixels", f"it has the shape {mask.shape}: expected one class index a pixel, not colours")
+    mask = open_indices(path, "mask", "give a folder with a PNG for every image of the list")
     wrong = mask[(mask >= classes) & (mask != 255)]
     if wrong.size:
         raise BrokenRecordError(path, "pixels", f"it has the class {wrong.max()}, and there are {classes}: is this the right folder?")
