@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, Prepare, open_listed
+from lit_methods.datamodules.tables import find_columns, plain, text_of
 from lit_methods.datamodules.vision.base import LabelledImages
 
 Name = Literal["cub", "cars", "sop", "inat"]
@@ -33,23 +34,21 @@ class ImageList:
     labels: NDArray[np.int64]
 
 
-def _lines(file: Path, fields: int, head: int = 0) -> list[list[str]]:
-    """Words of each line below the head.
+def _lines(file: Path, fields: int) -> list[list[str]]:
+    """Words of each line.
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: A line has another number of words, or there is none.
+        BrokenRecordError: It is no text, a line has another number of words, or there is none.
     """
-    try:
-        rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise MissingFileError(file, "file", "no such file: the release is incomplete here, unpack its archive again") from None
+    text = text_of(file, "the release is incomplete here, unpack its archive again")
+    rows = [line.split() for line in text.splitlines() if line.strip()]
     for number, row in enumerate(rows, start=1):
         if len(row) != fields:
             raise BrokenRecordError(file, f"line {number}", f"expected {fields} words, got {len(row)}: {' '.join(row)!r}")
-    if len(rows) <= head:
+    if not rows:
         raise BrokenRecordError(file, "lines", "there is no image: unpack the release again")
-    return rows[head:]
+    return rows
 
 
 def _number(word: str, file: Path, place: str) -> int:
@@ -93,12 +92,15 @@ def read_cars(root: Path) -> tuple[ImageList, ImageList]:
 
 
 def read_sop(root: Path) -> tuple[ImageList, ImageList]:
-    """``Ebay_train.txt`` and ``Ebay_test.txt``: image_id, class_id, super_class_id, path."""
+    """``Ebay_train.txt`` and ``Ebay_test.txt``: class_id and path by the names in the first line."""
 
     def read(file: Path) -> ImageList:
-        rows = _lines(file, 4, head=1)
-        labels = [_number(row[1], file, f"line {number}") for number, row in enumerate(rows, start=2)]
-        return ImageList([root / row[3] for row in rows], np.array(labels, np.int64))
+        header, *rows = _lines(file, 4)
+        place = find_columns(file, header, {name: (plain(name),) for name in ("class_id", "path")})
+        if not rows:
+            raise BrokenRecordError(file, "lines", "there is no image: unpack the release again")
+        labels = [_number(row[place["class_id"]], file, f"line {number}") for number, row in enumerate(rows, start=2)]
+        return ImageList([root / row[place["path"]] for row in rows], np.array(labels, np.int64))
 
     return read(root / "Ebay_train.txt"), read(root / "Ebay_test.txt")
 

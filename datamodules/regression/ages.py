@@ -1,6 +1,5 @@
 """AgeDB-DIR and IMDB-WIKI-DIR: the age of a face, with skewed training ages (arXiv:2102.09554)."""
 
-import csv
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.pictures import crop_and_flip, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
+from lit_methods.datamodules.tables import named_rows
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
 _FILES = {"agedb": "agedb.csv", "imdb_wiki": "imdb_wiki.csv"}
@@ -33,20 +33,20 @@ def read_ages(file: Path) -> dict[str, tuple[list[str], NDArray[np.float32]]]:
         BrokenRecordError: A column, or all rows of a split are missing, or a row is wrong; the message names the line.
     """
     found: dict[str, tuple[list[str], list[float]]] = {split: ([], []) for split in _SPLITS}
-    with file.open(newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        if missing := {"age", "path", "split"} - set(reader.fieldnames or ()):
-            raise BrokenRecordError(file, "header", f"the columns {sorted(missing)} are missing: it isn't the benchmark's file")
-        for row in reader:
-            place = f"line {reader.line_num}"
-            try:
-                age = float(row["age"])
-            except (TypeError, ValueError):
-                raise BrokenRecordError(file, place, f"age is {row['age']!r}, expected a number of years") from None
-            if not 0 <= age <= 200 or row["split"] not in found or not row["path"]:
-                raise BrokenRecordError(file, place, f"expected an age of 0 to 200, a path and a split, one of {_SPLITS}; got {row}")
-            found[row["split"]][0].append(row["path"])
-            found[row["split"]][1].append(age)
+    for line, (stored, path, split) in named_rows(file, ("age", "path", "split"), "copy the benchmark's table to root"):
+        place = f"line {line}"
+        try:
+            age = float(stored)
+        except ValueError:
+            raise BrokenRecordError(file, place, f"age is {stored!r}, expected a number of years") from None
+        if not 0 <= age <= 200 or split not in found or not path:
+            raise BrokenRecordError(
+                file,
+                place,
+                f"expected an age of 0 to 200, a path and a split, one of {_SPLITS}; got age {stored!r}, path {path!r}, split {split!r}",
+            )
+        found[split][0].append(path)
+        found[split][1].append(age)
     for split, (paths, _) in found.items():
         if not paths:
             raise BrokenRecordError(file, "split", f"there is no row of the split {split}: copy the file again")

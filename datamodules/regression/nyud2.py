@@ -1,6 +1,5 @@
 """NYUD2-DIR: the depth of each pixel of an indoor photograph, with skewed depths (arXiv:2102.09554)."""
 
-import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.pictures import GREY_16_MODES, IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, Reweighting
+from lit_methods.datamodules.tables import find_columns, rows_of
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
 
 HEIGHT, WIDTH = 228, 304  # pixels of an image after the crop; a training target has half of each
@@ -64,20 +64,21 @@ def bin_weights(
 def read_list(file: Path) -> list[tuple[Path, Path]]:
     """Images and depths of a list of the benchmark: two paths a line, whose first folder, ``data``, stands for the file's own.
 
+    The official files have no header. Where the first line holds no path, it is one: ``image`` and ``depth`` go by its names.
+
     Raises:
         MissingFileError: There is no such file.
         BrokenRecordError: A line doesn't have two paths, or there is none.
     """
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = [row for row in csv.reader(lines) if row]
-    except FileNotFoundError:
-        raise MissingFileError(file, "file", "no such file: the benchmark is incomplete here, copy it again") from None
-    found = []
-    for number, row in enumerate(rows, start=1):
-        parts = [Path(word).parts[1:] for word in row]
-        if len(row) != 2 or not all(parts):
-            raise BrokenRecordError(file, f"line {number}", f"expected two paths, data/image,data/depth, got {','.join(row)!r}")
+    found, places = [], [0, 1]
+    for number, (line, row) in enumerate(rows_of(file, "the benchmark is incomplete here, copy it again")):
+        if not number and all(len(Path(word).parts) == 1 and not Path(word).suffix for word in row):  # a header: no cell is a path
+            where = find_columns(file, row, {"image": ("image", "rgb", "images"), "depth": ("depth", "depths")})
+            places = [where["image"], where["depth"]]
+            continue
+        parts = [Path(row[place]).parts[1:] if place < len(row) else () for place in places]
+        if not all(parts) or (places == [0, 1] and len(row) != 2):
+            raise BrokenRecordError(file, f"line {line}", f"expected two paths, data/image,data/depth, got {','.join(row)!r}")
         found.append((file.parent.joinpath(*parts[0]), file.parent.joinpath(*parts[1])))
     if not found:
         raise BrokenRecordError(file, "lines", "there are none: copy the file again")
