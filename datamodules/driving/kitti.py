@@ -336,7 +336,8 @@ class KittiStyleDataModule(DrivingDataModule):
         batch_size: Samples per process and step.
         num_workers: Processes that read data; 0 reads in the training process.
         seed: Seed of order and augmentation.
-        on_broken: error: a broken file ends the run, naming the file; skip: the next good scan takes its place, with a warning and a
+        on_broken: error: a broken file ends the run, naming the file; skip: in training the next good scan takes its place, in
+            validation, test and prediction it is left out, which ``setup`` finds out by reading these files once; with a warning and a
             count.
 
     Raises:

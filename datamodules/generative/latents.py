@@ -1,7 +1,6 @@
 """Latents of an autoencoder, stored once and standardised: sLCT's data (arXiv:2502.01441)."""
 
 import io
-import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from lit_methods.datamodules.base import Batches, Ints
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule, Tensors
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
+from lit_methods.datamodules.pickles import ArraysOnly
 from lit_methods.datamodules.pictures import open_picture
 from lit_methods.files import replacing
 
@@ -93,8 +93,10 @@ def _one(file: Path, shape: tuple[int, ...] | None) -> NDArray[np.float32]:
     return found.astype(np.float32)
 
 
-class _Statistics(pickle.Unpickler):
+class _Statistics(ArraysOnly):
     """Reads {"mean": tensor, "std": tensor} as NumPy pickles it, and nothing that could run code."""
+
+    owner = "file of statistics"
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
@@ -103,12 +105,7 @@ class _Statistics(pickle.Unpickler):
             return torch._utils._rebuild_tensor_v2
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            # taken from an example, as their home differs between NumPy 1 and 2
-            return (np.zeros(0) if name == "_reconstruct" else np.float32(0)).__reduce__()[0]
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        raise pickle.UnpicklingError(f"it would load {module}.{name}, which statistics don't need")
+        return super().find_class(module, name)
 
 
 def read_statistics(file: Path, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 import functools
 import io
 import operator
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from lit_methods.checks import one_of
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.pickles import ArraysOnly
 from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages, fixed_split
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
@@ -36,23 +36,12 @@ _BUILT_IN = (2000, 500)  # training and test images
 # ---- reading ---------------------------------------------------------------------------------------------------------------------------
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays, lists, strings and numbers, and runs nothing that the file names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]  # the function itself, wherever this NumPy keeps it
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            import codecs
-
-            return codecs.encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
+class _CIFARFile(ArraysOnly):
+    owner = "CIFAR file"
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """A CIFAR file of Python 2 or 3, without running code from it.
+    """A CIFAR file of Python 2 or 3, of any protocol of pickle, without running code from it.
 
     Raises:
         MissingFileError: There is no such file.
@@ -63,13 +52,18 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise MissingFileError(path, "file", "no such file: the release is incomplete here, unpack its archive again") from None
     try:
-        found = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+        found = _CIFARFile(io.BytesIO(content), encoding="latin1").load()
     except Exception as problem:  # a broken pickle raises nearly anything
         reason = str(problem) or type(problem).__name__
         raise BrokenRecordError(path, "pickle", f"{len(content)} bytes can't be read ({reason}): truncated or no CIFAR file") from problem
     if not isinstance(found, dict):
         raise BrokenRecordError(path, "pickle", f"holds a {type(found).__name__}, expected a dictionary: no CIFAR file")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in found.items()}
+    return {_text(key): value for key, value in found.items()}
+
+
+def _text(name: Any) -> str:
+    """Python 2 and some tools write names as bytes."""
+    return name.decode("latin1") if isinstance(name, bytes) else str(name)
 
 
 def images_and_labels(batch: dict[str, Any], source: Path | str, label_field: str, num_classes: int) -> Arrays:
@@ -127,7 +121,7 @@ def read_release(root: Path, name: Name) -> tuple[Arrays, Arrays, tuple[str, ...
 
     parts = [read(file) for file in _TRAIN[name]]
     images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return (images, labels), read(_TEST[name]), tuple(str(one) for one in meta[meta_field])
+    return (images, labels), read(_TEST[name]), tuple(_text(one) for one in meta[meta_field])
 
 
 @functools.cache
