@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, Prepare, open_listed
 from lit_methods.datamodules.tables import find_columns, plain, text_of
@@ -206,7 +207,13 @@ class RetrievalImagesDataModule(RetrievalDataModule):
         one_of(_READERS, name=name)
         at_least(1, image_size=image_size)
         self.save_hyperparameters()
-        self.root, self.release = root if root is None else Path(root), name
+        self.root, self.release = data_path(root), name
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the file that shows that it is the release."""
+        first, source = _FIRST[self.release]
+        if self.root is not None and not (self.root / first).is_file():
+            raise WrongRootError(f"root={str(self.root)!r} has no {first}: unpack {source} there, or set root=null for the built-in images")
 
     def setup(self, stage: str) -> None:
         """Read the lists; images are read when they are asked for."""
@@ -223,11 +230,8 @@ class RetrievalImagesDataModule(RetrievalDataModule):
             labels = [kinds[part] - low + 20 * place for place, (part, low) in enumerate(zip(chosen, (0, 50), strict=True))]
             reads: list[Any] = [[Image.fromarray(one) for one in pictures[part]].__getitem__ for part in chosen]
         else:
-            first, source = _FIRST[self.release]
-            if not (self.root / first).is_file():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no {first}: unpack {source} there, or set root=null for the built-in images"
-                )
+            self.check_root(stage)
+            first = _FIRST[self.release][0]
             train, test = _READERS[self.release](self.root)
             for part, split in ((train, "training"), (test, "test")):
                 if not part.paths:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_methods.checks import at_least, one_of, within
 from lit_methods.datamodules.base import Batches, LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import data_path, listed
 from lit_methods.datamodules.tables import find_columns, is_header, plain
 
 Format = Literal["auto", "movielens", "lastfm", "lightgcn"]
@@ -140,7 +141,7 @@ def find_format(root: Path, format: Format) -> tuple[Format, list[tuple[Path, _L
     if not root.is_dir():
         raise WrongRootError(f"root={str(root)!r} is no folder: give the folder of the unpacked data set, or null for the built-in set")
     if format in ("auto", "lightgcn"):
-        pairs = [(train, train.with_suffix(".test")) for train in sorted(root.glob("*.train"))]
+        pairs = [(train, train.with_suffix(".test")) for train in listed(root, "*.train")]
         pairs = [pair for pair in pairs if pair[1].is_file()]
         if len(pairs) > 1:
             raise WrongRootError(f"root={str(root)!r} has several data sets ({', '.join(p[0].stem for p in pairs)}): keep one in a folder")
@@ -149,7 +150,7 @@ def find_format(root: Path, format: Format) -> tuple[Format, list[tuple[Path, _L
     for name, layouts in (("movielens", _MOVIELENS), ("lastfm", _LASTFM)):
         if format in ("auto", name):
             for pattern, layout in layouts.items():
-                if found := sorted(root.glob(pattern)):
+                if found := listed(root, pattern):
                     return name, [(found[0], layout)]  # type: ignore[return-value]
     wanted = {
         "movielens": "ratings.dat, ratings.csv, u.data or *.inter (https://grouplens.org/datasets/movielens)",
@@ -448,7 +449,7 @@ class RatingsDataModule(LoaderDataModule):
         within("(0, 0.5)", "a share", heldout_users=heldout_users)
         at_least(1, min_user_items=min_user_items, min_item_users=min_item_users, num_negatives=num_negatives)
         self.save_hyperparameters()
-        self.root = None if root is None else Path(root)
+        self.root = data_path(root)
         self.format, self.mode, self.min_value = format, mode, min_value
         self.min_user_items, self.min_item_users = min_user_items, min_item_users
         self.test_share, self.val_share, self.heldout_users, self.num_negatives = test_share, val_share, heldout_users, num_negatives
@@ -457,6 +458,11 @@ class RatingsDataModule(LoaderDataModule):
         self.train_interactions: tuple[Tensor, Tensor] | None = None
 
     # ---- reading and splitting -------------------------------------------------------------------------------------------------------
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look which layout is there."""
+        if self.root is not None:
+            find_format(self.root, self.format)
 
     def setup(self, stage: str) -> None:
         """Read, thin out, split.

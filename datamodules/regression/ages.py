@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import crop_and_flip, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
 from lit_methods.datamodules.tables import named_rows
@@ -135,7 +136,16 @@ class AgeDataModule(RegressionDataModule):
         at_least(1, image_size=image_size)
         at_least(0, views=views)
         self.save_hyperparameters()
-        self.root, self.release = root if root is None else Path(root), name  # Lightning has a use of its own for `name`
+        self.root, self.release = data_path(root), name  # Lightning has a use of its own for `name`
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the table."""
+        file = _FILES[self.release]
+        if self.root is not None and not (self.root / file).is_file():
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no {file}: put the table of YyzHarry/imbalanced-regression and the images there, "
+                "or set root=null for the built-in pictures"
+            )
 
     def setup(self, stage: str) -> None:
         """Read the table; images are read when they are asked for."""
@@ -146,13 +156,8 @@ class AgeDataModule(RegressionDataModule):
             reads: dict[str, Any] = {split: pictures.__getitem__ for split, (pictures, _) in made.items()}
             ages = {split: labels for split, (_, labels) in made.items()}
         else:
-            file = self.root / _FILES[self.release]
-            if not file.is_file():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no {file.name}: put the table of YyzHarry/imbalanced-regression and the images there, "
-                    "or set root=null for the built-in pictures"
-                )
-            table = read_ages(file)
+            self.check_root(stage)
+            table = read_ages(self.root / _FILES[self.release])
             reads = {split: partial(_open, self.root, paths) for split, (paths, _) in table.items()}
             ages = {split: labels for split, (_, labels) in table.items()}
         labels = dict(zip(_SPLITS, self.known(ages["train"], [ages["val"], ages["test"]]), strict=True))

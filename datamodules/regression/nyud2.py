@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import GREY_16_MODES, IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, Reweighting
 from lit_methods.datamodules.tables import find_columns, rows_of
@@ -244,7 +245,15 @@ class NYUD2DataModule(RegressionDataModule):
         super().__init__(rare, 0.1, _BINS, batch_size=batch_size, num_workers=num_workers, seed=seed)
         at_least(1, count_images=count_images)
         self.save_hyperparameters()
-        self.root = root if root is None else Path(root)
+        self.root = data_path(root)
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the training list."""
+        if self.root is not None and not (self.root / "nyu2_train.csv").is_file():
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no nyu2_train.csv: unpack the data of NYUD2-DIR (YyzHarry/imbalanced-regression) there, "
+                "or set root=null for the built-in rooms"
+            )
 
     def setup(self, stage: str) -> None:
         """Read the lists and count depths; images are read when they are asked for."""
@@ -256,11 +265,7 @@ class NYUD2DataModule(RegressionDataModule):
             reads: list[Callable[[int], tuple[Any, Any]]] = [part.__getitem__ for part in rooms]
             sizes = [len(part) for part in rooms]
         else:
-            if not (self.root / "nyu2_train.csv").is_file():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no nyu2_train.csv: unpack the data of NYUD2-DIR (YyzHarry/imbalanced-regression) there, "
-                    "or set root=null for the built-in rooms"
-                )
+            self.check_root(stage)
             lists = [read_list(self.root / f"nyu2_{split}.csv") for split in ("train", "test")]
             reads = [partial(_read, pairs, stored) for pairs, stored in zip(lists, _STORED, strict=True)]
             sizes = [len(pairs) for pairs in lists]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_methods.checks import at_least
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
 from lit_methods.datamodules.tables import named_rows
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
@@ -133,7 +134,15 @@ class SentencePairsDataModule(RegressionDataModule):
         at_least(2, num_tokens=num_tokens)
         at_least(1, max_length=max_length)
         self.save_hyperparameters()
-        self.root = root if root is None else Path(root)
+        self.root = data_path(root)
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the training table."""
+        if self.root is not None and not (self.root / _FILES["train"]).is_file():
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no {_FILES['train']}: copy the tables of sts-b-dir/glue_data/STS-B of "
+                "YyzHarry/imbalanced-regression there, or set root=null for the built-in sentences"
+            )
 
     def setup(self, stage: str) -> None:
         """Read the tables."""
@@ -146,11 +155,7 @@ class SentencePairsDataModule(RegressionDataModule):
                 for place, (split, count) in enumerate(counts.items())
             }
         else:
-            if not (self.root / _FILES["train"]).is_file():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no {_FILES['train']}: copy the tables of sts-b-dir/glue_data/STS-B of "
-                    "YyzHarry/imbalanced-regression there, or set root=null for the built-in sentences"
-                )
+            self.check_root(stage)
             table = {split: read_pairs(self.root / name) for split, name in _FILES.items()}
         labels = self.known(table["train"][1], [table["val"][1], table["test"][1]])
         transform = partial(tokens_of, num_tokens=self.hparams["num_tokens"], max_length=self.hparams["max_length"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path, user_path
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
@@ -194,16 +195,34 @@ class NoisyMasksDataModule(LoaderDataModule):
                 f"num_train={num_train}, num_val={num_val} and crop={crop} must be 1 or more, scales={tuple(scales)} and "
                 f"pixels={tuple(pixels)} rising, noise={noise} and jitter={jitter} not negative"
             )
-        self.root, self.masks, self.clean = (None if path is None else Path(path) for path in (root, masks, clean))
+        self.root, self.masks, self.clean = (data_path(path) for path in (root, masks, clean))
         self.lists = {"train": train, "val": val}
         self.crop, self.scales, self.jitter = crop, (float(scales[0]), float(scales[1])), jitter
         self.num_train, self.num_val, self.pixels, self.noise = num_train, num_val, (int(pixels[0]), int(pixels[1])), noise
-        self.labels_folder = None if labels_folder is None else Path(labels_folder)
+        self.labels_folder = user_path(labels_folder)
         self.class_names = SHAPES if root is None else VOC
         self.label_store = None
         self.clean_labels: Callable[[int], NDArray[np.uint8]] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self.save_hyperparameters(ignore=["root", "masks", "clean", "labels_folder"])  # a path would block a strict resume
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the folders of images and masks."""
+        if self.root is not None:
+            self._folders()
+
+    def _folders(self) -> tuple[Path, Path]:
+        """VOC's folder and that of the noisy masks."""
+        assert self.root is not None
+        assert self.masks is not None
+        root = next((folder for folder in (self.root, self.root / "VOCdevkit" / "VOC2012") if (folder / "JPEGImages").is_dir()), None)
+        if root is None:
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no JPEGImages: give the folder VOC2012 of the VOCdevkit, or the one above VOCdevkit"
+            )
+        if not self.masks.is_dir():
+            raise WrongRootError(f"masks={str(self.masks)!r} is no folder: give the one with a PNG for every training image")
+        return root, self.masks
 
     def setup(self, stage: str) -> None:
         """Generate, or look for the files; for a fit, write the label store.
@@ -242,15 +261,7 @@ class NoisyMasksDataModule(LoaderDataModule):
         return images.__getitem__, self.num_train, shift_outlines(labels, self.pixels, self.seed)
 
     def _files(self) -> tuple[Callable[[int], NDArray[np.float32]], int, Iterable[NDArray[np.uint8]]]:
-        assert self.root is not None
-        assert self.masks is not None
-        root = next((folder for folder in (self.root, self.root / "VOCdevkit" / "VOC2012") if (folder / "JPEGImages").is_dir()), None)
-        if root is None:
-            raise WrongRootError(
-                f"root={str(self.root)!r} has no JPEGImages: give the folder VOC2012 of the VOCdevkit, or the one above VOCdevkit"
-            )
-        if not self.masks.is_dir():
-            raise WrongRootError(f"masks={str(self.masks)!r} is no folder: give the one with a PNG for every training image")
+        root, masks = self._folders()
         names = {}
         for part, name in self.lists.items():
             path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
@@ -262,7 +273,7 @@ class NoisyMasksDataModule(LoaderDataModule):
             if not names[part]:
                 raise BrokenRecordError(path, part, "the list is empty")
         images = [[root / "JPEGImages" / f"{name}.jpg" for name in names[part]] for part in ("train", "val")]
-        noisy = [self.masks / f"{name}.png" for name in names["train"]]
+        noisy = [masks / f"{name}.png" for name in names["train"]]
         truth = [root / "SegmentationClass" / f"{name}.png" for name in names["val"]]
         classes = len(VOC)
         if self.clean is not None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lit_methods.checks import one_of
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pickles import ArraysOnly
 from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages, fixed_split
@@ -97,12 +98,11 @@ def images_and_labels(batch: dict[str, Any], source: Path | str, label_field: st
     return data.reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
 
-def read_release(root: Path, name: Name) -> tuple[Arrays, Arrays, tuple[str, ...]]:
-    """Training and test images and class names of a release.
+def release_folder(root: Path, name: Name) -> Path:
+    """The folder of a release.
 
     Raises:
-        WrongRootError: ``root`` doesn't hold the release's folder.
-        BrokenRecordError: A file is missing, truncated or wrong.
+        WrongRootError: ``root`` doesn't hold it.
     """
     folder = root / _FOLDERS[name]
     if not folder.is_dir():
@@ -110,6 +110,17 @@ def read_release(root: Path, name: Name) -> tuple[Arrays, Arrays, tuple[str, ...
             f"root={str(root)!r} has no folder {folder.name}: unpack the Python version of {name} from "
             "https://www.cs.toronto.edu/~kriz/cifar.html there, or set root=null for the built-in images"
         )
+    return folder
+
+
+def read_release(root: Path, name: Name) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    """Training and test images and class names of a release.
+
+    Raises:
+        WrongRootError: ``root`` doesn't hold the release's folder.
+        BrokenRecordError: A file is missing, truncated or wrong.
+    """
+    folder = release_folder(root, name)
     meta_file, meta_field = _META[name]
     meta = read_pickle(folder / meta_file)
     classes = 10 if name == "cifar10" else 100
@@ -179,9 +190,14 @@ class CIFARDataModule(ClassificationDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         one_of(Name, name=name)
         self.release: Name = name  # Lightning has a use of its own for `name`
-        self.root, self.augment, self.val_size = root if root is None else Path(root), augment, val_size
+        self.root, self.augment, self.val_size = data_path(root), augment, val_size
         self.mean, self.std = mean or _STATISTICS[name][0], std or _STATISTICS[name][1]
         self.save_hyperparameters()
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the release's folder."""
+        if self.root is not None:
+            release_folder(self.root, self.release)
 
     def setup(self, stage: str) -> None:
         """Read everything into memory and split."""
