@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.folders import listed, user_path
 from lit_methods.files import replacing, write_atomically
 
 _FORMAT = 1
@@ -95,7 +96,7 @@ class LabelStore:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         about = _read_json(self.folder / "store.json")
         if about.get("format") != _FORMAT:
             raise BrokenRecordError(
@@ -119,11 +120,11 @@ class LabelStore:
             labels: (H, W) integers of each image, in order of the index.
             dtype: Integer type that holds every label, the one for ignored pixels too.
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = ("store.json", "original.bin", ".*.tmp", "generation.bin", "next", "corrected-*")
         earlier = [path for name in names for path in folder.glob(name)]
-        if strange := sorted(set(folder.iterdir()) - set(earlier)):
+        if strange := sorted(set(listed(folder)) - set(earlier)):
             raise ValueError(f"{folder} is to hold labels and has {strange[0].name} in it: give an empty or a new folder")
         for path in earlier:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

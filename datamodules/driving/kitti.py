@@ -32,6 +32,7 @@ from lit_methods.datamodules.driving.common import (
     write_bytes,
 )
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path, listed
 
 Splits = Literal["train", "val", "test"]
 
@@ -90,7 +91,7 @@ def read_label_map(dataset: str | Path) -> LabelMap:
         BrokenRecordError: A key is missing, unknown, or of the wrong kind.
     """
     folder = configs_folder() / "label_maps"
-    path = Path(dataset) if str(dataset).endswith((".yaml", ".yml")) else folder / f"{dataset}.yaml"
+    path = data_path(dataset) if str(dataset).endswith((".yaml", ".yml")) else folder / f"{dataset}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise ValueError(f"dataset={str(dataset)!r} is neither a shipped label map ({known}) nor the path of a YAML file")
@@ -171,7 +172,7 @@ class KittiFrames:
                     f"{self.base / sequence / label_map.scans[0]}/. Get it from {label_map.get}, "
                     "or name the sequences that you have (train_sequences, val_sequences)"
                 )
-            scans = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
+            scans = listed(folder, endings=(".bin", ".npy"))
             self.scan_folders.append(folder)
             names += [path.stem.encode() for path in scans]
             owners += [number] * len(scans)
@@ -262,7 +263,7 @@ def sequences_folder(root: Path, label_map: LabelMap) -> Path:
     for name in label_map.folders:
         if (root / name).is_dir():
             return root / name
-    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing" if root.is_dir() else "no such folder"
+    found = ", ".join([path.name for path in listed(root)][:8]) or "nothing" if root.is_dir() else "no such folder"
     raise WrongRootError(
         f"root={str(root)!r} holds no {' or '.join(label_map.folders)}/ (found: {found}). {label_map.name} is to be had from "
         f"{label_map.get}"
@@ -336,7 +337,8 @@ class KittiStyleDataModule(DrivingDataModule):
         batch_size: Samples per process and step.
         num_workers: Processes that read data; 0 reads in the training process.
         seed: Seed of order and augmentation.
-        on_broken: error: a broken file ends the run, naming the file; skip: the next good scan takes its place, with a warning and a
+        on_broken: error: a broken file ends the run, naming the file; skip: in training the next good scan takes its place, in
+            validation, test and prediction it is left out, which ``setup`` finds out by reading these files once; with a warning and a
             count.
 
     Raises:
@@ -376,11 +378,15 @@ class KittiStyleDataModule(DrivingDataModule):
                 f"({self.label_map.get}), "
                 "or use NuScenesDataModule, whose root=null is a built-in world"
             )
-        self.root, self.mode, self.predict_split = Path(root), mode, predict_split
+        self.root, self.mode, self.predict_split = data_path(root), mode, predict_split
         self.class_names = tuple(self.label_map.classes)
         self.sequences = {"train": train_sequences, "val": val_sequences, "test": test_sequences}
         if mode == "semi_supervised":
             self.collate_train = collate_semi_supervised
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the folder of sequences."""
+        sequences_folder(self.root, self.label_map)
 
     def read(self, part: Literal["train", "val", "test", "predict"]) -> SampleDataset:
         """List the scans of a part."""
@@ -408,7 +414,7 @@ class KittiStyleDataModule(DrivingDataModule):
         labels = label_map.train_labels if split == "train" else label_map.labels
         if chosen is None and split in label_map.split_files:
             base = sequences_folder(self.root, label_map)
-            sequences = sorted(path.name for path in base.iterdir() if any((path / name).is_dir() for name in label_map.scans))
+            sequences = [path.name for path in listed(base) if any((path / name).is_dir() for name in label_map.scans)]
             frames = KittiFrames(self.root, label_map, sequences, labels, with_poses=self.neighbours > 0)
             file = label_map.split_files[split]
             return frames, frames.frames_in(base / file if (base / file).is_file() else self.root / file)

@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 
 from lit_methods.datamodules.driving.common import rigid
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import listed
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 LIDAR = "LIDAR_TOP"
@@ -145,6 +146,23 @@ class NuScenesTables:
         return np.flatnonzero(wanted).tolist()
 
 
+def tables_folder(root: Path, version: str) -> Path:
+    """The folder of a release's tables.
+
+    Raises:
+        WrongRootError: It isn't there.
+    """
+    folder = root / version
+    if not folder.is_dir():
+        there = ", ".join([path.name for path in listed(root) if path.is_dir()][:8]) or "nothing" if root.is_dir() else "no such folder"
+        raise WrongRootError(
+            f"root={str(root)!r} holds no {version}/ (found: {there}). Expected the official nuScenes layout: {version}/*.json, "
+            "samples/, sweeps/, lidarseg/. "
+            "Get it from https://www.nuscenes.org/nuscenes#download (free account), or set root=null for the built-in world"
+        )
+    return folder
+
+
 def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
     """Read the tables of a release.
 
@@ -160,16 +178,7 @@ def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
         WrongRootError: The root or a table is missing; the message says what was expected and where to get it.
         BrokenRecordError: A table is truncated, a row lacks a key, or names a row that doesn't exist.
     """
-    folder = root / version
-    if not folder.is_dir():
-        there = (
-            ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())[:8]) or "nothing" if root.is_dir() else "no such folder"
-        )
-        raise WrongRootError(
-            f"root={str(root)!r} holds no {version}/ (found: {there}). Expected the official nuScenes layout: {version}/*.json, "
-            "samples/, sweeps/, lidarseg/. "
-            "Get it from https://www.nuscenes.org/nuscenes#download (free account), or set root=null for the built-in world"
-        )
+    folder = tables_folder(root, version)
     scenes = list(read_table(folder / "scene.json", "token", "name"))
     samples = {token: (scene, stamp) for token, scene, stamp in read_table(folder / "sample.json", "token", "scene_token", "timestamp")}
     channels = dict(read_table(folder / "sensor.json", "token", "channel"))

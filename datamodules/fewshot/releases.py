@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import listed
 
 Name = Literal[
     "imagenet",
@@ -166,7 +167,7 @@ def read_imagenet(folder: Path) -> Release:
         labels: list[int] = []
         for label, (own, _, _) in enumerate(rows):
             place = folder / "images" / part / own
-            found = sorted(place.glob("*.JPEG")) if place.is_dir() else []
+            found = listed(place, "*.JPEG") if place.is_dir() else []
             if not found:
                 raise MissingFileError(place, "images", "no *.JPEG: unpack the archives into images/train and images/val, a folder a class")
             paths += found
@@ -177,6 +178,21 @@ def read_imagenet(folder: Path) -> Release:
 
 
 _READERS: dict[str, Callable[[Path], Release]] = {"imagenet": read_imagenet, "fgvc_aircraft": read_aircraft}
+
+
+def check_layout(root: Path, name: str) -> None:
+    """Look for the list of a set's splits and its folder of images.
+
+    Raises:
+        WrongRootError: The folder doesn't hold them.
+    """
+    layout = LAYOUTS[name]
+    for part in (layout.split, layout.images):
+        if not (root / part).exists():
+            raise WrongRootError(
+                f"root={str(root)!r} has no {part}: lay out {name} there as CoOp's DATASETS.md says ({layout.split} and {layout.images}/), "
+                "or set root=null for the built-in images"
+            )
 
 
 def read_release(root: Path, name: str) -> Release:
@@ -190,13 +206,8 @@ def read_release(root: Path, name: str) -> Release:
         WrongRootError: The folder doesn't hold it.
         BrokenRecordError: A file is missing or wrong; the message names it and the place.
     """
+    check_layout(root, name)
     layout = LAYOUTS[name]
-    for part in (layout.split, layout.images):
-        if not (root / part).exists():
-            raise WrongRootError(
-                f"root={str(root)!r} has no {part}: lay out {name} there as CoOp's DATASETS.md says ({layout.split} and {layout.images}/), "
-                "or set root=null for the built-in images"
-            )
     if name in _READERS:
         return _READERS[name](root)
     return read_split_file(root / layout.split, root / layout.images)
@@ -238,6 +249,7 @@ __all__ = [
     "Name",
     "Release",
     "Split",
+    "check_layout",
     "choose_shots",
     "read_aircraft",
     "read_descriptions",

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.views import Policy, View, make_views
 
@@ -135,12 +136,16 @@ class SemiSupervisedDataModule(LoaderDataModule):
         at_least(1, ratio=ratio)
         make_views(policy, strong_views)
         self.save_hyperparameters(ignore=["data"])
-        self.data = data
+        self.data, self.label_list = data, data_path(label_list)
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes."""
         return self.data.class_names
+
+    def check_root(self, stage: str = "fit") -> None:
+        """That of ``data``."""
+        self.data.check_root(stage)
 
     def setup(self, stage: str) -> None:
         """Read the data set and choose the labelled images."""
@@ -153,8 +158,8 @@ class SemiSupervisedDataModule(LoaderDataModule):
             raise ValueError(f"{type(self.data).__name__} has no training images here: give a root that holds them")
         self.labelled = (
             labelled_subset(images.labels, hp["labels_per_class"], hp["label_seed"])
-            if hp["label_list"] is None
-            else read_label_list(Path(hp["label_list"]), len(images), images.names)
+            if self.label_list is None
+            else read_label_list(self.label_list, len(images), images.names)
         )
         self.labelled_classes = torch.from_numpy(images.labels[self.labelled].astype(np.int64))
         everything = np.arange(len(images))

@@ -116,7 +116,7 @@ def test_what_is_no_tensor_is_named_and_no_code_runs(tmp_path, content, monkeypa
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     data = module(tmp_path, embedding=None, num_val=1, batch_size=1)
-    with pytest.raises(ValueError, match=r"shard-0\.tar: a\.latent\.pth can't be read as a tensor"):
+    with pytest.raises(ValueError, match=r"shard-0\.tar: a\.latent\.pth: can't be read as a tensor"):
         next(iter(data.train_dataloader()))
     assert not Path("harm-was-done").exists()
 
@@ -131,7 +131,7 @@ def broken(root: Path, part: dict[str, object]) -> LatentShardsDataModule:
     ("part", "words"),
     [
         ({"latent.pth": torch.zeros(4, 2, 6, 5)}, r"(bad|good)\.latent\.pth is .*a batch needs one shape"),
-        ({"latent.pth": torch.full((4, 2, 6, 6), torch.nan)}, r"bad\.latent\.pth has numbers that aren't finite"),
+        ({"latent.pth": torch.full((4, 2, 6, 6), torch.nan)}, r"bad\.latent\.pth: has numbers that aren't finite"),
         ({"embed.pth": torch.zeros(8)}, r"bad\.embed\.pth is \(8,\): give \(L, D\)"),
     ],
 )
