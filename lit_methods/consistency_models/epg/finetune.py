@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lit_methods import checks
+from lit_methods.compiled import names_in
 from lit_methods.consistency_models.curricula import ect_lower, ect_stage
 from lit_methods.consistency_models.epg.core import (
     Pixels,
@@ -210,7 +211,7 @@ class EPGFinetune(Stage, SampleEvaluation):
         path = self.hparams["encoder_ckpt"]
         if stage != "fit" or path is None:
             return
-        state, own = read_state_dict(path, "encoder."), self.encoder.state_dict()
+        state, own = names_in(self.encoder, read_state_dict(path, "encoder.")), self.encoder.state_dict()
         wrong = [f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here" for name in own.keys() & state.keys()
                  if own[name].shape != state[name].shape]  # fmt: skip
         if wrong or not own.keys() & state.keys():
