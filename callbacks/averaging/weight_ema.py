@@ -2,10 +2,12 @@
 
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from lit_methods.averages import ema_update, power_decay, power_exponent
+from lit_methods.callbacks.targets import refuse_lazy
 from lit_methods.checks import at_least, one_of, share
 
 Profile = Literal["constant", "power"]
@@ -37,6 +39,16 @@ class WeightEMA(WeightAveraging):
         self._exponent = power_exponent(width) if profile == "power" else 0.0
         self._now = decay
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the average.
+
+        Raises:
+            ValueError: A lazy layer has no shape yet.
+        """
+        if stage == "fit":
+            refuse_lazy(pl_module, "WeightEMA")
+        super().setup(trainer, pl_module, stage)
 
     def decay_at(self, step: int) -> float:
         """Share that the average keeps at optimiser step ``step``, counted from 0."""
