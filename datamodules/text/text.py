@@ -13,6 +13,7 @@ from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed, user_path
+from lit_methods.hub import fetch
 
 Level = Literal["char", "byte", "tokenizer"]
 SPLITS = {"train": ("train",), "val": ("valid", "validation", "val"), "test": ("test",)}
@@ -96,7 +97,13 @@ class _HuggingFace:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise ImportError('TextDataModule(level="tokenizer") needs transformers: pip install "lit-methods[transformers]"') from error
-        self._inner: Any = AutoTokenizer.from_pretrained(path)
+        place = path.expanduser()
+        self._inner: Any = fetch(
+            lambda: AutoTokenizer.from_pretrained(str(place)),
+            place,
+            given=f"tokenizer={str(path)!r}",
+            instead="give the folder of a tokenizer of transformers (tokenizer.json or the files of its kind)",
+        )
         self.vocab_size = len(self._inner)
 
     def encode(self, text: str) -> Ints:
