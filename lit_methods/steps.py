@@ -34,6 +34,11 @@ def training_length(
     return max(1, int(estimate))
 
 
+def remaining_steps(module: LightningModule, asked: int | None = None) -> int:
+    """Optimiser steps of the fit that starts now, >= 1: as asked for, or as estimated less what the trainer did in a fit before."""
+    return asked if asked is not None else max(1, training_length(module) - module.trainer.global_step)
+
+
 def steps_per_epoch(module: LightningModule, what: str | None = None) -> int:
     """Optimiser steps of an epoch, rounded up.
 
@@ -68,4 +73,4 @@ def logs_now(module: LightningModule) -> bool:
     return every > 0 and (module.trainer.global_step + 1) % every == 0
 
 
-__all__ = ["gradient_norm", "logs_now", "steps_per_epoch", "training_length"]
+__all__ = ["gradient_norm", "logs_now", "remaining_steps", "steps_per_epoch", "training_length"]
