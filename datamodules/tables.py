@@ -59,12 +59,13 @@ def find_columns(file: Path, header: Sequence[str], wanted: Mapping[str, Sequenc
     return found
 
 
-def text_of(file: Path, missing: str) -> str:
+def text_of(file: Path, missing: str, field: str = "file") -> str:
     """The text of a file in UTF-8, without a byte order mark.
 
     Args:
         file: Any text file.
         missing: What to do where there is no such file, for the message.
+        field: What the file is to the data set, for messages.
 
     Raises:
         MissingFileError: There is no such file.
@@ -73,9 +74,9 @@ def text_of(file: Path, missing: str) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise MissingFileError(file, "file", f"no such file: {missing}") from None
+        raise MissingFileError(file, field, f"no such file: {missing}") from None
     except UnicodeDecodeError as problem:
-        raise BrokenRecordError(file, "file", f"byte {problem.start} isn't UTF-8 text: truncated or no text, copy it again") from problem
+        raise BrokenRecordError(file, field, f"byte {problem.start} isn't UTF-8 text: truncated or no text, copy it again") from problem
 
 
 def rows_of(file: Path, missing: str, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[int, list[str]]]:

@@ -41,7 +41,7 @@ def _read_array(path: Path, field: str, dtype: DTypeLike, archive: str) -> tuple
         content = path.read_bytes()
     except FileNotFoundError:
         raise MissingFileError(path, field, f"no such file: the release is incomplete here, unpack its {archive} again") from None
-    except (ValueError, EOFError) as problem:
+    except Exception as problem:  # a broken file raises nearly anything
         raise BrokenRecordError(path, field, f"not a readable .npy array ({problem}): truncated, copy it again") from problem
     kind = np.dtype(dtype)
     usable = len(content) - len(content) % kind.itemsize
@@ -71,6 +71,8 @@ def read_points(path: Path, columns: int) -> Tensor:
         )
     if size == 0:
         raise BrokenRecordError(path, "points", "the scan is empty, at least one point is expected: copy the file again")
+    if values.dtype.kind not in "iuf":
+        raise BrokenRecordError(path, "points", f"holds {values.dtype}, expected numbers: another release?")
     points = np.ascontiguousarray(values.reshape(-1, columns)[:, :4], dtype=np.float32)
     if not np.isfinite(points.sum(dtype=np.float64)):  # one pass without a temporary; which row, only when there is one
         finite = np.isfinite(points).all(axis=1)
@@ -127,8 +129,10 @@ def read_labels(path: Path, dtype: DTypeLike, mask: int, table: NDArray[np.int64
     if values.size != num_points or (path.suffix != ".npy" and size != num_points * kind.itemsize):
         found = size / (values.dtype.itemsize if path.suffix == ".npy" else kind.itemsize)
         raise BrokenRecordError(path, "labels", f"{size} bytes = {found:g} labels of {kind}, but the scan has {num_points} points")
+    if values.dtype.kind not in "iu":
+        raise BrokenRecordError(path, "labels", f"holds {values.dtype}, expected integers: another release?")
     raw = values.reshape(-1).astype(np.int64) & mask
-    inside = raw < len(table)
+    inside = (raw >= 0) & (raw < len(table))
     mapped = table[np.where(inside, raw, 0)]
     bad = ~inside | (mapped < 0)
     if bad.any():

@@ -33,6 +33,7 @@ from lit_methods.datamodules.driving.common import (
 )
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
+from lit_methods.datamodules.tables import text_of
 
 Splits = Literal["train", "val", "test"]
 
@@ -95,7 +96,10 @@ def read_label_map(dataset: str | Path) -> LabelMap:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise ValueError(f"dataset={str(dataset)!r} is neither a shipped label map ({known}) nor the path of a YAML file")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(text_of(path, "give the path of a YAML file"))
+    except yaml.YAMLError as problem:
+        raise BrokenRecordError(path, "keys", f"isn't YAML ({' '.join(str(problem).split())}): truncated or no label map") from problem
     required = {
         "name",
         "get",
@@ -223,17 +227,12 @@ class KittiFrames:
             MissingFileError: There is no such file.
             BrokenRecordError: A line names a scan that isn't there.
         """
-        if not list_file.is_file():
-            raise MissingFileError(
-                list_file,
-                "split",
-                f"no such file: get it from {self.label_map.get}, or name whole sequences (train_sequences, val_sequences)",
-            )
+        content = text_of(list_file, f"get it from {self.label_map.get}, or name whole sequences (train_sequences, val_sequences)", "split")
         index = {self.token(frame): frame for frame in range(len(self))}
         found = []
-        for number, line in enumerate(list_file.read_text(encoding="utf-8").splitlines()):
+        for number, line in enumerate(content.splitlines()):
             if line.strip():
-                parts = Path(line.split()[0]).parts
+                parts = Path(line.split()[0]).parts or ("",)
                 token = f"{parts[0]}/{Path(parts[-1]).stem}"
                 if token not in index:
                     raise BrokenRecordError(list_file, f"line {number + 1}", f"names scan {token}, which isn't in {self.base}")
@@ -277,10 +276,7 @@ def read_matrices(path: Path) -> NDArray[np.float64]:
         MissingFileError: There is no such file.
         BrokenRecordError: A line doesn't hold 12 finite numbers.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise MissingFileError(path, "poses", "no such file: unpack the pose archive of the release, or set neighbours=0") from None
+    lines = text_of(path, "unpack the pose archive of the release, or set neighbours=0", "poses").splitlines()
     matrices = np.tile(np.eye(4), (len(lines), 1, 1))
     for number, line in enumerate(lines):
         try:
@@ -299,10 +295,7 @@ def read_calibration(path: Path) -> NDArray[np.float64]:
         MissingFileError: There is no such file.
         BrokenRecordError: No line ``Tr:`` of 12 numbers.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise MissingFileError(path, "Tr", "no such file: unpack the calibration archive of the release, or set neighbours=0") from None
+    lines = text_of(path, "unpack the calibration archive of the release, or set neighbours=0", "Tr").splitlines()
     for line in lines:
         key, _, numbers = line.partition(":")
         if key.strip() == "Tr":
@@ -310,6 +303,8 @@ def read_calibration(path: Path) -> NDArray[np.float64]:
                 values = np.array(numbers.split(), dtype=np.float64).reshape(3, 4)
             except ValueError as problem:
                 raise BrokenRecordError(path, "Tr", f"expected 12 numbers ({problem})") from problem
+            if not np.isfinite(values).all():
+                raise BrokenRecordError(path, "Tr", "holds NaN or infinite numbers: copy the file again")
             return rigid(values[:, :3], values[:, 3])
     raise BrokenRecordError(path, "Tr", f"no such line; it has {', '.join(line.partition(':')[0] for line in lines if line.strip())}")
 

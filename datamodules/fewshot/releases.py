@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import listed
+from lit_methods.datamodules.tables import text_of
 
 Name = Literal[
     "imagenet",
@@ -71,18 +72,16 @@ LAYOUTS: dict[str, _Layout] = {
 
 
 def read_text(file: Path) -> str:
-    """The text of a file.
+    """The text of a file, which isn't empty.
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: It isn't UTF-8.
+        BrokenRecordError: It isn't UTF-8, or empty.
     """
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingFileError(file, "file", "no such file: the release is incomplete here, copy it again") from None
-    except UnicodeDecodeError as problem:
-        raise BrokenRecordError(file, "file", f"isn't UTF-8 text ({problem}): copy it again") from problem
+    text = text_of(file, "the release is incomplete here, copy it again")
+    if not text.strip():
+        raise BrokenRecordError(file, "file", "it is empty: copy it again")
+    return text
 
 
 def read_json(file: Path) -> Any:

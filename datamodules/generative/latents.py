@@ -104,9 +104,12 @@ class LatentFiles:
 
 def _load(file: Path, **options: Any) -> NDArray[Any]:
     try:
-        return np.load(file, **options)  # type: ignore[no-any-return]
-    except (OSError, ValueError, EOFError) as problem:
+        found = np.load(file, **options)
+    except Exception as problem:  # a broken file raises nearly anything
         raise BrokenRecordError(file, "array", f"can't be read ({problem}): truncated or no .npy file, copy it again") from problem
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iuf":
+        raise BrokenRecordError(file, "array", f"holds {getattr(found, 'dtype', 'several arrays')}, expected one array of numbers")
+    return found
 
 
 def _one(file: Path, shape: tuple[int, ...] | None) -> NDArray[np.float32]:

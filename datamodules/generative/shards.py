@@ -46,7 +46,7 @@ def read_index(shard: Path, endings: Sequence[str]) -> list[Record]:
         endings: Endings that a sample must have; parts with other endings are left out.
 
     Raises:
-        ValueError: The file is truncated or no tar file, or a sample lacks a part.
+        BrokenRecordError: The file is truncated or no tar file, or a sample lacks a part.
     """
     size, end = shard.stat().st_size, 0
     found: dict[str, dict[str, Part]] = {}
@@ -58,13 +58,19 @@ def read_index(shard: Path, endings: Sequence[str]) -> list[Record]:
                 stem, _, ending = name.partition(".")
                 if member.isfile() and ending and counts(name):  # macOS puts ._<name> beside each file
                     found.setdefault(f"{folder}/{stem}" if folder else stem, {})[ending] = Part(member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard} can't be read as a tar file ({error}): it is truncated or damaged, fetch it anew") from error
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise BrokenRecordError(
+            shard, "file", f"can't be read as a tar file ({error}): it is truncated or damaged, fetch it anew"
+        ) from error
     if end + BLOCK > size:  # what follows the last member is at least one block of zeros
-        raise ValueError(f"{shard} is truncated: it has {size} bytes and ends within or right behind its last member; fetch it anew")
+        raise BrokenRecordError(
+            shard, "file", f"is truncated: it has {size} bytes and ends within or right behind its last member; fetch it anew"
+        )
     for key, parts in found.items():
         if missing := [ending for ending in endings if ending not in parts]:
-            raise ValueError(f"{shard}: sample {key!r} has no {', '.join(missing)}, it has {', '.join(sorted(parts))}: name its endings")
+            raise BrokenRecordError(
+                shard, f"sample {key!r}", f"has no {', '.join(missing)}, it has {', '.join(sorted(parts))}: name its endings"
+            )
     return [Record(shard, key, {ending: parts[ending] for ending in endings}) for key, parts in found.items()]
 
 

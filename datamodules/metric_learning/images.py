@@ -72,6 +72,8 @@ def read_cub(root: Path) -> tuple[ImageList, ImageList]:
     names, classes = root / "images.txt", root / "image_class_labels.txt"
     paths = {row[0]: root / "images" / row[1] for row in _lines(names, 2)}
     labels = {row[0]: _number(row[1], classes, f"line {number}") for number, row in enumerate(_lines(classes, 2), start=1)}
+    if wrong := [key for key, label in labels.items() if not 1 <= label <= 200]:
+        raise BrokenRecordError(classes, f"image {wrong[0]}", f"class {labels[wrong[0]]} isn't in 1..200: unpack the release again")
     if odd := sorted(paths.keys() ^ labels.keys()):
         raise BrokenRecordError(classes, f"image {odd[0]}", f"it stands in one of {names.name} and {classes.name} alone")
     return _halves(list(paths.values()), np.array([labels[key] for key in paths]), 100)
@@ -89,6 +91,8 @@ def read_cars(root: Path) -> tuple[ImageList, ImageList]:
         raise BrokenRecordError(
             file, "annotations", f"can't be read ({type(problem).__name__}: {problem}): copy the file again"
         ) from problem
+    if not labels.ndim or not len(labels) or not 1 <= labels.min() <= labels.max() <= 196:
+        raise BrokenRecordError(file, "class", f"expected one class of 1..196 an image, got {labels}: copy the file again")
     return _halves(paths, labels, 98)
 
 

@@ -482,7 +482,9 @@ class RatingsDataModule(LoaderDataModule):
         own = np.diff(train.starts)
         if self.mode != "autoencoder" and (own >= train.num_items).any():
             user = int(np.argmax(own >= train.num_items))
-            raise ValueError(f"user {user} has every item, so that no negative can be drawn: thin out by min_item_users or leave it out")
+            raise ValueError(
+                f"user {user} has every item of root={str(self.root)!r}, no negative is left: thin out by min_item_users or leave it out"
+            )
         if self.mode == "bpr":
             known, validated = train, held
             if self.val_share:
@@ -499,7 +501,9 @@ class RatingsDataModule(LoaderDataModule):
             size = max(round(self.heldout_users * len(users)), 1)
             parts = {"val": users[:size], "test": users[size : 2 * size], "train": users[2 * size :]}
             if not len(parts["train"]):
-                raise ValueError(f"{len(users)} users are too few to hold out {size} for validation and {size} for test")
+                raise ValueError(
+                    f"{len(users)} users are too few in root={str(self.root)!r} to hold out {size} for validation and {size} for test"
+                )
             whole, learners = _union(train, held), np.sort(parts["train"])
             self.val_set, self.test_set = (_Ranked(train, held, np.sort(parts[name]), history=True) for name in ("val", "test"))
             self.train_set = _Histories(whole, learners)
@@ -553,7 +557,7 @@ class RatingsDataModule(LoaderDataModule):
     def _split(self, pairs: Interactions, rng: np.random.Generator) -> tuple[Interactions, Interactions]:
         chosen = hold_out(pairs, self.test_share, rng, leave_one=self.mode == "neumf")
         if not chosen.any():
-            raise ValueError(f"test_share={self.test_share} holds nothing out of {len(pairs)} pairs: raise it")
+            raise ValueError(f"test_share={self.test_share} holds nothing out of {len(pairs)} pairs of root={str(self.root)!r}: raise it")
         return pairs.select(chosen), pairs.select(~chosen)
 
     # ---- batches ---------------------------------------------------------------------------------------------------------------------
@@ -562,7 +566,9 @@ class RatingsDataModule(LoaderDataModule):
         """Fixed negatives of each user for training, (U, N), and one held-out item before N others of users that have one."""
         both = _union(train, held)
         if (np.diff(both.starts) >= train.num_items).any():
-            raise ValueError("a user has every item, so that no candidate can be drawn: thin out by min_item_users or leave it out")
+            raise ValueError(
+                f"a user has every item of root={str(self.root)!r}, no candidate is left: thin out by min_item_users or leave it out"
+            )
         count = self.num_negatives
         everybody = np.repeat(np.arange(train.num_users), count)
         fixed = train.draw_others(everybody, rng.random(len(everybody))).reshape(-1, count)

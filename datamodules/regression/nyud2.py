@@ -287,10 +287,13 @@ def read_mask(file: Path, images: int) -> NDArray[np.bool_]:
         mask = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise MissingFileError(file, "file", "no such file: copy it from nyud2-dir of the benchmark's data") from None
-    except (ValueError, EOFError, OSError) as problem:
+    except Exception as problem:  # a broken file raises nearly anything
         raise BrokenRecordError(file, "mask", f"can't be read ({problem}): copy the file again") from problem
-    if mask.shape != (images, HEIGHT, WIDTH):
-        raise BrokenRecordError(file, "mask", f"expected {(images, HEIGHT, WIDTH)} for the images of nyu2_test.csv, got {mask.shape}")
+    shape = getattr(mask, "shape", None)  # an archive of several arrays has none
+    if shape != (images, HEIGHT, WIDTH):
+        raise BrokenRecordError(file, "mask", f"expected {(images, HEIGHT, WIDTH)} for the images of nyu2_test.csv, got {shape}")
+    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+        raise BrokenRecordError(file, "mask", f"expected 0 and 1, got {mask.dtype} with other values: copy the file again")
     return mask.astype(bool)
 
 

@@ -19,6 +19,7 @@ from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, resize
+from lit_methods.datamodules.tables import text_of
 from lit_methods.runs.folder import run_dir
 
 VOC = (
@@ -269,7 +270,7 @@ class NoisyMasksDataModule(LoaderDataModule):
                 raise MissingFileError(
                     path, part, "no such list; trainaug.txt comes with the augmented annotations (SBD), not with VOC 2012"
                 )
-            names[part] = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+            names[part] = [line.split()[0] for line in text_of(path, "", part).splitlines() if line.strip()]
             if not names[part]:
                 raise BrokenRecordError(path, part, "the list is empty")
         images = [[root / "JPEGImages" / f"{name}.jpg" for name in names[part]] for part in ("train", "val")]

@@ -14,6 +14,7 @@ from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
+from lit_methods.datamodules.tables import text_of
 
 Name = Literal["generated", "synapse", "acdc"]
 SYNAPSE = ("background", "aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
@@ -88,7 +89,7 @@ def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         try:
             with h5py.File(path, "r") as arrays:
                 fields = {name: arrays[name][()] for name in ("image", "label") if name in arrays}
-        except OSError as error:
+        except Exception as error:  # h5py raises nearly anything
             raise BrokenRecordError(path, "file", f"not a readable HDF5 file ({error}): copy it again") from error
     for name in ("image", "label"):
         if name not in fields:
@@ -96,6 +97,8 @@ def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     image, label = np.asarray(fields["image"]), np.asarray(fields["label"])
     if image.shape != label.shape or image.ndim not in (2, 3):
         raise BrokenRecordError(path, "label", f"image is {image.shape} and label {label.shape}: expected one shape, (H, W) or (S, H, W)")
+    if image.dtype.kind not in "biuf" or label.dtype.kind not in "biuf":
+        raise BrokenRecordError(path, "image", f"image is {image.dtype} and label {label.dtype}: expected numbers")
     if not np.isfinite(image).all():
         raise BrokenRecordError(path, "image", "it has values that aren't finite: prepare the file again")
     with np.errstate(invalid="ignore"):
@@ -223,9 +226,10 @@ class OrganSlicesDataModule(LoaderDataModule):
     def _files(self, part: str, folder: Path, ending: str) -> list[Path]:
         names_file = self.lists[part]
         if names_file is not None:
-            if not names_file.is_file():
-                raise MissingFileError(names_file, f"{part}_list", "no such file: give the list of names, one a line")
-            names = [line.strip() for line in names_file.read_text().splitlines() if line.strip()]
+            content = text_of(names_file, "give the list of names, one a line", f"{part}_list")
+            names = [line.strip() for line in content.splitlines() if line.strip()]
+            if not names:
+                raise BrokenRecordError(names_file, f"{part}_list", "the list is empty: give names, one a line")
             paths = [folder / (name if name.endswith(ending) else f"{name}{ending}") for name in names]
             if missing := [path for path in paths if not path.is_file()]:
                 raise MissingFileError(missing[0], "file", f"one of {len(missing)} that {names_file} names and that aren't there")

@@ -270,6 +270,8 @@ class TextDataModule(LoaderDataModule):
             raise BrokenRecordError(
                 root / "meta.json", "vocab_size", f'{error!r}: expected {{"vocab_size": 32000, "dtype": "uint16"}}'
             ) from error
+        if self.vocab_size < 1:
+            raise BrokenRecordError(root / "meta.json", "vocab_size", f"{self.vocab_size}, expected 1 or more")
         if kind not in ("uint16", "uint32"):
             raise BrokenRecordError(root / "meta.json", "dtype", f"{kind!r}, expected 'uint16' or 'uint32'")
         found: dict[str, tuple[str, NDArray[Any]]] = {}

@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from lit_methods.checks import one_of
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import counts, data_path
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
+from lit_methods.datamodules.tables import text_of
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
@@ -39,12 +40,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
         MissingFileError: There is no such file.
         BrokenRecordError: It holds no names, or one twice.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingFileError(
-            path, "class_list", "no such file: give a list of folder names, or null to take the folders of train/"
-        ) from None
+    text = text_of(path, "give a list of folder names, or null to take the folders of train/", "class_list")
     try:
         names = json.loads(text) if text.lstrip().startswith("[") else [line.split()[0] for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as problem:

@@ -14,6 +14,7 @@ from lit_methods.checks import at_least
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
+from lit_methods.datamodules.tables import text_of
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.views import Policy, View, make_views
 
@@ -212,12 +213,9 @@ def read_label_list(path: Path, size: int, names: Sequence[str] = ()) -> NDArray
     Raises:
         BrokenRecordError: A line is neither, an image stands twice, or the file can't be read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise BrokenRecordError(path, "images", f"can't be read ({problem})") from None
+    lines = text_of(path, "give a list of positions or file names, one a line", "images").split()
     position = {name.rpartition("/")[2]: number for number, name in enumerate(names)}
-    found = [int(line) if line.isdigit() else position.get(line.rpartition("/")[2], size) for line in lines]
+    found = [int(line) if line.isdecimal() else position.get(line.rpartition("/")[2], size) for line in lines]
     for number, (line, image) in enumerate(zip(lines, found, strict=True), start=1):
         if image >= size:
             raise BrokenRecordError(path, f"line {number}", f"{line!r} is no position in 0..{size - 1}, nor the name of a training image")

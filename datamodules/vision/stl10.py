@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import Prepare
+from lit_methods.datamodules.tables import text_of
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
@@ -121,9 +122,7 @@ class STL10DataModule(ClassificationDataModule):
             self.check_root(stage)
             folder = self.root / "stl10_binary"
             names = folder / "class_names.txt"
-            if not names.is_file():
-                raise MissingFileError(names, "file", "no such file: unpack stl10_binary.tar.gz again")
-            self.class_names = tuple(names.read_text(encoding="utf-8").split())
+            self.class_names = tuple(text_of(names, "unpack stl10_binary.tar.gz again").split())
             if len(self.class_names) != 10:
                 raise BrokenRecordError(names, "names", f"expected 10 classes, got {len(self.class_names)}")
             train, test = (

@@ -39,7 +39,10 @@ def read_digits(path: Path) -> Arrays:
         raise BrokenRecordError(path, "file", f"it can't be read ({reason}): truncated or no MATLAB file of SVHN") from problem
     if not {"X", "y"} <= set(found):
         raise BrokenRecordError(path, "arrays", "it has no X and y: download the cropped digits (format 2), not the full numbers")
-    images, labels = found["X"], found["y"].reshape(-1).astype(np.int64)
+    images, stored = found["X"], found["y"].reshape(-1)
+    if stored.dtype.kind not in "iuf" or not (stored == np.floor(stored)).all():
+        raise BrokenRecordError(path, "y", f"expected whole numbers, got {stored.dtype}: {stored[:3].tolist()}, ...")
+    labels = stored.astype(np.int64)
     if images.ndim != 4 or images.shape[:3] != (32, 32, 3) or images.dtype != np.uint8:
         raise BrokenRecordError(path, "X", f"expected (32, 32, 3, N) uint8, got {images.shape} {images.dtype}")
     if len(labels) != images.shape[3] or not len(labels):

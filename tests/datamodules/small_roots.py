@@ -281,6 +281,7 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "shards": (shards, lambda root: D.LatentShardsDataModule(root, "*.tar", num_val=1, null_embedding=root / "negative.pt")),
     "kitti": (kitti, lambda root: D.KittiStyleDataModule(root, train_sequences=["00"], neighbours=1)),
     "nuscenes": (nuscenes, lambda root: D.NuScenesDataModule(root, "v1.0-mini", image_size=(18, 32))),
+    "nuscenes segmented": (nuscenes, lambda root: D.NuScenesDataModule(root, "v1.0-mini", "segment")),
 }
 
 
