@@ -39,7 +39,7 @@ from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, ImagePanel, Panel
 from lit_methods.runs.checkpoints import read_state_dict
 from lit_methods.seeds import own_seed, seeded_noise
-from lit_methods.steps import logs_now, training_length
+from lit_methods.steps import log_global, logs_now, training_length
 
 Mode = Literal["denoise", "consistency"]
 Weight = Literal["inverse_gap", "one"]
@@ -433,7 +433,7 @@ class EPGFinetune(Stage, SampleEvaluation):
         errors = gather_rows(torch.cat(self._errors), with_grad=False).mean(0)
         logs = {f"epg/{part}_mse": errors.mean()}
         logs |= {f"epg/{part}_mse_{sigma:g}": error for sigma, error in zip(self.hparams["probe_sigmas"], errors, strict=True)}
-        self.log_dict(logs, rank_zero_only=False)
+        log_global(self, logs)
         super().compare(part, seen)
 
     def forget(self) -> None:

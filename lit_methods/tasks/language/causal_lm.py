@@ -16,7 +16,7 @@ from lit_methods.hub import fetch
 from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, Panel
 from lit_methods.runs.checkpoints import load_into
-from lit_methods.steps import training_length
+from lit_methods.steps import log_global, training_length
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class CausalLM(Evaluated):
 
     def _log_evaluation(self, part: Part) -> None:
         loss = self.eval_loss.compute()
-        self.log_dict({f"language/{part}_loss": loss, f"language/{part}_perplexity": loss.exp()}, prog_bar=True)
+        log_global(self, {f"language/{part}_loss": loss, f"language/{part}_perplexity": loss.exp()}, prog_bar=True)
         self.eval_loss.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
