@@ -24,7 +24,7 @@ def _ignore(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-class _WithoutGraph(TorchFunctionMode):
+class WithoutGraph(TorchFunctionMode):
     """Inside, ``deepcopy`` takes the value of a tensor that hangs in a graph, where torch refuses to copy it.
 
     Such tensors are what ``weight_norm`` and ``torch.nn.utils.prune`` leave on a module (made anew at each call), or kept outputs.
@@ -85,7 +85,7 @@ def copy_of(module: nn.Module, shared: Iterable[Any] = ()) -> nn.Module:
     """
     watching = [hook for part in module.modules() for hook in part._forward_hooks.values() if _is_of_callback(hook)]
     memo: dict[int, Any] = {id(one): one for one in (*shared, *watching)}
-    with _WithoutGraph():
+    with WithoutGraph():
         twin = copy.deepcopy(module, memo)
     for part in twin.modules():
         for key, hook in list(part._forward_hooks.items()):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lit_methods.averages import ema_update, power_decay, power_exponent
 from lit_methods.callbacks.targets import refuse_lazy
+from lit_methods.callbacks.twin import WithoutGraph
 from lit_methods.checks import at_least, one_of, share
 
 Profile = Literal["constant", "power"]
@@ -19,7 +20,7 @@ class WeightEMA(WeightAveraging):
     Runs: the average follows after every optimiser step. During validation and at the end of training the module has the averaged weights.
     Lightning gives it its own weights back before its ``on_validation_epoch_end``: draw samples in ``validation_step``. Buffers are copied.
     Saves: in ``state_dict`` of checkpoints the module has the averaged weights; a resumed run goes on with its own, which stand there, too.
-    Refuses: strategies that shard weights. It is not for a teacher: that is ``EMATeacher``.
+    Refuses: strategies that shard weights, and lazy layers without a shape. It is not for a teacher: that is ``EMATeacher``.
 
     Args:
         decay: Share of itself that a ``constant`` average keeps at a step, in [0, 1]: 0.99993 for iCT on CIFAR-10.
@@ -48,7 +49,8 @@ class WeightEMA(WeightAveraging):
         """
         if stage == "fit":
             refuse_lazy(pl_module, "WeightEMA")
-        super().setup(trainer, pl_module, stage)
+        with WithoutGraph():  # Lightning copies the module
+            super().setup(trainer, pl_module, stage)
 
     def decay_at(self, step: int) -> float:
         """Share that the average keeps at optimiser step ``step``, counted from 0."""

@@ -64,11 +64,14 @@ def batch_dice(logits: Tensor, labels: Tensor, ignore_index: int = -100, smooth:
         Scalar in 0 to 1.
     """
     p = logits.softmax(dim=1)
-    counts = (labels != ignore_index).unsqueeze(1)
-    target = F.one_hot(labels.masked_fill(labels == ignore_index, 0), logits.shape[1]).movedim(-1, 1).to(p.dtype) * counts
-    p = p * counts
-    sums = [part.transpose(0, 1).flatten(1).sum(1) for part in (p * target, p * p, target)]  # a one-hot target is its own square
-    return (1 - (2 * sums[0] + smooth) / (sums[1] + sums[2] + smooth)).mean()
+    counted = labels != ignore_index
+    at, counts = labels.where(counted, 0), counted.to(p.dtype)
+    own = p.gather(1, at.unsqueeze(1)).squeeze(1) * counts  # of the label's class: no one-hot target is made
+    wide = p.dtype if p.device.type == "mps" else torch.float64  # the sums go over all pixels, one by one
+    zeros = torch.zeros(p.shape[1], dtype=wide, device=p.device)
+    hits, pixels = (zeros.index_add(0, at.flatten(), part.flatten().to(wide)).to(p.dtype) for part in (own, counts))
+    squares = ((p * p).flatten(2) @ counts.reshape(len(labels), -1, 1)).sum((0, 2))
+    return (1 - (2 * hits + smooth) / (squares + pixels + smooth)).mean()
 
 
 def has_foreground(labels: Tensor, ignore_index: int = -100) -> Tensor:
