@@ -34,6 +34,7 @@ from lit_methods.datamodules.driving.common import (
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
 from lit_methods.datamodules.tables import text_of
+from lit_methods.files import refuse_repeated_keys
 
 Splits = Literal["train", "val", "test"]
 
@@ -97,7 +98,9 @@ def read_label_map(dataset: str | Path) -> LabelMap:
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise ValueError(f"dataset={str(dataset)!r} is neither a shipped label map ({known}) nor the path of a YAML file")
     try:
-        content = yaml.safe_load(text_of(path, "give the path of a YAML file"))
+        text = text_of(path, "give the path of a YAML file")
+        refuse_repeated_keys(text, str(path))
+        content = yaml.safe_load(text)
     except yaml.YAMLError as problem:
         raise BrokenRecordError(path, "keys", f"isn't YAML ({' '.join(str(problem).split())}): truncated or no label map") from problem
     required = {
