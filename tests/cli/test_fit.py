@@ -244,6 +244,14 @@ def test_fragments_run(fragment: str) -> None:
     assert steps == (4 if fragment == "debug/fast" else 2)
 
 
+def test_overfitting_runs_whatever_the_config_says_of_validation() -> None:
+    """Many configs count validation in steps, more of them than the two that an epoch has then."""
+    Path("steps.yaml").write_text("trainer:\n  val_check_interval: 100\n  check_val_every_n_epoch: null\n")
+    configs = ("base.yaml", "steps.yaml", "configs/debug/overfit.yaml")
+    assert main(["fit", *(word for config in configs for word in ("--config", config)), "--trainer.max_epochs", "10"]) == 0
+    assert torch.load(runs()[0] / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 20
+
+
 # -- what is said when something is wrong --------------------------------------------------------------------------------------------
 
 YAML_ERRORS = {

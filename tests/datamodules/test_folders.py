@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from small_roots import ROOTS, everything
 from torch import Tensor
 
 from lit_methods import datamodules
+from lit_methods.catalog import configs_folder
 from lit_methods.datamodules.errors import WrongRootError
 from lit_methods.datamodules.folders import COMMON, counts, data_path, listed, user_path
 from lit_methods.datamodules.label_store import LabelStore
@@ -145,3 +147,17 @@ def test_a_missing_root_is_told_before_anything_is_read(name, tmp_path):
 def test_built_in_data_need_no_root(name):
     arguments = {"data": datamodules.DigitsDataModule()} if name == "SemiSupervisedDataModule" else {}
     getattr(datamodules, name)(**arguments).check_root("fit")
+
+
+def paths_in(data) -> list[tuple[str, str]]:
+    """Keys and paths of a config's part on data."""
+    inner = data["init_args"]
+    found = [(key, inner[key]) for name, key in WITH_PATHS if name == data["class_path"].split(".")[-1] and inner.get(key) is not None]
+    return found + [one for value in inner.values() if isinstance(value, dict) and "init_args" in value for one in paths_in(value)]
+
+
+@pytest.mark.parametrize("file", sorted((configs_folder() / "full").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_full_configs_have_their_data_below_one_folder(file):
+    found = paths_in(yaml.safe_load(file.read_text())["data"])
+    assert found
+    assert [(key, path) for key, path in found if not path.startswith("data/")] == []
