@@ -46,8 +46,7 @@ from lit_methods import (
     PixelViTEncoder,
     SmallUNet,
 )
-from lit_methods.consistency_models.epg import finetune as epg
-from lit_methods.consistency_models.epg import pretrain as epg_pretrain
+from lit_methods.consistency_models.epg import core as epg
 from lit_methods.consistency_models.pair_training import PairTraining
 from lit_methods.consistency_models.slct import module as slct
 from lit_methods.functional import (
@@ -155,8 +154,8 @@ def watched(module: pl.LightningModule, clock: Clock) -> Iterator[None]:
         watch(module, "distance", "metric")
         watch(slct, "early_diffusion_loss", "metric")
         watch(slct, "couple", "coupling")
-    for owner, name in ((epg, "detached_pseudo_huber"), (epg, "cosine_info_nce"), (epg, "square"), (epg_pretrain, "cosine_info_nce")):
-        watch(owner, name, "metric")
+    for name in ("detached_pseudo_huber", "cosine_info_nce", "square"):
+        watch(epg, name, "metric")
     watch(module, "backward", "backward")
     try:
         yield

@@ -9,12 +9,9 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lit_methods.compiled import plain_name as plain_name
+
 _SHOWN = 8
-
-
-def plain_name(name: str) -> str:
-    """``name`` as it is without ``torch.compile``: ``net._orig_mod.0`` becomes ``net.0``."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def plain_module(module: nn.Module) -> nn.Module:

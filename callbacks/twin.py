@@ -93,8 +93,8 @@ def copy_of(module: nn.Module, shared: Iterable[Any] = ()) -> nn.Module:
                 del part._forward_hooks[key]
                 part._forward_hooks_with_kwargs.pop(key, None)
                 part._forward_hooks_always_called.pop(key, None)
-        holders: list[Any] = [part._forward_hooks, part._forward_pre_hooks, vars(part)]
-        for functions in holders:
+        held: list[dict[Any, Any]] = [part._forward_hooks, part._forward_pre_hooks, vars(part)]
+        for functions in held:
             functions.update({key: _rebound(value, memo) for key, value in functions.items() if callable(value)})
     return twin
 

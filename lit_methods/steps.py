@@ -1,9 +1,10 @@
-"""Length of a training run, and when to log, in optimiser steps."""
+"""Length of a training run, and when and how to log."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -32,6 +33,11 @@ def training_length(
         ways = "max_steps or max_epochs" if instead is None else f"max_steps, max_epochs, or {instead}"
         raise ValueError(f"{what} needs an end, and this training has none: set {ways}")
     return max(1, int(estimate))
+
+
+def remaining_steps(module: LightningModule, asked: int | None = None) -> int:
+    """Optimiser steps of the fit that starts now, >= 1: as asked for, or as estimated less what the trainer did in a fit before."""
+    return asked if asked is not None else max(1, training_length(module) - module.trainer.global_step)
 
 
 def steps_per_epoch(module: LightningModule, what: str | None = None) -> int:
@@ -68,4 +74,16 @@ def logs_now(module: LightningModule) -> bool:
     return every > 0 and (module.trainer.global_step + 1) % every == 0
 
 
-__all__ = ["gradient_norm", "logs_now", "steps_per_epoch", "training_length"]
+def log_global(module: LightningModule, values: Mapping[str, Tensor | float], **options: Any) -> None:
+    """Log figures of an epoch that every rank has computed over the data of all ranks, so that they are equal everywhere.
+
+    Args:
+        module: A module in a trainer.
+        values: Name -> figure, the same names on all ranks. Their mean over the ranks is what they are; Lightning takes it so as to know.
+        **options: Further arguments of ``log_dict``.
+    """
+    placed = {name: value.to(module.device) if isinstance(value, Tensor) else value for name, value in values.items()}
+    module.log_dict(placed, sync_dist=module.trainer.world_size > 1, **options)
+
+
+__all__ = ["gradient_norm", "log_global", "logs_now", "remaining_steps", "steps_per_epoch", "training_length"]

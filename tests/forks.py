@@ -77,8 +77,11 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                 child = os.fork()
                 if not child:
                     client.close()
+                    os.setpgid(0, 0)
                     assert isinstance(request, dict)
                     return request | {"descriptors": descriptors}
+                with contextlib.suppress(OSError):  # the child has done it, and may have ended
+                    os.setpgid(child, child)  # a group of its own, before anybody knows its number
                 with contextlib.suppress(OSError):  # whoever asked has gone
                     client.sendall(f"{child}\n".encode())
                 _, status = os.waitpid(child, 0)
@@ -109,7 +112,6 @@ def become(request: dict[str, Any], path: list[str]) -> None:
     import numpy as np
     import torch
 
-    os.setsid()  # a group of its own: a signal to it reaches what it starts
     for wanted, descriptor in enumerate(request["descriptors"][:3]):
         os.dup2(descriptor, wanted)
         os.close(descriptor)

@@ -22,6 +22,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 import forks
 
@@ -102,6 +103,20 @@ class SaveAt(pl.Callback):
 Build = Callable[[], tuple[pl.LightningModule, Any, list[pl.Callback]]]
 
 
+class LoaderCheck(pl.Callback):
+    """Refuses a train loader with which a resumed run would see other batches than the uninterrupted one, whatever is tested."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loaders = trainer.train_dataloader
+        for loader in loaders.values() if isinstance(loaders, Mapping) else loaders if isinstance(loaders, list | tuple) else [loaders]:
+            keeps_its_place = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+            if isinstance(loader, DataLoader) and not keeps_its_place and trainer.num_training_batches > 1:
+                raise TypeError(
+                    f"kill_and_resume got a {type(loader).__name__} of several batches without state_dict and load_state_dict: a resumed "
+                    "run would begin its epoch anew\n  build it with lit_methods.datamodules.loaders.make_loader(..., seed=0)"
+                )
+
+
 def kill_and_resume(
     build: Build, steps: int, kill_at: int, tmp_path: Path, *, seed: int = 0, **trainer_kwargs: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -119,13 +134,16 @@ def kill_and_resume(
 
     Returns:
         State dicts of the module after the uninterrupted and after the resumed run.
+
+    Raises:
+        TypeError: The train loader can't go on with the next batch, for it has several and no ``state_dict``.
     """
     path = tmp_path / "killed.ckpt"
 
     def fit(seed: int, extra: list[pl.Callback], ckpt_path: Path | None = None) -> dict[str, Tensor]:
         pl.seed_everything(seed, verbose=False)
         module, data, callbacks = build()
-        trainer = tiny_trainer(max_steps=steps, default_root_dir=tmp_path, callbacks=[*callbacks, *extra], **trainer_kwargs)
+        trainer = tiny_trainer(max_steps=steps, default_root_dir=tmp_path, callbacks=[LoaderCheck(), *callbacks, *extra], **trainer_kwargs)
         data_kwargs = {"datamodule": data} if isinstance(data, pl.LightningDataModule) else {"train_dataloaders": data}
         trainer.fit(module, ckpt_path=ckpt_path, weights_only=True, **data_kwargs)
         assert trainer.global_step == steps, f"ended after {trainer.global_step} of {steps} steps"
@@ -402,10 +420,42 @@ class Images(torch.utils.data.Dataset):
 
 
 def fingerprint(module: torch.nn.Module) -> dict[str, Any]:
-    """Everything a callback could leave behind: attributes and hooks of every submodule, parametrisations included."""
+    """What can be left on a module: attributes and hooks of every submodule, parametrisations included."""
     found: dict[str, Any] = {}
     for name, submodule in module.named_modules():
         attributes = {key: value for key, value in vars(submodule).items() if key not in ("_trainer", "trainer")}
         hooks = {key: list(value) for key, value in attributes.items() if "hooks" in key and isinstance(value, dict)}
         found[name] = (type(submodule), sorted(attributes), hooks, sorted(submodule._parameters), sorted(submodule._buffers))
     return found
+
+
+def left_behind(
+    build: Callable[[], pl.LightningModule],
+    callback: pl.Callback | Callable[[], pl.Callback],
+    loader: Any,
+    raises: type[BaseException] | None = None,
+    **trainer_kwargs: Any,
+) -> dict[str, Any]:
+    """What a callback leaves on a module behind a run: what differs from a run without it, so not what Lightning itself leaves.
+
+    Args:
+        build: Returns a new module on every call.
+        callback: The callback, or what makes it.
+        loader: What both runs train on.
+        raises: The error that ends the run with the callback; None: it comes to its end.
+        trainer_kwargs: For the trainers of both runs, which train for one epoch unless these say otherwise.
+
+    Returns:
+        Name of a submodule -> (with the callback, without it), both as in :func:`fingerprint`, None for a submodule that isn't there.
+        Empty: nothing is left behind.
+    """
+    prints = []
+    for callbacks in ([callback if isinstance(callback, pl.Callback) else callback()], []):
+        module = build()
+        trainer = tiny_trainer(**({"max_epochs": 1, "limit_val_batches": 0} | trainer_kwargs), callbacks=callbacks)
+        with contextlib.nullcontext() if raises is None or not callbacks else contextlib.suppress(raises):
+            trainer.fit(module, loader)
+            assert raises is None or not callbacks, f"the run did not end with {raises.__name__}"
+        prints.append(fingerprint(module))
+    with_it, without = prints
+    return {name: (with_it.get(name), without.get(name)) for name in {**with_it, **without} if with_it.get(name) != without.get(name)}

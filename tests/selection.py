@@ -79,7 +79,8 @@ def is_own_file(path: Path, technique: Technique) -> bool:
 
 def is_about_all(path: Path) -> bool:
     """Whether a file may hold tests of any technique."""
-    return path.stem in WHOLE_TREE or "techniques()" in path.read_text(encoding="utf-8") or len(concerned(path)) > NEIGHBOURS
+    reads_catalogue = imports(path) & {"lit_methods.catalog.techniques", "lit_methods.catalog.published"}
+    return path.stem in WHOLE_TREE or bool(reads_catalogue) or len(concerned(path)) > NEIGHBOURS
 
 
 def names_it(value: Any, technique: Technique) -> bool:

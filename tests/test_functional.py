@@ -35,7 +35,6 @@ def test_every_name_is_the_function_of_its_home(writer: ModuleType) -> None:
         assert (found.__module__, found.__name__) == (f"lit_methods.{module}", original)
     with pytest.raises(AttributeError, match="no attribute 'conr'"):
         functional.conr  # noqa: B018
-    assert functional.shrink is not functional.issp_shrink
 
 
 def test_nothing_is_imported_before_it_is_used() -> None:

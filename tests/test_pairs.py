@@ -36,8 +36,13 @@ def related(kind: type[pl.Callback], attribute: str) -> list[type[pl.Callback]]:
     ]
 
 
+# both take the place of the module's whole loss, so each wants to come first: refused, by name and without training
+CONTRADICT = ({"AdaWAC", "MultiScaleConsistency"},)
+
+
 def excluded(kind: type[pl.Callback], other: type[pl.Callback]) -> bool:
-    return other in related(kind, "conflicts_with") or kind in related(other, "conflicts_with")
+    declared = other in related(kind, "conflicts_with") or kind in related(other, "conflicts_with")
+    return declared or {kind.__name__, other.__name__} in CONTRADICT
 
 
 DECLARING = [
@@ -64,6 +69,13 @@ def test_no_two_callbacks_contradict_each_other() -> None:
     for first, second in permutations(CALLBACKS, 2):
         if not excluded(first, second):
             sort_callbacks([bare(first), bare(second)])
+
+
+def test_those_that_contradict_each_other_are_refused() -> None:
+    by_name = {kind.__name__: kind for kind in CALLBACKS}
+    for pair in CONTRADICT:
+        with pytest.raises(ValueError, match="can't be ordered"):
+            sort_callbacks([bare(by_name[name]) for name in pair])
 
 
 def test_what_is_declared_is_found() -> None:

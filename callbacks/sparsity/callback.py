@@ -7,14 +7,15 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lit_methods import checks, distributed
 from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.sparsity.history import pack_bits
-from lit_methods.callbacks.sparsity.store import MaskStore, prunable_weights
+from lit_methods.callbacks.sparsity.store import Choice, MaskStore, choose_weights, listed, trained
 from lit_methods.callbacks.targets import plain_parameters, refuse_sharded
 from lit_methods.seeds import own_seed
 
@@ -25,6 +26,11 @@ def notify_mask_updated(trainer: pl.Trainer, pl_module: pl.LightningModule, sour
         listen = getattr(callback, "on_mask_updated", None)
         if callable(listen):
             listen(trainer, pl_module, source)
+
+
+def built_by(pl_module: pl.LightningModule) -> str | None:
+    """The module's last hook that may add layers to it, which Lightning calls behind the callbacks' ``setup``; None: they are all there."""
+    return next((hook for hook in ("configure_model", "setup") if is_overridden(hook, pl_module)), None)
 
 
 def check_ranks(who: str, masks: Iterable[Tensor], sources: str) -> None:
@@ -45,7 +51,9 @@ class MaskCallback(OrderedCallback):
     Subclasses say which masks a run starts with (:meth:`initial_masks`), and may change them later (:meth:`after_step`). Everything else is
     here.
 
-    Runs: masks are made when fit starts, on rank 0, and broadcast; weights are masked at once and again after every step of every
+    Runs: masks are made when fit starts, on rank 0, and broadcast, of weights that are trained: frozen ones and those that no optimiser
+    holds are left out, which a warning says. A second fit of the same module goes on with its masks. Weights are masked at once and again
+    after every step of every
     optimiser (a hook of the optimiser itself, so that manual optimisation, accumulation and AMP need nothing special), as is the
     optimiser's memory of dead weights. Averaged copies (``EMATeacher``, Lightning's ``WeightAveraging``) are masked when masks change.
     Every change calls ``on_mask_updated(trainer, pl_module, callback)`` of all callbacks that have it. Under DDP the ranks' masks are
@@ -53,7 +61,8 @@ class MaskCallback(OrderedCallback):
 
     Saves: masks, the step counts per optimiser and the state of the random generator. A resumed run takes them over and makes no new ones.
 
-    Refuses: strategies that shard weights, Lightning's ``ModelPruning``, and a second mask callback on the same weights.
+    Refuses: strategies that shard weights, Lightning's ``ModelPruning``, a second mask callback on the same weights, lazy layers, and
+    ``targets`` that name a weight which isn't trained, or which ``weight_norm`` and the like make in the forward pass.
 
     Args:
         targets: ``fnmatch`` patterns on submodule names; empty: every linear, convolution and attention module.
@@ -68,6 +77,7 @@ class MaskCallback(OrderedCallback):
     """
 
     artifact: ClassVar[str] = ""
+    stream: ClassVar[str] = ""  # name of the random numbers; empty: that of the class
     runs_after: ClassVar[Sequence[str]] = ("EMATeacher", "WeightAveraging")
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "ModelPruning": "it renames the weights while fit runs; DynamicSparsity and RandomPruning do the same by masks"
@@ -86,7 +96,10 @@ class MaskCallback(OrderedCallback):
         self.targets, self.skip, self.seed = list(targets), list(skip), seed
         self.mask_gradients, self.mask_optimizer_state = mask_gradients, mask_optimizer_state
         self.store = MaskStore({})
-        self.generator = torch.Generator().manual_seed(own_seed(type(self).__name__, seed))
+        self.generator = torch.Generator()
+        self._reseed()
+        self._held: set[int] | None = None  # id of what optimisers hold, while fit runs
+        self._left: dict[str, str] = {}  # weights that aren't masked -> why
         self._owned: list[list[str]] = []  # per optimiser: names of its masked weights
         self._steps: list[int] = []  # per optimiser
         self._handles: list[Any] = []
@@ -99,7 +112,23 @@ class MaskCallback(OrderedCallback):
         """Differs between callbacks of different targets: several may be used together."""
         return self._generate_state_key(targets=self.targets, skip=self.skip)
 
+    def _reseed(self) -> None:
+        self.generator.manual_seed(own_seed(self.stream or type(self).__name__, self.seed))
+
     # ---- for subclasses ----------------------------------------------------------------------------------------------------------------
+
+    def candidates(self, pl_module: nn.Module) -> Choice:
+        """The weights that targets and skip mean, trained or not."""
+        return choose_weights(pl_module, self.targets, self.skip)
+
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle what a run needs before its masks are made, from ``store.weights``."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a checkpoint's state, once the store has its weights."""
+        self.store.load_state_dict({"masks": {name: mask for name, mask in state["masks"].items() if name not in self._left}})
+        self.generator.set_state(state["generator"])
+        self._steps = [int(step) for step in state["steps"]]
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Name -> bool mask of every weight; called once, on rank 0 alone."""
@@ -131,6 +160,11 @@ class MaskCallback(OrderedCallback):
         if stage != "fit":
             return
         refuse_sharded(trainer, type(self).__name__)
+        if built_by(pl_module) is None:
+            self.refuse_overlap(trainer, pl_module)
+
+    def refuse_overlap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise if another mask callback masks one of the weights, or none can be chosen."""
         weights = self.chosen(pl_module)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is not self and isinstance(other, MaskCallback):
@@ -138,32 +172,47 @@ class MaskCallback(OrderedCallback):
 
     def chosen(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights that this callback masks, by name."""
-        return prunable_weights(pl_module, self.targets, self.skip)
+        return self._choice(pl_module).weights
+
+    def _choice(self, pl_module: nn.Module) -> Choice:
+        return trained(type(self).__name__, self.candidates(pl_module), self.targets, self._held)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make or restore the masks, apply them, and listen to the optimisers."""
-        self.store = MaskStore(self.chosen(pl_module))
-        if self._loaded is not None:
-            self.store.load_state_dict(self._loaded)
-            self.generator.set_state(self._loaded["generator"])
-        else:
+        """Make, keep or restore the masks, apply them, and listen to the optimisers."""
+        optimizers: list[torch.optim.Optimizer] = trainer.optimizers
+        held = [{id(parameter) for group in optimizer.param_groups for parameter in group["params"]} for optimizer in optimizers]
+        self._held = set().union(*held)
+        if built_by(pl_module) is not None:
+            self.refuse_overlap(trainer, pl_module)
+        choice, before = self._choice(pl_module), self.store
+        self._left = choice.left
+        if choice.left:
+            rank_zero_warn(f"{type(self).__name__} leaves out weights that it can't prune: {listed(choice.left)}")
+        self.store = MaskStore(choice.weights)
+        self._steps = [0] * len(optimizers)
+        state, self._loaded = self._loaded, None
+        kept = state is None and before.is_of(choice.weights)
+        if kept:  # a second fit
+            self.store.set(before.masks)
+        elif state is None:
+            self._reseed()
+        self.begin_fit(trainer, pl_module)
+        if state is not None:
+            self.restore(state)
+        elif not kept:
             if distributed.rank() == 0:
                 self.store.set(self.initial_masks(trainer, pl_module, self.store.weights))
-            state = self.generator.get_state()
-            distributed.broadcast_tensors([*self.store.masks.values(), state])
-            self.generator.set_state(state)
+            drawn = self.generator.get_state()
+            distributed.broadcast_tensors([*self.store.masks.values(), drawn])
+            self.generator.set_state(drawn)
         self.store.follow_device()
         self.store.apply()
         self._apply_to_averages(trainer)
         self._check_ranks()
         self._told = self.store.version
-        optimizers: list[torch.optim.Optimizer] = trainer.optimizers
-        held = [{id(parameter) for group in optimizer.param_groups for parameter in group["params"]} for optimizer in optimizers]
         self._owned = [[name for name, weight in self.store.weights.items() if id(weight) in ids] for ids in held]
-        self._steps = [int(step) for step in self._loaded["steps"]] if self._loaded is not None else [0] * len(optimizers)
-        self._loaded = None
         self._handles = [
-            optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._stepped(optimizer, index))
+            optimizer.register_step_post_hook(lambda optimizer, *_, index=index: self._stepped(trainer, optimizer, index))
             for index, optimizer in enumerate(optimizers)
         ]
         active, total = map(sum, zip(*self.store.counts().values(), strict=True))
@@ -186,11 +235,13 @@ class MaskCallback(OrderedCallback):
         return next(index for index, own in enumerate(trainer.optimizers) if own is getattr(optimizer, "_optimizer", optimizer))
 
     @torch.no_grad()
-    def _stepped(self, optimizer: torch.optim.Optimizer, index: int) -> None:
+    def _stepped(self, trainer: pl.Trainer, optimizer: torch.optim.Optimizer, index: int) -> None:
         """After each optimiser step: dead weights back to 0, then the technique's own change of masks."""
         names = self._owned[index]
-        self._steps[index] += 1
         self.store.apply(names)
+        if self not in trainer.callbacks:  # type: ignore[attr-defined]  # a trial of a tuner, which will be undone
+            return
+        self._steps[index] += 1
         gradients, self._gradients = self._gradients, {}
         changed = self.after_step(self._steps[index], names, gradients)
         if changed:
@@ -233,14 +284,17 @@ class MaskCallback(OrderedCallback):
         return {**self.store.state_dict(), "steps": list(self._steps), "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep the state until fit starts; Lightning calls this before ``on_fit_start``."""
-        self._loaded = state or None
+        """Keep the state until fit starts, before which Lightning calls this; a tuner restores while it runs."""
+        if state and self._handles:
+            self.restore(state)
+        else:
+            self._loaded = state or None
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimisers; the store stays readable."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._gradients = [], {}
+        self._handles, self._gradients, self._held = [], {}, None
 
 
 def refuse_shared(who: str, other: MaskCallback, names: Iterable[str], pl_module: nn.Module) -> None:

@@ -10,7 +10,7 @@ Left out: convolutions with groups other than depthwise ones, norms other than b
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,14 +168,17 @@ def _call(module: nn.Module, inputs: Any, forward: Forward | None) -> list[Tenso
     return _tensors(output)
 
 
-def _undisturbed(stack: ExitStack) -> None:
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
     """Plain float32, no compiled code, and the generators of random numbers as they were afterwards."""
-    stack.enter_context(isolate_rng(torch.cuda.is_available()))
-    stack.enter_context(torch.compiler.set_stance("force_eager"))
-    stack.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        stack.enter_context(torch.autocast(device, enabled=False))
+    with ExitStack() as stack:
+        stack.enter_context(isolate_rng(torch.cuda.is_available()))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | None = None) -> tuple[list[ChannelGroup], dict[str, str]]:
@@ -216,9 +219,7 @@ def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | No
     tied = set().union(*(several for several in owners.values() if len(several) > 1))
     groups: list[ChannelGroup] = []
     left: dict[str, str] = {}
-    with ExitStack() as stack:
-        _undisturbed(stack)
-        stack.enter_context(torch.enable_grad())
+    with _undisturbed(), torch.enable_grad():
         graph = tp.DependencyGraph().build_dependency(
             twin, example_inputs, forward_fn=lambda net, inputs: _call(net, inputs, forward), verbose=False
         )
@@ -239,18 +240,13 @@ def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | No
             else:
                 left |= {other: found[1] for other in {name, *found[0]}}
     groups = [group for group in groups if not left.keys() & set(group.norms)]
-    with ExitStack() as stack:
-        _undisturbed(stack)
-        stack.enter_context(torch.no_grad())
+    with _undisturbed(), torch.no_grad():
         twin.requires_grad_(False)
         _shake(twin, lambda: _call(twin, example_inputs, forward))
-        believed = []
-        for group in groups:
-            if why := _objection(twin, group, lambda net: _call(net, example_inputs, forward)):
-                left |= dict.fromkeys(group.norms, why)
-            else:
-                believed.append(group)
-    return believed, left
+        objections = [_objection(twin, group, lambda net: _call(net, example_inputs, forward)) for group in groups]
+    for group, why in zip(groups, objections, strict=True):
+        left |= dict.fromkeys(group.norms, why) if why else {}
+    return [group for group, why in zip(groups, objections, strict=True) if not why], left
 
 
 def _read(members: Any, graph: Any, names: Mapping[int, str], channels: int, tied: set[str]) -> ChannelGroup | tuple[set[str], str]:
@@ -268,26 +264,18 @@ def _read(members: Any, graph: Any, names: Mapping[int, str], channels: int, tie
             if type(target).__name__ == "_OutputOp":
                 why = why or "its channels are an output of the network"
             continue
-        side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-        if isinstance(target, _BatchNorm):
-            size, side = target.num_features, "out"
-            if target.affine:
-                norms.append(name)
-        elif isinstance(target, _ConvNd) and (target.groups == 1 or is_depthwise(target)):
-            size = target.out_channels if side == "out" else target.in_channels
-            side = "out" if is_depthwise(target) else side
-        elif isinstance(target, nn.Linear):
-            size = target.out_features if side == "out" else target.in_features
-        elif isinstance(target, nn.PReLU):
-            if target.num_parameters == 1:
-                continue
-            size, side = target.num_parameters, "out"
-        else:
+        if isinstance(target, nn.PReLU) and target.num_parameters == 1:
+            continue
+        counts = channel_counts(target)
+        if not counts or (isinstance(target, _ConvNd) and target.groups != 1 and not is_depthwise(target)):
             kind = f"{type(target).__name__} with {target.groups} groups" if isinstance(target, _ConvNd) else type(target).__name__
             why = why or f"{name} ({kind}) stands on its channels and can't be cut"
             continue
-        part = _part(name, side, size, item.idxs, item.root_idxs, channels)
-        if part is None or (isinstance(target, _BatchNorm) and (part.offset, part.block, size) != (0, 1, channels)):
+        reads = "in" in counts and not is_depthwise(target) and not graph.is_out_channel_pruning_fn(item.dep.handler)
+        side: Side = "in" if reads else "out"
+        norms += [name] if isinstance(target, _BatchNorm) and target.affine else []
+        part = _part(name, side, counts[side], item.idxs, item.root_idxs, channels)
+        if part is None or (isinstance(target, _BatchNorm) and (part.offset, part.block, part.size) != (0, 1, channels)):
             why = why or f"its channels are mixed with others in {name}"
         elif name in tied:
             why = why or f"{name} shares its weight with another layer"
@@ -533,9 +521,7 @@ def prune_channels(
     agreed = agree(groups, masks, min_channels=min_channels)
     plan = make_plan(groups, agreed)
     twin = copy.deepcopy(module).eval()
-    with ExitStack() as stack:
-        _undisturbed(stack)
-        stack.enter_context(torch.no_grad())
+    with _undisturbed(), torch.no_grad():
         if why := differs(twin, agreed, plan, lambda net: _call(net, example_inputs, forward)):
             raise RuntimeError(f"the network was not cut: {why}")
     apply_plan(module, plan)

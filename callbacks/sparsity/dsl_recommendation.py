@@ -7,7 +7,7 @@ schedule, which doesn't work there. Where the maths here differ from that code: 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods import checks
-from lit_methods.callbacks.sparsity.callback import MaskCallback
+from lit_methods.callbacks.sparsity.callback import MaskCallback, built_by
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold, grow
 from lit_methods.callbacks.sparsity.dynamics import itop_rate
 from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.schedules import cosine_drop
+from lit_methods.callbacks.sparsity.store import Choice
 from lit_methods.callbacks.targets import plain_modules, select_modules
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
-from lit_methods.steps import training_length
+from lit_methods.steps import remaining_steps
 
 TECHNIQUE = Technique(
     slug="dsl_recommendation",
@@ -103,6 +104,7 @@ def prune(weight: Tensor, mask: Tensor, ratio: float, death: Death, gradient: Te
     Raises:
         ValueError: ``taylor`` without a gradient, or an unknown ``death``.
     """
+    checks.one_of(Death, death=death)
     weight = weight.detach()
     if death == "magnitude":
         return drop_below_threshold(weight, mask, ratio) & mask
@@ -114,11 +116,9 @@ def prune(weight: Tensor, mask: Tensor, ratio: float, death: Death, gradient: Te
         sides = (mask & (weight > 0), mask & (weight < 0))
         half = math.ceil(removed / 2)
         return torch.stack([_keep_all_but(side, weight.abs(), half) for side in sides]).any(dim=0) if removed else mask
-    if death == "taylor":
-        if gradient is None:
-            raise ValueError("death='taylor' weighs weights by their gradient, and none was given")
-        return _keep_all_but(mask, (weight * gradient).abs(), removed)
-    raise ValueError(f"death={death!r} is not one of {', '.join(get_args(Death))}")
+    if gradient is None:
+        raise ValueError("death='taylor' weighs weights by their gradient, and none was given")
+    return _keep_all_but(mask, (weight * gradient).abs(), removed)
 
 
 def _keep_all_but(mask: Tensor, score: Tensor, count: int) -> Tensor:
@@ -266,6 +266,7 @@ class DSL(MaskCallback):
         self.history = MaskHistory("ever")
         self._module: pl.LightningModule | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._length = 1  # optimiser steps of this fit
         self._logged: dict[str, float] = {}
 
     @property
@@ -299,17 +300,22 @@ class DSL(MaskCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        self._refuse_sparse(pl_module)
+
+    def _refuse_sparse(self, pl_module: pl.LightningModule) -> None:
+        if built_by(pl_module) is not None and self._held is None:
+            return
         chosen = {id(weight) for weight in self.chosen(pl_module).values()}
         for name, module in pl_module.named_modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and id(module.weight) in chosen:
                 raise ValueError(f"{name!r} has sparse gradients, and DSL grows by dense ones: build the embedding with sparse=False")
 
-    def chosen(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
-        """The weights that this callback masks, by name; vectors too with ``include_vectors``."""
-        weights = super().chosen(pl_module)
+    def candidates(self, pl_module: nn.Module) -> Choice:
+        """The weights that targets and skip mean; vectors too with ``include_vectors``."""
+        choice = super().candidates(pl_module)
         if not self.include_vectors:
-            return weights
-        owners = {name.rpartition(".")[0] for name in weights}
+            return choice
+        owners = {name.rpartition(".")[0] for name in choice.weights}
         if self.targets:
             owners |= set(select_modules(pl_module, self.targets)) - set(select_modules(pl_module, self.skip) if self.skip else ())
         named = plain_modules(pl_module)
@@ -318,19 +324,25 @@ class DSL(MaskCallback):
             for own, parameter in named[owner].named_parameters(recurse=False):
                 if not any(parameter is other for other in found.values()):
                     found[f"{owner}.{own}" if owner else own] = parameter
-        return found
+        return Choice({name: weight for name, weight in found.items() if name not in choice.left}, choice.left)
+
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle the schedule's end."""
+        self._refuse_sparse(pl_module)
+        if not self.fix:
+            self._length = remaining_steps(pl_module, self.total_steps)
+        self._module, self._optimizers = pl_module, list(trainer.optimizers)
+        self.history = MaskHistory("ever")
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Masks, and which entries were ever active."""
+        super().restore(state)
+        self.history.load(state, self.store.weights, fired="ever")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle the schedule's end, then make or restore the masks."""
-        if not self.fix:
-            self.total_steps = training_length(pl_module, self.total_steps)
-        self._module, self._optimizers = pl_module, list(trainer.optimizers)
-        loaded = self._loaded
+        """Make, keep or restore the masks."""
         super().on_fit_start(trainer, pl_module)
-        self.history = MaskHistory("ever")
         self.history.note(self.store.masks)
-        if loaded is not None:
-            self.history.load(loaded, self.store.weights, fired="ever")
         self._logged = {"dsl/survival": 1.0} | self._shares()
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -343,7 +355,7 @@ class DSL(MaskCallback):
 
     def ratio(self, step: int) -> float:
         """Share of the active weights that an update after optimiser step ``step`` prunes."""
-        return update_ratio(step, self.total_steps or 1, self.initial_ratio, self.min_ratio)
+        return update_ratio(step, self._length, self.initial_ratio, self.min_ratio)
 
     def is_update(self, step: int) -> bool:
         """Whether masks change after optimiser step ``step``, counted from 1."""

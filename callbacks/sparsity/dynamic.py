@@ -14,7 +14,7 @@ from lit_methods.callbacks.sparsity.density import Method, exact_counts, layer_d
 from lit_methods.callbacks.sparsity.drop_grow import update_mask
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.schedules import drop_fraction, drop_schedule
-from lit_methods.steps import training_length
+from lit_methods.steps import remaining_steps
 
 
 class DynamicSparsity(MaskCallback):
@@ -86,6 +86,7 @@ class DynamicSparsity(MaskCallback):
         self.begin, self.end_fraction, self.total_steps = begin, end_fraction, total_steps
         self.layer_densities: dict[str, float] = {}
         self.updates: dict[int, float] = {}  # optimiser step after which masks change -> drop fraction
+        self._length = 0  # optimiser steps of this fit
         self._counts: dict[str, int] = {}
 
     @property
@@ -102,16 +103,14 @@ class DynamicSparsity(MaskCallback):
             update_interval=self.interval,
         )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle the schedule's end and the layers' densities, then make the masks."""
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle the schedule's end and the layers' densities."""
         if self.method != "static":
-            self.total_steps = training_length(pl_module, self.total_steps)
+            self._length = remaining_steps(pl_module, self.total_steps)
             schedule = (self.interval, self.begin, self.end_fraction, self.drop_fraction, self.anneal, self.rate)
-            self.updates = dict(zip(*drop_schedule(self.total_steps, *schedule), strict=True))
-        weights = self.chosen(pl_module)
-        self.layer_densities = self.densities(weights)
-        self._counts = self.counts(weights)
-        super().on_fit_start(trainer, pl_module)
+            self.updates = dict(zip(*drop_schedule(self._length, *schedule), strict=True))
+        self.layer_densities = self.densities(self.store.weights)
+        self._counts = self.counts(self.store.weights)
 
     def densities(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Density of each weight."""
@@ -133,7 +132,7 @@ class DynamicSparsity(MaskCallback):
 
     def fraction(self, step: int) -> float:
         """Share of the active weights that an update after ``step`` replaces."""
-        end = int(self.end_fraction * (self.total_steps or 0))
+        end = int(self.end_fraction * self._length)
         return drop_fraction(step, self.anneal, self.drop_fraction, self.begin, end, self.rate) if end > self.begin else 0.0
 
     def wants_gradients(self, step: int) -> bool:

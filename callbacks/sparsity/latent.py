@@ -1,21 +1,23 @@
 """Weights that the forward pass sees through a parametrisation, and that checkpoints hold as the forward pass sees them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.utils import parametrize
 
 from lit_methods import checks
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.callback import MaskCallback, refuse_shared
-from lit_methods.callbacks.sparsity.store import prunable_weights
+from lit_methods.callbacks.sparsity.callback import MaskCallback, built_by, refuse_shared
+from lit_methods.callbacks.sparsity.parametrized import LatentWeight, ParametrizedWeight, Shared
+from lit_methods.callbacks.sparsity.store import Choice, choose_weights, listed, trained
 from lit_methods.callbacks.targets import plain_modules, plain_name, refuse_sharded
+from lit_methods.callbacks.wrapping import attach, detach
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
 
@@ -74,101 +76,6 @@ def masked_weight(weight: Tensor, mask: Tensor, beta: Tensor | float, gradient: 
     return _StraightThrough.apply(weight, mask, factor)  # type: ignore[no-any-return]
 
 
-# ---- the parametrisation ---------------------------------------------------------------------------------------------------------------
-
-
-class LatentWeight(nn.Module):
-    """Base of the parametrisations: latent weight -> weight of the forward pass, of the same shape."""
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """An assigned weight becomes the latent one."""
-        return weight
-
-    def neutral_state(self) -> Mapping[str, Tensor]:
-        """Values of its own parameters with which the forward pass sees the latent weight as it is, by name."""
-        return {}
-
-
-def _plain_on_save(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """State-dict hook: the effective weight under the name that it has without us."""
-    chains: Any = module.parametrizations
-    for name, chain in chains.items():
-        if isinstance(chain[0], LatentWeight):
-            for key in [key for key in state if key.startswith(f"{prefix}parametrizations.{name}.")]:
-                del state[key]
-            with torch.no_grad():
-                state[f"{prefix}{name}"] = getattr(module, name).detach()
-
-
-def _plain_on_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook before loading: a weight under its plain name becomes the latent one."""
-    chains: Any = module.parametrizations
-    for name, chain in chains.items():
-        if isinstance(chain[0], LatentWeight) and f"{prefix}{name}" in state:
-            state[f"{prefix}parametrizations.{name}.original"] = state.pop(f"{prefix}{name}")
-            for own, value in chain[0].neutral_state().items():
-                state[f"{prefix}parametrizations.{name}.0.{own}"] = value
-
-
-class Shared:
-    """State of a parametrisation that all copies of the module share (an EMA teacher), so that they follow it."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
-        return self
-
-
-class ParametrizedWeight:
-    """One weight of a module, with a parametrisation that can be attached and taken off without a trace.
-
-    Args:
-        module: Owner of the weight.
-        attribute: Name of the weight in it.
-        parametrization: What the forward pass sees it through.
-
-    Attributes:
-        latent: The parameter that optimisers train, once attached.
-    """
-
-    latent: nn.Parameter
-
-    def __init__(self, module: nn.Module, attribute: str, parametrization: LatentWeight) -> None:
-        self.module, self.attribute, self.parametrization = module, attribute, parametrization
-
-    def attach(self) -> None:
-        """Put the parametrisation on."""
-        self._order = list(self.module._parameters)
-        hooked = parametrize.is_parametrized(self.module)  # by us, for another weight of this module
-        parametrize.register_parametrization(self.module, self.attribute, self.parametrization)
-        self.latent = self.module.parametrizations[self.attribute].original  # type: ignore[index, union-attr, assignment]
-        self._handles: list[Any] = []
-        if not hooked:
-            self._handles.append(self.module.register_state_dict_post_hook(_plain_on_save))
-            self._handles.append(self.module.register_load_state_dict_pre_hook(_plain_on_load))
-
-    def detach(self) -> None:
-        """The effective weight becomes an ordinary parameter again, the same object and at its old place.
-
-        Not by ``remove_parametrizations``: it takes the attribute out of a class that copies of the module (an EMA teacher) share.
-        """
-        module, attribute = self.module, self.attribute
-        with torch.no_grad():
-            self.latent.data = getattr(module, attribute).detach().clone()
-        for handle in self._handles:
-            handle.remove()
-        chains: Any = module.parametrizations
-        del chains[attribute]
-        if not len(chains):
-            del module.parametrizations
-            module.__class__ = type(module).__bases__[0]
-        elif not any(isinstance(chain[0], LatentWeight) for chain in chains.values()):
-            delattr(type(module), attribute)  # somebody else's parametrisation stays, and its class with it
-        own = module._parameters
-        own[attribute] = self.latent
-        for name in self._order:
-            if name in own:
-                own[name] = own.pop(name)
-
-
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -181,16 +88,19 @@ class LatentCallback(OrderedCallback):
     Subclasses make the parametrised weights (:meth:`make_layers`), say what becomes of them at the end (:meth:`finish`) and what is saved
     (:meth:`state`).
 
-    Runs: weights are parametrised in ``setup``, before the optimisers are made. :meth:`finish` is called behind the last batch, so that the
-    last validation and the last checkpoint are of the finished network, and again when training ends, as it may have been stopped early.
-    After fit the module is an ordinary one with the weights of the forward pass. While fit runs, parameters are called
-    ``<module>.parametrizations.weight.original`` in ``named_parameters()``.
+    Runs: weights are parametrised in ``setup``, or behind the module's own ``setup`` and ``configure_model`` where it has them, before the
+    optimisers are made. Frozen weights are left out, which a warning says. :meth:`finish` is called behind the last batch, so that the last
+    validation and the last checkpoint are of the finished network, and again when training ends, as it may have been stopped early. After
+    fit the module is an ordinary one with the weights of the forward pass, and its parameters have their old order. While fit runs they are
+    called ``<module>.parametrizations.weight.original`` in ``named_parameters()`` and stand behind the others of their module: code that
+    goes by names or walks two networks in parallel then (a momentum branch, groups by layer type) needs skip, or a mask callback.
 
     Saves: under the weights' own names those of the forward pass, so that checkpoints load and export without the callback; latent weights
     in the callback's state.
 
     Refuses: strategies that shard weights, Lightning's ``ModelPruning``, ``WeightAveraging`` and ``StochasticWeightAveraging``, tied
-    weights, weights that are parametrised already, and mask callbacks on the same weights.
+    weights, weights that are parametrised already, mask callbacks on the same weights, lazy layers, weights in no optimiser, and
+    ``targets`` that name frozen weights or what ``weight_norm`` and the like make in the forward pass.
 
     Args:
         targets: ``fnmatch`` patterns on submodule names; empty: every linear, convolution and attention module except first and last.
@@ -216,6 +126,8 @@ class LatentCallback(OrderedCallback):
         self._layers: dict[str, Any] = {}
         self._left: dict[str, Any] = {}  # state after fit
 
+    _late: tuple[str, Callable[..., Any]] | None = None  # hook of the module behind which weights are parametrised, and what stands there
+
     @property
     def state_key(self) -> str:
         """Differs between callbacks of different targets: several may be used together."""
@@ -225,15 +137,19 @@ class LatentCallback(OrderedCallback):
 
     def chosen(self, pl_module: nn.Module) -> dict[str, Any]:
         """Name of each chosen weight -> the weight, or what a subclass says of it."""
-        weights = prunable_weights(pl_module, list(self.targets), self.skip)
+        weights = self.trained(pl_module, list(self.targets)).weights
         if self.targets:
             return dict(weights)
-        every = list(prunable_weights(pl_module))
+        every = list(trained(type(self).__name__, choose_weights(pl_module), ()).weights)
         inner: dict[str, Any] = {name: weight for name, weight in weights.items() if name not in (every[0], every[-1])}
         if not inner:
             between = "has no linear, convolution or attention module between its first and its last one, which stay dense by default"
             raise ValueError(f"{type(pl_module).__name__} {between}: name the ones to prune with targets")
         return inner
+
+    def trained(self, pl_module: nn.Module, targets: Sequence[str]) -> Choice:
+        """Weights that targets and skip mean, less those that no training moves."""
+        return trained(type(self).__name__, choose_weights(pl_module, targets, self.skip), targets)
 
     def make_layers(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, chosen: Mapping[str, Any], places: Mapping[str, "Place"]
@@ -251,7 +167,7 @@ class LatentCallback(OrderedCallback):
     # ---- hooks -------------------------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Choose the weights and parametrise them, before the optimisers are made.
+        """Choose the weights and parametrise them, before the optimisers are made; where the module builds layers later, behind that.
 
         Raises:
             ValueError: What can't work: a sharding strategy, weights that somebody else masks, parametrises or ties.
@@ -262,6 +178,23 @@ class LatentCallback(OrderedCallback):
         refuse_sharded(trainer, type(self).__name__)
         self.leave(trainer, pl_module)
         self.reset()
+        hook = built_by(pl_module)
+        if hook is None:
+            self.parametrise(trainer, pl_module)
+        else:
+            self._late = hook, functools.partial(self._behind, trainer, pl_module)
+            attach(pl_module, self._late[1], hook, around=True)
+
+    def _behind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        if not self._layers:
+            self.parametrise(trainer, pl_module)
+        return output
+
+    def parametrise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the weights and put their parametrisations on; all layers are there."""
+        if not self.targets and (left := self.trained(pl_module, ()).left):
+            rank_zero_warn(f"{type(self).__name__} leaves out weights that it can't prune: {listed(left)}")
         chosen = self.chosen(pl_module)
         refuse_unfit(trainer, pl_module, type(self).__name__, set(chosen))
         modules = plain_modules(pl_module)
@@ -274,6 +207,18 @@ class LatentCallback(OrderedCallback):
     def title(self) -> str:
         """What the callback calls itself when it starts."""
         return type(self).__name__
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make sure that all the weights will be trained.
+
+        Raises:
+            ValueError: No optimiser holds one of them.
+        """
+        held = {id(parameter) for optimizer in trainer.optimizers for group in optimizer.param_groups for parameter in group["params"]}
+        orphans = [name for name, layer in self._layers.items() if id(layer.latent) not in held]
+        if orphans:
+            which = f"{orphans[0]} (and {len(orphans) - 1} more)"
+            raise ValueError(f"{type(self).__name__}: no optimiser holds {which}: return it from configure_optimizers, or add it to skip")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Behind the last batch: :meth:`finish`."""
@@ -292,6 +237,10 @@ class LatentCallback(OrderedCallback):
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave an ordinary module with the weights of the forward pass; the state stays readable."""
+        if self._late is not None:
+            hook, added = self._late
+            self._late = None
+            detach(pl_module, added, hook)
         if self._layers:
             state = self.state()
             self._left = state | {self.latents: apply_to_collection(state[self.latents], Tensor, lambda value: value.cpu().clone())}
@@ -337,3 +286,6 @@ def refuse_unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, n
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(other, MaskCallback):
             refuse_shared(who, other, names, pl_module)
+
+
+__all__ = ["LatentCallback", "LatentWeight", "ParametrizedWeight", "Place", "Shared", "group_dim", "masked_weight", "refuse_unfit"]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lit_methods import checks
+
 
 def _comparable(score: Tensor) -> Tensor:
     """Half types as float32, which keeps their order: not every selection kernel knows them."""
@@ -52,8 +54,7 @@ def random_mask(shape: torch.Size | tuple[int, ...], density: float, generator: 
     Raises:
         ValueError: ``density`` is out of range.
     """
-    if not 0 <= density <= 1:
-        raise ValueError(f"density is {density}, expected a share in [0, 1]")
+    checks.share(density=density)
     uniform = torch.rand(shape, generator=generator)
     return keep_largest(-uniform, round(density * uniform.numel())) if exact else uniform < density
 

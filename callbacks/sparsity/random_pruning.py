@@ -7,7 +7,7 @@ ImageNet/core.py) and CIFAR/sparselearning/snip.py (shares of the layers by SNIP
 :class:`~lit_methods.callbacks.DynamicSparsity`. The paper's further measures are in :class:`~lit_methods.callbacks.Reliability`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -20,11 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_methods import checks
 from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of, require_logits
-from lit_methods.callbacks.sparsity.callback import MaskCallback
+from lit_methods.callbacks.sparsity.callback import MaskCallback, built_by
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.scores import grasp_scores, kept_masks, kept_shares, snip_scores
+from lit_methods.callbacks.targets import plain_parameters
 from lit_methods.callbacks.twin import independent_copy, training_batches
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -176,6 +177,7 @@ class RandomPruning(MaskCallback):
     """
 
     artifact = "random_pruning_masks{where}"
+    stream = "random_pruning"
     panels: ClassVar[tuple[Panel, ...]] = (
         TablePanel("Density per layer", "random_pruning/layers", note="Wanted, and as drawn. A layer near 0 cuts the network."),
         Curve("Density of the random masks", ("random_pruning/density",), note="Constant: the masks stay."),
@@ -213,7 +215,6 @@ class RandomPruning(MaskCallback):
         checks.positive(temperature=temperature)
         if positions == "score" and method not in REMOVED:
             raise ValueError(f"positions='score' needs scores, which {method!r} has not: choose {', '.join(REMOVED)}, or 'random'")
-        self.generator.manual_seed(own_seed("random_pruning", seed))
         self.density, self.method, self.positions, self.exact, self.power = density, method, positions, exact, power
         self.last_density, self.exact_budget, self.first_layer, self.last_layer = last_density, exact_budget, first_layer, last_layer
         self.samples_per_class, self.temperature, self.redraw = samples_per_class, temperature, redraw
@@ -240,9 +241,22 @@ class RandomPruning(MaskCallback):
         if stage == "fit":
             if self.method in ("snip", "grasp"):
                 require_logits(pl_module, self.logits, f"{type(self).__name__} with method={self.method!r}")
-            names = list(self.chosen(pl_module))
-            self._place(names, "first_layer", self.first_layer)
-            self._place(names, "last_layer", self.last_layer)
+            if built_by(pl_module) is None:
+                self._check_ends(list(self.chosen(pl_module)))
+
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """All layers are there now."""
+        self._check_ends(list(self.store.weights))
+        self._gradient_norm = None
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Masks, the wanted densities and the first gradient norm."""
+        super().restore(state)
+        self.layer_densities, self._gradient_norm = dict(state["layer_densities"]), state["gradient_norm"]
+
+    def _check_ends(self, names: Sequence[str]) -> None:
+        self._place(names, "first_layer", self.first_layer)
+        self._place(names, "last_layer", self.last_layer)
 
     def _place(self, names: Sequence[str], argument: str, layer: str | None) -> int | None:
         """Index of a layer among the weights."""
@@ -279,12 +293,13 @@ class RandomPruning(MaskCallback):
     def _scores(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Tensor]:
         """Scores of the chosen weights, in a copy of the module."""
         if self.method == "global_magnitude":
-            return layer_scores(torch.clone, list(self.chosen(pl_module).values()), None, None, "global_magnitude")
+            return layer_scores(torch.clone, list(self.store.weights.values()), None, None, "global_magnitude")
         # scoring takes random numbers (dropout, augmentation) and may use kernels without second derivatives
         with isolate_rng(pl_module.device.type == "cuda"), sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(self.seed)
             twin = independent_copy(trainer, pl_module)
-            weights = [weight.requires_grad_() for weight in self.chosen(twin).values()]
+            copies = plain_parameters(twin)
+            weights = [copies[name].requires_grad_() for name in self.store.weights]
             batches = (inputs_and_labels(batch, self.inputs, self.labels) for batch in training_batches(trainer))
             first = next(batches, None)
             if first is None:
@@ -326,12 +341,6 @@ class RandomPruning(MaskCallback):
         """What all mask callbacks save, the wanted densities, and the first gradient norm."""
         state = super().state_dict()
         return state and {**state, "layer_densities": dict(self.layer_densities), "gradient_norm": self._gradient_norm}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep the state until fit starts."""
-        super().load_state_dict(state)
-        if state:
-            self.layer_densities, self._gradient_norm = dict(state["layer_densities"]), state["gradient_norm"]
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the layers."""

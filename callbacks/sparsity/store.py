@@ -1,14 +1,18 @@
 """The mask store: which weights of a model are masked, and with what. Nothing here knows Lightning."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import is_parametrized
 
+from lit_methods.callbacks.sparsity.parametrized import LatentWeight
 from lit_methods.callbacks.targets import plain_module, plain_name, select_modules
 
 _PRUNABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -24,21 +28,36 @@ def _is_prunable(module: nn.Module) -> bool:
     return isinstance(module, _PRUNABLE) or _is_conv1d(module)
 
 
-def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
-    """Weights that a sparsity technique may mask: no biases, norms or embeddings.
+_MADE_OF = ("_g", "_v", "_orig")  # endings of what weight_norm, spectral_norm and torch's pruning put in the place of a parameter
+_SHOWN = 8  # names in a message
 
-    Args:
-        root: Any module, also a compiled one.
-        targets: ``fnmatch`` patterns on submodule names such as ``encoder.*``; empty: every linear, convolution and attention module. A
-            module that a pattern names is taken whatever its type, an embedding for example.
-        skip: Patterns on submodule names that stay dense, such as ``head``; each must match something.
 
-    Returns:
-        Parameter name -> parameter with at least two dimensions, in the order of ``root.named_modules()``. A tied weight stands there once,
-        under its first name; by default it is left out if one of its owners is no prunable type (a head tied to an embedding).
+@dataclass(frozen=True)
+class Choice:
+    """Weights that a technique prunes, and those that it can't.
+
+    Attributes:
+        weights: Parameter name -> parameter with at least two dimensions, in the order of ``named_modules()``.
+        left: Name of a weight that was meant as well -> why it is left out.
+    """
+
+    weights: dict[str, nn.Parameter]
+    left: dict[str, str]
+
+
+def _is_ingredient(owner: nn.Module, name: str) -> bool:
+    """Whether a parameter isn't multiplied itself: somebody else's code makes the weight from it in the forward pass."""
+    if isinstance(owner, parametrize.ParametrizationList):
+        return not any(isinstance(step, LatentWeight) for step in owner)
+    made = next((name.removesuffix(ending) for ending in _MADE_OF if name.endswith(ending)), name)
+    return made != name and made not in owner._parameters and isinstance(getattr(owner, made, None), Tensor)
+
+
+def choose_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequence[str] = ()) -> Choice:
+    """What :func:`prunable_weights` chooses; left out are weights that ``weight_norm`` and the like make in the forward pass.
 
     Raises:
-        ValueError: A pattern matches nothing, or nothing is left.
+        ValueError: A pattern matches nothing, a chosen layer is lazy, or nothing is there to prune.
     """
     everything = {plain_name(name): module for name, module in root.named_modules()}
     chosen = select_modules(root, targets) if targets else {name: module for name, module in everything.items() if _is_prunable(module)}
@@ -52,20 +71,90 @@ def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequenc
         for parameter in module.parameters(recurse=False)
     }
     weights: dict[str, nn.Parameter] = {}
+    left: dict[str, str] = {}
     seen: set[int] = set()
     for name, module in chosen.items():
         if any(fnmatchcase(name, pattern) for pattern in skip):
             continue
-        for own, parameter in plain_module(module).named_parameters(recurse=False):
-            if parameter.ndim >= 2 and id(parameter) not in dense and id(parameter) not in seen:
+        owner, prefix = plain_module(module), f"{name}." if name else ""
+        chains: Any = getattr(owner, "parametrizations", {})
+        for own, chain in chains.items():
+            if not any(isinstance(step, LatentWeight) for step in chain):
+                left[plain_name(prefix + own)] = f"made in the forward pass by {type(chain[0]).__name__.strip('_')}"
+        for own, parameter in owner.named_parameters(recurse=False):
+            full = plain_name(prefix + own)
+            if is_lazy(parameter):
+                way = "run the module once on a batch before fit, or leave the layer out with skip"
+                raise ValueError(f"{full} of {type(root).__name__} belongs to a lazy layer and has no shape yet: {way}")
+            if _is_ingredient(owner, own):
+                left[full] = "the forward pass makes the weight of it"
+            elif isinstance(owner, nn.MultiheadAttention) and own in ("bias_k", "bias_v"):
+                continue
+            elif parameter.ndim >= 2 and id(parameter) not in dense and id(parameter) not in seen:
                 seen.add(id(parameter))
-                weights[plain_name(f"{name}.{own}" if name else own)] = parameter
-    if not weights:
-        taken = any(is_parametrized(plain_module(module)) for module in chosen.values())
-        why = "; they are parametrised already, by another callback perhaps" if taken else ""
+                weights[full] = parameter
+    if not weights and not left:
+        why = "; they are parametrised already, by another callback perhaps" if any(map(is_parametrized, root.modules())) else ""
         given = f"targets={list(targets)} with skip={list(skip)} hold no parameter with two dimensions or more{why}"
         raise ValueError(f"no weight of {type(root).__name__} is left to prune: {given}; targets name modules, not parameters")
-    return weights
+    return Choice(weights, left)
+
+
+def prunable_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """Weights that a sparsity technique may mask: no biases, norms or embeddings.
+
+    Args:
+        root: Any module, also a compiled one.
+        targets: ``fnmatch`` patterns on submodule names such as ``encoder.*``; empty: every linear, convolution and attention module. A
+            module that a pattern names is taken whatever its type, an embedding for example.
+        skip: Patterns on submodule names that stay dense, such as ``head``; each must match something.
+
+    Returns:
+        Parameter name -> parameter with at least two dimensions, in the order of ``root.named_modules()``. A tied weight stands there once,
+        under its first name; by default it is left out if one of its owners is no prunable type (a head tied to an embedding). What
+        ``weight_norm`` and the like make a weight of is left out, too.
+
+    Raises:
+        ValueError: A pattern matches nothing, a chosen layer is lazy, or nothing is left.
+    """
+    choice = choose_weights(root, targets, skip)
+    if not choice.weights:
+        raise ValueError(f"no weight of {type(root).__name__} is left to prune: {listed(choice.left)}")
+    return choice.weights
+
+
+def trained(who: str, choice: Choice, targets: Sequence[str], held: Collection[int] | None = None) -> Choice:
+    """A choice without weights that no training moves: they would be pruned once, and a momentum branch would bring them back.
+
+    Args:
+        who: Name of the technique, for messages.
+        choice: What it would prune.
+        targets: The user's patterns. What they name must be trained; without them the rest is left out.
+        held: ``id`` of every parameter that an optimiser holds; None: not known yet.
+
+    Raises:
+        ValueError: ``targets`` name a weight that can't be pruned or isn't trained, or nothing is left.
+    """
+    left = dict(choice.left)
+    for name, weight in choice.weights.items():
+        if not weight.requires_grad:
+            left[name] = "frozen"
+        elif held is not None and id(weight) not in held:
+            left[name] = "in no optimiser"
+    if left and targets:
+        raise ValueError(f"{who} prunes weights that are trained, but targets={list(targets)} mean {listed(left)} too: add these to skip")
+    weights = {name: weight for name, weight in choice.weights.items() if name not in left}
+    if left and not weights:
+        raise ValueError(f"{who} has no weight left to prune: {listed(left)}")
+    return Choice(weights, left)
+
+
+def listed(left: Mapping[str, str]) -> str:
+    """Names with their reasons, in one line: ``a, b (frozen); c (in no optimiser)``."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in left.items():
+        reasons.setdefault(why, []).append(name)
+    return "; ".join(f"{', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''} ({why})" for why, names in reasons.items())
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -99,6 +188,10 @@ class MaskStore:
         self.weights = dict(weights)
         self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
         self.version = 0
+
+    def is_of(self, weights: Mapping[str, nn.Parameter]) -> bool:
+        """Whether the masks are of these very weights."""
+        return bool(weights) and set(weights) == set(self.weights) and all(weights[name] is own for name, own in self.weights.items())
 
     def set(self, masks: Mapping[str, Tensor]) -> None:
         """Replace some masks; the weights change at the next :meth:`apply`.

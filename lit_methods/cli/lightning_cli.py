@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -134,6 +134,17 @@ class LitCLI(LightningCLI):
         if not config.trainer.barebones:
             config.trainer.logger = self._redirected(config.trainer.logger)
 
+    def instantiate_classes(self) -> None:
+        """Look for the data before anything is built: a model may take minutes, or download weights."""
+        section = self.config[self.subcommand].get("data")
+        if section is not None and any(key.rpartition(".")[2] == "root" and value is not None for key, value in section.items()):
+            parser = LightningArgumentParser(exit_on_error=False)
+            parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+            data = parser.instantiate_classes(Namespace(data=section.clone())).data
+            if hasattr(data, "check_root"):
+                data.check_root(self.subcommand)
+        super().instantiate_classes()
+
     def _restart(self, runs: Path) -> Restart | None:
         """What ``--resume auto`` goes on with. All processes look for themselves, before any of them writes."""
         first = os.environ.get(RUN_FOLDER_VARIABLE) if os.environ.get("LOCAL_RANK", "0") != "0" else None
@@ -205,6 +216,10 @@ class LitCLI(LightningCLI):
             defaults.append(ThroughputProgressBar())
         if settings.get("enable_checkpointing") is not False and not any(isinstance(callback, Checkpoint) for callback in given):
             defaults.append(ModelCheckpoint(save_last=True))  # last.ckpt: a killed run can go on
+        if settings.get("enable_model_summary") is not False and not any(isinstance(callback, ModelSummary) for callback in given):
+            from lit_methods.cli.summary import PartsTable
+
+            defaults.append(PartsTable())
         from lit_methods.callbacks.run.dashboard import Dashboard
         from lit_methods.callbacks.run.exact_resume import ExactResume
         from lit_methods.callbacks.run.finite import FiniteGuard
@@ -287,10 +302,10 @@ def _stay_offline_without_login() -> None:
 
 
 class _Quiet(logging.Filter):
-    """Drops Lightning's advertisements."""
+    """Drops Lightning's advertisements, and what it says of our table of parts."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith("💡")
+        return not str(record.msg).startswith(("💡", "Trainer already configured with model summary"))
 
 
 _QUIET = _Quiet()  # one object: adding it twice does nothing
@@ -387,6 +402,8 @@ def run(argv: list[str]) -> int:
         finish_runs(getattr(getattr(cli, "trainer", None), "loggers", ()), failed)
         os.environ.pop(RUN_FOLDER_VARIABLE, None)
         folder = getattr(cli, "run_folder", None)
-        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # nothing was run
+        if folder is not None:  # nothing was run
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+                folder.parent.rmdir()
     return 0

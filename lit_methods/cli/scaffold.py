@@ -36,7 +36,9 @@ Trainer(max_epochs=1).fit($class_name(MLP([64, 64, 10])), datamodule=DigitsDataM
     "callback": """On your own module, without touching it:
 
 ```bash
-lit fit --model my_project.MyModule --trainer.callbacks+=$class_name --trainer.callbacks.targets='$targets'
+lit fit --model lightning.pytorch.demos.boring_classes.BoringModel \\
+    --data lightning.pytorch.demos.boring_classes.BoringDataModule \\
+    --trainer.callbacks+=$class_name --trainer.callbacks.targets='["layer*"]'
 ```
 
 ```python
@@ -476,6 +478,7 @@ def _complete(slug: str) -> int:
     form = "module" if entry.form == "module" else "callback"
     words = {"slug": slug, "class_name": entry.names[0], "title": entry.title, "family": entry.family, "form": form}
     words["targets"] = '["network"]'
+    words["metric"] = f"{slug}/val_loss" if form == "module" else "classifier/val_loss"
     words["attach"] = Template(_ATTACH[form]).substitute(words)
     targets = {
         Path("configs/full") / f"{slug}.yaml": "full.yaml",

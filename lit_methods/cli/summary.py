@@ -1,13 +1,47 @@
-"""The closing lines of a run: what came out, and where it is."""
+"""The table of a module's parts before a run, and its closing lines: what came out, and where it is."""
 
 import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichModelSummary
+from lightning.pytorch.utilities.model_summary import get_human_readable_count
 
 from lit_methods.files import shown
+
+
+class PartsTable(RichModelSummary):
+    """Lightning's table of a module's parts, without FLOPs where none were counted: a module without ``example_input_array`` has "0"."""
+
+    @staticmethod
+    def summarize(
+        summary_data: list[tuple[str, list[str]]],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        total_training_modes: dict[str, int],
+        total_flops: int,
+        **summarize_kwargs: Any,
+    ) -> None:
+        """Print it."""
+        if total_flops:
+            RichModelSummary.summarize(
+                summary_data, total_parameters, trainable_parameters, model_size, total_training_modes, total_flops, **summarize_kwargs
+            )
+            return
+        from rich import get_console
+        from rich.table import Table
+
+        columns = [(name, values) for name, values in summary_data if name != "FLOPs"]
+        table = Table(header_style="bold")
+        for name, _ in columns:
+            table.add_column(name.strip(), justify="right" if "Params" in name else "left", no_wrap=name == "Name")
+        for row in zip(*(values for _, values in columns), strict=True):
+            table.add_row(*row)
+        get_console().print(table)
+        count = get_human_readable_count
+        print(f"{count(total_parameters).strip()} parameters ({model_size:,.2f} MB), {count(trainable_parameters).strip()} of them trained")
 
 
 def print_summary(trainer: pl.Trainer, folder: Path, seconds: float, metrics: int = 12) -> None:

@@ -1,6 +1,7 @@
 """The light commands: list, info, cp, export, help; none of them needs a model."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,14 @@ def test_light_commands_import_neither_torch_nor_lightning(words: list[str], tmp
     )
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("words", [["list"], ["info", "tcm"]])
+def test_a_listing_takes_less_than_two_cpu_seconds(words: list[str], tmp_path: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "lit_methods", *words], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from helpers import run_lit
 from lit_methods.cli.main import main
+from wandb_log import read_run
 
 DEMO = "lightning.pytorch.demos.boring_classes."
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -216,6 +217,7 @@ def test_every_logger_writes_into_the_run_and_gets_the_config() -> None:
     assert "config/text_summary" in events.Tags()["tensors"]
     assert "mine.Mine" in str(events.Tensors("config/text_summary")[0].tensor_proto.string_val)
     (offline,) = (run / "wandb").glob("offline-run-*")
+    read_run(offline)  # waits until it is whole
     stored = next(offline.glob("*.wandb")).read_bytes()
     assert b"mine.Mine" in stored  # the config
     assert "run_training_epoch" in (run / "profiler" / "fit-profile.txt").read_text()

@@ -73,7 +73,7 @@ def test_the_table_is_grouped_and_can_be_had_as_json(capsys: pytest.CaptureFixtu
     assert max(map(len, text.splitlines())) <= 140
     for part in parts():
         assert re.search(rf"^  {part.name} ", text, flags=re.M)
-    assert "batch: image (B, 1, 8, 8) float32 in [0, 1], label (B,) int64 in 0..9" in text
+    assert 'batch: {"image": (B, 1, 8, 8) float32 in [0, 1], "label": (B,) int64 in 0..9}' in text
     assert "cost: 4.4 thousand parameters" in text
     assert main(["list", "--parts", "--family", "segmentation", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

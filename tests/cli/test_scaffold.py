@@ -88,7 +88,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.npz", "*.md", "runs", "test_*")
     for folder in ("lit_methods", "callbacks", "datamodules", "configs", "tests/golden"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
-    for file in ("pyproject.toml", "tests/conftest.py", "tests/helpers.py"):
+    for file in ("pyproject.toml", *(f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_"))):
         shutil.copy(ROOT / file, tmp_path / file)
     for folder in ("callbacks", "datamodules", "configs"):
         (tmp_path / "lit_methods" / folder).symlink_to(tmp_path / folder)

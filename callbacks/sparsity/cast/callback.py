@@ -259,7 +259,7 @@ class CAST(LatentCallback):
         self._steps: int | None = None  # T
         self._stats: dict[str, Tensor] = {}
         self._fingerprint: Tensor | None = None
-        self._resumed = False
+        self._resumed = self._unmeasurable = False
 
     @property
     def sparsity_card(self) -> SparsityCard:
@@ -292,11 +292,10 @@ class CAST(LatentCallback):
             self.dense = DenseSelf(pl_module, self.distill, "CAST", *loss, self.labels, self.ignore_index)
         return layers
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Copy the teacher, and parametrise the weights before the optimisers are made."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.store = MaskStore({name: layer.latent for name, layer in self._layers.items()})
+    def parametrise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy the teacher, and put the parametrisations on."""
+        super().parametrise(trainer, pl_module)
+        self.store = MaskStore({name: layer.latent for name, layer in self._layers.items()})
 
     def title(self) -> str:
         """Recipe and pattern."""
@@ -316,7 +315,12 @@ class CAST(LatentCallback):
         return _Layer(place.module, place.attribute, CastWeight(weight, self.masked_forward, dim, self.scale_groups, self.slorb_block))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """First masks, teacher and optimisers: the weights are on their device, equal on all ranks, and restored if the run is resumed."""
+        """First masks, teacher and optimisers: the weights are on their device, equal on all ranks, and restored if the run is resumed.
+
+        Raises:
+            ValueError: No optimiser holds a weight, or the training has no end or another length than before the resume.
+        """
+        super().on_fit_start(trainer, pl_module)
         self.store.follow_device()
         self._settle_teacher(pl_module)
         if not self._resumed:
@@ -331,6 +335,7 @@ class CAST(LatentCallback):
         check_ranks("CAST", self.store.masks.values(), "weights")
         if self.update != "adam":
             self._replace_optimizers(trainer, self.update)
+        self._settle_length(trainer)
         notify_mask_updated(trainer, pl_module, self)
 
     def _settle_teacher(self, pl_module: pl.LightningModule) -> None:
@@ -350,11 +355,9 @@ class CAST(LatentCallback):
     def _replace_optimizers(self, trainer: pl.Trainer, rule: Rule) -> None:
         """AdamS in the place of Adam and AdamW, for the schedulers, too."""
         optimizers: list[torch.optim.Optimizer] = []
-        orphans = {name: weight for name, weight in self.store.weights.items() if weight.requires_grad}
         for old in trainer.optimizers:
             members = {id(parameter) for group in old.param_groups for parameter in group["params"]}
             sparse = [weight for weight in self.store.weights.values() if id(weight) in members]
-            orphans = {name: weight for name, weight in orphans.items() if id(weight) not in members}
             new = old
             if sparse and not isinstance(old, AdamS):
                 if not isinstance(old, torch.optim.Adam | torch.optim.AdamW):
@@ -366,18 +369,11 @@ class CAST(LatentCallback):
             for config in trainer.lr_scheduler_configs:
                 _repoint(config.scheduler, old, new)
             optimizers.append(new)
-        if orphans:
-            name, others = next(iter(orphans)), len(orphans) - 1
-            raise ValueError(f"CAST: no optimiser holds {name} (and {others} more): return it from configure_optimizers, or skip it")
         trainer.strategy.optimizers = optimizers
         self._share_masks(trainer)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle T.
-
-        Raises:
-            ValueError: The training has no end, or another length than before the resume.
-        """
+    def _settle_length(self, trainer: pl.Trainer) -> None:
+        """Settle T."""
         steps = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
         if not math.isfinite(steps):
             raise ValueError("CAST's decay grows until training ends, and this one has no end: set max_steps, max_epochs or total_steps")
@@ -386,10 +382,15 @@ class CAST(LatentCallback):
             change = f"was to take {self._steps} optimiser steps and is now to take {steps}"
             raise ValueError(f"CAST: the training {change}, so that alpha = t / T would jump: train as long, or set total_steps")
         self._steps = steps
-        ramp = steps // 4 if self.ramp_steps is None else self.ramp_steps
+        self.on_train_start(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule | None = None) -> None:
+        """Give the optimisers this run's settings: a checkpoint has restored those of its own."""
+        assert self._steps is not None
+        ramp = self._steps // 4 if self.ramp_steps is None else self.ramp_steps
         for optimizer in self._adams(trainer):
             for group in optimizer.param_groups:
-                group.update(l1_decay=self.l1_decay, total_steps=steps, ramp_steps=ramp)
+                group.update(l1_decay=self.l1_decay, total_steps=self._steps, ramp_steps=ramp)
 
     def _adams(self, trainer: pl.Trainer) -> list[AdamS]:
         return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, AdamS)]
@@ -402,7 +403,7 @@ class CAST(LatentCallback):
         if core.is_refresh_step(step, self.mask_interval) and self._refreshed != step:
             self._refreshed = step
             self._refresh(trainer, pl_module)
-        if self.probe_interval and step % self.probe_interval == 0 and self._probed != step:
+        if self.probe_interval and not self._unmeasurable and step % self.probe_interval == 0 and self._probed != step:
             self._probed = step
             self._probe(trainer, pl_module, batch, batch_idx)
         if self.dense is not None:
@@ -454,7 +455,7 @@ class CAST(LatentCallback):
                         self._stats[name] = loss.detach()
         except Exception as error:  # a figure isn't worth a training run
             rank_zero_warn(f"CAST can't measure the loss after a virtual prune ({type(error).__name__}: {error}): probe_interval is off")
-            self.probe_interval = 0
+            self._unmeasurable = True
         finally:
             self._prune(False)
 
@@ -586,7 +587,7 @@ class CAST(LatentCallback):
             self.dense.teacher.module.load_state_dict(state["teacher"])
         else:
             self._fingerprint = state["fingerprint"]
-        self._resumed = True
+        self._resumed = bool(self._first)  # not by a tuner's checkpoint of before the first masks
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave an ordinary module with the weights of the forward pass; state and masks stay readable."""

@@ -84,7 +84,7 @@ class DenseSelf:
 
     def _add(self, output: Any, batch: Any) -> Any:
         """Behind ``training_step``: mix the KL into the loss."""
-        if output is None or self._module is None:
+        if output is None or self._module is None or not self._features.active:  # a tuner's trial calls no callbacks
             return output
         loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):

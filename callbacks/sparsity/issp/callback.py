@@ -151,6 +151,9 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def _forget(self) -> None:
         self._granularity = 0
+        self._switch_at = self.prune_iters
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._waiting: list[Any] = []  # schedulers
         self._picks = MaskHistory("first", "last")
         self._penalty: dict[str, Tensor] = {}
         self._flips = torch.zeros((), dtype=torch.int64)  # of all steps
@@ -195,30 +198,40 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def _waits(self, scheduler: Any) -> bool:
         """Whether a scheduler has to wait after the step that was just made."""
+        if not any(scheduler is own for own in self._waiting):  # a tuner's
+            return False
         optimizer = getattr(scheduler, "optimizer", None)
         steps = [step for own, step in zip(self._optimizers, self._steps, strict=True) if own is optimizer] or self._steps
-        return max(steps, default=0) <= self.prune_iters
+        return max(steps, default=0) <= self._switch_at
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle the groups, then make or restore masks and picks."""
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Settle the groups and the switch; a second fit of weights that are pruned already begins behind it."""
         self._forget()
-        loaded = self._loaded
         if self.pattern is not None:
-            self._granularity = math.gcd(*(weight.numel() for weight in self.chosen(pl_module).values()))
+            self._granularity = math.gcd(*(weight.numel() for weight in self.store.weights.values()))
             n, m = core.fitting_pattern(*self.pattern, self._granularity)
             rank_zero_info(f"{type(self).__name__}: {n} of every {m} weights are pruned, {n / m:.2%}")
-        self._optimizers: list[torch.optim.Optimizer] = list(trainer.optimizers)
-        super().on_fit_start(trainer, pl_module)
+        if self.store.density() < 1:
+            self._switch_at = 0
+        self._optimizers, self._waiting = list(trainer.optimizers), [config.scheduler for config in trainer.lr_scheduler_configs]
         self._flips = torch.zeros((), dtype=torch.int64, device=pl_module.device)
-        if loaded is not None:
-            weights = self.store.weights
-            self._picks.load(loaded, weights, picked="last", first="first")
-            self._penalty = {name: value.to(weights[name].device) for name, value in loaded["penalty"].items()}
-            self._flips += int(loaded["flips"])
-            self._window = (int(loaded["window"][0]), int(loaded["window"][1]))
-            self._switch = {name: value.to(pl_module.device) for name, value in loaded["switch"].items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Masks, picks, penalties and counts."""
+        super().restore(state)
+        weights = self.store.weights
+        self._picks.load(state, weights, picked="last", first="first")
+        self._penalty = {name: value.to(weights[name].device) for name, value in state["penalty"].items()}
+        self._flips.fill_(int(state["flips"]))
+        self._window = (int(state["window"][0]), int(state["window"][1]))
+        self._switch = {name: value.to(self._flips.device) for name, value in state["switch"].items()}
+        self._switch_at = int(state.get("switch_at", self.prune_iters))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make, keep or restore masks and picks."""
+        super().on_fit_start(trainer, pl_module)
         steps = trainer.estimated_stepping_batches
-        if steps < self.prune_iters:
+        if steps < self._switch_at:
             late = f"{steps} optimiser steps, but the switch comes after prune_iters={self.prune_iters}"
             rank_zero_warn(f"{type(self).__name__}: this training has {late}: its weights will stay dense. Train longer, or lower it")
 
@@ -260,7 +273,7 @@ class IterativeSoftShrinkage(MaskCallback):
             norms, variances = torch.stack([self._gradient_stats[name].to(pl_module.device) for name in gradients]).unbind(1)
             values = {"grad_norm": norms.mean(), "grad_norm_smallest": norms.min(), "grad_variance": variances.mean()}
             pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
-        if self._steps[index] < self.prune_iters and self.method in ("iss_r", "assl"):
+        if self._steps[index] < self._switch_at and self.method in ("iss_r", "assl"):
             for name, gradient in gradients.items():
                 weight = self.store.weights[name]
                 if self.method == "assl" and name not in self._picks.last:
@@ -270,10 +283,10 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Shrink or penalise the smallest weights; after the last step of the stage, make the masks."""
-        if step > self.prune_iters:
+        if step > self._switch_at:
             return {}
-        last, updates = step == self.prune_iters, step % self.reg_interval == 0
-        grows = updates and (self.method == "iss_r" or (self.method == "assl" and step <= self.prune_iters - self.stabilize_iters))
+        last, updates = step == self._switch_at, step % self.reg_interval == 0
+        grows = updates and (self.method == "iss_r" or (self.method == "assl" and step <= self._switch_at - self.stabilize_iters))
         for name in names:
             weight = self.store.weights[name]
             if self.method in ("iss_p", "iht"):
@@ -366,7 +379,7 @@ class IterativeSoftShrinkage(MaskCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the switch has not come."""
         steps = max(self._steps, default=0)
-        if steps < self.prune_iters:
+        if steps < self._switch_at:
             early = f"after {steps} of prune_iters={self.prune_iters} steps, before the switch"
             rank_zero_warn(f"{type(self).__name__}: training ended {early}: the weights are dense")
 
@@ -394,6 +407,7 @@ class IterativeSoftShrinkage(MaskCallback):
             "flips": int(self._flips),
             "window": list(self._window),
             "switch": dict(self._switch),
+            "switch_at": self._switch_at,
         }
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

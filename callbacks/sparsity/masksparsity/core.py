@@ -9,12 +9,13 @@ bools serves as one), folding a removed channel's constant into the next bias.
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lit_methods import checks
 from lit_methods.callbacks.sparsity.masks import keep_largest
 
 Penalty = Literal["l1", "l2", "smooth_l1", "bounded_l2"]
@@ -37,16 +38,15 @@ def penalty_gradient(gamma: Tensor, penalty: Penalty, strength: float, learning_
     Raises:
         ValueError: An unknown penalty.
     """
+    checks.one_of(Penalty, penalty=penalty)
     if penalty == "l1":
         r = gamma.sign()
     elif penalty == "l2":
         r = gamma
     elif penalty == "smooth_l1":
         r = torch.where(gamma.abs() < learning_rate * strength, gamma, gamma.sign())
-    elif penalty == "bounded_l2":
-        r = torch.where(gamma.abs() <= 0.09, gamma, torch.zeros_like(gamma))
     else:
-        raise ValueError(f"penalty is {penalty!r}: give one of {', '.join(get_args(Penalty))}")
+        r = torch.where(gamma.abs() <= 0.09, gamma, torch.zeros_like(gamma))
     return strength * r
 
 
@@ -86,8 +86,7 @@ def ot_threshold(gamma: Tensor, discard: float = 1e-4) -> Tensor:
     Raises:
         ValueError: ``discard`` lies outside its range.
     """
-    if not 0 <= discard < 1:
-        raise ValueError(f"discard is {discard}: give a share of the energy, 0 up to below 1")
+    checks.within("[0, 1)", "a share of the energy", discard=discard)
     rising = gamma.detach().abs().clamp(min=1e-18).sort().values
     energy = rising.square().cumsum(0)
     first = (energy / energy[-1] > discard).int().argmax()
@@ -148,9 +147,11 @@ def keep_masks(
     Raises:
         ValueError: An argument outside its range.
     """
-    shares = list(ratio.values()) if isinstance(ratio, Mapping) else [ratio]
-    if min_channels < 1 or threshold < 0 or any(not 0 <= share <= 1 for share in shares):
-        raise ValueError(f"min_channels={min_channels} must be 1 or more, threshold={threshold} 0 or more, ratio={ratio} in [0, 1]")
+    checks.one_of(Criterion, criterion=criterion)
+    checks.at_least(1, "channels", min_channels=min_channels)
+    checks.at_least(0, threshold=threshold)
+    for share in ratio.values() if isinstance(ratio, Mapping) else [ratio]:
+        checks.share(ratio=share)
     sizes = {name: gamma.detach().abs() for name, gamma in gammas.items()}
     if criterion == "threshold":
         return {name: threshold_mask(size, threshold, min_channels) for name, size in sizes.items()}
@@ -162,8 +163,6 @@ def keep_masks(
             share = next((s for p, s in ratio.items() if fnmatchcase(name, p)), 0.0) if isinstance(ratio, Mapping) else ratio
             found[name] = keep_largest(size, min(len(size), max(min_channels, len(size) - round(share * len(size)))))
         return found
-    if criterion != "global_ratio":
-        raise ValueError(f"criterion is {criterion!r}: give one of {', '.join(get_args(Criterion))}")
     if isinstance(ratio, Mapping):
         raise ValueError(f"ratio is {dict(ratio)}, but global_ratio takes one share of all channels: give a number, or criterion='ratio'")
     every = torch.cat([size.float().cpu() for size in sizes.values()]).sort().values

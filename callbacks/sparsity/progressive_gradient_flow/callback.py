@@ -29,9 +29,9 @@ from lit_methods.callbacks.sparsity.latent import (
 )
 from lit_methods.callbacks.sparsity.progressive_gradient_flow import core
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import Phase, Recipe, parse_pattern, sparse_mask
-from lit_methods.callbacks.sparsity.store import prunable_weights
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.steps import logs_now
 
 TECHNIQUE = Technique(
     slug="progressive_gradient_flow",
@@ -260,7 +260,7 @@ class NMSparsity(LatentCallback):
             return dict.fromkeys(super().chosen(pl_module), self._pattern)
         patterns: dict[str, tuple[int, int]] = {}
         for target, pattern in self.targets.items():
-            for name in prunable_weights(pl_module, [target], self.skip):
+            for name in self.trained(pl_module, [target]).weights:
                 patterns.setdefault(name, parse_pattern(pattern))
         return patterns
 
@@ -345,7 +345,7 @@ class NMSparsity(LatentCallback):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """SR-STE's decay, on gradients that are unscaled, averaged and accumulated; norms, on steps that are logged. Before clipping."""
-        logged = (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        logged = logs_now(pl_module)
         if not self._layers or not (logged or self.recipe == "srste"):
             return
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.callbacks.sparsity.masks import is_nm, keep_largest, nm_mask
 
 Recipe = Literal[
@@ -37,8 +38,7 @@ def sparse_mask(weight: Tensor, n: int, m: int, rate: float = 0.0, dim: int = 1)
     Raises:
         ValueError: ``rate`` lies outside [0, 1], or the groups don't fit the weight.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate is {rate}: give the share of weights to prune, 0 (N:M instead) to 1")
+    checks.share(rate=rate)
     if rate > 0:
         return keep_largest(weight.detach().abs(), int((1.0 - rate) * weight.numel()))
     return nm_mask(weight, n, m, dim)

@@ -30,6 +30,7 @@ from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
     iso_flop_transform,
     transformation_of,
 )
+from lit_methods.callbacks.sparsity.store import Choice
 from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_sharded
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -176,7 +177,6 @@ class SparseIFT(DynamicSparsity):
         self._uncounted = True
         self._stored: dict[str, int] = {}  # entries of the weights of all transformed layers
         self._history = MaskHistory("ever", "always")
-        self._restored: dict[str, Any] | None = None
 
     @property
     def sparsity_card(self) -> SparsityCard:
@@ -228,17 +228,15 @@ class SparseIFT(DynamicSparsity):
         if dict(settings) != own:
             raise ValueError(f"{where}, with {dict(settings)}; this callback has {own}: use the same settings")
 
-    def chosen(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
-        """The masked weights of the transformed layers, by name; none before ``setup``."""
-        if self.transformation is None:
-            return {}
+    def candidates(self, pl_module: nn.Module) -> Choice:
+        """The masked weights of the transformed layers; none before ``setup``."""
         parameters = plain_parameters(pl_module)
         names = [name for layer in self._layers for name in layer.sparse]
         missing = [name for name in names if name not in parameters]
         if missing:
             made = f"{type(pl_module).__name__} has made its layers anew after setup"
             raise ValueError(f"{missing[0]} is gone: {made}. Let configure_model do nothing when the layers are there")
-        return {name: parameters[name] for name in names}
+        return Choice({name: parameters[name] for name in names}, {})
 
     # ---- masks -------------------------------------------------------------------------------------------------------------------------
 
@@ -264,15 +262,21 @@ class SparseIFT(DynamicSparsity):
         """Active entries after an update, as the authors' code counts them."""
         return {name: target_count(weight.numel(), 1 - self.layer_densities[name]) for name, weight in weights.items()}
 
+    def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """As dynamic sparsity, and begin to watch the masks."""
+        super().begin_fit(trainer, pl_module)
+        self._history, self._macs = MaskHistory("ever", "always"), None
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Masks, what they have been through, and the count."""
+        super().restore(state)
+        self._history.load(state, self.store.weights, ever="ever", always="always")
+        self._macs = state["macs"]
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the masks, and begin to watch them."""
+        """Make the masks."""
         super().on_fit_start(trainer, pl_module)
-        self._history = MaskHistory("ever", "always")
-        self._macs = None
-        if self._restored is not None:
-            self._history.load(self._restored, self.store.weights, ever="ever", always="always")
-            self._macs, self._restored = self._restored["macs"], None
-        else:
+        if not self._history.ever:
             self._history.note(self.store.masks)
         self._uncounted = self._macs is None
         sizes = {name: parameter.numel() for name, parameter in plain_parameters(pl_module).items()}
@@ -370,7 +374,7 @@ class SparseIFT(DynamicSparsity):
             active = sum(sizes[name] * density.get(name, 1.0) for one in layers for name in one.weights)
             values |= {"weights_ratio": active / dense, "stored_ratio": stored / dense}
         if self.method != "static":
-            end = int(self.end_fraction * (self.total_steps or 0))
+            end = int(self.end_fraction * self._length)
             values["drop_fraction"] = self.fraction(min(max(trainer.global_step, self.begin), end))
         if self._macs is not None:
             now, before = self._layer_macs(density)
@@ -427,7 +431,6 @@ class SparseIFT(DynamicSparsity):
         Raises:
             ValueError: The checkpoint's module was transformed differently.
         """
-        super().load_state_dict(state)
         if state:
             self._agree(state["settings"], "the checkpoint's module is transformed")
-            self._restored = state
+        super().load_state_dict(state)

@@ -125,7 +125,7 @@ class SparsityReport(OrderedCallback):
         self._reset()
 
     def _reset(self) -> None:
-        self._found = Findings(Guards(self.strict))
+        self._findings = Findings(Guards(self.strict))
         self._batch: Any = None  # to be timed
         self._watching, self._resumed, self._checked = False, False, -1
         self._report: dict[str, Any] = {}
@@ -144,20 +144,20 @@ class SparsityReport(OrderedCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at weights and masks for the first time; all callbacks have made theirs."""
-        self._found.network, self._watching = Network(pl_module), True
+        self._findings.network, self._watching = Network(pl_module), True
         self._observe(trainer, pl_module)
-        cards = {name: asdict(card) for name, card in self._found.sources.items() if card is not None}
+        cards = {name: asdict(card) for name, card in self._findings.sources.items() if card is not None}
         for logger in trainer.loggers if cards else ():
             logger.log_hyperparams({"sparsity_card": cards})
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the FLOPs of this batch; at the first one, those of a sample. Guards 2 and 3, now and then."""
-        meter = self._found.meter
+        meter = self._findings.meter
         if self._due(trainer) and self._checked != trainer.global_step:
             self._check(trainer, pl_module)
         if meter.macs is None and not meter.uncountable:
             meter.count(trainer, pl_module, batch, self.forward, type(self).__name__)
-            self._found.price()
+            self._findings.price()
             if not self._resumed:
                 self._log_row(trainer)
         if self.measure_speed and self._batch is None and meter.macs is not None:
@@ -175,16 +175,18 @@ class SparsityReport(OrderedCallback):
         if self._due(trainer):
             owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}  # the others' are not masked yet
             mine = {name: parameter for name, parameter in plain_parameters(pl_module).items() if id(parameter) in owned}
-            promised = [name for name, card in self._found.cards.items() if card.regime == "sparse_to_sparse" and not card.backward_dense]
+            promised = [
+                name for name, card in self._findings.cards.items() if card.regime == "sparse_to_sparse" and not card.backward_dense
+            ]
             grads = {name: grad for name in promised if name in mine and (grad := mine[name].grad) is not None}
-            for name in nonzero_where_removed(grads, self._found.history.last):
-                self._found.guards.warn(3, f"{name} has gradients of removed weights at an optimiser step")
+            for name in nonzero_where_removed(grads, self._findings.history.last):
+                self._findings.guards.warn(3, f"{name} has gradients of removed weights at an optimiser step")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log where things stand."""
-        if not self._found.by_mask:
+        if not self._findings.by_mask:
             self._observe(trainer, pl_module)
-        values = {f"sparsity/{name}": float(value) for name, value in self._found.values().items()}
+        values = {f"sparsity/{name}": float(value) for name, value in self._findings.values().items()}
         pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
         if not trainer.enable_validation:
             self._write(trainer)
@@ -193,28 +195,28 @@ class SparsityReport(OrderedCallback):
         """Put the result beside the FLOPs."""
         if trainer.sanity_checking or not self._watching:
             return
-        metrics, meter = trainer.callback_metrics, self._found.meter
+        metrics, meter = trainer.callback_metrics, self._findings.meter
         likely = (name for name in metrics if "val" in name and any(word in name for word in ("acc", "iou", "f1")))
         name = self.metric or next(likely, None)
         if name is not None and name in metrics:
             flops = meter.flops if meter.macs is not None else None
             row = {"step": trainer.global_step, "samples": meter.samples, "flops": flops, "metric": name, "value": float(metrics[name])}
-            self._found.results.append(row)
+            self._findings.results.append(row)
         self._write(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last look, and the guards that need it."""
         self._observe(trainer, pl_module)
-        if self._found.by_mask and self.mask_check_every_n:
+        if self._findings.by_mask and self.mask_check_every_n:
             self._check(trainer, pl_module)
         for source in self._sources(trainer, pl_module):
             own = getattr(source, "density", None)
             target = own if self.target_density is None and isinstance(own, float) else self.target_density
             names = [plain_parameter_name(name) for name in source.sparsity_masks()]
-            self._found.guards.take(final_warnings(source, names, self._found.history, target))
+            self._findings.guards.take(final_warnings(source, names, self._findings.history, target))
         if self.measure_speed and self._batch is not None:
             try:
-                self._found.timing = self._found.meter.time(trainer, pl_module, self._batch)
+                self._findings.timing = self._findings.meter.time(trainer, pl_module, self._batch)
             except Exception as error:  # a figure isn't worth a trained network
                 rank_zero_warn(f"SparsityReport could not measure the speed: {type(error).__name__}: {error}")
         self._log_row(trainer)
@@ -227,29 +229,29 @@ class SparsityReport(OrderedCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What can't be computed again: masks of the past, and sums."""
-        found, history = self._found, self._found.history
+        findings, history = self._findings, self._findings.history
         if not history.last:
             return {}
         return {
             "first": pack(history.first),
             "last": pack(history.last),
             "seen": pack(history.ever),
-            "updates": found.updates,
-            "changes": dict(found.changes),
-            **found.meter.state(),
-            "results": copy.deepcopy(found.results),
-            "warnings": dict(found.guards.warnings),
+            "updates": findings.updates,
+            "changes": dict(findings.changes),
+            **findings.meter.state(),
+            "results": copy.deepcopy(findings.results),
+            "warnings": dict(findings.guards.warnings),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the checkpoint was saved."""
         if not state:
             return
-        found, history = self._found, self._found.history
+        findings, history = self._findings, self._findings.history
         history.first, history.last, history.ever = (unpack(state[key]) for key in ("first", "last", "seen"))
-        found.updates, found.changes = int(state["updates"]), dict(state["changes"])
-        found.meter.load(state)
-        found.results, found.guards.warnings = copy.deepcopy(state["results"]), dict(state["warnings"])
+        findings.updates, findings.changes = int(state["updates"]), dict(state["changes"])
+        findings.meter.load(state)
+        findings.results, findings.guards.warnings = copy.deepcopy(state["results"]), dict(state["warnings"])
         self._resumed = True
 
     # ---- looking -----------------------------------------------------------------------------------------------------------------------
@@ -261,22 +263,22 @@ class SparsityReport(OrderedCallback):
 
     def _observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Take in all masks there are, or which weights are not 0 where nobody has masks; whether masks have changed."""
-        found, network = self._found, self._found.network
+        findings, network = self._findings, self._findings.network
         sources, masks = self._sources(trainer, pl_module), {}
-        found.by_mask = bool(sources)
+        findings.by_mask = bool(sources)
         for source in sources:
-            card = found.sources[type(source).__name__] = getattr(source, "sparsity_card", None)
+            card = findings.sources[type(source).__name__] = getattr(source, "sparsity_card", None)
             for name, mask in source.sparsity_masks().items():
                 plain = plain_parameter_name(name)
                 if not network.has(plain):
                     raise ValueError(f"{type(source).__name__}.sparsity_masks() names {name!r}, no parameter of {type(pl_module).__name__}")
                 masks[plain] = mask.detach().to("cpu", torch.bool, copy=True)
                 if isinstance(card, SparsityCard):
-                    found.cards[plain] = card
-        return found.look(masks if sources else {name: (network.value(name) != 0).cpu() for name in network.prunable})
+                    findings.cards[plain] = card
+        return findings.look(masks if sources else {name: (network.value(name) != 0).cpu() for name in network.prunable})
 
     def _due(self, trainer: pl.Trainer) -> bool:
-        watches = self._watching and self._found.by_mask and self.mask_check_every_n > 0
+        watches = self._watching and self._findings.by_mask and self.mask_check_every_n > 0
         return watches and trainer.global_step % self.mask_check_every_n == 0
 
     @torch.no_grad()
@@ -284,17 +286,17 @@ class SparsityReport(OrderedCallback):
         """Guards 2 and 3, on weights as the next forward pass will use them and on the optimisers' state."""
         self._checked = trainer.global_step
         self._observe(trainer, pl_module)  # masks that are made anew in every forward pass have moved since the last event
-        found, network = self._found, self._found.network
-        last, parameters = found.history.last, plain_parameters(pl_module)
+        findings, network = self._findings, self._findings.network
+        last, parameters = findings.history.last, plain_parameters(pl_module)
         for name in nonzero_where_removed({name: network.value(name) for name in last}, last):
-            found.guards.warn(2, f"{name}: something (weight decay, momentum, averaging, loading) has brought removed weights back")
-        for name, card in found.cards.items():
+            findings.guards.warn(2, f"{name}: something (weight decay, momentum, averaging, loading) has brought removed weights back")
+        for name, card in findings.cards.items():
             if card.regime != "sparse_to_sparse" or card.optimizer_dense or name not in parameters:
                 continue
             for state in [optimizer.state.get(parameters[name], {}).values() for optimizer in trainer.optimizers]:
                 tensors = [value for value in state if isinstance(value, Tensor) and value.shape == parameters[name].shape]
                 if any(nonzero_where_removed({name: value}, last) for value in tensors):
-                    found.guards.warn(3, f"{name} has optimiser state of removed weights")
+                    findings.guards.warn(3, f"{name} has optimiser state of removed weights")
 
     # ---- telling -----------------------------------------------------------------------------------------------------------------------
 
@@ -302,11 +304,11 @@ class SparsityReport(OrderedCallback):
         """Straight to the loggers: masks change between the steps at which Lightning logs."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
-                logger.log_metrics({f"sparsity/{name}": value for name, value in self._found.values().items()}, step=trainer.global_step)
+                logger.log_metrics({f"sparsity/{name}": value for name, value in self._findings.values().items()}, step=trainer.global_step)
 
     def report(self) -> dict[str, Any]:
         """What ``sparsity.json`` holds, as it is now; while a fit runs."""
-        return self._found.report(self.pretrained)
+        return self._findings.report(self.pretrained)
 
     def _write(self, trainer: pl.Trainer) -> None:
         folder = run_dir(trainer)  # on every rank: it may broadcast

@@ -20,15 +20,12 @@ def class_counts(prediction: Tensor, labels: Tensor, num_classes: int, ignore_in
     if prediction.shape != labels.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and labels {tuple(labels.shape)} must have one shape")
     p, t = prediction.flatten().long(), labels.flatten().long()
-    valid = t != ignore_index
-
-    def count(values: Tensor, where: Tensor) -> Tensor:
-        inside = where & (values >= 0) & (values < num_classes)
-        return torch.zeros(num_classes + 1, dtype=torch.int64, device=values.device).scatter_add(
-            0, torch.where(inside, values, num_classes), inside.long()
-        )[:num_classes]
-
-    return torch.stack([count(t, valid & (p == t)), count(p, valid), count(t, valid)])
+    width = num_classes + 1  # the last row and column of the table of (label, prediction) take the values that aren't counted
+    row, column = (torch.where((values >= 0) & (values < num_classes), values, num_classes) for values in (t, p))
+    cell = row.mul_(width).add_(column).masked_fill_(t == ignore_index, width * width)
+    # not bincount, which waits for the device
+    table = p.new_zeros(width * width + 1).scatter_add_(0, cell, p.new_ones(()).expand_as(cell))[:-1].view(width, width)
+    return torch.stack([part[:num_classes] for part in (table.diagonal(), table.sum(0), table.sum(1))])
 
 
 def iou_of_counts(counts: Tensor) -> Tensor:
