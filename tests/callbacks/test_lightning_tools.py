@@ -278,6 +278,8 @@ REFUSED: dict[tuple[str, str], str] = {
 REFUSED |= {("MaskedBNSparsity", tool): "no batch norm of Pictures can be pruned" for tool in ("weight_norm", "pruned")}
 REFUSED["ThroughputProgressBar", "barebones"] = "Trainer was configured with `enable_progress_bar=False`"  # Lightning itself
 
+LATER = {"MaskedBNSparsity", "ThroughputProgressBar"}  # tries channels on a batch when fit starts; Lightning's refusal
+
 # what doesn't hold yet, with the reason
 _NO_SIZE = "logs without a batch size, which Lightning asks for in steps that take dataloader_iter"
 WAITS: dict[tuple[str, str], str] = {
@@ -299,12 +301,15 @@ WAITS: dict[tuple[str, str], str] = {
 NEEDS_CLOUDS = "finds no superpixels, pairing_points, dense in the batch"  # DenseToSparse: its data aren't pictures
 
 
-PAIRS = [
-    # one test in the quick tier for each tool: a term, a teacher and a pass over the data
-    pytest.param(name, tool, id=f"{name}-{tool.__name__}", marks=() if name in ("LossTerm", "EMATeacher", "FDS") else pytest.mark.thorough)
-    for name in sorted(MAKE)
-    for tool in TOOLS
-]
+QUICK = ("LossTerm", "EMATeacher", "FDS")  # a term, a teacher and a pass over the data are tried in the quick tier
+
+
+def pair(name: str, tool: Any) -> Any:
+    quick = name in QUICK and tool is not batch_size_finder  # whose collection of garbage takes seconds
+    return pytest.param(name, tool, id=f"{name}-{tool.__name__}", marks=() if quick else pytest.mark.thorough)
+
+
+PAIRS = [pair(name, tool) for name in sorted(MAKE) for tool in TOOLS]
 
 
 @pytest.mark.parametrize(("name", "tool"), PAIRS)
@@ -318,7 +323,7 @@ def test_it_works_or_refuses_at_the_start(name: str, tool: Any, tmp_path: Path) 
         return
     with pytest.raises((ValueError, TypeError, MisconfigurationException), match=refusal or NEEDS_CLOUDS) as caught:
         tool(lambda: made(name, tmp_path), tmp_path)
-    if refusal is not None and caught.type is not MisconfigurationException:
+    if refusal is not None and name not in LATER:
         assert "setup" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
 
 

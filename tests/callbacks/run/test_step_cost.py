@@ -136,3 +136,9 @@ def test_steps_behind_a_validation_are_not_timed(tmp_path: Path) -> None:
     trainer = tiny_trainer(callbacks=[cost := StepCost(warmup_steps=0)], default_root_dir=tmp_path, max_epochs=1, val_check_interval=2)
     trainer.fit(Classifier(), loader, loader)
     assert len(cost._seconds) == 3, "of six, the first and the two behind a validation within the epoch are left out"
+
+
+def test_lazy_layers_are_counted_when_they_have_a_shape(tmp_path: Path) -> None:
+    module = Slow(0.0)
+    module.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(4))
+    assert fit(tmp_path, module, StepCost(), max_epochs=1)["parameters"] == 192 * 4 + 4
