@@ -18,7 +18,7 @@ from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.issp import core
-from lit_methods.callbacks.twin import evaluating, validation_batches
+from lit_methods.callbacks.twin import shadow, validation_batches
 from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -362,8 +362,9 @@ class IterativeSoftShrinkage(MaskCallback):
     def _probe_mean(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
         """Mean of the probe over the validation samples of all ranks; None where there are none."""
         assert self.probe is not None
-        with evaluating(pl_module), isolate_rng(pl_module.device.type == "cuda"), trainer.precision_plugin.forward_context():
-            values = [getattr(pl_module, self.probe)(batch).detach().double().reshape(-1) for batch in validation_batches(trainer)]
+        with isolate_rng(pl_module.device.type == "cuda"), trainer.precision_plugin.forward_context():
+            measure = getattr(shadow(trainer, pl_module), self.probe)
+            values = [measure(batch).detach().double().reshape(-1) for batch in validation_batches(trainer)]
         mine = torch.cat(values) if values else torch.zeros(0, dtype=torch.float64, device=pl_module.device)
         everyone = distributed.gather_rows(mine, with_grad=False)
         return everyone.mean().float() if len(everyone) else None

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lit_methods import checks
 from lit_methods.callbacks.sparsity.card import SparsityCard
@@ -175,6 +176,7 @@ class SparseIFT(DynamicSparsity):
         self.transformation: Transformation | None = None
         self._macs: dict[str, Any] | None = None  # per_weight, other
         self._uncounted = True
+        self._built: set[str] = set()  # layers that were there when the module was transformed
         self._stored: dict[str, int] = {}  # entries of the weights of all transformed layers
         self._history = MaskHistory("ever", "always")
 
@@ -212,7 +214,12 @@ class SparseIFT(DynamicSparsity):
         assert done is not None
         self._agree(done.settings(), f"{type(pl_module).__name__} is transformed already")
         self.transformation = done
+        self._built = set(self._matrices(pl_module))
         super().setup(trainer, pl_module, stage)
+
+    def _matrices(self, pl_module: pl.LightningModule) -> list[str]:
+        """Names of all layers that a transformation could mean."""
+        return [name for name, part in plain_modules(self._root(pl_module)).items() if isinstance(part, nn.Linear | _ConvNd)]
 
     def _root(self, pl_module: pl.LightningModule) -> nn.Module:
         if self.network is None:
@@ -264,6 +271,9 @@ class SparseIFT(DynamicSparsity):
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """As dynamic sparsity, and begin to watch the masks."""
+        if late := [name for name in self._matrices(pl_module) if name not in self._built]:
+            made = f"{type(pl_module).__name__} has made {', '.join(late[:4])} in its setup, when its other layers were transformed already"
+            raise ValueError(f"Sparse-IFT: {made}: make them in __init__ or in configure_model")
         super().begin_fit(trainer, pl_module)
         self._history, self._macs = MaskHistory("ever", "always"), None
 

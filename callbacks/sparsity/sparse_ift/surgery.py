@@ -357,7 +357,8 @@ def iso_flop_transform(
         wanted = any(fnmatchcase(name, pattern) for pattern in targets) if targets else name not in ends
         if wanted and not any(fnmatchcase(name, pattern) for pattern in skip):
             _refuse(module, family, {name: _PARAMETRISED} if hasattr(modules[name], "parametrizations") else {})
-    chosen = [name.rpartition(".")[0] for name in prunable_weights(module, targets, skip)]
+    weights = prunable_weights(module, targets, skip)
+    chosen = [name.rpartition(".")[0] for name in weights]
     chosen = [name for name in dict.fromkeys(chosen) if targets or name not in ends]
     pointwise = {name for name in matrices if set(_sizes(modules[name])[2]) == {1} and any(fnmatchcase(name, p) for p in shortcuts)}
     masks_shortcuts = family in ("wide", "none") if sparse_shortcuts is None else sparse_shortcuts
@@ -375,7 +376,7 @@ def iso_flop_transform(
         else:
             make = functools.partial(_member, family=family, sparsity=sparsity, uv_layer=uv_layer, sparse_u_only=sparse_u_only)
             made, norms = _make(module, modules, enlarged if family != "none" else (), family, make)
-            layers = _replace(modules, chosen, made, norms, sparse_u_only, init)
+            layers = _replace(modules, chosen, weights, made, norms, sparse_u_only, init)
     for path in last_norms:
         _zero_scale(module, path)
     done = Transformation(family, sparsity, uv_layer, sparse_u_only, tuple(layers))
@@ -478,6 +479,7 @@ def _make(
 def _replace(
     modules: Mapping[str, nn.Module],
     chosen: Sequence[str],
+    weights: Mapping[str, Tensor],
     made: Mapping[str, nn.Module],
     norms: Mapping[str, str],
     sparse_u_only: bool,
@@ -489,8 +491,8 @@ def _replace(
         new, old = made.get(name), modules[name]
         if new is None:
             for own, value in old.named_parameters(recurse=False):
-                if value.ndim >= 2:
-                    path = f"{name}.{own}" if name else own
+                path = f"{name}.{own}" if name else own
+                if path in weights:
                     layers.append(TransformedLayer(path.rpartition(".")[0], tuple(value.shape), (path,), enlarged=False))
             continue
         shape = tuple(old.weight.shape)  # type: ignore[arg-type]

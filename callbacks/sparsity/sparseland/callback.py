@@ -10,7 +10,8 @@ The measures themselves stand in :mod:`~lit_methods.callbacks.sparsity.density`,
 
 import copy
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
@@ -73,7 +74,8 @@ class SparsityReport(OrderedCallback):
             ``training_step`` or ``predict_step``, the first that works on a training batch.
         mask_check_every_n: Optimiser steps between two checks that removed weights are exactly 0; 0: never.
         measure_speed: Time the network at the end of training, as it is: with masked dense weights.
-        metric: Validation metric that stands beside the FLOPs; None: the first with ``val`` and ``acc``, ``iou`` or ``f1`` in its name.
+        metric: Validation metric that stands beside the FLOPs; None: the first with ``val`` and the word ``acc``, ``accuracy``, ``iou``,
+            ``miou``, ``f1`` or ``dice`` in its name, or else ``jaccard``, in capitals or not.
         target_density: What the masked weights should have at the end; None: the ``density`` of the callback, if it has one.
         pretrained: Whether training starts from trained weights, for comparisons; None: not stated.
 
@@ -196,8 +198,7 @@ class SparsityReport(OrderedCallback):
         if trainer.sanity_checking or not self._watching:
             return
         metrics, meter = trainer.callback_metrics, self._findings.meter
-        likely = (name for name in metrics if "val" in name and any(word in name for word in ("acc", "iou", "f1")))
-        name = self.metric or next(likely, None)
+        name = self.metric or likely_metric(metrics)
         if name is not None and name in metrics:
             flops = meter.flops if meter.macs is not None else None
             row = {"step": trainer.global_step, "samples": meter.samples, "flops": flops, "metric": name, "value": float(metrics[name])}
@@ -219,7 +220,7 @@ class SparsityReport(OrderedCallback):
                 self._findings.timing = self._findings.meter.time(trainer, pl_module, self._batch)
             except Exception as error:  # a figure isn't worth a trained network
                 rank_zero_warn(f"SparsityReport could not measure the speed: {type(error).__name__}: {error}")
-        self._log_row(trainer)
+        self._log_row(trainer, ended=True)
         self._write(trainer)
         self.leave(trainer, pl_module)
 
@@ -300,11 +301,12 @@ class SparsityReport(OrderedCallback):
 
     # ---- telling -----------------------------------------------------------------------------------------------------------------------
 
-    def _log_row(self, trainer: pl.Trainer) -> None:
+    def _log_row(self, trainer: pl.Trainer, ended: bool = False) -> None:
         """Straight to the loggers: masks change between the steps at which Lightning logs."""
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped - ended  # as Lightning counts what it logs
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
-                logger.log_metrics({f"sparsity/{name}": value for name, value in self._findings.values().items()}, step=trainer.global_step)
+                logger.log_metrics({f"sparsity/{name}": value for name, value in self._findings.values().items()}, step=step)
 
     def report(self) -> dict[str, Any]:
         """What ``sparsity.json`` holds, as it is now; while a fit runs."""
@@ -324,3 +326,15 @@ class SparsityReport(OrderedCallback):
     def dashboard_media(self) -> dict[str, Media]:
         """Tables: layers, totals, FLOPs against the result, guards."""
         return tables(self._report) if self._report else {}
+
+
+_SCORES = ("acc|accuracy|iou|miou|f1|dice", "jaccard")  # the former first
+
+
+def likely_metric(names: Iterable[str]) -> str | None:
+    """The first name that says it is of a validation and the higher the better, such as ``val/acc`` or ``val_MulticlassF1Score``."""
+    words = {name: re.findall(r"[A-Z]+(?![a-z])\d*|[A-Z]?[a-z]+\d*", name.replace("IoU", "Iou")) for name in names}
+    words = {name: [word.lower() for word in parts] for name, parts in words.items()}
+    own = [name for name, parts in words.items() if any(word.startswith(("val", "eval")) for word in parts)]
+    scores = (name for kind in _SCORES for name in own if any(re.fullmatch(rf"({kind})\d*", word) for word in words[name]))
+    return next(scores, None)

@@ -1,5 +1,6 @@
 """What a sparsity report has found: the network's weights, their masks over time, their cost, and how all of it is told."""
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from lit_methods.callbacks.sparsity.health import Health, chains, effective_mask
 from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.masks import is_nm
 from lit_methods.callbacks.sparsity.meter import FlopMeter
+from lit_methods.callbacks.sparsity.parametrized import LatentWeight
 from lit_methods.callbacks.sparsity.sparseland.guards import Guards, mask_warnings
 from lit_methods.callbacks.sparsity.store import prunable_weights
 from lit_methods.callbacks.targets import plain_modules, plain_parameters
@@ -48,9 +50,13 @@ class Network:
 
     @torch.no_grad()
     def value(self, name: str) -> Tensor:
-        """A weight through its parametrisation."""
+        """A weight through its parametrisation; somebody else's may count its calls (spectral norm), so a copy of it is asked."""
         owner, _, attribute = name.rpartition(".")
-        return getattr(self._modules[owner], attribute).detach()  # type: ignore[no-any-return]
+        module = self._modules[owner]
+        chain: Any = getattr(module, "parametrizations", {})
+        if attribute in chain and not isinstance(chain[attribute][0], LatentWeight):
+            module = copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()}).eval()
+        return getattr(module, attribute).detach()  # type: ignore[no-any-return]
 
 
 class Findings:
