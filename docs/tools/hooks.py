@@ -50,6 +50,7 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "quick_start.md",
             "attach.md",
+            "foreign_modules.md",
             "notebooks.md",
             "configs.md",
             "parts.md",
