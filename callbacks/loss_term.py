@@ -1,5 +1,6 @@
 """A loss term that joins the loss of any LightningModule with automatic optimisation."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lit_methods.callbacks.features import Calls, FeatureCallback
 from lit_methods.callbacks.second_step import second_step
-from lit_methods.callbacks.wrapping import attach, detach
+from lit_methods.callbacks.wrapping import attach, detach, refuse_iterators
 from lit_methods.distributed import gather_rows
 
 
@@ -38,8 +39,10 @@ class LossTerm(FeatureCallback):
     accumulation (which divides the sum) and DDP treat it like the module's own loss. A step that returns None stays skipped. Any number of
     terms work together, and with Lightning's weight averaging, SWA, pruning, checkpoint and accumulation callbacks in either order.
     Saves: nothing.
-    Refuses: modules with manual optimisation (several optimisers need it), and steps that return no loss. A LightningModule that is
-    compiled as a whole crashes inside Lightning as soon as it logs: compile its networks instead.
+    Refuses: modules with manual optimisation (several optimisers need it); steps that take ``dataloader_iter``, return no loss, or compute
+    the targets without a graph (frozen, under ``no_grad``, inside reentrant checkpointing) so that the term would train nothing. A
+    LightningModule that is compiled as a whole crashes inside Lightning as soon as it logs: compile its networks instead. While Lightning
+    tries learning rates or batch sizes, which it does without callbacks, the term is left out, and a warning says so.
 
     Args:
         targets: ``fnmatch`` patterns on submodule names whose outputs the term sees; empty: none.
@@ -66,6 +69,7 @@ class LossTerm(FeatureCallback):
         self._module: pl.LightningModule | None = None
         self._batch: Any = None
         self._batch_idx = 0
+        self._left_out = False
 
     def term(self, inputs: dict[str, Any]) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """The term, before its factor.
@@ -120,13 +124,15 @@ class LossTerm(FeatureCallback):
         """Hook into the module.
 
         Raises:
-            ValueError: The module optimises manually, or a target matches nothing.
+            ValueError: The module optimises manually or fetches its batches itself, or a target matches nothing.
         """
         if stage == "fit" and not pl_module.automatic_optimization:
             raise ValueError(
                 f"{type(self).__name__} adds to the loss that training_step returns, but {type(pl_module).__name__} calls backward "
                 "itself (automatic_optimization = False): add the term's function to its loss there, and remove this callback"
             )
+        if stage == "fit":
+            refuse_iterators(pl_module, type(self).__name__)
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
@@ -139,7 +145,7 @@ class LossTerm(FeatureCallback):
         alike = [callback for callback in callbacks if isinstance(callback, LossTerm) and callback.name == self.name]
         place = next(i for i, callback in enumerate(alike) if callback is self)
         self._prefix = self.name if place == 0 else f"{self.name}_{place + 1}"
-        self._module = pl_module
+        self._module, self._left_out = pl_module, False
         attach(pl_module, self._add)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -150,6 +156,14 @@ class LossTerm(FeatureCallback):
     def _add(self, output: Any, batch: Any) -> Any:
         module, features = self._module, self._capture
         assert module is not None
+        if not any(callback is self for callback in module.trainer.callbacks):  # type: ignore[attr-defined]
+            if not self._left_out:
+                rank_zero_warn(
+                    f"Lightning tries steps without callbacks here, to find a learning rate or a batch size: {type(self).__name__} adds "
+                    "nothing to their loss, and takes no memory in them"
+                )
+            self._left_out = True
+            return output
         if output is None:
             features.clear()
             return None
@@ -181,10 +195,29 @@ class LossTerm(FeatureCallback):
         result = self.term(inputs)
         self._batch = None
         term, logs = result if isinstance(result, tuple) else (result, {})
-        module.log_dict({f"{self._prefix}/{metric}": value.detach() for metric, value in {"loss": term, **logs}.items()})
+        without = [name for name, calls in features.calls.items() if _has_graph(calls) is False]
+        if without and not term.requires_grad and bool(term != 0):
+            raise ValueError(
+                f"{type(self).__name__}: the output of {', '.join(without)} has no graph, so the term would be logged and train nothing. "
+                "It is frozen, or called under torch.no_grad or inside checkpointing with use_reentrant=True: name trained submodules in "
+                "targets, or checkpoint with use_reentrant=False"
+            )
+        self._log(module, {f"{self._prefix}/{metric}": value.detach() for metric, value in {"loss": term, **logs}.items()})
         features.clear()  # the graph lives in the loss now; an optimiser that repeats the step starts afresh
         total = self.factor(step) * term if self.replaces else loss + self.factor(step) * term
         return {**output, "loss": total} if isinstance(output, Mapping) else total
+
+    @staticmethod
+    def _log(module: pl.LightningModule, values: dict[str, Tensor]) -> None:
+        """``log_dict``; between two logged steps only what callbacks see is renewed, which costs a tenth."""
+        trainer: Any = module.trainer
+        kept: dict[str, Any] = trainer._results or {}
+        metrics: list[Any] = [kept.get(f"training_step.{name}") for name in values]
+        if trainer._logger_connector.should_update_logs or any(metric is None or metric.has_reset for metric in metrics):
+            module.log_dict(values)
+            return
+        for metric, value in zip(metrics, values.values(), strict=True):
+            metric.forward(value, 1)
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the module as it was."""
@@ -192,6 +225,18 @@ class LossTerm(FeatureCallback):
         if self._module is not None:
             detach(self._module, self._add)
         self._module = self._batch = None
+
+
+def _has_graph(output: Any) -> bool | None:
+    """Whether gradients flow into what a submodule put out; None: no floating-point tensor is found in it."""
+    if isinstance(output, Tensor):
+        return output.requires_grad if output.is_floating_point() or output.is_complex() else None
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    elif dataclasses.is_dataclass(output):
+        output = list(vars(output).values())
+    answers = [_has_graph(part) for part in output] if isinstance(output, list | tuple) else []
+    return True if True in answers else False if False in answers else None
 
 
 __all__ = ["LossTerm", "SecondPass"]

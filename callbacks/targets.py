@@ -7,13 +7,11 @@ from fnmatch import fnmatchcase
 
 import lightning.pytorch as pl
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lit_methods.compiled import plain_name as plain_name
 
 _SHOWN = 8
-
-
-def plain_name(name: str) -> str:
-    """``name`` as it is without ``torch.compile``: ``net._orig_mod.0`` becomes ``net.0``."""
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def plain_module(module: nn.Module) -> nn.Module:
@@ -86,11 +84,30 @@ def _candidates(pattern: str, named: dict[str, nn.Module]) -> str:
     return f"{'nearest' if pattern else 'first'} of {len(named)} candidates: {shown}"
 
 
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """Whether the strategy cuts weights into pieces: FSDP, DeepSpeed or tensor parallelism."""
+    return any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel"))
+
+
+def refuse_lazy(root: nn.Module, who: str) -> None:
+    """Raise if a parameter has no shape yet, so that it can't be copied or averaged.
+
+    Raises:
+        ValueError: A lazy layer that has seen no batch.
+    """
+    lazy = [plain_name(name) for name, parameter in root.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(
+            f"{who} copies weights when fit starts, but {', '.join(lazy[:4])} of {type(root).__name__} has no shape yet: run the lazy "
+            "layers once before fit, on a batch of the right size"
+        )
+
+
 def refuse_sharded(trainer: pl.Trainer, who: str) -> None:
     """Raise if the strategy cuts weights into pieces, which a mask of the whole weight doesn't fit.
 
     Raises:
         ValueError: FSDP, DeepSpeed or tensor parallelism.
     """
-    if any(word in type(trainer.strategy).__name__ for word in ("FSDP", "DeepSpeed", "ModelParallel")):
+    if is_sharded(trainer):
         raise ValueError(f"{who} needs whole weights, but {type(trainer.strategy).__name__} shards them: use strategy='ddp'")

@@ -1,7 +1,9 @@
 """Twins of somebody's module: copies that may be run, counted and thrown away without a trace in the original."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -9,31 +11,129 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
+
+from lit_methods.callbacks.targets import is_sharded
+from lit_methods.frozen import Frozen
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
     pass
 
 
+class WithoutGraph(TorchFunctionMode):
+    """Inside, ``deepcopy`` takes the value of a tensor that hangs in a graph, where torch refuses to copy it.
+
+    Such tensors are what ``weight_norm`` and ``torch.nn.utils.prune`` leave on a module (made anew at each call), or kept outputs.
+    """
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+def _is_of_callback(hook: Any) -> bool:
+    """Whether a hook belongs to a callback of this package: those on forward passes watch, or act on the original alone."""
+    inner = hook.func if isinstance(hook, functools.partial) else hook
+    return f"{getattr(inner, '__module__', '')}.".startswith("lit_methods.callbacks.")
+
+
+def _rebound(function: Any, memo: Mapping[int, Any]) -> Any:
+    """A function that means the copies where the original means what was copied; ``deepcopy`` leaves functions alone."""
+
+    def counterpart(value: Any) -> Any:
+        if isinstance(value, types.MethodType) and isinstance(memo.get(id(value.__self__)), nn.Module):
+            return types.MethodType(value.__func__, memo[id(value.__self__)])
+        return memo.get(id(value), value) if isinstance(value, nn.Module | Tensor) else value
+
+    compiled = getattr(function, "_torchdynamo_orig_callable", None)
+    if compiled is not None:  # a compiled function belongs to what it was compiled from; the copy's runs as it was written
+        rebound = counterpart(_rebound(compiled, memo))
+        return function if rebound is compiled else rebound
+    if isinstance(function, functools.partial):
+        arguments = {name: counterpart(value) for name, value in function.keywords.items()}
+        return functools.partial(counterpart(_rebound(function.func, memo)), *map(counterpart, function.args), **arguments)
+    if not isinstance(function, types.FunctionType):
+        return function
+    try:
+        inside = [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # a variable without a value
+        return function
+    defaults, keywords = function.__defaults__ or (), function.__kwdefaults__ or {}
+    if all(counterpart(value) is value for value in (*inside, *defaults, *keywords.values())):
+        return function
+    cells = tuple(types.CellType(counterpart(value)) for value in inside)
+    defaults = tuple(map(counterpart, defaults))
+    rebound = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults or None, cells or None)
+    rebound.__kwdefaults__ = {name: counterpart(value) for name, value in keywords.items()} or None
+    vars(rebound).update(vars(function))
+    return rebound
+
+
+def copy_of(module: nn.Module, shared: Iterable[Any] = ()) -> nn.Module:
+    """A deep copy with the hooks that compute (adapters, say), which act on the copy, and without those of our callbacks.
+
+    Functions that the instance holds as attributes act on the copy, too.
+
+    Args:
+        module: May hold tensors with a graph, as ``weight_norm`` and ``torch.nn.utils.prune`` leave them.
+        shared: What the copy has in common with the module.
+    """
+    watching = [hook for part in module.modules() for hook in part._forward_hooks.values() if _is_of_callback(hook)]
+    memo: dict[int, Any] = {id(one): one for one in (*shared, *watching)}
+    with WithoutGraph():
+        twin = copy.deepcopy(module, memo)
+    for part in twin.modules():
+        for key, hook in list(part._forward_hooks.items()):
+            if _is_of_callback(hook):
+                del part._forward_hooks[key]
+                part._forward_hooks_with_kwargs.pop(key, None)
+                part._forward_hooks_always_called.pop(key, None)
+        held: list[dict[Any, Any]] = [part._forward_hooks, part._forward_pre_hooks, vars(part)]
+        for functions in held:
+            functions.update({key: _rebound(value, memo) for key, value in functions.items() if callable(value)})
+    return twin
+
+
 def shadow(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
     """A copy in eval mode that shares parameters with the module and nothing else: buffers, metrics and counters are its own.
 
-    It logs nothing, and has neither forward hooks nor what callbacks have wrapped around its steps.
+    It logs nothing, and has neither the forward hooks of callbacks nor what they have wrapped around its steps.
     """
-    shared = [*pl_module.parameters(), trainer, *trainer.callbacks, *trainer.loggers]  # type: ignore[attr-defined]
-    twin = copy.deepcopy(pl_module, {id(one): one for one in shared})
+    hidden = [part.module.parameters() for part in pl_module.modules() if isinstance(part, Frozen)]
+    weights = [parameter for parameters in (pl_module.parameters(), *hidden) for parameter in parameters]
+    twin = copy_of(pl_module, [*weights, trainer, *trainer.callbacks, *trainer.loggers])  # type: ignore[attr-defined]
+    assert isinstance(twin, pl.LightningModule)
     for step in ("training_step", "validation_step", "test_step", "predict_step", "log", "log_dict"):
         vars(twin).pop(step, None)
-    for module in twin.modules():
-        module._forward_hooks.clear()  # they watch; pre-hooks may make weights
     silent: dict[str, Any] = {"log": _ignore, "log_dict": _ignore}
     silent |= {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
     silent["__qualname__"] = f"shadow.<locals>.{type(twin).__name__}"  # else the command finds it beside the class of that name
     twin.__class__ = type(type(twin).__name__, (type(twin),), silent)
     twin.trainer = trainer
     return twin.eval()
+
+
+def observed(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str) -> pl.LightningModule:
+    """What a measurement runs instead of the module, so that counters, queues, generators and metrics in it stay where they are.
+
+    A :func:`shadow`; the module itself where its weights are sharded or it can't be copied, which a warning says.
+    """
+    if is_sharded(trainer):
+        return pl_module
+    try:
+        with torch.inference_mode(False):
+            return shadow(trainer, pl_module)
+    except Exception as error:
+        rank_zero_warn(
+            f"{who}: {type(pl_module).__name__} can't be copied ({type(error).__name__}: {error}), so it is itself run once more: what its "
+            "forward pass counts or keeps goes on"
+        )
+        return pl_module
 
 
 class _AloneNorm(nn.modules.batchnorm._BatchNorm):
@@ -46,7 +146,8 @@ class _AloneNorm(nn.modules.batchnorm._BatchNorm):
 def independent_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
     """A copy that shares nothing with the module, in training mode, that logs nothing and waits for no other process."""
     keep = (trainer, *trainer.callbacks, *trainer.loggers)  # type: ignore[attr-defined]
-    twin = copy.deepcopy(shadow(trainer, pl_module), {id(one): one for one in keep})
+    twin = copy_of(shadow(trainer, pl_module), keep)
+    assert isinstance(twin, pl.LightningModule)
     for module in twin.modules():
         if isinstance(module, nn.SyncBatchNorm):
             module.__class__ = _AloneNorm  # type: ignore[assignment]

@@ -1,6 +1,7 @@
 """Standing around a method of somebody else's module, and leaving without a trace."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ def attach(module: LightningModule, add: Addition, method: str = "training_step"
         module: Its instance attribute of the method's name is set.
         add: ``add(output, first) -> output``. ``output`` is what the method (or the addition before) returned, ``first`` the method's first
             argument: for ``training_step`` the batch on its device, or the iterator for a step that takes ``dataloader_iter``.
-        method: Name of the method.
+        method: Name of the method, or of a submodule that is called.
         around: ``add(call, *arguments)`` is called in the method's place: it may act before ``call(*arguments)``, or leave the call out.
     """
     inside = getattr(module, method)
@@ -43,8 +44,21 @@ def attach(module: LightningModule, add: Addition, method: str = "training_step"
 
         layers: list[tuple[Addition, Addition]] = []
         vars(wrapped).update(wrapper=wrapped, layers=layers, was_own=method in vars(module))
-        setattr(module, method, wrapped)
+        vars(module)[method] = wrapped  # past nn.Module.__setattr__, as a submodule may have that name
     getattr(module, method).layers.append((add, add if around else functools.partial(_after, add)))
+
+
+def refuse_iterators(module: LightningModule, who: str) -> None:
+    """Raise if ``training_step`` takes ``dataloader_iter``: callbacks are then handed the batch of the step before.
+
+    Raises:
+        ValueError: It does.
+    """
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise ValueError(
+            f"{who} needs the batch of each step, but training_step of {type(module).__name__} takes dataloader_iter, which can't be read "
+            "twice: Lightning hands callbacks the batch of the step before. Let it take (batch, batch_idx)"
+        )
 
 
 def without_additions(module: LightningModule) -> Callable[..., Any]:
@@ -68,6 +82,6 @@ def detach(module: LightningModule, add: Addition, method: str = "training_step"
         return
     del layers[position]
     if not layers and _is_ours(wrapper):
-        delattr(module, method)  # the class's own method shows through again
+        del vars(module)[method]  # the class's own method shows through again, or the submodule
         if wrapper.was_own:
-            setattr(module, method, wrapper.__wrapped__)
+            vars(module)[method] = wrapper.__wrapped__

@@ -1,6 +1,7 @@
 """What all datamodules share: data sets whose samples follow from epoch and index, and the loaders around them.
 
-A datamodule is its reading: ``setup`` fills ``train_set``, ``val_set`` and ``test_set``, and :class:`LoaderDataModule` does the rest.
+A datamodule is its reading: its paths go through :func:`~lit_methods.datamodules.folders.data_path`, ``check_root`` looks whether the
+data set is there, ``setup`` fills ``train_set``, ``val_set`` and ``test_set``, and :class:`LoaderDataModule` does the rest.
 """
 
 from collections.abc import Sequence, Sized
@@ -139,6 +140,18 @@ class LoaderDataModule(pl.LightningDataModule):
             trainer=self.trainer,
             **(usual | options),
         )
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Say what :meth:`setup` would say of a root that isn't there or isn't the data set, without reading data.
+
+        Called before a model is built. Without ``root``, and for built-in data, there is nothing to say.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            WrongRootError: As ``setup``.
+        """
 
     def data_of(self, name: str) -> Any:
         """The data of ``train``, ``val``, ``test`` or ``predict``.

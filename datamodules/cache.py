@@ -10,7 +10,7 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """Where generated data is kept: the environment variable LIT_METHODS_CACHE, or ``~/.cache/lit-methods``."""
-    return Path(os.environ.get("LIT_METHODS_CACHE") or Path.home() / ".cache" / "lit-methods")
+    return Path(os.environ.get("LIT_METHODS_CACHE") or Path.home() / ".cache" / "lit-methods").expanduser()
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.folders import listed, user_path
 from lit_methods.files import replacing, write_atomically
 
 _FORMAT = 1
@@ -95,17 +96,22 @@ class LabelStore:
     """
 
     def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         about = _read_json(self.folder / "store.json")
-        if about.get("format") != _FORMAT:
+        format = about.get("format") if isinstance(about, dict) else about
+        if format != _FORMAT:
+            raise BrokenRecordError(self.folder / "store.json", "format", f"{format!r} instead of {_FORMAT}: remove the folder")
+        try:
+            self.dtype: str = str(np.dtype(about["dtype"]))
+            self.checksum: int = about["checksum"]
+            self._shapes = np.asarray(about["shapes"], dtype=np.int64).reshape(-1, 2)
+        except (KeyError, TypeError, ValueError) as problem:
             raise BrokenRecordError(
-                self.folder / "store.json", "format", f"{about.get('format')!r} instead of {_FORMAT}: remove the folder"
-            )
-        self.dtype: str = about["dtype"]
-        self.checksum: int = about["checksum"]
-        self._shapes = np.asarray(about["shapes"], dtype=np.int64).reshape(-1, 2)
+                self.folder / "store.json", "fields", f"dtype, checksum and shapes are expected ({problem!r}): remove the folder"
+            ) from problem
         self._ends = np.concatenate([[0], self._shapes.prod(axis=1).cumsum()])
         self._original = _map(self.folder / "original.bin", int(self._ends[-1]), self.dtype)
+        _map(self.folder / "generation.bin", 1, "<i8")  # says what is wrong with it
         self._number = np.memmap(self.folder / "generation.bin", dtype="<i8", mode="r+", shape=(1,))
         self._seen = -1
         self._corrected: dict[int, NDArray[Any]] = {}
@@ -119,11 +125,11 @@ class LabelStore:
             labels: (H, W) integers of each image, in order of the index.
             dtype: Integer type that holds every label, the one for ignored pixels too.
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names = ("store.json", "original.bin", ".*.tmp", "generation.bin", "next", "corrected-*")
         earlier = [path for name in names for path in folder.glob(name)]
-        if strange := sorted(set(folder.iterdir()) - set(earlier)):
+        if strange := sorted(set(listed(folder)) - set(earlier)):
             raise ValueError(f"{folder} is to hold labels and has {strange[0].name} in it: give an empty or a new folder")
         for path in earlier:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -197,9 +203,15 @@ class LabelStore:
 
     def _read(self, folder: Path) -> dict[int, NDArray[Any]]:
         shards: dict[str, int] = _read_json(folder / "shards.json")
+        if not isinstance(shards, dict):
+            raise BrokenRecordError(folder / "shards.json", "shards", "expected a dictionary: remove the store's folder, it is made anew")
         found: dict[int, NDArray[Any]] = {}
         for name, count in shards.items():
             index = _read_json(folder / f"{name}.json")
+            if not isinstance(index, list) or not all(type(i) is int and 0 <= i < len(self) for i in index):
+                raise BrokenRecordError(
+                    folder / f"{name}.json", "index", f"expected images 0 to {len(self) - 1}: remove the store's folder"
+                )
             if len(index) != count:
                 raise BrokenRecordError(
                     folder / f"{name}.json", "index", f"{len(index)} images instead of {count}: remove the store's folder"

@@ -241,14 +241,21 @@ def make_loader(
         )
         samples, global_batch = len(dataset), world_size * batch_size  # type: ignore[arg-type]
         if samples == 0 or (drop_last and samples < global_batch):
+            reason = f"a batch takes {batch_size} on each of {world_size} process(es)"
+            way = (
+                f"lower batch_size until a batch takes {samples // world_size} or fewer"
+                if samples >= world_size
+                else "use fewer processes (trainer.devices)"
+            )
             raise ValueError(
-                f"no batch comes out of {samples} samples with batch_size={batch_size} on {world_size} rank(s) and drop_last={drop_last}: "
-                "lower batch_size, set drop_last=False, or look at why the data set is so small"
+                f"no batch comes out of {samples} samples, {reason}: {way if samples else 'look at why the data set is empty'}"
+                f"{', or look at why the data set is so small' if samples else ''}"
             )
         if training and not drop_last and 0 < samples % global_batch < world_size:
+            whole = samples >= global_batch
             raise ValueError(
-                f"the last {samples % global_batch} of {samples} samples can't be dealt to all {world_size} ranks, "
-                "and training would wait forever: set drop_last=True"
+                f"the last {samples % global_batch} of {samples} samples can't be dealt to all {world_size} ranks, and training would wait "
+                f"forever: {'give make_loader drop_last=True, or ' if whole else ''}use fewer processes (trainer.devices), or more samples"
             )
     return ResumableLoader(
         dataset,

@@ -1,24 +1,90 @@
 """Image files, opened in one place with one way to say what is wrong with them, and what is commonly done to images."""
 
-from collections.abc import Sequence
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+GREY_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # the last: PNG with Pillow 10
+INDEX_MODES = ("1", "L", "P", *GREY_16_MODES)
+_GREY_16, _GREY_16_FORMATS = GREY_16_MODES[:-1], ("PNG", "PPM")  # formats without integers of 32 bits
+_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
+_COLOURS = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
+_STRETCHED = {"L;2": 85, "L;4": 17}  # factors by which Pillow makes 8 bits of grey with 2 and 4 bits
+# Pillow's ways to say that a file is broken
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@contextmanager
+def decoding(path: Path, field: str, missing: str) -> Iterator[None]:
+    """Say of what Pillow raises inside which file it was, and what to do.
+
+    Args:
+        path: The file that is decoded.
+        field: What it is to the data set, for messages.
+        missing: What to do where there is no such file, for the message.
+
+    Raises:
+        MissingFileError: There is no such file.
+        BrokenRecordError: It is truncated or no image.
+    """
+    try:
+        yield
+    except BrokenRecordError:
+        raise
+    except FileNotFoundError:
+        raise MissingFileError(path, field, f"no such file: {missing}") from None
+    except _BROKEN as problem:
+        raise BrokenRecordError(path, field, f"can't be decoded ({problem}): truncated or no image, copy it again") from problem
+
+
+def as_rgb(picture: Image.Image, path: Path, field: str = "image") -> Image.Image:
+    """Eight bits of red, green and blue of an open picture.
+
+    16-bit grey is scaled, 65535 being white. What is transparent lies on white, so that colours that nobody sees don't come forth.
+
+    Args:
+        picture: As Pillow has opened it.
+        path: Its file, for the message.
+        field: What it is to the data set, for the message.
+
+    Raises:
+        BrokenRecordError: Its mode has no known range (int32, float) or no colours that Pillow can convert.
+    """
+    mode = picture.mode
+    if mode in _GREY_16 or (mode == "I" and picture.format in _GREY_16_FORMATS):
+        values = np.asarray(picture).astype(np.int64)
+        return Image.fromarray(((values + 128) // 257).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if mode in _WITH_ALPHA or (mode in _COLOURS and "transparency" in picture.info):
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+    if mode not in _COLOURS:
+        raise BrokenRecordError(
+            path,
+            field,
+            f"mode {mode} of Pillow ({picture.format}) has no known range or colours: expected 8-bit grey or colour, or 16-bit grey, whose "
+            "white is 65535; convert the file to one of these",
+        )
+    return picture.convert("RGB")
 
 
 def open_picture(
     path: Path,
     field: str = "image",
     missing: str = "the release is incomplete here, unpack its archive again",
-    mode: str | None = "RGB",
+    mode: Literal["RGB"] | None = "RGB",
 ) -> Image.Image:
     """Decode an image file.
 
@@ -26,20 +92,50 @@ def open_picture(
         path: File of any format that Pillow reads.
         field: What it is to the data set, for messages.
         missing: What to do where there is no such file, for the message.
-        mode: Pillow's colour mode that the image is converted to; None: as stored.
+        mode: ``RGB``, as :func:`as_rgb` converts; None: as stored. Class indices and the like: :func:`open_indices`.
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: It is truncated or no image.
+        BrokenRecordError: It is truncated or no image, or its mode has no known range; the message names the mode.
     """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return picture.convert(mode) if mode is not None else picture.copy()
-    except FileNotFoundError:
-        raise MissingFileError(path, field, f"no such file: {missing}") from None
-    except (OSError, ValueError, SyntaxError) as problem:  # Pillow's ways to say that a file is broken
-        raise BrokenRecordError(path, field, f"can't be decoded ({problem}): truncated or no image, copy it again") from problem
+    with decoding(path, field, missing), Image.open(path) as picture:
+        picture.load()
+        return picture.copy() if mode is None else as_rgb(picture, path, field)
+
+
+def open_indices(path: Path, field: str, missing: str, modes: Sequence[str] = INDEX_MODES) -> NDArray[np.integer[Any]]:
+    """Decode an image file whose pixels are numbers, such as class indices: as stored, never scaled and never turned into colours.
+
+    Args:
+        path: Image of one channel: 1, 2, 4, 8 or 16 bits, grey or with a palette, whose colours don't count.
+        field: What it is to the data set, for messages.
+        missing: What to do where there is no such file, for the message.
+        modes: Pillow's modes that are allowed.
+
+    Returns:
+        (H, W) integers >= 0.
+
+    Raises:
+        MissingFileError: There is no such file.
+        BrokenRecordError: It is truncated or no image, has several channels or fractions, or a number below 0.
+    """
+    with decoding(path, field, missing), Image.open(path) as picture:
+        raw = picture.tile[0][3] if picture.tile else None
+        picture.load()
+        mode, values = picture.mode, np.array(picture)
+    if mode not in modes:
+        raise BrokenRecordError(
+            path,
+            field,
+            f"expected one channel of integer ids, got mode {mode} of shape {values.shape}: expected one number a pixel, not colours or "
+            f"fractions (Pillow's modes {', '.join(modes)}); convert the file",
+        )
+    if values.dtype == np.bool_:
+        values = values.astype(np.uint8)
+    values = values // _STRETCHED.get(raw, 1) if isinstance(raw, str) else values
+    if values.size and values.min() < 0:
+        raise BrokenRecordError(path, field, f"it has the number {values.min()}: expected 0 and more")
+    return values
 
 
 def open_listed(paths: Sequence[Path], index: int) -> Image.Image:
@@ -75,4 +171,16 @@ class Prepare:
         return (image / 255 - self.mean) / self.std
 
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Prepare", "crop_and_flip", "open_listed", "open_picture"]
+__all__ = [
+    "GREY_16_MODES",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "INDEX_MODES",
+    "Prepare",
+    "as_rgb",
+    "crop_and_flip",
+    "decoding",
+    "open_indices",
+    "open_listed",
+    "open_picture",
+]

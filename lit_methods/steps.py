@@ -1,9 +1,10 @@
-"""Length of a training run, and when to log, in optimiser steps."""
+"""Length of a training run, and when and how to log."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -73,4 +74,16 @@ def logs_now(module: LightningModule) -> bool:
     return every > 0 and (module.trainer.global_step + 1) % every == 0
 
 
-__all__ = ["gradient_norm", "logs_now", "remaining_steps", "steps_per_epoch", "training_length"]
+def log_global(module: LightningModule, values: Mapping[str, Tensor | float], **options: Any) -> None:
+    """Log figures of an epoch that every rank has computed over the data of all ranks, so that they are equal everywhere.
+
+    Args:
+        module: A module in a trainer.
+        values: Name -> figure, the same names on all ranks. Their mean over the ranks is what they are; Lightning takes it so as to know.
+        **options: Further arguments of ``log_dict``.
+    """
+    placed = {name: value.to(module.device) if isinstance(value, Tensor) else value for name, value in values.items()}
+    module.log_dict(placed, sync_dist=module.trainer.world_size > 1, **options)
+
+
+__all__ = ["gradient_norm", "log_global", "logs_now", "remaining_steps", "steps_per_epoch", "training_length"]

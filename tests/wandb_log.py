@@ -1,5 +1,6 @@
 """Reading back what W&B has written of an offline run: its own transaction log, without the service."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from helpers import HANGS
 
 
 def transaction_log(path: Path) -> Iterator[Any]:
@@ -92,20 +95,31 @@ class OfflineRun:
         return [row[name] for row in self.rows if name in row]
 
 
-def read_run(folder: Path, timeout: float = 30.0) -> OfflineRun:
+def read_run(folder: Path) -> OfflineRun:
     """The only run under ``folder``, a run's own folder or one that holds it at any depth; it must be finished.
 
-    ``finish()`` returns a little before W&B's process has closed the file, so wait for the file's end at most ``timeout`` seconds.
+    ``finish()`` returns a little before W&B's process has closed the file, so this waits until nobody has it open.
     """
     (log,) = (path for path in folder.rglob("run-*.wandb") if not path.parent.is_symlink())
-    deadline = time.monotonic() + timeout
-    size, found = -1, _read(log)
-    while found.exit_code is None or log.stat().st_size != size:
+    deadline = time.monotonic() + HANGS
+    while (found := _read(log)).exit_code is None or is_written(log):
         assert time.monotonic() < deadline, f"{log} isn't finished"
-        size = log.stat().st_size
-        time.sleep(0.05)
-        found = _read(log)
+        time.sleep(0.02)
     return found
+
+
+def is_written(path: Path) -> bool:
+    """Whether a process has the file open."""
+    if not Path("/proc/self/fd").is_dir():  # no Linux: whether it still grows
+        size = path.stat().st_size
+        time.sleep(1.0)
+        return path.stat().st_size != size
+    wanted = str(path.resolve())
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or isn't ours
+            if any(os.readlink(entry.path) == wanted for entry in os.scandir(descriptors)):
+                return True
+    return False
 
 
 def _read(log: Path) -> OfflineRun:

@@ -1,6 +1,5 @@
 """A teacher whose weights are the moving average of a student's."""
 
-import copy
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from lit_methods import distributed
 from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warmup_decay
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.targets import plain_module, plain_name, refuse_sharded, select_modules
+from lit_methods.callbacks.targets import plain_module, plain_name, refuse_lazy, refuse_sharded, select_modules
+from lit_methods.callbacks.twin import copy_of
 from lit_methods.checks import one_of, patterns, share
 from lit_methods.frozen import Frozen
 from lit_methods.steps import training_length
@@ -32,8 +32,8 @@ class EMATeacher(OrderedCallback):
     ``EMAWeightAveraging``; both may be used together.
     Saves: the averages and the step of the last update, so that a resumed teacher is equal bit for bit. Saved under a
     key of its own per set of arguments: several teachers may be used together.
-    Refuses: strategies that shard weights (FSDP, DeepSpeed), and callbacks that re-parametrise the module after fit has
-    started.
+    Refuses: strategies that shard weights (FSDP, DeepSpeed), lazy layers without a shape, and callbacks that
+    re-parametrise the module after fit has started.
 
     Args:
         targets: ``fnmatch`` patterns on submodule names; empty: the whole module. A pattern that matches a module and
@@ -76,6 +76,7 @@ class EMATeacher(OrderedCallback):
         self.teachers: dict[str, Frozen] = {}
         self._students: dict[str, nn.Module] = {}
         self._wide: dict[str, dict[str, Tensor]] = {}
+        self._length: int | None = None
         self._latest_step = 0
         self._loaded: dict[str, Any] | None = None
 
@@ -107,8 +108,10 @@ class EMATeacher(OrderedCallback):
         if self.schedule == "warmup":
             return warmup_decay(step, self.decay)
         if self.schedule == "cosine":
-            assert self.total_steps is not None
-            return cosine_decay(step, self.total_steps, self.decay)
+            length = self._length if self.total_steps is None else self.total_steps
+            if length is None:
+                raise RuntimeError("EMATeacher doesn't know how long it trains before fit starts: give total_steps")
+            return cosine_decay(step, length, self.decay)
         return self.decay
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -122,8 +125,11 @@ class EMATeacher(OrderedCallback):
             return
         refuse_sharded(trainer, "EMATeacher")
         self._choose(pl_module)
+        for student in self._students.values():
+            refuse_lazy(student, "EMATeacher")
+        self.teachers, self._wide = {}, {}  # an earlier fit's
         self._latest_step = 0
-        self._loaded = None
+        self._loaded = self._length = None
 
     def _choose(self, pl_module: pl.LightningModule) -> None:
         self._students = {"": pl_module} if not self.targets else select_modules(pl_module, self.targets)
@@ -132,7 +138,7 @@ class EMATeacher(OrderedCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the teachers: the weights are on their device, equal on all ranks, and restored if the run is resumed."""
         if self.schedule == "cosine":
-            self.total_steps = training_length(pl_module, self.total_steps)
+            self._length = training_length(pl_module, self.total_steps)
         self._choose(pl_module)
         self.teachers = {name: Frozen(_bare_copy(module)) for name, module in self._students.items()}
         self._wide = {name: self._widened(frozen.module) for name, frozen in self.teachers.items()}
@@ -180,15 +186,22 @@ class EMATeacher(OrderedCallback):
             self._narrow(name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and integers only."""
+        """Tensors and integers only; empty before there is a teacher, as when Lightning looks for a learning rate."""
+        if not self.teachers:
+            return self._loaded or {}
         return {
             "latest_step": self._latest_step,
             "averages": {name: {n: t.detach() for n, t in self._averages(name).items()} for name in self.teachers},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep the state until the teachers exist; Lightning calls this before ``on_fit_start``."""
-        self._loaded = state
+        """Keep the state until the teachers exist; Lightning calls this before ``on_fit_start``, its tuners also behind it."""
+        if not state.get("averages"):
+            return
+        if self.teachers:
+            self._restore(state)
+        else:
+            self._loaded = state
 
     @torch.no_grad()
     def _restore(self, state: dict[str, Any]) -> None:
@@ -227,8 +240,8 @@ class EMATeacher(OrderedCallback):
 
 
 def _bare_copy(module: nn.Module) -> nn.Module:
-    """A deep copy that belongs to nobody: no trainer, no wrapped step."""
-    bare = copy.deepcopy(module)
+    """A deep copy that belongs to nobody: no trainer, no wrapped step, no hooks of callbacks."""
+    bare = copy_of(module)
     vars(bare).pop("training_step", None)
     return bare
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_methods.callbacks.features import one_submodule
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.targets import plain_module, refuse_sharded
+from lit_methods.callbacks.targets import plain_module, refuse_lazy, refuse_sharded
 
 
 class EMARemoval(OrderedCallback):
@@ -51,6 +51,8 @@ class EMARemoval(OrderedCallback):
         if stage != "fit":
             return
         refuse_sharded(trainer, "EMARemoval")
+        for branch in self._branches(pl_module):
+            refuse_lazy(branch, "EMARemoval")
         pairs = [
             {name: (tuple(value.shape), value.dtype) for name, value in _state(branch).items()} for branch in self._branches(pl_module)
         ]

@@ -2,10 +2,13 @@
 
 from typing import Any, Literal
 
+import lightning.pytorch as pl
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from lit_methods.averages import ema_update, power_decay, power_exponent
+from lit_methods.callbacks.targets import refuse_lazy
+from lit_methods.callbacks.twin import WithoutGraph
 from lit_methods.checks import at_least, one_of, share
 
 Profile = Literal["constant", "power"]
@@ -17,7 +20,7 @@ class WeightEMA(WeightAveraging):
     Runs: the average follows after every optimiser step. During validation and at the end of training the module has the averaged weights.
     Lightning gives it its own weights back before its ``on_validation_epoch_end``: draw samples in ``validation_step``. Buffers are copied.
     Saves: in ``state_dict`` of checkpoints the module has the averaged weights; a resumed run goes on with its own, which stand there, too.
-    Refuses: strategies that shard weights. It is not for a teacher: that is ``EMATeacher``.
+    Refuses: strategies that shard weights, and lazy layers without a shape. It is not for a teacher: that is ``EMATeacher``.
 
     Args:
         decay: Share of itself that a ``constant`` average keeps at a step, in [0, 1]: 0.99993 for iCT on CIFAR-10.
@@ -37,6 +40,17 @@ class WeightEMA(WeightAveraging):
         self._exponent = power_exponent(width) if profile == "power" else 0.0
         self._now = decay
         super().__init__(use_buffers=False, multi_avg_fn=self._average)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Make the average.
+
+        Raises:
+            ValueError: A lazy layer has no shape yet.
+        """
+        if stage == "fit":
+            refuse_lazy(pl_module, "WeightEMA")
+        with WithoutGraph():  # Lightning copies the module
+            super().setup(trainer, pl_module, stage)
 
     def decay_at(self, step: int) -> float:
         """Share that the average keeps at optimiser step ``step``, counted from 0."""

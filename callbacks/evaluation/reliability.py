@@ -18,6 +18,7 @@ from torchmetrics.functional.classification import binary_auroc
 from lit_methods import distributed
 from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of, require_logits
 from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
+from lit_methods.callbacks.twin import observed
 from lit_methods.checks import at_least
 from lit_methods.panels import Curve, Panel
 
@@ -139,6 +140,7 @@ class Reliability(EvaluationCallback):
         self.logits, self.inputs, self.labels, self.bins = logits, inputs, labels, bins
         self.fgsm_epsilon, self.mean, self.std = fgsm_epsilon, tuple(mean), tuple(std)
         self.unknown, self.every_n_epochs = unknown, every_n_epochs
+        self._twin: pl.LightningModule | None = None  # what is run on the attacked and unknown inputs
         self._rows: list[Tensor] = []  # per batch (B, 4): confidence, hit, -log p, hit under attack
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -151,7 +153,11 @@ class Reliability(EvaluationCallback):
 
     def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Forget the epoch before."""
-        self._rows = []
+        self._rows, self._twin = [], None
+
+    def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the copy."""
+        self._twin = None
 
     def _skipped(self, trainer: pl.Trainer) -> bool:
         fitting = trainer.state.fn == "fit"
@@ -162,10 +168,13 @@ class Reliability(EvaluationCallback):
     ) -> None:
         """Measure a batch of the first loader."""
         if dataloader_idx == 0 and not self._skipped(trainer):
-            self._measure(pl_module, batch)
+            if self._twin is None:
+                self._twin = observed(trainer, pl_module, type(self).__name__)
+            with isolate_rng(pl_module.device.type == "cuda"):
+                self._measure(self._twin, batch)
 
     def _measure(self, pl_module: pl.LightningModule, batch: Any) -> None:
-        images, labels = inputs_and_labels(batch, self.inputs, self.labels)
+        images, labels = (part.to(pl_module.device) for part in inputs_and_labels(batch, self.inputs, self.labels))
         with torch.inference_mode(False), torch.enable_grad():
             images, labels = images.detach().clone(), labels.clone()  # out of inference mode, which knows no gradients
             attacked = self.fgsm_epsilon > 0
@@ -193,12 +202,12 @@ class Reliability(EvaluationCallback):
         if self.fgsm_epsilon > 0:
             values["fgsm_accuracy"] = attacked.mean()
         if self.unknown is not None:
-            values["ood_auroc"] = detection_auroc(confidence, self._unknown_confidence(trainer, pl_module))
+            values["ood_auroc"] = detection_auroc(confidence, self._unknown_confidence(self._twin or pl_module))
         pl_module.log_dict({f"reliability/{split}_{name}": value for name, value in values.items()})
-        self._rows = []
+        self._rows, self._twin = [], None
 
     @torch.no_grad()
-    def _unknown_confidence(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
+    def _unknown_confidence(self, pl_module: pl.LightningModule) -> Tensor:
         """Largest softmax probabilities of all unknown inputs; every rank sees all of them."""
         assert self.unknown is not None
         confidences = []

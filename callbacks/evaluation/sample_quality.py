@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
+from lit_methods.callbacks.twin import observed
 from lit_methods.checks import at_least
 from lit_methods.consistency_models.evaluation import frechet_distance, precision_recall
 from lit_methods.distributed import gather_rows
@@ -54,10 +55,11 @@ class SampleQuality(EvaluationCallback):
         self.features = Frozen(features)
         self.neighbours = neighbours
         self._features_of: dict[str, list[Tensor]] = {}
+        self._twin: pl.LightningModule | None = None  # what decodes
 
     def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Begin anew."""
-        self._features_of = {}
+        self._features_of, self._twin = {}, None
         self.features.to(pl_module.device)
 
     def evaluate_batch(
@@ -69,7 +71,9 @@ class SampleQuality(EvaluationCallback):
                 f"{type(pl_module).__name__}'s validation_step and test_step must return a dict of samples for SampleQuality, got "
                 f"{type(outputs).__name__}"
             )
-        show = getattr(pl_module, "to_images", None)
+        if self._twin is None and hasattr(pl_module, "to_images"):
+            self._twin = observed(trainer, pl_module, type(self).__name__)
+        show = getattr(self._twin, "to_images", None)
         for name, images in {"data": batch["image"], **outputs}.items():
             seen = self.features((images if show is None else show(images)).float())
             self._features_of.setdefault(name, []).append(seen.float().cpu())
@@ -77,7 +81,7 @@ class SampleQuality(EvaluationCallback):
     def end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Log."""
         all_features = {name: gather_rows(torch.cat(parts), with_grad=False) for name, parts in self._features_of.items()}
-        self._features_of = {}
+        self._features_of, self._twin = {}, None
         data = all_features.pop("data", None)
         for name, samples in all_features.items():
             ending = "" if name == "1_steps" else f"_{name}"

@@ -1,6 +1,5 @@
 """Temporal voting: neighbouring LiDAR scans refine each other's predictions (SuperFlow++, arXiv:2503.19912)."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +11,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
+from lit_methods.callbacks.wrapping import attach, detach, refuse_iterators
 from lit_methods.checks import one_of, positive, share
 from lit_methods.lidar.point_metrics import PointIoU, mean_iou
 from lit_methods.lidar.superflow.core import Vote, temporal_vote
@@ -73,7 +73,8 @@ class TemporalVoting(EvaluationCallback):
     ``pseudo_labels``, before each training step ``batch["unlabelled"]["labels"]`` is set from the teacher of the ``EMATeacher`` callback,
     in evaluation mode.
     Saves: nothing.
-    Refuses: modules without the method, batches without neighbours, and ``pseudo_labels`` without a teacher.
+    Refuses: modules without the method, batches without neighbours, and ``pseudo_labels`` without a teacher or for a ``training_step``
+    that takes ``dataloader_iter``.
 
     Args:
         predictor: Name of the method, called with a batch or a neighbour cloud.
@@ -147,24 +148,22 @@ class TemporalVoting(EvaluationCallback):
                 "name yours with predictor="
             )
         if self.pseudo_labels and stage == "fit":
+            refuse_iterators(pl_module, "TemporalVoting with pseudo_labels")
             self._teacher(trainer)
 
     def _attach(self, pl_module: LightningModule) -> None:
         """Let the predictor of this instance vote: during an evaluation only, so that no copy of the module inherits it."""
         if not self.refine:
             return
-        predict = getattr(pl_module, self.predictor)
-
-        @functools.wraps(predict)
-        def voted(batch: dict[str, Any]) -> Tensor:
-            own, vote = vote_on_batch(predict, batch, **self.options)
-            self._count(own, vote, batch.get("labels"))
-            return vote.probs.clamp(min=torch.finfo(vote.probs.dtype).tiny).log()
-
         for metric in self._metrics:
             metric.reset()
-        setattr(pl_module, self.predictor, voted)
+        attach(pl_module, self._vote, self.predictor, around=True)
         self._attached = True
+
+    def _vote(self, predict: Predictor, batch: dict[str, Any]) -> Tensor:
+        own, vote = vote_on_batch(predict, batch, **self.options)
+        self._count(own, vote, batch.get("labels"))
+        return vote.probs.clamp(min=torch.finfo(vote.probs.dtype).tiny).log()
 
     def begin_evaluation(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
         """Vote from here on."""
@@ -181,7 +180,7 @@ class TemporalVoting(EvaluationCallback):
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its own method back."""
         if self._attached:
-            delattr(pl_module, self.predictor)
+            detach(pl_module, self._vote, self.predictor)
             self._attached = False
 
     def _count(self, own: Tensor, vote: Vote, labels: Tensor | None) -> None:

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.twin import evaluating
+from lit_methods.callbacks.twin import evaluating, observed
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.distributed import rank, sum_over_ranks
 from lit_methods.tasks.segmentation.core import class_counts, iou_of_counts
@@ -70,7 +71,10 @@ class LabelCorrection(OrderedCallback):
         raise NotImplementedError(f"{type(self).__name__} must define wants(self, trainer, pl_module)")
 
     def predict(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor, size: tuple[int, int]) -> Any:
-        """What is predicted for images (B, C, h, w) whose labels have ``size``; in evaluation mode, without gradients."""
+        """What is predicted for images (B, C, h, w) whose labels have ``size``; in evaluation mode, without gradients.
+
+        ``pl_module`` is a copy that shares the module's weights, so that nothing else in the module changes.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define predict(self, trainer, pl_module, images, size)")
 
     def corrected(self, labels: Tensor, predicted: Any) -> Tensor:
@@ -129,7 +133,9 @@ class LabelCorrection(OrderedCallback):
         trainer.strategy.barrier("label correction begins")
         changed = torch.zeros(3, dtype=torch.int64)  # changed pixels, images with one, pixels of this rank's images
         loader = self.datamodule.correction_dataloader() if self.given_loader is None else self.given_loader
-        with evaluating(pl_module), store.writer(rank()) as writer:
+        on_cuda = pl_module.device.type == "cuda"
+        with evaluating(pl_module), isolate_rng(on_cuda), store.writer(rank()) as writer:
+            twin = observed(trainer, pl_module, type(self).__name__)
             for batch in loader:
                 if not isinstance(batch, dict) or not {"image", "index"} <= set(batch):
                     raise ValueError(
@@ -145,7 +151,7 @@ class LabelCorrection(OrderedCallback):
                 source = [store.original(i) if self.restart else store.current(i) for i in index]
                 labels = torch.from_numpy(np.stack(source).astype(np.int64)).to(pl_module.device)
                 with trainer.precision_plugin.forward_context():
-                    predicted = self.predict(trainer, pl_module, batch["image"].to(pl_module.device), size)
+                    predicted = self.predict(trainer, twin, batch["image"].to(pl_module.device), size)
                 for i, new in zip(index, self.corrected(labels, predicted).cpu().numpy(), strict=True):
                     different = int((new != store.original(i)).sum())
                     changed += torch.tensor([different, int(different > 0), new.size])

@@ -4,7 +4,6 @@ The maths is :func:`lit_methods.prompting.coprompt.core.embedding_consistency`; 
 ``CoPrompt``.
 """
 
-import copy
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from lit_methods.callbacks.batch import Key, find_in_batch
 from lit_methods.callbacks.features import one_submodule
 from lit_methods.callbacks.loss_term import LossTerm
-from lit_methods.callbacks.targets import refuse_sharded
+from lit_methods.callbacks.targets import refuse_lazy, refuse_sharded
+from lit_methods.callbacks.twin import copy_of
 from lit_methods.checks import at_least, one_of
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, Panel
@@ -86,7 +86,9 @@ class TwoTowerConsistency(LossTerm):
             self._names = {argument: name for argument, (name, _) in towers.items()}
             if towers["image_tower"][1] is towers["text_tower"][1]:
                 raise ValueError(f"image_tower and text_tower are both {self.image_tower!r}: name the two submodules that embed the two")
-            self._teachers = {argument: Frozen(copy.deepcopy(tower)) for argument, (_, tower) in towers.items()}
+            for _, tower in towers.values():
+                refuse_lazy(tower, "TwoTowerConsistency")
+            self._teachers = {argument: Frozen(copy_of(tower)) for argument, (_, tower) in towers.items()}
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

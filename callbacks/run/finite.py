@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.checks import one_of
@@ -25,9 +26,10 @@ def not_finite(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
         parameters: Name -> tensor of any shape and floating dtype; others count as finite.
 
     Returns:
-        Name -> scalar bool tensor on the tensor's device; nothing is read on the host.
+        Name -> scalar bool tensor on the tensor's device; nothing is read on the host. Lazy parameters without a shape are left out.
     """
-    return {name: ~value.detach().isfinite().all() for name, value in parameters.items() if value.is_floating_point()}
+    there = {name: value for name, value in parameters.items() if not is_lazy(value)}
+    return {name: ~value.detach().isfinite().all() for name, value in there.items() if value.is_floating_point()}
 
 
 class FiniteGuard(OrderedCallback):

@@ -6,11 +6,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.files import write_json
@@ -30,7 +33,7 @@ class StepCost(OrderedCallback):
     ========================  ===========================================================================================================
     ``steps``                 optimiser steps of the whole fit (``trainer.global_step``)
     ``batches``               training batches of this process
-    ``parameters``            trainable parameters at the start of training
+    ``parameters``            trainable parameters at the start of training; with lazy layers at its end
     ``seconds``               time of each timed step after the warm-up, the first ``max_samples`` of them
     ``data_seconds``          of these the part until the step's start
     ``seconds_per_step``      median, as is ``data_seconds_per_step``; null where no step was timed
@@ -71,13 +74,14 @@ class StepCost(OrderedCallback):
         self._started = 0.0
         self._counter: Any = None
         self._flops: int | None = None
-        self._peak: Callable[[], tuple[float, str]] = lambda: (0.0, "resident")
+        self._peak: Callable[[], tuple[float, str]] = _nothing  # functions of the module, so that a callback can be pickled
         self._memory: tuple[float, str] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the measurement of memory."""
         self._reset()
-        self._parameters = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
+        lazy = any(is_lazy(p) for p in pl_module.parameters())
+        self._parameters = -1 if lazy else trainable(pl_module)  # -1: counted at the end, when all have a shape
         self._peak = peak_memory(pl_module.device)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -113,6 +117,8 @@ class StepCost(OrderedCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the measurement of memory."""
+        if self._parameters < 0:
+            self._parameters = trainable(pl_module)
         self._memory = self._peak()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -150,6 +156,11 @@ class StepCost(OrderedCallback):
         }
 
 
+def trainable(module: nn.Module) -> int:
+    """Number of trainable parameters; lazy ones without a shape are left out."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad and not is_lazy(p))
+
+
 def peak_memory(device: torch.device) -> Callable[[], tuple[float, str]]:
     """Start to watch the memory; call the result at the end.
 
@@ -161,14 +172,29 @@ def peak_memory(device: torch.device) -> Callable[[], tuple[float, str]]:
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return lambda: (float(torch.cuda.max_memory_allocated(device)), "cuda")
+        return partial(_allocated, device)
     with suppress(OSError, KeyError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the high-water mark starts anew from here
         start = _process_status()["VmRSS"]
         if _process_status()["VmHWM"] <= start + 16 * _MIB:  # it did
-            return lambda: (_process_status()["VmHWM"] - start, "resident")
-    before = _highest_resident()
-    return lambda: (_highest_resident() - before, "resident, above the earlier peak")
+            return partial(_grown_since, start)
+    return partial(_above_peak, _highest_resident())
+
+
+def _allocated(device: torch.device) -> tuple[float, str]:
+    return float(torch.cuda.max_memory_allocated(device)), "cuda"
+
+
+def _grown_since(start: float) -> tuple[float, str]:
+    return _process_status()["VmHWM"] - start, "resident"
+
+
+def _above_peak(before: float) -> tuple[float, str]:
+    return _highest_resident() - before, "resident, above the earlier peak"
+
+
+def _nothing() -> tuple[float, str]:
+    return 0.0, "resident"
 
 
 def _process_status() -> dict[str, float]:

@@ -72,10 +72,16 @@ class DrivingDataModule(LoaderDataModule):
         raise NotImplementedError
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the data sets of a stage: fit, validate, test, predict, or None for all."""
+        """Make the data sets of a stage: fit, validate, test, predict, or None for all.
+
+        With ``on_broken: skip`` the files of the evaluation are read once, to leave out the broken samples.
+        """
         parts = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
         for part in ("train", "val", "test", "predict") if stage is None else parts[stage]:
-            setattr(self, f"{part}_set", self.read(part))  # type: ignore[arg-type]
+            dataset = self.read(part)  # type: ignore[arg-type]
+            if part != "train" and self.on_broken == "skip" and len(dataset):
+                dataset.leave_out_broken(part)
+            setattr(self, f"{part}_set", dataset)
 
     def segmentation_set(
         self, frames: Frames, indices: Sequence[int], *, augment: bool, labelled: bool = True, neighbours: int | None = None

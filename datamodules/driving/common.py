@@ -9,18 +9,21 @@ Every random number of a sample follows from (seed, epoch, index) alone, never f
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike, NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from lit_methods import distributed
 from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.pictures import as_rgb, decoding
 from lit_methods.files import write_atomically
 
 LABEL_FRACTIONS = (1, 5, 10, 25, 100)
@@ -38,7 +41,7 @@ def _read_array(path: Path, field: str, dtype: DTypeLike, archive: str) -> tuple
         content = path.read_bytes()
     except FileNotFoundError:
         raise MissingFileError(path, field, f"no such file: the release is incomplete here, unpack its {archive} again") from None
-    except (ValueError, EOFError) as problem:
+    except Exception as problem:  # a broken file raises nearly anything
         raise BrokenRecordError(path, field, f"not a readable .npy array ({problem}): truncated, copy it again") from problem
     kind = np.dtype(dtype)
     usable = len(content) - len(content) % kind.itemsize
@@ -68,6 +71,8 @@ def read_points(path: Path, columns: int) -> Tensor:
         )
     if size == 0:
         raise BrokenRecordError(path, "points", "the scan is empty, at least one point is expected: copy the file again")
+    if values.dtype.kind not in "iuf":
+        raise BrokenRecordError(path, "points", f"holds {values.dtype}, expected numbers: another release?")
     points = np.ascontiguousarray(values.reshape(-1, columns)[:, :4], dtype=np.float32)
     if not np.isfinite(points.sum(dtype=np.float64)):  # one pass without a temporary; which row, only when there is one
         finite = np.isfinite(points).all(axis=1)
@@ -124,8 +129,10 @@ def read_labels(path: Path, dtype: DTypeLike, mask: int, table: NDArray[np.int64
     if values.size != num_points or (path.suffix != ".npy" and size != num_points * kind.itemsize):
         found = size / (values.dtype.itemsize if path.suffix == ".npy" else kind.itemsize)
         raise BrokenRecordError(path, "labels", f"{size} bytes = {found:g} labels of {kind}, but the scan has {num_points} points")
+    if values.dtype.kind not in "iu":
+        raise BrokenRecordError(path, "labels", f"holds {values.dtype}, expected integers: another release?")
     raw = values.reshape(-1).astype(np.int64) & mask
-    inside = raw < len(table)
+    inside = (raw >= 0) & (raw < len(table))
     mapped = table[np.where(inside, raw, 0)]
     bad = ~inside | (mapped < 0)
     if bad.any():
@@ -152,22 +159,17 @@ def read_image(path: Path, size: tuple[int, int] | int) -> tuple[Tensor, tuple[i
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: The file can't be decoded.
+        BrokenRecordError: The file can't be decoded, or its mode has no known range.
     """
-    try:
-        with Image.open(path) as picture:
-            native = (picture.height, picture.width)
-            if isinstance(size, int):
-                factor = min(1.0, size / max(native))
-                size = (max(1, round(native[0] * factor)), max(1, round(native[1] * factor)))
-            height, width = size
-            reduced = picture.draft("RGB", (width, height))
-            box = reduced[1] if reduced is not None else None
-            small = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR, box=box)
-    except FileNotFoundError:
-        raise MissingFileError(path, "image", "no such file: the release is incomplete here, unpack its camera archives again") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as problem:
-        raise BrokenRecordError(path, "image", f"can't be decoded ({problem}): truncated or not an image, copy it again") from problem
+    with decoding(path, "image", "the release is incomplete here, unpack its camera archives again"), Image.open(path) as picture:
+        native = (picture.height, picture.width)
+        if isinstance(size, int):
+            factor = min(1.0, size / max(native))
+            size = (max(1, round(native[0] * factor)), max(1, round(native[1] * factor)))
+        height, width = size
+        reduced = picture.draft("RGB", (width, height))
+        box = reduced[1] if reduced is not None else None
+        small = as_rgb(picture, path).resize((width, height), Image.Resampling.BILINEAR, box=box)
     return torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous(), native
 
 
@@ -231,7 +233,8 @@ class SampleDataset(Samples):
         length: Number of samples.
         seed: Seed of the augmentation.
         augment: Draw new random numbers in every epoch; False: those of epoch 0 always.
-        on_broken: ``error`` raises; ``skip`` takes the next good sample instead, warns, and counts it in :attr:`num_skipped`.
+        on_broken: ``error`` raises; ``skip`` takes the next good sample instead, warns, and counts it in :attr:`num_skipped`; in evaluation
+            the datamodule calls :meth:`leave_out_broken` instead.
         num_workers: Worker processes that may read this data set, for the count.
     """
 
@@ -239,14 +242,47 @@ class SampleDataset(Samples):
         self.length, self.seed, self.augment, self.on_broken = length, seed, augment, on_broken
         # One slot per process in shared memory: workers count without a lock, the main process reads the sum.
         self._skipped = torch.zeros(num_workers + 1, dtype=torch.int64).share_memory_()
+        self.kept: NDArray[np.int64] | None = None  # the good samples, once the broken ones are left out
 
     def __len__(self) -> int:
-        return self.length
+        return self.length if self.kept is None else len(self.kept)
 
     @property
     def num_skipped(self) -> int:
-        """Broken samples met so far by this process and its workers; a sample met in two epochs counts twice."""
+        """Broken samples met so far by this process and its workers, one met in two epochs twice; in evaluation: samples left out."""
         return int(self._skipped.sum())
+
+    def leave_out_broken(self, part: str) -> None:
+        """Read every sample once and leave out the broken ones, so that each good one is evaluated once and none twice.
+
+        The ranks share the reading and agree on the result; every rank must call it.
+
+        Args:
+            part: Name of the split, for the warning.
+
+        Raises:
+            BrokenRecordError: All samples are broken.
+        """
+        mine = range(distributed.rank(), self.length, distributed.world_size())
+        with ThreadPoolExecutor(len(self._skipped)) as readers:
+            problems = {index: found for index, found in zip(mine, readers.map(self._problem, mine), strict=True) if found is not None}
+        broken = distributed.gather_rows(torch.tensor(sorted(problems), dtype=torch.int64), with_grad=False).numpy()
+        if not len(broken):
+            return
+        first = f": {next(iter(problems.values()))}" if problems else ""
+        if len(broken) == self.length:
+            raise BrokenRecordError("data set", "samples", f"all {self.length} samples of {part} are broken{first}")
+        self.kept = np.setdiff1d(np.arange(self.length), broken)
+        self._skipped[0] = len(broken)
+        if problems:
+            warnings.warn(f"{len(broken)} of {self.length} samples of {part} are broken and left out{first}", stacklevel=2)
+
+    def _problem(self, index: int) -> BrokenRecordError | None:
+        try:
+            self.sample(index, np.random.default_rng([self.seed, 0, index]))
+        except BrokenRecordError as problem:
+            return problem
+        return None
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Read one sample."""
@@ -254,6 +290,9 @@ class SampleDataset(Samples):
 
     def at(self, epoch: int, index: int) -> Sample:
         """One sample, or the next good one."""
+        if self.kept is not None:
+            index = int(self.kept[index])
+            return self.sample(index, np.random.default_rng([self.seed, epoch if self.augment else 0, index]))
         for step in range(self.length):
             candidate = (index + step) % self.length
             try:

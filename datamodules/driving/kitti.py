@@ -32,6 +32,9 @@ from lit_methods.datamodules.driving.common import (
     write_bytes,
 )
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path, listed
+from lit_methods.datamodules.tables import text_of
+from lit_methods.files import refuse_repeated_keys
 
 Splits = Literal["train", "val", "test"]
 
@@ -90,11 +93,16 @@ def read_label_map(dataset: str | Path) -> LabelMap:
         BrokenRecordError: A key is missing, unknown, or of the wrong kind.
     """
     folder = configs_folder() / "label_maps"
-    path = Path(dataset) if str(dataset).endswith((".yaml", ".yml")) else folder / f"{dataset}.yaml"
+    path = data_path(dataset) if str(dataset).endswith((".yaml", ".yml")) else folder / f"{dataset}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
         raise ValueError(f"dataset={str(dataset)!r} is neither a shipped label map ({known}) nor the path of a YAML file")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        text = text_of(path, "give the path of a YAML file")
+        refuse_repeated_keys(text, str(path))
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise BrokenRecordError(path, "keys", f"isn't YAML ({' '.join(str(problem).split())}): truncated or no label map") from problem
     required = {
         "name",
         "get",
@@ -171,7 +179,7 @@ class KittiFrames:
                     f"{self.base / sequence / label_map.scans[0]}/. Get it from {label_map.get}, "
                     "or name the sequences that you have (train_sequences, val_sequences)"
                 )
-            scans = sorted(path for path in folder.iterdir() if path.suffix in (".bin", ".npy"))
+            scans = listed(folder, endings=(".bin", ".npy"))
             self.scan_folders.append(folder)
             names += [path.stem.encode() for path in scans]
             owners += [number] * len(scans)
@@ -222,17 +230,12 @@ class KittiFrames:
             MissingFileError: There is no such file.
             BrokenRecordError: A line names a scan that isn't there.
         """
-        if not list_file.is_file():
-            raise MissingFileError(
-                list_file,
-                "split",
-                f"no such file: get it from {self.label_map.get}, or name whole sequences (train_sequences, val_sequences)",
-            )
+        content = text_of(list_file, f"get it from {self.label_map.get}, or name whole sequences (train_sequences, val_sequences)", "split")
         index = {self.token(frame): frame for frame in range(len(self))}
         found = []
-        for number, line in enumerate(list_file.read_text(encoding="utf-8").splitlines()):
+        for number, line in enumerate(content.splitlines()):
             if line.strip():
-                parts = Path(line.split()[0]).parts
+                parts = Path(line.split()[0]).parts or ("",)
                 token = f"{parts[0]}/{Path(parts[-1]).stem}"
                 if token not in index:
                     raise BrokenRecordError(list_file, f"line {number + 1}", f"names scan {token}, which isn't in {self.base}")
@@ -262,7 +265,7 @@ def sequences_folder(root: Path, label_map: LabelMap) -> Path:
     for name in label_map.folders:
         if (root / name).is_dir():
             return root / name
-    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing" if root.is_dir() else "no such folder"
+    found = ", ".join([path.name for path in listed(root)][:8]) or "nothing" if root.is_dir() else "no such folder"
     raise WrongRootError(
         f"root={str(root)!r} holds no {' or '.join(label_map.folders)}/ (found: {found}). {label_map.name} is to be had from "
         f"{label_map.get}"
@@ -276,10 +279,7 @@ def read_matrices(path: Path) -> NDArray[np.float64]:
         MissingFileError: There is no such file.
         BrokenRecordError: A line doesn't hold 12 finite numbers.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise MissingFileError(path, "poses", "no such file: unpack the pose archive of the release, or set neighbours=0") from None
+    lines = text_of(path, "unpack the pose archive of the release, or set neighbours=0", "poses").splitlines()
     matrices = np.tile(np.eye(4), (len(lines), 1, 1))
     for number, line in enumerate(lines):
         try:
@@ -298,10 +298,7 @@ def read_calibration(path: Path) -> NDArray[np.float64]:
         MissingFileError: There is no such file.
         BrokenRecordError: No line ``Tr:`` of 12 numbers.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise MissingFileError(path, "Tr", "no such file: unpack the calibration archive of the release, or set neighbours=0") from None
+    lines = text_of(path, "unpack the calibration archive of the release, or set neighbours=0", "Tr").splitlines()
     for line in lines:
         key, _, numbers = line.partition(":")
         if key.strip() == "Tr":
@@ -309,6 +306,8 @@ def read_calibration(path: Path) -> NDArray[np.float64]:
                 values = np.array(numbers.split(), dtype=np.float64).reshape(3, 4)
             except ValueError as problem:
                 raise BrokenRecordError(path, "Tr", f"expected 12 numbers ({problem})") from problem
+            if not np.isfinite(values).all():
+                raise BrokenRecordError(path, "Tr", "holds NaN or infinite numbers: copy the file again")
             return rigid(values[:, :3], values[:, 3])
     raise BrokenRecordError(path, "Tr", f"no such line; it has {', '.join(line.partition(':')[0] for line in lines if line.strip())}")
 
@@ -336,7 +335,8 @@ class KittiStyleDataModule(DrivingDataModule):
         batch_size: Samples per process and step.
         num_workers: Processes that read data; 0 reads in the training process.
         seed: Seed of order and augmentation.
-        on_broken: error: a broken file ends the run, naming the file; skip: the next good scan takes its place, with a warning and a
+        on_broken: error: a broken file ends the run, naming the file; skip: in training the next good scan takes its place, in
+            validation, test and prediction it is left out, which ``setup`` finds out by reading these files once; with a warning and a
             count.
 
     Raises:
@@ -376,11 +376,15 @@ class KittiStyleDataModule(DrivingDataModule):
                 f"({self.label_map.get}), "
                 "or use NuScenesDataModule, whose root=null is a built-in world"
             )
-        self.root, self.mode, self.predict_split = Path(root), mode, predict_split
+        self.root, self.mode, self.predict_split = data_path(root), mode, predict_split
         self.class_names = tuple(self.label_map.classes)
         self.sequences = {"train": train_sequences, "val": val_sequences, "test": test_sequences}
         if mode == "semi_supervised":
             self.collate_train = collate_semi_supervised
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the folder of sequences."""
+        sequences_folder(self.root, self.label_map)
 
     def read(self, part: Literal["train", "val", "test", "predict"]) -> SampleDataset:
         """List the scans of a part."""
@@ -408,7 +412,7 @@ class KittiStyleDataModule(DrivingDataModule):
         labels = label_map.train_labels if split == "train" else label_map.labels
         if chosen is None and split in label_map.split_files:
             base = sequences_folder(self.root, label_map)
-            sequences = sorted(path.name for path in base.iterdir() if any((path / name).is_dir() for name in label_map.scans))
+            sequences = [path.name for path in listed(base) if any((path / name).is_dir() for name in label_map.scans)]
             frames = KittiFrames(self.root, label_map, sequences, labels, with_poses=self.neighbours > 0)
             file = label_map.split_files[split]
             return frames, frames.frames_in(base / file if (base / file).is_file() else self.root / file)

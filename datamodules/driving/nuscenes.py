@@ -33,10 +33,11 @@ from lit_methods.datamodules.driving.common import (
     transform_points,
     write_bytes,
 )
-from lit_methods.datamodules.driving.nuscenes_tables import CAMERAS, NuScenesTables, read_tables
+from lit_methods.datamodules.driving.nuscenes_tables import CAMERAS, NuScenesTables, read_tables, tables_folder
 from lit_methods.datamodules.driving.splits import Split, choose_scenes
 from lit_methods.datamodules.driving.superpixels import compute_slic, read_superpixels
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path, user_path
 from lit_methods.lidar.projection import dense_cloud, flip_cameras, project_points, resize_pairs, resize_superpixels
 
 CLASSES: dict[
@@ -311,7 +312,8 @@ class NuScenesDataModule(DrivingDataModule):
         batch_size: Samples per process and step.
         num_workers: Processes that read data; 0 reads in the training process.
         seed: Seed of order and augmentation. The built-in world is always the same.
-        on_broken: error: a broken file ends the run, naming the file; skip: the next good sample takes its place, with a warning and a
+        on_broken: error: a broken file ends the run, naming the file; skip: in training the next good sample takes its place, in
+            validation, test and prediction it is left out, which ``setup`` finds out by reading these files once; with a warning and a
             count.
         cache: Folder for the built-in world; null: the user's cache folder.
 
@@ -356,17 +358,31 @@ class NuScenesDataModule(DrivingDataModule):
         within("[1, 3]", "key frames", frames=frames)
         within(f"[1, {len(CAMERAS)}]", cameras=cameras)
         at_least(0, num_sweeps=num_sweeps)
-        self.root, self.version, self.mode = None if root is None else Path(root), version if root is not None else "v1.0-mini", mode
-        self.superpixels, self.superpixel_root = superpixels, None if superpixel_root is None else Path(superpixel_root)
+        self.root, self.version, self.mode = data_path(root), version if root is not None else "v1.0-mini", mode
+        self.superpixels, self.superpixel_root = superpixels, data_path(superpixel_root)
         self.num_superpixels = num_superpixels or (17 if superpixels == "openseed" else 150)
         self.cameras, self.num_sweeps, self.image_size, self.frames = cameras, num_sweeps, (image_size[0], image_size[1]), frames
-        self.pretrain_split, self.cache = pretrain_split, cache
+        self.pretrain_split, self.cache = pretrain_split, user_path(cache)
         self.tables: NuScenesTables | None = None
         if mode == "pretrain":
             self.collate_train = self.collate_eval = collate_pretrain
         elif mode == "semi_supervised":
             self.collate_train = collate_semi_supervised
             self.collate_eval = collate_segmentation
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the tables and, where they are needed, for the superpixels."""
+        if self.root is not None:
+            tables_folder(self.root, self.version)
+            if self.mode == "pretrain":
+                self._check_superpixels(self._superpixel_folder())
+
+    def _check_superpixels(self, folder: Path) -> None:
+        if self.superpixels == "openseed" and not folder.is_dir():
+            raise WrongRootError(
+                f"no superpixel folder {folder}: expected <sample_data token>.png files as released with SuperFlow; give "
+                "superpixel_root, or set superpixels=slic"
+            )
 
     def prepare_data(self) -> None:
         """Make the built-in world if ``root`` is null; compute SLIC superpixels that are missing."""
@@ -433,15 +449,12 @@ class NuScenesDataModule(DrivingDataModule):
 
     def _superpixel_folder(self) -> Path:
         default = "superpixels" if self.superpixels == "openseed" else f"superpixels_slic{self.num_superpixels}"
-        return self.superpixel_root or self._tables().root / default
+        return self.superpixel_root or self._root() / default
 
     def _pretrain_set(self, indices: Sequence[int], augment: bool) -> NuScenesPretrainDataset:
         folder = self._superpixel_folder()
-        if self.superpixels == "openseed" and len(indices) and not folder.is_dir():
-            raise WrongRootError(
-                f"no superpixel folder {folder}: expected <sample_data token>.png files as released with SuperFlow; give "
-                "superpixel_root, or set superpixels=slic"
-            )
+        if len(indices):
+            self._check_superpixels(folder)
         return NuScenesPretrainDataset(
             self._tables(),
             indices,

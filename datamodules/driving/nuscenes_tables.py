@@ -7,8 +7,9 @@ LiDAR sweeps before each key frame, and the poses of all. The result pickles qui
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,12 @@ from scipy.spatial.transform import Rotation
 
 from lit_methods.datamodules.driving.common import rigid
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import listed
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 LIDAR = "LIDAR_TOP"
 _CHUNK = 1 << 22  # characters read at a time
+_NO_TEXTS = frozenset({"rotation", "translation", "camera_intrinsic", "timestamp", "is_key_frame"})
 Row = dict[str, Any]
 
 
@@ -30,45 +33,61 @@ def read_rows(path: Path) -> Iterator[Row]:
         WrongRootError: There is no such table.
         BrokenRecordError: The file is not a JSON list of objects, or ends too early.
     """
-    decoder = json.JSONDecoder()
     try:
         file = path.open(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise WrongRootError(f"{path} is missing: unpack the metadata archive of this nuScenes version into {path.parent.parent}") from None
     with file:
-        text, position, number = file.read(_CHUNK).lstrip("\ufeff \t\r\n"), 1, 0
-        if not text.startswith("["):
-            raise BrokenRecordError(path, "table", "expected a JSON list of rows, it begins with " + repr(text[:20]))
-        while True:
-            while position < len(text) and text[position] in " \t\r\n,":
-                position += 1
-            if position < len(text) and text[position] == "]":
-                return
-            try:
-                row, position = decoder.raw_decode(text, position)
-            except json.JSONDecodeError as problem:
-                more = file.read(_CHUNK) if len(text) - position < 8 * _CHUNK else ""  # no row is that long
-                if not more:
-                    raise BrokenRecordError(
-                        path, f"row {number}", f"not valid JSON ({problem.msg}): truncated or broken, unpack the metadata again"
-                    ) from None
-                text, position = text[position:] + more, 0
-                continue
-            if not isinstance(row, dict):
-                raise BrokenRecordError(path, f"row {number}", f"expected an object, got {type(row).__name__}")
-            yield row
-            number += 1
+        yield from _rows_in(file, path)
+
+
+def _chunk(file: TextIO, path: Path) -> str:
+    try:
+        return file.read(_CHUNK)
+    except UnicodeDecodeError as problem:
+        raise BrokenRecordError(path, "table", f"byte {problem.start} isn't UTF-8 text: broken, unpack the metadata again") from problem
+
+
+def _rows_in(file: TextIO, path: Path) -> Iterator[Row]:
+    decoder, more_of = json.JSONDecoder(), partial(_chunk, file, path)
+    text, position, number = more_of().lstrip("\ufeff \t\r\n"), 1, 0
+    if not text.startswith("["):
+        raise BrokenRecordError(path, "table", "expected a JSON list of rows, it begins with " + repr(text[:20]))
+    while True:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        if position < len(text) and text[position] == "]":
+            return
+        try:
+            row, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as problem:
+            more = more_of() if len(text) - position < 8 * _CHUNK else ""  # no row is that long
+            if not more:
+                raise BrokenRecordError(
+                    path, f"row {number}", f"not valid JSON ({problem.msg}): truncated or broken, unpack the metadata again"
+                ) from None
+            text, position = text[position:] + more, 0
+            continue
+        if not isinstance(row, dict):
+            raise BrokenRecordError(path, f"row {number}", f"expected an object, got {type(row).__name__}")
+        yield row
+        number += 1
 
 
 def read_table(path: Path, *keys: str) -> Iterator[tuple[Any, ...]]:
     """The values of ``keys`` in every row.
 
     Raises:
-        BrokenRecordError: A row lacks a key.
+        BrokenRecordError: A row lacks a key, or holds no text where a token or a name belongs.
     """
+    texts = [key not in _NO_TEXTS for key in keys]
     for number, row in enumerate(read_rows(path)):
         try:
-            yield tuple(row[key] for key in keys)
+            values = tuple(row[key] for key in keys)
+            for key, value, text in zip(keys, values, texts, strict=True):
+                if text and not isinstance(value, str):
+                    raise BrokenRecordError(path, f"row {number}", f"{key} is {str(value)[:40]}, expected a text")
+            yield values
         except KeyError as missing:
             have = ", ".join(row) or "nothing"
             raise BrokenRecordError(path, f"row {number}", f"lacks the key {missing}; it has {have}") from None
@@ -145,6 +164,23 @@ class NuScenesTables:
         return np.flatnonzero(wanted).tolist()
 
 
+def tables_folder(root: Path, version: str) -> Path:
+    """The folder of a release's tables.
+
+    Raises:
+        WrongRootError: It isn't there.
+    """
+    folder = root / version
+    if not folder.is_dir():
+        there = ", ".join([path.name for path in listed(root) if path.is_dir()][:8]) or "nothing" if root.is_dir() else "no such folder"
+        raise WrongRootError(
+            f"root={str(root)!r} holds no {version}/ (found: {there}). Expected the official nuScenes layout: {version}/*.json, "
+            "samples/, sweeps/, lidarseg/. "
+            "Get it from https://www.nuscenes.org/nuscenes#download (free account), or set root=null for the built-in world"
+        )
+    return folder
+
+
 def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
     """Read the tables of a release.
 
@@ -160,16 +196,7 @@ def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
         WrongRootError: The root or a table is missing; the message says what was expected and where to get it.
         BrokenRecordError: A table is truncated, a row lacks a key, or names a row that doesn't exist.
     """
-    folder = root / version
-    if not folder.is_dir():
-        there = (
-            ", ".join(sorted(path.name for path in root.iterdir() if path.is_dir())[:8]) or "nothing" if root.is_dir() else "no such folder"
-        )
-        raise WrongRootError(
-            f"root={str(root)!r} holds no {version}/ (found: {there}). Expected the official nuScenes layout: {version}/*.json, "
-            "samples/, sweeps/, lidarseg/. "
-            "Get it from https://www.nuscenes.org/nuscenes#download (free account), or set root=null for the built-in world"
-        )
+    folder = tables_folder(root, version)
     scenes = list(read_table(folder / "scene.json", "token", "name"))
     samples = {token: (scene, stamp) for token, scene, stamp in read_table(folder / "sample.json", "token", "scene_token", "timestamp")}
     channels = dict(read_table(folder / "sensor.json", "token", "channel"))
@@ -268,6 +295,10 @@ def _read_calibrations(path: Path, channels: dict[str, str]) -> _Calibrations:
         intrinsic = np.array([row[4] or np.zeros((3, 3)) for row in rows], dtype=np.float64).reshape(-1, 3, 3)
     except (ValueError, TypeError) as problem:
         raise BrokenRecordError(path, "rotation, translation, camera_intrinsic", f"expected 4, 3 and 3x3 numbers ({problem})") from problem
+    for name, values in (("rotation", rotation), ("translation", translation), ("camera_intrinsic", intrinsic)):
+        good = np.isfinite(values).reshape(len(rows), -1).all(axis=1)
+        if not good.all():
+            raise BrokenRecordError(path, f"row {int(np.argmin(good))}", f"{name} holds NaN or infinite numbers: unpack the metadata again")
     return _Calibrations(
         {row[0]: number for number, row in enumerate(rows)}, {row[0]: channels[row[1]] for row in rows}, rotation, translation, intrinsic
     )
@@ -287,6 +318,11 @@ def _read_poses(path: Path, wanted: list[str]) -> tuple[NDArray[np.float64], NDA
     unset = np.isnan(quaternion).any(axis=1) | np.isnan(translation).any(axis=1)
     if unset.any():
         raise BrokenRecordError(path, "token", f"no pose {wanted[int(np.argmax(unset))]!r}, which sample_data.json names (or it holds NaN)")
+    bad = ~np.isfinite(np.concatenate([quaternion, translation], axis=1)).all(axis=1) | ~quaternion.any(axis=1)
+    if bad.any():
+        raise BrokenRecordError(
+            path, "rotation", f"the pose {wanted[int(np.argmax(bad))]!r} is no rotation and place: unpack the metadata again"
+        )
     return rotation_matrices(quaternion), translation
 
 

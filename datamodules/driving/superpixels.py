@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lit_methods.datamodules.driving.common import read_image, write_bytes
 from lit_methods.datamodules.errors import BrokenRecordError
-from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.pictures import open_indices
 
 _SLIC_SIDE = 512  # longer side at which SLIC runs: training resizes images to 448 columns anyway
 
@@ -44,10 +44,7 @@ def read_superpixels(path: Path, native_size: tuple[int, int], num_superpixels: 
         BrokenRecordError: Undecodable, more than one channel, another size than the image, or an id out of range.
     """
     missing = "give superpixel_root the folder of <sample_data token>.png files, or set superpixels=slic to compute them"
-    picture = open_picture(path, "superpixels", missing, mode=None)
-    mode, ids = picture.mode, np.array(picture)
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise BrokenRecordError(path, "superpixels", f"expected one channel of integer ids, got mode {mode} of shape {ids.shape}")
+    ids = open_indices(path, "superpixels", missing)
     if ids.shape != native_size:
         raise BrokenRecordError(
             path,

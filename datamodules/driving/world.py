@@ -489,7 +489,7 @@ def embedded_world(
     """
     options = WorldOptions(seed, scenes, val_scenes, key_frames, (image_size[0], image_size[1]), lidar_columns, label_noise)
     digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:12]
-    cache = cache_folder() if cache is None else Path(cache)
+    cache = cache_folder() if cache is None else Path(cache).expanduser()
     name = f"driving-v{WORLD_VERSION}-{digest}"
     root = cache / name
     if root.is_dir():

@@ -14,7 +14,8 @@ from torch import Tensor
 from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.fewshot import coloured_shapes as shapes
-from lit_methods.datamodules.fewshot.releases import LAYOUTS, Name, choose_shots, read_descriptions, read_release
+from lit_methods.datamodules.fewshot.releases import LAYOUTS, Name, check_layout, choose_shots, read_descriptions, read_release
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import open_listed
 from lit_methods.datamodules.vision.base import LabelledImages
 
@@ -139,8 +140,8 @@ class FewShotDataModule(LoaderDataModule):
         if template is not None and "{}" not in template:
             raise ValueError(f"template={template!r} has no {{}} for the name of the class")
         self.save_hyperparameters()
-        self.root, self.release = None if root is None else Path(root), name
-        self.shots, self.shot_seed, self.part, self.description_file = shots, shot_seed, classes, descriptions
+        self.root, self.release = data_path(root), name
+        self.shots, self.shot_seed, self.part, self.description_file = shots, shot_seed, classes, data_path(descriptions)
         self.image_size = image_size
         self.template: str = template or (LAYOUTS[name].template if root is not None else "a photo of a {}.")
         self.base_classes: tuple[str, ...] = ()
@@ -152,13 +153,18 @@ class FewShotDataModule(LoaderDataModule):
         """The base classes."""
         return self.base_classes
 
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the list of the splits and the folder of images."""
+        if self.root is not None:
+            check_layout(self.root, self.release)
+
     def setup(self, stage: str) -> None:
         """Read the lists and choose the images; images of a release are read when they are asked for."""
         if self.train_set is not None:
             return
         names, train, test, view = self._built_in() if self.root is None else self._read(self.root)
         if self.description_file is not None:
-            self.descriptions = read_descriptions(Path(self.description_file))
+            self.descriptions = read_descriptions(self.description_file)
         base = len(names) if self.part == "all" else (len(names) + 1) // 2
         self.base_classes, self.new_classes = names[:base], names[base:]
         (read, labels), (test_read, test_labels) = train, test

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import listed
+from lit_methods.datamodules.tables import text_of
 
 Name = Literal[
     "imagenet",
@@ -70,18 +72,16 @@ LAYOUTS: dict[str, _Layout] = {
 
 
 def read_text(file: Path) -> str:
-    """The text of a file.
+    """The text of a file, which isn't empty.
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: It isn't UTF-8.
+        BrokenRecordError: It isn't UTF-8, or empty.
     """
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingFileError(file, "file", "no such file: the release is incomplete here, copy it again") from None
-    except UnicodeDecodeError as problem:
-        raise BrokenRecordError(file, "file", f"isn't UTF-8 text ({problem}): copy it again") from problem
+    text = text_of(file, "the release is incomplete here, copy it again")
+    if not text.strip():
+        raise BrokenRecordError(file, "file", "it is empty: copy it again")
+    return text
 
 
 def read_json(file: Path) -> Any:
@@ -166,7 +166,7 @@ def read_imagenet(folder: Path) -> Release:
         labels: list[int] = []
         for label, (own, _, _) in enumerate(rows):
             place = folder / "images" / part / own
-            found = sorted(place.glob("*.JPEG")) if place.is_dir() else []
+            found = listed(place, "*.JPEG") if place.is_dir() else []
             if not found:
                 raise MissingFileError(place, "images", "no *.JPEG: unpack the archives into images/train and images/val, a folder a class")
             paths += found
@@ -177,6 +177,21 @@ def read_imagenet(folder: Path) -> Release:
 
 
 _READERS: dict[str, Callable[[Path], Release]] = {"imagenet": read_imagenet, "fgvc_aircraft": read_aircraft}
+
+
+def check_layout(root: Path, name: str) -> None:
+    """Look for the list of a set's splits and its folder of images.
+
+    Raises:
+        WrongRootError: The folder doesn't hold them.
+    """
+    layout = LAYOUTS[name]
+    for part in (layout.split, layout.images):
+        if not (root / part).exists():
+            raise WrongRootError(
+                f"root={str(root)!r} has no {part}: lay out {name} there as CoOp's DATASETS.md says ({layout.split} and {layout.images}/), "
+                "or set root=null for the built-in images"
+            )
 
 
 def read_release(root: Path, name: str) -> Release:
@@ -190,13 +205,8 @@ def read_release(root: Path, name: str) -> Release:
         WrongRootError: The folder doesn't hold it.
         BrokenRecordError: A file is missing or wrong; the message names it and the place.
     """
+    check_layout(root, name)
     layout = LAYOUTS[name]
-    for part in (layout.split, layout.images):
-        if not (root / part).exists():
-            raise WrongRootError(
-                f"root={str(root)!r} has no {part}: lay out {name} there as CoOp's DATASETS.md says ({layout.split} and {layout.images}/), "
-                "or set root=null for the built-in images"
-            )
     if name in _READERS:
         return _READERS[name](root)
     return read_split_file(root / layout.split, root / layout.images)
@@ -238,6 +248,7 @@ __all__ = [
     "Name",
     "Release",
     "Split",
+    "check_layout",
     "choose_shots",
     "read_aircraft",
     "read_descriptions",

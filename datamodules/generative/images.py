@@ -9,9 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from lit_methods.checks import at_least, within
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.generative.base import GenerativeDataModule, Tensors
 from lit_methods.datamodules.vision.base import LabelledImages
-from lit_methods.datamodules.vision.cifar import built_in_release, read_release
+from lit_methods.datamodules.vision.cifar import built_in_release, read_release, release_folder
 from lit_methods.datamodules.vision.digits import DigitsDataModule
 from lit_methods.datamodules.vision.imagenet import ImageNetDataModule
 
@@ -101,8 +102,13 @@ class GenerativeCIFARDataModule(GenerativeDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_samples=num_samples, num_workers=num_workers, seed=seed)
-        self.root, self.flip = root if root is None else Path(root), flip
+        self.root, self.flip = data_path(root), flip
         self.save_hyperparameters()
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the release's folder."""
+        if self.root is not None:
+            release_folder(self.root, "cifar10")
 
     def setup(self, stage: str) -> None:
         """Read everything into memory."""

@@ -1,7 +1,6 @@
 """Latents of an autoencoder, stored once and standardised: sLCT's data (arXiv:2502.01441)."""
 
 import io
-import pickle
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +16,10 @@ from lit_methods.checks import at_least, positive
 from lit_methods.consistency_models.latents import DigitAutoencoder, standardise
 from lit_methods.datamodules.base import Batches, Ints
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path, listed
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule, Tensors
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
+from lit_methods.datamodules.pickles import ArraysOnly
 from lit_methods.datamodules.pictures import open_picture
 from lit_methods.files import replacing
 
@@ -27,6 +28,34 @@ CHUNK = 256  # latents, or images to encode, at a time
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------------------
+
+
+def latent_files(root: Path, name: str) -> list[Path]:
+    """``<name>.npy``, or the files of the folder ``name``.
+
+    Raises:
+        WrongRootError: There is neither.
+    """
+    whole = root / f"{name}.npy"
+    files = [whole] if whole.is_file() else listed(root / name, "*.npy")
+    if not files:
+        raise WrongRootError(
+            f"root={str(root)!r} has neither {name}.npy nor {name}/*.npy: give images= and autoencoder= to encode them, or root=null "
+            "for the built-in digits"
+        )
+    return files
+
+
+def image_files(images: Path) -> list[Path]:
+    """All images below a folder, sorted by path.
+
+    Raises:
+        WrongRootError: There is none.
+    """
+    files = listed(images, "**/*", sorted(IMAGE_KINDS))
+    if not files:
+        raise WrongRootError(f"images={str(images)!r} has no image ({', '.join(sorted(IMAGE_KINDS))}): give the folder that holds them")
+    return files
 
 
 class LatentFiles:
@@ -53,12 +82,7 @@ class LatentFiles:
                 )
             self.shape: tuple[int, ...] = self.whole.shape[1:]
             return
-        self.files = sorted((root / name).glob("*.npy"))
-        if not self.files:
-            raise WrongRootError(
-                f"root={str(root)!r} has neither {name}.npy nor {name}/*.npy: give images= and autoencoder= to encode them, or root=null "
-                "for the built-in digits"
-            )
+        self.files = latent_files(root, name)
         self.shape = _one(self.files[0], None).shape
 
     def __len__(self) -> int:
@@ -80,9 +104,12 @@ class LatentFiles:
 
 def _load(file: Path, **options: Any) -> NDArray[Any]:
     try:
-        return np.load(file, **options)  # type: ignore[no-any-return]
-    except (OSError, ValueError, EOFError) as problem:
+        found = np.load(file, **options)
+    except Exception as problem:  # a broken file raises nearly anything
         raise BrokenRecordError(file, "array", f"can't be read ({problem}): truncated or no .npy file, copy it again") from problem
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iuf":
+        raise BrokenRecordError(file, "array", f"holds {getattr(found, 'dtype', 'several arrays')}, expected one array of numbers")
+    return found
 
 
 def _one(file: Path, shape: tuple[int, ...] | None) -> NDArray[np.float32]:
@@ -93,8 +120,10 @@ def _one(file: Path, shape: tuple[int, ...] | None) -> NDArray[np.float32]:
     return found.astype(np.float32)
 
 
-class _Statistics(pickle.Unpickler):
+class _Statistics(ArraysOnly):
     """Reads {"mean": tensor, "std": tensor} as NumPy pickles it, and nothing that could run code."""
+
+    owner = "file of statistics"
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch.storage", "_load_from_bytes"):
@@ -103,12 +132,7 @@ class _Statistics(pickle.Unpickler):
             return torch._utils._rebuild_tensor_v2
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
-            # taken from an example, as their home differs between NumPy 1 and 2
-            return (np.zeros(0) if name == "_reconstruct" else np.float32(0)).__reduce__()[0]
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        raise pickle.UnpicklingError(f"it would load {module}.{name}, which statistics don't need")
+        return super().find_class(module, name)
 
 
 def read_statistics(file: Path, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -182,9 +206,7 @@ def encode_folder(images: Path, target: Path, autoencoder: nn.Module, size: int,
         WrongRootError: There is no image.
         BrokenRecordError: An image can't be read.
     """
-    files = sorted(path for path in images.rglob("*") if path.suffix.lower() in IMAGE_KINDS)
-    if not files:
-        raise WrongRootError(f"images={str(images)!r} has no image ({', '.join(sorted(IMAGE_KINDS))}): give the folder that holds them")
+    files = image_files(images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autoencoder = autoencoder.to(device).eval()
     work = [(file, turned) for turned in ((False, True) if mirrored else (False,)) for file in files]
@@ -296,7 +318,7 @@ class LatentDataModule(GenerativeDataModule):
         positive(latent_factor=latent_factor)
         if images is not None and (root is None or autoencoder is None):
             raise ValueError("images are encoded by autoencoder into root: give both")
-        self.root, self.images = (None if path is None else Path(path) for path in (root, images))
+        self.root, self.images = (data_path(path) for path in (root, images))
         self.save_hyperparameters(ignore=["autoencoder"])
         self.autoencoder = autoencoder
 
@@ -311,14 +333,31 @@ class LatentDataModule(GenerativeDataModule):
             raise ValueError(f"num_val={self.hparams['num_val']} of {count} latents leaves none for training: give less")
         return range(border), range(border, count)
 
+    def _to_encode(self) -> bool:
+        """Whether there are images and no latents yet."""
+        assert self.root is not None
+        name = self.hparams["name"]
+        return self.images is not None and not (self.root / f"{name}.npy").is_file() and not (self.root / name).is_dir()
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for latents, or for images that can be encoded."""
+        if self.root is None:
+            return
+        if self._to_encode():
+            assert self.images is not None
+            image_files(self.images)
+        else:
+            latent_files(self.root, self.hparams["name"])
+
     def prepare_data(self) -> None:
         """Encode, and compute statistics, unless both are there."""
         hp = self.hparams
         if self.root is None:
             return
-        target = self.root / f"{hp['name']}.npy"
-        if self.images is not None and not target.is_file() and not (self.root / hp["name"]).is_dir():
+        if self._to_encode():
+            assert self.images is not None
             assert self.autoencoder is not None
+            target = self.root / f"{hp['name']}.npy"
             encode_folder(self.images, target, self.autoencoder, hp["image_size"], hp["latent_factor"], hp["mirrored"])
         if not self._statistics.is_file():
             files = LatentFiles(self.root, hp["name"])

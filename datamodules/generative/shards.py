@@ -13,6 +13,8 @@ from torch import Tensor
 from lit_methods.checks import at_least, positive
 from lit_methods.datamodules.base import Batches, Ints
 from lit_methods.datamodules.cache import cache_folder, making_folder
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import counts, data_path, listed
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule
 
 BLOCK = 512  # bytes; every part of a tar file begins at a multiple of it
@@ -44,7 +46,7 @@ def read_index(shard: Path, endings: Sequence[str]) -> list[Record]:
         endings: Endings that a sample must have; parts with other endings are left out.
 
     Raises:
-        ValueError: The file is truncated or no tar file, or a sample lacks a part.
+        BrokenRecordError: The file is truncated or no tar file, or a sample lacks a part.
     """
     size, end = shard.stat().st_size, 0
     found: dict[str, dict[str, Part]] = {}
@@ -54,15 +56,21 @@ def read_index(shard: Path, endings: Sequence[str]) -> list[Record]:
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 folder, _, name = member.name.rpartition("/")
                 stem, _, ending = name.partition(".")
-                if member.isfile() and ending:
+                if member.isfile() and ending and counts(name):  # macOS puts ._<name> beside each file
                     found.setdefault(f"{folder}/{stem}" if folder else stem, {})[ending] = Part(member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard} can't be read as a tar file ({error}): it is truncated or damaged, fetch it anew") from error
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise BrokenRecordError(
+            shard, "file", f"can't be read as a tar file ({error}): it is truncated or damaged, fetch it anew"
+        ) from error
     if end + BLOCK > size:  # what follows the last member is at least one block of zeros
-        raise ValueError(f"{shard} is truncated: it has {size} bytes and ends within or right behind its last member; fetch it anew")
+        raise BrokenRecordError(
+            shard, "file", f"is truncated: it has {size} bytes and ends within or right behind its last member; fetch it anew"
+        )
     for key, parts in found.items():
         if missing := [ending for ending in endings if ending not in parts]:
-            raise ValueError(f"{shard}: sample {key!r} has no {', '.join(missing)}, it has {', '.join(sorted(parts))}: name its endings")
+            raise BrokenRecordError(
+                shard, f"sample {key!r}", f"has no {', '.join(missing)}, it has {', '.join(sorted(parts))}: name its endings"
+            )
     return [Record(shard, key, {ending: parts[ending] for ending in endings}) for key, parts in found.items()]
 
 
@@ -70,19 +78,25 @@ def read_tensor(record: Record, ending: str) -> Tensor:
     """One part of a sample, a tensor that ``torch.save`` wrote, read without running any code that the file may hold.
 
     Raises:
-        ValueError: Something else lies there.
+        BrokenRecordError: Something else lies there, or numbers that aren't finite.
     """
     part = record.parts[ending]
     with record.shard.open("rb") as file:
         file.seek(part.offset)
         content = file.read(part.size)
+    return _tensor(content, record.shard, f"{record.key}.{ending}")
+
+
+def _tensor(content: bytes, file: Path, field: str) -> Tensor:
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{record.shard}: {record.key}.{ending} can't be read as a tensor ({reason}): write it with torch.save") from error
+        raise BrokenRecordError(file, field, f"can't be read as a tensor ({reason}): write it with torch.save") from error
     if not isinstance(found, Tensor):
-        raise ValueError(f"{record.shard}: {record.key}.{ending} holds a {type(found).__name__}: save a tensor")
+        raise BrokenRecordError(file, field, f"holds a {type(found).__name__}: save a tensor")
+    if found.is_floating_point() and not found.isfinite().all():
+        raise BrokenRecordError(file, field, "has numbers that aren't finite: leave the sample out")
     return found
 
 
@@ -163,9 +177,6 @@ class LatentShards(Batches):
         latents = [read_tensor(record, self.latent).float() for record in records]
         latents = [latent[0] if latent.ndim == 5 and len(latent) == 1 else latent for latent in latents]
         batch = {"image": self._stacked(records, latents, self.latent) * self.scale}
-        for record, finite in zip(records, batch["image"].flatten(1).isfinite().all(1).tolist(), strict=True):
-            if not finite:
-                raise ValueError(f"{record.shard}: {record.key}.{self.latent} has numbers that aren't finite: leave the sample out")
         if self.embedding is not None:
             ending = self.embedding
             prompts = [self._filled(read_tensor(record, ending), f"{record.shard}: {record.key}.{ending}") for record in records]
@@ -224,26 +235,38 @@ class LatentShardsDataModule(GenerativeDataModule):
         at_least(1, num_val=num_val)
         positive(scale=scale)
         self.save_hyperparameters()
+        self.root, self.null_embedding = data_path(root), data_path(null_embedding)
 
     def prepare_data(self) -> None:
         """Make the built-in sample."""
-        if self.hparams["root"] is None:
+        if self.root is None:
             built_in_shards()
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for tar files."""
+        if self.root is not None:
+            self._shards(self.root)
+
+    def _shards(self, root: Path) -> list[Path]:
+        pattern = self.hparams["pattern"]
+        if not (shards := listed(root, pattern)):
+            raise WrongRootError(f"root={str(root)!r} has no {pattern}: put the tar files there, or set root=null for the sample")
+        return shards
 
     def setup(self, stage: str) -> None:
         """Read the headers of all tar files.
 
         Raises:
-            FileNotFoundError: No tar file, or no file of the negative prompt.
-            ValueError: A damaged tar file, or too few samples.
+            WrongRootError: No tar file.
+            FileNotFoundError: No file of the negative prompt.
+            BrokenRecordError: A damaged file.
+            ValueError: Too few samples.
         """
         if self.train_set is not None:
             return
         hp = self.hparams
-        root = built_in_shards() if hp["root"] is None else Path(hp["root"])
-        shards = sorted(root.glob(hp["pattern"]))
-        if not shards:
-            raise FileNotFoundError(f"root={str(root)!r} has no {hp['pattern']}: put the tar files there, or set root=null for the sample")
+        root = built_in_shards() if self.root is None else self.root
+        shards = self._shards(root)
         endings = [hp["latent"], *([] if hp["embedding"] is None else [hp["embedding"]])]
         records = [record for shard in shards for record in read_index(shard, endings)]
         if len(records) <= hp["num_val"]:
@@ -251,11 +274,11 @@ class LatentShardsDataModule(GenerativeDataModule):
                 f"{len(shards)} tar files in {root} have {len(records)} samples: set num_val={hp['num_val']} to less than that"
             )
         null = None
-        if hp["null_embedding"] is not None:
-            path = Path(hp["null_embedding"])
+        if self.null_embedding is not None:
+            path = self.null_embedding
             if not path.is_file():
                 raise FileNotFoundError(f"null_embedding={str(path)!r} doesn't exist: give a file that torch.save wrote")
-            null = torch.load(path, map_location="cpu", weights_only=True)
+            null = _tensor(path.read_bytes(), path, "null_embedding")
         settings = (hp["latent"], hp["embedding"], hp["tokens"], null, hp["scale"])
         cut = len(records) - hp["num_val"]
         parts = (records[:cut], records[cut:], records[cut : cut + self.num_samples])

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, Prepare, open_listed
+from lit_methods.datamodules.tables import find_columns, plain, text_of
 from lit_methods.datamodules.vision.base import LabelledImages
 
 Name = Literal["cub", "cars", "sop", "inat"]
@@ -33,23 +35,21 @@ class ImageList:
     labels: NDArray[np.int64]
 
 
-def _lines(file: Path, fields: int, head: int = 0) -> list[list[str]]:
-    """Words of each line below the head.
+def _lines(file: Path, fields: int) -> list[list[str]]:
+    """Words of each line.
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: A line has another number of words, or there is none.
+        BrokenRecordError: It is no text, a line has another number of words, or there is none.
     """
-    try:
-        rows = [line.split() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise MissingFileError(file, "file", "no such file: the release is incomplete here, unpack its archive again") from None
+    text = text_of(file, "the release is incomplete here, unpack its archive again")
+    rows = [line.split() for line in text.splitlines() if line.strip()]
     for number, row in enumerate(rows, start=1):
         if len(row) != fields:
             raise BrokenRecordError(file, f"line {number}", f"expected {fields} words, got {len(row)}: {' '.join(row)!r}")
-    if len(rows) <= head:
+    if not rows:
         raise BrokenRecordError(file, "lines", "there is no image: unpack the release again")
-    return rows[head:]
+    return rows
 
 
 def _number(word: str, file: Path, place: str) -> int:
@@ -72,6 +72,8 @@ def read_cub(root: Path) -> tuple[ImageList, ImageList]:
     names, classes = root / "images.txt", root / "image_class_labels.txt"
     paths = {row[0]: root / "images" / row[1] for row in _lines(names, 2)}
     labels = {row[0]: _number(row[1], classes, f"line {number}") for number, row in enumerate(_lines(classes, 2), start=1)}
+    if wrong := [key for key, label in labels.items() if not 1 <= label <= 200]:
+        raise BrokenRecordError(classes, f"image {wrong[0]}", f"class {labels[wrong[0]]} isn't in 1..200: unpack the release again")
     if odd := sorted(paths.keys() ^ labels.keys()):
         raise BrokenRecordError(classes, f"image {odd[0]}", f"it stands in one of {names.name} and {classes.name} alone")
     return _halves(list(paths.values()), np.array([labels[key] for key in paths]), 100)
@@ -89,16 +91,21 @@ def read_cars(root: Path) -> tuple[ImageList, ImageList]:
         raise BrokenRecordError(
             file, "annotations", f"can't be read ({type(problem).__name__}: {problem}): copy the file again"
         ) from problem
+    if not labels.ndim or not len(labels) or not 1 <= labels.min() <= labels.max() <= 196:
+        raise BrokenRecordError(file, "class", f"expected one class of 1..196 an image, got {labels}: copy the file again")
     return _halves(paths, labels, 98)
 
 
 def read_sop(root: Path) -> tuple[ImageList, ImageList]:
-    """``Ebay_train.txt`` and ``Ebay_test.txt``: image_id, class_id, super_class_id, path."""
+    """``Ebay_train.txt`` and ``Ebay_test.txt``: class_id and path by the names in the first line."""
 
     def read(file: Path) -> ImageList:
-        rows = _lines(file, 4, head=1)
-        labels = [_number(row[1], file, f"line {number}") for number, row in enumerate(rows, start=2)]
-        return ImageList([root / row[3] for row in rows], np.array(labels, np.int64))
+        header, *rows = _lines(file, 4)
+        place = find_columns(file, header, {name: (plain(name),) for name in ("class_id", "path")})
+        if not rows:
+            raise BrokenRecordError(file, "lines", "there is no image: unpack the release again")
+        labels = [_number(row[place["class_id"]], file, f"line {number}") for number, row in enumerate(rows, start=2)]
+        return ImageList([root / row[place["path"]] for row in rows], np.array(labels, np.int64))
 
     return read(root / "Ebay_train.txt"), read(root / "Ebay_test.txt")
 
@@ -204,7 +211,13 @@ class RetrievalImagesDataModule(RetrievalDataModule):
         one_of(_READERS, name=name)
         at_least(1, image_size=image_size)
         self.save_hyperparameters()
-        self.root, self.release = root if root is None else Path(root), name
+        self.root, self.release = data_path(root), name
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the file that shows that it is the release."""
+        first, source = _FIRST[self.release]
+        if self.root is not None and not (self.root / first).is_file():
+            raise WrongRootError(f"root={str(self.root)!r} has no {first}: unpack {source} there, or set root=null for the built-in images")
 
     def setup(self, stage: str) -> None:
         """Read the lists; images are read when they are asked for."""
@@ -221,11 +234,8 @@ class RetrievalImagesDataModule(RetrievalDataModule):
             labels = [kinds[part] - low + 20 * place for place, (part, low) in enumerate(zip(chosen, (0, 50), strict=True))]
             reads: list[Any] = [[Image.fromarray(one) for one in pictures[part]].__getitem__ for part in chosen]
         else:
-            first, source = _FIRST[self.release]
-            if not (self.root / first).is_file():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no {first}: unpack {source} there, or set root=null for the built-in images"
-                )
+            self.check_root(stage)
+            first = _FIRST[self.release][0]
             train, test = _READERS[self.release](self.root)
             for part, split in ((train, "training"), (test, "test")):
                 if not part.paths:

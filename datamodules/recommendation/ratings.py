@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from torch import Tensor
 from lit_methods.checks import at_least, one_of, within
 from lit_methods.datamodules.base import Batches, LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import data_path, listed
+from lit_methods.datamodules.tables import find_columns, is_header, plain
 
 Format = Literal["auto", "movielens", "lastfm", "lightgcn"]
 Mode = Literal["bpr", "neumf", "autoencoder"]
@@ -26,59 +29,99 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a file is written: ``columns`` counts the ones that must be there; user and item are the first two."""
+    """How a file is written. Without a header user and item are the first two of ``columns``, and the value is the third."""
 
     separator: str | None
-    header: int
     columns: int
 
 
 _MOVIELENS = {  # file pattern -> layout
-    "ratings.dat": _Layout("::", 0, 3),  # MovieLens 1M and 10M
-    "ratings.csv": _Layout(",", 1, 3),  # MovieLens latest and 20M and later
-    "u.data": _Layout("\t", 0, 3),  # MovieLens 100k
-    "*.inter": _Layout("\t", 1, 3),  # an interaction file of RecBole
+    "ratings.dat": _Layout("::", 3),  # MovieLens 1M and 10M, without a header
+    "ratings.csv": _Layout(",", 3),  # MovieLens latest and 20M and later
+    "u.data": _Layout("\t", 3),  # MovieLens 100k, without a header
+    "*.inter": _Layout("\t", 3),  # an interaction file of RecBole
 }
-_LASTFM = {"user_artists.dat": _Layout("\t", 1, 3)}  # HetRec 2011
-_PAIRS = _Layout(None, 0, 2)
+_LASTFM = {"user_artists.dat": _Layout("\t", 3)}  # HetRec 2011
+_PAIRS = _Layout(None, 2)
+_USER = ("user", "userid", "uid", "userindex", "useridx")
+_THINGS = ("item", "movie", "artist", "book", "track", "song", "product", "business", "game", "anime", "recipe", "place", "venue")
+_ITEM = (*(thing + ending for thing in _THINGS for ending in ("id", "", "index", "idx")), "iid", "isbn", "asin")
+_VALUE = (
+    "rating", "ratings", "bookrating", "userrating", "score", "stars", "value", "weight", "count", "plays", "playcount", "listencount"
+)  # fmt: skip
+_TIMES = 1e8  # seconds of 1973: a column of larger values holds times
 
 
-def read_rows(file: Path, layout: _Layout) -> tuple[Ints, Ints, NDArray[np.float64]]:
-    """User ids, item ids and values of a file, each (N,); values are 1 in files with two columns.
+def _columns(file: Path, header: Sequence[str]) -> list[int]:
+    """Places of user, item and, where there is one, rating, by the names of a header."""
+    names = [plain(name) for name in header]
+    items: Sequence[str] = _ITEM
+    if not set(names) & set(_ITEM):  # the only other id
+        others = {name for name in names if name.endswith("id") and name not in _USER}
+        items = tuple(others) if len(others) == 1 else _ITEM
+    found = find_columns(file, header, {"user": _USER, "item": items, "rating": _VALUE}, optional=("rating",))
+    return [found[name] for name in ("user", "item", "rating") if name in found]
+
+
+def read_rows(file: Path, layout: _Layout, rated: bool = False) -> tuple[Ints, Ints, NDArray[np.float64]]:
+    """User ids, item ids and values of a file, each (N,); values are 1 where there is no column of them.
+
+    A first line without a number is a header, whose names decide; other files are read by place.
+
+    Args:
+        file: The file.
+        layout: How it is written.
+        rated: A column of ratings (or plays) must be there; one of times is none.
 
     Raises:
-        BrokenRecordError: A line that isn't numbers, has too few columns, or a negative id; the message names file and line.
+        BrokenRecordError: A column is missing; a line that isn't numbers, has too few columns, or a negative id; the message names file and
+            line.
     """
     text = file.read_text(encoding="utf-8-sig", errors="replace")
-    plain = text.replace("::", "\t") if layout.separator == "::" else text
+    first, line = next(((number, line) for number, line in enumerate(io.StringIO(text)) if line.strip()), (0, ""))
+    cells = line.split(layout.separator)
+    named = is_header(cells)
+    columns = _columns(file, cells) if named else list(range(layout.columns))
+    if rated and len(columns) < 3:
+        shown = ", ".join(repr(cell.strip()) for cell in cells)
+        raise BrokenRecordError(
+            file, "rating", f"there is no such column, found {shown if named else 'two columns'}: leave min_value at null, or add one of "
+            f"{', '.join(_VALUE[:3])}, ..."
+        )  # fmt: skip
+    skipped = first + 1 if named else 0
+    plain_text = text.replace("::", "\t") if layout.separator == "::" else text
     separator = "\t" if layout.separator == "::" else layout.separator
     try:
         rows = np.loadtxt(
-            io.StringIO(plain), delimiter=separator, skiprows=layout.header, usecols=range(layout.columns), ndmin=2, comments=None
+            io.StringIO(plain_text), delimiter=separator, skiprows=skipped, usecols=columns, ndmin=2, comments=None, quotechar='"'
         )
     except ValueError:
         rows = None
-    if rows is None or not np.isfinite(rows).all() or (rows[:, :2] < 0).any() or (rows[:, :2] % 1).any():
-        raise _first_broken_line(file, text, layout)
+    if rows is None or not np.isfinite(rows).all() or (rows[:, :2] < 0).any() or (rows[:, :2] % 1).any() or (rows[:, :2] >= 2**53).any():
+        raise _first_broken_line(file, text, layout, skipped, columns)
     if not len(rows):
         raise BrokenRecordError(file, "lines", "there is none behind the header: download the file again")
-    values = rows[:, 2] if layout.columns > 2 else np.ones(len(rows))
+    values = rows[:, 2] if len(columns) > 2 else np.ones(len(rows))
+    if rated and not named and (values > _TIMES).all():
+        raise BrokenRecordError(
+            file, "rating", f"the third column has {values[0]:.0f} and the like, which are times: leave min_value at null"
+        )
     return rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64), values
 
 
-def _first_broken_line(file: Path, text: str, layout: _Layout) -> BrokenRecordError:
+def _first_broken_line(file: Path, text: str, layout: _Layout, skipped: int, columns: Sequence[int]) -> BrokenRecordError:
     """Only after something went wrong: the line that did."""
     for number, line in enumerate(text.splitlines(), start=1):
         cells = line.split(layout.separator)
-        if number <= layout.header or not line.strip():
+        if number <= skipped or not line.strip():
             continue
         try:
-            numbers = [float(cell) for cell in cells[: layout.columns]]
-        except ValueError:
+            numbers = [float(cells[place].strip().strip('"')) for place in columns]
+        except (ValueError, IndexError):
             numbers = []
         ids = numbers[:2]
-        if len(numbers) < layout.columns or not all(map(math.isfinite, numbers)) or any(x < 0 or x % 1 for x in ids):
-            shown = "user, item" + (", value" if layout.columns > 2 else "")
+        if not numbers or not all(map(math.isfinite, numbers)) or any(x < 0 or x % 1 or x >= 2**53 for x in ids):
+            shown = "user, item" + (", value" if len(columns) > 2 else "")
             between = {None: "blanks", "\t": "tabs"}.get(layout.separator, repr(layout.separator))
             return BrokenRecordError(
                 file, f"line {number}", f"{line[:60]!r}, expected {shown} as numbers (ids whole and from 0 on) with {between} between them"
@@ -98,7 +141,7 @@ def find_format(root: Path, format: Format) -> tuple[Format, list[tuple[Path, _L
     if not root.is_dir():
         raise WrongRootError(f"root={str(root)!r} is no folder: give the folder of the unpacked data set, or null for the built-in set")
     if format in ("auto", "lightgcn"):
-        pairs = [(train, train.with_suffix(".test")) for train in sorted(root.glob("*.train"))]
+        pairs = [(train, train.with_suffix(".test")) for train in listed(root, "*.train")]
         pairs = [pair for pair in pairs if pair[1].is_file()]
         if len(pairs) > 1:
             raise WrongRootError(f"root={str(root)!r} has several data sets ({', '.join(p[0].stem for p in pairs)}): keep one in a folder")
@@ -107,7 +150,7 @@ def find_format(root: Path, format: Format) -> tuple[Format, list[tuple[Path, _L
     for name, layouts in (("movielens", _MOVIELENS), ("lastfm", _LASTFM)):
         if format in ("auto", name):
             for pattern, layout in layouts.items():
-                if found := sorted(root.glob(pattern)):
+                if found := listed(root, pattern):
                     return name, [(found[0], layout)]  # type: ignore[return-value]
     wanted = {
         "movielens": "ratings.dat, ratings.csv, u.data or *.inter (https://grouplens.org/datasets/movielens)",
@@ -337,6 +380,9 @@ class RatingsDataModule(LoaderDataModule):
     2011 (``user_artists.dat``), and LightGCN's pairs (``<name>.train`` and ``<name>.test``, a line ``user item`` each, item ids behind the
     user ids, the split as given). Ids of the first two become 0, 1, ... in rising order after thinning.
 
+    A first line without a number is a header: its names decide which column is the user, the item and the rating (``rating``, ``weight``,
+    ``count``, ...), wherever they stand; a timestamp is no rating. Files without a header have user, item and value in this order.
+
     Modes and batches (int64, float32 and bool; B users or pairs, I items):
 
     - ``bpr``: training ``user``, ``positive``, ``negative`` (B,): a user uniformly, one of its items, one that it lacks, drawn anew in
@@ -403,7 +449,7 @@ class RatingsDataModule(LoaderDataModule):
         within("(0, 0.5)", "a share", heldout_users=heldout_users)
         at_least(1, min_user_items=min_user_items, min_item_users=min_item_users, num_negatives=num_negatives)
         self.save_hyperparameters()
-        self.root = None if root is None else Path(root)
+        self.root = data_path(root)
         self.format, self.mode, self.min_value = format, mode, min_value
         self.min_user_items, self.min_item_users = min_user_items, min_item_users
         self.test_share, self.val_share, self.heldout_users, self.num_negatives = test_share, val_share, heldout_users, num_negatives
@@ -412,6 +458,11 @@ class RatingsDataModule(LoaderDataModule):
         self.train_interactions: tuple[Tensor, Tensor] | None = None
 
     # ---- reading and splitting -------------------------------------------------------------------------------------------------------
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look which layout is there."""
+        if self.root is not None:
+            find_format(self.root, self.format)
 
     def setup(self, stage: str) -> None:
         """Read, thin out, split.
@@ -431,7 +482,9 @@ class RatingsDataModule(LoaderDataModule):
         own = np.diff(train.starts)
         if self.mode != "autoencoder" and (own >= train.num_items).any():
             user = int(np.argmax(own >= train.num_items))
-            raise ValueError(f"user {user} has every item, so that no negative can be drawn: thin out by min_item_users or leave it out")
+            raise ValueError(
+                f"user {user} has every item of root={str(self.root)!r}, no negative is left: thin out by min_item_users or leave it out"
+            )
         if self.mode == "bpr":
             known, validated = train, held
             if self.val_share:
@@ -448,7 +501,9 @@ class RatingsDataModule(LoaderDataModule):
             size = max(round(self.heldout_users * len(users)), 1)
             parts = {"val": users[:size], "test": users[size : 2 * size], "train": users[2 * size :]}
             if not len(parts["train"]):
-                raise ValueError(f"{len(users)} users are too few to hold out {size} for validation and {size} for test")
+                raise ValueError(
+                    f"{len(users)} users are too few in root={str(self.root)!r} to hold out {size} for validation and {size} for test"
+                )
             whole, learners = _union(train, held), np.sort(parts["train"])
             self.val_set, self.test_set = (_Ranked(train, held, np.sort(parts[name]), history=True) for name in ("val", "test"))
             self.train_set = _Histories(whole, learners)
@@ -466,7 +521,7 @@ class RatingsDataModule(LoaderDataModule):
             name, files = find_format(self.root, self.format)
             if name == "lightgcn":
                 return self._given_split(files)
-            user, item, value = read_rows(*files[0])
+            user, item, value = read_rows(*files[0], rated=self.min_value is not None)
             if self.min_value is not None:
                 user, item = user[value >= self.min_value], item[value >= self.min_value]
         users, user = np.unique(user, return_inverse=True)
@@ -502,7 +557,7 @@ class RatingsDataModule(LoaderDataModule):
     def _split(self, pairs: Interactions, rng: np.random.Generator) -> tuple[Interactions, Interactions]:
         chosen = hold_out(pairs, self.test_share, rng, leave_one=self.mode == "neumf")
         if not chosen.any():
-            raise ValueError(f"test_share={self.test_share} holds nothing out of {len(pairs)} pairs: raise it")
+            raise ValueError(f"test_share={self.test_share} holds nothing out of {len(pairs)} pairs of root={str(self.root)!r}: raise it")
         return pairs.select(chosen), pairs.select(~chosen)
 
     # ---- batches ---------------------------------------------------------------------------------------------------------------------
@@ -511,7 +566,9 @@ class RatingsDataModule(LoaderDataModule):
         """Fixed negatives of each user for training, (U, N), and one held-out item before N others of users that have one."""
         both = _union(train, held)
         if (np.diff(both.starts) >= train.num_items).any():
-            raise ValueError("a user has every item, so that no candidate can be drawn: thin out by min_item_users or leave it out")
+            raise ValueError(
+                f"a user has every item of root={str(self.root)!r}, no candidate is left: thin out by min_item_users or leave it out"
+            )
         count = self.num_negatives
         everybody = np.repeat(np.arange(train.num_users), count)
         fixed = train.draw_others(everybody, rng.random(len(everybody))).reshape(-1, count)

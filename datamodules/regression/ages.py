@@ -1,6 +1,5 @@
 """AgeDB-DIR and IMDB-WIKI-DIR: the age of a face, with skewed training ages (arXiv:2102.09554)."""
 
-import csv
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import crop_and_flip, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
+from lit_methods.datamodules.tables import named_rows
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
 _FILES = {"agedb": "agedb.csv", "imdb_wiki": "imdb_wiki.csv"}
@@ -33,20 +34,20 @@ def read_ages(file: Path) -> dict[str, tuple[list[str], NDArray[np.float32]]]:
         BrokenRecordError: A column, or all rows of a split are missing, or a row is wrong; the message names the line.
     """
     found: dict[str, tuple[list[str], list[float]]] = {split: ([], []) for split in _SPLITS}
-    with file.open(newline="", encoding="utf-8") as lines:
-        reader = csv.DictReader(lines)
-        if missing := {"age", "path", "split"} - set(reader.fieldnames or ()):
-            raise BrokenRecordError(file, "header", f"the columns {sorted(missing)} are missing: it isn't the benchmark's file")
-        for row in reader:
-            place = f"line {reader.line_num}"
-            try:
-                age = float(row["age"])
-            except (TypeError, ValueError):
-                raise BrokenRecordError(file, place, f"age is {row['age']!r}, expected a number of years") from None
-            if not 0 <= age <= 200 or row["split"] not in found or not row["path"]:
-                raise BrokenRecordError(file, place, f"expected an age of 0 to 200, a path and a split, one of {_SPLITS}; got {row}")
-            found[row["split"]][0].append(row["path"])
-            found[row["split"]][1].append(age)
+    for line, (stored, path, split) in named_rows(file, ("age", "path", "split"), "copy the benchmark's table to root"):
+        place = f"line {line}"
+        try:
+            age = float(stored)
+        except ValueError:
+            raise BrokenRecordError(file, place, f"age is {stored!r}, expected a number of years") from None
+        if not 0 <= age <= 200 or split not in found or not path:
+            raise BrokenRecordError(
+                file,
+                place,
+                f"expected an age of 0 to 200, a path and a split, one of {_SPLITS}; got age {stored!r}, path {path!r}, split {split!r}",
+            )
+        found[split][0].append(path)
+        found[split][1].append(age)
     for split, (paths, _) in found.items():
         if not paths:
             raise BrokenRecordError(file, "split", f"there is no row of the split {split}: copy the file again")
@@ -135,7 +136,16 @@ class AgeDataModule(RegressionDataModule):
         at_least(1, image_size=image_size)
         at_least(0, views=views)
         self.save_hyperparameters()
-        self.root, self.release = root if root is None else Path(root), name  # Lightning has a use of its own for `name`
+        self.root, self.release = data_path(root), name  # Lightning has a use of its own for `name`
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the table."""
+        file = _FILES[self.release]
+        if self.root is not None and not (self.root / file).is_file():
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no {file}: put the table of YyzHarry/imbalanced-regression and the images there, "
+                "or set root=null for the built-in pictures"
+            )
 
     def setup(self, stage: str) -> None:
         """Read the table; images are read when they are asked for."""
@@ -146,13 +156,8 @@ class AgeDataModule(RegressionDataModule):
             reads: dict[str, Any] = {split: pictures.__getitem__ for split, (pictures, _) in made.items()}
             ages = {split: labels for split, (_, labels) in made.items()}
         else:
-            file = self.root / _FILES[self.release]
-            if not file.is_file():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no {file.name}: put the table of YyzHarry/imbalanced-regression and the images there, "
-                    "or set root=null for the built-in pictures"
-                )
-            table = read_ages(file)
+            self.check_root(stage)
+            table = read_ages(self.root / _FILES[self.release])
             reads = {split: partial(_open, self.root, paths) for split, (paths, _) in table.items()}
             ages = {split: labels for split, (_, labels) in table.items()}
         labels = dict(zip(_SPLITS, self.known(ages["train"], [ages["val"], ages["test"]]), strict=True))

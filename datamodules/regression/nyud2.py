@@ -1,6 +1,5 @@
 """NYUD2-DIR: the depth of each pixel of an indoor photograph, with skewed depths (arXiv:2102.09554)."""
 
-import csv
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,10 @@ from torch import Tensor
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
+from lit_methods.datamodules.folders import data_path
+from lit_methods.datamodules.pictures import GREY_16_MODES, IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, Reweighting
+from lit_methods.datamodules.tables import find_columns, rows_of
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
 
 HEIGHT, WIDTH = 228, 304  # pixels of an image after the crop; a training target has half of each
@@ -23,7 +24,7 @@ _SHORT = 240  # pixels of the short side before the crop
 _BINS = 100  # of 0.1 m
 _TURN, _EDGE = 5.0, 16  # degrees, at most; pixels that a corner can move by beyond the crop
 _JITTER = 0.4
-_TRAIN_UNIT, _TEST_UNIT = 10 / 255, 1 / 1000  # metres of one step of the stored depth
+_STORED = ((("L",), 10 / 255), (GREY_16_MODES, 1 / 1000))  # depths of training and test: 8 and 16 bits, metres of one step
 
 
 def depth_bins(depth: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -64,35 +65,37 @@ def bin_weights(
 def read_list(file: Path) -> list[tuple[Path, Path]]:
     """Images and depths of a list of the benchmark: two paths a line, whose first folder, ``data``, stands for the file's own.
 
+    The official files have no header. Where the first line holds no path, it is one: ``image`` and ``depth`` go by its names.
+
     Raises:
         MissingFileError: There is no such file.
         BrokenRecordError: A line doesn't have two paths, or there is none.
     """
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            rows = [row for row in csv.reader(lines) if row]
-    except FileNotFoundError:
-        raise MissingFileError(file, "file", "no such file: the benchmark is incomplete here, copy it again") from None
-    found = []
-    for number, row in enumerate(rows, start=1):
-        parts = [Path(word).parts[1:] for word in row]
-        if len(row) != 2 or not all(parts):
-            raise BrokenRecordError(file, f"line {number}", f"expected two paths, data/image,data/depth, got {','.join(row)!r}")
+    found, places = [], [0, 1]
+    for number, (line, row) in enumerate(rows_of(file, "the benchmark is incomplete here, copy it again")):
+        if not number and all(len(Path(word).parts) == 1 and not Path(word).suffix for word in row):  # a header: no cell is a path
+            where = find_columns(file, row, {"image": ("image", "rgb", "images"), "depth": ("depth", "depths")})
+            places = [where["image"], where["depth"]]
+            continue
+        parts = [Path(row[place]).parts[1:] if place < len(row) else () for place in places]
+        if not all(parts) or (places == [0, 1] and len(row) != 2):
+            raise BrokenRecordError(file, f"line {line}", f"expected two paths, data/image,data/depth, got {','.join(row)!r}")
         found.append((file.parent.joinpath(*parts[0]), file.parent.joinpath(*parts[1])))
     if not found:
         raise BrokenRecordError(file, "lines", "there are none: copy the file again")
     return found
 
 
-def _read(pairs: list[tuple[Path, Path]], unit: float, index: int) -> tuple[Any, Any]:
-    """An RGB image, and its depth in metres as a picture of float32."""
+def _read(pairs: list[tuple[Path, Path]], stored: tuple[tuple[str, ...], float], index: int) -> tuple[Any, Any]:
+    """An RGB image, and its depth in metres as a picture of float32, out of a picture of certain modes and metres a step."""
     from PIL import Image
 
-    image, stored = (open_picture(path, mode=None) for path in pairs[index])
-    values = np.asarray(stored)
-    if values.ndim != 2 or stored.size != image.size:
-        raise BrokenRecordError(pairs[index][1], "depth", f"expected one number a pixel of {image.size}, got {values.shape}")
-    return image.convert("RGB"), Image.fromarray(values.astype(np.float32) * np.float32(unit))
+    file, depth = pairs[index]
+    (modes, unit), missing = stored, "the benchmark is incomplete here, copy it again"
+    image, values = open_picture(file), open_indices(depth, "depth", missing, modes)
+    if values.shape != (image.height, image.width):
+        raise BrokenRecordError(depth, "depth", f"expected one number a pixel of {image.size}, got {values.shape}")
+    return image, Image.fromarray(values.astype(np.float32) * np.float32(unit))
 
 
 def _scaled(image: Any, depth: Any) -> tuple[Any, Any]:
@@ -242,7 +245,15 @@ class NYUD2DataModule(RegressionDataModule):
         super().__init__(rare, 0.1, _BINS, batch_size=batch_size, num_workers=num_workers, seed=seed)
         at_least(1, count_images=count_images)
         self.save_hyperparameters()
-        self.root = root if root is None else Path(root)
+        self.root = data_path(root)
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the training list."""
+        if self.root is not None and not (self.root / "nyu2_train.csv").is_file():
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no nyu2_train.csv: unpack the data of NYUD2-DIR (YyzHarry/imbalanced-regression) there, "
+                "or set root=null for the built-in rooms"
+            )
 
     def setup(self, stage: str) -> None:
         """Read the lists and count depths; images are read when they are asked for."""
@@ -254,13 +265,9 @@ class NYUD2DataModule(RegressionDataModule):
             reads: list[Callable[[int], tuple[Any, Any]]] = [part.__getitem__ for part in rooms]
             sizes = [len(part) for part in rooms]
         else:
-            if not (self.root / "nyu2_train.csv").is_file():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no nyu2_train.csv: unpack the data of NYUD2-DIR (YyzHarry/imbalanced-regression) there, "
-                    "or set root=null for the built-in rooms"
-                )
+            self.check_root(stage)
             lists = [read_list(self.root / f"nyu2_{split}.csv") for split in ("train", "test")]
-            reads = [partial(_read, pairs, unit) for pairs, unit in zip(lists, (_TRAIN_UNIT, _TEST_UNIT), strict=True)]
+            reads = [partial(_read, pairs, stored) for pairs, stored in zip(lists, _STORED, strict=True)]
             sizes = [len(pairs) for pairs in lists]
             mask = read_mask(self.root / "test_balanced_mask.npy", sizes[1])
         counts = count_depths(reads[0], sizes[0], self.hparams["count_images"])
@@ -280,10 +287,13 @@ def read_mask(file: Path, images: int) -> NDArray[np.bool_]:
         mask = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise MissingFileError(file, "file", "no such file: copy it from nyud2-dir of the benchmark's data") from None
-    except (ValueError, EOFError, OSError) as problem:
+    except Exception as problem:  # a broken file raises nearly anything
         raise BrokenRecordError(file, "mask", f"can't be read ({problem}): copy the file again") from problem
-    if mask.shape != (images, HEIGHT, WIDTH):
-        raise BrokenRecordError(file, "mask", f"expected {(images, HEIGHT, WIDTH)} for the images of nyu2_test.csv, got {mask.shape}")
+    shape = getattr(mask, "shape", None)  # an archive of several arrays has none
+    if shape != (images, HEIGHT, WIDTH):
+        raise BrokenRecordError(file, "mask", f"expected {(images, HEIGHT, WIDTH)} for the images of nyu2_test.csv, got {shape}")
+    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+        raise BrokenRecordError(file, "mask", f"expected 0 and 1, got {mask.dtype} with other values: copy the file again")
     return mask.astype(bool)
 
 

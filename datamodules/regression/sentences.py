@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.checks import at_least
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
+from lit_methods.datamodules.tables import named_rows
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
 
 _FILES = {"train": "train_new.tsv", "val": "dev_new.tsv", "test": "test_new.tsv"}
@@ -32,27 +34,19 @@ def read_pairs(file: Path) -> Pairs:
         MissingFileError: There is no such file.
         BrokenRecordError: A column or all rows are missing, or a row is wrong; the message names the line.
     """
-    try:
-        lines = file.open(newline="", encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingFileError(file, "file", "no such file: copy the three tables of the benchmark to root") from None
     pairs, scores = [], []
-    with lines:
-        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if missing := set(_COLUMNS) - set(reader.fieldnames or ()):
-            raise BrokenRecordError(file, "header", f"the columns {sorted(missing)} are missing: it isn't the benchmark's file")
-        for row in reader:
-            one, other, score = (row[name] for name in _COLUMNS)
-            try:
-                value = float(score)
-            except (TypeError, ValueError):
-                value = -1.0
-            if not (one and other and 0 <= value <= 5):
-                raise BrokenRecordError(
-                    file, f"line {reader.line_num}", f"expected two sentences and a score of 0 to 5, got {score!r}: copy the file again"
-                )
-            pairs.append((one, other))
-            scores.append(value)
+    missing = "copy the three tables of the benchmark to root"
+    for line, (one, other, score) in named_rows(file, _COLUMNS, missing, delimiter="\t", quoting=csv.QUOTE_NONE):
+        try:
+            value = float(score)
+        except ValueError:
+            value = -1.0
+        if not (one and other and 0 <= value <= 5):
+            raise BrokenRecordError(
+                file, f"line {line}", f"expected two sentences and a score of 0 to 5, got {score!r}: copy the file again"
+            )
+        pairs.append((one, other))
+        scores.append(value)
     if not pairs:
         raise BrokenRecordError(file, "rows", "there are none: copy the file again")
     return pairs, np.array(scores, np.float32)
@@ -140,7 +134,15 @@ class SentencePairsDataModule(RegressionDataModule):
         at_least(2, num_tokens=num_tokens)
         at_least(1, max_length=max_length)
         self.save_hyperparameters()
-        self.root = root if root is None else Path(root)
+        self.root = data_path(root)
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the training table."""
+        if self.root is not None and not (self.root / _FILES["train"]).is_file():
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no {_FILES['train']}: copy the tables of sts-b-dir/glue_data/STS-B of "
+                "YyzHarry/imbalanced-regression there, or set root=null for the built-in sentences"
+            )
 
     def setup(self, stage: str) -> None:
         """Read the tables."""
@@ -153,11 +155,7 @@ class SentencePairsDataModule(RegressionDataModule):
                 for place, (split, count) in enumerate(counts.items())
             }
         else:
-            if not (self.root / _FILES["train"]).is_file():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no {_FILES['train']}: copy the tables of sts-b-dir/glue_data/STS-B of "
-                    "YyzHarry/imbalanced-regression there, or set root=null for the built-in sentences"
-                )
+            self.check_root(stage)
             table = {split: read_pairs(self.root / name) for split, name in _FILES.items()}
         labels = self.known(table["train"][1], [table["val"][1], table["test"][1]])
         transform = partial(tokens_of, num_tokens=self.hparams["num_tokens"], max_length=self.hparams["max_length"])

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path, user_path
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
-from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, resize
+from lit_methods.datamodules.tables import text_of
 from lit_methods.runs.folder import run_dir
 
 VOC = (
@@ -77,16 +79,13 @@ def shift_outlines(labels: NDArray[np.uint8], pixels: tuple[int, int], seed: int
 
 
 def read_mask(path: Path, classes: int) -> NDArray[np.uint8]:
-    """(H, W) class indices of a PNG with a palette, or in grey; 255 where there is none.
+    """(H, W) class indices of a PNG with a palette, or in grey, as stored; 255 where there is none.
 
     Raises:
         MissingFileError: No such file.
-        BrokenRecordError: It can't be read, has several channels, or a value above the last class.
+        BrokenRecordError: It can't be read, has several channels or fractions, or a value above the last class.
     """
-    missing = "give a folder with a PNG for every image of the list"
-    mask = np.array(open_picture(path, "mask", missing, mode=None))
-    if mask.ndim != 2:
-        raise BrokenRecordError(path, "pixels", f"it has the shape {mask.shape}: expected one class index a pixel, not colours")
+    mask = open_indices(path, "mask", "give a folder with a PNG for every image of the list")
     wrong = mask[(mask >= classes) & (mask != 255)]
     if wrong.size:
         raise BrokenRecordError(path, "pixels", f"it has the class {wrong.max()}, and there are {classes}: is this the right folder?")
@@ -197,16 +196,34 @@ class NoisyMasksDataModule(LoaderDataModule):
                 f"num_train={num_train}, num_val={num_val} and crop={crop} must be 1 or more, scales={tuple(scales)} and "
                 f"pixels={tuple(pixels)} rising, noise={noise} and jitter={jitter} not negative"
             )
-        self.root, self.masks, self.clean = (None if path is None else Path(path) for path in (root, masks, clean))
+        self.root, self.masks, self.clean = (data_path(path) for path in (root, masks, clean))
         self.lists = {"train": train, "val": val}
         self.crop, self.scales, self.jitter = crop, (float(scales[0]), float(scales[1])), jitter
         self.num_train, self.num_val, self.pixels, self.noise = num_train, num_val, (int(pixels[0]), int(pixels[1])), noise
-        self.labels_folder = None if labels_folder is None else Path(labels_folder)
+        self.labels_folder = user_path(labels_folder)
         self.class_names = SHAPES if root is None else VOC
         self.label_store = None
         self.clean_labels: Callable[[int], NDArray[np.uint8]] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self.save_hyperparameters(ignore=["root", "masks", "clean", "labels_folder"])  # a path would block a strict resume
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the folders of images and masks."""
+        if self.root is not None:
+            self._folders()
+
+    def _folders(self) -> tuple[Path, Path]:
+        """VOC's folder and that of the noisy masks."""
+        assert self.root is not None
+        assert self.masks is not None
+        root = next((folder for folder in (self.root, self.root / "VOCdevkit" / "VOC2012") if (folder / "JPEGImages").is_dir()), None)
+        if root is None:
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no JPEGImages: give the folder VOC2012 of the VOCdevkit, or the one above VOCdevkit"
+            )
+        if not self.masks.is_dir():
+            raise WrongRootError(f"masks={str(self.masks)!r} is no folder: give the one with a PNG for every training image")
+        return root, self.masks
 
     def setup(self, stage: str) -> None:
         """Generate, or look for the files; for a fit, write the label store.
@@ -245,15 +262,7 @@ class NoisyMasksDataModule(LoaderDataModule):
         return images.__getitem__, self.num_train, shift_outlines(labels, self.pixels, self.seed)
 
     def _files(self) -> tuple[Callable[[int], NDArray[np.float32]], int, Iterable[NDArray[np.uint8]]]:
-        assert self.root is not None
-        assert self.masks is not None
-        root = next((folder for folder in (self.root, self.root / "VOCdevkit" / "VOC2012") if (folder / "JPEGImages").is_dir()), None)
-        if root is None:
-            raise WrongRootError(
-                f"root={str(self.root)!r} has no JPEGImages: give the folder VOC2012 of the VOCdevkit, or the one above VOCdevkit"
-            )
-        if not self.masks.is_dir():
-            raise WrongRootError(f"masks={str(self.masks)!r} is no folder: give the one with a PNG for every training image")
+        root, masks = self._folders()
         names = {}
         for part, name in self.lists.items():
             path = root / "ImageSets" / "Segmentation" / f"{name}.txt"
@@ -261,11 +270,11 @@ class NoisyMasksDataModule(LoaderDataModule):
                 raise MissingFileError(
                     path, part, "no such list; trainaug.txt comes with the augmented annotations (SBD), not with VOC 2012"
                 )
-            names[part] = [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+            names[part] = [line.split()[0] for line in text_of(path, "", part).splitlines() if line.strip()]
             if not names[part]:
                 raise BrokenRecordError(path, part, "the list is empty")
         images = [[root / "JPEGImages" / f"{name}.jpg" for name in names[part]] for part in ("train", "val")]
-        noisy = [self.masks / f"{name}.png" for name in names["train"]]
+        noisy = [masks / f"{name}.png" for name in names["train"]]
         truth = [root / "SegmentationClass" / f"{name}.png" for name in names["val"]]
         classes = len(VOC)
         if self.clean is not None:

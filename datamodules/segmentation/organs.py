@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from lit_methods.checks import at_least, one_of, share, within
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path, listed
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
+from lit_methods.datamodules.tables import text_of
 
 Name = Literal["generated", "synapse", "acdc"]
 SYNAPSE = ("background", "aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
@@ -87,7 +89,7 @@ def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         try:
             with h5py.File(path, "r") as arrays:
                 fields = {name: arrays[name][()] for name in ("image", "label") if name in arrays}
-        except OSError as error:
+        except Exception as error:  # h5py raises nearly anything
             raise BrokenRecordError(path, "file", f"not a readable HDF5 file ({error}): copy it again") from error
     for name in ("image", "label"):
         if name not in fields:
@@ -95,6 +97,8 @@ def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     image, label = np.asarray(fields["image"]), np.asarray(fields["label"])
     if image.shape != label.shape or image.ndim not in (2, 3):
         raise BrokenRecordError(path, "label", f"image is {image.shape} and label {label.shape}: expected one shape, (H, W) or (S, H, W)")
+    if image.dtype.kind not in "biuf" or label.dtype.kind not in "biuf":
+        raise BrokenRecordError(path, "image", f"image is {image.dtype} and label {label.dtype}: expected numbers")
     if not np.isfinite(image).all():
         raise BrokenRecordError(path, "image", "it has values that aren't finite: prepare the file again")
     with np.errstate(invalid="ignore"):
@@ -177,12 +181,25 @@ class OrganSlicesDataModule(LoaderDataModule):
         share(spurious=spurious)
         at_least(1, num_train=num_train, num_val=num_val)
         within("[0, inf)", noise=noise)
-        self.root, self.name = None if root is None else Path(root), name
+        self.root, self.name = data_path(root), name
         self.image_size, self.views, self.augment = image_size, views, augment
-        self.lists = {"train": train_list, "val": val_list, "test": test_list}
+        self.lists = {"train": data_path(train_list), "val": data_path(val_list), "test": data_path(test_list)}
         self.num_train, self.num_val, self.spurious, self.noise = num_train, num_val, spurious, noise
         self.class_names = {"generated": GENERATED, "synapse": SYNAPSE, "acdc": ACDC}[name]
         self.save_hyperparameters(ignore=["root", "train_list", "val_list", "test_list"])  # a path would block a strict resume
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the folders of slices and volumes."""
+        if self.root is not None:
+            self._folders(self.root)
+
+    def _folders(self, root: Path) -> tuple[Path, Path]:
+        """Those of slices and of volumes."""
+        names = ("train_npz", "test_vol_h5") if self.name == "synapse" else ("ACDC_training_slices", "ACDC_training_volumes")
+        for name in names:
+            if not (root / name).is_dir():
+                raise WrongRootError(f"root={str(root)!r} has no folder {name}: give the folder of the prepared {self.name} data; {_WHERE}")
+        return root / names[0], root / names[1]
 
     def setup(self, stage: str) -> None:
         """Generate, or look for the files.
@@ -196,16 +213,7 @@ class OrganSlicesDataModule(LoaderDataModule):
         if self.root is None:
             self._generate()
             return
-        slices, volumes = (
-            (self.root / "train_npz", self.root / "test_vol_h5")
-            if self.name == "synapse"
-            else (self.root / "ACDC_training_slices", self.root / "ACDC_training_volumes")
-        )
-        for folder in (slices, volumes):
-            if not folder.is_dir():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no folder {folder.name}: give the folder of the prepared {self.name} data; {_WHERE}"
-                )
+        slices, volumes = self._folders(self.root)
         endings = (".npz", ".npy.h5") if self.name == "synapse" else (".h5", ".h5")
         files = [
             self._files(part, folder, endings[part != "train"]) for part, folder in (("train", slices), ("val", volumes), ("test", volumes))
@@ -216,16 +224,17 @@ class OrganSlicesDataModule(LoaderDataModule):
         )
 
     def _files(self, part: str, folder: Path, ending: str) -> list[Path]:
-        listed = self.lists[part]
-        if listed is not None:
-            if not Path(listed).is_file():
-                raise MissingFileError(listed, f"{part}_list", "no such file: give the list of names, one a line")
-            names = [line.strip() for line in Path(listed).read_text().splitlines() if line.strip()]
+        names_file = self.lists[part]
+        if names_file is not None:
+            content = text_of(names_file, "give the list of names, one a line", f"{part}_list")
+            names = [line.strip() for line in content.splitlines() if line.strip()]
+            if not names:
+                raise BrokenRecordError(names_file, f"{part}_list", "the list is empty: give names, one a line")
             paths = [folder / (name if name.endswith(ending) else f"{name}{ending}") for name in names]
             if missing := [path for path in paths if not path.is_file()]:
-                raise MissingFileError(missing[0], "file", f"one of {len(missing)} that {listed} names and that aren't there")
+                raise MissingFileError(missing[0], "file", f"one of {len(missing)} that {names_file} names and that aren't there")
         else:
-            paths = sorted(folder.glob(f"*{ending}"))
+            paths = listed(folder, f"*{ending}")
             if self.name == "acdc":
                 paths = self._patients(paths, part)
         if not paths:

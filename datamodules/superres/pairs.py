@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path, listed
 from lit_methods.datamodules.pictures import open_picture
 
 Pixels = NDArray[np.uint8]
@@ -273,9 +274,18 @@ class SuperResolutionDataModule(LoaderDataModule):
         if isinstance(train, str) or isinstance(test, str):
             raise ValueError(f"train and test are lists of folders, got train={train!r}, test={test!r}: write ['DIV2K']")
         self.save_hyperparameters()
-        self.root = None if root is None else Path(root)
+        self.root = data_path(root)
         self.scale = scale
         self.test_names: tuple[str, ...] = (BUILT_IN,) if root is None else tuple(test)
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the files that the stage needs."""
+        if self.root is None:
+            return
+        benchmarks = [self.hparams["val"]] if stage in ("fit", "validate") else self.test_names
+        train = [self.root / name for name in self.hparams["train"]] if stage == "fit" else []
+        for folder in (*train, *(self.root / "benchmark" / name for name in benchmarks)):
+            self._files(folder, folder.name)
 
     def setup(self, stage: str) -> None:
         """List the files that the stage needs."""
@@ -310,7 +320,7 @@ class SuperResolutionDataModule(LoaderDataModule):
                 f"{folder} has no folder HR (or {name}_train_HR, {name}_HR) of high-resolution images: unpack {name} there, take it out of "
                 "the list, or set root=null for the built-in photographs"
             )
-        images = sorted(path for path in high.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".bmp"))
+        images = listed(high, endings=(".png", ".jpg", ".jpeg", ".bmp"))
         if not images:
             raise WrongRootError(f"{high} holds no image: expected *.png")
         files = [(path, low_resolution_file(path, self.scale)) for path in images]

@@ -12,6 +12,8 @@ from torch import Tensor
 from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import data_path, listed, user_path
+from lit_methods.hub import fetch
 
 Level = Literal["char", "byte", "tokenizer"]
 SPLITS = {"train": ("train",), "val": ("valid", "validation", "val"), "test": ("test",)}
@@ -95,7 +97,13 @@ class _HuggingFace:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise ImportError('TextDataModule(level="tokenizer") needs transformers: pip install "lit-methods[transformers]"') from error
-        self._inner: Any = AutoTokenizer.from_pretrained(path)
+        place = path.expanduser()
+        self._inner: Any = fetch(
+            lambda: AutoTokenizer.from_pretrained(str(place)),
+            place,
+            given=f"tokenizer={str(path)!r}",
+            instead="give the folder of a tokenizer of transformers (tokenizer.json or the files of its kind)",
+        )
         self.vocab_size = len(self._inner)
 
     def encode(self, text: str) -> Ints:
@@ -190,9 +198,14 @@ class TextDataModule(LoaderDataModule):
         if (level == "tokenizer") == (tokenizer is None):
             raise ValueError(f"level={level!r} and tokenizer={str(tokenizer)!r} don't fit: level='tokenizer' takes its folder, others none")
         self.save_hyperparameters()
-        self.root = None if root is None else Path(root)
-        self.level, self.tokenizer, self.block_size = level, tokenizer, block_size
+        self.root = data_path(root)
+        self.level, self.tokenizer, self.block_size = level, user_path(tokenizer), block_size
         self.vocab_size = 0
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the file or folder."""
+        if self.root is not None and not self.root.exists():
+            raise WrongRootError(f"root={str(self.root)!r} does not exist: give a text file or a folder, or null for the built-in text")
 
     def setup(self, stage: str) -> None:
         """Read and encode.
@@ -203,6 +216,7 @@ class TextDataModule(LoaderDataModule):
         """
         if self.vocab_size:
             return
+        self.check_root(stage)
         if self.root is not None and (self.root / "meta.json").is_file():
             found = self._token_files(self.root)
         else:
@@ -230,9 +244,7 @@ class TextDataModule(LoaderDataModule):
             text = made_up_text(6000) if self.root is None else _read(self.root)
             ends = [0, int(0.9 * len(text)), int(0.95 * len(text)), len(text)]
             return {name: (file, text[a:b]) for name, a, b in zip(SPLITS, ends[:-1], ends[1:], strict=True)}
-        if not self.root.is_dir():
-            raise WrongRootError(f"root={str(self.root)!r} does not exist: give a text file or a folder, or null for the built-in text")
-        files = sorted(path for path in self.root.iterdir() if path.suffix in (".txt", ".tokens"))
+        files = listed(self.root, endings=(".txt", ".tokens"))
         found = {}
         for name, words in SPLITS.items():
             fitting = [path for path in files if any(word in path.stem.replace(".", "_").split("_") for word in words)]
@@ -258,6 +270,8 @@ class TextDataModule(LoaderDataModule):
             raise BrokenRecordError(
                 root / "meta.json", "vocab_size", f'{error!r}: expected {{"vocab_size": 32000, "dtype": "uint16"}}'
             ) from error
+        if self.vocab_size < 1:
+            raise BrokenRecordError(root / "meta.json", "vocab_size", f"{self.vocab_size}, expected 1 or more")
         if kind not in ("uint16", "uint32"):
             raise BrokenRecordError(root / "meta.json", "dtype", f"{kind!r}, expected 'uint16' or 'uint32'")
         found: dict[str, tuple[str, NDArray[Any]]] = {}

@@ -3,7 +3,6 @@
 import functools
 import io
 import operator
-import pickle
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 
 from lit_methods.checks import one_of
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path
+from lit_methods.datamodules.pickles import ArraysOnly
 from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages, fixed_split
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
@@ -36,23 +37,12 @@ _BUILT_IN = (2000, 500)  # training and test images
 # ---- reading ---------------------------------------------------------------------------------------------------------------------------
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Reads arrays, lists, strings and numbers, and runs nothing that the file names."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np.empty(0).__reduce__()[0]  # the function itself, wherever this NumPy keeps it
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes for Python 2
-            import codecs
-
-            return codecs.encode
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR file needs")
+class _CIFARFile(ArraysOnly):
+    owner = "CIFAR file"
 
 
 def read_pickle(path: Path) -> dict[str, Any]:
-    """A CIFAR file of Python 2 or 3, without running code from it.
+    """A CIFAR file of Python 2 or 3, of any protocol of pickle, without running code from it.
 
     Raises:
         MissingFileError: There is no such file.
@@ -63,13 +53,18 @@ def read_pickle(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise MissingFileError(path, "file", "no such file: the release is incomplete here, unpack its archive again") from None
     try:
-        found = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
+        found = _CIFARFile(io.BytesIO(content), encoding="latin1").load()
     except Exception as problem:  # a broken pickle raises nearly anything
         reason = str(problem) or type(problem).__name__
         raise BrokenRecordError(path, "pickle", f"{len(content)} bytes can't be read ({reason}): truncated or no CIFAR file") from problem
     if not isinstance(found, dict):
         raise BrokenRecordError(path, "pickle", f"holds a {type(found).__name__}, expected a dictionary: no CIFAR file")
-    return {key.decode("latin1") if isinstance(key, bytes) else str(key): value for key, value in found.items()}
+    return {_text(key): value for key, value in found.items()}
+
+
+def _text(name: Any) -> str:
+    """Python 2 and some tools write names as bytes."""
+    return name.decode("latin1") if isinstance(name, bytes) else str(name)
 
 
 def images_and_labels(batch: dict[str, Any], source: Path | str, label_field: str, num_classes: int) -> Arrays:
@@ -103,12 +98,11 @@ def images_and_labels(batch: dict[str, Any], source: Path | str, label_field: st
     return data.reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
 
-def read_release(root: Path, name: Name) -> tuple[Arrays, Arrays, tuple[str, ...]]:
-    """Training and test images and class names of a release.
+def release_folder(root: Path, name: Name) -> Path:
+    """The folder of a release.
 
     Raises:
-        WrongRootError: ``root`` doesn't hold the release's folder.
-        BrokenRecordError: A file is missing, truncated or wrong.
+        WrongRootError: ``root`` doesn't hold it.
     """
     folder = root / _FOLDERS[name]
     if not folder.is_dir():
@@ -116,6 +110,17 @@ def read_release(root: Path, name: Name) -> tuple[Arrays, Arrays, tuple[str, ...
             f"root={str(root)!r} has no folder {folder.name}: unpack the Python version of {name} from "
             "https://www.cs.toronto.edu/~kriz/cifar.html there, or set root=null for the built-in images"
         )
+    return folder
+
+
+def read_release(root: Path, name: Name) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    """Training and test images and class names of a release.
+
+    Raises:
+        WrongRootError: ``root`` doesn't hold the release's folder.
+        BrokenRecordError: A file is missing, truncated or wrong.
+    """
+    folder = release_folder(root, name)
     meta_file, meta_field = _META[name]
     meta = read_pickle(folder / meta_file)
     classes = 10 if name == "cifar10" else 100
@@ -127,7 +132,7 @@ def read_release(root: Path, name: Name) -> tuple[Arrays, Arrays, tuple[str, ...
 
     parts = [read(file) for file in _TRAIN[name]]
     images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return (images, labels), read(_TEST[name]), tuple(str(one) for one in meta[meta_field])
+    return (images, labels), read(_TEST[name]), tuple(_text(one) for one in meta[meta_field])
 
 
 @functools.cache
@@ -185,9 +190,14 @@ class CIFARDataModule(ClassificationDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         one_of(Name, name=name)
         self.release: Name = name  # Lightning has a use of its own for `name`
-        self.root, self.augment, self.val_size = root if root is None else Path(root), augment, val_size
+        self.root, self.augment, self.val_size = data_path(root), augment, val_size
         self.mean, self.std = mean or _STATISTICS[name][0], std or _STATISTICS[name][1]
         self.save_hyperparameters()
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the release's folder."""
+        if self.root is not None:
+            release_folder(self.root, self.release)
 
     def setup(self, stage: str) -> None:
         """Read everything into memory and split."""

@@ -16,8 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from lit_methods.checks import one_of
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.folders import counts, data_path
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_picture
+from lit_methods.datamodules.tables import text_of
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
@@ -38,12 +40,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
         MissingFileError: There is no such file.
         BrokenRecordError: It holds no names, or one twice.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingFileError(
-            path, "class_list", "no such file: give a list of folder names, or null to take the folders of train/"
-        ) from None
+    text = text_of(path, "give a list of folder names, or null to take the folders of train/", "class_list")
     try:
         names = json.loads(text) if text.lstrip().startswith("[") else [line.split()[0] for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as problem:
@@ -56,9 +53,9 @@ def read_class_list(path: Path) -> tuple[str, ...]:
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the folders in ``folder``, sorted."""
+    """Names of the folders in ``folder``, sorted, without hidden ones."""
     with os.scandir(folder) as entries:
-        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
+        return tuple(sorted(entry.name for entry in entries if counts(entry.name) and entry.is_dir()))
 
 
 def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -77,7 +74,7 @@ def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], np.nda
     files, labels = [], []
     for name in found:
         with os.scandir(folder / name) as entries:
-            mine = sorted(entry.name for entry in entries if entry.name.lower().endswith(_ENDINGS))
+            mine = sorted(entry.name for entry in entries if counts(entry.name) and entry.name.lower().endswith(_ENDINGS))
         files += [f"{name}/{file}" for file in mine]
         labels += [number[name]] * len(mine)
     if not files:
@@ -199,10 +196,18 @@ class ImageNetDataModule(ClassificationDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         one_of(("bilinear", "bicubic"), interpolation=interpolation)
         self.save_hyperparameters()
-        self.root, self.class_list = (path if path is None else Path(path) for path in (root, class_list))
+        self.root, self.class_list = data_path(root), data_path(class_list)
         # not read from hparams: below another datamodule Lightning puts that one's there
         self._training = (image_size, auto_augment, random_erasing, interpolation, (crop_scale[0], crop_scale[1]))
         self._held_out = (image_size, interpolation)
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the folder of validation images."""
+        if self.root is not None and not (self.root / "val").is_dir():
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no folder val: expected train/<class>/*.JPEG and val/<class>/*.JPEG, the images of "
+                "ILSVRC2012 validation sorted into the folders of their classes; or set root=null for the built-in images"
+            )
 
     def setup(self, stage: str) -> None:
         """List the files."""
@@ -215,12 +220,8 @@ class ImageNetDataModule(ClassificationDataModule):
                 self._drawn(number, seed, transform) for number, seed, transform in ((_BUILT_IN[0], 0, train), (_BUILT_IN[1], 1, held_out))
             )
         else:
+            self.check_root(stage)
             folders = {split: self.root / split for split in ("train", "val")}
-            if not folders["val"].is_dir():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no folder val: expected train/<class>/*.JPEG and val/<class>/*.JPEG, the images of "
-                    "ILSVRC2012 validation sorted into the folders of their classes; or set root=null for the built-in images"
-                )
             there = folders["train"].is_dir()
             self.class_names = read_class_list(self.class_list) if self.class_list else class_folders(folders["train" if there else "val"])
             self.train_set = self._listed(folders["train"], train) if there else None

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.folders import data_path
+from lit_methods.datamodules.tables import text_of
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.views import Policy, View, make_views
 
@@ -135,12 +137,16 @@ class SemiSupervisedDataModule(LoaderDataModule):
         at_least(1, ratio=ratio)
         make_views(policy, strong_views)
         self.save_hyperparameters(ignore=["data"])
-        self.data = data
+        self.data, self.label_list = data, data_path(label_list)
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes."""
         return self.data.class_names
+
+    def check_root(self, stage: str = "fit") -> None:
+        """That of ``data``."""
+        self.data.check_root(stage)
 
     def setup(self, stage: str) -> None:
         """Read the data set and choose the labelled images."""
@@ -153,8 +159,8 @@ class SemiSupervisedDataModule(LoaderDataModule):
             raise ValueError(f"{type(self.data).__name__} has no training images here: give a root that holds them")
         self.labelled = (
             labelled_subset(images.labels, hp["labels_per_class"], hp["label_seed"])
-            if hp["label_list"] is None
-            else read_label_list(Path(hp["label_list"]), len(images), images.names)
+            if self.label_list is None
+            else read_label_list(self.label_list, len(images), images.names)
         )
         self.labelled_classes = torch.from_numpy(images.labels[self.labelled].astype(np.int64))
         everything = np.arange(len(images))
@@ -207,12 +213,9 @@ def read_label_list(path: Path, size: int, names: Sequence[str] = ()) -> NDArray
     Raises:
         BrokenRecordError: A line is neither, an image stands twice, or the file can't be read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise BrokenRecordError(path, "images", f"can't be read ({problem})") from None
+    lines = text_of(path, "give a list of positions or file names, one a line", "images").split()
     position = {name.rpartition("/")[2]: number for number, name in enumerate(names)}
-    found = [int(line) if line.isdigit() else position.get(line.rpartition("/")[2], size) for line in lines]
+    found = [int(line) if line.isdecimal() else position.get(line.rpartition("/")[2], size) for line in lines]
     for number, (line, image) in enumerate(zip(lines, found, strict=True), start=1):
         if image >= size:
             raise BrokenRecordError(path, f"line {number}", f"{line!r} is no position in 0..{size - 1}, nor the name of a training image")

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import Prepare
+from lit_methods.datamodules.tables import text_of
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
@@ -96,9 +98,17 @@ class STL10DataModule(ClassificationDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        self.root, self.unlabelled, self.augment = root if root is None else Path(root), unlabelled, augment
+        self.root, self.unlabelled, self.augment = data_path(root), unlabelled, augment
         self.mean, self.std = _MEAN, _STD
         self.save_hyperparameters()
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the release's folder."""
+        if self.root is not None and not (self.root / "stl10_binary").is_dir():
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no folder stl10_binary: unpack stl10_binary.tar.gz from "
+                "https://cs.stanford.edu/~acoates/stl10/ there, or set root=null for the built-in images"
+            )
 
     def setup(self, stage: str) -> None:
         """Map the files."""
@@ -109,16 +119,10 @@ class STL10DataModule(ClassificationDataModule):
             train, test, further = (built_in_images(number, seed) for seed, number in enumerate(_BUILT_IN))
             without = further[0]
         else:
+            self.check_root(stage)
             folder = self.root / "stl10_binary"
-            if not folder.is_dir():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no folder stl10_binary: unpack stl10_binary.tar.gz from "
-                    "https://cs.stanford.edu/~acoates/stl10/ there, or set root=null for the built-in images"
-                )
             names = folder / "class_names.txt"
-            if not names.is_file():
-                raise MissingFileError(names, "file", "no such file: unpack stl10_binary.tar.gz again")
-            self.class_names = tuple(names.read_text(encoding="utf-8").split())
+            self.class_names = tuple(text_of(names, "unpack stl10_binary.tar.gz again").split())
             if len(self.class_names) != 10:
                 raise BrokenRecordError(names, "names", f"expected 10 classes, got {len(self.class_names)}")
             train, test = (

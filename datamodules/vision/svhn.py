@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
@@ -38,7 +39,10 @@ def read_digits(path: Path) -> Arrays:
         raise BrokenRecordError(path, "file", f"it can't be read ({reason}): truncated or no MATLAB file of SVHN") from problem
     if not {"X", "y"} <= set(found):
         raise BrokenRecordError(path, "arrays", "it has no X and y: download the cropped digits (format 2), not the full numbers")
-    images, labels = found["X"], found["y"].reshape(-1).astype(np.int64)
+    images, stored = found["X"], found["y"].reshape(-1)
+    if stored.dtype.kind not in "iuf" or not (stored == np.floor(stored)).all():
+        raise BrokenRecordError(path, "y", f"expected whole numbers, got {stored.dtype}: {stored[:3].tolist()}, ...")
+    labels = stored.astype(np.int64)
     if images.ndim != 4 or images.shape[:3] != (32, 32, 3) or images.dtype != np.uint8:
         raise BrokenRecordError(path, "X", f"expected (32, 32, 3, N) uint8, got {images.shape} {images.dtype}")
     if len(labels) != images.shape[3] or not len(labels):
@@ -77,9 +81,17 @@ class SVHNDataModule(ClassificationDataModule):
         self, root: Path | None = None, extra: bool = False, augment: bool = True, batch_size: int = 64, num_workers: int = 0, seed: int = 0
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
-        self.root, self.extra, self.augment = root if root is None else Path(root), extra, augment
+        self.root, self.extra, self.augment = data_path(root), extra, augment
         self.mean, self.std = _MEAN, _STD
         self.save_hyperparameters()
+
+    def check_root(self, stage: str = "fit") -> None:
+        """Look for the training images."""
+        if self.root is not None and not (self.root / "train_32x32.mat").is_file():
+            raise WrongRootError(
+                f"root={str(self.root)!r} has no train_32x32.mat: put the cropped digits from http://ufldl.stanford.edu/housenumbers/ "
+                "there, or set root=null for the built-in images"
+            )
 
     def setup(self, stage: str) -> None:
         """Read everything into memory."""
@@ -90,11 +102,7 @@ class SVHNDataModule(ClassificationDataModule):
             self.class_names = KINDS
             train, test, further = (built_in_digits(number, seed) for seed, number in enumerate(_BUILT_IN))
         else:
-            if not (self.root / "train_32x32.mat").is_file():
-                raise WrongRootError(
-                    f"root={str(self.root)!r} has no train_32x32.mat: put the cropped digits from http://ufldl.stanford.edu/housenumbers/ "
-                    "there, or set root=null for the built-in images"
-                )
+            self.check_root(stage)
             self.class_names = tuple("0123456789")
             train, test = (read_digits(self.root / f"{part}_32x32.mat") for part in ("train", "test"))
             further = read_digits(self.root / "extra_32x32.mat") if self.extra else None

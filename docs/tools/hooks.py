@@ -50,6 +50,7 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "quick_start.md",
             "attach.md",
+            "foreign_modules.md",
             "notebooks.md",
             "configs.md",
             "parts.md",
@@ -64,7 +65,7 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("Evidence", ("evidence.md", "benchmarks.md")),
-    ("Develop", ("add_a_technique.md", "design.md", "changes.md")),
+    ("Develop", ("add_a_technique.md", "design.md", "testing.md", "changes.md")),
 )
 API_MODULES = ("lit_methods.panels", "lit_methods.datamodules.errors")  # public beside the stubs: what one writes panels and data with
 PICTURES = ("webp", "png", "svg")

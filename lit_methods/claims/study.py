@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from lit_methods.errors import CommandError, suggest
+from lit_methods.files import read_yaml
 
 UNITS = ("steps", "parameters", "flops")
 KINDS = ("data", "seeds", "tuned", *UNITS)  # of differences that may be declared
@@ -118,9 +119,11 @@ def read_study(path: Path, kind: str = "claim") -> Study:
         CommandError: Anything that the file lacks or has too much; the message names file and field.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except yaml.YAMLError as error:
         raise CommandError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     if not isinstance(content, dict):
         raise CommandError(f"{path} must be a mapping of keys, got {type(content).__name__}")
     return _Reader(path, kind, content).study()

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -133,6 +133,17 @@ class LitCLI(LightningCLI):
         config.trainer.default_root_dir = str(self.run_folder)
         if not config.trainer.barebones:
             config.trainer.logger = self._redirected(config.trainer.logger)
+
+    def instantiate_classes(self) -> None:
+        """Look for the data before anything is built: a model may take minutes, or download weights."""
+        section = self.config[self.subcommand].get("data")
+        if section is not None and any(key.rpartition(".")[2] == "root" and value is not None for key, value in section.items()):
+            parser = LightningArgumentParser(exit_on_error=False)
+            parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+            data = parser.instantiate_classes(Namespace(data=section.clone())).data
+            if hasattr(data, "check_root"):
+                data.check_root(self.subcommand)
+        super().instantiate_classes()
 
     def _restart(self, runs: Path) -> Restart | None:
         """What ``--resume auto`` goes on with. All processes look for themselves, before any of them writes."""
@@ -391,6 +402,8 @@ def run(argv: list[str]) -> int:
         finish_runs(getattr(getattr(cli, "trainer", None), "loggers", ()), failed)
         os.environ.pop(RUN_FOLDER_VARIABLE, None)
         folder = getattr(cli, "run_folder", None)
-        if folder is not None and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()  # nothing was run
+        if folder is not None:  # nothing was run
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
+                folder.parent.rmdir()
     return 0

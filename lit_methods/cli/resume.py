@@ -148,11 +148,16 @@ def find_restart(runs: Path, config: dict[str, Any], alone: bool = True) -> Rest
 
 
 def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ between two configs, places aside."""
+    """Dotted keys whose values differ between an earlier resolved config and another, places aside.
+
+    An argument that the earlier one lacks is no difference: it holds every default, so the argument came with a later version.
+    """
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return [] if one == other else [prefix or "everything"]
-    keys = [key for key in {**one, **other} if prefix or key not in _PLACES]
-    differing = [differing_keys(one.get(key), other.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
+    keys = [key for key in one if prefix or key not in _PLACES]
+    differing = [differing_keys(one[key], other.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
     return [key for part in differing for key in part]
 
 

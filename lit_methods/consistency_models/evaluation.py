@@ -12,6 +12,7 @@ from torchvision.utils import make_grid
 from lit_methods.distributed import gather_rows
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.panels import ImageMedia, Media
+from lit_methods.steps import log_global
 
 Kept = TypeVar("Kept")
 Purpose = Literal["evaluation", "prediction"]
@@ -301,8 +302,8 @@ class SampleEvaluation(WholeSetEvaluation[Samples]):
         every = {steps: gather_rows(torch.cat([drawn[steps] for _, drawn in seen]), with_grad=False) for steps in seen[0][1]}
         for steps, samples in every.items():
             values = {"sw2": sliced_wasserstein(samples.flatten(1), data.flatten(1)), **self.sample_metrics(samples)}
-            logs = {f"{self.prefix}/{part}_{name}{self.ending(steps)}": value.to(self.device) for name, value in values.items()}
-            self.log_dict(logs, rank_zero_only=False)
+            logs = {f"{self.prefix}/{part}_{name}{self.ending(steps)}": value for name, value in values.items()}
+            log_global(self, logs)
         self._pictures = data, every
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

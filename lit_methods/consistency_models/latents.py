@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_methods.frozen import Frozen
+from lit_methods.hub import fetch
 
 EXTRA = 'pip install "lit-methods[diffusers]"'
 
@@ -124,17 +125,23 @@ class DiffusersAutoencoder(nn.Module):
     Raises:
         ImportError: diffusers is not installed; the message names the extra.
         FileNotFoundError: ``path`` holds no ``config.json``.
+        ValueError: It holds no readable weights.
     """
 
     def __init__(self, path: Path, sample: bool = False) -> None:
         super().__init__()
-        path = Path(path)
+        path = Path(path).expanduser()
         diffusers = _diffusers("DiffusersAutoencoder")
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
                 f"path={str(path)!r} has no config.json: give the folder of an AutoencoderKL, such as a copy of stabilityai/sd-vae-ft-ema"
             )
-        self.model: nn.Module = diffusers.AutoencoderKL.from_pretrained(str(path), local_files_only=True)
+        self.model: nn.Module = fetch(
+            lambda: diffusers.AutoencoderKL.from_pretrained(str(path), local_files_only=True),
+            path,
+            given=f"path={str(path)!r}",
+            instead="give a complete copy of an AutoencoderKL: config.json and weights",
+        )
         self.sample = sample
 
     def encode(self, images: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Contrast between embeddings, and what tells whether it works: means over groups, InfoNCE, retrieval, effective rank."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def wide(x: Tensor) -> Tensor:
@@ -26,13 +29,41 @@ def group_mean(embeddings: Tensor, groups: Tensor, num_groups: int) -> tuple[Ten
     return total / (size[:, None] + 1e-6), size
 
 
+class _WeightedNCE(torch.autograd.Function):
+    """``sum_i w_i -log softmax_j(<a_i, b_j> + offset_j)_i``, with one (n, n) matrix in memory from forward to backward.
+
+    The matrix becomes ``e_ij = exp(logit_ij - max_j logit_ij)`` in place. The gradients are products with it, so that the softmax and the
+    gradient of the logits, two more matrices of its size, are never made: ``grad a = w (e b / sum_j e - b)``, and for ``b`` likewise.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, offset: Tensor | None, weight: Tensor) -> Tensor:  # type: ignore[override]
+        logits = a @ b.T if offset is None else torch.addmm(offset[None], a, b.T)
+        positive, top = logits.diagonal().clone(), logits.amax(dim=1)
+        e = logits.sub_(top[:, None]).exp_()
+        total = e.sum(dim=1)
+        ctx.save_for_backward(a, b, e, total, weight)
+        return (weight * (total.log() + top - positive)).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        a, b, e, total, weight = ctx.saved_tensors
+        with torch.autocast(a.device.type, enabled=False):
+            own = (grad * weight)[:, None]
+            shared = own / total[:, None]
+            grad_a = shared * (e @ b) - own * b if ctx.needs_input_grad[0] else None
+            grad_b = e.T @ (shared * a) - own * a if ctx.needs_input_grad[1] else None
+        return grad_a, grad_b, None, None
+
+
 def info_nce(a: Tensor, b: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
     """One-directional InfoNCE: rows of ``a`` against all rows of ``b``, positives on the diagonal.
 
     Nothing is normalised or detached inside.
 
-    ``mean_i -log softmax_j(<a_i, b_j> / temperature)_i`` over the rows of the mask. Computed outside autocast,
-    without a host sync.
+    ``mean_i -log softmax_j(<a_i, b_j> / temperature)_i`` over the rows of the mask. Computed outside autocast, without a host sync;
+    its gradient can't be differentiated again.
 
     Args:
         a: (n, D).
@@ -44,13 +75,28 @@ def info_nce(a: Tensor, b: Tensor, temperature: float, mask: Tensor | None = Non
         Scalar, float32 or wider; 0 (with zero gradients) when no row takes part.
     """
     with torch.autocast(a.device.type, enabled=False):
-        logits = wide(a) @ wide(b).T / temperature
-        if mask is None:
-            mask = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
-        # rows that don't take part get finite logits, so that neither their value nor their gradient is ever NaN
-        logits = logits.masked_fill(~mask[None], -torch.inf).masked_fill(~mask[:, None], 0.0)
-        loss = torch.logsumexp(logits, dim=1) - logits.diagonal() if logits.numel() else logits.sum(1)
-        return torch.where(mask, loss, 0.0).sum() / mask.sum().clamp(min=1)
+        a, b, offset = wide(a) / temperature, wide(b), None
+        weight = a.new_full((len(a),), 1 / max(len(a), 1))
+        if mask is not None:
+            a, b, offset, weight = _chosen_rows(a, b, mask) if a.device.type == "cpu" else _silenced_rows(a, b, mask)
+        if not len(a):
+            return a.sum() + b.sum()
+        return _WeightedNCE.apply(a, b, offset, weight)  # type: ignore[no-any-return]
+
+
+def _chosen_rows(a: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
+    """The mask's rows, their offset and weights for :class:`_WeightedNCE`; their number must be known, which only a CPU tells at once."""
+    rows = mask.nonzero()[:, 0]  # the gradient of index_select is faster than that of a mask
+    a, b = a.index_select(0, rows), b.index_select(0, rows)
+    return a, b, None, a.new_full((len(a),), 1 / max(len(a), 1))
+
+
+def _silenced_rows(a: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All rows, offset and weights for :class:`_WeightedNCE`: those outside the mask weigh 0 and are nobody's negatives."""
+    weight = mask / mask.sum().clamp(min=1).to(a.dtype)
+    # finite, so that a mask without a row gives no NaN, and yet exp(offset - maximum) is 0
+    offset = a.new_zeros(len(a)).masked_fill(~mask, torch.finfo(a.dtype).min / 2)
+    return a.where(mask[:, None], 0.0), b.where(mask[:, None], 0.0), offset, weight
 
 
 def retrieval_accuracy(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:

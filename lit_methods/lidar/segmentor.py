@@ -15,6 +15,7 @@ from lit_methods.lidar.point_metrics import PointIoU, iou_rows, mean_iou
 from lit_methods.optim import adamw_one_cycle
 from lit_methods.panels import CloudPanel, Curve, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into
+from lit_methods.steps import log_global
 
 
 class PointSegmentor(Evaluated):
@@ -141,9 +142,9 @@ class PointSegmentor(Evaluated):
         metric = self.val_iou if part == "val" else self.test_iou
         iou = metric.iou()
         metric.reset()
-        self.log(f"segmentor/{part}_miou", mean_iou(iou), prog_bar=True)
+        log_global(self, {f"segmentor/{part}_miou": mean_iou(iou)}, prog_bar=True)
         present = {name: value.float() for name, value in zip(self.class_names, iou, strict=True) if not value.isnan()}
-        self.log_dict({f"segmentor/{part}_iou/{name}": value for name, value in present.items()})
+        log_global(self, {f"segmentor/{part}_iou/{name}": value for name, value in present.items()})
         self._media["segmentor/iou"] = TableMedia(("class", "IoU, %"), iou_rows(iou, self.class_names))
 
     def _draw(self, batch: dict[str, Any], predicted: Tensor) -> None:

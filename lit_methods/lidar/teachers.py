@@ -1,13 +1,14 @@
 """Image teachers: frozen networks (n, 3, H, W) in [0, 1] -> patch features (n, C, H / stride, W / stride)."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_methods import checks
+from lit_methods.hub import timm_network
 
 _DINOV2 = {
     "small": "vit_small_patch14_dinov2.lvd142m",
@@ -24,6 +25,10 @@ class DINOv2(nn.Module):
         weights: None downloads the released weights from the hub; a path reads a local state dict in timm's format
             (``.pth`` or ``.safetensors``); ``random`` keeps the initialisation, for tests.
         image_size: (H, W) in pixels, multiples of 14.
+
+    Raises:
+        FileNotFoundError: ``weights`` is no file.
+        ValueError: An argument outside its range, or the released weights can't be had.
     """
 
     stride = 14
@@ -32,8 +37,6 @@ class DINOv2(nn.Module):
         self, size: Literal["small", "base", "large"] = "small", weights: Path | str | None = None, image_size: tuple[int, int] = (224, 448)
     ) -> None:
         super().__init__()
-        import timm  # imports torchvision: only where it is used
-
         checks.one_of(_DINOV2, size=size)
         if image_size[0] % self.stride or image_size[1] % self.stride:
             raise ValueError(f"image_size must be multiples of {self.stride}, got {tuple(image_size)}")
@@ -42,13 +45,14 @@ class DINOv2(nn.Module):
             raise FileNotFoundError(
                 f"weights={str(weights)!r} is no file: give a timm state dict of {_DINOV2[size]}, or null to download it"
             )
-        self.vit = timm.create_model(
-            _DINOV2[size],
-            pretrained=weights is None or local,
-            pretrained_cfg_overlay={"file": str(weights)} if local else None,
-            img_size=tuple(image_size),
-            num_classes=0,
-        )
+        sizes: dict[str, Any] = {"img_size": tuple(image_size), "num_classes": 0}
+        if local:
+            import timm  # imports torchvision: only where it is used
+
+            self.vit = timm.create_model(_DINOV2[size], pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **sizes)
+        else:
+            instead = "give weights, a file with timm's state dict"
+            self.vit = timm_network(_DINOV2[size], weights is None, "weights=null, the released ones", instead, **sizes)
         self.embed_dim = int(self.vit.embed_dim)  # type: ignore[arg-type]
         self.mean: Tensor
         self.std: Tensor

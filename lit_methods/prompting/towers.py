@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods.hub import fetch
+
 EXTRA = 'pip install "lit-methods[transformers]"'
 Place = Literal["after_first", "end"]
 Activation = Literal["quick_gelu", "gelu"]
@@ -283,11 +285,11 @@ class CLIPTowers(TwoTowers):
     Raises:
         ImportError: transformers is not installed; the message names the extra.
         FileNotFoundError: ``path`` holds no ``config.json``.
-        ValueError: It holds another kind of model, or one with another activation.
+        ValueError: It holds another kind of model, one with another activation, or not all files.
     """
 
     def __init__(self, path: Path) -> None:
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             import transformers
         except ImportError as error:
@@ -297,14 +299,23 @@ class CLIPTowers(TwoTowers):
                 f"path={str(path)!r} has no config.json: give the folder of a CLIP model of transformers, such as a copy of "
                 "openai/clip-vit-base-patch16"
             )
-        config = transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
+
+        def read(kind: Any, **options: Any) -> Any:
+            return fetch(
+                lambda: kind.from_pretrained(str(path), local_files_only=True, **options),
+                path,
+                given=f"path={str(path)!r}",
+                instead="give a complete copy of a CLIP model of transformers: config.json, weights, the tokenizer's files",
+            )
+
+        config = read(transformers.AutoConfig)
         if config.model_type != "clip":
             raise ValueError(f"path={str(path)!r} holds a {config.model_type!r} model: give one of type 'clip'")
         image, text = config.vision_config, config.text_config
         kinds = {image.hidden_act, text.hidden_act}
         if len(kinds) > 1 or not kinds <= {"quick_gelu", "gelu"}:
             raise ValueError(f"path={str(path)!r} has the activations {sorted(kinds)}: quick_gelu or gelu in both towers is known here")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = read(transformers.AutoTokenizer)
         sizes = TowerSizes(
             image_size=image.image_size, patch_size=image.patch_size, image_width=image.hidden_size, image_layers=image.num_hidden_layers,
             image_heads=image.num_attention_heads, text_width=text.hidden_size, text_layers=text.num_hidden_layers,
@@ -312,7 +323,7 @@ class CLIPTowers(TwoTowers):
             embed_dim=config.projection_dim, activation=image.hidden_act, eps=image.layer_norm_eps,
         )  # fmt: skip
         super().__init__(sizes, _Tokenizer(tokenizer, sizes.context_length), int(tokenizer.eos_token_id))
-        copy_clip(self, transformers.CLIPModel.from_pretrained(str(path), local_files_only=True, dtype=torch.float32))
+        copy_clip(self, read(transformers.CLIPModel, dtype=torch.float32))
 
 
 __all__ = ["CLIPTowers", "ResidualBlock", "TowerSizes", "TwoTowers", "copy_clip", "quick_gelu", "run_prompted_blocks"]

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
+from lit_methods.compiled import names_in, plain_name, plain_names
 from lit_methods.errors import suggest
 from lit_methods.files import replacing
 
@@ -113,6 +114,8 @@ class PrefixError(ValueError):
 def read_state_dict(path: Path | str, prefix: str = "", plain: bool = True) -> dict[str, Tensor]:
     """The weights in a Lightning checkpoint or a plain state dict, on the CPU.
 
+    Names are those without ``torch.compile``: of a compiled network's weights ``net._orig_mod.0.weight`` becomes ``net.0.weight``.
+
     Args:
         path: File written by a Trainer, ``lit export`` or ``torch.save``; read with ``weights_only``: nothing in it is executed.
         prefix: Keep only names that start with it, without it; ``backbone_3d.`` for instance.
@@ -123,7 +126,7 @@ def read_state_dict(path: Path | str, prefix: str = "", plain: bool = True) -> d
         PrefixError: Nothing under the prefix.
         ValueError: The file is cut off, is no checkpoint, or holds other objects than tensors, numbers, strings, lists and dicts.
     """
-    path = Path(path)
+    path, prefix = Path(path).expanduser(), plain_name(prefix)
     if path.is_dir():
         first = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
         raise IsADirectoryError(f"{path} is a folder, as sharded strategies write them\n  first: {first}")
@@ -146,6 +149,7 @@ def read_state_dict(path: Path | str, prefix: str = "", plain: bool = True) -> d
         wanted = "a Lightning checkpoint or a plain state dict" if plain else "a Lightning checkpoint"
         held = ", ".join(sorted(map(str, content))[:6]) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} holds no state_dict of tensors, but {held}: give {wanted}")
+    state = plain_names(state)
     chosen = {name.removeprefix(prefix): value.detach() for name, value in state.items() if name.startswith(prefix)}
     if not chosen:
         heads = sorted({f"{name.partition('.')[0]}." for name in state})
@@ -154,12 +158,12 @@ def read_state_dict(path: Path | str, prefix: str = "", plain: bool = True) -> d
 
 
 def load_into(module: nn.Module, path: Path | str, prefix: str = "") -> None:
-    """Load weights into ``module``, all of them or none.
+    """Load weights into ``module``, all of them or none; whether either side was compiled makes no difference.
 
     Raises:
         ValueError: Names or shapes differ: the checkpoint belongs to another architecture; the message shows where.
     """
-    state, needed = read_state_dict(path, prefix), module.state_dict()
+    state, needed = names_in(module, read_state_dict(path, prefix)), module.state_dict()
     shapes = [
         f"{k}: {tuple(state[k].shape)} in the file, {tuple(needed[k].shape)} here"
         for k in needed

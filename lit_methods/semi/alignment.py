@@ -11,13 +11,15 @@ def align(probability: Tensor, marginal: Tensor) -> Tensor:
     """Rows divided by ``marginal`` and made to sum to 1 again.
 
     Args:
-        probability: (B, C) in [0, 1].
-        marginal: (C,) or (1, C), > 0: how often each class was predicted, up to a factor.
+        probability: (B, C), rows sum to 1.
+        marginal: (C,) or (1, C), >= 0: how often each class was predicted, up to a factor.
 
     Returns:
-        (B, C), rows sum to 1.
+        (B, C), rows sum to 1. Zeros of the marginal count as its limit from above: a class that nobody predicts stays at 0, one that is
+        predicted for the first time takes the row, and a marginal of zeros alone, an empty queue's, changes nothing.
     """
-    ratio = probability / marginal
+    # the smallest normal number: a row that sums to 1 can't overflow by it
+    ratio = probability / marginal.clamp(min=torch.finfo(probability.dtype).tiny)
     return ratio / ratio.sum(dim=1, keepdim=True)
 
 

@@ -17,7 +17,7 @@ from lit_methods.distributed import gather_rows
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import scheduled, seven_sixteenths_cosine, warmup_then_epoch_cosine
 from lit_methods.panels import Curve, Panel, TableMedia, TablePanel
-from lit_methods.steps import steps_per_epoch, training_length
+from lit_methods.steps import log_global, steps_per_epoch, training_length
 
 Schedule = Literal["seven_sixteenths", "epoch_cosine", "constant"]
 
@@ -170,7 +170,7 @@ class SemiSupervised(Evaluated):
 
     def _log_evaluation(self, part: Part) -> None:
         for name, metric in (("loss", self.eval_loss), ("accuracy", self.eval_accuracy)):
-            self.log(f"semi/{part}_{name}", metric.compute(), prog_bar=True)
+            log_global(self, {f"semi/{part}_{name}": metric.compute()}, prog_bar=True)
             metric.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

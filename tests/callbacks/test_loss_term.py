@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from lightning.pytorch.demos.transformer import LightningTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -422,3 +423,123 @@ def test_killed_and_resumed(tmp_path: Path, kill_at: int) -> None:
 
     whole, resumed = kill_and_resume(lambda: (Classifier(), images(), [ExactResume(), Warming(["network.5"])]), 6, kill_at, tmp_path)
     assert_state_dicts_equal(resumed, whole)
+
+
+# ---- targets without a graph, logs, trial steps ----------------------------------------------------------------------------------------
+
+
+class Parts(BoringModel):
+    """Calls its layers in ways that leave a graph, or none."""
+
+    def __init__(self, how: str = "") -> None:
+        torch.manual_seed(0)
+        super().__init__()
+        self.how, self.body, self.other = how, nn.Linear(32, 32), nn.Linear(32, 32)
+        if how == "frozen":
+            self.body.requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        with torch.set_grad_enabled(self.how != "no_grad"):
+            if "reentrant" in self.how:
+                batch.requires_grad_()
+                body = checkpoint(lambda x: self.body(x).tanh(), batch, use_reentrant=self.how == "reentrant")
+            else:
+                body = self.body(batch)
+        return self.loss(self.layer(body + self.other(batch)))
+
+
+@pytest.mark.parametrize("how", ["frozen", "no_grad", "reentrant"])
+def test_targets_without_a_graph_are_refused_by_name(how: str) -> None:
+    with pytest.raises(ValueError, match="MeanSquare: the output of body has no graph, so the term would be logged and train nothing"):
+        tiny_trainer(max_steps=1, callbacks=[MeanSquare(["body"])]).fit(Parts(how), boring_data())
+
+
+class Apart(LossTerm):
+    """The distance of two targets."""
+
+    def term(self, inputs: dict[str, Any]) -> Tensor:
+        body, other = inputs["features"].values()
+        return (body - other).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("how", "term"),
+    [
+        ("", MeanSquare(["body"])),
+        ("not reentrant", MeanSquare(["body"])),
+        ("frozen", Apart(["body", "other"])),  # a teacher
+        ("frozen", type("Nothing", (LossTerm,), {"term": lambda self, inputs: torch.zeros(())})(["body"])),  # nothing to do in this batch
+    ],
+    ids=["plain", "not reentrant", "teacher", "nothing"],
+)
+def test_terms_that_learn_or_have_nothing_to_do_are_left_alone(how: str, term: LossTerm) -> None:
+    trainer = tiny_trainer(max_steps=2, callbacks=[term])
+    trainer.fit(Parts(how), boring_data())
+    assert trainer.global_step == 2
+
+
+class Written(pl.loggers.logger.DummyLogger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:  # type: ignore[override]
+        self.rows.append((step, {name: value for name, value in metrics.items() if name != "epoch"}))
+
+
+class Many(LossTerm):
+    def term(self, inputs: dict[str, Any]) -> Any:
+        square = inputs["features"]["body"].square().mean()
+        return square, {"step": torch.tensor(float(inputs["step"])), "half": square.half(), "count": (square > 0).sum()}
+
+
+@pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (3, 1), (2, 2), (50, 1), (0, 1)])
+def test_logged_steps_and_what_callbacks_see_are_those_of_logging_at_every_step(
+    every: int, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class See(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[dict[str, float]] = []
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+        on_train_epoch_end = on_train_batch_end  # type: ignore[assignment]
+
+    calls = 0
+
+    def run(always: bool) -> tuple[Any, Any]:
+        nonlocal calls
+        module, see, written = Parts(), See(), Written()
+        log_dict, calls = module.log_dict, 0
+
+        def counted(*args: Any, **kwargs: Any) -> None:
+            nonlocal calls
+            calls += 1
+            log_dict(*args, **kwargs)
+
+        module.log_dict = counted  # type: ignore[method-assign]
+        with monkeypatch.context() as patched:
+            if always:
+                patched.setattr(LossTerm, "_log", staticmethod(lambda module, values: module.log_dict(values)))
+            data = DataLoader(torch.randn(44, 32, generator=torch.Generator().manual_seed(0)), batch_size=4)
+            options = {"accumulate_grad_batches": accumulate, "log_every_n_steps": every, "logger": written}
+            tiny_trainer(max_epochs=2, callbacks=[Many(["body"]), see], **options).fit(module, data)
+        return see.seen, written.rows
+
+    expected, ours = run(True), run(False)
+    assert ours == expected
+    assert len(ours[0]) == 24
+    assert calls == {1: 22, 3: 2 + 6, 2: 12, 50: 2, 0: 2}[every], "logged steps, and the first of an epoch"
+
+
+def test_trial_steps_of_lightnings_tuner_are_without_the_term_in_words() -> None:
+    module, term = Parts(), MeanSquare(["body"])
+    module.lr = 0.1  # type: ignore[assignment]
+    trainer = tiny_trainer(max_steps=3, callbacks=[term])
+    with pytest.warns(UserWarning, match="MeanSquare adds nothing to their loss") as told:
+        pl.tuner.Tuner(trainer).lr_find(module, boring_data(), num_training=4, update_attr=False)
+    assert len([one for one in told if "adds nothing" in str(one.message)]) == 1
+    trainer.fit(module, boring_data())
+    assert trainer.callback_metrics["mean_square/loss"] > 0
+    assert "training_step" not in vars(module)

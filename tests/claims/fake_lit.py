@@ -16,11 +16,11 @@ print("first line\nlast line", flush=True)
 run = Path(given["--run_root"], given["--name"], "20260101-000000")
 (run / "checkpoints").mkdir(parents=True)
 if behaviour == "hang":
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     Path(os.environ["FAKE_LOG"] + ".child").write_text(str(child.pid))
-    time.sleep(60)
+    time.sleep(3600)
 time.sleep(float(given.get("--seconds", 0)))
-for _ in range(600):  # 30 s
+for _ in range(6000):  # five minutes
     if given.get("--until", "") in Path(os.environ["FAKE_LOG"]).read_text():
         break
     time.sleep(0.05)

@@ -21,6 +21,7 @@ from lit_methods.claims.study import Cost
 from lit_methods.errors import CommandError
 
 FAKE = Path(__file__).parent / "fake_lit.py"
+HANGS = 300.0  # seconds that only end what would never end
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_two_commands_that_want_the_same_stage_run_it_once(log: Path, tmp_path: 
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=HANGS)
     assert started(log) == ["good-0"]
     assert len(found) == 2
     assert found[0] == found[1]
@@ -153,15 +154,17 @@ def test_an_interrupted_command_leaves_no_process_and_goes_on(log: Path, tmp_pat
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(FAKE.parent), str(tmp_path)])
     child = Path(f"{log}.child")
-    for _ in range(400):
-        if child.is_file() and child.read_text():
-            break
+    deadline = time.monotonic() + HANGS
+    while not (child.is_file() and child.read_text()):
+        assert process.poll() is None, "the command ended by itself"
+        assert time.monotonic() < deadline, "the stage did not start"
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(timeout=20) == 130
-    time.sleep(0.1)
+    assert process.wait(timeout=HANGS) == 130
     for pid in [int(child.read_text()), *(int(line.split()[2]) for line in log.read_text().splitlines())]:
-        assert not alive(pid), "a process was left behind"
+        while alive(pid):
+            assert time.monotonic() < deadline, "a process was left behind"
+            time.sleep(0.05)
     assert not (tmp_path / "stages/hung-0/result.json").exists()
     runner(tmp_path).run([node("good"), node("hung")])
     assert started(log) == ["good-0", "hung-0", "hung-0"], "the finished stage was kept, the other one started anew"
@@ -177,7 +180,7 @@ def alive(pid: int) -> bool:
 
 
 def test_stop_kills_what_does_not_listen() -> None:
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(3600)"
     process = subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True, stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()

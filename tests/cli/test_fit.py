@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 
 from helpers import run_lit
 from lit_methods.cli.main import main
+from wandb_log import read_run
 
 DEMO = "lightning.pytorch.demos.boring_classes."
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -216,6 +217,7 @@ def test_every_logger_writes_into_the_run_and_gets_the_config() -> None:
     assert "config/text_summary" in events.Tags()["tensors"]
     assert "mine.Mine" in str(events.Tensors("config/text_summary")[0].tensor_proto.string_val)
     (offline,) = (run / "wandb").glob("offline-run-*")
+    read_run(offline)  # waits until it is whole
     stored = next(offline.glob("*.wandb")).read_bytes()
     assert b"mine.Mine" in stored  # the config
     assert "run_training_epoch" in (run / "profiler" / "fit-profile.txt").read_text()
@@ -240,6 +242,14 @@ def test_fragments_run(fragment: str) -> None:
     assert main(["fit", "--config", "base.yaml", "--config", f"configs/{fragment}.yaml"]) == 0
     steps = torch.load(runs()[0] / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert steps == (4 if fragment == "debug/fast" else 2)
+
+
+def test_overfitting_runs_whatever_the_config_says_of_validation() -> None:
+    """Many configs count validation in steps, more of them than the two that an epoch has then."""
+    Path("steps.yaml").write_text("trainer:\n  val_check_interval: 100\n  check_val_every_n_epoch: null\n")
+    configs = ("base.yaml", "steps.yaml", "configs/debug/overfit.yaml")
+    assert main(["fit", *(word for config in configs for word in ("--config", config)), "--trainer.max_epochs", "10"]) == 0
+    assert torch.load(runs()[0] / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 20
 
 
 # -- what is said when something is wrong --------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Where a run's checkpoints are looked for: in subfolders, in a ``dirpath`` that runs share, never in silence."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from lit_methods.cli.resume import checkpoints_of, find_restart, last_checkpoint
+from lit_methods.cli.resume import checkpoints_of, differing_keys, find_restart, last_checkpoint
 from lit_methods.errors import CommandError
 from lit_methods.runs.folder import OWNER, owner_of
 
@@ -83,3 +84,19 @@ def test_starting_anew_is_never_silent(tmp_path: Path, capsys: pytest.CaptureFix
     config["trainer"]["callbacks"][1]["init_args"]["dirpath"] = "s3://bucket/run"
     with pytest.raises(CommandError, match=r"s3://bucket/run, where --resume can't look"):
         find_restart(tmp_path / "far", config)
+
+
+def test_an_argument_of_a_later_version_is_no_difference() -> None:
+    old = {
+        "model": {"init_args": {"width": 3, "layers": [{"size": 2}]}},
+        "trainer": {"callbacks": [{"init_args": {"weight": 1.0}}]},
+        "name": "a",
+    }
+    new: dict[str, Any] = copy.deepcopy(old) | {"name": "b", "resume": None}
+    new["model"]["init_args"] |= {"dropout": 0.0}
+    new["trainer"]["callbacks"][0]["init_args"] |= {"targets": []}
+    assert differing_keys(old, new) == []
+    assert differing_keys(new, old) == ["model.init_args.dropout", "trainer.callbacks.0.init_args.targets"]
+    new["model"]["init_args"]["layers"][0]["size"] = 4
+    new["trainer"]["callbacks"].append({"init_args": {}})
+    assert differing_keys(old, new) == ["model.init_args.layers.0.size", "trainer.callbacks"]

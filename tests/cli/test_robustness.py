@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,9 @@ def spoil_the_folder(trainer: pl.Trainer) -> None:
 def kill_a_worker(trainer: pl.Trainer) -> None:
     # other tests may have left helpers behind; names such as Process-7 count up, while the system uses pids again
     worker = max(multiprocessing.active_children(), key=lambda child: int(child.name.rpartition("-")[2]))
-    os.kill(worker.pid or 0, signal.SIGKILL)
-    time.sleep(0.2)
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and is left for the loader to find
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 """One folder per run: what it holds, that nothing is overwritten, and who agrees on it."""
 
+import functools
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
+import lit_methods
 from helpers import run_two_processes, tiny_trainer
+from lit_methods.cli.main import main
 from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, claim_run_folder, git_state, run_dir
 
 
@@ -165,3 +168,17 @@ def test_hyperparameters_do_not_overwrite_the_config_in_the_loggers(tmp_path: Pa
         assert {key: logged[key] for key in config} == config
         assert logged["hyperparameters"] == {"model": "mine", "data": "theirs"}
         assert logged["width"] == 3, "what collides with nothing stays where Lightning puts it"
+
+
+@pytest.mark.parametrize(("config", "key"), [("cast", "data.init_args.root"), ("shrinkmatch", "data.init_args.data.init_args.root")])
+def test_missing_data_are_said_before_anything_is_built(
+    config: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for network in (lit_methods.MLP, lit_methods.SmallConvNet):
+        builds = functools.wraps(network.__init__)(lambda *_, **__: pytest.fail("a network is built"))
+        monkeypatch.setattr(network, "__init__", builds)
+    kind = ["--data", "CIFARDataModule"] if config == "cast" else ["--data.init_args.data", "CIFARDataModule"]
+    words = ["fit", "--config", f"configs/{config}.yaml", "--run_root", str(tmp_path), *kind, f"--{key}", "nowhere"]
+    assert main(words) == 1
+    assert "root='nowhere'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "a failed start leaves nothing"

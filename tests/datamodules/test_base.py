@@ -4,9 +4,12 @@ import ast
 import inspect
 import re
 import textwrap
+import warnings
 
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from small_roots import ROOTS
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -138,9 +141,41 @@ def test_a_missing_part_is_named():
             squares(**wrong)
 
 
-def test_overfitting_a_few_batches_works_with_data_that_come_in_batches():
-    from lightning.pytorch.demos.boring_classes import BoringModel
+class Takes(BoringModel):
+    """Any batch."""
 
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(str([tensor.tolist() for tensor in tensors(batch)]))
+        return self.layer(torch.ones(1, 32)).sum()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        pass
+
+
+@pytest.mark.parametrize("name", [*NAMES, "kitti", "nuscenes", "nuscenes segmented"])
+def test_overfitting_a_few_batches_works_with_every_datamodule(name, tmp_path):
+    """What configs/debug/overfit.yaml sets."""
+    if name in ROOTS:
+        ROOTS[name][0](tmp_path / "root")
+        module = ROOTS[name][1](tmp_path / "root")
+    else:
+        small = {"batch_size": 2} if "batch_size" in inspect.signature(getattr(datamodules, name)).parameters else {}
+        arguments = SMALL.get(name, {}) | small
+        module = getattr(datamodules, name)(**(arguments | ({"data": datamodules.DigitsDataModule()} if "data" in arguments else {})))
+    model = Takes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tiny_trainer(overfit_batches=2, max_epochs=2).fit(model, datamodule=module)
+    half = len(model.seen) // 2
+    assert half in (1, 2)
+    assert len(model.seen) == 2 * half
+
+
+def test_overfitting_a_few_batches_works_with_data_that_come_in_batches():
     seen = []
 
     class Keeps(BoringModel):

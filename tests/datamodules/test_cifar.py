@@ -98,14 +98,36 @@ def test_broken_files_are_named_with_their_field(tmp_path):
         prepared(tmp_path, name="cifar100")
 
 
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_files_that_were_saved_again_are_read(name, protocol, tmp_path):
+    """By Python 3: names as bytes or NumPy's strings, labels as NumPy's integers or arrays, images in Fortran's order."""
+    folder = write_release(tmp_path, name, protocol=protocol)
+    field, last = ("labels", "test_batch") if name == "cifar10" else ("fine_labels", "test")
+    meta, names = ("batches.meta", "label_names") if name == "cifar10" else ("meta", "fine_label_names")
+    written = pickle.loads((folder / meta).read_bytes())
+    (folder / meta).write_bytes(pickle.dumps({names: [word.encode() for word in written[names]]}, protocol))
+    for labels, order in ((lambda k: list(k), "C"), (lambda k: k, "C"), (lambda k: k.astype(np.uint8), "F"), (lambda k: k.tolist(), "F")):
+        data = np.repeat(np.arange(3, dtype=np.uint8)[:, None], 3072, axis=1)
+        content = {"data": np.asarray(data, order=order), field: labels(np.array([2, 0, 1]))}
+        (folder / last).write_bytes(pickle.dumps(content, protocol))
+        found = prepared(tmp_path, name=name)
+        assert [(int(found.test_set.read(k).float().mean()), found.test_set[k]["label"]) for k in range(3)] == [(0, 2), (1, 0), (2, 1)]
+        assert found.class_names[:2] == ("class 0", "class 1")
+    (folder / meta).write_bytes(pickle.dumps({names: np.array(written[names])}, protocol))
+    assert prepared(tmp_path, name=name).class_names[3] == "class 3"
+
+
 def test_no_code_runs_from_a_pickle(tmp_path):
     class Trap:
         def __reduce__(self):
             return (tmp_path.joinpath("sprung").touch, ())
 
-    (tmp_path / "trap").write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(BrokenRecordError, match="which no CIFAR file needs"):
-        read_pickle(tmp_path / "trap")
+    for protocol in range(6):
+        for content in (Trap(), {"data": np.array([Trap()], dtype=object)}, {"labels": [np.int64(3), Trap()]}):
+            (tmp_path / "trap").write_bytes(pickle.dumps(content, protocol))
+            with pytest.raises(BrokenRecordError, match="which no CIFAR file needs"):
+                read_pickle(tmp_path / "trap")
     assert not (tmp_path / "sprung").exists()
 
 

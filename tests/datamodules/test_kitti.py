@@ -161,6 +161,19 @@ def test_neighbours_in_lidar_poses(root, tmp_path):
     torch.testing.assert_close(moved.float(), sample["points"][:, :3], atol=1e-4, rtol=0)
 
 
+def test_broken_scans_are_left_out_of_evaluations(root):
+    (root / "sequences" / "08" / "velodyne" / "000001.bin").write_bytes(b"123")
+    data = datamodule(root, on_broken="skip")
+    with pytest.warns(UserWarning, match=r"1 of 4 samples of (val|test|predict) are broken and left out: .*000001\.bin"):
+        data.setup()
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
+        assert [token for batch in loader for token in batch["token"]] == ["08/000000", "08/000002", "08/000003"]
+    strict = datamodule(root)
+    strict.setup("test")
+    with pytest.raises(BrokenRecordError, match=r"000001\.bin"):
+        list(strict.test_dataloader())
+
+
 def test_scribbles_train_and_full_labels_validate(root):
     scribbles = root / "sequences" / "00" / "scribbles"
     scribbles.mkdir()

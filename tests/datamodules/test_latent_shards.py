@@ -90,13 +90,13 @@ def test_a_file_without_its_end_is_truncated(tmp_path):
     with tarfile.open(shard) as tar:
         last = tar.getmembers()[-1]
     shard.write_bytes(shard.read_bytes()[: last.offset_data + 512])
-    with pytest.raises(ValueError, match=r"shard-0\.tar is truncated"):
+    with pytest.raises(ValueError, match=r"shard-0\.tar: file: is truncated"):
         read_index(shard, ["latent.pth"])
 
 
 def test_something_else_than_a_tar_file_is_named(tmp_path):
     (tmp_path / "shard-0.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(ValueError, match=r"shard-0\.tar can't be read as a tar file"):
+    with pytest.raises(ValueError, match=r"shard-0\.tar: file: can't be read as a tar file"):
         module(tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_what_is_no_tensor_is_named_and_no_code_runs(tmp_path, content, monkeypa
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     data = module(tmp_path, embedding=None, num_val=1, batch_size=1)
-    with pytest.raises(ValueError, match=r"shard-0\.tar: a\.latent\.pth can't be read as a tensor"):
+    with pytest.raises(ValueError, match=r"shard-0\.tar: a\.latent\.pth: can't be read as a tensor"):
         next(iter(data.train_dataloader()))
     assert not Path("harm-was-done").exists()
 
@@ -131,7 +131,7 @@ def broken(root: Path, part: dict[str, object]) -> LatentShardsDataModule:
     ("part", "words"),
     [
         ({"latent.pth": torch.zeros(4, 2, 6, 5)}, r"(bad|good)\.latent\.pth is .*a batch needs one shape"),
-        ({"latent.pth": torch.full((4, 2, 6, 6), torch.nan)}, r"bad\.latent\.pth has numbers that aren't finite"),
+        ({"latent.pth": torch.full((4, 2, 6, 6), torch.nan)}, r"bad\.latent\.pth: has numbers that aren't finite"),
         ({"embed.pth": torch.zeros(8)}, r"bad\.embed\.pth is \(8,\): give \(L, D\)"),
     ],
 )
@@ -142,7 +142,7 @@ def test_a_bad_sample_is_named(tmp_path, part, words):
 
 def test_a_sample_without_a_part_and_too_few_samples_are_refused(tmp_path):
     write_shard(tmp_path / "shard-0.tar", [("a", {"latent.pth": latent(0)})])
-    with pytest.raises(ValueError, match=r"sample 'a' has no embed\.pth, it has latent\.pth"):
+    with pytest.raises(ValueError, match=r"sample 'a': has no embed\.pth, it has latent\.pth"):
         module(tmp_path)
     with pytest.raises(ValueError, match="1 samples: set num_val=2"):
         module(tmp_path, embedding=None)

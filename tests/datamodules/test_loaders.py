@@ -256,10 +256,18 @@ def test_two_ranks_see_what_one_process_sees_also_after_a_resume(tmp_path: Path)
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lower batch_size"):
+    with pytest.raises(
+        ValueError, match=r"a batch takes 4 on each of 1 .*lower batch_size until a batch takes 3 or fewer, or look"
+    ) as small:
         make_loader(Draws(3), 4, shuffle=True, seed=0, drop_last=True)
-    with pytest.raises(ValueError, match="no batch comes out of 0 samples"):
+    assert "drop_last" not in str(small.value), "no datamodule has such an argument"
+    with pytest.raises(ValueError, match=r"use fewer processes \(trainer\.devices\)"):
+        make_loader(Draws(3), 4, shuffle=True, seed=0, drop_last=True, rank=0, world_size=4)
+    with pytest.raises(ValueError, match=r"no batch comes out of 0 samples.*look at why the data set is empty"):
         make_loader(Draws(0), 4, shuffle=False, seed=0)
+    with pytest.raises(ValueError, match=r"last 1 of 1 samples can't be dealt to all 2 ranks.*use fewer processes") as few:
+        make_loader(Draws(1), 4, shuffle=True, seed=0, rank=0, world_size=2)
+    assert "drop_last" not in str(few.value), "there would be no batch then"
     with pytest.raises(ValueError, match=r"last 1 of 9 samples can't be dealt to all 2 ranks.*drop_last=True"):
         make_loader(Draws(9), 4, shuffle=True, seed=0, rank=0, world_size=2)
     with pytest.raises(ValueError, match="batch_size is 0"):

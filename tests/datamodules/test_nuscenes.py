@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny_nuscenes import HEIGHT, WIDTH, write_release
 from torch.utils.data import DataLoader
 
+from helpers import run_two_processes
 from lit_methods.datamodules import NuScenesDataModule
 from lit_methods.datamodules.driving.common import draw_augmentation, fraction_of, read_image, read_points
 from lit_methods.datamodules.driving.nuscenes import (
@@ -638,6 +640,52 @@ def test_skipped_samples_of_workers_are_counted(copy):
     ]
     assert tokens.count("scene-0061-2-0-LIDAR_TOP") == 2
     assert data.train_set.num_skipped == 1
+
+
+def evaluated(data, part):
+    loader = getattr(data, f"{part}_dataloader")()
+    return [token for batch in loader for token in batch["token"]]
+
+
+def val_scan(root, frame):
+    return root / "samples" / "LIDAR_TOP" / f"scene-0103-{frame}-0-LIDAR_TOP.pcd.bin"
+
+
+@pytest.mark.parametrize(("mode", "missing"), [("segment", (2, 3)), ("pretrain", (3,))])  # the neighbour of 2 is missing, too
+def test_broken_samples_are_left_out_of_evaluations(copy, mode, missing):
+    for frame in missing:
+        val_scan(copy, frame).unlink()
+    data = datamodule(copy, mode=mode, on_broken="skip")
+    with pytest.warns(UserWarning, match="2 of 4 samples of (val|test|predict) are broken and left out: .*no such file"):
+        data.setup()
+    expected = [f"scene-0103-{frame}-0-LIDAR_TOP" for frame in (0, 1)]
+    for part in ("val", "test", "predict"):
+        assert evaluated(data, part) == expected
+        dataset = getattr(data, f"{part}_set")
+        assert (len(dataset), dataset.num_skipped) == (2, 2)
+        assert [dataset[index]["token"] for index in (0, 1, -1)] == [*expected, expected[-1]]
+    assert len(data.train_set) == 4
+    for frame in range(4):
+        val_scan(copy, frame).write_bytes(b"")
+    with pytest.raises(BrokenRecordError, match=r"all 4 samples of val are broken: .*the scan is empty"):
+        data.setup("validate")
+
+
+def left_out_on_two_ranks(root):
+    data = datamodule(root, mode="segment", on_broken="skip", batch_size=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data.setup("validate")
+    return data.val_set.kept.tolist(), data.val_set.num_skipped, evaluated(data, "val")
+
+
+@pytest.mark.thorough
+def test_ranks_leave_out_the_same_samples(copy):
+    for frame in (0, 2):  # the first rank reads both
+        val_scan(copy, frame).write_bytes(b"")
+    one, other = run_two_processes(left_out_on_two_ranks, copy)
+    assert one[:2] == other[:2] == ([1, 3], 2)
+    assert one[2] + other[2] == [f"scene-0103-{frame}-0-LIDAR_TOP" for frame in (1, 3)]
 
 
 @pytest.mark.parametrize(

@@ -220,3 +220,61 @@ def test_real_data(name, users, pairs):
     assert data.num_users == users
     assert len(data.train_interactions[0]) + held == pairs
     assert held / pairs == pytest.approx(0.3, abs=0.01)
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------------------------
+
+PAIRS = [(u, b) for u in range(1, 13) for b in (101, 102, 103) if (u * b) % 4]
+
+
+def sizes(folder: Path, name: str, header: str, line: str, **arguments) -> tuple[int, int]:
+    lines = [header] if header else []
+    data = RatingsDataModule(write(folder, name, lines + [line.format(u=u, i=i, r=1 + (u + i) % 5) for u, i in PAIRS]), **arguments)
+    data.setup("fit")
+    return data.num_users, data.num_items
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "line"),
+    [
+        ("ratings.csv", "movieId,userId,rating,timestamp", "{i},{u},{r},978300760"),
+        ("ratings.csv", "timestamp,rating,book_id,user_id", "978300760,{r},{i},{u}"),
+        ("ratings.csv", '"User-ID","Book-Rating","ISBN"', '"{u}","{r}","{i}"'),
+        ("ratings.csv", "rating,recipe_number_id,uid", "{r},{i},{u}"),  # the only other id
+        ("ratings.csv", "", "{u},{i},{r},978300760"),  # no header: by place
+        ("a.inter", "item_id:token\ttimestamp:float\tuser_id:token\trating:float", "{i}\t978300760\t{u}\t{r}"),
+        ("user_artists.dat", "weight\tartistID\tuserID", "{r}\t{i}\t{u}"),
+        ("ratings.dat", "MovieID::UserID::Rating", "{i}::{u}::{r}"),
+        ("ratings.dat", "", "{u}::{i}::{r}::978300760"),
+        ("u.data", "item\tuser\ttime\trating", "{i}\t{u}\t978300760\t{r}"),
+    ],
+)
+def test_columns_go_by_their_names(name, header, line, tmp_path):
+    rated = len({u for u, i in PAIRS if (u + i) % 5 >= 2}), 3
+    assert sizes(tmp_path, name, header, line) == (9, 3)
+    assert sizes(tmp_path, name, header, line, min_value=3.0) == rated
+
+
+def test_split_pairs_may_have_a_header_too(tmp_path):
+    for part, lines in (("train", ["3 0", "4 0", "3 1", "5 2"]), ("test", ["6 0", "4 1"])):
+        write(tmp_path, f"a.{part}", ["item user", *lines])
+    data = RatingsDataModule(tmp_path)
+    data.setup("fit")
+    assert (data.num_users, data.num_items) == (3, 4)
+    assert [part.tolist() for part in data.train_interactions] == [[0, 0, 1, 2], [0, 1, 0, 2]]
+
+
+def test_a_missing_column_is_named_with_what_was_found(tmp_path):
+    with pytest.raises(BrokenRecordError, match=r"ratings\.csv: header: the column user is missing.*found 'person', 'movieId', 'rating'"):
+        sizes(tmp_path, "ratings.csv", "person,movieId,rating", "{u},{i},{r}")
+    with pytest.raises(BrokenRecordError, match=r"the column item is missing.*'list_id', 'shelf_id'"):
+        sizes(tmp_path, "ratings.csv", "user_id,list_id,shelf_id", "{u},{i},{r}")
+    with pytest.raises(BrokenRecordError, match="several columns may be item"):
+        sizes(tmp_path, "ratings.csv", "user_id,book_id,item_id", "{u},{i},{r}")
+    (tmp_path / "ratings.csv").unlink()
+    header, line = "user_id:token\titem_id:token\ttimestamp:float", "{u}\t{i}\t978300760"
+    assert sizes(tmp_path, "b.inter", header, line) == (9, 3), "a time isn't needed"
+    with pytest.raises(BrokenRecordError, match=r"b\.inter: rating: there is no such column, found 'user_id:token'.*min_value"):
+        sizes(tmp_path, "b.inter", header, line, min_value=4.0)
+    with pytest.raises(BrokenRecordError, match=r"u\.data: rating: the third column has 978300760 and the like, which are times"):
+        sizes(tmp_path / "third", "u.data", "", "{u}\t{i}\t978300760", min_value=4.0)

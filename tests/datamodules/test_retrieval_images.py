@@ -138,7 +138,12 @@ BROKEN = (
     ("sop", lambda root: cut(root / "Ebay_test.txt", 38), BrokenRecordError, r"Ebay_test\.txt: lines"),
     ("sop", lambda root: cut(root / "Ebay_test.txt", 45), BrokenRecordError, r"Ebay_test\.txt: line 2: expected 4 words"),
     ("cub", lambda root: [cut(root / name, 0) for name in ("images.txt",)], BrokenRecordError, r"images\.txt: lines"),
-    ("sop", lambda root: (root / "Ebay_test.txt").write_text("h h h h\n1 2 3 a.JPG\n"), BrokenRecordError, "class 2: it stands in"),
+    (
+        "sop",
+        lambda root: (root / "Ebay_test.txt").write_text("image_id class_id super_class_id path\n1 2 3 a.JPG\n"),
+        BrokenRecordError,
+        "class 2: it stands in",
+    ),
     (
         "inat",
         lambda root: (root / "Inat_dataset_splits" / "Inaturalist_test_set1.txt").unlink(),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from lit_methods.lidar import contrast
 from lit_methods.lidar.superflow import core
 
 
@@ -77,6 +78,38 @@ def test_info_nce_over_nothing_is_zero_with_zero_gradients(rows):
     assert loss.item() == 0
     assert a.grad.abs().sum() == 0
     assert b.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("device_rows", [contrast._chosen_rows, contrast._silenced_rows], ids=["cpu", "no host sync"])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_info_nce_equals_the_cross_entropy_of_the_masks_rows_on_every_device(monkeypatch, device_rows, share):
+    monkeypatch.setattr(contrast, "_chosen_rows", device_rows)
+    a, b = (torch.randn(30, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.rand(30) < share
+    with torch.no_grad():
+        a[~mask] = torch.nan  # rows that don't take part may hold anything
+    loss = core.info_nce(a, b, 0.2, mask)
+    expected = 3 * torch.nn.functional.cross_entropy(a[mask] @ b[mask].T / 0.2, torch.arange(int(mask.sum())), reduction="sum")
+    expected = expected / max(int(mask.sum()), 1)
+    torch.testing.assert_close(3 * loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, (a, b)), torch.autograd.grad(expected, (a, b)))
+
+
+def test_info_nce_keeps_one_matrix_and_no_more():
+    a, b = (torch.randn(256, 4, requires_grad=True) for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        core.info_nce(a, b, 0.07, torch.ones(256, dtype=torch.bool))
+    assert sum(n == 256 * 256 for n in kept) == 1
+    assert max(kept) == 256 * 256
+
+
+@pytest.mark.parametrize("fixed", [0, 1])
+def test_info_nce_of_a_fixed_side_gives_the_other_its_gradient(fixed):
+    sides = [torch.randn(9, 4, dtype=torch.float64) for _ in range(2)]
+    assert torch.autograd.gradcheck(
+        lambda x: core.info_nce(*sides[:fixed], x, *sides[fixed + 1 :], 0.3), sides[fixed].clone().requires_grad_()
+    )
 
 
 def test_info_nce_stays_exact_under_autocast():

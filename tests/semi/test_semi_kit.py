@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from lit_methods.datamodules import CIFARDataModule, DigitsDataModule, SemiSupervisedDataModule
 from lit_methods.datamodules.errors import BrokenRecordError
@@ -13,6 +14,7 @@ from lit_methods.datamodules.vision.semi import labelled_subset, read_label_list
 from lit_methods.datamodules.vision.views import affine, cut_out, make_views
 from lit_methods.optim import seven_sixteenths_cosine, warmup_then_epoch_cosine
 from lit_methods.semi.alignment import MarginalQueue, align
+from lit_methods.semi.fixmatch import FixMatch
 from lit_methods.semi.shrinkmatch.core import shrink, shrunk_loss
 from lit_methods.semi.simmatchv2.core import finite_or_zero, propagate
 
@@ -20,6 +22,25 @@ from lit_methods.semi.simmatchv2.core import finite_or_zero, propagate
 def test_alignment_undoes_a_skew():
     p = torch.tensor([[0.6, 0.4], [0.9, 0.1]])
     torch.testing.assert_close(align(p, torch.tensor([0.75, 0.25])), torch.tensor([[1 / 3, 2 / 3], [0.75, 0.25]]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_alignment_of_a_class_that_nobody_has_predicted(dtype):
+    p = torch.tensor([[0.25, 0.75, 0.0], [1.0, 0.0, 0.0], [0.25, 0.25, 0.5]], dtype=dtype)
+    aligned = align(p, torch.tensor([0.5, 0.5, 0.0], dtype=dtype))
+    tolerance = {"rtol": 0, "atol": 1e-3}
+    torch.testing.assert_close(aligned[:2], p[:2], **tolerance)  # not 0 / 0
+    torch.testing.assert_close(aligned[2], torch.tensor([0.0, 0.0, 1.0], dtype=dtype), **tolerance)  # the limit, not inf / inf
+    torch.testing.assert_close(align(p, torch.zeros(3, dtype=dtype)), p, **tolerance)  # an empty queue
+
+
+def test_a_class_without_predictions_trains_on():
+    module = FixMatch(nn.Identity(), 2, 3, distribution_alignment="queue", queue_length=4)
+    logits = torch.tensor([[5.0, 1.0, -200.0], [1.0, 4.0, -200.0]])
+    for _ in range(6):  # the queue is filled and goes round
+        p = module.weak_prediction(logits)
+        torch.testing.assert_close(p.sum(dim=1), torch.ones(2))
+        assert p[:, 2].tolist() == [0, 0]
 
 
 def test_the_queue_forgets_the_oldest_and_is_saved():

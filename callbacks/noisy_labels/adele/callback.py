@@ -17,6 +17,7 @@ from lit_methods.callbacks.batch import find_in_batch, logits_from, rescaled, re
 from lit_methods.callbacks.features import FeatureCallback, require_network
 from lit_methods.callbacks.noisy_labels.adele.core import FittedCurve, corrected_labels, fit_iou_curve, merged_labels
 from lit_methods.callbacks.noisy_labels.label_correction import LabelCorrection
+from lit_methods.callbacks.wrapping import refuse_iterators
 from lit_methods.catalog import Technique
 from lit_methods.checks import at_least, one_of, positive, share, within
 from lit_methods.datamodules.label_store import LabelStore
@@ -176,9 +177,10 @@ class ADELE(LabelCorrection, FeatureCallback):
         """Hook into the module.
 
         Raises:
-            ValueError: The submodule, the store or the loader isn't there.
+            ValueError: The submodule, the store or the loader isn't there, or ``training_step`` takes ``dataloader_iter``.
         """
         if stage == "fit":
+            refuse_iterators(pl_module, "ADELE")
             require_network(pl_module, self.network, "ADELE")
             if trainer.global_step == 0:
                 self._fresh()

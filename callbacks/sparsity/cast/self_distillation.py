@@ -1,6 +1,5 @@
 """Distillation of any module from its own dense self: what the loss (Eq. 13 of CAST, arXiv:2509.25996) needs of it."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from lit_methods.callbacks.batch import find_in_batch, logits_from
 from lit_methods.callbacks.features import FeatureCapture
 from lit_methods.callbacks.sparsity.cast.core import convex_loss, kl_to_teacher
 from lit_methods.callbacks.targets import plain_module, select_modules
+from lit_methods.callbacks.twin import copy_of
 from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.frozen import Frozen
 
@@ -60,10 +60,7 @@ class DenseSelf:
         self.name, self.who, self.eta, self.temperature, self.squared = name, who, eta, temperature, squared
         self.labels, self.ignore_index = labels, ignore_index
         student = self._student(pl_module)
-        twin = copy.deepcopy(plain_module(student))
-        for module in twin.modules():
-            module._forward_hooks.clear()
-        self.teacher = Frozen(twin)
+        self.teacher = Frozen(copy_of(plain_module(student)))
         self._module: pl.LightningModule | None = pl_module
         self._features = FeatureCapture(pl_module, [name], active=False)
         attach(pl_module, self._add)

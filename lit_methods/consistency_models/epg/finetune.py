@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from lit_methods import checks
+from lit_methods.compiled import names_in
 from lit_methods.consistency_models.curricula import ect_lower, ect_stage
 from lit_methods.consistency_models.epg.core import (
     Pixels,
@@ -38,7 +39,7 @@ from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, ImagePanel, Panel
 from lit_methods.runs.checkpoints import read_state_dict
 from lit_methods.seeds import own_seed, seeded_noise
-from lit_methods.steps import logs_now, training_length
+from lit_methods.steps import log_global, logs_now, training_length
 
 Mode = Literal["denoise", "consistency"]
 Weight = Literal["inverse_gap", "one"]
@@ -210,7 +211,7 @@ class EPGFinetune(Stage, SampleEvaluation):
         path = self.hparams["encoder_ckpt"]
         if stage != "fit" or path is None:
             return
-        state, own = read_state_dict(path, "encoder."), self.encoder.state_dict()
+        state, own = names_in(self.encoder, read_state_dict(path, "encoder.")), self.encoder.state_dict()
         wrong = [f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here" for name in own.keys() & state.keys()
                  if own[name].shape != state[name].shape]  # fmt: skip
         if wrong or not own.keys() & state.keys():
@@ -432,7 +433,7 @@ class EPGFinetune(Stage, SampleEvaluation):
         errors = gather_rows(torch.cat(self._errors), with_grad=False).mean(0)
         logs = {f"epg/{part}_mse": errors.mean()}
         logs |= {f"epg/{part}_mse_{sigma:g}": error for sigma, error in zip(self.hparams["probe_sigmas"], errors, strict=True)}
-        self.log_dict(logs, rank_zero_only=False)
+        log_global(self, logs)
         super().compare(part, seen)
 
     def forget(self) -> None:

@@ -41,7 +41,7 @@ from lit_methods.distributed import gather_rows
 from lit_methods.evaluated import Part
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.seeds import own_seed, seeded_noise
-from lit_methods.steps import logs_now, training_length
+from lit_methods.steps import log_global, logs_now, training_length
 
 TECHNIQUE = Technique(
     slug="epg",
@@ -355,7 +355,7 @@ class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
             for name, features_at in zip(names, (clean, *noisy), strict=True):
                 guess = neighbour_labels(features_at, clean, labels, self.hparams["neighbours"], leave_out=True)
                 logs[f"epg/{part}_knn_{name}"] = (guess == labels).float().mean()
-        self.log_dict(logs, rank_zero_only=False)
+        log_global(self, logs)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """{"feature": (B, D)} of images without noise."""

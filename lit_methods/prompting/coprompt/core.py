@@ -87,10 +87,29 @@ def embedding_consistency(student: Tensor, teacher: Tensor, criterion: Criterion
         )
     checks.one_of(Criterion, criterion=criterion)
     with torch.autocast(student.device.type, enabled=False):
-        own, target = F.normalize(_wide(student), dim=1), F.normalize(_wide(teacher.detach()), dim=1)
-        if criterion == "cosine":
-            return 1 - (own * target).sum(dim=1).mean()
-        return F.mse_loss(own, target) if criterion == "mse" else F.l1_loss(own, target)
+        own = _wide(student)
+        if criterion == "cosine":  # unit vectors needn't be made
+            return 1 - (_dot(own, teacher) / _length(own)).mean()
+        return _distance(F.normalize(own, dim=1), teacher, criterion)
+
+
+def _length(x: Tensor) -> Tensor:
+    """(N,) lengths, at least what ``F.normalize`` divides by."""
+    return x.norm(dim=1).clamp(min=1e-12)
+
+
+def _dot(own: Tensor, teacher: Tensor) -> Tensor:
+    """(N,) dot products with the teacher's unit vectors."""
+    target = _wide(teacher.detach())
+    return (own * target).sum(dim=1) / _length(target)
+
+
+def _distance(unit: Tensor, teacher: Tensor, criterion: Criterion) -> Tensor:
+    """:func:`embedding_consistency` of rows of length 1."""
+    if criterion == "cosine":
+        return 1 - _dot(unit, teacher).mean()
+    target = F.normalize(_wide(teacher.detach()), dim=1)
+    return F.mse_loss(unit, target) if criterion == "mse" else F.l1_loss(unit, target)
 
 
 def coprompt_loss(
@@ -132,14 +151,16 @@ def coprompt_loss(
     """
     if image.ndim != 2 or labels.shape != image.shape[:1]:
         raise ValueError(f"image must be (B, D) and labels (B,), got {tuple(image.shape)} and {tuple(labels.shape)}")
+    for tower, student, teacher in (("image", image, teacher_image), ("text", text, teacher_text)):
+        if student.shape != teacher.shape:
+            raise ValueError(f"{tower} {tuple(student.shape)} and teacher_{tower} {tuple(teacher.shape)} must have one shape")
+    checks.one_of(Criterion, criterion=criterion)
     with torch.autocast(image.device.type, enabled=False):
         own_image, own_text = adapter_features(image, image_adapter, image_mix), adapter_features(text, text_adapter, text_mix)
-        logits = cosine_logits(own_image, own_text, logit_scale)
+        own_image, own_text = F.normalize(own_image, dim=1), F.normalize(own_text, dim=1)  # once, for both losses
+        logits = logit_scale * (own_image @ own_text.T)
         entropy = F.cross_entropy(logits, labels)
-        of_text, of_image = (
-            embedding_consistency(own_text, teacher_text, criterion),
-            embedding_consistency(own_image, teacher_image, criterion),
-        )
+        of_text, of_image = _distance(own_text, teacher_text, criterion), _distance(own_image, teacher_image, criterion)
         both = of_text + of_image
         return CoPromptLoss(logits, entropy, of_text, of_image, both, entropy + consistency_weight * both)
 

@@ -33,7 +33,7 @@ from lit_methods.prompting.coprompt.core import (
 )
 from lit_methods.prompting.coprompt.prompts import FeatureAdapter, Prompts
 from lit_methods.prompting.towers import TwoTowers
-from lit_methods.steps import steps_per_epoch, training_length
+from lit_methods.steps import log_global, steps_per_epoch, training_length
 
 TECHNIQUE = Technique(
     slug="coprompt",
@@ -427,7 +427,7 @@ class CoPrompt(LightningModule):
             if self.hparams["compare_zero_shot"]:
                 logs["zero_shot_harmonic_mean"] = harmonic_mean(*(logs[f"zero_shot_{split}_accuracy"] for split in SPLITS))
         for name, value in logs.items():
-            self.log(f"prompting/{stage}_{name}", value, prog_bar=name == "harmonic_mean")
+            log_global(self, {f"prompting/{stage}_{name}": value}, prog_bar=name == "harmonic_mean")
         self._media["prompting/classes"] = TableMedia(("class", "part", "accuracy", "zero-shot"), tuple(rows))
         self._texts = {}
 

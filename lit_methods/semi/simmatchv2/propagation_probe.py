@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from lit_methods.seeds import own_seed
 from lit_methods.semi.simmatchv2.core import propagate
+from lit_methods.steps import log_global
 
 
 class PropagationProbe(LightningModule):
@@ -95,7 +96,7 @@ class PropagationProbe(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Both over all images."""
         for name, metric in (("accuracy", self.accuracy), ("nll", self.nll)):
-            self.log(f"semi/val_{name}", metric.compute())
+            log_global(self, {f"semi/val_{name}": metric.compute()})
             metric.reset()
 
     def configure_optimizers(self) -> None:

@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from lit_methods import checks
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.panels import Curve, Panel
+from lit_methods.steps import log_global
 from lit_methods.tasks.imbalanced_regression.losses import RegressionLoss, regression_loss
 from lit_methods.tasks.imbalanced_regression.metrics import REGIONS, ShotMetrics
 
@@ -130,7 +131,7 @@ class ImbalancedRegression(Evaluated):
         if self.eval_delta1 is not None:
             logs["delta1"] = self.eval_delta1.compute()
             self.eval_delta1.reset()
-        self.log_dict({f"regression/{part}_{name}": value.float() for name, value in logs.items()})
+        log_global(self, {f"regression/{part}_{name}": value.float() for name, value in logs.items()})
         self.eval_shots.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -1,12 +1,11 @@
 """Backbones of imbalanced regression beside those of image classification: pairs of sentences, and images with a target at each pixel."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_methods import checks
+from lit_methods.hub import timm_network
 
 
 class SentencePairEncoder(nn.Module):
@@ -55,9 +54,7 @@ class DenseFeatures(nn.Module):
 
     def __init__(self, name: str = "resnet50", channels: int = 128, lateral_channels: int = 64, pretrained: bool = False) -> None:
         super().__init__()
-        import timm
-
-        encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True)
+        encoder = timm_network(name, pretrained, features_only=True)
         self.encoder = encoder
         widths = encoder.feature_info.channels()
         self.lateral = nn.ModuleList(nn.Conv2d(width, lateral_channels, 1) for width in widths)

@@ -12,10 +12,11 @@ from torchmetrics import MeanMetric
 
 from lit_methods import checks
 from lit_methods.evaluated import Evaluated, Part
+from lit_methods.hub import fetch
 from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, Panel
 from lit_methods.runs.checkpoints import load_into
-from lit_methods.steps import training_length
+from lit_methods.steps import log_global, training_length
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
 
@@ -58,7 +59,13 @@ def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> 
             "{model_type: llama, hidden_size: 64, ...}"
         )
     if name_or_path is not None:
-        return transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=torch.float32)  # type: ignore[no-any-return]
+        place = Path(name_or_path).expanduser() if name_or_path.startswith("~") else name_or_path
+        return fetch(
+            lambda: transformers.AutoModelForCausalLM.from_pretrained(str(place), dtype=torch.float32),
+            place,
+            given=f"name_or_path={name_or_path!r}",
+            instead="give the folder of a causal language model (config.json and weights)",
+        )
     assert config is not None
     settings = dict(config)
     kind = settings.pop("model_type", None)
@@ -157,7 +164,7 @@ class CausalLM(Evaluated):
 
     def _log_evaluation(self, part: Part) -> None:
         loss = self.eval_loss.compute()
-        self.log_dict({f"language/{part}_loss": loss, f"language/{part}_perplexity": loss.exp()}, prog_bar=True)
+        log_global(self, {f"language/{part}_loss": loss, f"language/{part}_perplexity": loss.exp()}, prog_bar=True)
         self.eval_loss.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from lit_methods.distributed import gather_rows
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, ImagePanel, Panel
+from lit_methods.steps import log_global
 from lit_methods.tasks.metric_learning.opis import OPIS, RetrievalScores, check_rates, summary
 from lit_methods.tasks.metric_learning.pictures import utility_curves
 
@@ -120,7 +121,7 @@ class MetricLearning(Evaluated):
                 else:
                     scores |= summary(opis)
                     self._media["retrieval/utility"] = utility_curves(opis)
-                self.log_dict({f"retrieval/{part}_{name}": value.float() for name, value in scores.items()})
+                log_global(self, {f"retrieval/{part}_{name}": value.float() for name, value in scores.items()})
         self.eval_opis.reset()
         self.eval_retrieval.reset()
 

@@ -13,6 +13,7 @@ from lit_methods import checks
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import cosine_to_the_end
 from lit_methods.panels import Curve, Panel
+from lit_methods.steps import log_global
 from lit_methods.tasks.recommendation.metrics import ranking_metrics
 
 _METRICS = ("recall", "precision", "ndcg")
@@ -80,7 +81,7 @@ class Recommender(Evaluated):
             metric.update(values[kind], weight=values["counted"].to(values[kind]))
 
     def _log_evaluation(self, part: Part) -> None:
-        self.log_dict({f"recommender/{part}_{name}": metric.compute() for name, metric in self._named_metrics()})
+        log_global(self, {f"recommender/{part}_{name}": metric.compute() for name, metric in self._named_metrics()})
         for _, metric in self._named_metrics():
             metric.reset()
 

@@ -20,15 +20,12 @@ def class_counts(prediction: Tensor, labels: Tensor, num_classes: int, ignore_in
     if prediction.shape != labels.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and labels {tuple(labels.shape)} must have one shape")
     p, t = prediction.flatten().long(), labels.flatten().long()
-    valid = t != ignore_index
-
-    def count(values: Tensor, where: Tensor) -> Tensor:
-        inside = where & (values >= 0) & (values < num_classes)
-        return torch.zeros(num_classes + 1, dtype=torch.int64, device=values.device).scatter_add(
-            0, torch.where(inside, values, num_classes), inside.long()
-        )[:num_classes]
-
-    return torch.stack([count(t, valid & (p == t)), count(p, valid), count(t, valid)])
+    width = num_classes + 1  # the last row and column of the table of (label, prediction) take the values that aren't counted
+    row, column = (torch.where((values >= 0) & (values < num_classes), values, num_classes) for values in (t, p))
+    cell = row.mul_(width).add_(column).masked_fill_(t == ignore_index, width * width)
+    # not bincount, which waits for the device
+    table = p.new_zeros(width * width + 1).scatter_add_(0, cell, p.new_ones(()).expand_as(cell))[:-1].view(width, width)
+    return torch.stack([part[:num_classes] for part in (table.diagonal(), table.sum(0), table.sum(1))])
 
 
 def iou_of_counts(counts: Tensor) -> Tensor:
@@ -67,11 +64,14 @@ def batch_dice(logits: Tensor, labels: Tensor, ignore_index: int = -100, smooth:
         Scalar in 0 to 1.
     """
     p = logits.softmax(dim=1)
-    counts = (labels != ignore_index).unsqueeze(1)
-    target = F.one_hot(labels.masked_fill(labels == ignore_index, 0), logits.shape[1]).movedim(-1, 1).to(p.dtype) * counts
-    p = p * counts
-    sums = [part.transpose(0, 1).flatten(1).sum(1) for part in (p * target, p * p, target)]  # a one-hot target is its own square
-    return (1 - (2 * sums[0] + smooth) / (sums[1] + sums[2] + smooth)).mean()
+    counted = labels != ignore_index
+    at, counts = labels.where(counted, 0), counted.to(p.dtype)
+    own = p.gather(1, at.unsqueeze(1)).squeeze(1) * counts  # of the label's class: no one-hot target is made
+    wide = p.dtype if p.device.type == "mps" else torch.float64  # the sums go over all pixels, one by one
+    zeros = torch.zeros(p.shape[1], dtype=wide, device=p.device)
+    hits, pixels = (zeros.index_add(0, at.flatten(), part.flatten().to(wide)).to(p.dtype) for part in (own, counts))
+    squares = ((p * p).flatten(2) @ counts.reshape(len(labels), -1, 1)).sum((0, 2))
+    return (1 - (2 * hits + smooth) / (squares + pixels + smooth)).mean()
 
 
 def has_foreground(labels: Tensor, ignore_index: int = -100) -> Tensor:

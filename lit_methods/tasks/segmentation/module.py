@@ -16,7 +16,7 @@ from lit_methods.distributed import gather_rows
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import scheduled
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Panel, TableMedia, TablePanel
-from lit_methods.steps import training_length
+from lit_methods.steps import log_global, training_length
 from lit_methods.tasks.segmentation.core import batch_dice, sample_cross_entropy
 from lit_methods.tasks.segmentation.metrics import ClassCounts, dice_and_hd95
 
@@ -162,14 +162,12 @@ class ImageSegmentor(Evaluated):
         dice = 2 * hits / (predicted + labelled).clamp(min=1)
         iou = hits / (predicted + labelled - hits).clamp(min=1)
         seen = there[1:].sum().clamp(min=1)
-        self.log(f"segmentation/{part}_dice", (dice[1:].sum() / seen).float(), prog_bar=True)
-        self.log(f"segmentation/{part}_iou", (iou[1:].sum() / seen).float())
-        self.log(f"segmentation/{part}_miou", (iou.sum() / there.sum().clamp(min=1)).float())
-        for name, value in zip(self.class_names[1:], dice[1:], strict=True):
-            self.log(f"segmentation/{part}_dice/{name}", value.float())
+        log_global(self, {f"segmentation/{part}_dice": (dice[1:].sum() / seen).float()}, prog_bar=True)
+        figures = {"iou": iou[1:].sum() / seen, "miou": iou.sum() / there.sum().clamp(min=1)}
+        figures |= {f"dice/{name}": value for name, value in zip(self.class_names[1:], dice[1:], strict=True)}
         if int(gather_rows(torch.tensor([len(self._volumes)])).sum()):  # a rank may have had none
-            self.log(f"segmentation/{part}_volume_dice", self.eval_dice.compute())
-            self.log(f"segmentation/{part}_hd95", self.eval_distance.compute())
+            figures |= {"volume_dice": self.eval_dice.compute(), "hd95": self.eval_distance.compute()}
+        log_global(self, {f"segmentation/{part}_{name}": value.float() for name, value in figures.items()})
         if self._volumes:
             self._media["segmentation/volumes"] = TableMedia(("volume", *self.class_names[1:]), tuple(self._volumes))
             self._volumes = []

@@ -1,11 +1,12 @@
 """Networks that give every pixel a logit for each class. Each names the deepest features of its encoder ``bottleneck``."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lit_methods.hub import timm_network
 
 
 def _block(inside: int, outside: int) -> nn.Sequential:
@@ -70,9 +71,7 @@ class TimmUNet(nn.Module):
         pretrained: bool = False,
     ) -> None:
         super().__init__()
-        import timm
-
-        encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
+        encoder = timm_network(name, pretrained, features_only=True, in_chans=in_channels)
         self.encoder = encoder
         channels = encoder.feature_info.channels()
         if len(decoder_channels) != len(channels):
@@ -111,9 +110,7 @@ class LargeFOV(nn.Module):
         self, name: str = "resnet50", num_classes: int = 21, width: int = 1024, dilation: int = 12, pretrained: bool = False
     ) -> None:
         super().__init__()
-        import timm
-
-        encoder: Any = timm.create_model(name, pretrained=pretrained, features_only=True, output_stride=8, out_indices=(-1,))
+        encoder = timm_network(name, pretrained, features_only=True, output_stride=8, out_indices=(-1,))
         self.encoder = encoder
         deepest = encoder.feature_info.channels()[-1]
         self.bottleneck = nn.Identity()

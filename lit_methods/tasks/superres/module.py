@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_methods import checks
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.runs.checkpoints import load_into
+from lit_methods.steps import log_global
 from lit_methods.tasks.superres.metrics import LuminancePSNR, LuminanceSSIM, psnr_y, to_uint8
 from lit_methods.tasks.superres.networks import enlarge
 
@@ -126,7 +127,7 @@ class SuperResolution(LightningModule):
         """Logs means over all images of all ranks."""
         for name in ("val_psnr", "val_ssim", "val_psnr_bicubic"):
             metric = getattr(self, name)
-            self.log(f"superres/{name}", metric.compute(), prog_bar=name == "val_psnr")
+            log_global(self, {f"superres/{name}": metric.compute()}, prog_bar=name == "val_psnr")
             metric.reset()
 
     def on_test_start(self) -> None:
@@ -150,7 +151,7 @@ class SuperResolution(LightningModule):
         for name, metrics in zip(self._test_names, self.test_metrics, strict=True):
             assert isinstance(metrics, nn.ModuleList)
             for kind, metric in zip(("psnr", "ssim"), metrics, strict=True):
-                self.log(f"superres/test_{kind}/{name}", metric.compute())  # type: ignore[operator]
+                log_global(self, {f"superres/test_{kind}/{name}": metric.compute()})  # type: ignore[operator]
         self.test_metrics = nn.ModuleList()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import learning_rate_factor, scheduled
 from lit_methods.panels import Curve, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into
-from lit_methods.steps import steps_per_epoch, training_length
+from lit_methods.steps import log_global, steps_per_epoch, training_length
 
 Loss = Literal["cross_entropy", "bce"]
 Schedule = Literal["constant", "cosine", "multistep"]
@@ -206,8 +206,8 @@ class ImageClassifier(Evaluated):
             self.eval_calibration.update(logits.float().softmax(dim=1), labels)
 
     def _log_evaluation(self, part: Part) -> None:
-        self.log(f"classifier/{part}_loss", self.eval_loss.compute(), prog_bar=True)
-        self.log(f"classifier/{part}_accuracy", self.eval_accuracy.compute(), prog_bar=True)
+        figures = {f"classifier/{part}_loss": self.eval_loss.compute(), f"classifier/{part}_accuracy": self.eval_accuracy.compute()}
+        log_global(self, figures, prog_bar=True)
         self.eval_loss.reset()
         self.eval_accuracy.reset()
         if self.eval_confusion is not None:
@@ -216,7 +216,7 @@ class ImageClassifier(Evaluated):
             self._media["classifier/confusion"] = TableMedia(("true class", *self.class_names), rows)
             self.eval_confusion.reset()
         if part == "test":
-            self.log("classifier/test_ece", self.eval_calibration.compute())
+            log_global(self, {"classifier/test_ece": self.eval_calibration.compute()})
             self.eval_calibration.reset()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_methods.checks import share
+from lit_methods.hub import timm_network
 
 
 def _dropped(x: Tensor, module: nn.Module, rate: float) -> Tensor:
@@ -290,20 +291,12 @@ class TimmNetwork(nn.Module):
         options: Further arguments of ``timm.create_model``, such as ``{drop_path_rate: 0.1, img_size: 64}``.
 
     Raises:
-        ValueError: timm has no such network; the message names similar ones.
+        ValueError: timm has no such network (the message names similar ones), or its weights can't be had.
     """
 
     def __init__(self, name: str, num_classes: int = 1000, pretrained: bool = False, options: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        import timm
-
-        if not timm.is_model(name.partition(".")[0]):
-            import difflib
-
-            near = difflib.get_close_matches(name, timm.list_models(), n=4) or timm.list_models(f"*{name}*")[:4]
-            hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-            raise ValueError(f"timm {timm.__version__} has no network {name!r}: {hint}")
-        self.model = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **(options or {}))
+        self.model = timm_network(name, pretrained, num_classes=num_classes, **(options or {}))
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that timm keeps out of weight decay, such as position embeddings."""

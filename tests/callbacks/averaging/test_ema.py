@@ -344,3 +344,46 @@ def test_a_checkpoint_of_another_module_is_reported(tmp_path: Path) -> None:
     other._loaded = ema.state_dict()
     with pytest.raises(ValueError, match=r"teacher of network\.0 has other tensors.*same module and targets"):
         other.on_fit_start(trainer, module)
+
+
+def test_a_second_fit_has_its_own_length() -> None:
+    ema, module = EMATeacher(schedule="cosine", decay=0.5), Classifier()
+    for steps in (4, 12):
+        tiny_trainer(max_steps=steps, callbacks=[ema]).fit(module, images())
+        assert ema.total_steps is None
+        assert ema.decay_at(steps // 2) == pytest.approx(cosine_decay(steps // 2, steps, 0.5))
+    with pytest.raises(RuntimeError, match="give total_steps"):
+        EMATeacher(schedule="cosine").decay_at(0)
+
+
+def test_lightnings_tuner_saves_and_restores_within_fit() -> None:
+    class Rated(Classifier):
+        lr = 0.1
+
+    def run(find: bool) -> dict[str, Tensor]:
+        ema = EMATeacher(["network"], decay=0.5)
+        finders = [pl.callbacks.LearningRateFinder(num_training_steps=3, update_attr=False)] if find else []
+        pl.seed_everything(0, verbose=False)
+        module = Rated(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
+        tiny_trainer(max_steps=4, callbacks=[ema, *finders]).fit(module, DataLoader(Images(), 8))
+        return cloned_state(ema.teacher.module)
+
+    assert_state_dicts_equal(run(True), run(False))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_layers_that_make_their_weight_at_each_call(norm: Any) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), norm(nn.Linear(192, 4)))
+    ema = EMATeacher(["network"], decay=0.0)
+    module = Classifier(network)
+    tiny_trainer(max_steps=3, callbacks=[ema]).fit(module, images())
+    x = torch.randn(2, 3, 8, 8)
+    module.eval()
+    torch.testing.assert_close(ema.teacher(x), module.network(x), rtol=1e-3, atol=1e-4)
+
+
+def test_lazy_layers_are_refused() -> None:
+    module = Classifier(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)))
+    with pytest.raises(ValueError, match=r"EMATeacher copies weights when fit starts, but .*1\.weight.* has no shape yet"):
+        tiny_trainer(max_steps=1, callbacks=[EMATeacher()]).fit(module, images())

@@ -140,6 +140,35 @@ def test_missing_pieces_are_named():
         voting(voxel_size=0)
 
 
+@pytest.mark.parametrize("kind", ["function", "compiled", "submodule"])
+def test_a_predictor_of_the_instance_votes_and_stays(kind):
+    class Cloud(nn.Module):
+        def forward(self, batch):
+            return module.classify(batch)
+
+    module, batch = SomeSegmentor(), batch_with_neighbours()
+    _, vote = vote_on_batch(module.classify, batch, voxel_size=1.0, ignore_index=IGNORE)
+    kinds = {"function": lambda: lambda cloud: module.classify(cloud), "submodule": Cloud}
+    module.own = kinds[kind]() if kind in kinds else torch.compile(module.classify, backend="eager")
+    module.validation_step = lambda batch, batch_idx: module.seen.append(module.own(batch))
+    own = module.own
+    for _ in range(2):
+        trainer(voting(predictor="own")).validate(module, loader(batch), verbose=False)
+        torch.testing.assert_close(module.seen[-1].exp(), vote.probs)
+        assert module.own is own
+    assert ("own" in vars(module)) == (kind != "submodule")
+
+
+def test_pseudo_labels_of_a_predictor_of_the_instance_are_the_teachers():
+    module, batch = SomeSegmentor(), batch_with_neighbours(labels=False)
+    module.own = lambda cloud: module.classify(cloud)
+    callback = voting(predictor="own", pseudo_labels=True, refine=False, confidence_threshold=0.4)
+    vote = vote_on_batch(module.own, batch, voxel_size=1.0, confidence_threshold=0.4, ignore_index=IGNORE)[1]
+    trainer(callback, EMATeacher(decay=1.0)).fit(module, loader({"unlabelled": batch}, {"unlabelled": batch}))
+    assert torch.equal(module.seen[0], vote.labels)
+    assert torch.equal(module.seen[1], vote.labels)
+
+
 def pretraining_batch():
     generator = torch.Generator().manual_seed(5)
     superpixels = torch.randint(4, (2, 2, 6, 8), generator=generator)

@@ -52,7 +52,7 @@ def test_steps_parameters_and_seconds(tmp_path: Path) -> None:
     assert (found["steps"], found["batches"]) == (12, 12)
     assert found["parameters"] == sum(p.numel() for p in module.parameters()) - sum(p.numel() for p in module.network[0].parameters())
     assert len(found["seconds"]) == 12 - 2 - 1, "neither the warm-up nor the first step of the second epoch"
-    assert 0.02 <= found["seconds_per_step"] < 1.0
+    assert 0.02 <= found["seconds_per_step"] < 10.0  # seconds, whatever else the machine does
     assert all(part <= whole for part, whole in zip(found["data_seconds"], found["seconds"], strict=True))
     assert found["flops_per_batch"] is None
     assert found["interrupted"] is False
@@ -136,3 +136,9 @@ def test_steps_behind_a_validation_are_not_timed(tmp_path: Path) -> None:
     trainer = tiny_trainer(callbacks=[cost := StepCost(warmup_steps=0)], default_root_dir=tmp_path, max_epochs=1, val_check_interval=2)
     trainer.fit(Classifier(), loader, loader)
     assert len(cost._seconds) == 3, "of six, the first and the two behind a validation within the epoch are left out"
+
+
+def test_lazy_layers_are_counted_when_they_have_a_shape(tmp_path: Path) -> None:
+    module = Slow(0.0)
+    module.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(4))
+    assert fit(tmp_path, module, StepCost(), max_epochs=1)["parameters"] == 192 * 4 + 4
