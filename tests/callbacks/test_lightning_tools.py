@@ -276,6 +276,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(name, "lazy_layers"): _LAZY for name in ("EMATeacher", "WeightEMA", "TwoTowerConsistency")},
 }  # fmt: skip
 REFUSED |= {("MaskedBNSparsity", tool): "no batch norm of Pictures can be pruned" for tool in ("weight_norm", "pruned")}
+REFUSED["SparseIFT", "lazy_layers"] = "belongs to a lazy layer and has no shape yet"
 REFUSED["ThroughputProgressBar", "barebones"] = "Trainer was configured with `enable_progress_bar=False`"  # Lightning itself
 
 LATER = {"MaskedBNSparsity", "ThroughputProgressBar"}  # tries channels on a batch when fit starts; Lightning's refusal
@@ -287,14 +288,7 @@ WAITS: dict[tuple[str, str], str] = {
         "CAST", "DSL", "IterativeSoftShrinkage", "NMSparsity", "RandomPruning", "SparseIFT", "SparsityReport",
         "MaskedBNSparsity",
     )},
-    **{("CAST", tool): "the distilled submodule isn't watched in Lightning's trial steps" for tool in (
-        "learning_rate_finder", "tuner", "batch_size_finder",
-    )},
-    **{("IterativeSoftShrinkage", tool): "its state is loaded before fit starts" for tool in ("learning_rate_finder", "tuner")},
-    **{("NMSparsity", tool): "divides by log_every_n_steps, which is 0" for tool in ("no_logging", "barebones")},
-    **{("SparseIFT", tool): "exchanges layers whose weight isn't a parameter, or has no shape" for tool in (
-        "lazy_layers", "weight_norm", "pruned",
-    )},
+    **{("SparseIFT", tool): "exchanges layers whose weight isn't a parameter" for tool in ("weight_norm", "pruned")},
     ("MaskedBNSparsity", "lazy_layers"): "copies layers that have no shape yet",
     ("SparsityReport", "lazy_layers"): "counts parameters that have no shape yet",
 }  # fmt: skip
