@@ -387,7 +387,7 @@ class RCM(SampleEvaluation):
         if self._batches == self.hparams["accumulate"]:
             self._step(name, phase)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.trainer.fit_loop.total_batch_idx + 1) % max(1, every) == 0:
+        if every > 0 and (self.trainer.fit_loop.total_batch_idx + 1) % every == 0:
             self.log_dict({f"rcm/{name}": torch.as_tensor(value, dtype=torch.float32) for name, value in self._notes.items()})
             self._notes = {}
 
