@@ -276,6 +276,9 @@ class NMSparsity(LatentCallback):
         for name, pattern in chosen.items() if self.recipe != "dense" else ():
             place = places[name]
             dim = group_dim(place.weight.ndim, self.direction, place.transposed)
+            if int((1.0 - self.rate) * place.weight.numel()) < 1:
+                size = place.weight.numel()
+                raise ValueError(f"NMSparsity, {name}: rate={self.rate} leaves none of {size} weights: give a lower rate, or skip it")
             for n, m in dict.fromkeys([*self._stages(*pattern, end), pattern]):
                 try:
                     sparse_mask(place.weight, n, m, self.rate, dim)
@@ -340,7 +343,9 @@ class NMSparsity(LatentCallback):
         for index, flow in enumerate(self._flows.values() if not self.rate else ()):
             ending = f"_{index}" if len(self._flows) > 1 else ""
             logs |= {f"n{ending}": float(flow.phase.n), f"m{ending}": float(flow.phase.m)}
-        pl_module.log_dict({f"progressive_gradient_flow/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False)
+        pl_module.log_dict(
+            {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False, batch_size=1
+        )
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
@@ -362,7 +367,7 @@ class NMSparsity(LatentCallback):
         if squares:
             norms = torch.stack([pair.to(squares[0].device) for pair in squares]).sum(0).sqrt()
             names = ("progressive_gradient_flow/grad_pruned_norm", "progressive_gradient_flow/grad_kept_norm")
-            pl_module.log_dict(dict(zip(names, norms, strict=True)), on_step=True, on_epoch=False)
+            pl_module.log_dict(dict(zip(names, norms, strict=True)), on_step=True, on_epoch=False, batch_size=1)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The target masks, with nothing through pruned weights."""
@@ -379,7 +384,7 @@ class NMSparsity(LatentCallback):
             logs["mask_flip_rate"] = float(self._history.flips(masks)) / shared
         self._history.last = masks or self._history.last
         values = {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
+        pl_module.log_dict(values, sync_dist=trainer.world_size > 1, batch_size=1)
         notify_mask_updated(trainer, pl_module, self)
 
     def _density(self) -> float:
