@@ -77,15 +77,27 @@ class _Flow(Shared):
 
 
 class MaskedForward(LatentWeight):
-    """Parametrisation: latent weight -> masked weight of the phase. The mask is made anew from the latent weight at every forward pass."""
+    """Parametrisation: latent weight -> masked weight of the phase. The mask follows from the latent weight at every forward pass."""
 
     def __init__(self, flow: _Flow, dim: int) -> None:
         super().__init__()
         self.flow, self.dim = flow, dim
+        self._last: tuple[tuple[int, int], Tensor, Tensor] | None = None  # pattern, weight and mask of the last evaluation
 
     def mask(self, weight: Tensor) -> Tensor:
-        """Mask of the present pattern, bool."""
-        return sparse_mask(weight, self.flow.phase.n, self.flow.phase.m, self.flow.rate, self.dim)
+        """Mask of the present pattern, bool. In evaluation it is kept as long as the weight has the same values.
+
+        The values decide, as in-place changes through ``weight.data`` leave no other trace.
+        """
+        pattern = (self.flow.phase.n, self.flow.phase.m)
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.device.type != "cpu":
+            self._last = None
+            return sparse_mask(weight, *pattern, self.flow.rate, self.dim)
+        if self._last is not None and self._last[0] == pattern and torch.equal(self._last[1], weight):
+            return self._last[2]
+        mask = sparse_mask(weight, *pattern, self.flow.rate, self.dim)
+        self._last = pattern, weight.detach().clone(), mask
+        return mask
 
     def forward(self, weight: Tensor) -> Tensor:
         """Latent weight -> weight of the forward pass."""
@@ -339,6 +351,8 @@ class NMSparsity(LatentCallback):
             notify_mask_updated(trainer, pl_module, self)
         self._spent += self._density()
         self._batches += 1
+        if not logs_now(pl_module):
+            return
         logs: dict[str, float] = {"beta": max(flow.phase.beta for flow in self._flows.values())}
         for index, flow in enumerate(self._flows.values() if not self.rate else ()):
             ending = f"_{index}" if len(self._flows) > 1 else ""

@@ -124,6 +124,27 @@ def test_a_budget_that_the_fixed_layers_eat_up_is_refused():
         layer_density([(20, 10), (1, 2)], 0.5, "erk_plus", last_density=0.4)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(48, 48), (48, 48, 3)])
+def test_all_ways_to_an_nm_mask_are_equal_ties_included(shape, dim):
+    weight = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(2)).float()
+    for m in (1, 2, 3, 4, 6, 8, 12, 16, 24):
+        for n in {0, 1, 2, m // 2, m - 1, m} & set(range(m + 1)):
+            groups = weight.abs().movedim(dim, -1).unflatten(-1, (-1, m))
+            order = groups.argsort(dim=-1, descending=True, stable=True)
+            expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], True).flatten(-2).movedim(-1, dim)
+            assert torch.equal(nm_mask(weight, n, m, dim), expected), (n, m)
+
+
+@pytest.mark.parametrize("high", [3, 10**6])
+def test_the_largest_are_kept_with_and_without_ties(high):
+    score = torch.randint(0, high, (40, 50), generator=torch.Generator().manual_seed(3)).float()
+    for count in (0, 1, 7, 1000, 1999, 2000):
+        expected = torch.zeros(2000, dtype=torch.bool)
+        expected[score.flatten().argsort(descending=True, stable=True)[:count]] = True
+        assert torch.equal(keep_largest(score, count).flatten(), expected)
+
+
 def test_exact_counts_round_to_the_total():
     assert exact_counts([3, 3, 3], [0.5, 0.5, 0.5]) == [2, 1, 1]
     assert exact_counts([10, 4], [0.3, 1.0]) == [3, 4]
