@@ -98,7 +98,7 @@ def refuse_lazy(root: nn.Module, who: str) -> None:
     lazy = [plain_name(name) for name, parameter in root.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(
-            f"{who} copies weights when fit starts, but {', '.join(lazy[:4])} of {type(root).__name__} has no shape yet: run the lazy "
+            f"{who} needs all weights when fit starts, but {', '.join(lazy[:4])} of {type(root).__name__} has no shape yet: run the lazy "
             "layers once before fit, on a batch of the right size"
         )
 

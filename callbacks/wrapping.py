@@ -48,13 +48,18 @@ def attach(module: LightningModule, add: Addition, method: str = "training_step"
     getattr(module, method).layers.append((add, add if around else functools.partial(_after, add)))
 
 
+def takes_iterator(module: LightningModule) -> bool:
+    """Whether ``training_step`` takes ``dataloader_iter``: a callback knows its batch behind it alone."""
+    return "dataloader_iter" in inspect.signature(module.training_step).parameters
+
+
 def refuse_iterators(module: LightningModule, who: str) -> None:
     """Raise if ``training_step`` takes ``dataloader_iter``: callbacks are then handed the batch of the step before.
 
     Raises:
         ValueError: It does.
     """
-    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+    if takes_iterator(module):
         raise ValueError(
             f"{who} needs the batch of each step, but training_step of {type(module).__name__} takes dataloader_iter, which can't be read "
             "twice: Lightning hands callbacks the batch of the step before. Let it take (batch, batch_idx)"

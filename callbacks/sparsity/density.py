@@ -24,6 +24,7 @@ def layer_density(
     last: int | None = None,
     last_density: float | None = None,
     exact_budget: bool = True,
+    names: Sequence[str] | None = None,
 ) -> list[float]:
     """Density of each layer, so that ``density`` of all weights stay.
 
@@ -38,17 +39,50 @@ def layer_density(
         last: Index of the classifier, for the plus variants; None: the last one.
         last_density: Density of the classifier: ``uniform_plus`` at least that (default 0.2), ``erk_plus`` exactly that (default 1).
         exact_budget: ``uniform_plus`` meets the budget; False: as in the released code, which misses it a little (see the source).
+        names: Names of the layers, for messages.
 
     Returns:
-        One float in [0, 1] per layer. Layers that would exceed 1 become dense and the rest takes over their share; sum(density_l * N_l)
+        One float in (0, 1] per layer. Layers that would exceed 1 become dense and the rest takes over their share; sum(density_l * N_l)
         is then ``density`` * N to rounding, as far as the fixed layers leave room.
 
     Raises:
-        ValueError: An unknown method, a density out of range, or a budget smaller than the fixed layers need.
+        ValueError: An unknown method, an argument out of range, or a density at which a layer would keep less than one weight, so that the
+            network were cut; the message has the layer and the smallest density that works.
     """
-    checks.within("(0, 1]", "a share", density=density)
+    checks.within("(0, 1]", "a share", density=density, last_density=last_density)
+    checks.within("(-inf, inf)", power=power)
     checks.one_of(Method, method=method)
     sizes = [math.prod(shape) for shape in shapes]
+
+    def wanted(density: float) -> list[float]:
+        return _shares(shapes, sizes, density, method, power, first, last, last_density, exact_budget)
+
+    def starved(density: float) -> list[int]:
+        return [index for index, share in enumerate(wanted(density)) if share * sizes[index] < 1 - 1e-9]
+
+    if empty := starved(density):
+        low, high = density, 1.0
+        for _ in range(50):  # a larger budget takes weights from no layer
+            middle = (low + high) / 2
+            low, high = (middle, high) if starved(middle) else (low, middle)
+        way = "no density does: change last_density" if starved(1.0) else f"give at least {math.ceil(high * 1e6) / 1e6:.6g}"
+        layer = f"layer {empty[0]}" if names is None else names[empty[0]]
+        raise ValueError(f"density {density} leaves {layer} of shape {tuple(shapes[empty[0]])} no weight by {method}: {way}")
+    return wanted(density)
+
+
+def _shares(
+    shapes: Sequence[Sequence[int]],
+    sizes: Sequence[int],
+    density: float,
+    method: Method,
+    power: float,
+    first: int | None,
+    last: int | None,
+    last_density: float | None,
+    exact_budget: bool,
+) -> list[float]:
+    """Density of each layer, 0 or less where the fixed layers leave nothing."""
     total = sum(sizes)
     if method == "uniform":
         return [density] * len(sizes)
@@ -64,19 +98,13 @@ def layer_density(
     budget = density * total - sum(share * sizes[index] for index, share in fixed.items())
     if method == "erk_plus":
         ratios = _ratios([shapes[index] for index in rest], "erk", power)
-        shares = _proportional([sizes[index] for index in rest], ratios, _positive(budget, density, method))[0]
+        shares = _proportional([sizes[index] for index in rest], ratios, budget)[0]
     elif exact_budget:
-        shares = [min(1.0, _positive(budget, density, method) / max(1, sum(sizes[index] for index in rest)))] * len(rest)
+        shares = [min(1.0, budget / max(1, sum(sizes[index] for index in rest)))] * len(rest)
     else:  # as released: a share of all weights, not of the rest
-        shares = [_positive(budget, density, method) / total if density < floor else density] * len(rest)
+        shares = [budget / total if density < floor else density] * len(rest)
     found = fixed | dict(zip(rest, shares, strict=True))
     return [found[index] for index in range(len(sizes))]
-
-
-def _positive(budget: float, density: float, method: str) -> float:
-    if budget < 0:
-        raise ValueError(f"density {density} is too small for {method}: its fixed layers alone need more; lower last_density or use erk")
-    return budget
 
 
 def _ratios(shapes: Sequence[Sequence[int]], method: str, power: float) -> list[float]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_methods import checks
 from lit_methods.callbacks.sparsity.callback import MaskCallback, built_by
 from lit_methods.callbacks.sparsity.card import SparsityCard
+from lit_methods.callbacks.sparsity.density import layer_density
 from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold, grow
 from lit_methods.callbacks.sparsity.dynamics import itop_rate
 from lit_methods.callbacks.sparsity.history import MaskHistory
@@ -346,7 +347,12 @@ class DSL(MaskCallback):
         self._logged = {"dsl/survival": 1.0} | self._shares()
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Random, or by magnitude over all tensors."""
+        """Random, or by magnitude over all tensors.
+
+        Raises:
+            ValueError: A tensor is so small that it would keep less than one weight.
+        """
+        layer_density([weight.shape for weight in weights.values()], self.density, "uniform", names=list(weights))
         if self.start == "lottery_ticket":
             return global_magnitude_masks(dict(weights), self.density)
         return {name: random_mask(weight.shape, self.density, self.generator) for name, weight in weights.items()}
@@ -414,7 +420,7 @@ class DSL(MaskCallback):
             self._logged |= self._shares()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         ratio = {} if self.fix else {"dsl/ratio": self.ratio(max(self._steps, default=0))}
-        pl_module.log_dict(self._logged | ratio)
+        pl_module.log_dict(self._logged | ratio, batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, steps, generator, and which weights were ever active."""

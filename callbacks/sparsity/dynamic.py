@@ -114,7 +114,7 @@ class DynamicSparsity(MaskCallback):
 
     def densities(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Density of each weight."""
-        shares = layer_density([weight.shape for weight in weights.values()], self.density, self.distribution)
+        shares = layer_density([weight.shape for weight in weights.values()], self.density, self.distribution, names=list(weights))
         return dict(zip(weights, shares, strict=True))
 
     def counts(self, weights: Mapping[str, Tensor]) -> dict[str, int]:

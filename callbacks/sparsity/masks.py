@@ -35,6 +35,10 @@ def keep_largest(score: Tensor, count: int) -> Tensor:
         return torch.full_like(score, count > 0, dtype=torch.bool)
     flat = _comparable(score.detach()).flatten()
     threshold = flat.kthvalue(flat.numel() - count + 1).values
+    if flat.device.type == "cpu":  # elsewhere the host would have to wait
+        kept = flat >= threshold
+        if int(kept.sum()) == count:  # no ties, so that none has to be counted
+            return kept.view(score.shape)
     above = flat > threshold
     return (above | _first_true(flat == threshold, count - above.sum())).view(score.shape)
 
@@ -84,22 +88,24 @@ def nm_mask(weight: Tensor, n: int, m: int, dim: int = 1) -> Tensor:
     if n == m:
         return torch.ones_like(weight, dtype=torch.bool)
     magnitude = _comparable(weight.detach()).abs()
-    if m <= 8:  # m (m - 1) / 2 comparisons of whole columns: faster than sorting
+    if m <= 16 and (n > 1 or m < 8):  # m (m - 1) / 2 comparisons of whole columns: faster than sorting
         return _fewest_beaten(magnitude, n, m, dim)
-    order = magnitude.movedim(dim, -1).unflatten(-1, (size // m, m)).argsort(dim=-1, descending=True, stable=True)
-    mask = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :n], True)
-    return mask.flatten(-2).movedim(-1, dim)
+    groups = magnitude.movedim(dim, -1).unflatten(-1, (size // m, m))
+    places = groups.argmax(-1, keepdim=True) if n == 1 else groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, places, True).flatten(-2).movedim(-1, dim)
 
 
 def _fewest_beaten(magnitude: Tensor, n: int, m: int, dim: int) -> Tensor:
     """An entry stays if fewer than ``n`` of its group come before it: larger ones, or equal ones further to the left."""
-    columns = magnitude.unflatten(dim, (-1, m)).unbind(dim + 1)
-    before = [torch.zeros_like(columns[0], dtype=torch.int8) for _ in columns]
+    columns = magnitude.unflatten(dim, (-1, m)).movedim(dim + 1, 0)
+    if m > 4:
+        columns = columns.contiguous()
+    before = [torch.full_like(column, place, dtype=torch.int8) for place, column in enumerate(columns)]  # as if all were equal
     for right in range(m):
         for left in range(right):
-            larger = columns[right] > columns[left]
+            larger = (columns[right] > columns[left]).view(torch.int8)
             before[left] += larger
-            before[right] += ~larger
+            before[right] -= larger
     return torch.stack([count < n for count in before], dim=dim + 1).flatten(dim, dim + 1)
 
 

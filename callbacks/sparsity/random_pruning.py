@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -280,8 +281,11 @@ class RandomPruning(MaskCallback):
         else:
             names, options = list(weights), {"power": self.power, "last_density": self.last_density, "exact_budget": self.exact_budget}
             ends = {end: self._place(names, f"{end}_layer", getattr(self, f"{end}_layer")) for end in ("first", "last")}
-            shares = layer_density([weight.shape for weight in weights.values()], self.density, self.method, **options, **ends)  # type: ignore[arg-type]
+            shapes = [weight.shape for weight in weights.values()]
+            shares = layer_density(shapes, self.density, self.method, **options, **ends, names=names)  # type: ignore[arg-type]
         self.layer_densities = dict(zip(weights, shares, strict=True))
+        if dead := [name for name, share in self.layer_densities.items() if share * weights[name].numel() < 1]:
+            rank_zero_warn(f"RandomPruning: {self.method} leaves {', '.join(dead)} no weight, and the network is cut: raise density")
         if self.positions == "score":
             return dict(zip(weights, kept_masks(scores, self.density, remove), strict=True))
         if not self.exact:
@@ -333,9 +337,9 @@ class RandomPruning(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density and the first step's gradient norm."""
-        pl_module.log("random_pruning/density", self.store.density())
+        pl_module.log("random_pruning/density", self.store.density(), batch_size=1)
         if self._gradient_norm is not None:
-            pl_module.log("random_pruning/gradient_norm_at_init", self._gradient_norm.to(pl_module.device))
+            pl_module.log("random_pruning/gradient_norm_at_init", self._gradient_norm.to(pl_module.device), batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
         """What all mask callbacks save, the wanted densities, and the first gradient norm."""

@@ -84,8 +84,8 @@ def choose_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequence[
         for own, parameter in owner.named_parameters(recurse=False):
             full = plain_name(prefix + own)
             if is_lazy(parameter):
-                way = "run the module once on a batch before fit, or leave the layer out with skip"
-                raise ValueError(f"{full} of {type(root).__name__} belongs to a lazy layer and has no shape yet: {way}")
+                way = "run the lazy layers once before fit, on a batch of the right size, or leave them out with skip"
+                raise ValueError(f"{full} of {type(root).__name__} has no shape yet: {way}")
             if _is_ingredient(owner, own):
                 left[full] = "the forward pass makes the weight of it"
             elif isinstance(owner, nn.MultiheadAttention) and own in ("bias_k", "bias_v"):

@@ -273,25 +273,17 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(name, "dataloader_iter"): f"{name if name not in STANDS_IN else 'Power'} {_BATCH}" for name in (
         "LossTerm", "ConR", "TCM", "AdaWAC", "MultiScaleConsistency", "TwoTowerConsistency", "DenseToSparse", "FDS", "ADELE",
     )},
-    **{(name, "lazy_layers"): _LAZY for name in ("EMATeacher", "WeightEMA", "TwoTowerConsistency")},
+    **{(name, "lazy_layers"): _LAZY for name in (
+        "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport",
+    )},
+    **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
 }  # fmt: skip
 REFUSED |= {("MaskedBNSparsity", tool): "no batch norm of Pictures can be pruned" for tool in ("weight_norm", "pruned")}
-REFUSED["SparseIFT", "lazy_layers"] = "belongs to a lazy layer and has no shape yet"
 REFUSED["ThroughputProgressBar", "barebones"] = "Trainer was configured with `enable_progress_bar=False`"  # Lightning itself
 
 LATER = {"MaskedBNSparsity", "ThroughputProgressBar"}  # tries channels on a batch when fit starts; Lightning's refusal
 
-# what doesn't hold yet, with the reason
-_NO_SIZE = "logs without a batch size, which Lightning asks for in steps that take dataloader_iter"
-WAITS: dict[tuple[str, str], str] = {
-    **{(name, "dataloader_iter"): _NO_SIZE for name in (
-        "CAST", "DSL", "IterativeSoftShrinkage", "NMSparsity", "RandomPruning", "SparseIFT", "SparsityReport",
-        "MaskedBNSparsity",
-    )},
-    **{("SparseIFT", tool): "exchanges layers whose weight isn't a parameter" for tool in ("weight_norm", "pruned")},
-    ("MaskedBNSparsity", "lazy_layers"): "copies layers that have no shape yet",
-    ("SparsityReport", "lazy_layers"): "counts parameters that have no shape yet",
-}  # fmt: skip
+WAITS: dict[tuple[str, str], str] = {}  # what doesn't hold yet, with the reason
 NEEDS_CLOUDS = "finds no superpixels, pairing_points, dense in the batch"  # DenseToSparse: its data aren't pictures
 
 

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lit_methods import checks
 
 Rule = Literal["adams", "ast"]
-_AT_ONCE = 2**26  # entries that are updated together
+_AT_ONCE = {"cpu": 2**16}  # entries that are updated together: what stays in the processor's cache
+_AT_ONCE_ELSEWHERE = 2**26
 
 
 # ---- the maths -------------------------------------------------------------------------------------------------------------------------
@@ -215,8 +216,7 @@ class AdamS(Optimizer):
             alphas = []
             for step, sparse, weights in self._alike(trained):
                 alpha = self.alpha(group, step) if sparse else 0.0
-                for part in _chunks(weights):
-                    self._update(group, part, step, alpha, sparse)
+                self._update(group, weights, step, alpha, sparse)
                 alphas += [alpha] if sparse else []
             if alphas:
                 group["alpha"] = max(alphas)
@@ -241,24 +241,41 @@ class AdamS(Optimizer):
 
     def _update(self, group: dict[str, Any], weights: list[Tensor], step: int, alpha: float, sparse: bool) -> None:
         states = [self.state[weight] for weight in weights]
-        exp_avgs, exp_avg_sqs = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
-        grads = [weight.grad for weight in weights if weight.grad is not None]  # all have one
-        if sparse:
-            for weight in weights:
+        rows: list[tuple[Tensor, ...]] = []
+        for weight, state in zip(weights, states, strict=True):
+            row = [weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]]
+            if sparse:
                 mask = self.masks.get(weight)
                 if problem := "it has none" if mask is None else _misaligned(weight, mask):
                     raise RuntimeError(f"AdamS has no aligned mask for a weight of shape {tuple(weight.shape)} ({problem}): call set_masks")
+                row.append(mask)
+            rows.append(tuple(row))
+        for part in _chunks(rows):
+            self._update_part(group, *map(list, zip(*part, strict=True)), step=step, alpha=alpha)  # type: ignore[arg-type]
+        for state in states:
+            state["step"] += 1
+
+    def _update_part(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        masks: list[Tensor] | None = None,
+        *,
+        step: int,
+        alpha: float,
+    ) -> None:
         lr = float(group["lr"])
         torch._foreach_lerp_(exp_avgs, grads, 1.0 - group["betas"][0])
         directions, seen = exp_avgs, grads
-        if sparse:
+        if masks is not None:
             change = decayed_momentum if self.rule == "adams" else ast_momentum
-            directions = seen = change(exp_avgs, weights, [self.masks[weight] for weight in weights], alpha, group["l1_decay"])
+            directions = seen = change(exp_avgs, weights, masks, alpha, group["l1_decay"])
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
         adam_update_(weights, exp_avg_sqs, directions, seen, step=step, lr=lr, betas=group["betas"], eps=group["eps"])
-        for state in states:
-            state["step"] += 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over moments and settings.
@@ -273,13 +290,19 @@ class AdamS(Optimizer):
         super().load_state_dict(state_dict)
 
 
-def _chunks(weights: list[Tensor]) -> list[list[Tensor]]:
-    """Weights in lists of a bounded size: an update needs three more tensors of the size of all that it sees at once."""
-    chunks: list[list[Tensor]] = [[]]
-    for weight in weights:
-        if chunks[-1] and sum(other.numel() for other in chunks[-1]) + weight.numel() > _AT_ONCE:
-            chunks.append([])
-        chunks[-1].append(weight)
+def _chunks(rows: list[tuple[Tensor, ...]]) -> list[list[tuple[Tensor, ...]]]:
+    """Rows of tensors of one shape in lists of a bounded size: an update needs three more tensors of the size of all that it sees at once.
+
+    On the CPU large tensors are cut, too, where all of a row lie in one piece.
+    """
+    chunks: list[list[tuple[Tensor, ...]]] = [[]]
+    for row in rows:
+        limit = _AT_ONCE.get(row[0].device.type, _AT_ONCE_ELSEWHERE)
+        cut = row[0].device.type in _AT_ONCE and row[0].numel() > limit and all(tensor.is_contiguous() for tensor in row)
+        for piece in zip(*(tensor.view(-1).split(limit) for tensor in row), strict=True) if cut else [row]:
+            if chunks[-1] and sum(other[0].numel() for other in chunks[-1]) + piece[0].numel() > limit:
+                chunks.append([])
+            chunks[-1].append(piece)
     return chunks
 
 

@@ -26,6 +26,7 @@ from lit_methods.callbacks.sparsity.latent import LatentCallback, LatentWeight, 
 from lit_methods.callbacks.sparsity.masks import is_nm, nm_mask
 from lit_methods.callbacks.sparsity.store import MaskStore
 from lit_methods.callbacks.twin import shadow
+from lit_methods.callbacks.wrapping import refuse_iterators, takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.folder import run_dir
@@ -287,6 +288,8 @@ class CAST(LatentCallback):
                 f"CAST needs float32 weights, in which its small decay isn't lost, but precision is {trainer.precision!r}: use bf16-mixed"
             )
         layers = {name: self._layer(name, place) for name, place in places.items()}
+        if self.labels is not None:
+            refuse_iterators(pl_module, "CAST with labels")
         if self.distill_weight:
             loss = (self.distill_weight, self.temperature, self.temperature_squared)
             self.dense = DenseSelf(pl_module, self.distill, "CAST", *loss, self.labels, self.ignore_index)
@@ -440,7 +443,7 @@ class CAST(LatentCallback):
     @torch.no_grad()
     def _probe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The loss of this batch as it is, and after a virtual hard prune; on a copy that shares parameters and logs nothing."""
-        if not pl_module.automatic_optimization:
+        if not pl_module.automatic_optimization or takes_iterator(pl_module):
             return
         try:
             with isolate_rng(pl_module.device.type == "cuda"), torch.compiler.set_stance("force_eager"):
@@ -472,7 +475,7 @@ class CAST(LatentCallback):
         for optimizer in self._adams(trainer):
             group = max(optimizer.param_groups, key=lambda group: group.get("decay_budget", -1.0))
             logs |= {"alpha": group.get("alpha", 0.0), "decay_budget": group.get("decay_budget", 0.0)}
-        pl_module.log_dict({f"cast/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False)
+        pl_module.log_dict({f"cast/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False, batch_size=1)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     # ---- the end -----------------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class DenseSelf:
         student, teacher = self._logits(answer), self._logits(self.teacher(*args, **kwargs))
         kl = kl_to_teacher(student, teacher, self.temperature, self.squared, self._valid(batch, student))
         prefix = self.who.lower()
-        self._module.log_dict({f"{prefix}/ce": loss.detach(), f"{prefix}/kl": kl.detach()})
+        self._module.log_dict({f"{prefix}/ce": loss.detach(), f"{prefix}/kl": kl.detach()}, batch_size=1)
         mixed = convex_loss(kl, loss, self.eta)
         return {**output, "loss": mixed} if isinstance(output, Mapping) else mixed
 

@@ -141,6 +141,8 @@ class IterativeSoftShrinkage(MaskCallback):
         checks.positive(reg_limit=reg_limit)
         checks.at_least(0, reg_delta=reg_delta)
         self.pattern = core.parse_pick(pick)
+        if self.pattern is not None and self.pattern[0] == self.pattern[1]:
+            raise ValueError(f"pick={pick!r} prunes every weight: leave at least one of each group, such as 'min_19:20'")
         self.pr, self.method, self.ratio, self.pick = pr, method, ratio, pick
         self.prune_iters = 0 if method in ("scratch", "random") else prune_iters
         self.reg_interval, self.reg_limit, self.stabilize_iters = reg_interval, reg_limit, stabilize_iters
@@ -272,7 +274,7 @@ class IterativeSoftShrinkage(MaskCallback):
                 self._gradient_stats[name] = torch.stack([wide.norm(), wide.var(correction=0)])
             norms, variances = torch.stack([self._gradient_stats[name].to(pl_module.device) for name in gradients]).unbind(1)
             values = {"grad_norm": norms.mean(), "grad_norm_smallest": norms.min(), "grad_variance": variances.mean()}
-            pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
+            pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False, batch_size=1)
         if self._steps[index] < self._switch_at and self.method in ("iss_r", "assl"):
             for name, gradient in gradients.items():
                 weight = self.store.weights[name]
@@ -327,7 +329,7 @@ class IterativeSoftShrinkage(MaskCallback):
         flips = int(self._flips)  # waits for the device, on logged steps alone
         values = {**self._magnitudes(), "mask_flips": (flips - self._window[1]) * 100 / (step - self._window[0])}
         self._window = (step, flips)
-        pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False)
+        pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False, batch_size=1)
 
     @torch.no_grad()
     def _magnitudes(self) -> dict[str, Any]:
@@ -371,11 +373,11 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density, flips and what was measured at the switch."""
-        pl_module.log("issp/density", self.store.density())
+        pl_module.log("issp/density", self.store.density(), batch_size=1)
         if self.method in ("iss_p", "iht", "iss_r"):
-            pl_module.log("issp/total_flips", self._flips.float())
+            pl_module.log("issp/total_flips", self._flips.float(), batch_size=1)
         for name, value in self._switch.items():
-            pl_module.log(f"issp/{name}", value.to(pl_module.device))
+            pl_module.log(f"issp/{name}", value.to(pl_module.device), batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the switch has not come."""

@@ -21,13 +21,13 @@ from lit_methods import checks
 from lit_methods.callbacks.batch import Key, find_in_batch
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.sparsity import channels
-from lit_methods.callbacks.sparsity.callback import check_ranks
+from lit_methods.callbacks.sparsity.callback import built_by, check_ranks
 from lit_methods.callbacks.sparsity.channels import PLAN_KEY, ChannelGroup, ChannelPlan
 from lit_methods.callbacks.sparsity.flops import count_macs
 from lit_methods.callbacks.sparsity.masksparsity import core
 from lit_methods.callbacks.sparsity.masksparsity.core import Criterion, Penalty
 from lit_methods.callbacks.sparsity.store import prunable_weights
-from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_sharded
+from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_lazy, refuse_sharded
 from lit_methods.callbacks.twin import independent_copy, training_batches
 from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.catalog import Technique
@@ -220,6 +220,8 @@ class MaskedBNSparsity(OrderedCallback):
             self._begin(pl_module)
 
     def _refuse(self, pl_module: pl.LightningModule) -> None:
+        if built_by(pl_module) is None:
+            refuse_lazy(pl_module, "MaskedBNSparsity")
         found: Any = pl_module
         for name in self.forward.split("."):
             found = getattr(found, name, None)
@@ -294,7 +296,7 @@ class MaskedBNSparsity(OrderedCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the scales of channels that stay and that go."""
         if self._norms:
-            pl_module.log_dict(self._figures(*self._split()))
+            pl_module.log_dict(self._figures(*self._split()), batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """While training: keep the results for the table. In the stages ``mask`` and ``prune``: write the file."""
@@ -323,7 +325,7 @@ class MaskedBNSparsity(OrderedCallback):
         """Log what was removed."""
         if self._scales is not None:
             shares = {f"masksparsity/{name}_kept": after / before for name, (before, after) in self._cost.items() if before}
-            pl_module.log_dict({name: float(value) for name, value in (self._figures(*self._scales) | shares).items()})
+            pl_module.log_dict({name: float(value) for name, value in (self._figures(*self._scales) | shares).items()}, batch_size=1)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was removed."""
@@ -333,6 +335,7 @@ class MaskedBNSparsity(OrderedCallback):
 
     def _trace(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, str]:
         """Groups of prunable channels and the MACs of the network; why other norms are left alone."""
+        refuse_lazy(pl_module, "MaskedBNSparsity")
         twin: Any = independent_copy(trainer, pl_module)
         twin.trainer = None  # what is copied again shouldn't copy it
 

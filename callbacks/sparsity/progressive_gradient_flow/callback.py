@@ -77,15 +77,27 @@ class _Flow(Shared):
 
 
 class MaskedForward(LatentWeight):
-    """Parametrisation: latent weight -> masked weight of the phase. The mask is made anew from the latent weight at every forward pass."""
+    """Parametrisation: latent weight -> masked weight of the phase. The mask follows from the latent weight at every forward pass."""
 
     def __init__(self, flow: _Flow, dim: int) -> None:
         super().__init__()
         self.flow, self.dim = flow, dim
+        self._last: tuple[tuple[int, int], Tensor, Tensor] | None = None  # pattern, weight and mask of the last evaluation
 
     def mask(self, weight: Tensor) -> Tensor:
-        """Mask of the present pattern, bool."""
-        return sparse_mask(weight, self.flow.phase.n, self.flow.phase.m, self.flow.rate, self.dim)
+        """Mask of the present pattern, bool. In evaluation it is kept as long as the weight has the same values.
+
+        The values decide, as in-place changes through ``weight.data`` leave no other trace.
+        """
+        pattern = (self.flow.phase.n, self.flow.phase.m)
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.device.type != "cpu":
+            self._last = None
+            return sparse_mask(weight, *pattern, self.flow.rate, self.dim)
+        if self._last is not None and self._last[0] == pattern and torch.equal(self._last[1], weight):
+            return self._last[2]
+        mask = sparse_mask(weight, *pattern, self.flow.rate, self.dim)
+        self._last = pattern, weight.detach().clone(), mask
+        return mask
 
     def forward(self, weight: Tensor) -> Tensor:
         """Latent weight -> weight of the forward pass."""
@@ -276,6 +288,9 @@ class NMSparsity(LatentCallback):
         for name, pattern in chosen.items() if self.recipe != "dense" else ():
             place = places[name]
             dim = group_dim(place.weight.ndim, self.direction, place.transposed)
+            if int((1.0 - self.rate) * place.weight.numel()) < 1:
+                size = place.weight.numel()
+                raise ValueError(f"NMSparsity, {name}: rate={self.rate} leaves none of {size} weights: give a lower rate, or skip it")
             for n, m in dict.fromkeys([*self._stages(*pattern, end), pattern]):
                 try:
                     sparse_mask(place.weight, n, m, self.rate, dim)
@@ -336,11 +351,15 @@ class NMSparsity(LatentCallback):
             notify_mask_updated(trainer, pl_module, self)
         self._spent += self._density()
         self._batches += 1
+        if not logs_now(pl_module):
+            return
         logs: dict[str, float] = {"beta": max(flow.phase.beta for flow in self._flows.values())}
         for index, flow in enumerate(self._flows.values() if not self.rate else ()):
             ending = f"_{index}" if len(self._flows) > 1 else ""
             logs |= {f"n{ending}": float(flow.phase.n), f"m{ending}": float(flow.phase.m)}
-        pl_module.log_dict({f"progressive_gradient_flow/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False)
+        pl_module.log_dict(
+            {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False, batch_size=1
+        )
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
@@ -362,7 +381,7 @@ class NMSparsity(LatentCallback):
         if squares:
             norms = torch.stack([pair.to(squares[0].device) for pair in squares]).sum(0).sqrt()
             names = ("progressive_gradient_flow/grad_pruned_norm", "progressive_gradient_flow/grad_kept_norm")
-            pl_module.log_dict(dict(zip(names, norms, strict=True)), on_step=True, on_epoch=False)
+            pl_module.log_dict(dict(zip(names, norms, strict=True)), on_step=True, on_epoch=False, batch_size=1)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The target masks, with nothing through pruned weights."""
@@ -379,7 +398,7 @@ class NMSparsity(LatentCallback):
             logs["mask_flip_rate"] = float(self._history.flips(masks)) / shared
         self._history.last = masks or self._history.last
         values = {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
+        pl_module.log_dict(values, sync_dist=trainer.world_size > 1, batch_size=1)
         notify_mask_updated(trainer, pl_module, self)
 
     def _density(self) -> float:

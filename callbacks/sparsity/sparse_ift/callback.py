@@ -33,6 +33,7 @@ from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
 )
 from lit_methods.callbacks.sparsity.store import Choice
 from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_sharded
+from lit_methods.callbacks.wrapping import takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 
@@ -250,7 +251,8 @@ class SparseIFT(DynamicSparsity):
     def densities(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Density of each weight; the plus variants cap the sparsity of the output layer at 0.8."""
         base: Any = self.layer_rule.removesuffix("_plus")
-        found = dict(zip(weights, layer_density([weight.shape for weight in weights.values()], self.density, base), strict=True))
+        shares = layer_density([weight.shape for weight in weights.values()], self.density, base, names=list(weights))
+        found = dict(zip(weights, shares, strict=True))
         if self.layer_rule.endswith("_plus"):
             for name in self._output_weights():
                 if name in found:
@@ -337,8 +339,16 @@ class SparseIFT(DynamicSparsity):
         Raises:
             ValueError: They differ by more than ``flops_tolerance``, or a widened network can't run.
         """
-        if not self._uncounted:
-            return
+        if self._uncounted and not takes_iterator(pl_module):
+            self._count(trainer, pl_module, batch)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """As mask callbacks; the batch of a step that takes ``dataloader_iter`` is known now, and counted."""
+        if self._uncounted and takes_iterator(pl_module):
+            self._count(trainer, pl_module, batch)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _count(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         self._uncounted = False
         macs, _, why = count_on_batch(trainer, pl_module, batch, self.forward)
         if macs is None:
@@ -400,7 +410,7 @@ class SparseIFT(DynamicSparsity):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log where things stand."""
-        pl_module.log_dict(self._values(trainer), sync_dist=trainer.world_size > 1)
+        pl_module.log_dict(self._values(trainer), sync_dist=trainer.world_size > 1, batch_size=1)
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the transformed layers."""

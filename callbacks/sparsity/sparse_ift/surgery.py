@@ -356,7 +356,7 @@ def iso_flop_transform(
     for name in matrices:
         wanted = any(fnmatchcase(name, pattern) for pattern in targets) if targets else name not in ends
         if wanted and not any(fnmatchcase(name, pattern) for pattern in skip):
-            _refuse(module, family, {name: _PARAMETRISED} if hasattr(modules[name], "parametrizations") else {})
+            _refuse(module, family, {name: _PARAMETRISED} if _is_parametrised(modules[name]) else {})
     weights = prunable_weights(module, targets, skip)
     chosen = [name.rpartition(".")[0] for name in weights]
     chosen = [name for name in dict.fromkeys(chosen) if targets or name not in ends]
@@ -384,9 +384,14 @@ def iso_flop_transform(
     return done
 
 
+def _is_parametrised(layer: nn.Module) -> bool:
+    """Whether its weight is made in the forward pass, by torch's parametrisations or its older ``weight_norm`` and pruning."""
+    return hasattr(layer, "parametrizations") or (isinstance(layer, (nn.Linear, _ConvNd)) and "weight" not in layer._parameters)
+
+
 def _obstacle(layer: nn.Module, counts: Mapping[int, int]) -> str | None:
     """Why a layer can't get new weights."""
-    if hasattr(layer, "parametrizations"):
+    if _is_parametrised(layer):
         return _PARAMETRISED
     if any(counts.get(id(parameter), 0) > 1 for parameter in layer.parameters()):
         return "its weight is shared with another layer"

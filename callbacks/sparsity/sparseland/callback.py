@@ -23,11 +23,13 @@ from torch import Tensor
 
 from lit_methods import checks
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.sparsity.callback import built_by
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.history import pack, unpack
 from lit_methods.callbacks.sparsity.sparseland.findings import Findings, Network, tables
 from lit_methods.callbacks.sparsity.sparseland.guards import Guards, final_warnings, nonzero_where_removed
-from lit_methods.callbacks.targets import plain_parameter_name, plain_parameters, refuse_sharded
+from lit_methods.callbacks.targets import plain_parameter_name, plain_parameters, refuse_lazy, refuse_sharded
+from lit_methods.callbacks.wrapping import takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.files import write_atomically
 from lit_methods.panels import Curve, Media, Panel, TablePanel
@@ -140,12 +142,15 @@ class SparsityReport(OrderedCallback):
         if stage != "fit":
             return
         refuse_sharded(trainer, type(self).__name__)
+        if built_by(pl_module) is None:
+            refuse_lazy(pl_module, type(self).__name__)
         if self.forward is not None and not callable(getattr(pl_module, self.forward, None)):
             raise TypeError(f"forward is {self.forward!r}, but {type(pl_module).__name__} has no such method: name one that takes a batch")
         self._reset()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at weights and masks for the first time; all callbacks have made theirs."""
+        refuse_lazy(pl_module, type(self).__name__)
         self._findings.network, self._watching = Network(pl_module), True
         self._observe(trainer, pl_module)
         cards = {name: asdict(card) for name, card in self._findings.sources.items() if card is not None}
@@ -154,9 +159,18 @@ class SparsityReport(OrderedCallback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the FLOPs of this batch; at the first one, those of a sample. Guards 2 and 3, now and then."""
-        meter = self._findings.meter
         if self._due(trainer) and self._checked != trainer.global_step:
             self._check(trainer, pl_module)
+        if not takes_iterator(pl_module):
+            self._spend(trainer, pl_module, batch)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Count the batch of a step that takes ``dataloader_iter``: now it is known."""
+        if takes_iterator(pl_module):
+            self._spend(trainer, pl_module, batch)
+
+    def _spend(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        meter = self._findings.meter
         if meter.macs is None and not meter.uncountable:
             meter.count(trainer, pl_module, batch, self.forward, type(self).__name__)
             self._findings.price()
@@ -189,7 +203,7 @@ class SparsityReport(OrderedCallback):
         if not self._findings.by_mask:
             self._observe(trainer, pl_module)
         values = {f"sparsity/{name}": float(value) for name, value in self._findings.values().items()}
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1)
+        pl_module.log_dict(values, sync_dist=trainer.world_size > 1, batch_size=1)
         if not trainer.enable_validation:
             self._write(trainer)
 

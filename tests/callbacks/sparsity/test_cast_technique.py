@@ -186,10 +186,16 @@ def test_many_weights_are_updated_in_parts_of_a_bounded_size(monkeypatch):
         return torch.stack(weights).detach()
 
     whole = train()
-    monkeypatch.setattr(adams, "_AT_ONCE", 16)
-    assert [len(part) for part in adams._chunks([torch.ones(2, 4)] * 5)] == [2, 2, 1]
-    assert [len(part) for part in adams._chunks([torch.ones(20), torch.ones(1)])] == [1, 1], "a weight is never cut"
-    assert torch.equal(train(), whole)
+    for size in (16, 3):
+        monkeypatch.setattr(adams, "_AT_ONCE", {"cpu": size})
+        assert torch.equal(train(), whole)
+    monkeypatch.setattr(adams, "_AT_ONCE", {"cpu": 16})
+    small, large, across = (torch.ones(2, 4),), (torch.ones(20),), (torch.ones(5, 4), torch.ones(4, 5).T)
+    assert [len(part) for part in adams._chunks([small] * 5)] == [2, 2, 1]
+    assert [[piece[0].numel() for piece in part] for part in adams._chunks([large, (torch.ones(1),)])] == [[16], [4, 1]]
+    assert [[piece[0].numel() for piece in part] for part in adams._chunks([across, small])] == [[20], [8]], "not in one piece: not cut"
+    monkeypatch.setattr(adams, "_AT_ONCE", {})
+    assert len(adams._chunks([large] * 3)) == 1, "devices that profit from much at once"
 
 
 def test_the_decay_starts_at_zero_and_its_budget_adds_up():

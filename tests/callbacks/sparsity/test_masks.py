@@ -78,7 +78,7 @@ SHAPES = [(16, 3, 3, 3), (32, 16, 3, 3), (64, 32, 3, 3), (10, 64)]
 def test_every_distribution_spends_the_budget(method, density):
     sizes = [math.prod(shape) for shape in SHAPES]
     if method.endswith("_plus") and density < 0.1:  # the fixed layers need more than that
-        with pytest.raises(ValueError, match="too small"):
+        with pytest.raises(ValueError, match=r"leaves layer \d of shape .* no weight"):
             layer_density(SHAPES, density, method)
         return
     shares = layer_density(SHAPES, density, method)
@@ -100,6 +100,49 @@ def test_erk_favours_small_layers_and_caps_them():
         layer_density(SHAPES, 0.1, "ERQ")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="density is 0"):
         layer_density(SHAPES, 0, "erk")
+
+
+@pytest.mark.parametrize("fixed", [None, 0.3])
+@pytest.mark.parametrize("method", ["uniform", "er", "erk", "erk_plus", "uniform_plus"])
+def test_a_density_that_cuts_the_network_is_refused_and_the_smallest_one_told(method, fixed):
+    sizes = [math.prod(shape) for shape in SHAPES]
+    with pytest.raises(ValueError, match=r"density 1e-05 leaves (\w+) of shape \(.*\) no weight by") as caught:
+        layer_density(SHAPES, 1e-5, method, last_density=fixed, names=["one", "two", "three", "four"])
+    smallest = float(str(caught.value).split("at least ")[1])
+    counts = exact_counts(sizes, layer_density(SHAPES, smallest, method, last_density=fixed))
+    assert min(counts) >= 1
+    with pytest.raises(ValueError, match="no weight"):
+        layer_density(SHAPES, smallest - 2e-6, method, last_density=fixed)
+
+
+def test_a_budget_that_the_fixed_layers_eat_up_is_refused():
+    shapes = [(20, 10), (20, 20), (5, 20)]
+    for density in (100 / 700, 100.5 / 700):  # what the dense classifier takes, and half a weight more
+        with pytest.raises(ValueError, match=r"leaves layer 0 of shape \(20, 10\)"):
+            layer_density(shapes, density, "erk_plus")
+    with pytest.raises(ValueError, match="no density does: change last_density"):
+        layer_density([(20, 10), (1, 2)], 0.5, "erk_plus", last_density=0.4)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("shape", [(48, 48), (48, 48, 3)])
+def test_all_ways_to_an_nm_mask_are_equal_ties_included(shape, dim):
+    weight = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(2)).float()
+    for m in (1, 2, 3, 4, 6, 8, 12, 16, 24):
+        for n in {0, 1, 2, m // 2, m - 1, m} & set(range(m + 1)):
+            groups = weight.abs().movedim(dim, -1).unflatten(-1, (-1, m))
+            order = groups.argsort(dim=-1, descending=True, stable=True)
+            expected = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :n], True).flatten(-2).movedim(-1, dim)
+            assert torch.equal(nm_mask(weight, n, m, dim), expected), (n, m)
+
+
+@pytest.mark.parametrize("high", [3, 10**6])
+def test_the_largest_are_kept_with_and_without_ties(high):
+    score = torch.randint(0, high, (40, 50), generator=torch.Generator().manual_seed(3)).float()
+    for count in (0, 1, 7, 1000, 1999, 2000):
+        expected = torch.zeros(2000, dtype=torch.bool)
+        expected[score.flatten().argsort(descending=True, stable=True)[:count]] = True
+        assert torch.equal(keep_largest(score, count).flatten(), expected)
 
 
 def test_exact_counts_round_to_the_total():
