@@ -71,7 +71,8 @@ def gradient_norm(module: nn.Module) -> Tensor:
 def logs_now(module: LightningModule) -> bool:
     """Whether what this step logs is written down: the rest needn't be computed."""
     every: int = module.trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return every > 0 and (module.trainer.global_step + 1) % every == 0
+    stepped: int = module.trainer.fit_loop.epoch_loop._batches_that_stepped  # what Lightning counts: once for several optimisers
+    return every > 0 and (stepped + 1) % every == 0
 
 
 def log_global(module: LightningModule, values: Mapping[str, Tensor | float], **options: Any) -> None:

@@ -38,16 +38,19 @@ def penalty_gradient(gamma: Tensor, penalty: Penalty, strength: float, learning_
     Raises:
         ValueError: An unknown penalty.
     """
-    checks.one_of(Penalty, penalty=penalty)
+    return strength * _direction(gamma, penalty, strength, learning_rate)
+
+
+def _direction(gamma: Tensor, penalty: Penalty, strength: float, learning_rate: float | Tensor) -> Tensor:
+    """r(gamma)."""
     if penalty == "l1":
-        r = gamma.sign()
-    elif penalty == "l2":
-        r = gamma
-    elif penalty == "smooth_l1":
-        r = torch.where(gamma.abs() < learning_rate * strength, gamma, gamma.sign())
-    else:
-        r = torch.where(gamma.abs() <= 0.09, gamma, torch.zeros_like(gamma))
-    return strength * r
+        return gamma.sign()
+    if penalty == "l2":
+        return gamma
+    if penalty == "smooth_l1":
+        return torch.where(gamma.abs() < learning_rate * strength, gamma, gamma.sign())
+    checks.one_of(Penalty, penalty=penalty)
+    return torch.where(gamma.abs() <= 0.09, gamma, torch.zeros_like(gamma))
 
 
 def sparse_gradient(
@@ -66,8 +69,8 @@ def sparse_gradient(
     Returns:
         (C,) dtype of ``grad``.
     """
-    term = penalty_gradient(gamma, penalty, strength, learning_rate)
-    return grad + (term if prune is None else term.masked_fill(~prune, 0.0)).to(grad.dtype)
+    direction = _direction(gamma, penalty, strength, learning_rate)
+    return grad.add((direction if prune is None else direction * prune).to(grad.dtype), alpha=strength)
 
 
 def ot_threshold(gamma: Tensor, discard: float = 1e-4) -> Tensor:

@@ -1,6 +1,7 @@
 """NMSparsity: the maths against independent computations, and the callback on modules that aren't ours."""
 
 import contextlib
+import copy
 import json
 import math
 from typing import get_args
@@ -439,3 +440,49 @@ def test_semi_structured_export_asks_for_a_gpu():
         layer.weight.mul_(core.sparse_mask(layer.weight, 2, 4))
     with pytest.raises(RuntimeError, match=r"0\.weight is on cpu"):
         core.to_semi_structured(nn.Sequential(layer))
+
+
+def test_the_mask_that_is_kept_in_evaluation_follows_every_change_of_the_weight():
+    """In place, through ``.data``, by another tensor, in a copy, and of beta and pattern."""
+    from lit_methods.callbacks.sparsity.parametrized import ParametrizedWeight
+    from lit_methods.callbacks.sparsity.progressive_gradient_flow.callback import MaskedForward, Phase, _Flow
+
+    torch.manual_seed(0)
+    layer, flow = nn.Linear(16, 8), _Flow(1, 4, 0.0, "ste")
+    flow.set(Phase("sparse", 0.0, 1, 4))
+    parametrised = ParametrizedWeight(layer, "weight", MaskedForward(flow, 1))
+    parametrised.attach()
+    latent = parametrised.latent
+
+    def expected(weight):
+        return weight * core.sparse_mask(weight, flow.phase.n, flow.phase.m) if flow.phase.beta == 0 else None
+
+    def holds(module, weight):
+        return all(torch.equal(module.weight, expected(weight)) for _ in range(2))
+
+    layer.eval()
+    with torch.no_grad():
+        assert holds(layer, latent)
+        latent.mul_(torch.randn(8, 16))
+        assert holds(layer, latent)
+        latent.data.copy_(latent.data.flip(1))
+        assert holds(layer, latent), "a permutation, through .data"
+        latent.data = torch.randn(8, 16)
+        assert holds(layer, latent)
+        copied = copy.deepcopy(layer)
+        copied.parametrizations.weight.original.data.add_(torch.randn(8, 16))
+        assert holds(copied, copied.parametrizations.weight.original)
+        assert holds(layer, latent)
+        flow.set(Phase("sparse", 0.0, 2, 4))
+        assert holds(layer, latent), "another pattern"
+        flow.set(Phase("sparse", 0.5, 2, 4))
+        kept = core.sparse_mask(latent, 2, 4)
+        torch.testing.assert_close(layer.weight, torch.where(kept, latent, 0.5 * latent), rtol=0, atol=0)
+        flow.set(Phase("sparse", 0.0, 2, 4))
+        before = layer.parametrizations.weight[0]._last
+        assert before is not None
+        assert holds(layer, latent)
+        assert layer.parametrizations.weight[0]._last is before, "nothing changed, so it was kept"
+    layer.train()
+    assert torch.equal(layer.weight, expected(latent))
+    assert layer.parametrizations.weight[0]._last is None, "training holds no copies of weights"
