@@ -289,12 +289,6 @@ WRONG: dict[tuple[str, str], str] = {
         "its extra pass runs training_step, which moves the teacher on: the run ends with other weights",
     ),
     **cells(
-        ("weight_norm by parametrisation", "spectral_norm by hook", "weight_norm by hook"),
-        ("SparsityReport",),
-        "reports a density of 0 for a dense module",
-    ),
-    ("spectral_norm by parametrisation", "SparsityReport"): "divides by zero behind the first step, as it finds no weights",
-    **cells(
         ("groups by parameter names",),
         ("NMSparsity", "CAST"),
         "the weights have other names while configure_optimizers runs, which then stops with its own error",
