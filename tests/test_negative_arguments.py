@@ -54,7 +54,8 @@ def modules() -> Iterator[Any]:
             ("lit_methods.callbacks", "lit_methods.datamodules")
         )
         if own and inspect.isclass(kind) and issubclass(kind, nn.Module) and name not in OTHERS:
-            yield pytest.param(kind, id=name)
+            dear = name in ("WanTransformer", "MinkUNet")  # seconds to build
+            yield pytest.param(kind, id=name, marks=[pytest.mark.thorough] if dear else [])
 
 
 def numbers(kind: type) -> tuple[dict[str, Any], list[str]]:
