@@ -8,9 +8,12 @@
    round, its median and quartiles are printed. Targets, but for batch 16: a static mask at most 1.05, N:M with a decaying gradient at most
    1.25. CAST runs a teacher, too, and beside Adam; Sparse-IFT trains a larger network: masked products cost what dense ones do, whatever
    their FLOPs in theory.
-2. ``nm_mask`` at 2:4, 4:8 and 1:32 on a 1024 x 4096 weight beside sorting each group (the masks must be equal), and beside
+2. ``nm_mask`` at 2:4, 4:8, 4:16, 1:16 and 1:32 on a 1024 x 4096 weight beside sorting each group (the masks must be equal), and beside
    ``torch.topk``, which is right only without ties.
-3. One mask update of RigL on a 4-million-weight layer beside sorting the whole layer.
+3. One mask update of RigL on a 4-million-weight layer beside sorting the whole layer; ``keep_largest`` beside counting ties always; the
+   batch-norm penalty of MaskSparsity beside its formula; AdamS in small pieces beside whole tensors; an evaluation with N:M weights beside
+   masks that are made anew at each pass.
+   A training step with ``NMSparsity`` beside a loop of torch alone with the same masks and gradients (target: at most 1.10).
 4. Memory of masks: bytes per weight.
 5. Inference of a ResNet-18 (batch 8, 128 x 128) with half of its channels removed for good, beside the dense one.
 
@@ -36,9 +39,15 @@ from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
 from lit_methods.callbacks import CAST, DSL, DynamicSparsity, IterativeSoftShrinkage, MaskedBNSparsity, NMSparsity, SparseIFT
+from lit_methods.callbacks.sparsity.cast import adams
 from lit_methods.callbacks.sparsity.channels import prune_channels
 from lit_methods.callbacks.sparsity.drop_grow import update_mask
 from lit_methods.callbacks.sparsity.masks import keep_largest, nm_mask
+from lit_methods.callbacks.sparsity.masksparsity.core import sparse_gradient
+from lit_methods.callbacks.sparsity.parametrized import ParametrizedWeight
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.callback import MaskedForward, _Flow
+from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import Phase
+from lit_methods.callbacks.sparsity.store import prunable_weights
 
 WARM_UP = 2
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -112,12 +121,18 @@ def fit(network: Callable[[], nn.Module], size: int, batch: int, steps: int, cal
     return clock.median()
 
 
+def vit() -> nn.Module:
+    """A small vision transformer."""
+    network: nn.Module = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10)
+    return network
+
+
 def bench_steps(rounds: int, steps: int) -> list[dict[str, Any]]:
     """Ratio of a step with masks to one without, per network and method."""
     networks: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
         "ResNet-18": (lambda: resnet18(num_classes=10), 64, 64),
         SMALL_BATCH: (lambda: resnet18(num_classes=10), 64, 16),
-        "ViT, 6 x 192": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10), 32, 32),
+        "ViT, 6 x 192": (vit, 32, 32),
     }
     rows = []
     for name, (network, size, batch) in networks.items():
@@ -191,7 +206,7 @@ def bench_masks(rounds: int) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1024, 4096, generator=generator)
     rows = []
-    for n, m in ((2, 4), (4, 8), (1, 32)):
+    for n, m in ((2, 4), (4, 8), (4, 16), (1, 16), (1, 32)):
         assert torch.equal(nm_mask(weight, n, m), nm_by_sorting(weight, n, m)), f"{n}:{m} masks differ"
         sides: dict[str, Callable[[], Any]] = {
             "ours": lambda n=n, m=m: nm_mask(weight, n, m),  # type: ignore[misc]
@@ -207,7 +222,110 @@ def bench_masks(rounds: int) -> list[dict[str, Any]]:
         "sorting": lambda: update_by_sorting(sparse, mask, score, 0.3, target),
     }
     rows.append({"what": "RigL update, 1024 x 4096 at 10 %", **compared(in_turns(sides, rounds))})
+    count = weight.numel() // 10
+    assert torch.equal(keep_largest(score, count), largest_by_counting(score, count)), "masks differ"
+    sides = {"ours": lambda: keep_largest(score, count), "counting ties": lambda: largest_by_counting(score, count)}
+    rows.append({"what": "keep_largest, 1024 x 4096", **compared(in_turns(sides, rounds))})
+    gamma, grad, prune = torch.randn(512, generator=generator), torch.randn(512, generator=generator), torch.arange(512) % 2 == 0
+    factor = prune.float()
+    assert torch.equal(sparse_gradient(gamma, grad, prune, "l1", 5e-4), grad + 5e-4 * gamma.sign() * factor), "gradients differ"
+    sides = {
+        "ours": lambda: [sparse_gradient(gamma, grad, prune, "l1", 5e-4) for _ in range(100)],
+        "formula": lambda: [grad + 5e-4 * gamma.sign() * factor for _ in range(100)],
+    }
+    rows.append({"what": "100 batch-norm penalties, 512", **compared(in_turns(sides, rounds))})
+    sides = {"ours": adams_step({"cpu": 2**16}), "whole tensors": adams_step({})}
+    rows.append({"what": "AdamS, 12 x 512 x 512, 4096 x 1024", **compared(in_turns(sides, rounds))})
+    sides = {"ours": evaluation(keep=True), "masks made anew": evaluation(keep=False)}
+    rows.append({"what": "evaluation, 8 layers 1024 x 1024 at 2:4", **compared(in_turns(sides, rounds))})
     return rows
+
+
+def largest_by_counting(score: Tensor, count: int) -> Tensor:
+    """The largest scores, with the entries at the threshold counted off whether there are ties or not."""
+    flat = score.flatten()
+    threshold = flat.kthvalue(flat.numel() - count + 1).values
+    above, level = flat > threshold, flat == threshold
+    return (above | (level & (level.cumsum(0) <= count - above.sum()))).view_as(score)
+
+
+def adams_step(at_once: dict[str, int]) -> Callable[[], Any]:
+    """A step of AdamS in pieces of a size."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in [(512, 512)] * 12 + [(4096, 1024)]]
+    optimizer = adams.AdamS(weights, total_steps=1000, sparse=weights)
+    optimizer.set_masks({weight: nm_mask(weight, 2, 4) for weight in weights})
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=generator)
+
+    def step() -> None:
+        before, adams._AT_ONCE = adams._AT_ONCE, at_once
+        optimizer.step()
+        adams._AT_ONCE = before
+
+    return step
+
+
+def evaluation(keep: bool) -> Callable[[], Any]:
+    """A forward pass in evaluation through linear layers with N:M weights, at batch 64."""
+    torch.manual_seed(0)
+    network, flow = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(8))), _Flow(2, 4, 0.0, "ste")
+    flow.set(Phase("sparse", 0.0, 2, 4))
+    for layer in network:
+        ParametrizedWeight(layer, "weight", MaskedForward(flow, 1)).attach()
+    network.eval()
+    inputs = torch.randn(64, 1024)
+
+    def run() -> None:
+        with torch.no_grad():
+            if not keep:
+                for layer in network:
+                    layer.parametrizations["weight"][0]._last = None  # type: ignore[index, union-attr, assignment]
+            network(inputs)
+
+    return run
+
+
+class _ByHand(torch.autograd.Function):
+    """W * M forwards, the identity backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:  # type: ignore[override]
+        return weight * nm_mask(weight, 2, 4)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def by_hand(steps: int) -> float:
+    """Median seconds per step of a plain loop that trains the small ViT with 2:4 weights in its inner linear layers."""
+    torch.manual_seed(0)
+    network = vit()
+    images, labels = torch.randn(32, 3, 32, 32), torch.randint(0, 10, (32,))
+    inner = [name.rpartition(".")[0] for name in prunable_weights(network)][1:-1]
+    for name in inner:
+        layer: Any = network.get_submodule(name)
+        layer.forward = lambda x, layer=layer: nn.functional.linear(x, _ByHand.apply(layer.weight), layer.bias)
+    optimizer, seconds = OPTIMIZERS["sgd"](network.parameters()), []
+    for _ in range(steps + WARM_UP + 1):
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def bench_by_hand(rounds: int, steps: int) -> tuple[float, float, float]:
+    """Ratio of a step with ``NMSparsity`` to one of the loop by hand."""
+    ratios = []
+    for turn in range(rounds):
+        sides = {}
+        for side in ("ours", "by hand") if turn % 2 else ("by hand", "ours"):
+            sides[side] = fit(vit, 32, 32, steps, [NMSparsity(2, 4, "ste")]) if side == "ours" else by_hand(steps)
+        ratios.append(sides["ours"] / sides["by hand"])
+    return quartiles(ratios)
 
 
 def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
@@ -236,7 +354,9 @@ def main() -> int:
     found["masks"] = bench_masks(options.rounds)
     for row in found["masks"]:
         others = ", ".join(f"{name} {r[1]:.2f} x as long ({r[0]:.2f} to {r[2]:.2f})" for name, r in row["others_longer"].items())
-        print(f"{row['what']:32} {row['ours_ms']:8.1f} ms; {others}", flush=True)
+        print(f"{row['what']:40} {row['ours_ms']:8.1f} ms; {others}", flush=True)
+    low, middle, high = found["by_hand"] = bench_by_hand(options.rounds, options.steps)
+    print(f"ViT at 2:4: step / step of a loop by hand {middle:.3f} ({low:.3f} to {high:.3f}), target 1.10", flush=True)
     found["steps"] = bench_steps(options.rounds, options.steps)
     for row in found["steps"]:
         low, middle, high = row["ratio"]

@@ -93,6 +93,7 @@ class MaskCallback(OrderedCallback):
     ) -> None:
         super().__init__()
         checks.patterns(targets=targets, skip=skip)
+        checks.at_least(0, "a whole number", seed=seed)
         self.targets, self.skip, self.seed = list(targets), list(skip), seed
         self.mask_gradients, self.mask_optimizer_state = mask_gradients, mask_optimizer_state
         self.store = MaskStore({})

@@ -50,7 +50,7 @@ def layer_density(
             network were cut; the message has the layer and the smallest density that works.
     """
     checks.within("(0, 1]", "a share", density=density, last_density=last_density)
-    checks.within("(-inf, inf)", power=power)
+    checks.at_least(0, power=power)
     checks.one_of(Method, method=method)
     sizes = [math.prod(shape) for shape in shapes]
 

@@ -214,6 +214,7 @@ class RandomPruning(MaskCallback):
         checks.one_of(("random", "score"), positions=positions)
         checks.at_least(1, "a number of samples", samples_per_class=samples_per_class)
         checks.positive(temperature=temperature)
+        checks.at_least(0, power=power)
         if positions == "score" and method not in REMOVED:
             raise ValueError(f"positions='score' needs scores, which {method!r} has not: choose {', '.join(REMOVED)}, or 'random'")
         self.density, self.method, self.positions, self.exact, self.power = density, method, positions, exact, power

@@ -70,7 +70,9 @@ def sparse_gradient(
         (C,) dtype of ``grad``.
     """
     direction = _direction(gamma, penalty, strength, learning_rate)
-    return grad.add((direction if prune is None else direction * prune).to(grad.dtype), alpha=strength)
+    if prune is not None:
+        direction = direction * prune if direction is gamma else direction.mul_(prune)
+    return grad.add(direction if direction.dtype == grad.dtype else direction.to(grad.dtype), alpha=strength)
 
 
 def ot_threshold(gamma: Tensor, discard: float = 1e-4) -> Tensor:

@@ -1,11 +1,13 @@
 """Masks on modules that aren't ours: exactly sparse after every step, whatever the optimiser, and gone without a trace."""
 
+from itertools import product
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
 from torch.utils.data import DataLoader
 
 from helpers import (
@@ -20,7 +22,7 @@ from helpers import (
     run_two_processes,
     tiny_trainer,
 )
-from lit_methods.callbacks import EMATeacher, ExactResume
+from lit_methods.callbacks import EMATeacher, ExactResume, IterativeSoftShrinkage, NMSparsity, RandomPruning
 from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.dynamic import DynamicSparsity
 from lit_methods.callbacks.sparsity.store import MaskStore, prunable_weights
@@ -184,6 +186,16 @@ def test_what_cannot_work_is_refused():
     for wrong in ({"density": 0}, {"interval": 0}, {"method": "rgl"}, {"drop_fraction": 2}, {"anneal": "line"}):
         with pytest.raises(ValueError):
             rigl(**wrong)
+    for name, wrong in product(("begin", "rate", "seed", "total_steps"), (-1, float("nan"), float("inf"))):
+        with pytest.raises(ValueError, match=f"{name} is {wrong}"):
+            rigl(**{name: wrong})
+    with pytest.raises(ValueError, match="power is -1"):
+        RandomPruning(0.5, power=-1)
+    with pytest.raises(ValueError, match="prunes every weight"):
+        IterativeSoftShrinkage(pick="min_4:4")
+    small = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.ReLU(), nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 4)))
+    with pytest.raises(ValueError, match=r"rate=0\.999 leaves none of 200 weights"):
+        tiny_trainer(max_steps=1, callbacks=[NMSparsity(rate=0.999)]).fit(small, loader())
 
 
 def test_the_module_is_let_go_when_fit_raises():
