@@ -134,6 +134,14 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
 }
 
 
+QUICK = ("RandomPruning", "NMSparsity")  # one that masks weights, and one that the forward pass sees other weights of
+
+
+def callbacks(names: Any = CALLBACKS) -> list[Any]:
+    """Parameters of a test: the others of a base are left to `make test-all`."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in names]
+
+
 class Module(pl.LightningModule):
     """A network, beside a branch that follows it and that no step of an optimiser moves."""
 
@@ -191,9 +199,8 @@ def assert_reported(own: pl.LightningModule, callback: Any, report: SparsityRepo
     assert kept < size
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", callbacks())
 def test_the_reported_density_is_that_of_the_exported_weights(name: str, kind: str) -> None:
     known, report = KINDS[kind], SparsityReport()
     targets = {"targets": list(known.targets)} if known.targets else {}
@@ -206,7 +213,7 @@ def test_the_reported_density_is_that_of_the_exported_weights(name: str, kind: s
 
 
 @pytest.mark.parametrize("branch", ["frozen", "in no optimiser"])
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", callbacks())
 def test_a_branch_that_follows_is_left_alone(name: str, branch: str) -> None:
     own, callback, report = module(KINDS["Linear"], branch), CALLBACKS[name](), SparsityReport()
     refusing = name in ("NMSparsity", "CAST") and branch != "frozen"
@@ -220,7 +227,7 @@ def test_a_branch_that_follows_is_left_alone(name: str, branch: str) -> None:
     assert_reported(own, callback, report)
 
 
-@pytest.mark.parametrize("name", [name for name in CALLBACKS if not name.startswith("SparseIFT")])
+@pytest.mark.parametrize("name", callbacks(name for name in CALLBACKS if not name.startswith("SparseIFT")))
 @pytest.mark.parametrize(
     ("kind", "branch", "targets", "why"),
     [
@@ -237,7 +244,7 @@ def test_what_cannot_be_pruned_is_refused_where_it_is_named(name: str, kind: str
     assert all(torch.equal(value, before[key]) for key, value in cloned_state(own).items()), "nothing has happened"
 
 
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", callbacks())
 def test_lazy_layers_are_refused(name: str) -> None:
     own = Module(nn.Sequential(nn.LazyLinear(16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)))
     with pytest.raises(ValueError, match=r"net\.0\.weight of Module has no shape yet"):
@@ -275,7 +282,7 @@ class Later(Module):
 
 @pytest.mark.parametrize("stem", [True, False])
 @pytest.mark.parametrize("hook", ["setup", "configure_model"])
-@pytest.mark.parametrize("name", CALLBACKS)
+@pytest.mark.parametrize("name", callbacks())
 def test_layers_that_are_built_later_are_pruned_too(name: str, hook: str, stem: bool) -> None:
     own, callback, report = Later(hook, stem), CALLBACKS[name](), SparsityReport()
     if name.startswith("SparseIFT") and hook == "setup":
@@ -294,7 +301,7 @@ def test_layers_that_are_built_later_are_pruned_too(name: str, hook: str, stem: 
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-@pytest.mark.parametrize("name", ["NMSparsity", "CAST"])
+@pytest.mark.parametrize("name", callbacks(["NMSparsity", "CAST"]))
 def test_parameters_have_their_old_order_afterwards(name: str, kind: str) -> None:
     known = PLAIN[kind]
     own, callback = module(known), CALLBACKS[name](**({"targets": list(known.targets)} if known.targets else {}))
