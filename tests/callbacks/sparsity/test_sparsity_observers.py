@@ -15,7 +15,6 @@ from torch.nn.utils import parametrizations, spectral_norm
 from helpers import tiny_trainer
 from lit_methods.callbacks import CAST, IterativeSoftShrinkage, MaskedBNSparsity, RandomPruning, SparseIFT, SparsityReport
 
-
 # ---- modules with state in their forward pass ------------------------------------------------------------------------------------------
 
 

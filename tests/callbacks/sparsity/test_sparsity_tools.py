@@ -29,7 +29,6 @@ from lit_methods.callbacks import (
     SparsityReport,
 )
 
-
 CALLBACKS: dict[str, Callable[[], Any]] = {
     "RandomPruning": lambda: RandomPruning(0.4),
     "SET": lambda: DynamicSparsity(0.4, "set", interval=2, end_fraction=1.0),
