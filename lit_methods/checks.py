@@ -59,6 +59,19 @@ def at_least(least: int, /, what: str = "a number", **given: float | None) -> No
     within(f"[{least}, inf)", what, **given)
 
 
+def betas(**given: tuple[float, float]) -> None:
+    """Raise unless every pair is Adam's: two decay rates in [0, 1).
+
+    Example:
+        >>> betas(betas=(0.9, 0.999))
+    """
+    for name, pair in given.items():
+        if len(pair) != 2:
+            raise ValueError(f"{name} is {tuple(pair)}: give two numbers in [0, 1)")
+        for number, value in enumerate(pair):
+            within("[0, 1)", "a decay rate", **{f"{name}[{number}]": value})
+
+
 def one_of(choices: Any, /, **given: str | None) -> None:
     """Raise unless every value is one of the choices.
 
@@ -92,4 +105,4 @@ def patterns(**given: Any) -> None:
             raise ValueError(f"{name} is the string {value!r}: give a list of patterns, [{value!r}]")
 
 
-__all__ = ["at_least", "one_of", "patterns", "positive", "share", "within"]
+__all__ = ["at_least", "betas", "one_of", "patterns", "positive", "share", "within"]

@@ -64,15 +64,15 @@ def fetch(load: Callable[[], T], name: str | Path, *, given: str, instead: str, 
         if isinstance(error, RuntimeError) and not said.startswith(("No pretrained weights", "Invalid pretrained")):
             raise
         if local:
-            raise ValueError(f"{given} is a folder that can't be read as one of these: {said}\n  {instead}") from error
+            raise ValueError(f"{given} is a folder that can't be read as one of these ({said}): {instead}") from error
         if isinstance(error, HFValidationError) or str(name).startswith((".", "/", "~")):
-            raise ValueError(f"{given} is neither a folder nor a name on the hub\n  {instead}") from error
+            raise ValueError(f"{given} is neither a folder nor a name on the hub: {instead}") from error
         if reachable:
-            raise ValueError(f"{given}: the hub doesn't give it: {said}\n  {instead}") from error
+            raise ValueError(f"{given}: the hub doesn't give it ({said}): {instead}") from error
         source = str(download or name)
         raise ValueError(
-            f"{given}: the hub can't be reached (no connection, or HF_HUB_OFFLINE is set), and {source} isn't in its cache\n"
-            f"  where there is a network: hf download {source}, and copy the cache (HF_HOME); or {instead}"
+            f"{given}: the hub can't be reached (no connection, or HF_HUB_OFFLINE is set), and {source} isn't in its cache: "
+            f"run `hf download {source}` where there is a network and copy the cache (HF_HOME), or {instead}"
         ) from error
 
 

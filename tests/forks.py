@@ -245,7 +245,7 @@ class Fork:
 def _line(connection: socket.socket) -> bytes:
     data = b""
     while not data.endswith(b"\n"):
-        more = connection.recv(64)
+        more = connection.recv(1)  # the next line, of a child that has ended already, stays in the socket
         if not more:
             raise ConnectionError("the server of forked processes has ended")
         data += more

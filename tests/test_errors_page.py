@@ -241,6 +241,12 @@ def _(monkeypatch: pytest.MonkeyPatch) -> str:
 # ---- data ------------------------------------------------------------------------------------------------------------------------------
 
 
+@shows("A pretrained model can't be downloaded")
+def _(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return fit("--model", "CausalLM", "--model.name_or_path", "my-org/my-model", status=1)
+
+
 @shows("The folder of the data isn't there")
 def _(_: pytest.MonkeyPatch) -> str:
     return fit("--data", "NuScenesDataModule", "--data.root", "data/nuscenes", "--data.version", "v1.0-mini", status=1)

@@ -43,8 +43,8 @@ class Cost:
 
     @property
     def ratio(self) -> float:
-        """Sparse / dense, attention included. This is theory, no speed."""
-        return self.flops_sparse / self.flops_dense
+        """Sparse / dense, attention included; 1 where nothing is counted. This is theory, no speed."""
+        return self.flops_sparse / self.flops_dense if self.flops_dense else 1.0
 
     def figures(self) -> dict[str, float]:
         """FLOPs, their ratios, and the products without a weight, by name."""
@@ -53,8 +53,9 @@ class Cost:
 
     @property
     def ratio_without_attention(self) -> float:
-        """Sparse / dense of the weights alone."""
-        return sum(self.macs_sparse.values()) / sum(self.macs_dense.values())
+        """Sparse / dense of the weights alone; 1 where nothing is counted."""
+        dense = sum(self.macs_dense.values())
+        return sum(self.macs_sparse.values()) / dense if dense else 1.0
 
 
 def theoretical_cost(macs: Macs, density: Mapping[str, float], samples: int = 1) -> Cost:

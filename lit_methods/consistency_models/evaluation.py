@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from lit_methods import checks
 from lit_methods.distributed import gather_rows
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.panels import ImageMedia, Media
@@ -170,6 +171,7 @@ class DigitFeatures(nn.Module):
 
     def __init__(self, steps: int = 200, seed: int = 0) -> None:
         super().__init__()
+        checks.at_least(1, "training steps", steps=steps)
         self.steps, self.seed = steps, seed
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -136,7 +136,11 @@ class ConsistencyTraining(PairTraining):
         checks.one_of(Metric, metric=metric)
         checks.one_of(Weight, weight=weight)
         checks.one_of(Teacher, teacher=teacher)
+        checks.share(teacher_decay=teacher_decay)
         checks.positive(c=c)
+        checks.positive(p_std=p_std, rho=rho, learning_rate=learning_rate)
+        checks.at_least(0, weight_decay=weight_decay, eps=eps)
+        checks.at_least(1, "classes", num_classes=num_classes)
         if (metric == "perceptual") != (features is not None):
             raise ValueError("metric: perceptual and features, the network that it compares by, go together: give both or neither")
         super().__init__(network, s0, s1, sigma_min, sigma_max, sigma_data, sample_times, total_steps, autoencoder, grid)

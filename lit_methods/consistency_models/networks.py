@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
+
 
 def fourier_features(noise: Tensor, count: int) -> Tensor:
     """sin(k noise) and cos(k noise), k = 1..count: (B,) -> (B, 2 count)."""
@@ -37,6 +39,7 @@ class NoiseMLP(nn.Module):
 
     def __init__(self, features: int = 2, width: int = 128, depth: int = 3, frequencies: int = 8, dropout: float = 0.0) -> None:
         super().__init__()
+        checks.at_least(1, features=features, width=width, depth=depth, frequencies=frequencies)
         self.frequencies = frequencies
         widths = [features + 2 * frequencies + 1, *[width] * depth]
         layers = [[nn.Linear(a, b), nn.SiLU(), nn.Dropout(dropout)] for a, b in pairwise(widths)]
@@ -124,6 +127,8 @@ class SmallUNet(nn.Module):
         fourier_scale: float | None = None,
     ) -> None:
         super().__init__()
+        checks.at_least(1, in_channels=in_channels, channels=channels, blocks=blocks, num_classes=num_classes)
+        checks.positive(fourier_scale=fourier_scale)
         if not set(attention) <= set(range(len(multipliers))):
             raise ValueError(f"attention is {list(attention)}: give numbers of the {len(multipliers)} stages, from 0")
         width = 4 * channels

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.consistency_models.curricula import check_intervals, doubling_levels
 from lit_methods.consistency_models.evaluation import Purpose, SampleEvaluation
 from lit_methods.consistency_models.latents import LatentSpace
@@ -88,6 +89,9 @@ class PairTraining(SampleEvaluation):
     ) -> None:
         super().__init__()
         check_intervals(s0, s1)
+        checks.positive(sigma_min=sigma_min, sigma_data=sigma_data)
+        checks.at_least(1, "optimiser steps", total_steps=total_steps)
+        checks.at_least(0, "images", grid=grid)
         check_sample_times(sample_times, sigma_min, sigma_max)
         self.network = network
         self.latents = None if autoencoder is None else LatentSpace(autoencoder, sigma_data)

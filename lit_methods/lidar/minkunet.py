@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.lidar.voxels import VoxelType, voxelize
 
 _BLOCKS = {18: (2, 2, 2, 2), 34: (2, 3, 4, 6), 50: (2, 3, 4, 6)}
@@ -119,6 +120,9 @@ class MinkUNet(nn.Module):
         super().__init__()
         if depth not in _BLOCKS or len(planes) != 8:
             raise ValueError(f"MinkUNet has depth 18, 34 or 50 and 8 planes, got depth={depth} and {len(planes)} planes")
+        checks.share(bn_momentum=bn_momentum)
+        for edge in voxel_size:
+            checks.positive(voxel_size=edge)
         spconv = import_spconv()
         self.in_channels, self.voxel_type, self.voxel_size = in_channels, voxel_type, tuple(voxel_size)
         bottleneck = depth == 50

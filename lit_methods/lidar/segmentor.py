@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.lidar import pictures
 from lit_methods.lidar.point_losses import segmentation_losses
@@ -78,6 +79,10 @@ class PointSegmentor(Evaluated):
         pct_start: float = 0.2,
     ) -> None:
         super().__init__()
+        checks.at_least(2, "outputs", num_outputs=num_outputs)
+        checks.at_least(0, lovasz_weight=lovasz_weight, unlabelled_weight=unlabelled_weight, weight_decay=weight_decay)
+        checks.positive(learning_rate=learning_rate)
+        checks.within("(0, 1)", "the share of the steps that rise", pct_start=pct_start)
         self.save_hyperparameters(ignore=["backbone_3d"])
         self.backbone_3d = backbone_3d
         if pretrained is not None:

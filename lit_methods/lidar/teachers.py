@@ -78,6 +78,7 @@ class PatchStatistics(nn.Module):
 
     def __init__(self, stride: int = 8) -> None:
         super().__init__()
+        checks.at_least(1, "pixels", stride=stride)
         self.stride = stride
         self.embed_dim = 3 + 3 + 8 + 3 + 3 + 1
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lit_methods import checks
 from lit_methods.datamodules.fewshot import coloured_shapes as shapes
 from lit_methods.prompting.towers import TowerSizes, TwoTowers
 
@@ -56,6 +57,7 @@ class TinyTowers(TwoTowers):
     """
 
     def __init__(self, pretrain_steps: int = 500, seed: int = 0) -> None:
+        checks.at_least(0, "steps", pretrain_steps=pretrain_steps)
         tokenizer = WordTokenizer(shapes.vocabulary())
         sizes = TowerSizes(
             image_size=shapes.SIZE, patch_size=6, image_width=48, image_layers=3, image_heads=4, text_width=32, text_layers=3,

@@ -97,6 +97,8 @@ class SemiSupervised(Evaluated):
         checks.at_least(1, "the width of the backbone", feature_dim=feature_dim)
         checks.one_of(Schedule, schedule=schedule)
         checks.positive(learning_rate=learning_rate)
+        checks.within("[0, 1)", momentum=momentum)
+        checks.at_least(0, weight_decay=weight_decay, warmup_epochs=warmup_epochs)
         self.backbone, self.head = backbone, nn.Linear(feature_dim, num_classes)
         self.feature_dim, self.num_classes = feature_dim, num_classes
         self._recipe = (learning_rate, momentum, weight_decay, no_decay_norms, schedule, warmup_epochs)

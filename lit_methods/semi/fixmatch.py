@@ -91,6 +91,8 @@ class FixMatch(SemiSupervised):
         super().__init__(backbone, feature_dim, num_classes, learning_rate, momentum, weight_decay, no_decay_norms, schedule, warmup_epochs)
         checks.within("(0, 1]", "a probability", threshold=threshold)
         checks.one_of(Alignment, distribution_alignment=distribution_alignment)
+        checks.at_least(0, unlabelled_weight=unlabelled_weight)
+        checks.at_least(1, "batches", queue_length=queue_length)
         self.save_hyperparameters(ignore=["backbone"])
         self.threshold, self.unlabelled_weight, self.hard_labels = threshold, unlabelled_weight, hard_labels
         self.distribution_alignment = distribution_alignment

@@ -88,7 +88,6 @@ class AdaWAC(LossTerm):
 
     name = "adawac"
     set_up_before = ("LossTerm",)
-    conflicts_with = {"MultiScaleConsistency": "each takes the place of the whole loss: choose one"}  # noqa: RUF012
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve("AdaWAC", ("adawac/loss", "adawac/ce", "adawac/consistency", "adawac/dice"), goal="min"),
         Curve(

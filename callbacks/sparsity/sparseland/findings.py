@@ -135,14 +135,14 @@ class Findings:
         """Every figure that is logged, by name."""
         left = self._left()
         size, kept, everything = sum(self.network.sizes[name] for name in left), sum(left.values()), sum(self.network.sizes.values())
-        values: dict[str, float] = {"density": kept / max(1, size), "density_all": (everything - size + kept) / max(1, everything)}
+        values: dict[str, float] = {"density": kept / size if size else 1.0, "density_all": (everything - size + kept) / max(1, everything)}
         if self.by_mask and self.history.ever:
             values |= {"itop": itop_rate(self.history.ever)[0], "updates": self.updates, **self.changes}
         if self._health:
             for name in ("dead_outputs", "dead_inputs", "disconnected"):
                 values[name] = sum(getattr(state, name) for state in self._health.values())
         if self._effective is not None:
-            values["effective_density"] = self._effective / size
+            values["effective_density"] = self._effective / size if size else 1.0
         if (cost := self.meter.cost) is not None:
             values |= {"flops_ratio": cost.ratio, "flops_ratio_without_attention": cost.ratio_without_attention}
             values["training_flops"] = self.meter.flops

@@ -179,6 +179,18 @@ class EPGFinetune(Stage, SampleEvaluation):
         checks.one_of(Weight, weight=weight)
         checks.one_of(Solver, solver=solver)
         checks.within("[0, 1)", class_dropout=class_dropout)
+        checks.positive(p_std=p_std, c=c, perceptual_temperature=perceptual_temperature, learning_rate=learning_rate)
+        checks.positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, sigma_data=sigma_data, gradient_clip=gradient_clip)
+        checks.at_least(1, num_classes=num_classes, sample_steps=sample_steps, base_resolution=base_resolution, total_steps=total_steps)
+        checks.at_least(2, "levels", num_levels=num_levels)
+        checks.at_least(0, ect_k=ect_k, ect_b=ect_b)
+        for level in guidance_interval:
+            checks.at_least(0, "a noise level", guidance_interval=level)
+        for sigma in probe_sigmas:
+            checks.positive(probe_sigmas=sigma)
+        checks.at_least(0, perceptual_weight=perceptual_weight, guidance=guidance, weight_decay=weight_decay, warmup_steps=warmup_steps)
+        checks.at_least(0, "images", grid=grid)
+        checks.betas(betas=betas)
         if num_levels is None and weight == "inverse_gap" and mode == "denoise":
             raise ValueError("weight='inverse_gap' needs the levels of num_levels: give a number, or weight='one'")
         if perceptual_weight and encoder_ckpt is None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.consistency_models.networks import fourier_features, sinusoidal_embedding
 
 
@@ -107,6 +108,7 @@ class PixelViTEncoder(nn.Module):
     ) -> None:
         super().__init__()
         _check(image_size, patch_size, width, heads)
+        checks.at_least(1, in_channels=in_channels, depth=depth)
         if width % 2:
             raise ValueError(f"width={width} is odd: the embedding of the noise level has as many sines as cosines")
         self.width = width
@@ -166,6 +168,7 @@ class PixelViTDecoder(nn.Module):
     ) -> None:
         super().__init__()
         _check(image_size, patch_size, width, heads)
+        checks.at_least(1, in_channels=in_channels, depth=depth)
         self.grid, self.patch_size = image_size // patch_size, patch_size
         self.inp = nn.Linear(encoder_width, width) if encoder_width != width else nn.Identity()
         self.blocks = nn.ModuleList(_DecoderBlock(width, encoder_width, heads, mlp_ratio, dropout) for _ in range(depth))
@@ -207,6 +210,7 @@ class PixelMLPEncoder(nn.Module):
 
     def __init__(self, shape: Sequence[int] = (1, 8, 8), width: int = 256, depth: int = 3, frequencies: int = 8) -> None:
         super().__init__()
+        checks.at_least(1, width=width, depth=depth, frequencies=frequencies)
         self.width, self.frequencies = width, frequencies
         sizes = [torch.Size(shape).numel() + 2 * frequencies, *[width] * (depth - 1)]
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(size, width), nn.LayerNorm(width), nn.SiLU()) for size in sizes)
@@ -240,6 +244,7 @@ class PixelMLPDecoder(nn.Module):
         self, shape: Sequence[int] = (1, 8, 8), width: int = 256, encoder_width: int = 256, depth: int = 3, dropout: float = 0.0
     ) -> None:
         super().__init__()
+        checks.at_least(1, width=width, encoder_width=encoder_width, depth=depth)
         self.shape = torch.Size(shape)
         sizes = [encoder_width, *[width] * (depth - 1)]
         hidden = [nn.Sequential(nn.Linear(size, width), nn.SiLU(), nn.Dropout(dropout)) for size in sizes[:-1]]

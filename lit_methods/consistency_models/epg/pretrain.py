@@ -172,6 +172,13 @@ class EPGPretrain(Stage, WholeSetEvaluation[_Seen]):
         checks.positive(contrastive_temperature=contrastive_temperature, temperature=temperature, final_temperature=final_temperature)
         checks.at_least(0, consistency_weight=consistency_weight, contrastive_weight=contrastive_weight)
         checks.share(target_decay=target_decay)
+        checks.positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, sigma_data=sigma_data, learning_rate=learning_rate)
+        checks.at_least(1, projector_width=projector_width, projector_dim=projector_dim, projector_layers=projector_layers)
+        checks.at_least(1, base_resolution=base_resolution, neighbours=neighbours, total_steps=total_steps)
+        checks.at_least(0, weight_decay=weight_decay, warmup_steps=warmup_steps)
+        for sigma in probe_sigmas:
+            checks.positive(probe_sigmas=sigma)
+        checks.betas(betas=betas)
         self.save_hyperparameters(ignore=["encoder", "views"])
         self.encoder = encoder
         self.projector = projection_head(needs_width(encoder), projector_width, projector_dim, projector_layers)

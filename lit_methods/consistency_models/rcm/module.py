@@ -250,6 +250,12 @@ class RCM(SampleEvaluation):
         checks.at_least(0, "iterations", tangent_warmup=tangent_warmup, pretrain_iterations=pretrain_iterations, lr_warmup=lr_warmup)
         checks.at_least(0, ema_shift=ema_shift, dmd_weight=dmd_weight, consistency_weight=consistency_weight)
         checks.share(ema_decay=ema_decay)
+        checks.positive(time_std=time_std, time_shift=time_shift, tangent_eps=tangent_eps, sigma_max=sigma_max)
+        checks.positive(
+            pretrain_learning_rate=pretrain_learning_rate, learning_rate=learning_rate, critic_learning_rate=critic_learning_rate
+        )
+        checks.betas(betas=betas)
+        checks.at_least(0, guidance=guidance, weight_decay=weight_decay, grid=grid)
         if dcm_skip > dcm_steps:
             raise ValueError(f"dcm_skip is {dcm_skip}: give 1 to dcm_steps={dcm_steps}")
         if adaptive_weight and consistency != "scm":
@@ -381,7 +387,7 @@ class RCM(SampleEvaluation):
         if self._batches == self.hparams["accumulate"]:
             self._step(name, phase)
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if (self.trainer.fit_loop.total_batch_idx + 1) % max(1, every) == 0:
+        if every > 0 and (self.trainer.fit_loop.total_batch_idx + 1) % every == 0:
             self.log_dict({f"rcm/{name}": torch.as_tensor(value, dtype=torch.float32) for name, value in self._notes.items()})
             self._notes = {}
 

@@ -20,7 +20,7 @@ class RingTeacher(nn.Module):
     def __init__(self, modes: int = 8, radius: float = 1.35, noise: float = 0.05) -> None:
         super().__init__()
         checks.at_least(1, modes=modes)
-        checks.positive(noise=noise)
+        checks.positive(radius=radius, noise=noise)
         angles = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
         self.register_buffer("centres", radius * torch.stack([angles.cos(), angles.sin()], dim=1))
         self.noise = noise

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_methods import checks
 from lit_methods.consistency_models.rcm.attention_jvp import attention_with_tangent
 
 
@@ -188,6 +189,7 @@ class WanTransformer(nn.Module):
         checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
+        checks.at_least(1, channels=channels, hidden=hidden, depth=depth, text_width=text_width)
         if width % (2 * heads) or time_width % 2:
             raise ValueError(f"width={width} with heads={heads}, time_width={time_width}: give heads of even width and an even time_width")
         eps = 1e-6

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from lit_methods import checks
+
 
 def adaptive_c(levels: int, s0: int = 10, initial: float = 0.03456, slope: float = -1.15, intercept: float = -0.85) -> float:
     """Scale c of the Cauchy metric: ``initial`` in the first stage (N = s0 + 1), then exp(slope ln(N - 1) + intercept).
@@ -127,6 +129,7 @@ class NonScalingLayerNorm(nn.Module):
 
     def __init__(self, features: int, eps: float = 1e-5) -> None:
         super().__init__()
+        checks.at_least(0, eps=eps)
         self.eps = eps
         self.bias = nn.Parameter(torch.zeros(features))
 

@@ -130,6 +130,9 @@ class SLCT(PairTraining):
         checks.at_least(1, "samples, or null for the whole batch,", coupling_size=coupling_size)
         checks.within("[0, 1]", "a share of the levels", diffusion_fraction=diffusion_fraction)
         checks.at_least(0, diffusion_weight=diffusion_weight)
+        checks.positive(p_std=p_std, rho=rho, learning_rate=learning_rate)
+        checks.at_least(0, weight_decay=weight_decay, eps=eps)
+        checks.at_least(1, "classes", num_classes=num_classes)
         checks.within("(0, inf)", "a number, or null for 0.00054 sqrt(D),", c_initial=c_initial)
         if remove_scales:
             remove_norm_scales(network)

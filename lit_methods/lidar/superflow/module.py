@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
@@ -125,6 +126,10 @@ class SuperFlow(LightningModule):
         pct_start: float = 0.2,
     ) -> None:
         super().__init__()
+        checks.at_least(1, num_superpixels=num_superpixels, embed_dim=embed_dim, num_pixel_pairs=num_pixel_pairs)
+        checks.positive(temperature=temperature, learning_rate=learning_rate)
+        checks.at_least(0, weight_decay=weight_decay)
+        checks.within("(0, 1)", "the share of the steps that rise", pct_start=pct_start)
         self.save_hyperparameters(ignore=["backbone_3d", "backbone_2d"])
         self.backbone_3d = backbone_3d
         self.teacher = Frozen(backbone_2d)

@@ -153,6 +153,8 @@ class CoPrompt(LightningModule):
         super().__init__()
         checks.at_least(0, num_context=num_context, consistency_weight=consistency_weight, warmup_epochs=warmup_epochs)
         checks.within("[0, 1]", "a share", image_mix=image_mix, text_mix=text_mix)
+        checks.within("[0, 1)", momentum=momentum)
+        checks.at_least(0, weight_decay=weight_decay)
         checks.positive(learning_rate=learning_rate, warmup_learning_rate=warmup_learning_rate)
         checks.one_of(Criterion, criterion=criterion)
         layers = min(towers.sizes.text_layers, towers.sizes.image_layers) if visual_prompts else towers.sizes.text_layers

@@ -122,6 +122,7 @@ class ShrinkMatch(FixMatch):
     ) -> None:
         checks.one_of(("aligned", "raw"), ranks=ranks)
         checks.share(ratio_momentum=ratio_momentum)
+        checks.at_least(0, slope=slope)
         super().__init__(
             backbone, feature_dim, num_classes, threshold=threshold, unlabelled_weight=unlabelled_weight, hard_labels=hard_labels,
             distribution_alignment=distribution_alignment, queue_length=queue_length, learning_rate=learning_rate, momentum=momentum,

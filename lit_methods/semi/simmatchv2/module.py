@@ -126,6 +126,9 @@ class SimMatchV2(SemiSupervised):
     ) -> None:
         super().__init__(backbone, feature_dim, num_classes, learning_rate, momentum, weight_decay, no_decay_norms, schedule, warmup_epochs)
         checks.share(ema_decay=ema_decay)
+        checks.at_least(1, num_labelled=num_labelled, embedding_dim=embedding_dim, bank_size=bank_size)
+        checks.share(threshold=threshold, alignment_momentum=alignment_momentum)
+        checks.at_least(0, node_node_weight=node_node_weight, edge_edge_weight=edge_edge_weight, node_edge_weight=node_edge_weight)
         self.save_hyperparameters(ignore=["backbone"])
         self.norm = nn.LayerNorm(feature_dim) if norm_features else nn.Identity()
         self.projector = nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, embedding_dim))

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lit_methods import checks
 from lit_methods.seeds import own_seed
 from lit_methods.semi.simmatchv2.core import propagate
 from lit_methods.steps import log_global
@@ -52,6 +53,11 @@ class PropagationProbe(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        checks.at_least(2, "classes", num_classes=num_classes)
+        checks.at_least(1, neighbours=neighbours)
+        checks.positive(temperature=temperature)
+        checks.within("[0, 1)", alpha=alpha)
+        checks.at_least(0, logit_noise=logit_noise)
         self.save_hyperparameters()
         self.propagation = (neighbours, temperature, alpha)
         self.num_classes, self.logit_noise = num_classes, logit_noise

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lit_methods import checks
+
 REGIONS = ("all", "many", "median", "low")
 
 
@@ -101,6 +103,8 @@ class ShotMetrics(Metric):
 
     def __init__(self, many: int = 100, few: int = 20, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        checks.at_least(0, "samples", few=few)
+        checks.at_least(few, "samples, no fewer than few,", many=many)
         self.many, self.few = many, few
         self.add_state("sums", torch.zeros(4, 4, dtype=torch.float64), dist_reduce_fx="sum")
         self.set_dtype(torch.float64)

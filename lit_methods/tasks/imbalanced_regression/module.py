@@ -74,6 +74,9 @@ class ImbalancedRegression(Evaluated):
         checks.one_of(RegressionLoss, loss=loss)
         checks.one_of(("adam", "sgd"), optimizer=optimizer)
         checks.positive(learning_rate=learning_rate, noise_sigma=noise_sigma)
+        checks.at_least(0, weight_decay=weight_decay, gamma=gamma)
+        for epoch in milestones:
+            checks.at_least(0, "an epoch", milestones=epoch)
         self.save_hyperparameters(ignore=["backbone", "regressor"])
         self.backbone, self.regressor = backbone, regressor
         self.kind: RegressionLoss = loss

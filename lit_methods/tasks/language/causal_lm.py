@@ -128,6 +128,8 @@ class CausalLM(Evaluated):
         checks.positive(learning_rate=learning_rate)
         checks.within("[0, 1)", "a share of the steps", warmup_share=warmup_share)
         checks.share(final_share=final_share)
+        checks.betas(betas=betas)
+        checks.at_least(0, eps=eps, weight_decay=weight_decay)
         self.save_hyperparameters()
         model: Any = causal_model(name_or_path, config).train()  # transformers gives it in eval mode
         if pretrained is not None:

@@ -83,6 +83,7 @@ class MetricLearning(Evaluated):
         checks.one_of(Optimizer, optimizer=optimizer)
         checks.one_of(Schedule, schedule=schedule)
         checks.positive(learning_rate=learning_rate)
+        checks.at_least(0, loss_learning_rate=loss_learning_rate, weight_decay=weight_decay)
         check_rates(far_min, far_max)
         self.save_hyperparameters(ignore=["network", "loss"])
         self.network, self.loss = network, loss

@@ -281,6 +281,10 @@ class OPIS(_Embeddings):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_rates(far_min, far_max)
+        checks.at_least(2, "thresholds", num_thresholds=num_thresholds)
+        checks.within("(0, 0.5]", "a share of the classes", epsilon=epsilon)
+        checks.at_least(1, "pairs", max_pairs=max_pairs)
         self.far_min, self.far_max, self.num_thresholds, self.epsilon = far_min, far_max, num_thresholds, epsilon
         self.max_pairs, self.seed = max_pairs, seed
 
@@ -330,6 +334,8 @@ class RetrievalScores(_Embeddings):
 
     def __init__(self, top_k: tuple[int, ...] = (1,), **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        for k in top_k:
+            checks.at_least(1, "neighbours", top_k=k)
         self.top_k = tuple(top_k)
 
     def scores(self) -> dict[str, Tensor]:

@@ -70,7 +70,8 @@ def batch_dice(logits: Tensor, labels: Tensor, ignore_index: int = -100, smooth:
     wide = p.dtype if p.device.type == "mps" else torch.float64  # the sums go over all pixels, one by one
     zeros = torch.zeros(p.shape[1], dtype=wide, device=p.device)
     hits, pixels = (zeros.index_add(0, at.flatten(), part.flatten().to(wide)).to(p.dtype) for part in (own, counts))
-    squares = ((p * p).flatten(2) @ counts.reshape(len(labels), -1, 1)).sum((0, 2))
+    size = labels.shape[1:].numel()  # pixels of a sample; 1 where a sample has one label
+    squares = ((p * p).reshape(*p.shape[:2], size) @ counts.reshape(len(labels), size, 1)).sum((0, 2))
     return (1 - (2 * hits + smooth) / (squares + pixels + smooth)).mean()
 
 

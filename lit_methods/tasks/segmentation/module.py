@@ -98,6 +98,9 @@ class ImageSegmentor(Evaluated):
         checks.at_least(2, "classes", num_classes=num_classes)
         checks.within("[0, 1]", "a share", dice_ratio=dice_ratio)
         checks.positive(learning_rate=learning_rate)
+        checks.within("[0, 1)", momentum=momentum)
+        checks.at_least(0, weight_decay=weight_decay, poly_power=poly_power)
+        checks.at_least(1, "slices", slices_per_pass=slices_per_pass)
         checks.one_of(("sgd", "adam"), optimizer=optimizer)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but num_classes={num_classes}")

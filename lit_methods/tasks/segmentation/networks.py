@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.hub import timm_network
 
 
@@ -110,6 +111,7 @@ class LargeFOV(nn.Module):
         self, name: str = "resnet50", num_classes: int = 21, width: int = 1024, dilation: int = 12, pretrained: bool = False
     ) -> None:
         super().__init__()
+        checks.at_least(1, num_classes=num_classes, width=width, dilation=dilation)
         encoder = timm_network(name, pretrained, features_only=True, output_stride=8, out_indices=(-1,))
         self.encoder = encoder
         deepest = encoder.feature_info.channels()[-1]

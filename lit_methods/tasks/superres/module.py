@@ -76,6 +76,9 @@ class SuperResolution(LightningModule):
         super().__init__()
         checks.at_least(1, scale=scale)
         checks.positive(learning_rate=learning_rate)
+        checks.betas(betas=betas)
+        checks.at_least(0, gamma=gamma)
+        checks.at_least(0, "pixels", crop_border=crop_border)
         if list(milestones) != sorted(milestones) or any(step < 1 for step in milestones):
             raise ValueError(f"milestones={list(milestones)} are optimiser steps, 1 or more, in rising order")
         if getattr(network, "scale", scale) != scale:

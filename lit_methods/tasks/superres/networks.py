@@ -63,6 +63,7 @@ class EDSR(nn.Module):
         super().__init__()
         if scale not in (2, 3, 4):
             raise ValueError(f"scale={scale}: EDSR enlarges by 2, 3 or 4")
+        checks.at_least(0, residual_scale=residual_scale)
         checks.at_least(1, channels=channels, num_blocks=num_blocks, image_channels=image_channels)
         if mean is None:
             mean = DIV2K_MEAN if image_channels == 3 else [DIV2K_LUMA_MEAN] * image_channels
@@ -123,6 +124,7 @@ class Swin2SRNetwork(nn.Module):
             from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
         except ImportError as problem:
             raise ModuleNotFoundError("Swin2SRNetwork needs transformers: pip install 'lit-methods[transformers]'") from problem
+        checks.at_least(1, scale=scale, embed_dim=embed_dim, window_size=window_size, image_channels=image_channels)
         config = Swin2SRConfig(
             upscale=scale,
             embed_dim=embed_dim,

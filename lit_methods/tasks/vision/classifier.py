@@ -160,7 +160,13 @@ class ImageClassifier(Evaluated):
         checks.one_of(Loss, loss=loss)
         checks.positive(learning_rate=learning_rate)
         checks.share(label_smoothing=label_smoothing)
+        checks.within("[0, 1)", momentum=momentum)
+        checks.betas(betas=betas)
+        checks.at_least(1, "samples", base_batch_size=base_batch_size)
+        checks.at_least(0, eps=eps, weight_decay=weight_decay, gamma=gamma, warmup_epochs=warmup_epochs, warmup_lr=warmup_lr, min_lr=min_lr)
         checks.at_least(0, mixup=mixup)
+        for epoch in milestones:
+            checks.at_least(0, "an epoch", milestones=epoch)
         if schedule == "multistep" and not milestones:
             raise ValueError("schedule='multistep' needs milestones: give the epochs at which the learning rate falls, such as [80, 120]")
         if class_names is not None and len(class_names) != num_classes:

@@ -385,5 +385,5 @@ def test_layers_that_make_their_weight_at_each_call(norm: Any) -> None:
 
 def test_lazy_layers_are_refused() -> None:
     module = Classifier(nn.Sequential(nn.Flatten(), nn.LazyLinear(4)))
-    with pytest.raises(ValueError, match=r"EMATeacher copies weights when fit starts, but .*1\.weight.* has no shape yet"):
+    with pytest.raises(ValueError, match=r"EMATeacher needs all weights when fit starts, but .*1\.weight.* has no shape yet"):
         tiny_trainer(max_steps=1, callbacks=[EMATeacher()]).fit(module, images())

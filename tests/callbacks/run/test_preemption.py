@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from faults import FewImages
 from helpers import Classifier, run_two_processes, tiny_trainer
 from lit_methods.callbacks import Preemption
 from lit_methods.callbacks.run.preemption import Preempted
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Python's own answer to Ctrl-C, also where the tests run in the background, which a shell starts deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class SignalAt(pl.Callback):

@@ -604,3 +604,12 @@ def test_evidence_that_is_missing(runs):
         f"no baseline for DynamicSparsity, density 0.3: {what}" for what in ("dense, same budget", "magnitude pruning")
     ]
     assert math.isclose(runs["rigl"]["density"]["prunable"], 0.3, abs_tol=0.001)
+
+
+def test_a_network_without_prunable_weights_is_dense() -> None:
+    spectral = torch.nn.utils.parametrizations.spectral_norm
+    network = torch.nn.Sequential(torch.nn.Flatten(), spectral(torch.nn.Linear(192, 8)), torch.nn.ReLU(), spectral(torch.nn.Linear(8, 4)))
+    trainer = tiny_trainer(max_steps=3, log_every_n_steps=1, limit_val_batches=0, callbacks=[SparsityReport()])
+    trainer.fit(Classifier(network), torch.utils.data.DataLoader(Images(), 4))
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("sparsity/")}
+    assert {logged["sparsity/density"], logged["sparsity/density_all"], logged["sparsity/flops_ratio"]} == {1.0}

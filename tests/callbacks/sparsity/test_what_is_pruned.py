@@ -199,6 +199,7 @@ def assert_reported(own: pl.LightningModule, callback: Any, report: SparsityRepo
     assert kept < size
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", callbacks())
 def test_the_reported_density_is_that_of_the_exported_weights(name: str, kind: str) -> None:

@@ -1,0 +1,92 @@
+"""No module or network takes a negative number where there can be none: a size, a rate, a decay, a count."""
+
+import contextlib
+import importlib
+import inspect
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import nn
+
+from lit_methods import (
+    DINOv2,
+    PatchStatistics,
+    PixelMLPDecoder,
+    PixelMLPEncoder,
+    ProxySoftmax,
+    RingTeacher,
+    TinyTowers,
+)
+from lit_methods.catalog import public_names
+
+# what may be negative: labels, seeds, positions of a distribution or a line, values that fill a place
+MAY_BE = {"ignore_index", "seed", "p_mean", "time_mean", "null_condition", "c_slope", "c_intercept", "fill", "pixel_mean"}
+OTHERS = {"CLIPTowers", "DiffusersAutoencoder", "DiffusersNetwork", "ScriptedFeatures", "DINOv2", "TimmNetwork"}  # files, other libraries
+
+
+class Volume(nn.Identity):
+    out_channels = 4
+
+
+def parts(name: str) -> dict[str, Any]:
+    """Arguments that must be given: of one class, or by their names."""
+    special: dict[str, dict[str, Any]] = {
+        "CausalLM": {"config": {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}},
+        "CoPrompt": {"towers": TinyTowers(pretrain_steps=0), "depth": 1},
+        "EPGFinetune": {"encoder": PixelMLPEncoder(width=8), "decoder": PixelMLPDecoder(width=8, encoder_width=8), "num_classes": 3},
+        "EPGPretrain": {"encoder": PixelMLPEncoder(width=8)},
+        "MLP": {"widths": [4, 3]},
+        "PointSegmentor": {"backbone_3d": Volume()},
+        "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},
+        "SimMatchV2": {"backbone": nn.Identity(), "num_labelled": 200, "bank_size": 8},
+        "SuperFlow": {"backbone_3d": Volume(), "backbone_2d": PatchStatistics()},
+        "MetricLearning": {"network": nn.Identity(), "loss": ProxySoftmax(num_classes=3, embedding_dim=2)},
+    }
+    return special.get(name, {})
+
+
+def modules() -> Iterator[Any]:
+    for name, package in sorted(public_names().items()):
+        kind = getattr(importlib.import_module(package), name)
+        own = kind.__module__.startswith("lit_methods.") and not kind.__module__.startswith(
+            ("lit_methods.callbacks", "lit_methods.datamodules")
+        )
+        if own and inspect.isclass(kind) and issubclass(kind, nn.Module) and name not in OTHERS:
+            dear = name in ("WanTransformer", "MinkUNet")  # seconds to build
+            yield pytest.param(kind, id=name, marks=[pytest.mark.thorough] if dear else [])
+
+
+def numbers(kind: type) -> tuple[dict[str, Any], list[str]]:
+    """Arguments that must be given, and the names of those that take a number, or a list or a pair of numbers."""
+    hints = typing.get_type_hints(kind.__init__)  # type: ignore[misc]
+    must, numeric = {}, []
+    for name, parameter in inspect.signature(kind).parameters.items():
+        types = {hints.get(name), *typing.get_args(hints.get(name))}
+        number = bool(types & {int, float}) and bool not in types
+        if number:
+            numeric.append(name)
+        if parameter.default is parameter.empty and parameter.kind < 4 and parameter.kind != parameter.VAR_POSITIONAL:
+            must[name] = 2 if number else nn.Linear(4, 4)
+    must.pop("kwargs", None)
+    return must | parts(kind.__name__), [name for name in numeric if name not in MAY_BE]
+
+
+@pytest.mark.parametrize("kind", list(modules()))
+def test_a_negative_number_is_refused(kind: type) -> None:
+    must, numeric = numbers(kind)
+    kind(**must)  # what is refused below is the number
+    accepted = []
+    for name in numeric:
+        given = must.get(name, inspect.signature(kind).parameters[name].default)
+        wrong: Any = tuple(-7 for _ in given) or (-7,) if isinstance(given, (tuple, list)) else -7
+        with contextlib.suppress(Exception):
+            kind(**must | {name: wrong})
+            accepted.append(name)
+    assert accepted == []
+
+
+def test_a_teacher_of_patches_is_as_strict() -> None:
+    with pytest.raises(ValueError, match="image_size"):
+        DINOv2("small", weights="random", image_size=(-7, 14))
