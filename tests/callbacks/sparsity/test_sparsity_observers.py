@@ -113,10 +113,6 @@ OBSERVERS: dict[str, tuple[Callable[[], list[Any]], Callable[[], list[Any]]]] = 
 }
 
 
-QUICK = ("SparsityReport", "CAST's probe", "ISS-P's probe")
-NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in OBSERVERS]
-
-
 def ended(make: Callable[[], Net], callbacks: list[Any]) -> tuple[dict[str, Tensor], list[Any]]:
     """State after two epochs, and what no state dict holds."""
     pl.seed_everything(7, verbose=False)
@@ -137,7 +133,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("observer", NAMES)
+@pytest.mark.parametrize("observer", OBSERVERS)
 def test_training_is_the_same_with_and_without(observer: str, module: str) -> None:
     watched, alone = (ended(MODULES[module], make()) for make in OBSERVERS[observer])
     assert watched[0].keys() == alone[0].keys()

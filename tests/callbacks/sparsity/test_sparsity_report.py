@@ -613,3 +613,23 @@ def test_a_network_without_prunable_weights_is_dense() -> None:
     trainer.fit(Classifier(network), torch.utils.data.DataLoader(Images(), 4))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("sparsity/")}
     assert {logged["sparsity/density"], logged["sparsity/density_all"], logged["sparsity/flops_ratio"]} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["train_loss", "val_loss", "val_MulticlassAccuracy"], "val_MulticlassAccuracy"),
+        (["val_MulticlassF1Score"], "val_MulticlassF1Score"),
+        (["val/mIoU"], "val/mIoU"),
+        (["valMeanIoU"], "valMeanIoU"),
+        (["val/acc_top5"], "val/acc_top5"),
+        (["eval_accuracy"], "eval_accuracy"),
+        (["val_JaccardIndex", "val_Accuracy"], "val_Accuracy"),
+        (["val_JaccardIndex"], "val_JaccardIndex"),
+        (["train_acc", "val/replacement", "val/loss", "interval_accident"], None),
+    ],
+)
+def test_the_metric_is_chosen_by_words(names, found):
+    from lit_methods.callbacks.sparsity.sparseland.callback import likely_metric
+
+    assert likely_metric(names) == found

@@ -46,10 +46,6 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
 }
 
 
-QUICK = ("RigL", "ISS-P", "CAST", "SparsityReport")
-NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.thorough) for name in CALLBACKS]
-
-
 class Small(pl.LightningModule):
     """A network with a batch norm, trained by AdamW with a schedule."""
 
@@ -92,7 +88,7 @@ def alone(name: str, module: type[Small] = Small, **kwargs: Any) -> dict[str, Te
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CALLBACKS)
 def test_a_learning_rate_finder_changes_nothing(name: str, first: bool, tmp_path: Any) -> None:
     module, callback, finder = Small(), CALLBACKS[name](), LearningRateFinder(num_training_steps=5, update_attr=False)
     callbacks = [finder, callback] if first else [callback, finder]
@@ -104,7 +100,7 @@ def test_a_learning_rate_finder_changes_nothing(name: str, first: bool, tmp_path
     assert_state_dicts_equal(result(module, callback), alone(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CALLBACKS)
 def test_a_tuner_before_fit_changes_nothing(name: str, tmp_path: Any) -> None:
     module, callback = Small(), CALLBACKS[name]()
     trainer = tiny_trainer(max_epochs=1, callbacks=[callback], default_root_dir=tmp_path)
@@ -116,17 +112,17 @@ def test_a_tuner_before_fit_changes_nothing(name: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{"log_every_n_steps": 0}, {"log_every_n_steps": 1}], ids=["never logs", "always logs"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CALLBACKS)
 def test_logging_changes_nothing(name: str, kwargs: dict[str, Any]) -> None:
     assert_state_dicts_equal(alone(name, **kwargs), alone(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CALLBACKS)
 def test_steps_that_take_an_iterator_train_alike(name: str) -> None:
     assert_state_dicts_equal(alone(name, Fetches), alone(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CALLBACKS)
 def test_a_pickled_or_copied_callback_trains_alike(name: str) -> None:
     own, other = Small(), Small()
     pickled, used = pickle.loads(pickle.dumps(CALLBACKS[name]())), CALLBACKS[name]()
