@@ -137,33 +137,41 @@ def convex_loss(kl: Tensor, own: Tensor, eta: float) -> Tensor:
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     eta: float = 1 / 3,
     temperature: float = 1.0,
     squared: bool = True,
     ignore_index: int = -100,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All of Eq. 13: convex sum of the KL to the teacher and the cross-entropy, over the same tokens.
+    """All of Eq. 13: convex sum of the KL to the teacher and the student's own loss, the cross-entropy over the same tokens.
 
     Args:
         student_logits: (..., V) floating point.
         teacher_logits: Same shape.
-        targets: (...) int64 classes; ``ignore_index`` leaves an entry out of both parts.
+        targets: (...) int64 classes; ``ignore_index`` leaves an entry out of both parts. None: all entries count; needs ``own``.
         eta: Share of the KL, 0 to 1.
         temperature: Temperature of the KL; the cross-entropy has none.
         squared: Multiply the KL by ``temperature`` squared.
         ignore_index: Class in ``targets`` that leaves an entry out.
+        own: Scalar, a loss in the place of the cross-entropy.
 
     Returns:
-        Loss, KL and cross-entropy: scalars in float32 or wider.
+        Loss, KL and the student's own loss: scalars in float32 or wider.
+
+    Raises:
+        ValueError: Neither ``targets`` nor ``own``.
     """
-    valid = targets != ignore_index
+    valid = None if targets is None else targets != ignore_index
     kl = kl_to_teacher(student_logits, teacher_logits, temperature, squared, valid)
-    with torch.autocast(student_logits.device.type, enabled=False):
-        logits = student_logits.to(kl.dtype).flatten(0, -2)
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
-    ce = total / valid.sum().clamp(min=1)
-    return convex_loss(kl, ce, eta), kl, ce
+    if own is None:
+        if targets is None or valid is None:
+            raise ValueError("distillation_loss got neither targets nor own: give the classes, or the loss that takes the place of theirs")
+        with torch.autocast(student_logits.device.type, enabled=False):
+            logits = student_logits.to(kl.dtype).flatten(0, -2)
+            total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        own = total / valid.sum().clamp(min=1)
+    return convex_loss(kl, own, eta), kl, own
 
 
 __all__ = [
