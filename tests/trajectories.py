@@ -5,6 +5,7 @@ Golden vectors prove the core, not the run. ``docs/techniques/<slug>.md`` has a 
 the public class by an ordinary Trainer from the same start: weights and logs must be the same.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -102,7 +103,7 @@ class PlainClassifier(pl.LightningModule):
         self.network, self.make_optimizer = network, optimizer
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = nn.functional.cross_entropy(self.network(batch["image"]), batch["label"])
+        loss = nn.functional.cross_entropy(self.network(batch["image"]), batch["label"], ignore_index=255)
         self.log("loss", loss)
         return loss
 
@@ -115,7 +116,7 @@ def small_mlp(dtype: torch.dtype, sizes: Sequence[int] = (8, 16, 16, 4), seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
-        for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(sizes):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         return nn.Sequential(*layers[:-1]).to(dtype)
 
