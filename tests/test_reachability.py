@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_catalogue import SHORTENED, TINY
 
 import reached
 from golden import GOLDEN_DIR, GoldenCase
@@ -21,7 +22,6 @@ from lit_methods.claims.plan import QUICK_WORDS, stage_words
 from lit_methods.claims.study import read_study
 from lit_methods.cli.main import main
 from reached import reached_functions
-from test_catalogue import SHORTENED, TINY
 
 # settings of the public classes that no config and no claim has: slug -> words behind its first config, one run each
 SETTINGS = {
