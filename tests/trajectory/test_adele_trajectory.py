@@ -1,4 +1,4 @@
-"""ADELE and MultiScaleConsistency by a Trainer against the page's loop: histories, fitted curves, corrected labels, learned scale weights."""
+"""ADELE and MultiScaleConsistency by a Trainer against the page's loop: histories, fitted curves, corrected labels, scale weights."""
 
 import copy
 

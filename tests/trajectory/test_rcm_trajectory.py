@@ -1,4 +1,4 @@
-"""RCM by a Trainer against the page's loop: the warm-up, then turns of student and critic, simulations of one and two steps, the average."""
+"""RCM by a Trainer against the page's loop: the warm-up, then turns of student and critic, simulations, the average."""
 
 import copy
 
