@@ -499,6 +499,8 @@ def _complete(slug: str) -> int:
     words["package"] = "lit_methods" if form == "module" else "lit_methods.callbacks"
     in_folder = (root / home / entry.family / slug).is_dir()
     words["core"] = f"{words['package']}.{entry.family}.{slug}" + (".core" if in_folder else "")
+    of_weights = form == "callback" and in_folder
+    words["term"] = f"sum({slug}_loss(value) for value in network.parameters() if value.ndim > 1)" if of_weights else f"{slug}_loss(logits)"
     words |= {name: Template(text).substitute(words) for name, text in _TRAJECTORY[form].items()}
     targets = {
         Path("configs/full") / f"{slug}.yaml": "full.yaml",
