@@ -23,7 +23,16 @@ from lit_methods.claims.study import read_study
 from lit_methods.cli.main import main
 from reached import reached_functions
 
-# settings of the public classes that no config and no claim has: slug -> words behind its first config, one run each
+# the full recipe, small: guidance, and attention that passes on a tangent
+_WAN = (
+    "--config configs/full/rcm_wan1b.yaml --data.init_args.root null --data.init_args.null_embedding null --data.init_args.tokens null "
+    "--data.init_args.num_workers 0 --trainer.devices 1 --trainer.strategy auto --trainer.precision 32-true "
+    "--model.init_args.teacher_weights null --model.init_args.tangent_warmup 1 --model.init_args.student_every 2 "
+) + " ".join(
+    f"--model.init_args.teacher.init_args.{name} {value}"
+    for name, value in {"channels": 4, "width": 24, "hidden": 16, "heads": 2, "depth": 1, "text_width": 16}.items()
+)
+# settings of the public classes that no config and no claim has: slug -> words, one run each; the first config is used unless they name one
 SETTINGS = {
     "adawac": ["--trainer.callbacks.mode reweight-only"],
     "adele": ["--trainer.callbacks.rule slices", "--trainer.callbacks.eval_interval 1"],
@@ -34,6 +43,7 @@ SETTINGS = {
     "masksparsity": ["--trainer.callbacks.criterion threshold"],
     "progressive_gradient_flow": ["--trainer.callbacks.recipe sdgf_stepwise", "--trainer.callbacks.rate 0.5"],
     "random_pruning": [f"--trainer.callbacks.method {method}" for method in ("snip", "grasp")],
+    "rcm": [_WAN, "--config configs/rcm.yaml --model.init_args.consistency dcm --model.init_args.pretrain_iterations 0"],
     "slct": ["--model.init_args.metric geman_mcclure"],
     "sparse_ift": [
         *(f"--trainer.callbacks.family {family} --trainer.callbacks.interval 2" for family in ("parallel", "factorized", "doped")),
@@ -81,7 +91,8 @@ def runs(slug: str, root: Path) -> Iterator[Callable[[], None]]:
         if index == 0:
             yield functools.partial(lit, ["fit", *words, *fit, *checkpoint, *new_root()])
             for setting in SETTINGS.get(slug, ()):
-                yield functools.partial(lit, ["fit", *first, *setting.split(), *fit, *new_root()])
+                given = [] if setting.startswith("--config") else first
+                yield functools.partial(lit, ["fit", *given, *setting.split(), *fit, *new_root()])
     study = read_study(configs_folder() / "claims" / f"{slug}.yaml")
     chains = [*study.arms.values(), *([*study.arms[report.arm], report.stage] for report in study.reports if report.stage)]
     done: dict[str, str] = {}
