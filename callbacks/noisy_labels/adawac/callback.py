@@ -285,10 +285,10 @@ class AdaWAC(LossTerm):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
-        self.table.resize(len(state_dict["weights"]))
-        self.groups.resize(len(state_dict["groups"]))
-        for mine, saved in ((self.table.rows, "weights"), (self.groups.rows, "groups"), (self._sums, "sums")):
-            mine.copy_(state_dict[saved])
+        for table, name in ((self.table, "weights"), (self.groups, "groups")):
+            table.resize(len(state_dict[name]))
+            table.load_state_dict({"rows": state_dict[name]})
+        self._sums.copy_(state_dict["sums"])
         if rank():  # the sums of all ranks are rank 0's from now on
             self._sums.zero_()
 
