@@ -274,7 +274,12 @@ def test_every_setting_runs_and_is_kept_for_itself(workplace: Path, capsys: pyte
     assert {name: list(one["values"]) for name, one in found.items()} == {"drawn": ["good", "bad", "half"], "shapes": ["good", "bad"]}
     assert found["shapes"]["named"] is None, "it's in no checkout"
     assert (workplace / "runs/claims/mini/shapes/summary.json").is_file()
+    assert "holds everywhere" in (workplace / "runs/claims/evidence.md").read_text()
     write_claim(workplace)
+    assert main(["claims", "--page"]) == 0
+    page = " ".join((workplace / "runs/claims/evidence.md").read_text().split())
+    assert "holds everywhere" in page
+    assert "It is no longer in the claim file." in page
     assert main(["claims", "mini"]) == 0
     assert records(workplace)["shapes"] == found["shapes"], "running the others leaves it"
 
@@ -333,7 +338,9 @@ def test_a_cost_is_measured_alone_and_stands_beside_the_kept_result(workplace: P
     assert main(["claims", "mini", "--cost"]) == 0
     assert (workplace / "log.txt").read_text().count("\n") == log, "stages that are kept don't run again"
     after = records(workplace)["drawn"]
-    assert after["cost"].pop("measured")["date"]
+    measured = after["cost"].pop("measured")
+    assert measured["date"]
+    assert measured["load"] >= 0
     assert after == before
 
 
