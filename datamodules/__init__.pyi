@@ -22,5 +22,6 @@ from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
 from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule
+from .vision.skimage_pictures import SkimageDataModule as SkimageDataModule
 from .vision.stl10 import STL10DataModule as STL10DataModule
 from .vision.svhn import SVHNDataModule as SVHNDataModule
