@@ -122,16 +122,20 @@ READING = """
 """
 
 
-def evidence_page(records: Mapping[str, Summary], techniques: Mapping[str, Technique]) -> str:
+def evidence_page(
+    records: Mapping[str, Summary], techniques: Mapping[str, Technique], declared: Mapping[str, Mapping[str, str]] | None = None
+) -> str:
     """The page ``docs/evidence.md``.
 
     Args:
         records: Slug -> record of evidence, as stored.
         techniques: The catalogue; one without a record gets a row that says so.
+        declared: Slug -> name of each setting of its claim file -> what its data is.
 
     Returns:
         Markdown: a table of all techniques, how to read it, and a section for each record.
     """
+    records = {slug: record for slug, record in records.items() if "verdict" in record}
     rows = [summary_row(slug, records.get(slug), technique) for slug, technique in techniques.items()]
     sections = [_section(slug, records[slug], technique) for slug, technique in techniques.items() if slug in records]
     return HEAD + "\n".join(rows) + "\n" + READING + "".join(sections)
