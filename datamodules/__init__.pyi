@@ -6,6 +6,7 @@ from .generative.images import GenerativeDigitsDataModule as GenerativeDigitsDat
 from .generative.images import GenerativeImageNetDataModule as GenerativeImageNetDataModule
 from .generative.latents import LatentDataModule as LatentDataModule
 from .generative.shards import LatentShardsDataModule as LatentShardsDataModule
+from .generative.toys import IrisDataModule as IrisDataModule
 from .generative.toys import RingDataModule as RingDataModule
 from .metric_learning.images import RetrievalImagesDataModule as RetrievalImagesDataModule
 from .metric_learning.open_world import OpenWorldDataModule as OpenWorldDataModule
