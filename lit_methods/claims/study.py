@@ -51,11 +51,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Cost:
-    """Arms whose stage number ``stage`` is timed in turn, for ``steps`` training steps each time; the last one is what is compared with."""
+    """Arms whose stage number ``stage`` is timed in turn, for ``steps`` training steps each time; the last one is what is compared with.
+
+    What is timed may also be a fit of its own, no arm of the claim: ``own`` has its stage, and ``arms`` its name.
+    """
 
     arms: tuple[str, ...]
     stage: int
     steps: int
+    own: dict[str, Stage] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -307,11 +311,20 @@ class _Reader:
             return None
         keys = ("method", "baseline") if is_claim else ("arms",)
         self.known(entry, (*keys, "stage", "steps"), "cost")
-        names = tuple(entry.get(key) for key in keys) if is_claim else tuple(entry.get("arms") or ())
+        given = tuple(entry.get(key) for key in keys) if is_claim else tuple(entry.get("arms") or ())
+        own = {
+            str(one.get("name")): self.stage({key: value for key, value in one.items() if key != "name"}, f"cost ({one.get('name')})")
+            for one in given
+            if isinstance(one, dict)
+        }
+        names = tuple(str(one.get("name")) if isinstance(one, dict) else one for one in given)
         stage, steps = entry.get("stage", 0), entry.get("steps", 10)
         for name in names:
-            if name not in arms or not 0 <= stage < len(arms[name]) or arms[name][stage].command != "fit":
+            if name in own:
+                if name == "None" or name in arms or own[name].command != "fit":
+                    raise self.fail(f"cost: a fit of its own needs a name that no arm has, and config; got {name!r}")
+            elif name not in arms or not 0 <= stage < len(arms[name]) or arms[name][stage].command != "fit":
                 raise self.fail(f"cost: {name!r} is no arm whose stage {stage} is a fit; arms are {', '.join(arms)}")
         if not isinstance(steps, int) or steps < 3:
             raise self.fail(f"cost.steps must be a whole number of 3 or more, as the first two are warm-up, got {steps!r}")
-        return Cost(names, stage, steps)
+        return Cost(names, stage, steps, own)

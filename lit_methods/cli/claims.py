@@ -176,6 +176,17 @@ def _planned(study: "Study", file: Path, seeds: list[int], extra: list[str], pas
     return plan, check_before(study, plan, where)
 
 
+def _timed_plan(study: "Study", file: Path, seed: int, extra: list[str], passed: list[str]) -> "Plan":
+    """The stages that are timed, and what they need."""
+    from lit_methods.claims.cost import timed_study
+    from lit_methods.claims.keys import check_keys
+    from lit_methods.claims.plan import make_plan
+
+    timed = timed_study(study)
+    check_keys(timed, Path(f"{file}, cost"), passed)
+    return make_plan(timed, [seed], extra)
+
+
 def _run_one(command: str, study: "Study", name: str, file: Path, options: argparse.Namespace, passed: list[str]) -> None:
     from lit_methods.claims.cost import cost_nodes, measure
     from lit_methods.claims.display import Display
@@ -221,7 +232,8 @@ def _run_one(command: str, study: "Study", name: str, file: Path, options: argpa
     if study.cost is not None:
         print("cost: both arms in turn, nothing beside them", flush=True)
         steps, turns = (8, 1) if options.quick else (study.cost.steps, 3)
-        rounds = measure(runner, cost_nodes(study.cost, plan, seeds[0], steps, turns))
+        timed = _timed_plan(study, file, seeds[0], extra, passed) if study.cost.own else plan
+        rounds = measure(runner, cost_nodes(study.cost, timed, seeds[0], steps, turns))
     summary["overrides"] = [*passed, *(QUICK_WORDS if options.quick else [])]
     if options.quick:
         summary["note"] = QUICK_NOTE
@@ -249,7 +261,7 @@ def _measure_cost(study: "Study", name: str, file: Path, options: argparse.Names
     record = read_record(options.root, name)
     if not options.plan and (record is None or "verdict" not in record):
         raise CommandError(f"no result of {name} is kept that a cost could stand beside: run lit claims {name}")
-    plan, _ = _planned(study, file, [study.seeds[0]], [], [])
+    plan = _timed_plan(study, file, study.seeds[0], [], [])
     method, baseline = study.cost.arms
     print(f"{name}: a training step of {method} against one of {baseline}, in turn, nothing beside them", flush=True)
     nodes = cost_nodes(study.cost, plan, study.seeds[0], study.cost.steps)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from lit_methods.catalog import Technique
+from lit_methods.claims.cost import cost_nodes, timed_study
 from lit_methods.claims.naming import named
 from lit_methods.claims.plan import MissingData, check_data_folder, make_plan
 from lit_methods.claims.records import setting_records, verdict_of, verdict_table, verdicts_of, with_setting
@@ -345,3 +346,23 @@ def test_a_config_beside_the_claims_is_no_claim(workplace: Path) -> None:
 def test_a_setting_error_is_one_message() -> None:
     with pytest.raises(SettingError, match=r"settings\.x has no 'setts'"):
         content_of(CLAIM | {"settings": {"x": {"data": "d", "setts": 1}}}, "x")
+
+
+# ---- cost ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cost_may_time_fits_that_are_no_arms(tmp_path: Path) -> None:
+    path = tmp_path / "mini.yaml"
+    bare = {"name": "bare", "config": "a.yaml", "set": {"callbacks": []}}
+    path.write_text(yaml.safe_dump(CLAIM | {"cost": {"method": "good", "baseline": bare, "steps": 5}}))
+    study = read_study(path)
+    plan = make_plan(timed_study(study), [0], [], resolve)
+    assert list(plan.chains) == ["good", "bare"], "the other arms don't run"
+    runs = cost_nodes(study.cost or pytest.fail("no cost"), plan, 0, 5)
+    assert [arm for arm, _ in runs] == ["good", "bare"] * 3
+    bare_words, good_words = " ".join(runs[1][1].words), " ".join(runs[0][1].words)
+    assert "--callbacks [] --trainer.callbacks+=StepCost" in bare_words
+    assert "--callbacks []" not in good_words
+    path.write_text(yaml.safe_dump(CLAIM | {"cost": {"method": "good", "baseline": bare | {"name": "bad"}, "steps": 5}}))
+    with pytest.raises(CommandError, match="a name that no arm has"):
+        read_study(path)
