@@ -197,7 +197,7 @@ def _run_one(command: str, study: "Study", name: str, file: Path, options: argpa
     from lit_methods.claims.display import Display
     from lit_methods.claims.duration import duration_line
     from lit_methods.claims.naming import named
-    from lit_methods.claims.plan import QUICK_WORDS, check_data_folder
+    from lit_methods.claims.plan import QUICK_WORDS
     from lit_methods.claims.runner import Runner
     from lit_methods.claims.summary import summarise
 
@@ -224,7 +224,6 @@ def _run_one(command: str, study: "Study", name: str, file: Path, options: argpa
         record = None if options.quick or passed or command != "claims" else read_record(options.root, name)
         print(duration_line(plan, runner, options.jobs, _record_of(record, study)))
         return
-    check_data_folder(study)
     display = Display(len(plan.nodes), options.jobs)
     try:
         results = runner.run(plan.nodes, options.jobs, display)

@@ -45,7 +45,7 @@ def what_is_missing(error: BaseException | None) -> str:
 
 
 def resolve(file: Path) -> int:
-    """Replace argument lists by ``{"config": ...}``, or ``{"error": message}``; ``{checkpoint}`` and ``{data}`` stay what they are.
+    """Replace argument lists by ``{"config": ...}``, or ``{"error": message}``; ``{checkpoint}`` stays what it is.
 
     Where a library is missing, ``missing`` beside the error says which.
     """

@@ -13,7 +13,7 @@ import yaml
 from lit_methods.catalog import Technique
 from lit_methods.claims.cost import cost_nodes, timed_study
 from lit_methods.claims.naming import named
-from lit_methods.claims.plan import MissingData, check_data_folder, make_plan
+from lit_methods.claims.plan import make_plan
 from lit_methods.claims.records import setting_records, verdict_of, verdict_table, verdicts_of, with_setting
 from lit_methods.claims.runner import Runner
 from lit_methods.claims.settings import SettingError, content_of
@@ -116,19 +116,6 @@ def test_settings_need_names_and_words_on_their_data(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({key: value for key, value in CLAIM.items() if key != "setting"} | {"settings": {"digits": DIGITS}}))
     with pytest.raises(CommandError, match="needs `setting`"):
         read_settings(path)
-
-
-def test_a_data_folder_that_nobody_named_is_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = studies(tmp_path, digits=DIGITS | {"set": {"root": "{data}/digits"}})
-    check_data_folder(read["drawn"])
-    monkeypatch.delenv("LIT_METHODS_DATA", raising=False)
-    with pytest.raises(MissingData, match="LIT_METHODS_DATA"):
-        check_data_folder(read["digits"])
-    monkeypatch.setenv("LIT_METHODS_DATA", str(tmp_path / "none"))
-    with pytest.raises(MissingData, match="no folder"):
-        check_data_folder(read["digits"])
-    monkeypatch.setenv("LIT_METHODS_DATA", str(tmp_path))
-    check_data_folder(read["digits"])
 
 
 def test_what_is_missing_is_found_in_the_chain_of_causes() -> None:
@@ -246,7 +233,6 @@ def resolve(commands: dict[str, list[str]], threads: int) -> dict[str, Any]:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
-    monkeypatch.delenv("LIT_METHODS_DATA", raising=False)
     monkeypatch.setattr("lit_methods.claims.plan.make_plan", functools.partial(make_plan, resolve=resolve))
     monkeypatch.setattr("lit_methods.claims.runner.Runner", functools.partial(Runner, child=(sys.executable, str(FAKE))))
     technique = Technique("mini", "Mini Things", "", "demo", "module", (), (), (), "Good is better.", "")
@@ -313,12 +299,10 @@ def test_a_plan_and_a_quick_look_take_all_settings_and_need_no_commit(workplace:
 
 
 def test_a_setting_without_its_data_is_skipped_and_the_others_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    real = {"data": "real", "arms": ["good", "bad"], "set": {"root": "{data}/x"}}
     gone = {"data": "real", "arms": ["good", "bad"], "set": {"behave": "missing"}}
-    write_claim(workplace, real=real, gone=gone, shapes={"data": "made", "set": {"rate": 3}})
+    write_claim(workplace, gone=gone, shapes={"data": "made", "set": {"rate": 3}})
     assert main(["claims", "mini"]) == 0
     said = capsys.readouterr().out
-    assert "mini, setting real: skipped, as its data or a library isn't there\n  its data is below {data}" in said
     assert "mini, setting gone: skipped, as its data or a library isn't there\n  no digits here" in said
     assert list(records(workplace)) == ["drawn", "shapes"]
     assert main(["claims", "mini", "--setting", "gone"]) == 1
