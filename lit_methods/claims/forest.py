@@ -12,7 +12,7 @@ _STYLE = """
   svg { font: 12px system-ui, sans-serif; background: #fff }
   text { fill: #222 } .slug { font-weight: 600 } .grid { stroke: #bbb } .axis { stroke: #555 }
   .holds { stroke: #1b62a5; fill: #1b62a5 } .undecided { stroke: #6b6b6b; fill: #fff } .against { stroke: #b34700; fill: #b34700 }
-  line.undecided { stroke-dasharray: 4 3 } line, path, circle, rect { stroke-width: 1.6 }
+  line.undecided { stroke-dasharray: 4 3 } line, path, circle, rect { stroke-width: 1.6 } .grid { stroke-width: .5 }
   @media (prefers-color-scheme: dark) {
     svg { background: #14181d } text { fill: #e6e6e6 } .grid { stroke: #4a515a } .axis { stroke: #aaa }
     .holds { stroke: #7db8ec; fill: #7db8ec } .undecided { stroke: #b5b5b5; fill: #14181d } .against { stroke: #ffa566; fill: #ffa566 }
@@ -55,7 +55,7 @@ def forest_plot(rows: Sequence[Row]) -> str:
     for index, row in enumerate(rows):
         if index == 0 or rows[index - 1].slug != row.slug:
             y += ROW
-            parts.append(f'<line class="grid" x1="8" x2="{WIDTH - 8}" y1="{y - 14}" y2="{y - 14}" stroke-width="0.5"/>')
+            parts.append(f'<line class="grid" x1="8" x2="{WIDTH - 8}" y1="{y - 14}" y2="{y - 14}"/>')
             parts.append(f'<text class="slug" x="10" y="{y}">{escape(row.slug)}</text>')
         y += ROW
         kind = _CLASSES[row.verdict]

@@ -127,7 +127,7 @@ def test_every_setting_has_its_verdict_its_figures_and_its_commit() -> None:
         "digits: 0.61 against 0.2: -0.2 [-0.3, -0.1], does not hold<br>later: not yet run"
     )
     flat = " ".join(text.split())
-    assert "**1 techniques**: holds in some 1. **2 settings** run; settings by verdict: holds 1, does not hold 1, not yet run 1." in flat
+    assert "**1 techniques**: holds in some: 1. **2 settings run**, by verdict: holds: 1; does not hold: 1; not yet run: 1." in flat
     assert "**Setting `drawn`**: made: drawings. Metric" in flat
     assert (
         "**Setting `digits`**: digits of &lt;5> people. Real data. Named on commit abcdef012 of 2026-01-01; nothing was tuned in it."

@@ -14,7 +14,16 @@ from lit_methods.catalog import Technique
 from lit_methods.claims.cost import cost_nodes, timed_study
 from lit_methods.claims.naming import named
 from lit_methods.claims.plan import make_plan
-from lit_methods.claims.records import setting_records, verdict_of, verdict_table, verdicts_of, with_setting
+from lit_methods.claims.records import (
+    setting_records,
+    verdict_of,
+    verdict_over_all,
+    verdict_table,
+    verdict_words,
+    verdicts,
+    verdicts_of,
+    with_setting,
+)
 from lit_methods.claims.runner import Runner
 from lit_methods.claims.settings import SettingError, content_of
 from lit_methods.claims.study import Study, read_settings, read_study
@@ -357,3 +366,20 @@ def test_a_cost_may_time_fits_that_are_no_arms(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(CLAIM | {"cost": {"method": "good", "baseline": bare | {"name": "bad"}, "steps": 5}}))
     with pytest.raises(CommandError, match="a name that no arm has"):
         read_study(path)
+
+
+@pytest.mark.catalogue
+def test_lit_info_says_whether_the_claim_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    for slug in verdicts():
+        assert main(["info", slug]) == 0
+        assert f"verdict    {verdict_words(slug)}\n" in capsys.readouterr().out
+
+
+def test_the_words_of_a_verdict_name_the_settings_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {
+        "a": {"verdict": "holds", "settings": {"": "holds"}},
+        "b": {"verdict": "holds in 1 of 2", "settings": {"x": "holds", "y": "undecided"}},
+    }
+    monkeypatch.setattr("lit_methods.claims.records.verdicts", lambda: table)
+    assert [verdict_words(slug) for slug in ("a", "b", "none")] == ["holds", "holds in 1 of 2 (x: holds; y: undecided)", "not yet run"]
+    assert [verdict_over_all(slug) for slug in ("b", "none")] == ["holds in 1 of 2", "not yet run"]
