@@ -61,11 +61,12 @@ usage: lit {command} [--config FILE]... [--key value]...
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, tell: Callable[[Exception], None] | None = None) -> int:
     """Run the ``lit`` command.
 
     Args:
         argv: Words after the program's name; None: those of the process.
+        tell: Gets the error that is printed as a short message.
 
     Returns:
         Exit status: 0, 1 for bad data, a missing library or a failed machine, 2 for a mistake in the arguments or configs, 143 for
@@ -87,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exception(error)
+        if tell is not None:
+            tell(error)
         rank = os.environ.get("LOCAL_RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {known}", file=sys.stderr)
         return known.exit_code

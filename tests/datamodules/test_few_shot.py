@@ -217,3 +217,35 @@ def test_loaders_need_setup() -> None:
     for method in ("train_dataloader", "val_dataloader"):
         with pytest.raises(RuntimeError, match=r"call setup\(\) first"):
             getattr(FewShotDataModule(), method)()
+
+
+def test_built_in_digits_have_names_sentences_and_test_images_in_other_hands():
+    data = FewShotDataModule(pictures="digits", shots=3, batch_size=6)
+    data.setup("fit")
+    assert len(data.base_classes) == len(data.new_classes) == 10
+    assert {name.split()[1] for name in data.base_classes + data.new_classes} <= set(shapes.DIGITS)
+    for name, sentences in data.descriptions.items():
+        assert not any(set(name.split()) <= set(shapes.split_words(text)) for text in sentences), "none gives the whole name away"
+        others = set(shapes.DIGITS) - set(name.split())
+        assert not any(others & set(shapes.split_words(text)) for text in sentences)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["image"].shape == (6, 3, 24, 24)
+
+
+def test_a_coloured_digit_is_its_colour_and_its_handwriting():
+    pictures, labels = shapes.draw_images(40, 2, [("zero", "green"), ("one", "rose")])
+    assert labels.tolist() == [0] * 40 + [1] * 40
+    bright = pictures.reshape(80, -1, 3).astype(float)
+    top = np.take_along_axis(bright, bright.sum(-1).argsort(1)[:, -30:, None], axis=1).mean(1)
+    assert (top[:40].argmax(1) == 1).all(), "green"
+    assert (top[40:].argmax(1) == 0).all(), "rose"
+    stroke = (bright.sum(-1) > 0.75 * bright.sum(-1).max(1, keepdims=True)).mean(1)
+    assert stroke[:40].mean() > stroke[40:].mean(), "a loop covers more than a stroke"
+    again, _ = shapes.draw_images(40, 2, [("zero", "green"), ("one", "rose")])
+    assert np.array_equal(pictures, again)
+    assert not np.array_equal(pictures, shapes.draw_images(40, 4, [("zero", "green"), ("one", "rose")])[0])
+
+
+def test_unknown_built_in_pictures_are_refused():
+    with pytest.raises(ValueError, match="pictures"):
+        FewShotDataModule(pictures="letters")

@@ -229,3 +229,12 @@ def test_broken_images_and_wrong_sizes_are_named(root):
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         data(**arguments)
+
+
+def test_other_pictures_of_scikit_image_by_name():
+    data = SuperResolutionDataModule(pictures=["coins", "brick"], color="luma", patch_size=16)
+    data.setup("fit")
+    assert {data.train_set[(0, index)]["name"] for index in range(2)} == {"coins", "brick"}
+    assert [batch["name"] for batch in data.val_dataloader()] == [["coins"], ["brick"]]
+    with pytest.raises(ValueError, match="pictures"):
+        SuperResolutionDataModule(pictures=["lena"])
