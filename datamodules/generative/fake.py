@@ -55,7 +55,7 @@ def shards(
     """
     root.mkdir(parents=True, exist_ok=True)
     for shard in range(count):
-        samples = [
+        samples: list[tuple[str, dict[str, torch.Tensor | str]]] = [
             (
                 f"{n:04d}",
                 {
