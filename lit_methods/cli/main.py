@@ -24,6 +24,7 @@ Look around
   info <technique|family|class>   what it does, its configs, how to run it
 
 Before a long run
+  doctor <config> [overrides]     are data, weights, GPUs, disk there? parameters, memory, steps; nothing is trained or downloaded
   fake <datamodule|config> <root> a tiny release in the benchmark's official layout, to try a pipeline without the data
 
 Believe and see
@@ -123,7 +124,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, fake, report, scaffold
+    from lit_methods.cli import claims, commands, dashboard, doctor, fake, report, scaffold
 
     return {
         "claims": claims.claims,
@@ -136,6 +137,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "export": commands.export,
         "new": scaffold.new,
         "fake": fake.fake,
+        "doctor": doctor.doctor,
     }
 
 
