@@ -21,6 +21,7 @@ from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
 from lit_methods.callbacks.twin import observed
 from lit_methods.checks import at_least
 from lit_methods.panels import Curve, Panel
+from lit_methods.steps import log_global
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
@@ -203,7 +204,7 @@ class Reliability(EvaluationCallback):
             values["fgsm_accuracy"] = attacked.mean()
         if self.unknown is not None:
             values["ood_auroc"] = detection_auroc(confidence, self._unknown_confidence(self._twin or pl_module))
-        pl_module.log_dict({f"reliability/{split}_{name}": value for name, value in values.items()})
+        log_global(pl_module, {f"reliability/{split}_{name}": value for name, value in values.items()})
         self._rows, self._twin = [], None
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ from lit_methods.callbacks.twin import independent_copy, training_batches
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.seeds import own_seed
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="random_pruning",
@@ -338,9 +339,8 @@ class RandomPruning(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density and the first step's gradient norm."""
-        pl_module.log("random_pruning/density", self.store.density(), batch_size=1)
-        if self._gradient_norm is not None:
-            pl_module.log("random_pruning/gradient_norm_at_init", self._gradient_norm.to(pl_module.device), batch_size=1)
+        norm = {} if self._gradient_norm is None else {"random_pruning/gradient_norm_at_init": self._gradient_norm}
+        log_global(pl_module, {"random_pruning/density": self.store.density(), **norm}, batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
         """What all mask callbacks save, the wanted densities, and the first gradient norm."""

@@ -20,6 +20,7 @@ from lit_methods.checks import at_least, one_of, share
 from lit_methods.distributed import rank, sum_over_ranks
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel
 from lit_methods.sample_table import SampleTable
+from lit_methods.steps import log_global
 from lit_methods.tasks.segmentation.core import has_foreground
 
 TECHNIQUE = Technique(
@@ -261,7 +262,7 @@ class AdaWAC(LossTerm):
                 logs |= {f"{loss}_{name}": (sums[group, k] / sums[group, 2]).float() for k, loss in enumerate(("ce", "consistency"))}
         if "weight_dense" in logs and "weight_sparse" in logs:
             logs["weight_gap"] = logs["weight_dense"] - logs["weight_sparse"]
-        pl_module.log_dict({f"{self._prefix}/{name}": value for name, value in logs.items()})
+        log_global(pl_module, {f"{self._prefix}/{name}": value for name, value in logs.items()})
         self._sums.zero_()
 
     def dashboard_media(self) -> dict[str, Media]:

@@ -34,6 +34,7 @@ from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import check_readable
 from lit_methods.runs.folder import run_dir
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="masksparsity",
@@ -296,7 +297,7 @@ class MaskedBNSparsity(OrderedCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the scales of channels that stay and that go."""
         if self._norms:
-            pl_module.log_dict(self._figures(*self._split()), batch_size=1)
+            log_global(pl_module, self._figures(*self._split()), batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """While training: keep the results for the table. In the stages ``mask`` and ``prune``: write the file."""
@@ -325,7 +326,7 @@ class MaskedBNSparsity(OrderedCallback):
         """Log what was removed."""
         if self._scales is not None:
             shares = {f"masksparsity/{name}_kept": after / before for name, (before, after) in self._cost.items() if before}
-            pl_module.log_dict({name: float(value) for name, value in (self._figures(*self._scales) | shares).items()}, batch_size=1)
+            log_global(pl_module, self._figures(*self._scales) | shares, batch_size=1)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log what was removed."""

@@ -36,6 +36,7 @@ from lit_methods.callbacks.targets import plain_modules, plain_parameters, refus
 from lit_methods.callbacks.wrapping import takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="sparse_ift",
@@ -410,7 +411,7 @@ class SparseIFT(DynamicSparsity):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log where things stand."""
-        pl_module.log_dict(self._values(trainer), sync_dist=trainer.world_size > 1, batch_size=1)
+        log_global(pl_module, self._values(trainer), batch_size=1)
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the transformed layers."""

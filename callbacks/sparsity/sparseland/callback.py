@@ -34,6 +34,7 @@ from lit_methods.catalog import Technique
 from lit_methods.files import write_atomically
 from lit_methods.panels import Curve, Media, Panel, TablePanel
 from lit_methods.runs.folder import run_dir
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="sparseland",
@@ -203,7 +204,7 @@ class SparsityReport(OrderedCallback):
         if not self._findings.by_mask:
             self._observe(trainer, pl_module)
         values = {f"sparsity/{name}": float(value) for name, value in self._findings.values().items()}
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1, batch_size=1)
+        log_global(pl_module, values, batch_size=1)
         if not trainer.enable_validation:
             self._write(trainer)
 
