@@ -25,7 +25,7 @@ from lit_methods.callbacks.sparsity.history import flips, pack_bits, unpack_bits
 from lit_methods.callbacks.sparsity.latent import LatentCallback, LatentWeight, ParametrizedWeight, Place, Shared, group_dim, masked_weight
 from lit_methods.callbacks.sparsity.masks import is_nm, nm_mask
 from lit_methods.callbacks.sparsity.store import MaskStore
-from lit_methods.callbacks.twin import shadow
+from lit_methods.callbacks.twin import shadow, unwritten
 from lit_methods.callbacks.wrapping import refuse_iterators, takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -176,6 +176,7 @@ class CAST(LatentCallback):
     """
 
     latents = "weights"
+    without_added = "set scale_groups to 0 (and slorb_block, if you gave it), so that each weight stays one parameter"
     runs_before: ClassVar[Sequence[str]] = ("MaskCallback", "SparsityReport", "Dashboard", "Preemption")
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -451,7 +452,7 @@ class CAST(LatentCallback):
                 arguments = (batch, batch_idx)[: len(inspect.signature(twin.training_step).parameters)]
                 for name, pruned in (("loss_dense", False), ("loss_pruned", True)):
                     self._prune(pruned)
-                    with trainer.precision_plugin.train_step_context():
+                    with trainer.precision_plugin.train_step_context(), unwritten(twin):
                         output = twin.training_step(*arguments)
                     loss = output["loss"] if isinstance(output, Mapping) else output
                     if isinstance(loss, Tensor):
