@@ -139,7 +139,8 @@ class CAST(LatentCallback):
     made at the start of every ``mask_interval``-th optimiser step, on its first micro-batch, from latent weights. Behind the last batch
     weights outside the last mask are removed and scales folded in. ``cast/unfinalized.ckpt`` and ``cast/finalized.ckpt`` in the run's
     folder are written if the Trainer saves checkpoints. With manual optimisation ``distill_weight`` must be 0; give ``total_steps`` where
-    several optimisers step. Scales are called ``<module>.parametrizations.weight.0.scale`` in ``named_parameters()``.
+    several optimisers step. Scales are called ``<module>.parametrizations.weight.0.scale`` in ``named_parameters()``;
+    a momentum branch that walks ``parameters()`` needs ``scale_groups=0``.
 
     Saves: what :class:`LatentCallback` saves, scales, masks, T and the teacher. T, the number of optimiser steps, must be the same at a
     resume.

@@ -58,7 +58,7 @@ class ByName(Momentum):
         still = [name for name in named if name.endswith("bias") or kind[name] is nn.LayerNorm]
         assert set(decay) | set(still) == set(named), "a parameter fits in no group"
         groups = [{"params": [named[name] for name in names], "weight_decay": rate} for names, rate in ((decay, 0.1), (still, 0.0))]
-        return torch.optim.Adam(groups, lr=0.01)
+        return torch.optim.AdamW(groups, lr=0.01)
 
 
 class Look(pl.Callback):
@@ -170,7 +170,10 @@ def test_optimiser_states_of_the_old_order_reach_their_parameters() -> None:
 
     optimizer = torch.optim.Adam(module.parameters())
     state = {
-        "state": {place: {"exp_avg": torch.full_like(parameter, place)} for place, parameter in enumerate(parameters_in_old_order(module))},
+        "state": {
+            place: {"step": torch.tensor(1.0), "exp_avg": torch.full_like(parameter, place)}
+            for place, parameter in enumerate(parameters_in_old_order(module))
+        },
         "param_groups": [{**optimizer.state_dict()["param_groups"][0], "params": list(range(len(old)))}],
     }
     follow_old_order(module, [optimizer], [state])
