@@ -278,7 +278,7 @@ REFUSES: dict[tuple[str, str], str] = {
     **cells(
         ("lightly BYOL", "lightly MoCo"),
         ("CAST",),
-        "if it walks the two in parallel, set scale_groups to 0 (and slorb_block, if you gave it), so that each weight stays one parameter",
+        "if it walks the parameters of the two in parallel, set scale_groups to 0",
     ),
     **cells(("lightly BYOL", "lightly MoCo"), ("SparseIFT",), "it is frozen, and would be drawn anew; transform a submodule that it can"),
     **cells(

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from lit_methods import checks
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.sparsity.callback import MaskCallback, refuse_shared
-from lit_methods.callbacks.sparsity.parameter_order import configured, follow_old_order, join_groups, twins
+from lit_methods.callbacks.sparsity.parameter_order import configured, follow_old_order, join_groups, sums, twins
 from lit_methods.callbacks.sparsity.parametrized import LatentWeight, ParametrizedWeight, Shared
 from lit_methods.callbacks.sparsity.store import Choice, choose_weights, listed, trained
 from lit_methods.callbacks.targets import plain_modules, plain_name, refuse_sharded
@@ -130,6 +130,7 @@ class LatentCallback(OrderedCallback):
         self._layers: dict[str, Any] = {}
         self._left: dict[str, Any] = {}  # state after fit
         self._around: dict[str, Callable[..., Any]] = {}  # methods of the module -> what stands around them
+        self._walked = False  # whether a first step was watched
         self._of_old: list[dict[str, Any]] | None = None  # optimiser states of release 0.1, until they are loaded
 
     @property
@@ -229,17 +230,23 @@ class LatentCallback(OrderedCallback):
             raise ValueError(f"{type(self).__name__}: no optimiser holds {which}: return it from configure_optimizers, or add it to skip")
 
     def _explained(self, pl_module: pl.LightningModule, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``training_step``, whose own code may walk two branches in parallel."""
-        try:
+        """``training_step``, whose own code may walk two branches in parallel; that shows at the first one."""
+        both = twins(pl_module) if pl_module.trainer.global_step == 0 and not self._walked else None
+        if both is None:
             return call(*args, **kwargs)
+        self._walked = True
+        lacks = f"{type(self).__name__} has added parameters to {both[0]!r} that {both[1]!r} lacks, and training_step of"
+        lacks, way = f"{lacks} {type(pl_module).__name__}", f"if it walks the parameters of the two in parallel, {self.without_added}"
+        before = sums(pl_module, both[1])
+        try:
+            output = call(*args, **kwargs)
         except (RuntimeError, ValueError) as error:
-            both = twins(pl_module) if type(error) in (RuntimeError, ValueError) and pl_module.trainer.global_step == 0 else None
-            if both is None:
+            if type(error) not in (RuntimeError, ValueError):
                 raise
-            raise ValueError(
-                f"{type(self).__name__} has added parameters to {both[0]!r} that {both[1]!r} lacks, and training_step of "
-                f"{type(pl_module).__name__} fails ({error}): if it walks the two in parallel, {self.without_added}"
-            ) from error
+            raise ValueError(f"{lacks} fails ({error}): {way}") from error
+        if not torch.equal(before, sums(pl_module, both[1])):
+            rank_zero_warn(f"{lacks} moves that: {way}")
+        return output
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Optimiser states of release 0.1 follow the order of parameters that it gave."""

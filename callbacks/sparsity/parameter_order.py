@@ -68,6 +68,12 @@ def twins(module: nn.Module) -> tuple[str, str] | None:
     return None
 
 
+def sums(module: nn.Module, name: str) -> torch.Tensor:
+    """Sum of each parameter of a submodule, float64 on the CPU, to see whether one moves."""
+    parts = {plain_name(own): part for own, part in module.named_modules()}
+    return torch.stack([parameter.detach().double().sum().cpu() for parameter in parts[name].parameters()])
+
+
 def follow_old_order(module: nn.Module, optimizers: list[torch.optim.Optimizer], states: list[dict[str, Any]]) -> None:
     """Let optimiser states of release 0.1 follow the parameters' order of today, in place; groups in an order of their own stay.
 
@@ -87,4 +93,4 @@ def follow_old_order(module: nn.Module, optimizers: list[torch.optim.Optimizer],
                 saved["params"] = [key_of[parameter] for parameter in parameters]
 
 
-__all__ = ["configured", "follow_old_order", "join_groups", "twins"]
+__all__ = ["configured", "follow_old_order", "join_groups", "sums", "twins"]

@@ -1,6 +1,7 @@
 """What a module's own code sees in ``parameters()`` while weights are parametrised: names and order as without, scales where they fit."""
 
 import copy
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -106,6 +107,25 @@ def test_scales_beside_a_momentum_branch_are_refused_before_the_first_step() -> 
     assert all(torch.equal(value, start[name]) for name, value in module.state_dict().items() if "student" in name)
     assert "training_step" not in vars(module)
     assert "configure_optimizers" not in vars(module)
+
+
+class Broadcasts(Momentum):
+    """Its update takes whatever shapes fit, and the shorter list ends it."""
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for theirs, own in zip(self.teacher.parameters(), self.student.parameters(), strict=False):
+            if theirs.ndim == own.ndim and own.shape[0] == theirs.shape[0] and own.shape[-1] in (1, theirs.shape[-1]):
+                theirs.lerp_(own.expand_as(theirs), 0.5)
+
+
+def test_a_branch_that_moves_beside_scales_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"added parameters to 'student' that 'teacher' lacks.*moves that: if it walks.*scale_groups"):
+        fit(Broadcasts(), cast(scale_groups=1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "CAST has added")
+        fit(Broadcasts(), cast(scale_groups=0))
+        fit(ByName(), cast(scale_groups=1))
 
 
 def test_an_error_of_a_step_without_a_second_branch_stays_what_it_is() -> None:
