@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_methods.callbacks.features import Calls, FeatureCallback
 from lit_methods.callbacks.second_step import second_step
 from lit_methods.callbacks.wrapping import attach, detach, refuse_iterators
+from lit_methods.checks import naming
 from lit_methods.distributed import gather_rows
 
 
@@ -192,7 +193,8 @@ class LossTerm(FeatureCallback):
             "epoch": module.trainer.current_epoch,
         }
         self._batch = batch
-        result = self.term(inputs)
+        with naming(type(self).__name__):
+            result = self.term(inputs)
         self._batch = None
         term, logs = result if isinstance(result, tuple) else (result, {})
         without = [name for name, calls in features.calls.items() if _has_graph(calls) is False]

@@ -154,11 +154,14 @@ class AdaWAC(LossTerm):
         Raises:
             ValueError: The module optimises manually, or a submodule isn't there.
         """
-        if stage == "fit":
-            if trainer.global_step == 0:
-                self._fresh()  # an earlier run's weights belong to it
-            require_network(pl_module, self.targets[0], "AdaWAC")
+        if stage == "fit" and trainer.global_step == 0:
+            self._fresh()  # an earlier run's weights belong to it
         super().setup(trainer, pl_module, stage)
+
+    def hook_in(self, pl_module: pl.LightningModule) -> None:
+        """Hook into the module, if it has the network."""
+        require_network(pl_module, self.targets[0], "AdaWAC")
+        super().hook_in(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give every sample a row.

@@ -182,10 +182,14 @@ class ADELE(LabelCorrection, FeatureCallback):
         """
         if stage == "fit":
             refuse_iterators(pl_module, "ADELE")
-            require_network(pl_module, self.network, "ADELE")
             if trainer.global_step == 0:
                 self._fresh()
         super().setup(trainer, pl_module, stage)
+
+    def hook_in(self, pl_module: pl.LightningModule) -> None:
+        """Hook into the module, if it has the network."""
+        require_network(pl_module, self.network, "ADELE")
+        super().hook_in(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count where the labels are."""

@@ -23,13 +23,12 @@ from torch import Tensor
 
 from lit_methods import checks
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.callback import built_by
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.history import pack, unpack
 from lit_methods.callbacks.sparsity.sparseland.findings import Findings, Network, tables
 from lit_methods.callbacks.sparsity.sparseland.guards import Guards, final_warnings, nonzero_where_removed
 from lit_methods.callbacks.targets import plain_parameter_name, plain_parameters, refuse_lazy, refuse_sharded
-from lit_methods.callbacks.wrapping import takes_iterator
+from lit_methods.callbacks.wrapping import built_by, takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.files import write_atomically
 from lit_methods.panels import Curve, Media, Panel, TablePanel
