@@ -36,6 +36,7 @@ ADDRESS = "LIT_METHODS_TEST_FORKS"
 EXTRA = "LIT_METHODS_TEST_DESCRIPTOR"
 """Environment variable of a child that was given a further file descriptor: its number."""
 LIMIT = 1 << 24  # bytes of a request
+HANGS = 300.0  # seconds after which a test is ended that would never end; no test takes a part of this
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lit_methods
-from helpers import run_two_processes, tiny_trainer
+from helpers import HANGS, run_two_processes, tiny_trainer
 from lit_methods.cli.explain import explain_run_error
 from lit_methods.cli.main import main
 from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, claim_run_folder, git_state, run_dir
@@ -136,7 +136,7 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "lit_methods", "fit", *words]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180, check=False
+        command, cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs" / "pair").iterdir()

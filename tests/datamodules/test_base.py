@@ -81,6 +81,8 @@ def declared(name: str) -> dict[str, tuple[int, str]]:
 def test_the_docstring_tells_the_keys_of_a_batch(name):
     without = {"AgeDataModule": {"views": 0}, "BarsDataModule": {"views": 0}, "NYUD2DataModule": {"reweight": "none"}}
     arguments = without.get(name, {"views": 1} if name == "OrganSlicesDataModule" else {})
+    if "batch_size" in inspect.signature(getattr(datamodules, name)).parameters:
+        arguments = arguments | {"batch_size": 2}
     batch = next(iter(prepared(name, **arguments).train_dataloader()))
     assert declared(name) == {key: (part.ndim, str(part.dtype)[6:]) for key, part in batch.items() if isinstance(part, Tensor)}
 
