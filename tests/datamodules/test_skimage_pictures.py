@@ -33,11 +33,12 @@ def test_a_picture_is_grey_and_halved():
 
 
 def test_patches_come_from_their_picture_and_the_parts_share_no_pixel():
+    pictures = {name: read_picture(name) for name in PICTURES}
     for train in (True, False):
         patches, labels = cut_patches(40, 8, train)
         assert np.bincount(labels).tolist() == [4] * 10
         for patch, label in zip(patches[:10], labels[:10], strict=True):
-            picture = read_picture(PICTURES[label])
+            picture = pictures[PICTURES[label]]
             border = int(0.6 * picture.shape[1])
             columns = places(patch[0], picture)[:, 1]
             assert len(columns) >= 1
