@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_methods import distributed
 from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warmup_decay
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.targets import plain_module, plain_name, refuse_lazy, refuse_sharded, select_modules
+from lit_methods.callbacks.targets import plain_module, plain_name, plain_parameter_name, refuse_lazy, refuse_sharded, select_modules
 from lit_methods.callbacks.twin import copy_of
 from lit_methods.checks import one_of, patterns, share
 from lit_methods.frozen import Frozen
@@ -209,6 +209,8 @@ class EMATeacher(OrderedCallback):
         for name in self.teachers:
             averages = self._averages(name)
             saved = state["averages"].get(name)
+            if saved is not None:  # up to 0.1, weights that a callback of ours parametrises had other names
+                saved = {n if n in averages else plain_parameter_name(n): tensor for n, tensor in saved.items()}
             if saved is None or set(saved) != set(averages):
                 raise ValueError(
                     f"the checkpoint's teacher of {name or 'the module'} has other tensors than this run's: resume with the same "
