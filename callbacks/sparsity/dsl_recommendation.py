@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods import checks
-from lit_methods.callbacks.sparsity.callback import MaskCallback, built_by
+from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.density import layer_density
 from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold, grow
@@ -25,6 +25,7 @@ from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.schedules import cosine_drop
 from lit_methods.callbacks.sparsity.store import Choice
 from lit_methods.callbacks.targets import plain_modules, select_modules
+from lit_methods.callbacks.wrapping import built_by
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
 from lit_methods.steps import remaining_steps

@@ -21,16 +21,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_methods import checks
 from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of, require_logits
-from lit_methods.callbacks.sparsity.callback import MaskCallback, built_by
+from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.scores import grasp_scores, kept_masks, kept_shares, snip_scores
 from lit_methods.callbacks.targets import plain_parameters
 from lit_methods.callbacks.twin import independent_copy, training_batches
+from lit_methods.callbacks.wrapping import built_by
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.seeds import own_seed
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="random_pruning",
@@ -242,9 +244,11 @@ class RandomPruning(MaskCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             if self.method in ("snip", "grasp"):
-                require_logits(pl_module, self.logits, f"{type(self).__name__} with method={self.method!r}")
+                who = f"{type(self).__name__} with method={self.method!r}"
+                self.when_built(pl_module, lambda: require_logits(pl_module, self.logits, who))
             if built_by(pl_module) is None:
-                self._check_ends(list(self.chosen(pl_module)))
+                with checks.naming(type(self).__name__):
+                    self._check_ends(list(self.chosen(pl_module)))
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """All layers are there now."""
@@ -277,7 +281,10 @@ class RandomPruning(MaskCallback):
             whole = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
             if abs(whole - self.density) > 0.1 * self.density + 2 / sum(sizes):
                 why = f"would keep {whole:.1%} of the weights where density is {self.density:.1%}, as that many have the same score"
-                way = "give larger inputs (with maps smaller than kernels most scores are 0), or choose a method by shape, such as 'erk'"
+                way = (
+                    "give larger inputs (with maps smaller than kernels most scores are 0), start norms at a scale above 0, or choose a "
+                    "method by shape, such as 'erk'"
+                )
                 raise ValueError(f"method={self.method!r} {why}: {way}")
         else:
             names, options = list(weights), {"power": self.power, "last_density": self.last_density, "exact_budget": self.exact_budget}
@@ -338,9 +345,8 @@ class RandomPruning(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density and the first step's gradient norm."""
-        pl_module.log("random_pruning/density", self.store.density(), batch_size=1)
-        if self._gradient_norm is not None:
-            pl_module.log("random_pruning/gradient_norm_at_init", self._gradient_norm.to(pl_module.device), batch_size=1)
+        norm = {} if self._gradient_norm is None else {"random_pruning/gradient_norm_at_init": self._gradient_norm}
+        log_global(pl_module, {"random_pruning/density": self.store.density(), **norm}, batch_size=1)
 
     def state_dict(self) -> dict[str, Any]:
         """What all mask callbacks save, the wanted densities, and the first gradient norm."""

@@ -25,7 +25,7 @@ from lit_methods.callbacks.sparsity.history import flips, pack_bits, unpack_bits
 from lit_methods.callbacks.sparsity.latent import LatentCallback, LatentWeight, ParametrizedWeight, Place, Shared, group_dim, masked_weight
 from lit_methods.callbacks.sparsity.masks import is_nm, nm_mask
 from lit_methods.callbacks.sparsity.store import MaskStore
-from lit_methods.callbacks.twin import shadow
+from lit_methods.callbacks.twin import shadow, unwritten
 from lit_methods.callbacks.wrapping import refuse_iterators, takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -139,7 +139,8 @@ class CAST(LatentCallback):
     made at the start of every ``mask_interval``-th optimiser step, on its first micro-batch, from latent weights. Behind the last batch
     weights outside the last mask are removed and scales folded in. ``cast/unfinalized.ckpt`` and ``cast/finalized.ckpt`` in the run's
     folder are written if the Trainer saves checkpoints. With manual optimisation ``distill_weight`` must be 0; give ``total_steps`` where
-    several optimisers step. Scales are called ``<module>.parametrizations.weight.0.scale`` in ``named_parameters()``.
+    several optimisers step. Scales are called ``<module>.parametrizations.weight.0.scale`` in ``named_parameters()``;
+    a momentum branch that walks ``parameters()`` needs ``scale_groups=0``.
 
     Saves: what :class:`LatentCallback` saves, scales, masks, T and the teacher. T, the number of optimiser steps, must be the same at a
     resume.
@@ -176,6 +177,7 @@ class CAST(LatentCallback):
     """
 
     latents = "weights"
+    without_added = "set scale_groups to 0 (and slorb_block, if you gave it), so that each weight stays one parameter"
     runs_before: ClassVar[Sequence[str]] = ("MaskCallback", "SparsityReport", "Dashboard", "Preemption")
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -451,7 +453,7 @@ class CAST(LatentCallback):
                 arguments = (batch, batch_idx)[: len(inspect.signature(twin.training_step).parameters)]
                 for name, pruned in (("loss_dense", False), ("loss_pruned", True)):
                     self._prune(pruned)
-                    with trainer.precision_plugin.train_step_context():
+                    with trainer.precision_plugin.train_step_context(), unwritten(twin):
                         output = twin.training_step(*arguments)
                     loss = output["loss"] if isinstance(output, Mapping) else output
                     if isinstance(loss, Tensor):

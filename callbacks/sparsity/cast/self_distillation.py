@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_methods.callbacks.batch import find_in_batch, logits_from
 from lit_methods.callbacks.features import FeatureCapture
-from lit_methods.callbacks.sparsity.cast.core import convex_loss, kl_to_teacher
+from lit_methods.callbacks.sparsity.cast.core import distillation_loss
 from lit_methods.callbacks.targets import plain_module, select_modules
 from lit_methods.callbacks.twin import copy_of
 from lit_methods.callbacks.wrapping import attach, detach
@@ -96,20 +96,20 @@ class DenseSelf:
         (args, kwargs), answer = arguments[-1], calls[-1]
         self._features.clear()
         student, teacher = self._logits(answer), self._logits(self.teacher(*args, **kwargs))
-        kl = kl_to_teacher(student, teacher, self.temperature, self.squared, self._valid(batch, student))
+        settings = (self.eta, self.temperature, self.squared, self.ignore_index)
+        mixed, kl, _ = distillation_loss(student, teacher, self._targets(batch, student), *settings, own=loss)
         prefix = self.who.lower()
         self._module.log_dict({f"{prefix}/ce": loss.detach(), f"{prefix}/kl": kl.detach()}, batch_size=1)
-        mixed = convex_loss(kl, loss, self.eta)
         return {**output, "loss": mixed} if isinstance(output, Mapping) else mixed
 
-    def _valid(self, batch: Any, logits: Tensor) -> Tensor | None:
+    def _targets(self, batch: Any, logits: Tensor) -> Tensor | None:
         if self.labels is None:
             return None
-        valid = find_in_batch(batch, self.labels, (self.labels, 0), "labels") != self.ignore_index
-        if valid.shape != logits.shape[:-1]:
-            shapes = f"the batch's {self.labels!r} are {tuple(valid.shape)}, but the logits {tuple(logits.shape)}"
+        targets = find_in_batch(batch, self.labels, (self.labels, 0), "labels")
+        if targets.shape != logits.shape[:-1]:
+            shapes = f"the batch's {self.labels!r} are {tuple(targets.shape)}, but the logits {tuple(logits.shape)}"
             raise ValueError(f"{self.who}: {shapes}: the labels must be aligned with them")
-        return valid
+        return targets
 
     def _logits(self, output: Any) -> Tensor:
         return logits_from(output, f"{self.who}: {self.name!r}")

@@ -23,6 +23,7 @@ from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.seeds import own_seed
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="issp",
@@ -373,11 +374,9 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density, flips and what was measured at the switch."""
-        pl_module.log("issp/density", self.store.density(), batch_size=1)
-        if self.method in ("iss_p", "iht", "iss_r"):
-            pl_module.log("issp/total_flips", self._flips.float(), batch_size=1)
-        for name, value in self._switch.items():
-            pl_module.log(f"issp/{name}", value.to(pl_module.device), batch_size=1)
+        flips = {"total_flips": self._flips.float()} if self.method in ("iss_p", "iht", "iss_r") else {}
+        values = {"density": self.store.density(), **flips, **self._switch}
+        log_global(pl_module, {f"issp/{name}": value for name, value in values.items()}, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the switch has not come."""
