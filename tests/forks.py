@@ -42,8 +42,8 @@ HANGS = 300.0  # seconds after which a test is ended that would never end; no te
 # ---- the server ------------------------------------------------------------------------------------------------------
 
 
-COLLECTED = ("lit_methods.parts", "nbclient", "nbformat", "sklearn.datasets", "spconv.pytorch", "timm", "wandb")
-"""Of what test processes import while they collect, what takes long; optional libraries among it."""
+COLLECTED = ("nbclient", "nbformat", "sklearn.datasets", "timm")
+"""Of what test processes import while they collect, what takes long; nothing that starts threads or processes, or looks for a GPU."""
 
 
 def preload(also: Sequence[str]) -> None:
