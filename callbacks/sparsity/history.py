@@ -63,7 +63,7 @@ class MaskHistory:
     def load(self, state: Mapping[str, Any], weights: Mapping[str, Tensor], **kinds: Kind) -> None:
         """Undo :meth:`state`; masks go to the device of the weight of their name."""
         for key, kind in kinds.items():
-            setattr(self, kind, {name: mask.to(weights[name].device) for name, mask in state[key].items()})
+            setattr(self, kind, {name: mask.to(weights[name].device) for name, mask in state[key].items() if name in weights})
 
 
 def flips(before: Masks, after: Masks) -> Tensor:

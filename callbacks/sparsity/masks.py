@@ -109,6 +109,16 @@ def _fewest_beaten(magnitude: Tensor, n: int, m: int, dim: int) -> Tensor:
     return torch.stack([count < n for count in before], dim=dim + 1).flatten(dim, dim + 1)
 
 
+def check_pattern(n: int, m: int) -> None:
+    """Raise unless n:m is a pattern.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    if not 1 <= n <= m:
+        raise ValueError(f"a pattern of {n}:{m} can't be: give 1 <= N <= M")
+
+
 def is_nm(weight: Tensor, n: int, m: int, dim: int = 1) -> bool:
     """Whether no group of ``m`` along ``dim`` has more than ``n`` non-zero entries."""
     if weight.shape[dim] % m:

@@ -79,6 +79,10 @@ class ParametrizedWeight:
         self.module, self.attribute, self.parametrization = module, attribute, parametrization
         self._order = list(module._parameters)  # before any of them is parametrised
 
+    def parts(self) -> dict[str, Tensor]:
+        """The latent weight, and the parametrisation's own parameters."""
+        return {"latent": self.latent, **dict(self.parametrization.named_parameters())}
+
     def attach(self) -> None:
         """Put the parametrisation on."""
         chains: Any = getattr(self.module, "parametrizations", {})

@@ -4,7 +4,6 @@ Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.cast.core`.
 """
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -23,13 +22,14 @@ from lit_methods.callbacks.sparsity.cast.adams import AdamS, Rule
 from lit_methods.callbacks.sparsity.cast.self_distillation import DenseSelf
 from lit_methods.callbacks.sparsity.history import flips, pack_bits, unpack_bits
 from lit_methods.callbacks.sparsity.latent import LatentCallback, LatentWeight, ParametrizedWeight, Place, Shared, group_dim, masked_weight
-from lit_methods.callbacks.sparsity.masks import is_nm, nm_mask
+from lit_methods.callbacks.sparsity.masks import check_pattern, is_nm, nm_mask
 from lit_methods.callbacks.sparsity.store import MaskStore
 from lit_methods.callbacks.twin import shadow
 from lit_methods.callbacks.wrapping import refuse_iterators, takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.folder import run_dir
+from lit_methods.steps import training_length
 
 TECHNIQUE = Technique(
     slug="cast",
@@ -101,10 +101,6 @@ class _Layer(ParametrizedWeight):
     def cell(self) -> _Cell:
         return self.parametrization.cell
 
-    def parts(self) -> dict[str, Tensor]:
-        """Latent weight, scale and branch."""
-        return {"latent": self.latent, **dict(self.parametrization.named_parameters())}
-
 
 class _Preset(NamedTuple):
     """What a recipe stands for where the user says nothing."""
@@ -175,7 +171,11 @@ class CAST(LatentCallback):
         ValueError: An argument outside its range; in ``setup`` or when training starts, something that can't work.
     """
 
-    latents = "weights"
+    latents, prefix = "weights", "cast"
+    kept: ClassVar[Mapping[str, str]] = {
+        **{name: f"_{name}" for name in ("refreshed", "probed", "stats")},
+        **{"first_masks": "_first", "total_steps": "_steps"},
+    }
     runs_before: ClassVar[Sequence[str]] = ("MaskCallback", "SparsityReport", "Dashboard", "Preemption")
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -226,8 +226,7 @@ class CAST(LatentCallback):
         checks.one_of(Recipe, recipe=recipe)
         checks.one_of(Update, update=update)
         checks.one_of(("same", "bfloat16"), teacher_dtype=teacher_dtype)
-        if not 1 <= n <= m:
-            raise ValueError(f"a pattern of {n}:{m} can't be: give 1 <= n <= m")
+        check_pattern(n, m)
         checks.at_least(1, "optimiser steps", mask_interval=mask_interval, total_steps=total_steps)
         checks.at_least(0, "optimiser steps", probe_interval=probe_interval, ramp_steps=ramp_steps)
         checks.at_least(0, l1_decay=l1_decay, scale_groups=scale_groups, slorb_block=slorb_block)
@@ -338,7 +337,7 @@ class CAST(LatentCallback):
         check_ranks("CAST", self.store.masks.values(), "weights")
         if self.update != "adam":
             self._replace_optimizers(trainer, self.update)
-        self._settle_length(trainer)
+        self._settle_length(trainer, pl_module)
         notify_mask_updated(trainer, pl_module, self)
 
     def _settle_teacher(self, pl_module: pl.LightningModule) -> None:
@@ -375,19 +374,16 @@ class CAST(LatentCallback):
         trainer.strategy.optimizers = optimizers
         self._share_masks(trainer)
 
-    def _settle_length(self, trainer: pl.Trainer) -> None:
+    def _settle_length(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle T."""
-        steps = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
-        if not math.isfinite(steps):
-            raise ValueError("CAST's decay grows until training ends, and this one has no end: set max_steps, max_epochs or total_steps")
-        steps = max(1, int(steps))
+        steps = training_length(pl_module, self.total_steps, what="CAST's decay, which grows until training ends,")
         if self._steps is not None and self._steps != steps:
             change = f"was to take {self._steps} optimiser steps and is now to take {steps}"
             raise ValueError(f"CAST: the training {change}, so that alpha = t / T would jump: train as long, or set total_steps")
         self._steps = steps
-        self.on_train_start(trainer)
+        self.on_train_start(trainer, pl_module)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule | None = None) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the optimisers this run's settings: a checkpoint has restored those of its own."""
         assert self._steps is not None
         ramp = self._steps // 4 if self.ramp_steps is None else self.ramp_steps
@@ -475,7 +471,7 @@ class CAST(LatentCallback):
         for optimizer in self._adams(trainer):
             group = max(optimizer.param_groups, key=lambda group: group.get("decay_budget", -1.0))
             logs |= {"alpha": group.get("alpha", 0.0), "decay_budget": group.get("decay_budget", 0.0)}
-        pl_module.log_dict({f"cast/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False, batch_size=1)
+        self.log_step(pl_module, logs)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     # ---- the end -----------------------------------------------------------------------------------------------------------------------
@@ -554,38 +550,13 @@ class CAST(LatentCallback):
     def state(self) -> dict[str, Any]:
         """Latent weights, scales, masks, T, the teacher."""
         teacher = self.dense.teacher.module.state_dict() if self.dense is not None and self.save_teacher else {}
-        return {
-            "weights": self.parts(),
-            **self.store.state_dict(),
-            "first_masks": dict(self._first),
-            "total_steps": self._steps,
-            "refreshed": self._refreshed,
-            "probed": self._probed,
-            "stats": dict(self._stats),
-            "finalized": self.finalized,
-            "fingerprint": self._fingerprint,
-            "teacher": dict(teacher),
-        }
+        own = {"finalized": self.finalized, "fingerprint": self._fingerprint, "teacher": dict(teacher)}
+        return super().state() | self.store.state_dict() | own
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over latent weights: the module has loaded those of the forward pass just before.
-
-        Raises:
-            ValueError: The checkpoint's weights are others.
-        """
-        if not state or not self._layers:
-            return
+    def restore(self, state: dict[str, Any]) -> None:
+        """Masks, the teacher, and whether the end has come."""
         self.store.load_state_dict(state)
-        for name, layer in self._layers.items():
-            own, saved = layer.parts(), state["weights"][name]
-            if set(own) != set(saved):
-                raise ValueError(f"CAST: {name} was saved with {sorted(saved)}: resume with the same recipe and scale_groups")
-            for key, value in saved.items():
-                own[key].copy_(value)
         self._prune(bool(state["finalized"]))
-        self._first, self._steps, self._stats = dict(state["first_masks"]), state["total_steps"], dict(state["stats"])
-        self._refreshed, self._probed = int(state["refreshed"]), int(state["probed"])
         if self.dense is not None and state["teacher"]:
             self.dense.teacher.module.load_state_dict(state["teacher"])
         else:

@@ -27,6 +27,7 @@ from lit_methods.callbacks.sparsity.latent import (
     group_dim,
     masked_weight,
 )
+from lit_methods.callbacks.sparsity.masks import check_pattern
 from lit_methods.callbacks.sparsity.progressive_gradient_flow import core
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import Phase, Recipe, parse_pattern, sparse_mask
 from lit_methods.catalog import Technique
@@ -168,6 +169,8 @@ class NMSparsity(LatentCallback):
         ValueError: An argument outside its range, here or in ``setup``, where the weights are known.
     """
 
+    prefix = "progressive_gradient_flow"
+    kept: ClassVar[Mapping[str, str]] = {name: f"_{name}" for name in ("first_step", "decay", "spent", "batches")}
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve("Flow through pruned weights (beta)", ("progressive_gradient_flow/beta",), note="1: dense, 0: the mask is hard."),
         Curve("Pattern", ("progressive_gradient_flow/n*", "progressive_gradient_flow/m", "progressive_gradient_flow/m_*")),
@@ -221,9 +224,8 @@ class NMSparsity(LatentCallback):
         self.dense_epochs, self.fine_tune_epochs, self.total_epochs = dense_epochs, fine_tune_epochs, total_epochs
         self._pattern = (n, m)
         patterns = {parse_pattern(pattern) for pattern in self.targets.values()} if isinstance(self.targets, dict) else {self._pattern}
-        for a, b in (self._pattern, *patterns):
-            if not 1 <= a <= b:
-                raise ValueError(f"a pattern of {a}:{b} can't be: give 1 <= N <= M")
+        for pattern in (self._pattern, *patterns):
+            check_pattern(*pattern)
         self.n: int | None
         self.m: int | None
         self.n, self.m = next(iter(patterns)) if len(patterns) == 1 else (None, None)  # where all weights have the same pattern
@@ -357,9 +359,7 @@ class NMSparsity(LatentCallback):
         for index, flow in enumerate(self._flows.values() if not self.rate else ()):
             ending = f"_{index}" if len(self._flows) > 1 else ""
             logs |= {f"n{ending}": float(flow.phase.n), f"m{ending}": float(flow.phase.m)}
-        pl_module.log_dict(
-            {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False, batch_size=1
-        )
+        self.log_step(pl_module, logs)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
@@ -380,8 +380,7 @@ class NMSparsity(LatentCallback):
                 grad.copy_(core.decay_pruned(grad, layer.latent, mask, self.srste_decay))
         if squares:
             norms = torch.stack([pair.to(squares[0].device) for pair in squares]).sum(0).sqrt()
-            names = ("progressive_gradient_flow/grad_pruned_norm", "progressive_gradient_flow/grad_kept_norm")
-            pl_module.log_dict(dict(zip(names, norms, strict=True)), on_step=True, on_epoch=False, batch_size=1)
+            self.log_step(pl_module, {"grad_pruned_norm": norms[0], "grad_kept_norm": norms[1]})
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The target masks, with nothing through pruned weights."""
@@ -430,33 +429,11 @@ class NMSparsity(LatentCallback):
 
     def state(self) -> dict[str, Any]:
         """Latent weights and what the schedule and the logs need."""
-        return {
-            "latent": {name: layer.latent.detach() for name, layer in self._layers.items()},
-            "first_step": self._first_step,
-            "decay": self._decay,
-            **self._history.state(previous="last"),
-            "spent": self._spent,
-            "batches": self._batches,
-        }
+        return super().state() | self._history.state(previous="last")
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over latent weights: the module has loaded the masked ones just before.
-
-        Raises:
-            ValueError: The checkpoint's weights are others.
-        """
-        if not state or not self._layers:
-            return
-        if set(state["latent"]) != set(self._layers):
-            odd = ", ".join(sorted(set(state["latent"]) ^ set(self._layers))[:6])
-            raise ValueError(f"the checkpoint's latent weights are others ({odd}): resume with the same module, targets and skip")
-        for name, latent in state["latent"].items():
-            self._layers[name].latent.copy_(latent)
-        self._first_step = None if state["first_step"] is None else int(state["first_step"])
-        self._decay = state["decay"]
+    def restore(self, state: dict[str, Any]) -> None:
+        """The masks of the last epoch."""
         self._history.load(state, {name: layer.latent for name, layer in self._layers.items()}, previous="last")
-        self._spent, self._batches = float(state["spent"]), int(state["batches"])
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave an ordinary module; state and masks stay readable."""

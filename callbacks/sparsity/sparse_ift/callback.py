@@ -21,7 +21,6 @@ from lit_methods.callbacks.sparsity.density import layer_density
 from lit_methods.callbacks.sparsity.drop_grow import target_count
 from lit_methods.callbacks.sparsity.dynamic import DynamicSparsity
 from lit_methods.callbacks.sparsity.dynamics import itop_rate
-from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.meter import count_on_batch
 from lit_methods.callbacks.sparsity.sparse_ift.core import Distribution, Family, Init, UVLayer, base_scaling, folded_frobenius, spectral_gap
 from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
@@ -109,7 +108,7 @@ class SparseIFT(DynamicSparsity):
         ValueError: An argument outside its range; in ``setup``, something that can't be transformed; at the first batch, unequal FLOPs.
     """
 
-    artifact = "sparse_ift_masks"
+    artifact, remembers, kept = "sparse_ift_masks", {"ever": "ever", "always": "always"}, {"macs": "_macs"}
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve(
             "FLOPs against the dense network",
@@ -179,7 +178,6 @@ class SparseIFT(DynamicSparsity):
         self._uncounted = True
         self._built: set[str] = set()  # layers that were there when the module was transformed
         self._stored: dict[str, int] = {}  # entries of the weights of all transformed layers
-        self._history = MaskHistory("ever", "always")
 
     @property
     def sparsity_card(self) -> SparsityCard:
@@ -272,35 +270,21 @@ class SparseIFT(DynamicSparsity):
         return {name: target_count(weight.numel(), 1 - self.layer_densities[name]) for name, weight in weights.items()}
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As dynamic sparsity, and begin to watch the masks."""
+        """As dynamic sparsity; layers that weren't there to be transformed are refused."""
         if late := [name for name in self._matrices(pl_module) if name not in self._built]:
             made = f"{type(pl_module).__name__} has made {', '.join(late[:4])} in its setup, when its other layers were transformed already"
             raise ValueError(f"Sparse-IFT: {made}: make them in __init__ or in configure_model")
         super().begin_fit(trainer, pl_module)
-        self._history, self._macs = MaskHistory("ever", "always"), None
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Masks, what they have been through, and the count."""
-        super().restore(state)
-        self._history.load(state, self.store.weights, ever="ever", always="always")
-        self._macs = state["macs"]
+        self._macs = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the masks."""
         super().on_fit_start(trainer, pl_module)
-        if not self._history.ever:
-            self._history.note(self.store.masks)
         self._uncounted = self._macs is None
         sizes = {name: parameter.numel() for name, parameter in plain_parameters(pl_module).items()}
         self._stored = {name: sizes[name] for layer in self._layers for name in layer.weights}
         if self.fold_weight_decay:
             self._check_decay(trainer)
-
-    def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop and grow in every layer, and remember what was active."""
-        changed = super().after_step(step, names, gradients)
-        self._history.note(changed)
-        return changed
 
     # ---- folded weight decay -----------------------------------------------------------------------------------------------------------
 
@@ -384,8 +368,8 @@ class SparseIFT(DynamicSparsity):
         layers = [one for one in self._layers if one.enlarged and one.sparse]
         values = {
             "density": sum(active for active, _ in counts.values()) / sum(size for _, size in counts.values()),
-            "itop": itop_rate(self._history.ever)[0],
-            "doc": itop_rate(self._history.always)[0],
+            "itop": itop_rate(self.history.ever)[0],
+            "doc": itop_rate(self.history.always)[0],
         }
         if layers:
             dense = sum(one.dense_size for one in layers)
@@ -434,16 +418,9 @@ class SparseIFT(DynamicSparsity):
     # ---- state -------------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What mask callbacks save, the settings, exploration and the FLOP count."""
+        """What mask callbacks save, and the settings."""
         state = super().state_dict()
-        if not state or self.transformation is None:
-            return state
-        return {
-            **state,
-            "settings": self.transformation.settings(),
-            **self._history.state(ever="ever", always="always"),
-            "macs": self._macs,
-        }
+        return state if not state or self.transformation is None else {**state, "settings": self.transformation.settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until fit starts.
