@@ -250,9 +250,7 @@ class DSL(MovingMasks):
         checks.share(initial_ratio=initial_ratio, min_ratio=min_ratio)
         checks.at_least(1, "optimiser steps", interval=interval, total_steps=total_steps)
         checks.at_least(0, "a magnitude", death_threshold=death_threshold)
-        checks.one_of(Start, start=start)
-        checks.one_of(Death, death=death)
-        checks.one_of(Growth, growth=growth)
+        checks.literals(DSL, locals())
         if growth == "momentum" and (mask_gradients or mask_optimizer_state):
             raise ValueError("growth='momentum' reads the moments of dead weights: set mask_gradients and mask_optimizer_state to false")
         self.density, self.start, self.death, self.growth, self.interval = density, start, death, growth, interval

@@ -109,9 +109,7 @@ class DynamicSparsity(MovingMasks):
         checks.at_least(1, "optimiser steps", interval=interval, total_steps=total_steps)
         checks.at_least(0, "optimiser steps", begin=begin)
         checks.at_least(0, rate=rate)
-        checks.one_of(("static", "set", "rigl"), method=method)
-        checks.one_of(("random", "random_exact", "magnitude"), start=start)
-        checks.one_of(("cosine", "constant", "exponential"), anneal=anneal)
+        checks.literals(DynamicSparsity, locals())
         self.density, self.method, self.distribution, self.start = density, method, distribution, start
         self.interval, self.drop_fraction, self.anneal, self.rate = interval, drop_fraction, anneal, rate
         self.begin, self.end_fraction, self.total_steps = begin, end_fraction, total_steps

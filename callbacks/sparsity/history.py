@@ -46,10 +46,6 @@ class MaskHistory:
             known: dict[str, Tensor] = getattr(self, kind)
             known |= _NEXT[kind](known, masks)
 
-    def flips(self, masks: Masks) -> Tensor:
-        """How many entries differ from the last masks: a scalar on the first mask's device; weights without a last mask don't count."""
-        return flips(self.last, masks)
-
     def change(self, masks: Masks) -> MaskChange | None:
         """From the last masks to these; None if they are the same."""
         before = {name: self.last[name] for name in masks if name in self.last}

@@ -11,11 +11,6 @@ def _comparable(score: Tensor) -> Tensor:
     return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
 
 
-def _first_true(candidates: Tensor, count: Tensor | int) -> Tensor:
-    """The first ``count`` True entries along the last dimension."""
-    return candidates & (candidates.cumsum(-1) <= count)
-
-
 def keep_largest(score: Tensor, count: int) -> Tensor:
     """Mask of the ``count`` largest scores of a tensor.
 
@@ -39,8 +34,8 @@ def keep_largest(score: Tensor, count: int) -> Tensor:
         kept = flat >= threshold
         if int(kept.sum()) == count:  # no ties, so that none has to be counted
             return kept.view(score.shape)
-    above = flat > threshold
-    return (above | _first_true(flat == threshold, count - above.sum())).view(score.shape)
+    above, equal = flat > threshold, flat == threshold
+    return (above | (equal & (equal.cumsum(0) <= count - above.sum()))).view(score.shape)
 
 
 def random_mask(shape: torch.Size | tuple[int, ...], density: float, generator: torch.Generator, exact: bool = False) -> Tensor:

@@ -1,7 +1,7 @@
 """Weights that the forward pass sees through a parametrisation, which can be taken off without a trace. Nothing here knows Lightning."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ class LatentWeight(nn.Module):
     def neutral_state(self) -> Mapping[str, Tensor]:
         """Values of its own parameters with which the forward pass sees the latent weight as it is, by name."""
         return {}
+
+
+Parametrization = TypeVar("Parametrization", bound=LatentWeight)
 
 
 def _plain_on_save(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -61,7 +64,7 @@ class Shared:
         return self
 
 
-class ParametrizedWeight:
+class ParametrizedWeight(Generic[Parametrization]):
     """One weight of a module, with a parametrisation that can be attached and taken off without a trace.
 
     Args:
@@ -75,7 +78,7 @@ class ParametrizedWeight:
 
     latent: nn.Parameter
 
-    def __init__(self, module: nn.Module, attribute: str, parametrization: LatentWeight) -> None:
+    def __init__(self, module: nn.Module, attribute: str, parametrization: Parametrization) -> None:
         self.module, self.attribute, self.parametrization = module, attribute, parametrization
         self._order = list(module._parameters)  # before any of them is parametrised
 

@@ -210,8 +210,7 @@ class RandomPruning(MaskCallback):
     ) -> None:
         super().__init__(targets, skip, seed, mask_gradients, mask_optimizer_state)
         checks.within("(0, 1]", "a share", density=density, last_density=last_density)
-        checks.one_of(Method, method=method)
-        checks.one_of(("random", "score"), positions=positions)
+        checks.literals(RandomPruning, locals())
         checks.at_least(1, "a number of samples", samples_per_class=samples_per_class)
         checks.positive(temperature=temperature)
         checks.at_least(0, power=power)

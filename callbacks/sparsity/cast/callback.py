@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lit_methods import checks
+from lit_methods.callbacks.batch import find_in_batch
 from lit_methods.callbacks.sparsity.callback import check_ranks, notify_mask_updated
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.cast import core
@@ -94,12 +95,7 @@ class CastWeight(LatentWeight):
         return {name: neutral[name](parameter) for name, parameter in self.named_parameters()}
 
 
-class _Layer(ParametrizedWeight):
-    parametrization: CastWeight
-
-    @property
-    def cell(self) -> _Cell:
-        return self.parametrization.cell
+_Layer = ParametrizedWeight[CastWeight]
 
 
 class _Preset(NamedTuple):
@@ -223,9 +219,7 @@ class CAST(LatentCallback):
         finalize: bool = True,
     ) -> None:
         super().__init__(targets, skip)
-        checks.one_of(Recipe, recipe=recipe)
-        checks.one_of(Update, update=update)
-        checks.one_of(("same", "bfloat16"), teacher_dtype=teacher_dtype)
+        checks.literals(CAST, locals())
         check_pattern(n, m)
         checks.at_least(1, "optimiser steps", mask_interval=mask_interval, total_steps=total_steps)
         checks.at_least(0, "optimiser steps", probe_interval=probe_interval, ramp_steps=ramp_steps)
@@ -290,9 +284,20 @@ class CAST(LatentCallback):
         if self.labels is not None:
             refuse_iterators(pl_module, "CAST with labels")
         if self.distill_weight:
-            loss = (self.distill_weight, self.temperature, self.temperature_squared)
-            self.dense = DenseSelf(pl_module, self.distill, "CAST", *loss, self.labels, self.ignore_index)
+            self.dense = DenseSelf(pl_module, self.distill, "CAST", self._mix)
         return layers
+
+    def _mix(self, pl_module: pl.LightningModule, loss: Tensor, student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
+        """Eq. 13: the KL of the logits of student and teacher, mixed into the module's own loss."""
+        valid = None
+        if self.labels is not None:
+            valid = find_in_batch(batch, self.labels, (self.labels, 0), "labels") != self.ignore_index
+            if valid.shape != student.shape[:-1]:
+                shapes = f"the batch's {self.labels!r} are {tuple(valid.shape)}, but the logits {tuple(student.shape)}"
+                raise ValueError(f"CAST: {shapes}: the labels must be aligned with them")
+        kl = core.kl_to_teacher(student, teacher, self.temperature, self.temperature_squared, valid)
+        pl_module.log_dict({"cast/ce": loss.detach(), "cast/kl": kl.detach()}, batch_size=1)
+        return core.convex_loss(kl, loss, self.distill_weight)
 
     def parametrise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy the teacher, and put the parametrisations on."""
@@ -347,7 +352,8 @@ class CAST(LatentCallback):
             self.dense.copy_student(pl_module)
         if not self.save_teacher:
             before, self._fingerprint = self._fingerprint, self.dense.fingerprint()
-            if before is not None and not _same(before, self._fingerprint):
+            same = before is None or (before.shape == self._fingerprint.shape and torch.allclose(before, self._fingerprint, 1e-5, 1e-6))
+            if not same:  # more than sums differ from device to device
                 why = "the module starts with other weights than the run that saved this checkpoint, so its teacher would be another one"
                 raise ValueError(f"CAST: {why}: build it with the same pretrained weights, or use save_teacher=True from the start")
         self.dense.teacher.to(pl_module.device)
@@ -431,7 +437,7 @@ class CAST(LatentCallback):
     def _share_masks(self, trainer: pl.Trainer) -> None:
         """Let the forward passes and the optimisers have the masks."""
         for name, layer in self._layers.items():
-            layer.cell.mask = self.store.masks[name]
+            layer.parametrization.cell.mask = self.store.masks[name]
         for optimizer in self._adams(trainer):
             own = [name for name, weight in self.store.weights.items() if weight in optimizer.sparse]
             optimizer.set_masks({self.store.weights[name]: self.store.masks[name] for name in own})
@@ -461,7 +467,7 @@ class CAST(LatentCallback):
     def _prune(self, pruned: bool) -> None:
         """Whether the forward pass leaves out what the masks remove."""
         for layer in self._layers.values():
-            layer.cell.pruned = pruned
+            layer.parametrization.cell.pruned = pruned
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log; behind the last batch finalise."""
@@ -479,7 +485,7 @@ class CAST(LatentCallback):
     @property
     def finalized(self) -> bool:
         """Whether the weights outside the last mask have been removed."""
-        return any(layer.cell.pruned for layer in self._layers.values()) or bool(self._left.get("finalized"))
+        return any(layer.parametrization.cell.pruned for layer in self._layers.values()) or bool(self._left.get("finalized"))
 
     @torch.no_grad()
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -568,11 +574,6 @@ class CAST(LatentCallback):
         if self.dense is not None:
             self.dense.close()
         super().leave(trainer, pl_module)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two fingerprints are of the same weights; sums may differ a little from device to device."""
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def _repoint(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from lit_methods import checks, distributed
 from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
-from lit_methods.callbacks.sparsity.history import MaskHistory
+from lit_methods.callbacks.sparsity.history import MaskHistory, flips
 from lit_methods.callbacks.sparsity.issp import core
 from lit_methods.callbacks.twin import shadow, validation_batches
 from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.seeds import own_seed
+from lit_methods.steps import logs_now
 
 TECHNIQUE = Technique(
     slug="issp",
@@ -255,7 +256,7 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def _note(self, name: str, picked: Tensor) -> None:
         """Count what went in or out of the pick."""
-        self._flips += self._picks.flips({name: picked}).to(self._flips.device)
+        self._flips += flips(self._picks.last, {name: picked}).to(self._flips.device)
         self._picks.note({name: picked})
 
     @torch.no_grad()
@@ -264,7 +265,7 @@ class IterativeSoftShrinkage(MaskCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         index = self.index_of(trainer, optimizer)
         gradients = {name: grad for name in self._owned[index] if (grad := self.store.weights[name].grad) is not None}
-        if gradients and trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if gradients and logs_now(pl_module):
             for name, gradient in gradients.items():
                 wide = gradient.float()
                 self._gradient_stats[name] = torch.stack([wide.norm(), wide.var(correction=0)])
@@ -322,9 +323,9 @@ class IterativeSoftShrinkage(MaskCallback):
         step, every = max(self._steps, default=0), trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not self._picks.last or not every or trainer.global_step % every or step == self._window[0]:
             return
-        flips = int(self._flips)  # waits for the device, on logged steps alone
-        values = {**self._magnitudes(), "mask_flips": (flips - self._window[1]) * 100 / (step - self._window[0])}
-        self._window = [step, flips]
+        total = int(self._flips)  # waits for the device, on logged steps alone
+        values = {**self._magnitudes(), "mask_flips": (total - self._window[1]) * 100 / (step - self._window[0])}
+        self._window = [step, total]
         self.log_step(pl_module, values)
 
     @torch.no_grad()
@@ -369,9 +370,9 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density, flips and what was measured at the switch."""
-        flips = {"total_flips": self._flips.float()} if self.method in ("iss_p", "iht", "iss_r") else {}
+        moves = {"total_flips": self._flips.float()} if self.method in ("iss_p", "iht", "iss_r") else {}
         switch = {name: value.to(pl_module.device) for name, value in self._switch.items()}
-        values: dict[str, Any] = {"density": self.store.density(), **flips, **switch}
+        values: dict[str, Any] = {"density": self.store.density(), **moves, **switch}
         pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_methods import checks
 from lit_methods.callbacks.sparsity.callback import notify_mask_updated
 from lit_methods.callbacks.sparsity.card import SparsityCard
-from lit_methods.callbacks.sparsity.history import MaskHistory
+from lit_methods.callbacks.sparsity.history import MaskHistory, flips
 from lit_methods.callbacks.sparsity.latent import (
     Direction,
     Gradient,
@@ -32,7 +32,7 @@ from lit_methods.callbacks.sparsity.progressive_gradient_flow import core
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import Phase, Recipe, parse_pattern, sparse_mask
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
-from lit_methods.steps import logs_now
+from lit_methods.steps import logs_now, training_length
 
 TECHNIQUE = Technique(
     slug="progressive_gradient_flow",
@@ -105,9 +105,7 @@ class MaskedForward(LatentWeight):
         return weight if self.flow.dense else masked_weight(weight, self.mask(weight), self.flow.beta, self.flow.gradient)
 
 
-class _Layer(ParametrizedWeight):
-    parametrization: MaskedForward
-
+class _Layer(ParametrizedWeight[MaskedForward]):
     @property
     def flow(self) -> _Flow:
         return self.parametrization.flow
@@ -206,9 +204,7 @@ class NMSparsity(LatentCallback):
         direction: Direction = "input",
     ) -> None:
         super().__init__(targets, skip)
-        checks.one_of(Recipe, recipe=recipe)
-        checks.one_of(Gradient, gradient=gradient)
-        checks.one_of(Direction, direction=direction)
+        checks.literals(NMSparsity, locals())
         checks.at_least(0, decay=decay, srste_decay=srste_decay)
         checks.at_least(0, "epochs", dense_epochs=dense_epochs, fine_tune_epochs=fine_tune_epochs)
         checks.at_least(1, "epochs", total_epochs=total_epochs)
@@ -338,10 +334,8 @@ class NMSparsity(LatentCallback):
         """Settle the decay, and set the phase that the run starts or goes on with."""
         self._decay = self._decay if self.decay is None else self.decay
         if self._decay is None and self.recipe in ("mdgf_exp", "mdgf_linear"):
-            steps = trainer.estimated_stepping_batches
-            if not math.isfinite(steps):
-                raise ValueError("NMSparsity can't choose decay for a training without an end: give decay, or max_steps / max_epochs")
-            self._decay = (math.log(100) if self.recipe == "mdgf_exp" else 1.0) / (0.6 * max(1, int(steps)))
+            steps = training_length(pl_module, what="NMSparsity's choice of decay", instead="decay")
+            self._decay = (math.log(100) if self.recipe == "mdgf_exp" else 1.0) / (0.6 * steps)
             rank_zero_info(f"NMSparsity: decay {self._decay:.6g} per optimiser step")
         self._follow(trainer)
 
@@ -394,7 +388,7 @@ class NMSparsity(LatentCallback):
         logs = {"density": self._density(), "train_flops": self._spent / max(1, self._batches)}
         masks = {name: layer.mask() for name, layer in self._layers.items() if not layer.flow.dense}
         if shared := sum(mask.numel() for name, mask in masks.items() if name in self._history.last):
-            logs["mask_flip_rate"] = float(self._history.flips(masks)) / shared
+            logs["mask_flip_rate"] = float(flips(self._history.last, masks)) / shared
         self._history.last = masks or self._history.last
         values = {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}
         pl_module.log_dict(values, sync_dist=trainer.world_size > 1, batch_size=1)

@@ -160,10 +160,7 @@ class SparseIFT(DynamicSparsity):
         base_scaling(sparsity)
         schedule = (interval, drop_fraction, anneal, rate, begin, end_fraction, total_steps)
         super().__init__(1 - sparsity, method, "uniform", start, *schedule, targets, skip, seed, mask_gradients, mask_optimizer_state)
-        checks.one_of(Family, family=family)
-        checks.one_of(UVLayer, uv_layer=uv_layer)
-        checks.one_of(Distribution, distribution=distribution)
-        checks.one_of(Init, init=init)
+        checks.literals(SparseIFT, locals())
         checks.at_least(0, "a share", flops_tolerance=flops_tolerance)
         if fold_weight_decay and not (family == "doped" or (family == "factorized" and uv_layer == "linear")):
             given = f"family={family!r} with uv_layer={uv_layer!r}"
@@ -283,17 +280,13 @@ class SparseIFT(DynamicSparsity):
         self._uncounted = self._macs is None
         sizes = {name: parameter.numel() for name, parameter in plain_parameters(pl_module).items()}
         self._stored = {name: sizes[name] for layer in self._layers for name in layer.weights}
-        if self.fold_weight_decay:
-            self._check_decay(trainer)
-
-    # ---- folded weight decay -----------------------------------------------------------------------------------------------------------
-
-    def _check_decay(self, trainer: pl.Trainer) -> None:
-        for optimizer in trainer.optimizers:
+        for optimizer in trainer.optimizers if self.fold_weight_decay else ():
             if not isinstance(optimizer, _COUPLED) or optimizer.defaults.get("decoupled_weight_decay"):
                 known = ", ".join(kind.__name__ for kind in _COUPLED)
                 why = f"replaces a weight decay that joins the gradient ({known}), but {type(optimizer).__name__} decays weights by itself"
                 raise ValueError(f"fold_weight_decay {why}: take one of these, or fold_weight_decay=false")
+
+    # ---- folded weight decay -----------------------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Put the decay of the folded matrices into the gradients; then as all mask callbacks."""
@@ -363,17 +356,12 @@ class SparseIFT(DynamicSparsity):
 
     def _values(self, trainer: pl.Trainer) -> dict[str, float]:
         """Everything that is logged, by name."""
-        counts = self.store.counts()
-        density = {name: active / size for name, (active, size) in counts.items()}
+        density, sizes = self.store.densities(), self._stored
         layers = [one for one in self._layers if one.enlarged and one.sparse]
-        values = {
-            "density": sum(active for active, _ in counts.values()) / sum(size for _, size in counts.values()),
-            "itop": itop_rate(self.history.ever)[0],
-            "doc": itop_rate(self.history.always)[0],
-        }
+        itop, doc = (itop_rate(masks)[0] for masks in (self.history.ever, self.history.always))
+        values = {"density": self.store.density(), "itop": itop, "doc": doc}
         if layers:
             dense = sum(one.dense_size for one in layers)
-            sizes = self._stored
             stored = sum(sizes[name] for one in layers for name in one.weights)
             active = sum(sizes[name] * density.get(name, 1.0) for one in layers for name in one.weights)
             values |= {"weights_ratio": active / dense, "stored_ratio": stored / dense}
@@ -388,8 +376,7 @@ class SparseIFT(DynamicSparsity):
                 now, before = self._layer_macs(density, enlarged=True)
                 values["flops_ratio_layers"] = now / before
         if self.measure_spectral_gap:
-            gaps = torch.stack([spectral_gap(mask).cpu() for mask in self.store.masks.values()])
-            values["spectral_gap"] = float(gaps.mean())
+            values["spectral_gap"] = float(torch.stack([spectral_gap(mask).cpu() for mask in self.store.masks.values()]).mean())
         return {f"sparse_ift/{name}": value for name, value in values.items()}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -403,8 +390,7 @@ class SparseIFT(DynamicSparsity):
         sizes, counts = self._stored, self.store.counts()
         ratios = [(0.0, 0.0)] * len(self._layers)
         if self._macs is not None:
-            density = {name: active / size for name, (active, size) in counts.items()}
-            ratios = flops_against_dense(self._layers, self._macs["per_weight"], sizes, density)
+            ratios = flops_against_dense(self._layers, self._macs["per_weight"], sizes, self.store.densities())
         rows = []
         for layer, (now, before) in zip(self._layers, ratios, strict=True):
             active = sum(counts[name][0] if name in counts else sizes[name] for name in layer.weights)
