@@ -6,6 +6,7 @@ from .generative.images import GenerativeDigitsDataModule as GenerativeDigitsDat
 from .generative.images import GenerativeImageNetDataModule as GenerativeImageNetDataModule
 from .generative.latents import LatentDataModule as LatentDataModule
 from .generative.shards import LatentShardsDataModule as LatentShardsDataModule
+from .generative.toys import IrisDataModule as IrisDataModule
 from .generative.toys import RingDataModule as RingDataModule
 from .metric_learning.images import RetrievalImagesDataModule as RetrievalImagesDataModule
 from .metric_learning.open_world import OpenWorldDataModule as OpenWorldDataModule
@@ -22,5 +23,6 @@ from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
 from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule
+from .vision.skimage_pictures import SkimageDataModule as SkimageDataModule
 from .vision.stl10 import STL10DataModule as STL10DataModule
 from .vision.svhn import SVHNDataModule as SVHNDataModule

@@ -16,6 +16,7 @@ from .consistency_models.latents import DigitAutoencoder as DigitAutoencoder
 from .consistency_models.networks import NoiseMLP as NoiseMLP
 from .consistency_models.networks import SmallUNet as SmallUNet
 from .consistency_models.rcm.module import RCM as RCM
+from .consistency_models.rcm.teacher import IrisTeacher as IrisTeacher
 from .consistency_models.rcm.teacher import RingTeacher as RingTeacher
 from .consistency_models.rcm.trigflow import VelocityDenoiser as VelocityDenoiser
 from .consistency_models.rcm.wan import WanTransformer as WanTransformer

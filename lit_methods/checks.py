@@ -1,6 +1,7 @@
 """Arguments checked in one line each, with messages that say what was given, what was expected, and what to do."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -127,4 +128,26 @@ def patterns(**given: Any) -> None:
             raise ValueError(f"{name} is the string {value!r}: give a list of patterns, [{value!r}]")
 
 
-__all__ = ["at_least", "betas", "literals", "one_of", "patterns", "positive", "share", "within"]
+@contextmanager
+def naming(who: str) -> Iterator[None]:
+    """Inside, a refusal says who refuses: helpers that several classes share know the mistake, and not whose argument it is.
+
+    Args:
+        who: Name that opens the message of a ``ValueError`` or ``TypeError`` which doesn't have it.
+
+    Example:
+        >>> with naming("TCM"):
+        ...     within("(0, 1]", "a share", density=2.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: TCM: density is 2.0: give a share in (0, 1]
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if type(error) in (ValueError, TypeError) and who not in str(error).replace("-", ""):
+            error.args = (f"{who}: {error}",)
+        raise
+
+
+__all__ = ["at_least", "betas", "literals", "naming", "one_of", "patterns", "positive", "share", "within"]

@@ -1,8 +1,10 @@
 """Shared fixtures; makes ``tests/`` and ``tests/golden/`` importable for the helpers that stand there; ``--technique <slug>``."""
 
+import gc
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,21 @@ def pytest_configure(config: pytest.Config) -> None:
             find_technique(slug)
         except ValueError as error:
             raise pytest.UsageError(f"--technique: {error}") from None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
+    """With ``-n``, the test processes are forks of one that has imported torch and Lightning, instead of importing them once each."""
+    import forks
+
+    for spec in specs:
+        spec.python = forks.interpreter(forks.COLLECTED)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: collections of garbage needn't look at it, in this process and in the loaders' workers."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

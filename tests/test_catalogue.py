@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from helpers import Killed, assert_state_dicts_equal, run_two_processes
+from helpers import Killed, advice_on_figures, assert_state_dicts_equal, run_two_processes
 from lit_methods.catalog import configs_folder, package_folder, public_names, techniques
 from lit_methods.cli.main import main
 from lit_methods.panels import Curve
@@ -225,11 +225,14 @@ def two_process_words(slug: str, root: Path) -> list[str]:
     return [str(word) for word in words]
 
 
-def fit_in_this_process(words: list[str]) -> int:
+def fit_in_this_process(words: list[str]) -> tuple[int, list[str]]:
+    """Exit code, and what Lightning advises about figures of an epoch."""
     before = Path.cwd()
     os.chdir(Path(__file__).parents[1])
     try:
-        return main(words)
+        with advice_on_figures() as advice:
+            code = main(words)
+        return code, advice
     finally:
         os.chdir(before)
 
@@ -239,7 +242,7 @@ FIRST_OF_EACH_FORM = {entry.form: slug for slug, entry in reversed(techniques().
 
 @pytest.mark.parametrize("slug", [pytest.param(slug, marks=[] if slug in FIRST_OF_EACH_FORM else pytest.mark.thorough) for slug in SLUGS])
 def test_technique_runs_in_two_processes(slug, tmp_path):
-    assert run_two_processes(fit_in_this_process, two_process_words(slug, tmp_path)) == [0, 0]
+    assert run_two_processes(fit_in_this_process, two_process_words(slug, tmp_path)) == [(0, []), (0, [])]
     assert all(value.isfinite().all() for value in read_state_dict(only_run(tmp_path) / "checkpoints" / "last.ckpt").values())
 
 
@@ -268,6 +271,7 @@ def test_catalogue_entry_is_complete_and_true(slug):
     if not entry.draft:
         assert (configs_folder() / "claims" / f"{slug}.yaml").is_file()
         assert (tests.parent / "docs" / "techniques" / f"{slug}.md").is_file()
+        assert (tests / "trajectory" / f"test_{slug}_trajectory.py").is_file()
         assert any(slug in path.stem for path in (configs_folder() / "full").glob("*.yaml")), "no full-scale recipe"
     for config in entry.configs:
         assert yaml.safe_load((configs_folder() / config).read_text()), config

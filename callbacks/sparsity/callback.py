@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.sparsity.history import Kind, MaskHistory, pack_bits
 from lit_methods.callbacks.sparsity.store import Choice, MaskStore, choose_weights, listed, trained
 from lit_methods.callbacks.targets import plain_parameters, refuse_sharded
+from lit_methods.callbacks.wrapping import built_by
 from lit_methods.seeds import own_seed
 
 
@@ -28,11 +28,6 @@ def notify_mask_updated(trainer: pl.Trainer, pl_module: pl.LightningModule, sour
         listen = getattr(callback, "on_mask_updated", None)
         if callable(listen):
             listen(trainer, pl_module, source)
-
-
-def built_by(pl_module: pl.LightningModule) -> str | None:
-    """The module's last hook that may add layers to it, which Lightning calls behind the callbacks' ``setup``; None: they are all there."""
-    return next((hook for hook in ("configure_model", "setup") if is_overridden(hook, pl_module)), None)
 
 
 def check_ranks(who: str, masks: Iterable[Tensor], sources: str) -> None:
@@ -213,7 +208,8 @@ class MaskCallback(SparsityCallback):
         return self._choice(pl_module).weights
 
     def _choice(self, pl_module: nn.Module) -> Choice:
-        return trained(type(self).__name__, self.candidates(pl_module), self.targets, self._held)
+        with checks.naming(type(self).__name__):
+            return trained(type(self).__name__, self.candidates(pl_module), self.targets, self._held)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make, keep or restore the masks, apply them, and listen to the optimisers."""
@@ -234,15 +230,16 @@ class MaskCallback(SparsityCallback):
             self.store.set(before.masks)
         elif state is None:
             self._reseed()
-        self.begin_fit(trainer, pl_module)
-        if state is not None:
-            self.restore(state)
-        elif not kept:
-            if distributed.rank() == 0:
-                self.store.set(self.initial_masks(trainer, pl_module, self.store.weights))
-            drawn = self.generator.get_state()
-            distributed.broadcast_tensors([*self.store.masks.values(), drawn])
-            self.generator.set_state(drawn)
+        with checks.naming(type(self).__name__):
+            self.begin_fit(trainer, pl_module)
+            if state is not None:
+                self.restore(state)
+            elif not kept:
+                if distributed.rank() == 0:
+                    self.store.set(self.initial_masks(trainer, pl_module, self.store.weights))
+                drawn = self.generator.get_state()
+                distributed.broadcast_tensors([*self.store.masks.values(), drawn])
+                self.generator.set_state(drawn)
         self.store.follow_device()
         self.store.apply()
         self.history.note(self.store.masks)

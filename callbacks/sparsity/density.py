@@ -63,7 +63,7 @@ def layer_density(
         if method == "uniform":
             return [density] * len(sizes)
         if method in ("er", "erk"):
-            return _proportional(sizes, _ratios(shapes, method, power), density * total)[0]
+            return proportional_densities(shapes, density, method, power)[0]
         fixed = {last: max(density, floor), first: 1.0}
         if method == "erk_plus":
             fixed = {last: 1.0 if last_density is None else last_density}
@@ -98,11 +98,16 @@ def _ratios(shapes: Sequence[Sequence[int]], method: str, power: float) -> list[
     return [(sum(shape) / math.prod(shape)) ** power for shape in used]
 
 
-def erk_dense_layers(shapes: Sequence[Sequence[int]], density: float, power: float = 1.0) -> list[bool]:
-    """Which layers ERK leaves dense, because their share would exceed 1. At ``density`` 1 the last layer's share is 1 and doesn't."""
+def proportional_densities(
+    shapes: Sequence[Sequence[int]], density: float, method: Literal["er", "erk"] = "erk", power: float = 1.0
+) -> tuple[list[float], list[bool]]:
+    """ER and ERK: density of each layer, and which layers became dense because their share would exceed 1.
+
+    At ``density`` 1 the last layer's share is 1 and doesn't exceed it. Arguments as in :func:`layer_density`.
+    """
     sizes = [math.prod(shape) for shape in shapes]
-    dense = _proportional(sizes, _ratios(shapes, "erk", power), density * sum(sizes))[1]
-    return [index in dense for index in range(len(sizes))]
+    shares, dense = _proportional(sizes, _ratios(shapes, method, power), density * sum(sizes))
+    return shares, [index in dense for index in range(len(sizes))]
 
 
 def _proportional(sizes: Sequence[int], ratios: Sequence[float], budget: float) -> tuple[list[float], set[int]]:
@@ -119,6 +124,11 @@ def _proportional(sizes: Sequence[int], ratios: Sequence[float], budget: float) 
     return [1.0 if index in dense else min(1.0, eps * ratios[index]) for index in range(len(sizes))], dense
 
 
+def expected_nonzeros(sizes: Sequence[int], densities: Sequence[float]) -> list[float]:
+    """Kept weights per layer, before rounding."""
+    return [size * density for size, density in zip(sizes, densities, strict=True)]
+
+
 def exact_counts(sizes: Sequence[int], densities: Sequence[float]) -> list[int]:
     """Kept weights per layer, whole numbers: each at its density, rounded so that the total is the rounded total (largest remainders).
 
@@ -126,7 +136,7 @@ def exact_counts(sizes: Sequence[int], densities: Sequence[float]) -> list[int]:
         sizes: Weights per layer.
         densities: Densities per layer, in [0, 1].
     """
-    wanted = [size * density for size, density in zip(sizes, densities, strict=True)]
+    wanted = expected_nonzeros(sizes, densities)
     counts = [math.floor(value + 1e-9) for value in wanted]
     missing = round(sum(wanted)) - sum(counts)
     by_remainder = sorted(range(len(sizes)), key=lambda index: counts[index] - wanted[index])

@@ -31,6 +31,7 @@ from lit_methods.callbacks.twin import independent_copy, training_batches
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.seeds import own_seed
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="random_pruning",
@@ -240,12 +241,14 @@ class RandomPruning(MaskCallback):
         """Choose the weights, and refuse what can't work."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.method in ("snip", "grasp"):
-            require_logits(pl_module, self.logits, f"{type(self).__name__} with method={self.method!r}")
+            who = f"{type(self).__name__} with method={self.method!r}"
+            self.when_built(pl_module, lambda: require_logits(pl_module, self.logits, who))
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: Mapping[str, nn.Parameter]) -> None:
         """As mask callbacks; first and last layer must be among the weights."""
         super().check(trainer, pl_module, weights)
-        self._ends(list(weights))
+        with checks.naming(type(self).__name__):
+            self._ends(list(weights))
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first gradients are still to come."""
@@ -269,7 +272,10 @@ class RandomPruning(MaskCallback):
             whole = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
             if abs(whole - self.density) > 0.1 * self.density + 2 / sum(sizes):
                 why = f"would keep {whole:.1%} of the weights where density is {self.density:.1%}, as that many have the same score"
-                way = "give larger inputs (with maps smaller than kernels most scores are 0), or choose a method by shape, such as 'erk'"
+                way = (
+                    "give larger inputs (with maps smaller than kernels most scores are 0), start norms at a scale above 0, or choose a "
+                    "method by shape, such as 'erk'"
+                )
                 raise ValueError(f"method={self.method!r} {why}: {way}")
         else:
             names, shapes = list(weights), [weight.shape for weight in weights.values()]
@@ -329,9 +335,8 @@ class RandomPruning(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density and the first step's gradient norm."""
-        pl_module.log("random_pruning/density", self.store.density(), batch_size=1)
-        if self._gradient_norm is not None:
-            pl_module.log("random_pruning/gradient_norm_at_init", self._gradient_norm.to(pl_module.device), batch_size=1)
+        norm = {} if self._gradient_norm is None else {"random_pruning/gradient_norm_at_init": self._gradient_norm}
+        log_global(pl_module, {"random_pruning/density": self.store.density(), **norm}, batch_size=1)
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the layers."""

@@ -79,6 +79,9 @@ def choose_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequence[
                 left[plain_name(prefix + own)] = f"made in the forward pass by {type(chain[0]).__name__.strip('_')}"
         for own, parameter in owner.named_parameters(recurse=False):
             full = plain_name(prefix + own)
+            if own in chains:
+                left[full] = "parametrised already: it belongs to another parametrisation"
+                continue
             if is_lazy(parameter):
                 way = "run the lazy layers once before fit, on a batch of the right size, or leave them out with skip"
                 raise ValueError(f"{full} of {type(root).__name__} has no shape yet: {way}")
@@ -141,7 +144,8 @@ def trained(who: str, choice: Choice, targets: Sequence[str], held: Collection[i
         raise ValueError(f"{who} prunes weights that are trained, but targets={list(targets)} mean {listed(left)} too: add these to skip")
     weights = {name: weight for name, weight in choice.weights.items() if name not in left}
     if left and not weights:
-        raise ValueError(f"{who} has no weight left to prune: {listed(left)}")
+        way = "train some of them, take weight_norm and the like off before fit, or name other layers by targets"
+        raise ValueError(f"{who} has no weight left to prune: {listed(left)}; {way}")
     return Choice(weights, left)
 
 

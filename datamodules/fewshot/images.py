@@ -92,19 +92,20 @@ class FewShotDataModule(LoaderDataModule):
 
     Args:
         root: Folder of one of the eleven sets in the layout of CoOp's DATASETS.md, such as ``eurosat/`` with ``2750/`` and
-            ``split_zhou_EuroSAT.json``. None: built-in coloured shapes, 20 classes with names, 24 x 24 pixels, no download.
+            ``split_zhou_EuroSAT.json``. None: built-in pictures, 20 classes with names, 24 x 24 pixels, no download.
         name: Name of the set that ``root`` holds.
         shots: K; a class that has fewer images gives all. None: all images.
         shot_seed: Decides which images; nothing else depends on it.
         classes: ``base_to_new``: the first half of the classes (rounded up) is tuned on, the rest is new; ``all``: all are base classes,
             and there is no second loader.
         template: Text with ``{}`` for a class name; None: that of the set.
-        descriptions: JSON file of sentences, {class name: [sentence, ...]}; None: none (built-in shapes bring their own).
+        descriptions: JSON file of sentences, {class name: [sentence, ...]}; None: none (built-in pictures bring their own).
         image_size: Side S in pixels; the built-in images have 24 whatever it is.
         batch_size: Training images per process and step.
         eval_batch_size: Images per process and evaluation step.
         num_workers: Processes that read images.
         seed: Seed of the order and of the augmentation.
+        pictures: What is built in: ``shapes``, or ``digits``: scikit-learn's real digits, in colours; test images are in other hands.
 
     Attributes:
         base_classes: Names of the base classes, after ``setup``.
@@ -132,6 +133,7 @@ class FewShotDataModule(LoaderDataModule):
         eval_batch_size: int = 100,
         num_workers: int = 0,
         seed: int = 0,
+        pictures: shapes.Pictures = "shapes",
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
         literals(FewShotDataModule, locals())
@@ -177,11 +179,11 @@ class FewShotDataModule(LoaderDataModule):
                 self.test_set.append(LabelledImages(partial(_at, test_read, mine), test_labels[mine] - low, view(False), self.seed))
 
     def _built_in(self) -> Any:
-        classes = shapes.task_classes()
+        classes = shapes.task_classes(self.hparams["pictures"])
         parts = []
         for per_class, seed in ((self.shots or 16, 10 * self.shot_seed + 1), (_TEST_PER_CLASS, 2)):
-            pictures, labels = shapes.draw_images(per_class, seed, classes)
-            images = torch.from_numpy(shapes.in_another_light(pictures, seed)).movedim(-1, 1).float() / 255
+            drawn, labels = shapes.draw_images(per_class, seed, classes)
+            images = torch.from_numpy(shapes.in_another_light(drawn, seed)).movedim(-1, 1).float() / 255
             parts.append((partial(operator.getitem, images), labels))
         self.descriptions = {shapes.class_name(*own): shapes.sentences(*own) for own in classes}
         return tuple(shapes.class_name(*own) for own in classes), *parts, ShapeView

@@ -1,10 +1,10 @@
-"""Images whose training masks are wrong in places: PASCAL VOC with pseudo-labels, and generated shapes with shifted outlines."""
+"""Images whose training masks are wrong in places: PASCAL VOC with pseudo-labels; generated shapes and CamVid with shifted outlines."""
 
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from lit_methods.checks import one_of
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, user_path
@@ -19,6 +20,7 @@ from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, resize
+from lit_methods.datamodules.segmentation.camvid import ROAD_USERS, check_camvid, read_camvid
 from lit_methods.datamodules.tables import text_of
 from lit_methods.runs.folder import run_dir
 
@@ -27,6 +29,7 @@ VOC = (
     "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
 )  # fmt: skip
 SHAPES = ("background", "disc", "square", "cross")
+Name = Literal["voc", "camvid"]
 SIDE = 32  # pixels of a generated image
 
 
@@ -142,11 +145,13 @@ class NoisyMasksDataModule(LoaderDataModule):
     Layout of ``root``. None: 32 x 32 pixels with two of three shapes, whose outlines are dilated or eroded for training; 4 classes.
     Else: ``JPEGImages/<name>.jpg``, ``SegmentationClass/<name>.png`` and ``ImageSets/Segmentation/{<train>,<val>}.txt`` of VOC
     2012 (``root`` or ``root/VOCdevkit/VOC2012``), and ``masks/<name>.png``, such as pseudo-labels of SEAM; 21 classes. Images are
-    normalised by ImageNet's mean and deviation, and evaluated one by one at their own size.
+    normalised by ImageNet's mean and deviation, and evaluated one by one at their own size. With ``name: camvid``
+    ``{train,val,test}/*.png`` and ``{train,val,test}annot/*.png`` of the SegNet tutorial: tiles of 40 x 40 pixels of frames reduced three
+    times and in grey, with cars, pedestrians and bicyclists, whose outlines are shifted for training; 4 classes.
 
     Args:
         root: None: generated shapes.
-        masks: Folder of the noisy training masks of ``root``.
+        masks: Folder of the noisy training masks of VOC.
         train: Name of the list of training images.
         val: Name of the list of validation images.
         clean: Folder of true training masks, such as ``root/SegmentationClassAug``, to measure the labels; None: they aren't measured.
@@ -160,7 +165,9 @@ class NoisyMasksDataModule(LoaderDataModule):
         labels_folder: Folder of the label store; None: ``labels`` in the run's folder. It is written anew at every fit.
         batch_size: Images per process and step.
         num_workers: Processes that read data.
-        seed: Seed of generated training images, order and augmentation. The generated validation images are the same for every seed.
+        seed: Seed of generated training images, shifted outlines, order and augmentation. The generated validation images are the same for
+            every seed.
+        name: Layout of ``root``: ``voc`` or ``camvid``.
 
     Raises:
         ValueError: A value lies outside its range, or ``masks`` is missing.
@@ -186,11 +193,17 @@ class NoisyMasksDataModule(LoaderDataModule):
         batch_size: int = 10,
         num_workers: int = 0,
         seed: int = 0,
+        name: Name = "voc",
     ) -> None:
         # images of a root have sizes of their own
-        super().__init__(batch_size=batch_size, eval_batch_size=batch_size if root is None else 1, num_workers=num_workers, seed=seed)
-        if (root is None) != (masks is None):
-            raise ValueError(f"root={root} and masks={masks}: give both, the images and the noisy masks, or none for generated shapes")
+        whole = root is not None and name == "voc"
+        super().__init__(batch_size=batch_size, eval_batch_size=1 if whole else batch_size, num_workers=num_workers, seed=seed)
+        one_of(Name, name=name)
+        if whole != (masks is not None):
+            raise ValueError(
+                f"root={root}, name={name!r} and masks={masks}: give the images and the noisy masks of VOC, the root of camvid alone, or "
+                "none for generated shapes"
+            )
         if min(num_train, num_val, crop) < 1 or not 0 < scales[0] <= scales[1] or not 0 <= pixels[0] <= pixels[1] or min(noise, jitter) < 0:
             raise ValueError(
                 f"num_train={num_train}, num_val={num_val} and crop={crop} must be 1 or more, scales={tuple(scales)} and "
@@ -201,7 +214,8 @@ class NoisyMasksDataModule(LoaderDataModule):
         self.crop, self.scales, self.jitter = crop, (float(scales[0]), float(scales[1])), jitter
         self.num_train, self.num_val, self.pixels, self.noise = num_train, num_val, (int(pixels[0]), int(pixels[1])), noise
         self.labels_folder = user_path(labels_folder)
-        self.class_names = SHAPES if root is None else VOC
+        self.class_names = VOC if whole else SHAPES if root is None else ROAD_USERS
+        self.whole_images, self.name = whole, name
         self.label_store = None
         self.clean_labels: Callable[[int], NDArray[np.uint8]] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -209,8 +223,10 @@ class NoisyMasksDataModule(LoaderDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the folders of images and masks."""
-        if self.root is not None:
+        if self.whole_images:
             self._folders()
+        elif self.root is not None:
+            check_camvid(self.root)
 
     def _folders(self) -> tuple[Path, Path]:
         """VOC's folder and that of the noisy masks."""
@@ -231,15 +247,14 @@ class NoisyMasksDataModule(LoaderDataModule):
         Raises:
             WrongRootError: The layout isn't there.
         """
-        generated = self.root is None
-        read, names, noisy = self._generated() if generated else self._files()
+        read, names, noisy = self._files() if self.whole_images else self._in_memory()
         self._read = read
         if stage == "fit" and self.label_store is None:
             self.label_store = self._store(noisy)
-            shift = None if generated else partial(jitter_scale_crop, crop=self.crop, scales=self.scales, jitter=self.jitter)
-            transform = None if shift is None else partial(_normalised, shift)
+            shift = partial(jitter_scale_crop, crop=self.crop, scales=self.scales, jitter=self.jitter)
+            transform, plain = (partial(_normalised, shift), partial(_normalised, None)) if self.whole_images else (None, None)
             self.train_set = SegmentationSamples(names, partial(_with_labels, read, self.label_store), transform, seed=self.seed)
-            self._plain_set = SegmentationSamples(names, partial(_image_alone, read), None if generated else partial(_normalised, None))
+            self._plain_set = SegmentationSamples(names, partial(_image_alone, read), plain)
 
     def _store(self, noisy: Iterable[NDArray[np.uint8]]) -> LabelStore:
         folder = self.labels_folder
@@ -254,12 +269,16 @@ class NoisyMasksDataModule(LoaderDataModule):
             self.trainer.strategy.barrier("labels are written")
         return LabelStore(folder)
 
-    def _generated(self) -> tuple[Callable[[int], NDArray[np.float32]], int, Iterable[NDArray[np.uint8]]]:
-        images, labels = draw_shapes(self.num_train, self.seed + 1000, self.noise)
-        held_out = [draw_shapes(self.num_val, seed, self.noise) for seed in (1, 2)]  # the same for every seed
-        self.val_set, self.test_set = (SegmentationSamples(self.num_val, partial(_pair, *part)) for part in held_out)
+    def _in_memory(self) -> tuple[Callable[[int], NDArray[np.float32]], int, Iterable[NDArray[np.uint8]]]:
+        if self.root is None:
+            images, labels = draw_shapes(self.num_train, self.seed + 1000, self.noise)
+            held_out = [draw_shapes(self.num_val, seed, self.noise) for seed in (1, 2)]  # the same for every seed
+        else:
+            check_camvid(self.root)
+            (images, labels), *held_out = (_camvid_tiles(self.root, part) for part in ("train", "val", "test"))
+        self.val_set, self.test_set = (SegmentationSamples(len(part[0]), partial(_pair, *part)) for part in held_out)
         self.clean_labels = labels.__getitem__
-        return images.__getitem__, self.num_train, shift_outlines(labels, self.pixels, self.seed)
+        return images.__getitem__, len(images), shift_outlines(labels, self.pixels, self.seed)
 
     def _files(self) -> tuple[Callable[[int], NDArray[np.float32]], int, Iterable[NDArray[np.uint8]]]:
         root, masks = self._folders()
@@ -295,6 +314,12 @@ class NoisyMasksDataModule(LoaderDataModule):
     def correction_dataloader(self) -> ResumableLoader:
         """``image`` and ``index`` of the training images, in order, each once over all ranks, not augmented."""
         return self.loader(self._plain_set)  # type: ignore[no-any-return]
+
+
+def _camvid_tiles(root: Path, part: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """(N, 1, 40, 40) and (N, 40, 40)."""
+    images, labels = read_camvid(root, part, 3, 40)
+    return images.reshape(-1, 1, 40, 40), labels.reshape(-1, 40, 40)
 
 
 def _read_of(paths: list[Path], read: Callable[[Path], Any], index: int) -> Any:

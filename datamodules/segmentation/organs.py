@@ -1,4 +1,4 @@
-"""Slices of volumes with several organs: Synapse, ACDC, and generated ones. Many slices have no organ at all."""
+"""Slices of volumes with several organs: Synapse, ACDC, and generated ones; tiles of street scenes. Many have no organ at all."""
 
 import re
 from collections.abc import Sequence
@@ -14,11 +14,13 @@ from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
+from lit_methods.datamodules.segmentation.camvid import ROAD_USERS, check_camvid, read_camvid
 from lit_methods.datamodules.tables import text_of
 
-Name = Literal["generated", "synapse", "acdc"]
+Name = Literal["generated", "synapse", "acdc", "camvid"]
 SYNAPSE = ("background", "aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
 ACDC = ("background", "right ventricle", "myocardium", "left ventricle")
+_Volumes = tuple[NDArray[np.float32], NDArray[np.uint8]]  # (N, slices, H, W) each
 GENERATED = ("background", "bright", "middle", "dark")
 SIDE, DEPTH = 24, 16  # pixels of a generated slice, slices of a volume
 _WHERE = "registration and preparation: see the TransUNet repository, which the benchmark's layout comes from"
@@ -122,9 +124,9 @@ class OrganSlicesDataModule(LoaderDataModule):
 
     Batch: {"image": (B, 1, H, W) float32, "label": (B, H, W) int64, "index": (B,) int64, "dense": (B,) bool}
 
-    With two views there are also ``image_2`` and ``label_2``, transformed anew. ``dense``, in generated training data alone: whether the
-    slice truly has an organ. A view is turned by quarters and flipped, or rotated by less than 20 degrees, and then resized. Test batches
-    are whole volumes with ``volume``; so are validation batches of ``synapse`` and ``acdc``.
+    With two views there are also ``image_2`` and ``label_2``, transformed anew. ``dense``, in training data of ``generated`` and
+    ``camvid``: whether the slice truly has an organ. A view is turned by quarters and flipped, or rotated by less than 20 degrees, and then
+    resized. Test batches are whole volumes with ``volume``; so are validation batches of ``synapse`` and ``acdc``.
 
     ``generated``: slices of 24 x 24 pixels; half of them have no organ, and a share of these a square that is wrongly labelled. Validation
     and test are clean. Nothing is downloaded.
@@ -132,11 +134,14 @@ class OrganSlicesDataModule(LoaderDataModule):
     validation and test are the same volumes.
     ``acdc``: ``root/ACDC_training_slices/patient*_frame*_slice_*.h5`` and ``root/ACDC_training_volumes/patient*_frame*.h5``, 4 classes.
     Without lists the patients are taken in order: 70 % for training, 10 % validation, 20 % test.
+    ``camvid``: ``root/{train,val,test}/*.png`` and ``root/{train,val,test}annot/*.png`` of the SegNet tutorial, street scenes. A volume is
+    a frame, reduced five times and in grey; its slices are tiles of 24 x 24 pixels; the organs are cars, pedestrians and bicyclists. Many
+    tiles have none, and a share of these gets a wrong label in training.
     HDF5 needs ``pip install 'lit-methods[segmentation]'``.
 
     Args:
-        root: Folder of ``synapse`` or ``acdc``; None: generated slices.
-        name: Data set: ``generated``, ``synapse`` or ``acdc``.
+        root: Folder of ``synapse``, ``acdc`` or ``camvid``; None: generated slices.
+        name: Data set: ``generated``, ``synapse``, ``acdc`` or ``camvid``.
         image_size: Pixels of a side that the network sees; None: as stored.
         views: 1 or 2 of a training slice.
         augment: Turn and rotate training slices.
@@ -145,7 +150,7 @@ class OrganSlicesDataModule(LoaderDataModule):
         test_list: File with the names of the test volumes.
         num_train: Generated training volumes of 16 slices.
         num_val: Generated validation volumes, and as many for the test.
-        spurious: Share of generated slices without an organ that get a wrong label.
+        spurious: Share of the training slices of ``generated`` and ``camvid`` without an organ that get a wrong label.
         noise: Standard deviation of the generated images' noise.
         batch_size: Slices per process and step.
         num_workers: Processes that read data.
@@ -176,7 +181,7 @@ class OrganSlicesDataModule(LoaderDataModule):
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         one_of(Name, name=name)
         if (root is None) != (name == "generated"):
-            raise ValueError(f"root={root} and name={name!r}: give root for synapse and acdc, and none for generated")
+            raise ValueError(f"root={root} and name={name!r}: give root for synapse, acdc and camvid, and none for generated")
         within("[1, 2]", views=views)
         share(spurious=spurious)
         at_least(1, num_train=num_train, num_val=num_val)
@@ -185,12 +190,16 @@ class OrganSlicesDataModule(LoaderDataModule):
         self.image_size, self.views, self.augment = image_size, views, augment
         self.lists = {"train": data_path(train_list), "val": data_path(val_list), "test": data_path(test_list)}
         self.num_train, self.num_val, self.spurious, self.noise = num_train, num_val, spurious, noise
-        self.class_names = {"generated": GENERATED, "synapse": SYNAPSE, "acdc": ACDC}[name]
+        self.class_names = {"generated": GENERATED, "synapse": SYNAPSE, "acdc": ACDC, "camvid": ROAD_USERS}[name]
         self.save_hyperparameters(ignore=["root", "train_list", "val_list", "test_list"])  # a path would block a strict resume
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the folders of slices and volumes."""
-        if self.root is not None:
+        if self.root is None:
+            return
+        if self.name == "camvid":
+            check_camvid(self.root)
+        else:
             self._folders(self.root)
 
     def _folders(self, root: Path) -> tuple[Path, Path]:
@@ -211,7 +220,13 @@ class OrganSlicesDataModule(LoaderDataModule):
         if self.train_set is not None:
             return
         if self.root is None:
-            self._generate()
+            held_out = make_volumes(2 * self.num_val, 0, self.noise)  # the same for every seed
+            val, test = zip(*((part[: self.num_val], part[self.num_val :]) for part in held_out), strict=True)
+            self._in_memory(make_volumes(self.num_train, self.seed + 1000, self.noise), val, test)
+            return
+        if self.name == "camvid":
+            check_camvid(self.root)
+            self._in_memory(*(read_camvid(self.root, part, 5, SIDE) for part in ("train", "val", "test")))
             return
         slices, volumes = self._folders(self.root)
         endings = (".npz", ".npy.h5") if self.name == "synapse" else (".h5", ".h5")
@@ -263,22 +278,20 @@ class OrganSlicesDataModule(LoaderDataModule):
             sample = flip_or_rotate(sample, rng)
         return sample if self.image_size is None else resize(sample, (self.image_size, self.image_size))
 
-    def _generate(self) -> None:
-        images, truth = make_volumes(self.num_train, self.seed + 1000, self.noise)
-        flat, clean = images.reshape(-1, SIDE, SIDE), truth.reshape(-1, SIDE, SIDE)
-        labels = add_spurious(clean, self.spurious, self.seed)
-        dense = clean.reshape(len(clean), -1).max(1) > 0
+    def _in_memory(self, train: _Volumes, val: _Volumes, test: _Volumes) -> None:
+        """Volumes, each with its labels, as single slices; those of the test whole."""
+        (images, truth), (held_out, held_out_labels) = ([array.reshape(-1, SIDE, SIDE) for array in part] for part in (train, val))
+        labels = add_spurious(truth, self.spurious, self.seed)
+        dense = truth.reshape(len(truth), -1).max(1) > 0
         self.train_set = SegmentationSamples(
-            len(flat), partial(_row, flat, labels), self._transform, self.views, extra={"dense": dense}, seed=self.seed
+            len(images), partial(_row, images, labels), self._transform, self.views, extra={"dense": dense}, seed=self.seed
         )
-        held_out, held_out_labels = make_volumes(2 * self.num_val, 0, self.noise)  # the same for every seed
-        val, val_labels = (part[: self.num_val].reshape(-1, SIDE, SIDE) for part in (held_out, held_out_labels))
-        self.val_set = SegmentationSamples(len(val), partial(_row, val, val_labels), self._fit_size)
-        names = [f"generated {number}" for number in range(self.num_val)]
-        test = held_out[self.num_val :]
+        self.val_set = SegmentationSamples(len(held_out), partial(_row, held_out, held_out_labels), self._fit_size)
+        volumes, volume_labels = test
         if self.image_size is not None:
-            test = resize({"image": test}, (self.image_size, self.image_size))["image"]
-        self.test_set = Volumes(names, partial(_pair, test, held_out_labels[self.num_val :]))
+            volumes = resize({"image": volumes}, (self.image_size, self.image_size))["image"]
+        names = [f"{self.name} {number}" for number in range(len(volumes))]
+        self.test_set = Volumes(names, partial(_pair, volumes, volume_labels))
 
     def _fit_size(self, sample: Arrays, rng: np.random.Generator) -> Arrays:
         return sample if self.image_size is None else resize(sample, (self.image_size, self.image_size))

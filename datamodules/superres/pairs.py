@@ -20,6 +20,10 @@ from lit_methods.datamodules.pictures import open_picture
 Pixels = NDArray[np.uint8]
 Read = Callable[[int], tuple[Pixels, Pixels, str]]
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket")  # of scikit-image's wheel
+SHIPPED = (
+    "astronaut", "brick", "camera", "chelsea", "coffee", "coins", "grass", "gravel", "hubble_deep_field", "immunohistochemistry", "moon",
+    "page", "retina", "rocket",
+)  # fmt: skip
 TRAIN_SHARE = 0.7  # of each photograph's width, from the left
 BUILT_IN = "photographs"
 
@@ -115,12 +119,12 @@ def _listed(pairs: Sequence[tuple[Pixels, Pixels, str]], index: int) -> tuple[Pi
     return pairs[index]
 
 
-def photographs(scale: int, luma: bool, train: bool) -> list[tuple[Pixels, Pixels, str]]:
-    """Pairs of scikit-image's photographs: the left 70 % of each for training, the rest for evaluation."""
+def photographs(scale: int, luma: bool, train: bool, names: Sequence[str] = PHOTOGRAPHS) -> list[tuple[Pixels, Pixels, str]]:
+    """Pairs of scikit-image's pictures: the left 70 % of each for training, the rest for evaluation."""
     import skimage.data
 
     pairs = []
-    for name in PHOTOGRAPHS:
+    for name in names:
         image = np.atleast_3d(getattr(skimage.data, name)())
         border = int(TRAIN_SHARE * image.shape[1])
         part = np.ascontiguousarray(image[:, :border] if train else image[:, border:])
@@ -231,6 +235,7 @@ class SuperResolutionDataModule(LoaderDataModule):
 
     Args:
         root: Folder of the above; None: the built-in photographs.
+        pictures: Names of the pictures of scikit-image that are built in: those of ``PHOTOGRAPHS`` or others of its wheel.
         train: Folders below ``root`` with the training images.
         val: Folder below ``root/benchmark`` that validation sees.
         test: Folders below ``root/benchmark``, a test loader for each.
@@ -265,12 +270,15 @@ class SuperResolutionDataModule(LoaderDataModule):
         batch_size: int = 16,
         num_workers: int = 0,
         seed: int = 0,
+        pictures: Sequence[str] = PHOTOGRAPHS,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         at_least(1, scale=scale, patches_per_image=patches_per_image)
         one_of(("rgb", "luma"), color=color)
         if patch_size < scale or patch_size % scale:
             raise ValueError(f"patch_size={patch_size} must be a multiple of scale={scale}")
+        for name in [pictures] if isinstance(pictures, str) else pictures:
+            one_of(SHIPPED, pictures=name)
         if isinstance(train, str) or isinstance(test, str):
             raise ValueError(f"train and test are lists of folders, got train={train!r}, test={test!r}: write ['DIV2K']")
         self.save_hyperparameters()
@@ -292,7 +300,7 @@ class SuperResolutionDataModule(LoaderDataModule):
         hp, luma = self.hparams, self.hparams["color"] == "luma"
         if stage == "fit" and self.train_set is None:
             if self.root is None:
-                pairs = photographs(self.scale, luma, train=True)
+                pairs = photographs(self.scale, luma, True, hp["pictures"])
                 read: Read = partial(_listed, pairs)
                 number = len(pairs)
             else:
@@ -307,7 +315,7 @@ class SuperResolutionDataModule(LoaderDataModule):
 
     def _whole(self, name: str, luma: bool) -> WholeImages:
         if self.root is None:
-            pairs = photographs(self.scale, luma, train=False)
+            pairs = photographs(self.scale, luma, False, self.hparams["pictures"])
             return WholeImages(partial(_listed, pairs), len(pairs))
         files = self._files(self.root / "benchmark" / name, name)
         return WholeImages(partial(read_pair, files, self.scale, luma), len(files))

@@ -53,9 +53,24 @@ def draw_shapes(number: int, num_classes: int, size: int, seed: int) -> tuple[ND
         chosen = np.flatnonzero(kinds == kind)
         x, y = grid[None, None, :] - place[0, chosen], grid[None, :, None] - place[1, chosen]
         cover[chosen] = _cover(kind, x, y, radius[chosen], rng)
+    return paint(cover, hues, rng), labels.astype(np.int64)
+
+
+def paint(cover: NDArray, hues: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Images of one colour on a darker one, with noise.
+
+    Args:
+        cover: (N, H, W) where the front is, bool or share in [0, 1].
+        hues: (N,) of the front, in turns of the wheel of colours.
+        rng: What the back and the noise are drawn from.
+
+    Returns:
+        (N, H, W, 3) uint8 RGB.
+    """
     wheel = np.abs((hues[:, None] * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
     front = 0.25 + 0.75 * np.clip(wheel, 0, 1)
-    back = rng.uniform(0.0, 0.6, (number, 3))
+    back = rng.uniform(0.0, 0.6, (len(cover), 3))
     back *= np.minimum(1, (front.mean(axis=1) - 0.2) / back.mean(axis=1))[:, None]  # darker than the shape
-    images = np.where(cover[..., None], front[:, None, None], back[:, None, None]) + rng.normal(0, 0.08, (number, size, size, 3))
-    return (255 * np.clip(images, 0, 1)).astype(np.uint8), labels.astype(np.int64)
+    share = cover[..., None].astype(np.float64)
+    images = share * front[:, None, None] + (1 - share) * back[:, None, None] + rng.normal(0, 0.08, (*cover.shape, 3))
+    return (255 * np.clip(images, 0, 1)).astype(np.uint8)

@@ -1,14 +1,24 @@
 """What a technique adds to its baseline per training step: both arms in turn, one at a time, nothing else beside them."""
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_methods.claims.plan import Node, Plan, digest
 from lit_methods.claims.runner import Runner
-from lit_methods.claims.study import Cost
+from lit_methods.claims.study import Cost, Study
 
 ROUNDS = 3
+
+
+def timed_study(study: Study) -> Study:
+    """The study cut down to what is timed: chains that end with a timed stage, nothing to judge."""
+    cost = study.cost
+    if cost is None:
+        raise ValueError(f"{study.slug} declares no cost")
+    chains = {name: (cost.own[name],) if name in cost.own else study.arms[name][: cost.stage + 1] for name in cost.arms}
+    return dataclasses.replace(study, arms=chains, reports=(), tuned={}, differences={})
 
 
 def cost_nodes(cost: Cost, plan: Plan, seed: int, steps: int, rounds: int = ROUNDS) -> list[tuple[str, Node]]:
@@ -16,7 +26,7 @@ def cost_nodes(cost: Cost, plan: Plan, seed: int, steps: int, rounds: int = ROUN
     runs = []
     for number in range(rounds):
         for arm in cost.arms:
-            node = plan.chains[arm][seed][cost.stage]
+            node = plan.chains[arm][seed][0 if arm in cost.own else cost.stage]
             limits = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": "false"}
             words = list(node.words)
             place = words.index("--trainer.callbacks+=StepCost") + 1

@@ -30,6 +30,13 @@ QUICK_WORDS = [word for key, value in QUICK.items() for word in (f"--trainer.{ke
 LIBRARIES = ("torch", "lightning", "numpy")
 
 
+class MissingData(CommandError):
+    """The data of a setting, or a library that it needs, isn't there: the setting is skipped, and the others run."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_code=1)
+
+
 @dataclass(eq=False)
 class Node:
     """A stage for one seed.
@@ -116,6 +123,7 @@ def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str
         threads: Torch threads of that process.
 
     Raises:
+        MissingData: One of them needs a library that isn't installed.
         CommandError: One of them is refused; the message holds what ``lit`` said.
     """
     for name, words in commands.items():
@@ -138,6 +146,8 @@ def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str
         answers = json.loads(file.read_text(encoding="utf-8"))
     configs = {}
     for (name, words), answer in zip(commands.items(), answers, strict=True):
+        if answer.get("missing"):
+            raise MissingData(answer["missing"])
         if "error" in answer:
             raise CommandError(f"{name} can't be resolved: lit {' '.join(words)}\n{answer['error']}")
         configs[name] = answer["config"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lit_methods.claims.display import Display
-from lit_methods.claims.plan import Node
+from lit_methods.claims.plan import MissingData, Node
 from lit_methods.claims.sources import changed_sources
 from lit_methods.errors import CommandError, nearest
 from lit_methods.files import write_json
@@ -77,11 +77,12 @@ class Runner:
             display: Where to show it; None: nowhere.
 
         Raises:
+            MissingData: A stage didn't find its data, or a library; none of the others failed otherwise.
             CommandError: A stage failed. Those that ran beside it have been finished and kept.
             KeyboardInterrupt: Ctrl-C; the processes of all stages have been ended.
         """
         results: dict[str, Result] = {}
-        waiting, running, failures = list(nodes), dict[str, tuple[Node, _Process]](), list[str]()
+        waiting, running, failures = list(nodes), dict[str, tuple[Node, _Process]](), list[CommandError]()
         try:
             while running or (waiting and not failures):
                 for node in list(waiting):
@@ -112,7 +113,7 @@ class Runner:
                             rest = [other.kind for other in waiting] + [other.kind for other, _ in running.values() if other is not node]
                             display.ends(node.name, node.kind, results[key]["seconds"], rest)
                     except CommandError as error:
-                        failures.append(str(error))
+                        failures.append(error)
                     finally:
                         process.lock.close()
                         del running[key]
@@ -125,13 +126,16 @@ class Runner:
             stop([process.popen for _, process in running.values()])
             for _, process in running.values():
                 process.lock.close()
+        if failures and all(isinstance(failure, MissingData) for failure in failures):
+            raise failures[0]
         if failures:
-            raise CommandError("\n".join(failures), exit_code=1)
+            raise CommandError("\n".join(map(str, failures)), exit_code=1)
         return results
 
     def _start(self, node: Node, upstream: Result | None, lock: TextIO) -> "_Process":
         folder = self.folder(node)
-        (folder / "result.json").unlink(missing_ok=True)  # out of date
+        for name in ("result.json", "missing.json"):
+            (folder / name).unlink(missing_ok=True)  # out of date
         shutil.rmtree(folder / "run", ignore_errors=True)
         checkpoint = str(self.root / upstream["checkpoint"]) if upstream and upstream["checkpoint"] else ""
         words = [word.replace("{checkpoint}", checkpoint) for word in node.words] + ["--run_root", str(folder), "--name", "run"]
@@ -162,6 +166,8 @@ class Runner:
         output = folder / "output.txt"
         run = max((folder / "run").iterdir(), default=None) if (folder / "run").is_dir() else None
         cost = json.loads((run / "cost.json").read_text(encoding="utf-8")) if run and (run / "cost.json").is_file() else None
+        if status and (folder / "missing.json").is_file():
+            raise MissingData(json.loads((folder / "missing.json").read_text(encoding="utf-8"))["missing"])
         if status or run is None or (node.fits and (cost is None or cost["interrupted"])):
             tail = output.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]
             reason = f"failed with status {status}" if status else "was stopped before its end"

@@ -1,11 +1,13 @@
 """A claim or a comparison as its YAML file declares it, checked: arms of ``lit`` stages, metric, seeds, budget, differences, cost."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lit_methods.claims.settings import SettingError, content_of
 from lit_methods.errors import CommandError, suggest
 from lit_methods.files import read_yaml
 
@@ -13,7 +15,7 @@ UNITS = ("steps", "parameters", "flops")
 KINDS = ("data", "seeds", "tuned", *UNITS)  # of differences that may be declared
 _STAGE_KEYS = ("command", "config", "set", "callbacks", "checkpoint")
 _COMMON = {"source", "metric", "direction", "seeds", "seed_keys", "threads", "budget", "tuned", "differences", "arms", "reports", "cost"}
-_CLAIM_KEYS = _COMMON | {"claim", "method", "baseline", "gate", "paper"}
+_CLAIM_KEYS = _COMMON | {"claim", "method", "baseline", "gate", "paper", "setting", "data", "real", "settings"}
 _COMPARE_KEYS = _COMMON | {"question", "reference"}
 
 
@@ -48,11 +50,15 @@ class Report:
 
 @dataclass(frozen=True)
 class Cost:
-    """Arms whose stage number ``stage`` is timed in turn, for ``steps`` training steps each time; the last one is what is compared with."""
+    """Arms whose stage number ``stage`` is timed in turn, for ``steps`` training steps each time; the last one is what is compared with.
+
+    What is timed may also be a fit of its own, no arm of the claim: ``own`` has its stage, and ``arms`` its name.
+    """
 
     arms: tuple[str, ...]
     stage: int
     steps: int
+    own: dict[str, Stage] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,10 @@ class Study:
         reports: Further figures.
         cost: What is timed, or None.
         paper: The paper's own figures, as they stand in the file.
+        setting: Name of this setting of a claim; "" where the file has one setting and no name for it.
+        data: What its data is, in one line.
+        real: Whether the data is real; None where the file doesn't say.
+        first: Whether it is the file's first setting, the only one in which something may be tuned.
     """
 
     kind: str
@@ -102,6 +112,10 @@ class Study:
     reports: tuple[Report, ...]
     cost: Cost | None
     paper: dict[str, Any]
+    setting: str = ""
+    data: str = ""
+    real: bool | None = None
+    first: bool = True
 
     def against(self, arm: str) -> str:
         """The arm that ``arm`` is held against: judged ones against the reference, ablations of a claim against its method."""
@@ -109,7 +123,7 @@ class Study:
 
 
 def read_study(path: Path, kind: str = "claim") -> Study:
-    """Read and check a file.
+    """Read and check a file; of a claim with several settings, this is the first.
 
     Args:
         path: ``configs/claims/<slug>.yaml`` or ``configs/compare/<family>.yaml``.
@@ -117,6 +131,19 @@ def read_study(path: Path, kind: str = "claim") -> Study:
 
     Raises:
         CommandError: Anything that the file lacks or has too much; the message names file and field.
+    """
+    return next(iter(read_settings(path, kind).values()))
+
+
+def read_settings(path: Path, kind: str = "claim") -> dict[str, Study]:
+    """Read and check a file: name of each setting -> what it declares, the first setting first.
+
+    Args:
+        path: As for :func:`read_study`.
+        kind: As for :func:`read_study`.
+
+    Raises:
+        CommandError: As :func:`read_study`.
     """
     try:
         content = read_yaml(path)
@@ -126,15 +153,24 @@ def read_study(path: Path, kind: str = "claim") -> Study:
         raise CommandError(str(error)) from error
     if not isinstance(content, dict):
         raise CommandError(f"{path} must be a mapping of keys, got {type(content).__name__}")
-    return _Reader(path, kind, content).study()
+    first = _Reader(path, kind, content)
+    studies = {str(content.get("setting") or ""): first.study()}
+    for name in first.settings():
+        try:
+            reader = _Reader(path, kind, content_of(content, name), name)
+        except SettingError as error:
+            raise first.fail(str(error)) from error
+        studies[name] = reader.study()
+    return studies
 
 
 class _Reader:
-    def __init__(self, path: Path, kind: str, content: dict[str, Any]) -> None:
-        self.path, self.kind, self.content = path, kind, content
+    def __init__(self, path: Path, kind: str, content: dict[str, Any], further: str = "") -> None:
+        self.path, self.kind, self.content, self.further = path, kind, content, further
 
     def fail(self, problem: str) -> CommandError:
-        return CommandError(f"{self.path}: {problem}")
+        where = f"settings.{self.further}: " if self.further else ""
+        return CommandError(f"{self.path}: {where}{problem}")
 
     def known(self, keys: Any, allowed: Any, where: str) -> None:
         for key in keys:
@@ -148,6 +184,24 @@ class _Reader:
             raise self.fail(f"{key} must be {expected}, got {value!r}" if key in self.content else f"{key} is missing ({expected})")
         return value
 
+    def settings(self) -> tuple[str, ...]:
+        """Names of the further settings."""
+        settings = self.get("settings", dict, {})
+        if settings and not (self.content.get("setting") and self.content.get("data")):
+            raise self.fail("a claim with further settings needs `setting`, the first one's name, and `data`, what its data is")
+        for name in (self.content.get("setting") or "first", *settings):
+            if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", name):
+                raise self.fail(f"the name of a setting must be lower-case words with _ between them, got {name!r}")
+        if self.content.get("setting") in settings:
+            raise self.fail(f"two settings are called {self.content['setting']!r}")
+        return tuple(settings)
+
+    def real(self) -> bool | None:
+        real = self.content.get("real")
+        if real is not None and not isinstance(real, bool):
+            raise self.fail(f"real must be true or false, got {real!r}")
+        return real
+
     def study(self) -> Study:
         is_claim = self.kind == "claim"
         self.known(self.content, _CLAIM_KEYS if is_claim else _COMPARE_KEYS, f"a {self.kind}")
@@ -156,6 +210,8 @@ class _Reader:
         judged = (self.arm("method", arms),) if is_claim else tuple(name for name in arms if name != reference)
         if reference in judged or not judged:
             raise self.fail("method and baseline must be two arms" if is_claim else "a comparison needs at least two arms")
+        if self.further and arms[reference] == arms[judged[0]]:
+            raise self.fail(f"{judged[0]} and {reference} are the same here: what this setting sets overwrites their difference")
         direction = self.get("direction", str)
         if direction not in ("higher", "lower"):
             raise self.fail(f"direction must be higher or lower, got {direction!r}")
@@ -189,6 +245,10 @@ class _Reader:
             reports=tuple(self.report(entry, arms) for entry in self.get("reports", list, [])),
             cost=self.cost(arms, is_claim),
             paper=dict(self.content.get("paper") or {}),
+            setting=self.further or str(self.content.get("setting") or ""),
+            data=self.get("data", str, ""),
+            real=self.real(),
+            first=not self.further,
         )
 
     def arm(self, key: str, arms: dict[str, Any]) -> str:
@@ -250,11 +310,20 @@ class _Reader:
             return None
         keys = ("method", "baseline") if is_claim else ("arms",)
         self.known(entry, (*keys, "stage", "steps"), "cost")
-        names = tuple(entry.get(key) for key in keys) if is_claim else tuple(entry.get("arms") or ())
+        given = tuple(entry.get(key) for key in keys) if is_claim else tuple(entry.get("arms") or ())
+        own = {
+            str(one.get("name")): self.stage({key: value for key, value in one.items() if key != "name"}, f"cost ({one.get('name')})")
+            for one in given
+            if isinstance(one, dict)
+        }
+        names = tuple(str(one.get("name")) if isinstance(one, dict) else one for one in given)
         stage, steps = entry.get("stage", 0), entry.get("steps", 10)
         for name in names:
-            if name not in arms or not 0 <= stage < len(arms[name]) or arms[name][stage].command != "fit":
+            if name in own:
+                if name == "None" or name in arms or own[name].command != "fit":
+                    raise self.fail(f"cost: a fit of its own needs a name that no arm has, and config; got {name!r}")
+            elif name not in arms or not 0 <= stage < len(arms[name]) or arms[name][stage].command != "fit":
                 raise self.fail(f"cost: {name!r} is no arm whose stage {stage} is a fit; arms are {', '.join(arms)}")
         if not isinstance(steps, int) or steps < 3:
             raise self.fail(f"cost.steps must be a whole number of 3 or more, as the first two are warm-up, got {steps!r}")
-        return Cost(names, stage, steps)
+        return Cost(names, stage, steps, own)

@@ -70,3 +70,21 @@ def judge(method: Sequence[float], baseline: Sequence[float], higher: bool = Tru
         verdict = "holds" if least > 0 and min(gains) >= gate else "does not hold"
     low, high = sorted((sign * least, sign * most))
     return Verdict(sign * mean, low, high, sum(gain > 0 for gain in gains), verdict)
+
+
+def overall(verdicts: Sequence[str]) -> str:
+    """The verdict over all settings of a claim that were run.
+
+    Args:
+        verdicts: That of each setting: ``holds``, ``does not hold`` or ``undecided``; at least one.
+
+    Returns:
+        Of a single setting its own verdict. Else ``holds everywhere`` if every setting holds, ``holds in n of m`` if n of m do, with n at
+        least 1, ``does not hold`` if none holds and at least one does not, and ``undecided`` if all are undecided.
+    """
+    if len(verdicts) == 1:
+        return verdicts[0]
+    holding = sum(verdict == "holds" for verdict in verdicts)
+    if holding:
+        return "holds everywhere" if holding == len(verdicts) else f"holds in {holding} of {len(verdicts)}"
+    return "does not hold" if "does not hold" in verdicts else "undecided"

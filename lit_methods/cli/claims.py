@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import re
 import shlex
 import time
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from lit_methods.errors import CommandError, suggest
 from lit_methods.files import write_atomically, write_json
 
 if TYPE_CHECKING:
+    from lit_methods.claims.plan import Plan
     from lit_methods.claims.study import Study
 
 QUICK_NOTE = "A quick run's figures mean nothing: two training batches, one validation batch. It shows that every stage runs."
@@ -39,15 +42,24 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def find_studies(folder: str, names: Sequence[str]) -> dict[str, Path]:
     """Files ``configs/<folder>/<name>.yaml`` of the current folder, then of the package; all of them without names.
 
+    Config files that a setting lays over its arms may stand beside them, and are left out.
+
     Raises:
         CommandError: There is no such file; the message holds the nearest names.
     """
-    known = {path.stem: path for base in (configs_folder(), Path("configs")) for path in sorted((base / folder).glob("*.yaml"))}
+    files = [path for base in (configs_folder(), Path("configs")) for path in sorted((base / folder).glob("*.yaml"))]
+    known = {path.stem: path for path in files if _is_study(path)}
     for name in names:
         if name not in known:
             what = "claim" if folder == "claims" else "comparison"
             raise CommandError(f"no {what} called {name!r}: looked for configs/{folder}/{name}.yaml{suggest(name, known)}")
     return {name: known[name] for name in (names or sorted(known))}
+
+
+def _is_study(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    keys = set(re.findall(r"^(\w+)\s*:", text, flags=re.M))
+    return bool(keys & {"claim", "question", "arms", "metric"}) or not keys & {"model", "data", "trainer"}
 
 
 def _parser(command: str) -> Parser:
@@ -75,8 +87,14 @@ def _parser(command: str) -> Parser:
     parser.add_argument("--root", type=Path, default=Path("runs/claims"), help="folder of the stages and results (default: %(default)s)")
     parser.add_argument("--wandb", action="store_true", help="log every stage to W&B, grouped by claim, arm and seed")
     if claims:
+        parser.add_argument("--setting", help="only this one of the claim's settings")
+        parser.add_argument("--cost", action="store_true", help="only time the training steps anew, and put that beside the kept results")
         parser.add_argument("--no-evidence", action="store_true", help="leave docs/evidence as it is")
-        parser.add_argument("--page", action="store_true", help="only write the evidence page anew from the stored results")
+        parser.add_argument(
+            "--page",
+            action="store_true",
+            help="only write the evidence page, its plot and the list of verdicts anew from the stored results",
+        )
     return parser
 
 
@@ -100,52 +118,111 @@ def _command(command: str, words: list[str]) -> int:
     if command == "claims" and options.page:
         print(write_page(options.root))
         return 0
+    from lit_methods.claims.plan import MissingData
     from lit_methods.claims.runner import stops_on_sigterm
+    from lit_methods.claims.study import read_settings
 
-    studies = find_studies(command, options.names)
+    files = find_studies(command, options.names)
     status = 0
     try:
         with stops_on_sigterm():
-            for name, file in studies.items():
+            for name, file in files.items():
                 try:
-                    _run_one(command, name, file, options, passed)
-                except CommandError as error:  # the others can still run
-                    if len(studies) == 1:
-                        raise
-                    print(f"error: {error}", flush=True)
-                    status = max(status, error.exit_code)
+                    studies = _chosen(read_settings(file, "claim" if command == "claims" else "compare"), file, options)
+                except CommandError as error:
+                    studies, status = [], _told(error, len(files) == 1, status)
+                for study in studies:
+                    alone = len(files) == len(studies) == 1
+                    try:
+                        if command == "claims" and options.cost:
+                            _measure_cost(study, name, file, options, passed)
+                        else:
+                            _run_one(command, study, name, file, options, passed)
+                    except MissingData as error:
+                        if alone:
+                            raise
+                        print(f"{name}, setting {study.setting}: skipped, as its data or a library isn't there\n  {error}", flush=True)
+                    except CommandError as error:  # the others can still run
+                        status = _told(error, alone, status)
     except KeyboardInterrupt:
         print(f"\nstopped; finished stages are kept. Go on: lit {command} {shlex.join(words)}".rstrip())
         return 130
     return status
 
 
-def _run_one(command: str, name: str, file: Path, options: argparse.Namespace, passed: list[str]) -> None:
+def _told(error: CommandError, alone: bool, status: int) -> int:
+    if alone:
+        raise error
+    print(f"error: {error}", flush=True)
+    return max(status, error.exit_code)
+
+
+def _chosen(settings: "dict[str, Study]", file: Path, options: argparse.Namespace) -> "list[Study]":
+    """The settings that the command is about."""
+    wanted = getattr(options, "setting", None)
+    if wanted is None:
+        return list(settings.values())[: 1 if getattr(options, "cost", False) else None]
+    if wanted not in settings:
+        if not options.names:
+            return []
+        raise CommandError(f"{file} has no setting {wanted!r}{suggest(wanted, filter(None, settings), 'it has one, without a name')}")
+    return [settings[wanted]]
+
+
+def _planned(study: "Study", file: Path, seeds: list[int], extra: list[str], passed: list[str]) -> "tuple[Plan, Any]":
+    """The stages of a study, with its keys and its fairness checked."""
+    from lit_methods.claims.keys import check_keys
+    from lit_methods.claims.plan import make_plan
+    from lit_methods.claims.summary import check_before
+
+    where = file if study.first else Path(f"{file}, setting {study.setting}")
+    check_keys(study, where, passed)
+    plan = make_plan(study, seeds, extra)
+    return plan, check_before(study, plan, where)
+
+
+def _timed_plan(study: "Study", file: Path, seed: int, extra: list[str], passed: list[str]) -> "Plan":
+    """The stages that are timed, and what they need."""
+    from lit_methods.claims.cost import timed_study
+    from lit_methods.claims.keys import check_keys
+    from lit_methods.claims.plan import make_plan
+
+    timed = timed_study(study)
+    check_keys(timed, Path(f"{file}, cost"), passed)
+    return make_plan(timed, [seed], extra)
+
+
+def _run_one(command: str, study: "Study", name: str, file: Path, options: argparse.Namespace, passed: list[str]) -> None:
     from lit_methods.claims.cost import cost_nodes, measure
     from lit_methods.claims.display import Display
     from lit_methods.claims.duration import duration_line
-    from lit_methods.claims.keys import check_keys
-    from lit_methods.claims.plan import QUICK_WORDS, make_plan
+    from lit_methods.claims.naming import named
+    from lit_methods.claims.plan import QUICK_WORDS
     from lit_methods.claims.runner import Runner
-    from lit_methods.claims.study import read_study
-    from lit_methods.claims.summary import check_before, summarise
+    from lit_methods.claims.summary import summarise
 
-    study = read_study(file, "claim" if command == "claims" else "compare")
     seeds = list(dict.fromkeys(options.seeds or study.seeds))
     if options.quick:
         seeds = seeds[:1]
     extra = [*(["--config", "configs/logger/wandb.yaml"] if options.wandb else []), *(QUICK_WORDS if options.quick else []), *passed]
-    print(f"{name}: {study.sentence}", flush=True)
-    check_keys(study, file, passed)
-    plan = make_plan(study, seeds, extra)
-    differences = check_before(study, plan, file)
+    setting = f" in the setting {study.setting} ({study.data})" if study.setting else ""
+    print(f"{name}{setting}: {study.sentence}", flush=True)
+    naming = None
+    if not study.first and not options.quick:
+        try:
+            naming = named(file, study.setting)
+        except CommandError as error:
+            if not options.plan:
+                raise
+            print(f"can't be run yet: {error}")
+    plan, differences = _planned(study, file, seeds, extra, passed)
     runner = Runner(options.root, study.threads, name)
     if options.plan:
         for node in plan.nodes:
             print(f"  {node.name:50} {', '.join(node.arms)}")
         print(f"{len(plan.nodes)} stages; the arms' configs are fair as declared")
         record = None if options.quick or passed or command != "claims" else read_record(options.root, name)
-        print(duration_line(plan, runner, options.jobs, record))
+        print(duration_line(plan, runner, options.jobs, _record_of(record, study)))
         return
     display = Display(len(plan.nodes), options.jobs)
     try:
@@ -153,16 +230,19 @@ def _run_one(command: str, name: str, file: Path, options: argparse.Namespace, p
     finally:
         display.close()
     summary: dict[str, Any] = summarise(study, plan, seeds, results, differences, file, strict=not options.quick)
+    if not study.first:
+        summary["named"] = naming
     rounds = {}
     if study.cost is not None:
         print("cost: both arms in turn, nothing beside them", flush=True)
         steps, turns = (8, 1) if options.quick else (study.cost.steps, 3)
-        rounds = measure(runner, cost_nodes(study.cost, plan, seeds[0], steps, turns))
+        timed = _timed_plan(study, file, seeds[0], extra, passed) if study.cost.own else plan
+        rounds = measure(runner, cost_nodes(study.cost, timed, seeds[0], steps, turns))
     summary["overrides"] = [*passed, *(QUICK_WORDS if options.quick else [])]
     if options.quick:
         summary["note"] = QUICK_NOTE
     gpus = sorted({gpu for result in results.values() for gpu in _gpus(runner.root / result["run"])})
-    folder = options.root / (name if command == "claims" else f"compare-{name}")
+    folder = options.root / (name if command == "claims" else f"compare-{name}") / ("" if study.first else study.setting)
     folder.mkdir(parents=True, exist_ok=True)
     if command == "claims":
         _conclude_claim(study, summary, rounds, folder, gpus, options)
@@ -172,11 +252,46 @@ def _run_one(command: str, name: str, file: Path, options: argparse.Namespace, p
     print(f"{len(plan.nodes)} stages{kept}; {time.monotonic() - display.started:.0f} s here, {summary['seconds']:.0f} s of stages in all")
 
 
+def _measure_cost(study: "Study", name: str, file: Path, options: argparse.Namespace, passed: list[str]) -> None:
+    """Time the training steps of a claim and put that into its kept record; nothing else of it runs."""
+    from lit_methods.claims.cost import compare_cost, cost_nodes, measure
+    from lit_methods.claims.evidence import cost_line, cpu_model, git_commit
+    from lit_methods.claims.runner import Runner
+
+    if study.cost is None:
+        raise CommandError(f"{file} declares no cost, such as cost: {{method: {study.judged[0]}, baseline: {study.reference}}}")
+    if options.setting or options.quick or passed:
+        raise CommandError("--cost times the first setting as its file has it: leave out --setting, --quick and the words for every stage")
+    record = read_record(options.root, name)
+    if not options.plan and (record is None or "verdict" not in record):
+        raise CommandError(f"no result of {name} is kept that a cost could stand beside: run lit claims {name}")
+    plan = _timed_plan(study, file, study.seeds[0], [], [])
+    method, baseline = study.cost.arms
+    print(f"{name}: a training step of {method} against one of {baseline}, in turn, nothing beside them", flush=True)
+    nodes = cost_nodes(study.cost, plan, study.seeds[0], study.cost.steps)
+    if options.plan or record is None:
+        print(f"{len(nodes)} runs of {study.cost.steps} steps")
+        return
+    load = os.getloadavg()[0]
+    rounds = measure(Runner(options.root, study.threads, name), nodes)
+    cost = {"method": method, "baseline": baseline, **compare_cost(rounds[method], rounds[baseline])}
+    checkout = find_checkout()
+    git = git_commit(checkout) if checkout else None
+    beside = {"load": round(max(load, os.getloadavg()[0]), 1), "cores": os.cpu_count()}  # of other processes, and of this one at the end
+    record["cost"] = cost | {"measured": {"date": time.strftime("%Y-%m-%d"), "git": git, "cpu": cpu_model(), **beside}}
+    print(f"cost per training step, {method} against {baseline}: {cost_line(record['cost'])}")
+    if not options.no_evidence:
+        write_json(evidence_folder(checkout, options.root) / f"{name}.json", record)
+        print(f"evidence: {write_page(options.root)}")
+
+
 def _conclude_claim(
     study: "Study", summary: dict[str, Any], rounds: Any, folder: Path, gpus: list[str], options: argparse.Namespace
 ) -> None:
     from lit_methods.claims.cost import compare_cost
-    from lit_methods.claims.evidence import cost_line, differences_lines, facts, summary_row, values_table, verdict_line
+    from lit_methods.claims.evidence import cost_line, differences_lines, facts, values_table, verdict_line
+    from lit_methods.claims.page import summary_row
+    from lit_methods.claims.records import with_setting
 
     summary["cost"] = None
     if study.cost is not None:
@@ -202,7 +317,7 @@ def _conclude_claim(
     if tell:
         store = evidence_folder(checkout, options.root)
         store.mkdir(parents=True, exist_ok=True)
-        write_json(store / f"{study.slug}.json", summary)
+        write_json(store / f"{study.slug}.json", with_setting(read_record(options.root, study.slug), summary, study.first))
         print(f"evidence: {write_page(options.root)}")
     elif not options.no_evidence:
         why = (
@@ -243,6 +358,13 @@ def read_record(root: Path, slug: str) -> dict[str, Any] | None:
     return record
 
 
+def _record_of(record: dict[str, Any] | None, study: "Study") -> Any:
+    """What is kept of one setting of a claim, or None."""
+    if record is None:
+        return None
+    return (record if "stages" in record else None) if study.first else (record.get("settings") or {}).get(study.setting)
+
+
 def _gpus(run: Path) -> list[str]:
     file = run / "environment.json"
     return list(json.loads(file.read_text(encoding="utf-8")).get("gpus", [])) if file.is_file() else []
@@ -263,13 +385,35 @@ def evidence_folder(checkout: Path | None, root: Path) -> Path:
 
 
 def write_page(root: Path) -> Path:
-    """Write the evidence page from the stored records; its path."""
-    from lit_methods.claims.evidence import evidence_page
+    """Write the evidence page, its plot and the list of verdicts from the stored records; the page's path."""
+    from lit_methods.claims.page import evidence_page, evidence_plot
+    from lit_methods.claims.records import read_records, verdict_file, verdict_table
+    from lit_methods.claims.study import read_settings
 
-    folder = evidence_folder(find_checkout(), root)
-    records = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    checkout = find_checkout()
+    folder = evidence_folder(checkout, root)
+    records = read_records(folder)
+    studies = {slug: read_settings(file) for slug, file in find_studies("claims", []).items()}
+    declared = {slug: {name: study.data for name, study in settings.items()} for slug, settings in studies.items()}
+    for slug, record in records.items():
+        first = next(iter(studies.get(slug, {}).values()), None)
+        if first is not None and redescribe(record, first):
+            write_json(folder / f"{slug}.json", record)
     page = folder.with_suffix(".md")
     page.parent.mkdir(parents=True, exist_ok=True)
     finished = {slug: entry for slug, entry in techniques().items() if not entry.draft}
-    write_atomically(page, evidence_page(records, finished))
+    write_atomically(page, evidence_page(records, finished, declared))
+    write_atomically(page.with_suffix(".svg"), evidence_plot(records, finished, declared))
+    if checkout and verdict_file().is_relative_to(checkout):
+        write_json(verdict_file(), verdict_table(records, declared, finished))
     return page
+
+
+def redescribe(record: dict[str, Any], study: "Study") -> bool:
+    """Take over what the claim file says of its first setting and of the paper, which no run can change; whether anything was new."""
+    if record.get("setting") not in (None, "", study.setting) or "verdict" not in record:
+        return False
+    told = {"setting": study.setting, "data": study.data, "real": study.real, "paper": study.paper}
+    new = any(record.get(key) != value for key, value in told.items() if value or record.get(key))
+    record |= told if new else {}
+    return new

@@ -23,6 +23,10 @@ Look around
   list [--family F] [--json]      techniques that are here; --parts: what one builds with; --configs: what runs
   info <technique|family|class>   what it does, its configs, how to run it
 
+Before a long run
+  doctor <config> [overrides]     are data, weights, GPUs, disk there? parameters, memory, steps; nothing is trained or downloaded
+  fake <datamodule|config> <root> a tiny release in the benchmark's official layout, to try a pipeline without the data
+
 Believe and see
   claims [technique...]           re-show the claims of the papers: method against baseline, verdict, evidence
   compare <family>                all techniques of a family on one task at equal budget
@@ -61,11 +65,12 @@ usage: lit {command} [--config FILE]... [--key value]...
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, tell: Callable[[Exception], None] | None = None) -> int:
     """Run the ``lit`` command.
 
     Args:
         argv: Words after the program's name; None: those of the process.
+        tell: Gets the error that is printed as a short message.
 
     Returns:
         Exit status: 0, 1 for bad data, a missing library or a failed machine, 2 for a mistake in the arguments or configs, 143 for
@@ -87,6 +92,8 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exception(error)
+        if tell is not None:
+            tell(error)
         rank = os.environ.get("LOCAL_RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {known}", file=sys.stderr)
         return known.exit_code
@@ -120,7 +127,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, report, scaffold
+    from lit_methods.cli import claims, commands, dashboard, doctor, fake, report, scaffold
 
     return {
         "claims": claims.claims,
@@ -132,6 +139,8 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "cp": commands.copy,
         "export": commands.export,
         "new": scaffold.new,
+        "fake": fake.fake,
+        "doctor": doctor.doctor,
     }
 
 

@@ -44,7 +44,7 @@ class WordTokenizer:
 
 
 class TinyTowers(TwoTowers):
-    """Towers of 24 x 24 colour images and short English texts, pretrained contrastively on 36 kinds of coloured shapes.
+    """Towers of 24 x 24 colour images and short English texts, pretrained contrastively on 36 kinds of coloured shapes, or of digits.
 
     Pretraining takes under a minute on one core; the result is kept in the cache folder (``LIT_METHODS_CACHE`` or
     ``~/.cache/lit-methods``) and read from there afterwards. Nothing is drawn from the global generators.
@@ -54,11 +54,13 @@ class TinyTowers(TwoTowers):
     Args:
         pretrain_steps: Steps of AdamW, with an image and a caption of each of the 36 classes; 0: random weights.
         seed: Seed of weights, images and captions.
+        pictures: ``shapes``, or ``digits``: scikit-learn's real digits in colours. As in ``FewShotDataModule``.
     """
 
-    def __init__(self, pretrain_steps: int = 500, seed: int = 0) -> None:
+    def __init__(self, pretrain_steps: int = 500, seed: int = 0, pictures: shapes.Pictures = "shapes") -> None:
         checks.at_least(0, "steps", pretrain_steps=pretrain_steps)
-        tokenizer = WordTokenizer(shapes.vocabulary())
+        checks.one_of(shapes.Pictures, pictures=pictures)
+        tokenizer = WordTokenizer(shapes.vocabulary(pictures))
         sizes = TowerSizes(
             image_size=shapes.SIZE, patch_size=6, image_width=48, image_layers=3, image_heads=4, text_width=32, text_layers=3,
             text_heads=4, vocabulary=len(tokenizer), context_length=CONTEXT, embed_dim=48,
@@ -67,10 +69,10 @@ class TinyTowers(TwoTowers):
             torch.default_generator.manual_seed(seed)
             super().__init__(sizes, tokenizer, _END, math.log(20.0))
         if pretrain_steps > 0:
-            self._load_or_pretrain(pretrain_steps, seed)
+            self._load_or_pretrain(pretrain_steps, seed, pictures)
 
-    def _load_or_pretrain(self, steps: int, seed: int) -> None:
-        recipe = f"{steps} {seed} {self.sizes} {' '.join(shapes.vocabulary())} {torch.__version__}"
+    def _load_or_pretrain(self, steps: int, seed: int, kind: shapes.Pictures) -> None:
+        recipe = f"{steps} {seed} {self.sizes} {' '.join(shapes.vocabulary(kind))} {torch.__version__}"
         name = hashlib.sha256(recipe.encode()).hexdigest()[:12]
         folder = Path(os.environ.get("LIT_METHODS_CACHE") or Path.home() / ".cache" / "lit-methods") / "tiny_towers"
         file = folder / f"{name}.pt"
@@ -78,25 +80,26 @@ class TinyTowers(TwoTowers):
             self.load_state_dict(torch.load(file, weights_only=True))
             return
         rank_zero_info(f"TinyTowers: pretraining {steps} steps, kept in {file}")
-        pretrain(self, steps, seed)
+        pretrain(self, steps, seed, kind)
         folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
         torch.save(self.state_dict(), part)
         part.replace(file)
 
 
-def pretrain(towers: TwoTowers, steps: int, seed: int) -> None:
+def pretrain(towers: TwoTowers, steps: int, seed: int, pictures: shapes.Pictures = "shapes") -> None:
     """Contrastive pretraining, in place: a batch is an image and a caption of each of the 36 classes, so that no two are the same.
 
     Args:
         towers: To be trained.
         steps: Steps of AdamW, with half a cosine from 3e-3.
         seed: Seed of images and captions.
+        pictures: ``shapes`` or ``digits``.
     """
-    classes, per_class = shapes.all_classes(), 64
+    classes, per_class = shapes.all_classes(pictures), 64
     number = len(classes)
-    pictures, _ = shapes.draw_images(per_class, seed + 1_000_003, classes)
-    images = to_tensor(pictures).unflatten(0, (number, per_class))
+    drawn, _ = shapes.draw_images(per_class, 2 * seed + 1_000_003 if pictures == "digits" else seed + 1_000_003, classes)
+    images = to_tensor(drawn).unflatten(0, (number, per_class))
     texts = torch.stack([towers.tokenize(shapes.captions(*own)) for own in classes])  # (classes, captions, L)
     texts = texts[:, :, : int(towers.end_of(texts.flatten(0, 1)).max()) + 1]
     generator = torch.Generator().manual_seed(seed)

@@ -28,6 +28,9 @@ else:
     sys.exit(4)
 if behaviour == "fail":
     sys.exit(3)
+if behaviour == "missing":
+    Path(sources).with_name("missing.json").write_text(json.dumps({"missing": "no digits here"}))
+    sys.exit(1)
 metrics = {"acc": "NaN" if behaviour == "diverge" else 0.5 + 0.1 * int(given["--seed"]) + 0.2 * (given["--stage"] == "good"), "other": 1.0}
 (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "epoch": 0, "metrics": metrics}) + "\n")
 cost = {"steps": 4, "batches": 4, "parameters": 10, "flops_per_batch": None, "seconds": [0.1], "data_seconds": [0.0], "peak_mib": 1.0}

@@ -23,7 +23,7 @@ from lit_methods.consistency_models.rcm.core import (
     velocity_tangent,
 )
 from lit_methods.consistency_models.rcm.module import RCM, drop_bad_gradients
-from lit_methods.consistency_models.rcm.teacher import RingTeacher
+from lit_methods.consistency_models.rcm.teacher import IrisTeacher, RingTeacher
 from lit_methods.consistency_models.rcm.trigflow import rectified_flow, trigflow
 
 DOUBLE = torch.float64
@@ -88,6 +88,23 @@ def test_the_ring_teacher_counts_modes_and_near_samples():
     found = teacher.evaluate(samples)
     assert found["quality"] == pytest.approx(3 / 5), "those at 0, 0.2 and 0.29 from a mode"
     assert found["modes"] == 2
+
+
+def test_the_iris_teacher_knows_the_flowers_that_its_data_come_from():
+    from lit_methods.datamodules import IrisDataModule
+
+    teacher, data = IrisTeacher(noise=0.05), IrisDataModule(num_train=64, num_val=2000)
+    data.setup("fit")
+    assert teacher.centres.shape == (150, 2)
+    assert teacher.evaluate(data.val_set.images)["quality"] > 0.985, "98.9 % of a Gaussian lie within 3 standard deviations"
+    x, time = numbers(5, 2), torch.tensor([0.2, 0.5, 0.9, 1.3, 1.55], dtype=DOUBLE)
+    found = trigflow(teacher, DOUBLE)(x, time).x0
+    for one, t, mean in zip(x, time, found, strict=True):  # posterior means of the Gaussians, weighted by their evidence
+        variance = (0.05 * t.cos()) ** 2 + t.sin() ** 2
+        away = one - t.cos() * teacher.centres
+        share = (-away.square().sum(1) / (2 * variance)).exp()
+        expected = share @ (teacher.centres + t.cos() * 0.05**2 / variance * away) / share.sum()
+        torch.testing.assert_close(mean, expected)
 
 
 @pytest.mark.parametrize(("mode", "limit"), [("jvp", 1e-7), ("semi_continuous", 2e-3), ("discrete", 2e-3)])

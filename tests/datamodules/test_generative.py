@@ -13,6 +13,7 @@ from lit_methods.datamodules import (
     GenerativeCIFARDataModule,
     GenerativeDigitsDataModule,
     GenerativeImageNetDataModule,
+    IrisDataModule,
     RingDataModule,
 )
 from lit_methods.datamodules.generative.base import Tensors
@@ -151,6 +152,8 @@ def test_imagenet_is_cropped_in_the_middle_and_in_range():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
+        (lambda: IrisDataModule(noise=0.0), "noise is 0"),
+        (lambda: IrisDataModule(num_val=0), "num_val is 0"),
         (lambda: RingDataModule(impulses=1.5), "impulses is 1.5: give a number in .0, 1."),
         (lambda: RingDataModule(num_train=0), "num_train is 0"),
         (lambda: RingDataModule(noise=-1.0), "noise is -1"),
@@ -166,3 +169,19 @@ def test_wrong_numbers_are_named(make, says):
 def test_data_that_are_not_there_yet_are_asked_for():
     with pytest.raises(RuntimeError, match="setup"):
         RingDataModule().train_dataloader()
+
+
+def test_points_lie_around_the_petals_of_real_irises():
+    from sklearn.datasets import load_iris
+
+    one, two = (prepared(IrisDataModule(num_train=30_000, num_val=500, seed=seed)) for seed in (0, 1))
+    petals = load_iris().data[:, 2:]
+    flowers = torch.from_numpy((petals - petals.mean(axis=0)) / petals.std(axis=0)).float()
+    points = one.train_set.images
+    assert points.mean(0).abs().max() < 0.02
+    assert (points.std(0) - (1 + 0.05**2) ** 0.5).abs().max() < 0.02
+    nearest = torch.cdist(points, flowers).min(1).values
+    assert (nearest < 3 * 0.05).float().mean() > 0.985
+    assert len(torch.cdist(points, flowers).argmin(1).unique()) == len(flowers.unique(dim=0)), "every flower has points"
+    assert torch.equal(one.val_set.images, two.val_set.images)
+    assert not torch.equal(points, two.train_set.images)

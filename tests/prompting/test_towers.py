@@ -112,8 +112,18 @@ def test_random_towers_leave_the_global_generator_alone() -> None:
     one, other = TinyTowers(0), TinyTowers(0)
     assert torch.rand(1) == expected
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    longest = max(len(shapes.split_words(text)) for own in shapes.all_classes() for text in shapes.captions(*own))
+    kinds = [*shapes.all_classes("shapes"), *shapes.all_classes("digits")]
+    longest = max(len(shapes.split_words(text)) for own in kinds for text in shapes.captions(*own))
     assert longest + 2 <= one.sizes.context_length, "a caption would be cut"
+
+
+def test_towers_of_digits_know_their_words_and_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_METHODS_CACHE", str(tmp_path))
+    TinyTowers(2), TinyTowers(2, pictures="digits")
+    assert len(list((tmp_path / "tiny_towers").iterdir())) == 2
+    digits = TinyTowers(0, pictures="digits")
+    assert 3 not in digits.tokenize(["an azure four", "a rose zero"]), "no word is unknown"
+    assert 3 in TinyTowers(0).tokenize(["an azure four"])
 
 
 def test_pretraining_learns_is_repeatable_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

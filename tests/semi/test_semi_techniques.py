@@ -11,7 +11,7 @@ from torch import nn
 from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, run_two_processes, tiny_trainer
 from lit_methods import MLP, FixMatch, PropagationProbe, ShrinkMatch, SimMatchV2, SmallConvNet
 from lit_methods.callbacks import ExactResume, WeightEMA
-from lit_methods.datamodules import DigitsDataModule, SemiSupervisedDataModule
+from lit_methods.datamodules import DigitsDataModule, SemiSupervisedDataModule, SkimageDataModule
 from lit_methods.semi.base import take_apart
 from lit_methods.semi.simmatchv2.core import GraphConsistency, edges
 
@@ -221,6 +221,21 @@ def test_propagation_helps_a_linear_classifier():
     with_, without = measured(0.1), measured(0.0)
     assert with_["semi/val_nll"] < without["semi/val_nll"]
     assert with_["semi/val_accuracy"] > 0.6
+
+
+def test_the_probe_predicts_two_classes_as_scikit_learn_does():
+    from sklearn.linear_model import LogisticRegression
+
+    faces = SkimageDataModule("faces", num_train=100, batch_size=100)
+    data = SemiSupervisedDataModule(faces, labels_per_class=20, batch_size=8, ratio=1, policy="small_grey")
+    probe = PropagationProbe(2, alpha=0.0)
+    fit(probe, data, max_steps=1, limit_val_batches=None, val_check_interval=1)
+    images = torch.stack([faces.val_set[(0, index)]["image"] for index in range(100)])
+    labelled = torch.stack([faces.train_set.read(int(index)) for index in data.labelled])
+    centre = labelled.flatten(1).mean(dim=0)
+    unit = [nn.functional.normalize(part.flatten(1) - centre, dim=1).numpy() for part in (labelled, images)]
+    sklearn = LogisticRegression(max_iter=1000).fit(unit[0], data.labelled_classes.numpy())
+    torch.testing.assert_close(probe(images).double(), torch.from_numpy(sklearn.predict_proba(unit[1])).double(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

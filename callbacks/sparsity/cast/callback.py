@@ -25,7 +25,7 @@ from lit_methods.callbacks.sparsity.history import flips, pack_bits, unpack_bits
 from lit_methods.callbacks.sparsity.latent import LatentCallback, LatentWeight, ParametrizedWeight, Place, Shared, group_dim, masked_weight
 from lit_methods.callbacks.sparsity.masks import check_pattern, is_nm, nm_mask
 from lit_methods.callbacks.sparsity.store import MaskStore
-from lit_methods.callbacks.twin import shadow
+from lit_methods.callbacks.twin import shadow, unwritten
 from lit_methods.callbacks.wrapping import refuse_iterators, takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -131,7 +131,8 @@ class CAST(LatentCallback):
     made at the start of every ``mask_interval``-th optimiser step, on its first micro-batch, from latent weights. Behind the last batch
     weights outside the last mask are removed and scales folded in. ``cast/unfinalized.ckpt`` and ``cast/finalized.ckpt`` in the run's
     folder are written if the Trainer saves checkpoints. With manual optimisation ``distill_weight`` must be 0; give ``total_steps`` where
-    several optimisers step. Scales are called ``<module>.parametrizations.weight.0.scale`` in ``named_parameters()``.
+    several optimisers step. Scales are called ``<module>.parametrizations.weight.0.scale`` in ``named_parameters()``;
+    a momentum branch that walks ``parameters()`` needs ``scale_groups=0``.
 
     Saves: what :class:`LatentCallback` saves, scales, masks, T and the teacher. T, the number of optimiser steps, must be the same at a
     resume.
@@ -172,6 +173,7 @@ class CAST(LatentCallback):
         **{name: f"_{name}" for name in ("refreshed", "probed", "stats")},
         **{"first_masks": "_first", "total_steps": "_steps"},
     }
+    without_added = "set scale_groups to 0 (and slorb_block, if you gave it), so that each weight stays one parameter"
     runs_before: ClassVar[Sequence[str]] = ("MaskCallback", "SparsityReport", "Dashboard", "Preemption")
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -289,15 +291,14 @@ class CAST(LatentCallback):
 
     def _mix(self, pl_module: pl.LightningModule, loss: Tensor, student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
         """Eq. 13: the KL of the logits of student and teacher, mixed into the module's own loss."""
-        valid = None
-        if self.labels is not None:
-            valid = find_in_batch(batch, self.labels, (self.labels, 0), "labels") != self.ignore_index
-            if valid.shape != student.shape[:-1]:
-                shapes = f"the batch's {self.labels!r} are {tuple(valid.shape)}, but the logits {tuple(student.shape)}"
-                raise ValueError(f"CAST: {shapes}: the labels must be aligned with them")
-        kl = core.kl_to_teacher(student, teacher, self.temperature, self.temperature_squared, valid)
+        targets = None if self.labels is None else find_in_batch(batch, self.labels, (self.labels, 0), "labels")
+        if targets is not None and targets.shape != student.shape[:-1]:
+            shapes = f"the batch's {self.labels!r} are {tuple(targets.shape)}, but the logits {tuple(student.shape)}"
+            raise ValueError(f"CAST: {shapes}: the labels must be aligned with them")
+        settings = (self.distill_weight, self.temperature, self.temperature_squared, self.ignore_index)
+        mixed, kl, _ = core.distillation_loss(student, teacher, targets, *settings, own=loss)
         pl_module.log_dict({"cast/ce": loss.detach(), "cast/kl": kl.detach()}, batch_size=1)
-        return core.convex_loss(kl, loss, self.distill_weight)
+        return mixed
 
     def parametrise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy the teacher, and put the parametrisations on."""
@@ -453,7 +454,7 @@ class CAST(LatentCallback):
                 arguments = (batch, batch_idx)[: len(inspect.signature(twin.training_step).parameters)]
                 for name, pruned in (("loss_dense", False), ("loss_pruned", True)):
                     self._prune(pruned)
-                    with trainer.precision_plugin.train_step_context():
+                    with trainer.precision_plugin.train_step_context(), unwritten(twin):
                         output = twin.training_step(*arguments)
                     loss = output["loss"] if isinstance(output, Mapping) else output
                     if isinstance(loss, Tensor):

@@ -23,7 +23,7 @@ from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.seeds import own_seed
-from lit_methods.steps import logs_now
+from lit_methods.steps import log_global, logs_now
 
 TECHNIQUE = Technique(
     slug="issp",
@@ -371,9 +371,8 @@ class IterativeSoftShrinkage(MaskCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density, flips and what was measured at the switch."""
         moves = {"total_flips": self._flips.float()} if self.method in ("iss_p", "iht", "iss_r") else {}
-        switch = {name: value.to(pl_module.device) for name, value in self._switch.items()}
-        values: dict[str, Any] = {"density": self.store.density(), **moves, **switch}
-        pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, batch_size=1)
+        values = {"density": self.store.density(), **moves, **self._switch}
+        log_global(pl_module, {f"issp/{name}": value for name, value in values.items()}, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the switch has not come."""

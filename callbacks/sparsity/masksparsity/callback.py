@@ -23,7 +23,7 @@ from lit_methods import checks
 from lit_methods.callbacks.batch import Key, find_in_batch
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.sparsity import channels
-from lit_methods.callbacks.sparsity.callback import built_by, check_ranks
+from lit_methods.callbacks.sparsity.callback import check_ranks
 from lit_methods.callbacks.sparsity.channels import PLAN_KEY, ChannelGroup, ChannelPlan
 from lit_methods.callbacks.sparsity.flops import count_macs
 from lit_methods.callbacks.sparsity.masksparsity import core
@@ -31,12 +31,13 @@ from lit_methods.callbacks.sparsity.masksparsity.core import Criterion, Penalty
 from lit_methods.callbacks.sparsity.store import prunable_weights
 from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_lazy, refuse_sharded
 from lit_methods.callbacks.twin import independent_copy, training_batches
-from lit_methods.callbacks.wrapping import attach, detach
+from lit_methods.callbacks.wrapping import attach, built_by, detach
 from lit_methods.catalog import Technique
 from lit_methods.compiled import plain_names
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import check_readable
 from lit_methods.runs.folder import run_dir
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="masksparsity",
@@ -300,7 +301,7 @@ class MaskedBNSparsity(OrderedCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the scales of channels that stay and that go."""
         if self._norms:
-            pl_module.log_dict(self._figures(), batch_size=1)
+            log_global(pl_module, self._figures(), batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """While training: keep the results for the table. In the stages ``mask`` and ``prune``: write the file."""
@@ -329,7 +330,7 @@ class MaskedBNSparsity(OrderedCallback):
         """Log what was removed."""
         if self._scales is not None:
             shares = {f"masksparsity/{name}_kept": after / before for name, (before, after) in self._cost.items() if before}
-            pl_module.log_dict({name: float(value) for name, value in (self._figures() | shares).items()}, batch_size=1)
+            log_global(pl_module, self._figures() | shares, batch_size=1)
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -350,7 +351,8 @@ class MaskedBNSparsity(OrderedCallback):
         left |= {name: "targets or skip say so" for group in groups if group not in self._groups for name in group.norms}
         if not self._groups:
             reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
-            raise ValueError(f"MaskedBNSparsity: no batch norm of {type(pl_module).__name__} can be pruned ({reasons})")
+            way = "at least one must stand behind a linear layer or convolution whose weight is an ordinary parameter"
+            raise ValueError(f"MaskedBNSparsity: no batch norm of {type(pl_module).__name__} can be pruned ({reasons}): {way}")
         counted = count_macs(twin.eval(), lambda: run(twin, inputs), prunable_weights(twin))
         self._macs = {name: macs / len(inputs) for name, macs in counted.per_weight.items()}
         return left

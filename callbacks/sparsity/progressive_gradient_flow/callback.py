@@ -32,7 +32,7 @@ from lit_methods.callbacks.sparsity.progressive_gradient_flow import core
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import Phase, Recipe, parse_pattern, sparse_mask
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
-from lit_methods.steps import logs_now, training_length
+from lit_methods.steps import log_global, logs_now, training_length
 
 TECHNIQUE = Technique(
     slug="progressive_gradient_flow",
@@ -391,7 +391,7 @@ class NMSparsity(LatentCallback):
             logs["mask_flip_rate"] = float(flips(self._history.last, masks)) / shared
         self._history.last = masks or self._history.last
         values = {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1, batch_size=1)
+        log_global(pl_module, values, batch_size=1)
         notify_mask_updated(trainer, pl_module, self)
 
     def _density(self) -> float:

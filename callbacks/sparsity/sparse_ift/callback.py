@@ -3,6 +3,7 @@
 Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.sparse_ift.core`.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -12,6 +13,8 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -32,9 +35,11 @@ from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
 )
 from lit_methods.callbacks.sparsity.store import Choice
 from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_sharded
+from lit_methods.callbacks.twin import independent_copy, step_by_hand
 from lit_methods.callbacks.wrapping import takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="sparse_ift",
@@ -69,13 +74,14 @@ class SparseIFT(DynamicSparsity):
     module: load it with this callback, or into a module after :func:`iso_flop_transform`.
 
     Refuses: what :class:`DynamicSparsity` refuses, modules that can't be transformed, and Lightning's ``WeightAveraging`` before it in the
-    list; callbacks that hook a transformed layer must stand behind it, too.
+    list; callbacks that hook a transformed layer must stand behind it, too. ``wide`` refuses a module of several networks, such as a GAN,
+    whose widened layers get data of the old width.
 
     Args:
         sparsity: s, share of removed weights in [0, 1); 0.5, 0.75 and 0.9 in the paper.
         family: ``wide``, ``parallel``, ``factorized``, ``doped`` or ``none``.
         method: ``static``, ``set`` or ``rigl``.
-        network: Name of the submodule that is transformed, such as ``network``; null: the whole module.
+        network: Name of the submodule that is transformed, such as ``network``; null: the whole module, which is one network.
         uv_layer: Between U and V of ``factorized``: ``linear``, ``nonlinear_norelu`` (batch norm) or ``nonlinear_relu`` (and ReLU).
         sparse_u_only: V of ``factorized`` stays dense.
         sparse_shortcuts: Mask pointwise shortcuts; null: for ``wide`` and ``none``. The other members mask them as they are.
@@ -205,7 +211,8 @@ class SparseIFT(DynamicSparsity):
                     raise ValueError(f"{type(other).__name__} has copied the dense module: put SparseIFT before it in the list")
             names = ("targets", "skip", "stem", "head", "sparse_shortcuts", "uv_layer", "sparse_u_only", "init", "zero_init_last", "seed")
             options: dict[str, Any] = {name: getattr(self, name) for name in names}
-            iso_flop_transform(self._root(pl_module), self.family, self.sparsity, **options)
+            with checks.naming("SparseIFT"):
+                iso_flop_transform(self._root(pl_module), self.family, self.sparsity, **options)
             done = transformation_of(pl_module)
         assert done is not None
         self._agree(done.settings(), f"{type(pl_module).__name__} is transformed already")
@@ -329,6 +336,8 @@ class SparseIFT(DynamicSparsity):
         self._uncounted = False
         macs, _, why = count_on_batch(trainer, pl_module, batch, self.forward)
         if macs is None:
+            if self.family == "wide" and not pl_module.automatic_optimization:
+                self._rehearse(trainer, pl_module, batch)
             if self.family == "wide" and self.flops_tolerance is not None:
                 failed = f"the widened {type(pl_module).__name__} can't run on a training batch ({why})"
                 ways = "if no step can run on a copy, set flops_tolerance to null"
@@ -344,6 +353,31 @@ class SparseIFT(DynamicSparsity):
                 why = "widths, branches and ranks are whole numbers, and these layers are small or 1 / (1 - sparsity) isn't one"
                 way = "choose another sparsity (0.5, 0.75, 0.9), or raise flops_tolerance"
                 raise ValueError(f"Sparse-IFT {given}, not 1 within {self.flops_tolerance}: {why}; {way}")
+
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Make a step of manual optimisation on a copy, which shows whether the widths fit before anything is trained."""
+        twin = independent_copy(trainer, pl_module)
+        modules, wrong = plain_modules(twin), []
+
+        def compare(layer: Any, arguments: Any, name: str) -> None:
+            linear = isinstance(layer, nn.Linear)
+            wanted, given = layer.in_features if linear else layer.in_channels, arguments[0].shape[-1 if linear else 1]
+            if given != wanted:
+                wrong.append(f"{name} has {wanted} inputs now and gets {given}")
+
+        for name in (layer.name for layer in self._layers):
+            modules[name].register_forward_pre_hook(functools.partial(compare, name=name))
+        try:
+            with isolate_rng(pl_module.device.type == "cuda"), trainer.precision_plugin.train_step_context():
+                step_by_hand(trainer, twin, apply_to_collection(batch, Tensor, torch.clone))
+        except Exception as error:  # the user's code, which may need more than a copy has
+            if not wrong:
+                rank_zero_warn(f"SparseIFT can't try the widened network on a copy ({type(error).__name__}: {error})")
+        if wrong:
+            raise ValueError(
+                f"SparseIFT: the widened {type(pl_module).__name__} can't run on a training batch ({wrong[0]}), as it isn't one network "
+                "from stem to head: name the network to transform by network, or choose parallel, factorized or doped"
+            )
 
     def _layer_macs(self, density: Mapping[str, float], enlarged: bool = False) -> tuple[float, float]:
         """MACs of the transformed layers (or those of them that have grown sparse and larger), now and dense."""
@@ -381,7 +415,7 @@ class SparseIFT(DynamicSparsity):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log where things stand."""
-        pl_module.log_dict(self._values(trainer), sync_dist=trainer.world_size > 1, batch_size=1)
+        log_global(pl_module, self._values(trainer), batch_size=1)
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the transformed layers."""

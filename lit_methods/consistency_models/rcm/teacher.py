@@ -8,21 +8,18 @@ from torch import Tensor, nn
 from lit_methods import checks
 
 
-class RingTeacher(nn.Module):
-    """The exact velocity F(x_t, t) of equal Gaussians on a circle, for trials: a teacher without weights. Use ``wrapper: trigflow``.
+class _Gaussians(nn.Module):
+    """The exact velocity F(x_t, t) of equal, equally likely Gaussians: a teacher without weights.
 
     Args:
-        modes: Number of Gaussians.
-        radius: Radius of the circle.
+        centres: (modes, 2) float64.
         noise: Standard deviation of each Gaussian in each coordinate, > 0.
     """
 
-    def __init__(self, modes: int = 8, radius: float = 1.35, noise: float = 0.05) -> None:
+    def __init__(self, centres: Tensor, noise: float) -> None:
         super().__init__()
-        checks.at_least(1, modes=modes)
-        checks.positive(radius=radius, noise=noise)
-        angles = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
-        self.register_buffer("centres", radius * torch.stack([angles.cos(), angles.sin()], dim=1))
+        checks.positive(noise=noise)
+        self.register_buffer("centres", centres)
         self.noise = noise
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
@@ -42,4 +39,33 @@ class RingTeacher(nn.Module):
         return {"quality": (distance < 3 * self.noise).double().mean(), "modes": (shares > 0.02).sum().double()}
 
 
-__all__ = ["RingTeacher"]
+class RingTeacher(_Gaussians):
+    """The exact velocity F(x_t, t) of equal Gaussians on a circle, for trials: a teacher without weights. Use ``wrapper: trigflow``.
+
+    Args:
+        modes: Number of Gaussians.
+        radius: Radius of the circle.
+        noise: Standard deviation of each Gaussian in each coordinate, > 0.
+    """
+
+    def __init__(self, modes: int = 8, radius: float = 1.35, noise: float = 0.05) -> None:
+        checks.at_least(1, modes=modes)
+        checks.positive(radius=radius)
+        angles = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
+        super().__init__(radius * torch.stack([angles.cos(), angles.sin()], dim=1), noise)
+
+
+class IrisTeacher(_Gaussians):
+    """The exact velocity F(x_t, t) of the distribution of ``IrisDataModule``: a Gaussian at each of 150 flowers. Use ``wrapper: trigflow``.
+
+    Args:
+        noise: Standard deviation of each Gaussian in each coordinate, > 0; that of the data.
+    """
+
+    def __init__(self, noise: float = 0.05) -> None:
+        from lit_methods.datamodules.generative.toys import iris_flowers
+
+        super().__init__(iris_flowers(), noise)
+
+
+__all__ = ["IrisTeacher", "RingTeacher"]

@@ -79,8 +79,11 @@ class PropagationProbe(LightningModule):
         fitted = LogisticRegression(max_iter=1000).fit(self.bank.numpy(), self.bank_class.numpy())
         if list(fitted.classes_) != list(range(self.num_classes)):
             raise ValueError(f"the labelled images are of the classes {list(fitted.classes_)}, expected all of 0..{self.num_classes - 1}")
-        self.register_buffer("weight", torch.from_numpy(np.asarray(fitted.coef_, dtype=np.float32)))
-        self.register_buffer("bias", torch.from_numpy(np.asarray(fitted.intercept_, dtype=np.float32)))
+        weight, bias = np.asarray(fitted.coef_, dtype=np.float32), np.asarray(fitted.intercept_, dtype=np.float32)
+        if self.num_classes == 2:  # scikit-learn gives the logit of the second class against the first alone
+            weight, bias = np.concatenate([np.zeros_like(weight), weight]), np.concatenate([np.zeros_like(bias), bias])
+        self.register_buffer("weight", torch.from_numpy(weight))
+        self.register_buffer("bias", torch.from_numpy(bias))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, ...) images -> (B, C) propagated labels."""

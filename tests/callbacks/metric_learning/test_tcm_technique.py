@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.demos.transformer import LightningTransformer
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -315,3 +316,22 @@ def test_evaluation_without_pairs_says_so():
     with pytest.warns(UserWarning, match="make no pairs"):
         found = tiny_trainer(limit_val_batches=1).validate(module, OpenWorldDataModule(**TINY, eval_batch_size=1), verbose=False)
     assert found == [{}]
+
+
+def test_an_open_world_of_digits_keeps_the_higher_ones_unseen():
+    data = OpenWorldDataModule(3, 4, 20, classes_per_batch=3, samples_per_class=5, steps_per_epoch=2, eval_batch_size=80, source="digits")
+    data.setup("fit")
+    train, (held_out,) = list(data.train_dataloader()), list(data.val_dataloader())
+    assert {label for batch in train for label in batch["label"].tolist()} == {0, 1, 2}
+    assert held_out["label"].bincount().tolist() == [0, 0, 0, 20, 20, 20, 20]
+    stored = {tuple(row): int(label) for row, label in zip(load_digits().data / 8 - 1, load_digits().target, strict=True)}
+    assert [stored[tuple(row)] for row in held_out["image"].double().tolist()] == held_out["label"].tolist()
+    assert len({tuple(row) for row in held_out["image"].tolist()}) == 80, "no image twice"
+
+
+@pytest.mark.parametrize(
+    ("options", "word"), [({"num_val_classes": 8}, "num_val_classes"), ({"per_class": 175}, "per_class"), ({"source": "mnist"}, "source")]
+)
+def test_an_open_world_of_digits_refuses_what_there_is_not(options, word):
+    with pytest.raises(ValueError, match=word):
+        OpenWorldDataModule(**({"num_train_classes": 3, "num_val_classes": 3, "source": "digits"} | options))

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_methods.callbacks.sparsity.cost import theoretical_cost
-from lit_methods.callbacks.sparsity.flops import attention_macs, conv_output_size, count_macs, training_flops
+from lit_methods.callbacks.sparsity.flops import attention_macs, count_macs, training_flops
 from lit_methods.callbacks.sparsity.scores import kept_shares
 from lit_methods.callbacks.sparsity.store import prunable_weights
 
@@ -77,12 +77,6 @@ def test_compiled_parts_count_like_others():
     net = torch.nn.Sequential(torch.compile(inner, backend="eager"))
     macs = count_macs(net, lambda: net(torch.randn(3, 6)), prunable_weights(net))
     assert sorted(macs.per_weight.values()) == [3 * 16, 3 * 48]
-
-
-def test_conv_output_size_is_that_of_torch():
-    for kernel, stride, padding, dilation in ((3, 1, 1, 1), (3, 2, 0, 2), (5, 3, 2, 1)):
-        conv = torch.nn.Conv2d(1, 1, kernel, stride, padding, dilation)
-        assert conv(torch.zeros(1, 1, 17, 20)).shape[2:] == tuple(conv_output_size(n, kernel, stride, padding, dilation) for n in (17, 20))
 
 
 def test_unknown_names_are_refused():

@@ -1,0 +1,131 @@
+"""Every recipe of ``configs/full/`` starts: two steps on a CPU on a tiny release, then it validates, saves, and goes on."""
+
+import importlib.util
+import json
+import os
+import re
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from full_recipes import LAPTOP, RECIPES, UNTRIED, Recipe
+
+from helpers import run_lit
+from lit_methods.catalog import configs_folder
+from lit_methods.datamodules.folders import COMMON
+
+FULL = configs_folder() / "full"
+LONGEST = 1500.0  # seconds of one command
+NO_WORKERS = re.compile(r"^( +num_workers:) \d+", flags=re.M)  # processes that read: they would only take memory here
+CHEAP = "dsl_recommendation_neumf"
+
+
+def test_every_recipe_is_started_or_says_why_not() -> None:
+    """And the page has a row for each."""
+    files = {path.stem for path in FULL.glob("*.yaml")}
+    assert files == RECIPES.keys() | UNTRIED.keys()
+    assert not RECIPES.keys() & UNTRIED.keys()
+    page = Path("docs/full_recipes.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[?`?(\w+)`?", page, flags=re.M)
+    assert sorted(set(rows) & files) == sorted(files)
+    for name, recipe in RECIPES.items():
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+        assert recipe.why.split(":")[0] in row, f"{name}: the row doesn't say {recipe.why!r}"
+
+
+def run(words: list[str], work: Path, env: Mapping[str, str]) -> str:
+    found = run_lit(words, work, env, timeout=LONGEST)
+    assert found.returncode == 0, f"lit {' '.join(words)}\n{found.stderr[-3000:]}"
+    return found.stdout
+
+
+def written(name: str, recipe: Recipe, work: Path, **places: object) -> Path:
+    """The recipe's file with what stands in for weights; nothing else is changed, and no process reads data."""
+    text = (FULL / f"{name}.yaml").read_text(encoding="utf-8")
+    for old, new in recipe.replaced.items():
+        assert old in text, f"{name}.yaml has no {old!r} any more"
+        text = text.replace(old, new.format(work=work, **places))
+    file = work / f"{name}.yaml"
+    file.write_text(NO_WORKERS.sub(r"\1 0", text), encoding="utf-8")
+    return file
+
+
+def only_run(folder: Path) -> Path:
+    (found,) = (path for path in folder.iterdir() if path.is_dir())
+    return found
+
+
+def at_step(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=True, map_location="meta", mmap=True)["global_step"])
+
+
+def start(name: str, work: Path) -> None:
+    """Fit two steps, validate, and go on for one more."""
+    recipe = RECIPES[name]
+    for library in recipe.needs:
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"needs {library}")
+    began = time.monotonic()
+    env = dict(os.environ) | {COMMON: "release", "HF_HUB_OFFLINE": "1"}
+    run(["fake", f"configs/full/{name}.yaml", "release"], work, env)
+    if recipe.prepare is not None:
+        recipe.prepare(work)
+    laptop = [f"--trainer.{word}" for word in LAPTOP]
+    first: Path | None = None
+    if recipe.first:
+        file = written(name, recipe, work, first="none.ckpt")
+        words = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--run_root=before"]
+        run(["fit", "--config", str(file), *laptop, *recipe.words, *recipe.first, *words], work, env)
+        first = only_run(work / "before" / name) / "checkpoints" / "last.ckpt"
+    file = written(name, recipe, work, first=first)
+    limits = ["--trainer.limit_val_batches=1"]
+    run(["fit", "--config", str(file), *laptop, *recipe.words, *limits, "--trainer.max_steps=2"], work, env)
+    own = only_run(work / "runs" / name)
+    last = own / "checkpoints" / "last.ckpt"
+    steps = at_step(last)
+    assert steps >= 2
+    again = ["--config", str(own / "config.yaml"), "--ckpt_path", str(last), *limits]
+    said = run(["validate", *again, "--run_root=validated"], work, env)
+    metrics = only_run(work / "validated" / name) / "metrics.jsonl"
+    assert metrics.is_file(), said[-1000:]
+    run(["fit", *again, f"--trainer.max_steps={steps + 1}", "--run_root=resumed"], work, env)
+    assert at_step(only_run(work / "resumed" / name) / "checkpoints" / "last.ckpt") > steps
+    if place := os.environ.get("LIT_METHODS_RECIPES"):
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+        with open(place, "a", encoding="utf-8") as log:
+            log.write(json.dumps({"recipe": name, "seconds": round(time.monotonic() - began), "peak_gb": round(peak, 1)}) + "\n")
+
+
+def test_a_small_recipe_starts(tmp_path: Path) -> None:
+    start(CHEAP, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {CHEAP}))
+def test_a_recipe_starts(name: str, tmp_path: Path) -> None:
+    start(name, tmp_path)
+    for path in tmp_path.rglob("*.ckpt"):  # gigabytes
+        path.unlink()
+
+
+def test_the_weights_that_stand_in_are_all_that_changes(tmp_path: Path) -> None:
+    """Nothing but paths of weights, sizes of the networks that are too large, and the number of reading processes."""
+    for name, recipe in RECIPES.items():
+        before = yaml.safe_load((FULL / f"{name}.yaml").read_text(encoding="utf-8"))
+        after = yaml.safe_load(written(name, recipe, tmp_path, first="first.ckpt").read_text(encoding="utf-8"))
+        changed = {key for key, value in flat(before).items() if flat(after)[key] != value}
+        allowed = ("pretrained", "path", "weights", "mask", "teacher_weights", "name_or_path", "num_workers")
+        sizes = ("width", "hidden", "heads", "depth") if recipe.meta else ()
+        assert {key.rpartition(".")[2] for key in changed} <= {*allowed, *sizes}, name
+
+
+def flat(value: object, key: str = "") -> dict[str, object]:
+    if isinstance(value, dict):
+        return {place: one for name, inner in value.items() for place, one in flat(inner, f"{key}.{name}").items()}
+    if isinstance(value, list):
+        return {place: one for number, inner in enumerate(value) for place, one in flat(inner, f"{key}[{number}]").items()}
+    return {key: value}
