@@ -12,7 +12,7 @@ from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warm
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.targets import plain_module, plain_name, plain_parameter_name, refuse_lazy, refuse_sharded, select_modules
 from lit_methods.callbacks.twin import copy_of
-from lit_methods.checks import one_of, patterns, share
+from lit_methods.checks import literals, patterns, share
 from lit_methods.frozen import Frozen
 from lit_methods.steps import training_length
 
@@ -65,8 +65,7 @@ class EMATeacher(OrderedCallback):
         super().__init__()
         patterns(targets=targets)
         share(decay=decay)
-        one_of(Schedule, schedule=schedule)
-        one_of(Buffers, buffers=buffers)
+        literals(EMATeacher, locals())
         self.targets = list(targets)
         self.decay = decay if half_life is None else half_life_decay(half_life)
         self.schedule = schedule
