@@ -12,7 +12,7 @@ from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warm
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.targets import plain_module, plain_name, plain_parameter_name, refuse_lazy, refuse_sharded, select_modules
 from lit_methods.callbacks.twin import copy_of
-from lit_methods.checks import literals, patterns, share
+from lit_methods.checks import literals, naming, patterns, share
 from lit_methods.frozen import Frozen
 from lit_methods.steps import training_length
 
@@ -123,15 +123,19 @@ class EMATeacher(OrderedCallback):
         if stage != "fit":
             return
         refuse_sharded(trainer, "EMATeacher")
-        self._choose(pl_module)
-        for student in self._students.values():
-            refuse_lazy(student, "EMATeacher")
+        self.when_built(pl_module, lambda: self._check(pl_module))
         self.teachers, self._wide = {}, {}  # an earlier fit's
         self._latest_step = 0
         self._loaded = self._length = None
 
+    def _check(self, pl_module: pl.LightningModule) -> None:
+        self._choose(pl_module)
+        for student in self._students.values():
+            refuse_lazy(student, "EMATeacher")
+
     def _choose(self, pl_module: pl.LightningModule) -> None:
-        self._students = {"": pl_module} if not self.targets else select_modules(pl_module, self.targets)
+        with naming("EMATeacher"):
+            self._students = {"": pl_module} if not self.targets else select_modules(pl_module, self.targets)
         self._students = {name: plain_module(module) for name, module in self._students.items()}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
