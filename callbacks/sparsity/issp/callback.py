@@ -371,7 +371,7 @@ class IterativeSoftShrinkage(MaskCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density, flips and what was measured at the switch."""
         moves = {"total_flips": self._flips.float()} if self.method in ("iss_p", "iht", "iss_r") else {}
-        values = {"density": self.store.density(), **moves, **self._switch}
+        values: dict[str, Any] = {"density": self.store.density(), **moves, **self._switch}
         log_global(pl_module, {f"issp/{name}": value for name, value in values.items()}, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
