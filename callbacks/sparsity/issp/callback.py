@@ -375,7 +375,7 @@ class IterativeSoftShrinkage(MaskCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density, flips and what was measured at the switch."""
         flips = {"total_flips": self._flips.float()} if self.method in ("iss_p", "iht", "iss_r") else {}
-        values = {"density": self.store.density(), **flips, **self._switch}
+        values: dict[str, Tensor | float] = {"density": self.store.density(), **flips, **self._switch}
         log_global(pl_module, {f"issp/{name}": value for name, value in values.items()}, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
