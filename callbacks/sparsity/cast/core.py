@@ -153,7 +153,7 @@ def kl_to_teacher(
         student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
         if temperature != 1:
             student, teacher = student / temperature, teacher / temperature
-        terms: Tensor = _Divergence.apply(student, teacher)  # type: ignore[no-untyped-call]
+        terms: Tensor = _Divergence.apply(student, teacher)
         mean = terms.mean() if valid is None else terms.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
     return mean * temperature**2 if squared else mean
 
