@@ -114,6 +114,20 @@ class LoaderDataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.seed = num_workers, seed
 
+    @property
+    def hparams_initial(self) -> Any:
+        """The arguments as loggers get them: without those that the module in the same trainer has under the same name with another value.
+
+        Module and data may well have two seeds. Lightning ends a run where it finds that; what the loggers then say is the module's.
+        """
+        found = super().hparams_initial
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        theirs = {} if module is None else module.hparams_initial
+        for name in found.keys() & theirs.keys():
+            if name != "_class_path" and (type(found[name]) is not type(theirs[name]) or found[name] != theirs[name]):
+                del found[name]
+        return found
+
     def loader(self, dataset: Any, batch_size: int | None = None, *, training: bool = False, **options: Any) -> Any:
         """A loader with this datamodule's settings.
 

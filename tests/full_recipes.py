@@ -153,7 +153,11 @@ LATENTS = Recipe(
 RECIPES: dict[str, Recipe] = {
     "adawac_acdc": Recipe(RANDOM, needs=("h5py",)),
     "adawac_synapse": Recipe(RANDOM, needs=("h5py",)),
-    "adele_voc": Recipe(RANDOM),
+    "adele_voc": Recipe(
+        RANDOM,
+        words=("--data.init_args.batch_size=2",),
+        why="batch of 2: ten crops of 448 pixels at three scales take more than the 23 GB of this machine",
+    ),
     "cast_llama2_7b": Recipe({"/models/llama-2-7b": "{work}/llama"}, prepare=llama, needs=("transformers",), meta=True),
     "conr_agedb": batch(8),
     "conr_imdb_wiki": batch(8),

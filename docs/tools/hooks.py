@@ -63,6 +63,7 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
             "dashboards.md",
             "reports.md",
             "long_runs.md",
+            "full_recipes.md",
             "errors.md",
         ),
     ),
