@@ -100,9 +100,9 @@ def _totals(records: Mapping[str, Summary], techniques: Mapping[str, Technique],
             over_all[re.sub(r"\d+ of \d+", "some", verdict_of(records.get(slug), {}))] += 1
     order = ("holds", "undecided", "does not hold", NOT_RUN)
     measured = settings.total() - settings[NOT_RUN]
-    each = "; ".join(f"{word}: {settings[word]}" for word in order if settings[word])
+    counts = "; ".join(f"{word}: {settings[word]}" for word in order if settings[word])
     whole = "; ".join(f"{word}: {count}" for word, count in sorted(over_all.items(), key=lambda item: -item[1]))
-    return f"**{len(techniques)} techniques**: {whole}. **{measured} settings run**, by verdict: {each}.\n"
+    return f"**{len(techniques)} techniques**: {whole}. **{measured} settings run**, by verdict: {counts}.\n"
 
 
 def summary_row(slug: str, record: Summary | None, technique: Technique, declared: Mapping[str, str] | None = None) -> str:

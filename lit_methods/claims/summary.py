@@ -166,8 +166,8 @@ def summarise(
     if study.kind == "claim" and len(seeds) >= LEAST_SEEDS:
         verdict = dataclasses.asdict(judge(values[study.judged[0]], values[study.reference], study.higher, study.gate))
     further = [arm for arm in study.arms if arm != study.reference and arm not in study.judged]
-    fields = ("kind", "slug", "sentence", "source", "metric", "higher", "gate", "reference", "judged", "units", "tolerance", "threads")
-    fields += ("setting", "data", "real") if study.kind == "claim" else ()
+    fields = ["kind", "slug", "sentence", "source", "metric", "higher", "gate", "reference", "judged", "units", "tolerance", "threads"]
+    fields += ["setting", "data", "real"] if study.kind == "claim" else []
     return {
         **{name: getattr(study, name) for name in fields},
         "seeds": list(seeds),
