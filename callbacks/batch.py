@@ -1,7 +1,7 @@
 """What callbacks on features share: the rows that a submodule put out in a step, and what the batch says about each of them."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +11,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lit_methods.callbacks.features import one_of_calls
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested mappings and sequences, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for part in parts:
+        yield from tensors_in(part)
 
 
 def rows_of(calls: Mapping[str, Sequence[Any]], pattern: str, argument: str) -> Tensor:

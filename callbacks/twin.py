@@ -80,7 +80,8 @@ def _rebound(function: Any, memo: Mapping[int, Any]) -> Any:
 def copy_of(module: nn.Module, shared: Iterable[Any] = ()) -> nn.Module:
     """A deep copy with the hooks that compute (adapters, say), which act on the copy, and without those of our callbacks.
 
-    Functions that the instance holds as attributes act on the copy, too.
+    Functions that the instance holds as attributes act on the copy, too. What hooks and functions use outside of the module isn't copied:
+    they go on using the original of it.
 
     Args:
         module: May hold tensors with a graph, as ``weight_norm`` and ``torch.nn.utils.prune`` leave them.

@@ -12,11 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from full_recipes import LAPTOP, RECIPES, UNTRIED, Recipe
+from full_recipes import LAPTOP, LLAMA2_7B, RECIPES, UNTRIED, Recipe
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from helpers import run_lit
+from lit_methods.callbacks import CAST
+from lit_methods.callbacks.sparsity.cast.self_distillation import DenseSelf
 from lit_methods.catalog import configs_folder
+from lit_methods.cli.lightning_cli import planned
+from lit_methods.cli.main import main
 from lit_methods.datamodules.folders import COMMON
+from lit_methods.hub import weights_left_out
 
 FULL = configs_folder() / "full"
 LONGEST = 1500.0  # seconds of one command
@@ -129,3 +137,63 @@ def flat(value: object, key: str = "") -> dict[str, object]:
     if isinstance(value, list):
         return {place: one for number, inner in enumerate(value) for place, one in flat(inner, f"{key}[{number}]").items()}
     return {key: value}
+
+
+class FirstStep(Exception):
+    """The first step is about to be done."""
+
+
+class StopAtTheFirstStep(Callback):
+    """Ends the run when everything has been set up."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        raise FirstStep
+
+
+class Weightless(SingleDeviceStrategy):
+    """Leaves the module where it is, on the meta device."""
+
+    def model_to_device(self) -> None:
+        """It says so, when asked for its device."""
+        assert self.model is not None
+        self.model.to("meta")
+
+    def teardown(self) -> None:
+        """Nothing."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.meta])
+def test_what_is_too_large_here_comes_up_to_its_first_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole network of the recipe, its callbacks and its optimisers, without memory for their numbers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(COMMON, str(tmp_path / "release"))
+    assert main(["fake", f"configs/full/{name}.yaml", "release"]) == 0
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **LLAMA2_7B}))
+    words = [f"--model.init_args.name_or_path={folder}"] if name == "cast_llama2_7b" else []
+    cli, _ = planned(["fit", "--config", f"configs/full/{name}.yaml", *(f"--trainer.{word}" for word in LAPTOP), *words])
+    config = cli.config["fit"]
+    with weights_left_out(), torch.device("meta"):
+        module = cli.built("model", config.model)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    assert parameters > {"cast_llama2_7b": 6.7e9, "rcm_wan1b": 4.2e9}[name]
+    callbacks = [cli.built("callback", section) for section in config.trainer.callbacks]
+    trainer = Trainer(
+        strategy=Weightless(torch.device("cpu"), CPUAccelerator()),
+        callbacks=[*callbacks, StopAtTheFirstStep()],
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    )
+    # what reads numbers: how CAST knows a teacher again, and what it keeps when it leaves
+    monkeypatch.setattr(DenseSelf, "fingerprint", lambda self: torch.zeros(1))
+    monkeypatch.setattr(CAST, "leave", lambda self, *_: None)
+    with pytest.raises(FirstStep):
+        trainer.fit(module, datamodule=cli.built("data", config.data))
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert len(trainer.optimizers) == {"cast_llama2_7b": 1, "rcm_wan1b": 2}[name]

@@ -53,9 +53,31 @@ def layer_density(
     checks.at_least(0, power=power)
     checks.one_of(Method, method=method)
     sizes = [math.prod(shape) for shape in shapes]
+    last = len(sizes) - 1 if last is None else last % len(sizes)
+    first = 0 if first is None else first % len(sizes)
+    floor = 0.2 if last_density is None else last_density
 
     def wanted(density: float) -> list[float]:
-        return _shares(shapes, sizes, density, method, power, first, last, last_density, exact_budget)
+        """Density of each layer, 0 or less where the fixed layers leave nothing."""
+        total = sum(sizes)
+        if method == "uniform":
+            return [density] * len(sizes)
+        if method in ("er", "erk"):
+            return proportional_densities(shapes, density, method, power)[0]
+        fixed = {last: max(density, floor), first: 1.0}
+        if method == "erk_plus":
+            fixed = {last: 1.0 if last_density is None else last_density}
+        rest = [index for index in range(len(sizes)) if index not in fixed]
+        budget = density * total - sum(share * sizes[index] for index, share in fixed.items())
+        if method == "erk_plus":
+            ratios = _ratios([shapes[index] for index in rest], "erk", power)
+            shares = _proportional([sizes[index] for index in rest], ratios, budget)[0]
+        elif exact_budget:
+            shares = [min(1.0, budget / max(1, sum(sizes[index] for index in rest)))] * len(rest)
+        else:  # as released: a share of all weights, not of the rest
+            shares = [budget / total if density < floor else density] * len(rest)
+        found = fixed | dict(zip(rest, shares, strict=True))
+        return [found[index] for index in range(len(sizes))]
 
     def starved(density: float) -> list[int]:
         return [index for index, share in enumerate(wanted(density)) if share * sizes[index] < 1 - 1e-9]
@@ -69,42 +91,6 @@ def layer_density(
         layer = f"layer {empty[0]}" if names is None else names[empty[0]]
         raise ValueError(f"density {density} leaves {layer} of shape {tuple(shapes[empty[0]])} no weight by {method}: {way}")
     return wanted(density)
-
-
-def _shares(
-    shapes: Sequence[Sequence[int]],
-    sizes: Sequence[int],
-    density: float,
-    method: Method,
-    power: float,
-    first: int | None,
-    last: int | None,
-    last_density: float | None,
-    exact_budget: bool,
-) -> list[float]:
-    """Density of each layer, 0 or less where the fixed layers leave nothing."""
-    total = sum(sizes)
-    if method == "uniform":
-        return [density] * len(sizes)
-    if method in ("er", "erk"):
-        return proportional_densities(shapes, density, method, power)[0]
-    last = len(sizes) - 1 if last is None else last % len(sizes)
-    first = 0 if first is None else first % len(sizes)
-    floor = 0.2 if last_density is None else last_density
-    fixed = {last: max(density, floor), first: 1.0}
-    if method == "erk_plus":
-        fixed = {last: 1.0 if last_density is None else last_density}
-    rest = [index for index in range(len(sizes)) if index not in fixed]
-    budget = density * total - sum(share * sizes[index] for index, share in fixed.items())
-    if method == "erk_plus":
-        ratios = _ratios([shapes[index] for index in rest], "erk", power)
-        shares = _proportional([sizes[index] for index in rest], ratios, budget)[0]
-    elif exact_budget:
-        shares = [min(1.0, budget / max(1, sum(sizes[index] for index in rest)))] * len(rest)
-    else:  # as released: a share of all weights, not of the rest
-        shares = [budget / total if density < floor else density] * len(rest)
-    found = fixed | dict(zip(rest, shares, strict=True))
-    return [found[index] for index in range(len(sizes))]
 
 
 def _ratios(shapes: Sequence[Sequence[int]], method: str, power: float) -> list[float]:

@@ -36,15 +36,6 @@ class Macs:
     per_weight: dict[str, int]
     other: int
 
-    @property
-    def dense(self) -> int:
-        """All of them, with dense weights."""
-        return sum(self.per_weight.values()) + self.other
-
-    def sparse(self, density: Mapping[str, float]) -> float:
-        """MACs if only the non-zero weights are multiplied: name -> density; weights that aren't named are dense."""
-        return sum(macs * density.get(name, 1.0) for name, macs in self.per_weight.items()) + self.other
-
 
 class _Counter(TorchDispatchMode):
     """Counts matrix products and convolutions, and recognises weights by the memory that they live in, also through views."""

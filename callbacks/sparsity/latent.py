@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_methods import checks
-from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.callback import MaskCallback, refuse_shared
+from lit_methods.callbacks.sparsity.callback import SparsityCallback, refuse_shared
 from lit_methods.callbacks.sparsity.parameter_order import configured, follow_old_order, join_groups, sums, twins
 from lit_methods.callbacks.sparsity.parametrized import LatentWeight, ParametrizedWeight, Shared
 from lit_methods.callbacks.sparsity.store import Choice, choose_weights, listed, trained
@@ -85,11 +84,11 @@ def masked_weight(weight: Tensor, mask: Tensor, beta: Tensor | float, gradient: 
 _LOST = "its checkpoints hold the weights of the forward pass only, so a resumed average would lose the latent ones"
 
 
-class LatentCallback(OrderedCallback):
+class LatentCallback(SparsityCallback):
     """Base of the callbacks that train latent weights W, of which the forward pass sees a function.
 
     Subclasses make the parametrised weights (:meth:`make_layers`), say what becomes of them at the end (:meth:`finish`) and what is saved
-    (:meth:`state`).
+    (:attr:`kept`, :meth:`state`).
 
     Runs: weights are parametrised in ``setup``, or behind the module's own ``setup`` and ``configure_model`` where it has them, before the
     optimisers are made. Frozen weights are left out, which a warning says. :meth:`finish` is called behind the last batch, so that the last
@@ -119,10 +118,7 @@ class LatentCallback(OrderedCallback):
     }
 
     def __init__(self, targets: Iterable[str], skip: Sequence[str]) -> None:
-        super().__init__()
-        checks.patterns(targets=targets, skip=skip)
-        self.targets: list[str] | dict[str, str] = dict(targets) if isinstance(targets, Mapping) else list(targets)
-        self.skip = list(skip)
+        super().__init__(targets, skip)
         self.reset()
 
     def reset(self) -> None:
@@ -132,11 +128,6 @@ class LatentCallback(OrderedCallback):
         self._around: dict[str, Callable[..., Any]] = {}  # methods of the module -> what stands around them
         self._walked = False  # whether a first step was watched
         self._of_old: list[dict[str, Any]] | None = None  # optimiser states of release 0.1, until they are loaded
-
-    @property
-    def state_key(self) -> str:
-        """Differs between callbacks of different targets: several may be used together."""
-        return self._generate_state_key(targets=self.targets, skip=self.skip)
 
     # ---- for subclasses ----------------------------------------------------------------------------------------------------------------
 
@@ -165,9 +156,16 @@ class LatentCallback(OrderedCallback):
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the weights into their final form; called twice at least, the second time for runs that were stopped early."""
 
+    def parts(self) -> dict[str, Any]:
+        """Name of each weight -> what is saved of it: the latent weight, alone or with further parts by name."""
+        return {name: layer.latent.detach() for name, layer in self._layers.items()}
+
     def state(self) -> dict[str, Any]:
         """State of the callback while it has parametrised weights."""
-        raise NotImplementedError
+        return {self.latents: self.parts(), **self.kept_state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what a subclass saves beside latent weights and :attr:`kept`."""
 
     # ---- hooks -------------------------------------------------------------------------------------------------------------------------
 
@@ -194,7 +192,7 @@ class LatentCallback(OrderedCallback):
         if not self.targets and (left := self.trained(pl_module, ()).left):
             rank_zero_warn(f"{type(self).__name__} leaves out weights that it can't prune: {listed(left)}")
         chosen = self.chosen(pl_module)
-        refuse_unfit(trainer, pl_module, type(self).__name__, set(chosen))
+        refuse_unfit(self, trainer, pl_module, set(chosen))
         modules = plain_modules(pl_module)
         layers = dict(self.make_layers(trainer, pl_module, chosen, {name: Place(modules, name) for name in chosen}))
         for layer in layers.values():
@@ -269,6 +267,30 @@ class LatentCallback(OrderedCallback):
         """Latent weights and what the subclass needs, as they are or as they were when the module was left."""
         return {**self.state(), "order": "in place"} if self._layers else self._left
 
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over latent weights: the module has loaded those of the forward pass just before.
+
+        Raises:
+            ValueError: The checkpoint's weights are others.
+        """
+        if not state or not self._layers:
+            return
+        if odd := sorted(set(state[self.latents]) ^ set(self._layers)):
+            raise ValueError(
+                f"the checkpoint's latent weights are others ({', '.join(odd[:6])}): resume with the same module, targets and skip"
+            )
+        for name, layer in self._layers.items():
+            own, saved = layer.parts(), state[self.latents][name]
+            values = saved if isinstance(saved, Mapping) else {"latent": saved}
+            if set(own) != set(values):
+                who = f"{type(self).__name__}: {name}"
+                raise ValueError(f"{who} was saved with {sorted(values)}: resume with the same arguments of the callback, its recipe say")
+            for key, value in values.items():
+                own[key].copy_(value)
+        self.restore_kept(state, next(iter(self._layers.values())).latent.device)
+        self.restore(state)
+
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave an ordinary module with the weights of the forward pass; the state stays readable."""
         if self._layers:
@@ -302,12 +324,13 @@ class Place:
         return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
 
 
-def refuse_unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, names: set[str]) -> None:
+def refuse_unfit(owner: LatentCallback, trainer: pl.Trainer, pl_module: pl.LightningModule, names: set[str]) -> None:
     """Raise if weights can't be parametrised alone.
 
     Raises:
         ValueError: One of ``names`` is parametrised already, is tied to another one, or is masked by a mask callback.
     """
+    who = type(owner).__name__
     if foreign := sorted(name for name in names if ".parametrizations." in name):
         raise ValueError(f"{who}: {foreign[0]} belongs to another parametrisation: leave that module out of targets, or add it to skip")
     owners: dict[int, list[str]] = {}
@@ -316,9 +339,7 @@ def refuse_unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, n
     for tied in owners.values():
         if len(set(tied)) > 1 and names & set(tied):
             raise ValueError(f"{who}: {' and '.join(dict.fromkeys(tied))} are one tied weight: leave it out with skip, or untie it")
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(other, MaskCallback):
-            refuse_shared(who, other, names, pl_module)
+    refuse_shared(owner, trainer, pl_module, names)
 
 
 __all__ = ["LatentCallback", "LatentWeight", "ParametrizedWeight", "Place", "Shared", "group_dim", "masked_weight", "refuse_unfit"]

@@ -15,6 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lit_methods import distributed
+from lit_methods.callbacks.batch import tensors_in
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.cost import Cost, Timing, measure, theoretical_cost, training_cost
 from lit_methods.callbacks.sparsity.flops import Macs, count_macs
@@ -24,10 +25,7 @@ from lit_methods.callbacks.twin import shadow, unwritten
 
 def batch_size(batch: Any) -> int:
     """Size of the first dimension of the first tensor in a batch; 0 where there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 0
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next(filter(None, map(batch_size, values)), 0)
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim and len(tensor)), 0)
 
 
 def _run(twin: pl.LightningModule, name: str, batch: Any, precision: Any) -> Any:

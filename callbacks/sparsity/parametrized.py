@@ -1,7 +1,7 @@
 """Weights that the forward pass sees through a parametrisation, which can be taken off without a trace. Nothing here knows Lightning."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ class LatentWeight(nn.Module):
     def neutral_state(self) -> Mapping[str, Tensor]:
         """Values of its own parameters with which the forward pass sees the latent weight as it is, by name."""
         return {}
+
+
+Parametrization = TypeVar("Parametrization", bound=LatentWeight)
 
 
 class _Chain(parametrize.ParametrizationList):
@@ -106,7 +109,7 @@ def parameters_in_old_order(module: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-class ParametrizedWeight:
+class ParametrizedWeight(Generic[Parametrization]):
     """One weight of a module, with a parametrisation that can be attached and taken off without a trace.
 
     Args:
@@ -125,9 +128,13 @@ class ParametrizedWeight:
         """Parameters of the parametrisation's own, such as scales."""
         return list(self.parametrization.parameters())
 
-    def __init__(self, module: nn.Module, attribute: str, parametrization: LatentWeight) -> None:
+    def __init__(self, module: nn.Module, attribute: str, parametrization: Parametrization) -> None:
         self.module, self.attribute, self.parametrization = module, attribute, parametrization
         self._order = list(module._parameters)  # before any of them is parametrised
+
+    def parts(self) -> dict[str, Tensor]:
+        """The latent weight, and the parametrisation's own parameters."""
+        return {"latent": self.latent, **dict(self.parametrization.named_parameters())}
 
     def attach(self) -> None:
         """Put the parametrisation on."""

@@ -145,7 +145,7 @@ def _section(slug: str, record: Summary, technique: Technique, declared: Mapping
     first = next(iter(kept.values()))
     lines = [f"\n## {slug}\n", _wrapped(f"{text(technique.title)}: [its page](techniques/{slug}.md).")]
     lines += [_wrapped(f"**Claim.** {text(first['sentence'])}"), f"**Verdict over all settings: {verdict_of(record, declared)}.**\n"]
-    lines += ['<details markdown="1">', f"<summary>{_count(kept, declared, names)}, every seed, budget, cost, run</summary>\n"]
+    lines += ['<details markdown="1">', f"<summary>{_count(declared, names)}, every seed, budget, cost, run</summary>\n"]
     lines += [_wrapped(f"Source: {text(first['source'])}.")]
     paper = first["paper"]
     if paper:
@@ -176,7 +176,7 @@ def _section(slug: str, record: Summary, technique: Technique, declared: Mapping
     return "\n".join([*lines, "</details>\n"])
 
 
-def _count(kept: Mapping[str, Summary], declared: Mapping[str, str], names: Mapping[str, str]) -> str:
+def _count(declared: Mapping[str, str], names: Mapping[str, str]) -> str:
     count = len(set(names.values()) | set(declared))
     return f"{count} setting{'s' if count > 1 else ''}"
 

@@ -25,7 +25,8 @@ HELP = """\
 usage: lit doctor <config> [overrides as lit fit takes them] [--json] [--elsewhere]
 
 Looks whether a run could start: data, weights, libraries, GPUs, disk; counts parameters, memory of the optimiser, steps and samples per
-step; says what the run will write. Nothing is trained, downloaded or written, and models take no memory: it runs on a login node.
+step; says what the run will write. Nothing is trained, downloaded or written (built-in samples are made in the cache), and models take no
+memory: it runs on a login node.
 
   <config>       such as configs/full/tcm_cub.yaml; further ones with --config
   --elsewhere    the run goes to another machine: GPUs aren't looked for here
@@ -177,14 +178,18 @@ def _processes(trainer: Any, found: Diagnosis, elsewhere: bool) -> int:
 
 def _data(cli: Any, config: Any, processes: int, found: Diagnosis) -> Any:
     """The datamodule, set up; None where it isn't there or can't be read."""
+    from lightning.pytorch import LightningDataModule
+
     section = config.get("data")
     if section is None:
         found.findings.append(Finding("data", UNKNOWN, "no data section: the module brings its own loaders, which aren't looked at"))
         return None
+    prepares, train = False, None
     try:
         data = cli.built("data", section)
         if hasattr(data, "check_root"):
             data.check_root("fit")
+        prepares = type(data).prepare_data is not LightningDataModule.prepare_data
         with tempfile.TemporaryDirectory() as folder:  # for what a set-up writes into the run's folder
             data.trainer = _trainer(config, processes, folder=folder)
             data.setup("fit")
@@ -192,12 +197,15 @@ def _data(cli: Any, config: Any, processes: int, found: Diagnosis) -> Any:
             if hasattr(train, "__getitem__") and hasattr(train, "__len__") and len(train):
                 train[0]  # a library that only reading needs, a broken file
     except Exception as error:
-        found.findings.append(_from_error("data", error))
+        finding = _from_error("data", error)
+        if prepares and isinstance(error, FileNotFoundError):
+            finding = Finding("data", UNKNOWN, f"the layout is right, and what the run prepares itself isn't there yet: {_short(error)}")
+        found.findings.append(finding)
         return None
     root = _root_of(section)
     number = len(train) if hasattr(train, "__len__") else None
     count = "" if number is None else f", {number:,} training samples"
-    found.findings.append(Finding("data", OK, (f"{root}" if root else "built in, no download") + count))
+    found.findings.append(Finding("data", OK, (root or "built in, no download") + count))
     return data
 
 

@@ -183,6 +183,11 @@ def test_the_commit_of_a_setting_is_the_first_one_with_it_as_it_stands(tmp_path:
 def test_a_file_in_no_checkout_has_no_commit(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(yaml.safe_dump(CLAIM | {"settings": {"digits": DIGITS}}))
     assert named(tmp_path / "mini.yaml", "digits") is None
+    git(tmp_path, "init", "-q")
+    with pytest.raises(CommandError, match="isn't committed"):
+        named(tmp_path / "mini.yaml", "digits")
+    (tmp_path / ".gitignore").write_text("mini.yaml\n")
+    assert named(tmp_path / "mini.yaml", "digits") is None, "as in an environment inside somebody's project"
 
 
 # ---- verdicts and records --------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,14 @@ def test_a_broken_root_is_told_by_its_first_file(capsys: pytest.CaptureFixture[s
     assert "data_batch_3" in states(said, "data")[0][1]
 
 
+def test_what_a_run_prepares_itself_is_not_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The statistics of latents are computed at the start of the run."""
+    assert main(["fake", "LatentDataModule", "there", "num_val=2", "image_size=32"]) == 0
+    capsys.readouterr()
+    words = ["configs/slct.yaml", "--data=LatentDataModule", "--data.root=there", "--data.num_val=2", "--data.image_size=32"]
+    assert "isn't there yet" in states(examined(*words, capsys=capsys), "data")[0][1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

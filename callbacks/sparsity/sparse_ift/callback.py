@@ -24,7 +24,6 @@ from lit_methods.callbacks.sparsity.density import layer_density
 from lit_methods.callbacks.sparsity.drop_grow import target_count
 from lit_methods.callbacks.sparsity.dynamic import DynamicSparsity
 from lit_methods.callbacks.sparsity.dynamics import itop_rate
-from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.meter import count_on_batch
 from lit_methods.callbacks.sparsity.sparse_ift.core import Distribution, Family, Init, UVLayer, base_scaling, folded_frobenius, spectral_gap
 from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
@@ -115,7 +114,7 @@ class SparseIFT(DynamicSparsity):
         ValueError: An argument outside its range; in ``setup``, something that can't be transformed; at the first batch, unequal FLOPs.
     """
 
-    artifact = "sparse_ift_masks"
+    artifact, remembers, kept = "sparse_ift_masks", {"ever": "ever", "always": "always"}, {"macs": "_macs"}
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve(
             "FLOPs against the dense network",
@@ -167,10 +166,7 @@ class SparseIFT(DynamicSparsity):
         base_scaling(sparsity)
         schedule = (interval, drop_fraction, anneal, rate, begin, end_fraction, total_steps)
         super().__init__(1 - sparsity, method, "uniform", start, *schedule, targets, skip, seed, mask_gradients, mask_optimizer_state)
-        checks.one_of(Family, family=family)
-        checks.one_of(UVLayer, uv_layer=uv_layer)
-        checks.one_of(Distribution, distribution=distribution)
-        checks.one_of(Init, init=init)
+        checks.literals(SparseIFT, locals())
         checks.at_least(0, "a share", flops_tolerance=flops_tolerance)
         if fold_weight_decay and not (family == "doped" or (family == "factorized" and uv_layer == "linear")):
             given = f"family={family!r} with uv_layer={uv_layer!r}"
@@ -185,7 +181,6 @@ class SparseIFT(DynamicSparsity):
         self._uncounted = True
         self._built: set[str] = set()  # layers that were there when the module was transformed
         self._stored: dict[str, int] = {}  # entries of the weights of all transformed layers
-        self._history = MaskHistory("ever", "always")
 
     @property
     def sparsity_card(self) -> SparsityCard:
@@ -279,44 +274,26 @@ class SparseIFT(DynamicSparsity):
         return {name: target_count(weight.numel(), 1 - self.layer_densities[name]) for name, weight in weights.items()}
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As dynamic sparsity, and begin to watch the masks."""
+        """As dynamic sparsity; layers that weren't there to be transformed are refused."""
         if late := [name for name in self._matrices(pl_module) if name not in self._built]:
             made = f"{type(pl_module).__name__} has made {', '.join(late[:4])} in its setup, when its other layers were transformed already"
             raise ValueError(f"Sparse-IFT: {made}: make them in __init__ or in configure_model")
         super().begin_fit(trainer, pl_module)
-        self._history, self._macs = MaskHistory("ever", "always"), None
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Masks, what they have been through, and the count."""
-        super().restore(state)
-        self._history.load(state, self.store.weights, ever="ever", always="always")
-        self._macs = state["macs"]
+        self._macs = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the masks."""
         super().on_fit_start(trainer, pl_module)
-        if not self._history.ever:
-            self._history.note(self.store.masks)
         self._uncounted = self._macs is None
         sizes = {name: parameter.numel() for name, parameter in plain_parameters(pl_module).items()}
         self._stored = {name: sizes[name] for layer in self._layers for name in layer.weights}
-        if self.fold_weight_decay:
-            self._check_decay(trainer)
-
-    def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop and grow in every layer, and remember what was active."""
-        changed = super().after_step(step, names, gradients)
-        self._history.note(changed)
-        return changed
-
-    # ---- folded weight decay -----------------------------------------------------------------------------------------------------------
-
-    def _check_decay(self, trainer: pl.Trainer) -> None:
-        for optimizer in trainer.optimizers:
+        for optimizer in trainer.optimizers if self.fold_weight_decay else ():
             if not isinstance(optimizer, _COUPLED) or optimizer.defaults.get("decoupled_weight_decay"):
                 known = ", ".join(kind.__name__ for kind in _COUPLED)
                 why = f"replaces a weight decay that joins the gradient ({known}), but {type(optimizer).__name__} decays weights by itself"
                 raise ValueError(f"fold_weight_decay {why}: take one of these, or fold_weight_decay=false")
+
+    # ---- folded weight decay -----------------------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Put the decay of the folded matrices into the gradients; then as all mask callbacks."""
@@ -413,17 +390,12 @@ class SparseIFT(DynamicSparsity):
 
     def _values(self, trainer: pl.Trainer) -> dict[str, float]:
         """Everything that is logged, by name."""
-        counts = self.store.counts()
-        density = {name: active / size for name, (active, size) in counts.items()}
+        density, sizes = self.store.densities(), self._stored
         layers = [one for one in self._layers if one.enlarged and one.sparse]
-        values = {
-            "density": sum(active for active, _ in counts.values()) / sum(size for _, size in counts.values()),
-            "itop": itop_rate(self._history.ever)[0],
-            "doc": itop_rate(self._history.always)[0],
-        }
+        itop, doc = (itop_rate(masks)[0] for masks in (self.history.ever, self.history.always))
+        values = {"density": self.store.density(), "itop": itop, "doc": doc}
         if layers:
             dense = sum(one.dense_size for one in layers)
-            sizes = self._stored
             stored = sum(sizes[name] for one in layers for name in one.weights)
             active = sum(sizes[name] * density.get(name, 1.0) for one in layers for name in one.weights)
             values |= {"weights_ratio": active / dense, "stored_ratio": stored / dense}
@@ -438,8 +410,7 @@ class SparseIFT(DynamicSparsity):
                 now, before = self._layer_macs(density, enlarged=True)
                 values["flops_ratio_layers"] = now / before
         if self.measure_spectral_gap:
-            gaps = torch.stack([spectral_gap(mask).cpu() for mask in self.store.masks.values()])
-            values["spectral_gap"] = float(gaps.mean())
+            values["spectral_gap"] = float(torch.stack([spectral_gap(mask).cpu() for mask in self.store.masks.values()]).mean())
         return {f"sparse_ift/{name}": value for name, value in values.items()}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -453,8 +424,7 @@ class SparseIFT(DynamicSparsity):
         sizes, counts = self._stored, self.store.counts()
         ratios = [(0.0, 0.0)] * len(self._layers)
         if self._macs is not None:
-            density = {name: active / size for name, (active, size) in counts.items()}
-            ratios = flops_against_dense(self._layers, self._macs["per_weight"], sizes, density)
+            ratios = flops_against_dense(self._layers, self._macs["per_weight"], sizes, self.store.densities())
         rows = []
         for layer, (now, before) in zip(self._layers, ratios, strict=True):
             active = sum(counts[name][0] if name in counts else sizes[name] for name in layer.weights)
@@ -468,16 +438,9 @@ class SparseIFT(DynamicSparsity):
     # ---- state -------------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What mask callbacks save, the settings, exploration and the FLOP count."""
+        """What mask callbacks save, and the settings."""
         state = super().state_dict()
-        if not state or self.transformation is None:
-            return state
-        return {
-            **state,
-            "settings": self.transformation.settings(),
-            **self._history.state(ever="ever", always="always"),
-            "macs": self._macs,
-        }
+        return state if not state or self.transformation is None else {**state, "settings": self.transformation.settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until fit starts.

@@ -6,6 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_methods.callbacks.sparsity.cost import theoretical_cost
 from lit_methods.callbacks.sparsity.flops import attention_macs, count_macs, training_flops
 from lit_methods.callbacks.sparsity.scores import kept_shares
 from lit_methods.callbacks.sparsity.store import prunable_weights
@@ -44,10 +45,11 @@ def test_the_total_is_that_of_torch(make):
             module(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    assert macs.dense * 2 == counter.get_total_flops()
+    cost = theoretical_cost(macs, {})
+    assert cost.flops_dense == counter.get_total_flops()
     assert all(macs.per_weight[name] > 0 for name in weights)
-    assert macs.sparse({}) == macs.dense
-    assert macs.sparse(dict.fromkeys(weights, 0.0)) == macs.other
+    assert cost.flops_sparse == cost.flops_dense
+    assert theoretical_cost(macs, dict.fromkeys(weights, 0.0)).flops_sparse == 2 * macs.other
     assert torch.backends.mha.get_fastpath_enabled()
 
 

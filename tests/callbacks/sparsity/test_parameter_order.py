@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers import Images, tiny_trainer
-from lit_methods.callbacks import CAST, NMSparsity
+from lit_methods.callbacks import CAST, EMATeacher, NMSparsity
 from lit_methods.callbacks.sparsity.latent import ParametrizedWeight
 from lit_methods.callbacks.sparsity.parameter_order import follow_old_order
 from lit_methods.callbacks.sparsity.parametrized import LatentWeight, parameters_in_old_order
@@ -211,3 +211,16 @@ def test_groups_in_an_order_of_their_own_stay() -> None:
     before = copy.deepcopy(state)
     follow_old_order(module, [optimizer], [state])
     assert state == before
+
+
+def test_a_teachers_state_of_old_names_is_taken() -> None:
+    teacher = EMATeacher(decay=0.5)
+    fit(Momentum(), NMSparsity(2, 4, "ste", targets=["student.3"]), teacher)
+    state = teacher.state_dict()
+    (averages,) = state["averages"].values()
+    averages["student.3.parametrizations.weight.original"] = torch.full_like(averages.pop("student.3.weight"), 7.0)
+    teacher.load_state_dict(state)
+    assert (teacher.averaged()["student.3.weight"] == 7).all()
+    averages["student.3.other"] = averages.pop("student.3.parametrizations.weight.original")
+    with pytest.raises(ValueError, match="has other tensors than this run's"):
+        teacher.load_state_dict(state)

@@ -561,8 +561,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(family, method, tmp_path):
     whole, resumed = kill_and_resume(make, 6, 3, tmp_path)
     assert_state_dicts_equal(resumed, whole)
     first, _, last = built
-    assert_state_dicts_equal(last._history.ever, first._history.ever)
-    assert_state_dicts_equal(last._history.always, first._history.always)
+    assert_state_dicts_equal(last.history.ever, first.history.ever)
+    assert_state_dicts_equal(last.history.always, first.history.always)
     assert last._macs == first._macs
 
 
