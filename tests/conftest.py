@@ -41,15 +41,6 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"--technique: {error}") from None
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> None:
-    """With ``-n``, the test processes are forks of one that has imported torch and Lightning, instead of importing them once each."""
-    import forks
-
-    for spec in specs:
-        spec.python = forks.interpreter(forks.COLLECTED)
-
-
 def pytest_collection_finish() -> None:
     """What has been imported stays: collections of garbage needn't look at it, in this process and in the loaders' workers."""
     gc.collect()

@@ -42,17 +42,13 @@ HANGS = 300.0  # seconds after which a test is ended that would never end; no te
 # ---- the server ------------------------------------------------------------------------------------------------------
 
 
-COLLECTED = ("nbclient", "nbformat", "sklearn.datasets", "timm")
-"""Of what test processes import while they collect, what takes long; nothing that starts threads or processes, or looks for a GPU."""
-
-
-def preload(also: Sequence[str]) -> None:
-    """Import what ``lit`` commands and two-process tests import, and modules by name."""
+def preload() -> None:
+    """Import what ``lit`` commands and two-process tests import."""
     from lit_methods.catalog import techniques
 
     for name in ("lit_methods.cli.lightning_cli", "lit_methods.callbacks.run.dashboard", "lit_methods.callbacks.run.preemption", "pytest"):
         importlib.import_module(name)
-    for name in [*also, *{dotted.rpartition(".")[0] for entry in techniques().values() for dotted in entry.classes}]:
+    for name in {dotted.rpartition(".")[0] for entry in techniques().values() for dotted in entry.classes}:
         with contextlib.suppress(ImportError):  # an optional library is missing; whoever needs it will say so
             importlib.import_module(name)
     gc.collect()
@@ -134,7 +130,7 @@ def become(request: dict[str, Any], path: list[str]) -> None:
     random.seed()
     np.random.seed()  # noqa: NPY002
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    kind, *rest = (word for number, word in enumerate(request["words"]) if (number, word) != (0, "-u"))
+    kind, *rest = request["words"]
     first = str(Path(kind).parent) if kind not in ("-m", "-c") else ""
     sys.path[:] = [first, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *path]
     for name in list(sys.modules):
@@ -189,12 +185,8 @@ def _connect() -> socket.socket:
     return connection
 
 
-def hold(also: Sequence[str] = ()) -> None:
-    """Start the server unless one of the test processes has, and keep it until this process ends.
-
-    Args:
-        also: Further modules that it is to import when it starts.
-    """
+def hold() -> None:
+    """Start the server unless one of the test processes has, and keep it until this process ends."""
     global _held
     if _held is not None:
         return
@@ -204,7 +196,7 @@ def hold(also: Sequence[str] = ()) -> None:
         if not (folder / "socket").exists():
             environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
             log = (folder / "server.txt").open("w")
-            words = [sys.executable, str(Path(__file__).resolve()), "--serve", str(folder / "socket"), *also]
+            words = [sys.executable, str(Path(__file__).resolve()), "--serve", str(folder / "socket")]
             server = subprocess.Popen(
                 words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True
             )
@@ -294,9 +286,9 @@ def fork(
     return Fork(connection, pid)
 
 
-def interpreter(also: Sequence[str] = ()) -> str:
-    """Path of a command that does what ``sys.executable`` does, with forks of the server; ``also`` as for :func:`hold`."""
-    hold(also)
+def interpreter() -> str:
+    """Path of a command that does what ``sys.executable`` does, with forks of the server."""
+    hold()
     command = folder_of_the_server() / "python"
     if not command.exists():
         partial = command.with_suffix(f".{os.getpid()}")
@@ -323,7 +315,7 @@ if __name__ == "__main__":
         raise SystemExit(_stand_in(sys.argv[1:]))
     own_folder = str(Path(__file__).resolve().parent)
     import_path = [entry for entry in sys.path if entry not in ("", own_folder)]
-    preload(sys.argv[3:])
+    preload()
     door = socket.socket(socket.AF_UNIX)
     door.bind(sys.argv[2])
     door.listen(64)
