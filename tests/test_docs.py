@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 
 from lit_methods.catalog import published
+from lit_methods.claims.records import verdict_words
 from lit_methods.cli.main import RUN_COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -365,11 +366,15 @@ TABLE = re.compile(
 
 def technique_table() -> str:
     """The catalogue as a Markdown table."""
-    rows = ["| technique | family | form | paper | claim that is re-shown |", "|---|---|---|---|---|"]
+    rows = [
+        "| technique | family | form | paper | claim that is re-shown | [does it hold?](docs/evidence.md) |",
+        "|---|---|---|---|---|---|",
+    ]
     for entry in published().values():
         title = f"[{entry.title}](docs/techniques/{entry.slug}.md)"
         paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "-"
-        rows.append(f"| `{entry.slug}`: {title} | {entry.family} | {entry.form} | {paper} | {entry.claim or '-'} |")
+        verdict = verdict_words(entry.slug)
+        rows.append(f"| `{entry.slug}`: {title} | {entry.family} | {entry.form} | {paper} | {entry.claim or '-'} | {verdict} |")
     return "\n".join(rows) + "\n"
 
 

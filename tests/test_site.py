@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from lit_methods.catalog import public_names, published
+from lit_methods.claims.records import verdict_words, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 GALLERY = ROOT / "docs" / "gallery"
@@ -337,6 +338,15 @@ PRESENT |= {"add_a_technique.md", "gallery/superflow.webp", "benchmarks.md", "ch
 )
 def test_a_link_of_the_repository_becomes_one_of_the_site(hooks: ModuleType, page: str, target: str, wanted: str) -> None:
     assert hooks.rewritten(target, page, PRESENT, "https://example.org") == wanted
+
+
+def test_the_verdict_stands_wherever_the_claim_stands(hooks: ModuleType) -> None:
+    for slug, entry in published().items():
+        verdict = verdicts()[slug]["verdict"]
+        assert f"<b>Claim</b>: {verdict}</span>" in hooks.gallery([entry])
+        assert f"**does it hold?:** [{verdict_words(slug)}](../evidence.md#{slug})" in hooks.at_a_glance(entry)
+        (row,) = [line for line in hooks.techniques_page().splitlines() if line.startswith(f"| [`{slug}`]")]
+        assert row.endswith(f"| {entry.claim} | {verdict_words(slug)} |")
 
 
 def test_markdown_for_the_site(hooks: ModuleType) -> None:

@@ -28,6 +28,7 @@ from pymdownx.slugs import slugify
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from lit_methods.catalog import PACKAGES, Technique, package_folder, public_names, published  # noqa: E402
+from lit_methods.claims.records import verdict_over_all, verdict_words  # noqa: E402
 from lit_methods.parts import KINDS, parts  # noqa: E402
 
 # page of the site <- file of the repository outside docs/
@@ -120,9 +121,10 @@ def gallery(entries: list[Technique], to_docs: str = "") -> str:
         if image is not None:
             shown = f'<img src="{to_docs}gallery/{image.name}" alt="{html.escape(picture_alt(entry.slug))}" loading="lazy">'
         form = "module" if entry.form == "module" else "callback for any module"
+        claim = f"<span><b>Claim</b>: {html.escape(verdict_over_all(entry.slug))}</span>"
         cards.append(
             f'<a href="{to_docs}techniques/{entry.slug}.html">{shown}<strong>{html.escape(short_title(entry))}</strong>'
-            f"<span>{html.escape(entry.summary)}</span><em>{html.escape(family_title(entry.family))}, {form}</em></a>"
+            f"<span>{html.escape(entry.summary)}</span>{claim}<em>{html.escape(family_title(entry.family))}, {form}</em></a>"
         )
     return '<div class="gallery">\n' + "\n".join(cards) + "\n</div>\n"
 
@@ -132,10 +134,11 @@ def techniques_page() -> str:
     parts = ["# Techniques\n", "`lit list` prints them, `lit info <technique>` says more about one.\n"]
     for family, entries in families().items():
         parts += [f"## {family_title(family)}\n", gallery(entries, to_docs="../")]
-        parts += ["| technique | form | paper | claim that is re-shown |", "|---|---|---|---|"]
+        parts += ["| technique | form | paper | claim that is re-shown | [does it hold?](../evidence.md) |", "|---|---|---|---|---|"]
         for entry in entries:
             paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "-"
-            parts.append(f"| [`{entry.slug}`]({entry.slug}.md) | {entry.form} | {paper} | {entry.claim or '-'} |")
+            verdict = verdict_words(entry.slug)
+            parts.append(f"| [`{entry.slug}`]({entry.slug}.md) | {entry.form} | {paper} | {entry.claim or '-'} | {verdict} |")
         parts.append("")
     return "\n".join(parts)
 
@@ -174,6 +177,7 @@ def at_a_glance(entry: Technique) -> str:
         "configs": ", ".join(f"[`{config}`](../../configs/{config})" for config in entry.configs),
         "golden vectors": ", ".join(f"`{kind}`" for kind in entry.golden),
         "claim": entry.claim,
+        "does it hold?": f"[{verdict_words(entry.slug)}](../evidence.md#{entry.slug})" if entry.claim else "",
     }
     lines = [f"    **{name}:** {value}<br>" for name, value in rows.items() if value]
     return '!!! abstract "At a glance"\n\n' + "\n".join(lines) + "\n"
@@ -489,7 +493,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         page.meta["hide"] = ["navigation", "toc"]  # room for the gallery
         markdown = markdown.replace("<!-- gallery -->", gallery([entry for entries in families().values() for entry in entries]))
     if src_uri == "evidence.md":
-        page.meta["hide"] = ["navigation", "toc"]  # and for the wide table
+        page.meta["hide"] = ["navigation"]  # and for the table
     slug = Path(src_uri).stem
     if src_uri == f"techniques/{slug}.md" and slug in published():
         markdown = re.sub(r"\A(# .+\n)", lambda title: f"{title[1]}\n{at_a_glance(published()[slug])}\n", markdown, count=1)

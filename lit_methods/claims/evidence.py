@@ -1,4 +1,4 @@
-"""Tables and the evidence page, as pure functions of what was measured; and the facts that a record of evidence holds beside it."""
+"""Tables and lines of what was measured, as pure functions; and the facts that a record of evidence holds beside it."""
 
 import os
 import platform
@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_methods.catalog import Technique
 from lit_methods.claims.plan import library_versions
 
 Summary = Mapping[str, Any]
+
+_BAR = "\\|"  # which would end a table's cell
 
 # ---- tables ----------------------------------------------------------------------------------------------------------------------------
 
@@ -26,7 +27,7 @@ def values_table(summary: Summary) -> str:
     seeds = summary["seeds"]
     lines = [f"| arm | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | std |", "|---|" + "---|" * (len(seeds) + 2)]
     rows = {name: values for name, values in summary["values"].items()}
-    rows |= {f"{report['name']} (`{report['metric']}`)": report["values"] for report in summary["reports"]}
+    rows |= {f"{report['name'].replace('|', _BAR)} (`{report['metric']}`)": report["values"] for report in summary["reports"]}
     for name, row in rows.items():
         cells = " | ".join(f"{value:.4g}" for value in row)
         lines.append(f"| {name} | {cells} | {statistics.fmean(row):.4g} | {spread(row)} |")
@@ -69,120 +70,6 @@ def cost_line(cost: Mapping[str, Any] | None) -> str:
         f"{cost['added_seconds']:+.3g} s ({cost['seconds']:.3g} against {cost['baseline_seconds']:.3g} s, ratio {cost['ratio']:.2f}, "
         f"quartiles {low:.2f} to {high:.2f}) and {cost['added_mib']:+.0f} MiB ({cost['mib']:.0f} against {cost['baseline_mib']:.0f})"
     )
-
-
-def summary_row(slug: str, record: Summary | None, technique: Technique) -> str:
-    """One row of the page's table."""
-    if record is None:
-        return f"| {_page_link(technique)} | {technique.claim or '-'} | not yet run | - | - | - | - | - |"
-    method, baseline, verdict = record["judged"][0], record["reference"], record["verdict"]
-    means = [statistics.fmean(record["values"][arm]) for arm in (method, baseline)]
-    ours = f"{means[0]:.3g} against {means[1]:.3g}: {verdict['mean']:+.3g} [{verdict['low']:+.3g}, {verdict['high']:+.3g}]"
-    paper = record["paper"]
-    theirs = f"{paper['method']} against {paper['baseline']} {paper.get('unit', '')}".strip() if "method" in paper else "-"
-    golden, cost = record["golden"], record["cost"]
-    cases = "-"
-    if golden:
-        whole = sum(passed == total for passed, total in golden.values())
-        cases = f"{whole} of {len(golden)} kinds, {sum(passed for passed, _ in golden.values())} cases"
-    price = f"{cost['added_seconds']:+.2g} s (x {cost['ratio']:.2f}), {cost['added_mib']:+.0f} MiB" if cost else "-"
-    git = record["git"]
-    commit = f"{git['commit'][:9]}{' + changes' if git['dirty'] else ''}" if git else "-"
-    cells = [f"[{slug}](#{slug})", record["sentence"], f"**{verdict['verdict']}**", ours, theirs, cases, price]
-    return f"| {' | '.join(cells)} | {record['date']}, {commit}, {record['machine']['cpu']} |"
-
-
-def _page_link(technique: Technique) -> str:
-    return f"[{technique.slug}](techniques/{technique.slug}.md)"
-
-
-HEAD = """# Evidence
-
-What each technique claims, and whether it holds here. Written by `lit claims` from the files in `docs/evidence/`; nothing in it is typed by
-hand, and a test compares the two.
-
-| technique | claim | verdict | here: method, baseline, difference [95 %] | the paper's own | golden vectors | cost per step | run |
-|---|---|---|---|---|---|---|---|
-"""
-
-READING = """
-## How to read it
-
-- **Claim**: method and baseline run through the ordinary command with the same seeds, data and budget. The runner refuses a claim whose two
-  arms differ otherwise; the differences that a claim file declares stand below, with their reasons. Further arms are ablations.
-- **Difference**: method - baseline, paired by seed, with the 95 % interval of the mean after Student's t.
-- **Verdict**: *holds* if the interval excludes zero on the claimed side and every seed reaches the gate; *does not hold* if it lies on the
-  other side or a certain advantage misses the gate; else *undecided*. Never from fewer than three seeds.
-- **The paper's own**: at the paper's scale, on its data. Figures from built-in data can only show the same direction, never the same size.
-- **Golden vectors**: cases made with the authors' code, or with an independent script where there is none, that ours reproduces.
-- **Cost**: what a training step takes more than the baseline's, both run in turn with nothing beside them; medians, and quartiles of the
-  ratio over paired steps. Memory on a CPU is how far the process's resident memory rises during training above that at its start.
-- **Again**: `lit claims <technique>`. Finished stages are kept as long as their configs, seeds, library versions and all source files that
-  they import stay the same.
-"""
-
-
-def evidence_page(
-    records: Mapping[str, Summary], techniques: Mapping[str, Technique], declared: Mapping[str, Mapping[str, str]] | None = None
-) -> str:
-    """The page ``docs/evidence.md``.
-
-    Args:
-        records: Slug -> record of evidence, as stored.
-        techniques: The catalogue; one without a record gets a row that says so.
-        declared: Slug -> name of each setting of its claim file -> what its data is.
-
-    Returns:
-        Markdown: a table of all techniques, how to read it, and a section for each record.
-    """
-    records = {slug: record for slug, record in records.items() if "verdict" in record}
-    rows = [summary_row(slug, records.get(slug), technique) for slug, technique in techniques.items()]
-    sections = [_section(slug, records[slug], technique) for slug, technique in techniques.items() if slug in records]
-    return HEAD + "\n".join(rows) + "\n" + READING + "".join(sections)
-
-
-def _section(slug: str, record: Summary, technique: Technique) -> str:
-    machine, versions, git, paper = record["machine"], record["versions"], record["git"], record["paper"]
-    lines = [f"\n## {slug}\n", f"{technique.title}: [its page](techniques/{slug}.md).\n", f"**Claim.** {record['sentence']}\n"]
-    lines += [f"Source: {record['source']}. Metric: `{record['metric']}`, {'higher' if record['higher'] else 'lower'} is better.\n"]
-    lines += [values_table(record), "", f"**Verdict.** {verdict_line(record)}.\n"]
-    if paper:
-        figures = f": {paper['method']} against {paper['baseline']} {paper.get('unit', '')}".rstrip() if "method" in paper else ""
-        note = f" {paper['note']}" if paper.get("note") else ""
-        lines.append(f"**In the paper.** {paper['headline']}{figures}.{note}\n")
-    budget = "; ".join(f"{arm} {_budget(seen)}" for arm, seen in record["budget"].items())
-    lines.append(f"**Budget.** Equal in {' and '.join(record['units'])} unless declared. Measured: {budget}.\n")
-    tuned = "; ".join(f"{arm}: {', '.join(f'`{key}`' for key in keys) or 'none'}" for arm, keys in record["tuned"].items())
-    lines.append(f"**Tuned hyperparameters.** {tuned}.\n")
-    if listed := differences_lines(record):
-        lines += ["**Differences.**\n", *(f"- {line}" for line in listed), ""]
-    if record["changes"]:
-        lines.append(f"**Further arms**, with what they set otherwise ({record['judged'][0]}'s value in brackets):\n")
-        for arm, changed in record["changes"].items():
-            lines.append(f"- {arm}: {', '.join(f'`{text}`' for text in changed) or 'nothing'}")
-        lines.append("")
-    if record["cost"]:
-        cost = record["cost"]
-        lines.append(
-            f"**Cost.** {cost['method']} against {cost['baseline']}, per training step: {cost_line(cost)}. Of a step "
-            f"{cost['data_seconds']:.2g} s pass before it starts (data). {cost['pairs']} paired steps, trainable parameters "
-            f"{cost['parameters']:,} against {cost['baseline_parameters']:,}, memory: {cost['memory']}.\n"
-        )
-    if record["golden"]:
-        kinds = ", ".join(f"{kind} {passed} of {total}" for kind, (passed, total) in record["golden"].items())
-        lines.append(f"**Golden vectors passed.** {kinds}.\n")
-    commit = f"commit {git['commit']}{' with uncommitted changes' if git['dirty'] else ''}" if git else "no git checkout"
-    gpus = f", {', '.join(machine['gpus'])}" if machine["gpus"] else ", no GPU"
-    lines.append(
-        f"**Run.** {record['date']}, {commit}; {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpus}; "
-        f"{', '.join(f'{name} {number}' for name, number in versions.items())}; {record['stages']} stages of {record['threads']} "
-        f"thread{'s' if record['threads'] > 1 else ''} each, {record['seconds'] / 60:.0f} minutes in all.\n"
-    )
-    return "\n".join(lines)
-
-
-def _budget(seen: Sequence[Mapping[str, float]]) -> str:
-    return ", ".join(f"{seen[0][unit]:,.0f} {unit}" for unit in seen[0])
 
 
 # ---- facts -----------------------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def named(file: Path, name: str) -> dict[str, str] | None:
         name: The setting.
 
     Returns:
-        ``commit`` and ``date`` (``2026-01-31``); None where the file is in no git checkout.
+        ``commit`` and ``date`` (``2026-01-31``); None where the file is in no git checkout, or git ignores it.
 
     Raises:
         CommandError: It isn't committed as it stands.
@@ -33,11 +33,13 @@ def named(file: Path, name: str) -> dict[str, str] | None:
     try:
         top = Path(_git(folder, "rev-parse", "--show-toplevel").strip())
         path = file.resolve().relative_to(top).as_posix()
+        if subprocess.run(["git", "-C", str(top), "check-ignore", "-q", path], check=False, timeout=60).returncode == 0:
+            return None  # an installed package in a project's own environment
         present = yaml.safe_load(file.read_text(encoding="utf-8"))
         overlays = [config_file(f"configs/{config}") for config in listed(present["settings"][name].get("config") or [])]
         paths = [path, *(one.resolve().relative_to(top).as_posix() for one in overlays if one and one.resolve().is_relative_to(top))]
         now = _decisive([(top / one).read_text(encoding="utf-8") for one in paths], name)
-        if _git(top, "ls-files", "--", *paths).splitlines() != sorted(paths) or _at(top, "HEAD", paths, name) != now:
+        if sorted(_git(top, "ls-files", "-z", "--", *paths).split("\0")[:-1]) != sorted(paths) or _at(top, "HEAD", paths, name) != now:
             raise CommandError(
                 f"{file}: settings.{name} isn't committed as it stands: commit it before it runs, so that its result can't choose it\n"
                 f"  git add {' '.join(paths)} && git commit; or try it with --quick"

@@ -28,7 +28,6 @@ QUICK = {
 }
 QUICK_WORDS = [word for key, value in QUICK.items() for word in (f"--trainer.{key}", value)]
 LIBRARIES = ("torch", "lightning", "numpy")
-DATA = "LIT_METHODS_DATA"  # environment variable with the folder that {data} stands for
 
 
 class MissingData(CommandError):
@@ -153,21 +152,6 @@ def resolve_configs(commands: Mapping[str, list[str]], threads: int) -> dict[str
             raise CommandError(f"{name} can't be resolved: lit {' '.join(words)}\n{answer['error']}")
         configs[name] = answer["config"]
     return configs
-
-
-def check_data_folder(study: Study) -> None:
-    """Refuse a study that asks for ``{data}`` where nobody has said which folder that is.
-
-    Raises:
-        MissingData: The environment variable isn't set, or is no folder.
-    """
-    stages = [stage for chain in study.arms.values() for stage in chain] + [report.stage for report in study.reports if report.stage]
-    if any("{data}" in str(value) for stage in stages for value in stage.set.values()):
-        folder = os.environ.get(DATA)
-        if not folder:
-            raise MissingData(f"its data is below {{data}}, the folder with the data sets: name it in the environment variable {DATA}")
-        if not Path(folder).is_dir():
-            raise MissingData(f"its data is below {{data}}, and {DATA}={folder!r} is no folder")
 
 
 def make_plan(study: Study, seeds: Sequence[int], extra: Sequence[str], resolve: Any = resolve_configs) -> Plan:

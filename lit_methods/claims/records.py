@@ -93,6 +93,11 @@ def verdicts() -> dict[str, dict[str, Any]]:
     return content
 
 
+def verdict_over_all(slug: str) -> str:
+    """The verdict over all settings of a technique's claim; "not yet run" where none is kept."""
+    return str(verdicts().get(slug, {}).get("verdict", NOT_RUN))
+
+
 def verdict_words(slug: str) -> str:
     """The verdict over all settings of a technique's claim and that of each setting; "not yet run" where none is kept."""
     entry = verdicts().get(slug)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lit_methods.claims.display import Display
-from lit_methods.claims.plan import DATA, MissingData, Node
+from lit_methods.claims.plan import MissingData, Node
 from lit_methods.claims.sources import changed_sources
 from lit_methods.errors import CommandError, nearest
 from lit_methods.files import write_json
@@ -138,8 +138,7 @@ class Runner:
             (folder / name).unlink(missing_ok=True)  # out of date
         shutil.rmtree(folder / "run", ignore_errors=True)
         checkpoint = str(self.root / upstream["checkpoint"]) if upstream and upstream["checkpoint"] else ""
-        words = [word.replace("{checkpoint}", checkpoint) for word in node.words]
-        words = [word.replace("{data}", os.environ.get(DATA, "{data}")) for word in words] + ["--run_root", str(folder), "--name", "run"]
+        words = [word.replace("{checkpoint}", checkpoint) for word in node.words] + ["--run_root", str(folder), "--name", "run"]
         with (folder / "output.txt").open("w", encoding="utf-8") as output:
             popen = subprocess.Popen(
                 [*self.child, str(folder / "sources.json"), *words],

@@ -26,8 +26,7 @@ class Stage:
     Attributes:
         command: ``fit``, ``validate`` or ``test``.
         configs: Files for ``--config``, below ``configs/``.
-        set: Key -> value; ``{checkpoint}`` stands for the last checkpoint of the stages before, ``{data}`` for the folder that the
-            environment variable ``LIT_METHODS_DATA`` names.
+        set: Key -> value; ``{checkpoint}`` stands for the last checkpoint of the stages before.
         callbacks: Class names of further callbacks.
         checkpoint: Value of ``--ckpt_path``, or "".
     """

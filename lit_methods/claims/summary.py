@@ -1,9 +1,12 @@
 """From finished stages to the summary of a study: values, fairness, verdict."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lit_methods.claims.fairness import (
     Difference,
@@ -100,12 +103,21 @@ def measured_budget(chain: Sequence[Node], results: Mapping[str, Result]) -> dic
 
 
 def changes(study: Study, plan: Plan, arm: str, other: str) -> list[str]:
-    """What an arm's configs set otherwise than another's, stage by stage, where both have as many stages; else a word on that."""
+    """What an arm's configs set otherwise than another's, stage by stage, where both have as many stages; else a word on that.
+
+    Keys are those of ``lit report``: an item of a list that names a class goes by that class. Of an item that one of them lacks, only its
+    class is listed.
+    """
+    from lit_methods.reports.record import flat_config
+
     ours, theirs = plan.resolved[arm], plan.resolved[other]
     if len(ours) != len(theirs):
         return [f"{len(ours)} stages ({len(theirs)})"]
-    changed = [text for pair in zip(ours, theirs, strict=True) for text in config_differences(pair[0].config, pair[1].config)]
-    return list(dict.fromkeys(changed))
+    pairs = [[flat_config(yaml.safe_dump(stage.config, sort_keys=False)) for stage in pair] for pair in zip(ours, theirs, strict=True)]
+    changed = list(dict.fromkeys(text for one, another in pairs for text in config_differences(one, another)))
+    items = (re.match(r"(.+\])\.class_path: (?:None \(|.+ \(None\)$)", text) for text in changed)
+    lacking = tuple(f"{item[1]}." for item in items if item)
+    return [text for text in changed if not text.startswith(lacking) or ".class_path: " in text]
 
 
 def summarise(
@@ -154,8 +166,8 @@ def summarise(
     if study.kind == "claim" and len(seeds) >= LEAST_SEEDS:
         verdict = dataclasses.asdict(judge(values[study.judged[0]], values[study.reference], study.higher, study.gate))
     further = [arm for arm in study.arms if arm != study.reference and arm not in study.judged]
-    fields = ("kind", "slug", "sentence", "source", "metric", "higher", "gate", "reference", "judged", "units", "tolerance", "threads")
-    fields += ("setting", "data", "real") if study.kind == "claim" else ()
+    fields = ["kind", "slug", "sentence", "source", "metric", "higher", "gate", "reference", "judged", "units", "tolerance", "threads"]
+    fields += ["setting", "data", "real"] if study.kind == "claim" else []
     return {
         **{name: getattr(study, name) for name in fields},
         "seeds": list(seeds),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import time
@@ -89,7 +90,11 @@ def _parser(command: str) -> Parser:
         parser.add_argument("--setting", help="only this one of the claim's settings")
         parser.add_argument("--cost", action="store_true", help="only time the training steps anew, and put that beside the kept results")
         parser.add_argument("--no-evidence", action="store_true", help="leave docs/evidence as it is")
-        parser.add_argument("--page", action="store_true", help="only write the evidence page anew from the stored results")
+        parser.add_argument(
+            "--page",
+            action="store_true",
+            help="only write the evidence page, its plot and the list of verdicts anew from the stored results",
+        )
     return parser
 
 
@@ -192,7 +197,7 @@ def _run_one(command: str, study: "Study", name: str, file: Path, options: argpa
     from lit_methods.claims.display import Display
     from lit_methods.claims.duration import duration_line
     from lit_methods.claims.naming import named
-    from lit_methods.claims.plan import QUICK_WORDS, check_data_folder
+    from lit_methods.claims.plan import QUICK_WORDS
     from lit_methods.claims.runner import Runner
     from lit_methods.claims.summary import summarise
 
@@ -219,7 +224,6 @@ def _run_one(command: str, study: "Study", name: str, file: Path, options: argpa
         record = None if options.quick or passed or command != "claims" else read_record(options.root, name)
         print(duration_line(plan, runner, options.jobs, _record_of(record, study)))
         return
-    check_data_folder(study)
     display = Display(len(plan.nodes), options.jobs)
     try:
         results = runner.run(plan.nodes, options.jobs, display)
@@ -268,11 +272,13 @@ def _measure_cost(study: "Study", name: str, file: Path, options: argparse.Names
     if options.plan or record is None:
         print(f"{len(nodes)} runs of {study.cost.steps} steps")
         return
+    load = os.getloadavg()[0]
     rounds = measure(Runner(options.root, study.threads, name), nodes)
     cost = {"method": method, "baseline": baseline, **compare_cost(rounds[method], rounds[baseline])}
     checkout = find_checkout()
     git = git_commit(checkout) if checkout else None
-    record["cost"] = cost | {"measured": {"date": time.strftime("%Y-%m-%d"), "git": git, "cpu": cpu_model()}}
+    beside = {"load": round(max(load, os.getloadavg()[0]), 1), "cores": os.cpu_count()}  # of other processes, and of this one at the end
+    record["cost"] = cost | {"measured": {"date": time.strftime("%Y-%m-%d"), "git": git, "cpu": cpu_model(), **beside}}
     print(f"cost per training step, {method} against {baseline}: {cost_line(record['cost'])}")
     if not options.no_evidence:
         write_json(evidence_folder(checkout, options.root) / f"{name}.json", record)
@@ -283,7 +289,8 @@ def _conclude_claim(
     study: "Study", summary: dict[str, Any], rounds: Any, folder: Path, gpus: list[str], options: argparse.Namespace
 ) -> None:
     from lit_methods.claims.cost import compare_cost
-    from lit_methods.claims.evidence import cost_line, differences_lines, facts, summary_row, values_table, verdict_line
+    from lit_methods.claims.evidence import cost_line, differences_lines, facts, values_table, verdict_line
+    from lit_methods.claims.page import summary_row
     from lit_methods.claims.records import with_setting
 
     summary["cost"] = None
@@ -379,23 +386,34 @@ def evidence_folder(checkout: Path | None, root: Path) -> Path:
 
 def write_page(root: Path) -> Path:
     """Write the evidence page, its plot and the list of verdicts from the stored records; the page's path."""
-    from lit_methods.claims.evidence import evidence_page
+    from lit_methods.claims.page import evidence_page, evidence_plot
     from lit_methods.claims.records import read_records, verdict_file, verdict_table
+    from lit_methods.claims.study import read_settings
 
     checkout = find_checkout()
     folder = evidence_folder(checkout, root)
-    records, declared = read_records(folder), declared_settings()
+    records = read_records(folder)
+    studies = {slug: read_settings(file) for slug, file in find_studies("claims", []).items()}
+    declared = {slug: {name: study.data for name, study in settings.items()} for slug, settings in studies.items()}
+    for slug, record in records.items():
+        first = next(iter(studies.get(slug, {}).values()), None)
+        if first is not None and redescribe(record, first):
+            write_json(folder / f"{slug}.json", record)
     page = folder.with_suffix(".md")
     page.parent.mkdir(parents=True, exist_ok=True)
     finished = {slug: entry for slug, entry in techniques().items() if not entry.draft}
     write_atomically(page, evidence_page(records, finished, declared))
+    write_atomically(page.with_suffix(".svg"), evidence_plot(records, finished, declared))
     if checkout and verdict_file().is_relative_to(checkout):
         write_json(verdict_file(), verdict_table(records, declared, finished))
     return page
 
 
-def declared_settings() -> dict[str, dict[str, str]]:
-    """Slug -> name of each setting of its claim file, the first one first -> what its data is."""
-    from lit_methods.claims.study import read_settings
-
-    return {slug: {name: study.data for name, study in read_settings(file).items()} for slug, file in find_studies("claims", []).items()}
+def redescribe(record: dict[str, Any], study: "Study") -> bool:
+    """Take over what the claim file says of its first setting and of the paper, which no run can change; whether anything was new."""
+    if record.get("setting") not in (None, "", study.setting) or "verdict" not in record:
+        return False
+    told = {"setting": study.setting, "data": study.data, "real": study.real, "paper": study.paper}
+    new = any(record.get(key) != value for key, value in told.items() if value or record.get(key))
+    record |= told if new else {}
+    return new

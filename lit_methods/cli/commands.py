@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_methods.catalog import PACKAGES, Technique, installed_techniques, package_folder, plugins, published
+from lit_methods.claims.records import verdict_words
 from lit_methods.cli.config_files import config_heads, copy_config, shipped_configs
 from lit_methods.errors import CommandError, suggest
 from lit_methods.files import replacing
@@ -187,6 +188,7 @@ def _described(technique: Technique) -> str:
         ("configs", "\n".join(_configs_of(technique, shipped_configs())) or "-"),
         ("golden", ", ".join(technique.golden) or "-"),
         ("claim", technique.claim or "-"),
+        *([("verdict", verdict_words(technique.slug))] if technique.claim and technique.slug in published() else []),
         ("panels", "\n".join(_panel_titles(technique)) or "-"),
     ]
     if technique.slug in published():

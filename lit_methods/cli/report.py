@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_methods.catalog import package_folder
+from lit_methods.claims.records import verdict_of, verdicts_of
 from lit_methods.cli.commands import Parser, parsed
 from lit_methods.errors import CommandError, suggest
 from lit_methods.files import shown, write_atomically
@@ -170,6 +171,9 @@ def verdict(slug: str) -> str:
     path = package_folder("lit_methods").parent / "docs" / "evidence" / f"{slug}.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
+        if record.get("settings"):
+            each = "; ".join(f"{name or 'first setting'}: {verdict}" for name, verdict in verdicts_of(record, {}).items())
+            return f"{verdict_of(record, {})} ({each})"
         judged, seeds = record["verdict"], record["seeds"]
         return f"{judged['verdict']}: better in {judged['better']} of {len(seeds)} seeds, measured on {record['date']}"
     except (OSError, ValueError, KeyError, TypeError):  # never measured, or of another version

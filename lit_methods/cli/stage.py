@@ -7,6 +7,7 @@ by what ``--print_config`` says to each.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -27,7 +28,7 @@ def run(record: Path, words: list[str]) -> int:
 
     started = time.time()
     missing: list[str] = []
-    status = main(words, lambda error: missing.append(what_is_missing(error)))
+    status = main(words, functools.partial(_note, missing))
     if any(missing):
         write_json(record.with_name("missing.json"), {"missing": missing[0]})
     if status == 0 and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -44,8 +45,12 @@ def what_is_missing(error: BaseException | None) -> str:
     return ""
 
 
+def _note(found: list[str], error: Exception) -> None:
+    found.append(what_is_missing(error))
+
+
 def resolve(file: Path) -> int:
-    """Replace argument lists by ``{"config": ...}``, or ``{"error": message}``; ``{checkpoint}`` and ``{data}`` stay what they are.
+    """Replace argument lists by ``{"config": ...}``, or ``{"error": message}``; ``{checkpoint}`` stays what it is.
 
     Where a library is missing, ``missing`` beside the error says which.
     """
@@ -60,7 +65,7 @@ def resolve(file: Path) -> int:
             missing: list[str] = []
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 given = [word.replace("{checkpoint}", str(stand_in)) for word in words]
-                status = main([*given, "--print_config"], lambda error, found=missing: found.append(what_is_missing(error)))
+                status = main([*given, "--print_config"], functools.partial(_note, missing))
             text = out.getvalue()
             if status == 0 and "seed_everything:" in text:
                 text = text[max(text.find("# lightning"), 0) :]  # behind a word about W&B

@@ -13,8 +13,17 @@ import yaml
 from lit_methods.catalog import Technique
 from lit_methods.claims.cost import cost_nodes, timed_study
 from lit_methods.claims.naming import named
-from lit_methods.claims.plan import MissingData, check_data_folder, make_plan
-from lit_methods.claims.records import setting_records, verdict_of, verdict_table, verdicts_of, with_setting
+from lit_methods.claims.plan import make_plan
+from lit_methods.claims.records import (
+    setting_records,
+    verdict_of,
+    verdict_over_all,
+    verdict_table,
+    verdict_words,
+    verdicts,
+    verdicts_of,
+    with_setting,
+)
 from lit_methods.claims.runner import Runner
 from lit_methods.claims.settings import SettingError, content_of
 from lit_methods.claims.study import Study, read_settings, read_study
@@ -118,19 +127,6 @@ def test_settings_need_names_and_words_on_their_data(tmp_path: Path) -> None:
         read_settings(path)
 
 
-def test_a_data_folder_that_nobody_named_is_missing_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = studies(tmp_path, digits=DIGITS | {"set": {"root": "{data}/digits"}})
-    check_data_folder(read["drawn"])
-    monkeypatch.delenv("LIT_METHODS_DATA", raising=False)
-    with pytest.raises(MissingData, match="LIT_METHODS_DATA"):
-        check_data_folder(read["digits"])
-    monkeypatch.setenv("LIT_METHODS_DATA", str(tmp_path / "none"))
-    with pytest.raises(MissingData, match="no folder"):
-        check_data_folder(read["digits"])
-    monkeypatch.setenv("LIT_METHODS_DATA", str(tmp_path))
-    check_data_folder(read["digits"])
-
-
 def test_what_is_missing_is_found_in_the_chain_of_causes() -> None:
     wrapped = CommandError("Digits can't be imported")
     wrapped.__cause__ = ModuleNotFoundError("No module named 'digits'")
@@ -187,6 +183,11 @@ def test_the_commit_of_a_setting_is_the_first_one_with_it_as_it_stands(tmp_path:
 def test_a_file_in_no_checkout_has_no_commit(tmp_path: Path) -> None:
     (tmp_path / "mini.yaml").write_text(yaml.safe_dump(CLAIM | {"settings": {"digits": DIGITS}}))
     assert named(tmp_path / "mini.yaml", "digits") is None
+    git(tmp_path, "init", "-q")
+    with pytest.raises(CommandError, match="isn't committed"):
+        named(tmp_path / "mini.yaml", "digits")
+    (tmp_path / ".gitignore").write_text("mini.yaml\n")
+    assert named(tmp_path / "mini.yaml", "digits") is None, "as in an environment inside somebody's project"
 
 
 # ---- verdicts and records --------------------------------------------------------------------------------------------------------------
@@ -246,7 +247,6 @@ def resolve(commands: dict[str, list[str]], threads: int) -> dict[str, Any]:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log.txt"))
-    monkeypatch.delenv("LIT_METHODS_DATA", raising=False)
     monkeypatch.setattr("lit_methods.claims.plan.make_plan", functools.partial(make_plan, resolve=resolve))
     monkeypatch.setattr("lit_methods.claims.runner.Runner", functools.partial(Runner, child=(sys.executable, str(FAKE))))
     technique = Technique("mini", "Mini Things", "", "demo", "module", (), (), (), "Good is better.", "")
@@ -274,7 +274,12 @@ def test_every_setting_runs_and_is_kept_for_itself(workplace: Path, capsys: pyte
     assert {name: list(one["values"]) for name, one in found.items()} == {"drawn": ["good", "bad", "half"], "shapes": ["good", "bad"]}
     assert found["shapes"]["named"] is None, "it's in no checkout"
     assert (workplace / "runs/claims/mini/shapes/summary.json").is_file()
+    assert "holds everywhere" in (workplace / "runs/claims/evidence.md").read_text()
     write_claim(workplace)
+    assert main(["claims", "--page"]) == 0
+    page = " ".join((workplace / "runs/claims/evidence.md").read_text().split())
+    assert "holds everywhere" in page
+    assert "It is no longer in the claim file." in page
     assert main(["claims", "mini"]) == 0
     assert records(workplace)["shapes"] == found["shapes"], "running the others leaves it"
 
@@ -308,12 +313,10 @@ def test_a_plan_and_a_quick_look_take_all_settings_and_need_no_commit(workplace:
 
 
 def test_a_setting_without_its_data_is_skipped_and_the_others_run(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    real = {"data": "real", "arms": ["good", "bad"], "set": {"root": "{data}/x"}}
     gone = {"data": "real", "arms": ["good", "bad"], "set": {"behave": "missing"}}
-    write_claim(workplace, real=real, gone=gone, shapes={"data": "made", "set": {"rate": 3}})
+    write_claim(workplace, gone=gone, shapes={"data": "made", "set": {"rate": 3}})
     assert main(["claims", "mini"]) == 0
     said = capsys.readouterr().out
-    assert "mini, setting real: skipped, as its data or a library isn't there\n  its data is below {data}" in said
     assert "mini, setting gone: skipped, as its data or a library isn't there\n  no digits here" in said
     assert list(records(workplace)) == ["drawn", "shapes"]
     assert main(["claims", "mini", "--setting", "gone"]) == 1
@@ -333,7 +336,9 @@ def test_a_cost_is_measured_alone_and_stands_beside_the_kept_result(workplace: P
     assert main(["claims", "mini", "--cost"]) == 0
     assert (workplace / "log.txt").read_text().count("\n") == log, "stages that are kept don't run again"
     after = records(workplace)["drawn"]
-    assert after["cost"].pop("measured")["date"]
+    measured = after["cost"].pop("measured")
+    assert measured["date"]
+    assert measured["load"] >= 0
     assert after == before
 
 
@@ -366,3 +371,20 @@ def test_a_cost_may_time_fits_that_are_no_arms(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(CLAIM | {"cost": {"method": "good", "baseline": bare | {"name": "bad"}, "steps": 5}}))
     with pytest.raises(CommandError, match="a name that no arm has"):
         read_study(path)
+
+
+@pytest.mark.catalogue
+def test_lit_info_says_whether_the_claim_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    for slug in verdicts():
+        assert main(["info", slug]) == 0
+        assert f"verdict    {verdict_words(slug)}\n" in capsys.readouterr().out
+
+
+def test_the_words_of_a_verdict_name_the_settings_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {
+        "a": {"verdict": "holds", "settings": {"": "holds"}},
+        "b": {"verdict": "holds in 1 of 2", "settings": {"x": "holds", "y": "undecided"}},
+    }
+    monkeypatch.setattr("lit_methods.claims.records.verdicts", lambda: table)
+    assert [verdict_words(slug) for slug in ("a", "b", "none")] == ["holds", "holds in 1 of 2 (x: holds; y: undecided)", "not yet run"]
+    assert [verdict_over_all(slug) for slug in ("b", "none")] == ["holds in 1 of 2", "not yet run"]

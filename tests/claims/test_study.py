@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lit_methods.catalog import configs_folder, published
-from lit_methods.claims.fairness import config_differences
+from lit_methods.claims.fairness import ResolvedStage, config_differences
 from lit_methods.claims.plan import Node, Plan, library_versions, make_plan, resolve_configs, stage_words
 from lit_methods.claims.study import Stage, Study, read_study
 from lit_methods.claims.summary import changes, check_before, summarise
@@ -201,6 +201,17 @@ def test_what_was_measured_counts_although_the_configs_look_fair(tmp_path: Path)
 def test_what_an_ablation_changes_is_listed(tmp_path: Path) -> None:
     read = study(tmp_path)
     assert changes(read, make_plan(read, [0], [], fake_resolve), "bad", "good") == ["model.x: None (1)"]
+    item = {"class_path": "my.Term", "init_args": {"weight": 1, "other": 2}}
+    staged = {
+        arm: [ResolvedStage("fit", {"callbacks": [item, *more]})] for arm, more in (("good", []), ("bad", [{"class_path": "my.More"}]))
+    }
+    staged["bad"][0].config["callbacks"][0] = {"class_path": "my.Term", "init_args": {"weight": 3, "other": 2}}
+    assert changes(read, Plan([], {}, staged), "bad", "good") == [
+        "callbacks[More].class_path: my.More (None)",
+        "callbacks[Term].weight: 3 (1)",
+    ]
+    staged["bad"][0].config["callbacks"].clear()
+    assert changes(read, Plan([], {}, staged), "bad", "good")[-1] == "callbacks[Term].class_path: None (my.Term)", "and not its arguments"
     assert config_differences({"a": {"b": [1]}, "c": 1}, {"a": {"b": [2]}, "c": 1}) == ["a.b: [1] ([2])"]
 
 

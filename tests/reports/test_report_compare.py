@@ -295,6 +295,9 @@ def test_a_verdict_is_read_from_the_evidence(tmp_path: Path, monkeypatch: pytest
     record = {"verdict": {"verdict": "holds", "better": 4}, "seeds": [0, 1, 2, 3, 4], "date": "2026-01-02"}
     path.write_text(json.dumps(record))
     assert command.verdict("flow") == "holds: better in 4 of 5 seeds, measured on 2026-01-02"
+    again = record | {"setting": "digits", "verdict": {"verdict": "undecided"}}
+    path.write_text(json.dumps(record | {"setting": "drawn", "settings": {"digits": again}}))
+    assert command.verdict("flow") == "holds in 1 of 2 (drawn: holds; digits: undecided)"
     path.write_text(json.dumps(record | {"verdict": None}))
     assert command.verdict("flow") == ""
 
