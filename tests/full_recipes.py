@@ -185,8 +185,8 @@ RECIPES: dict[str, Recipe] = {
     "shrinkmatch_stl10": Recipe(words=("--data.init_args.batch_size=8",), why=f"batch of 8 + 56: {SMALL_BATCH}"),
     "shrinkmatch_svhn": Recipe(),
     "simmatchv2_imagenet": Recipe(
-        words=("--model.init_args.num_labelled=10", "--data.init_args.batch_size=2"),
-        why=f"num_labelled 10: that many the tiny list has, and the module refuses another number; batch of 2 + 10: {SMALL_BATCH}",
+        words=("--model.init_args.num_labelled=150", "--data.init_args.batch_size=2"),
+        why=f"num_labelled 150: that many the tiny list has, and the module refuses another number; batch of 2 + 10: {SMALL_BATCH}",
     ),
     "slct_celebahq": LATENTS,
     "slct_celebahq_dit": LATENTS,

@@ -9,6 +9,7 @@ import numpy as np
 
 from lit_methods.datamodules.fake import Arguments, Writer, picture, text
 
+LABELLED = 150  # images in a list of labelled ones: more than a module has neighbours
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
@@ -97,10 +98,10 @@ def _stl10(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _semi(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """A list of labelled images alone; the images are those of the datamodule below."""
+    """A list of labelled images alone; the images are those of the datamodule below, which has as many at least."""
     if arguments.get("label_list") is None:
         return {}
-    text(arguments["label_list"], *map(str, range(10)))
+    text(arguments["label_list"], *map(str, range(LABELLED)))
     return {"label_list": arguments["label_list"]}
 
 
@@ -111,4 +112,4 @@ FAKES: dict[str, Writer] = {
     "STL10DataModule": _stl10,
     "SemiSupervisedDataModule": _semi,
 }
-__all__ = ["FAKES", "cifar", "imagenet", "stl10", "svhn"]
+__all__ = ["FAKES", "LABELLED", "cifar", "imagenet", "stl10", "svhn"]

@@ -191,6 +191,7 @@ def _sections(config: dict[str, Any]) -> Iterator[Section]:
 
 def _below(value: Any, key: str, sizes: dict[str, int]) -> Iterator[Section]:
     from lit_methods.datamodules.fake import writer_of
+    from lit_methods.datamodules.vision.fake import LABELLED
 
     if isinstance(value, list):
         for place, inner in enumerate(value):
@@ -201,7 +202,7 @@ def _below(value: Any, key: str, sizes: dict[str, int]) -> Iterator[Section]:
     if isinstance(value.get("class_path"), str):
         asked = {name: arguments[name] for name in ("batch_size", "ratio") if isinstance(arguments.get(name), int)}
         if len(asked) == 2:  # semi-supervised: a batch of unlabelled images must be had from those below
-            sizes = sizes | {"images": asked["batch_size"] * asked["ratio"] + 20}
+            sizes = sizes | {"images": asked["batch_size"] * asked["ratio"] + (0 if arguments.get("label_list") is None else LABELLED)}
     for name, inner in value.items():
         yield from _below(inner, f"{key}.{name}".removeprefix("."), sizes)
     if isinstance(value.get("class_path"), str):

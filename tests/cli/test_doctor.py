@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lit_methods import hub
+from lit_methods.catalog import configs_folder
 from lit_methods.cli.main import main
 from lit_methods.datamodules.folders import COMMON
 
@@ -139,3 +140,27 @@ def test_mistakes_are_told(words: list[str], message: str, capsys: pytest.Captur
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
+
+
+NOT_COUNTED = {
+    "cast_llama2_7b",
+    "coprompt_eurosat",
+    "coprompt_imagenet",
+    "slct_celebahq",
+    "slct_celebahq_dit",
+}  # built from their weights' folder
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("file", sorted((configs_folder() / "full").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_full_recipe_is_examined(file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a tiny release nothing but weights, disk and libraries can be missing, and the samples per step are the recipe's."""
+    assert main(["fake", f"configs/full/{file.name}", "there"]) == 0
+    capsys.readouterr()
+    monkeypatch.setenv(COMMON, "there")
+    said = examined(f"configs/full/{file.name}", "--elsewhere", capsys=capsys)
+    missing = [(finding["what"], finding["said"]) for finding in said["findings"] if finding["state"] == "missing"]
+    assert [one for one in missing if one[0] in ("data", "GPUs", "model")] == []
+    assert said["samples_per_step"] == said["recipe_samples"] is not None
+    assert said["total_steps"] is not None or states(said, "data")[0][0] == "unknown"
+    assert (said["parameters"] or 0) > 1e4 or file.stem in NOT_COUNTED
