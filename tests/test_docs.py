@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from lit_methods.catalog import published
+from lit_methods.catalog import published, techniques
 from lit_methods.claims.records import verdict_words
 from lit_methods.cli.main import RUN_COMMANDS, main
 
@@ -402,7 +402,7 @@ def test_the_readme_lists_the_catalogue() -> None:
 @pytest.mark.catalogue
 def test_every_technique_has_a_page() -> None:
     pages = {path.stem for path in (ROOT / "docs" / "techniques").glob("*.md")}
-    assert pages == set(published())
+    assert set(published()) <= pages <= set(techniques()), "a draft may have one, while it is being completed"
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:

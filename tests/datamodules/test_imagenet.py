@@ -53,7 +53,7 @@ def test_a_class_list_gives_the_labels(tmp_path):
 
 
 def test_wrong_roots_and_broken_images_are_named(tmp_path):
-    with pytest.raises(WrongRootError, match="no folder val"):
+    with pytest.raises(WrongRootError, match="has no val: expected train"):
         prepared(tmp_path)
     imagenet(tmp_path)
     data = prepared(tmp_path)

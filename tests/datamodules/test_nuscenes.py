@@ -691,7 +691,7 @@ def test_ranks_leave_out_the_same_samples(copy):
     [
         ({"mode": "detect"}, "mode is 'detect': give one of pretrain, segment, semi_supervised"),
         ({"cameras": 7}, r"cameras is 7: .* in \[1, 6\]"),
-        ({"frames": 4}, r"frames is 4: give key frames in \[1, 3\]"),
+        ({"frames": 4}, "frames is 4: give one of 1, 2, 3"),
         ({"num_sweeps": -1}, r"num_sweeps is -1: .* in \[0, inf\)"),
         ({"label_fraction": 3}, "label_fraction=3 is not one of"),
         ({"neighbours": -1}, "neighbours is -1: give scans before and after"),
