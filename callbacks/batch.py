@@ -1,7 +1,7 @@
 """What callbacks on features share: the rows that a submodule put out in a step, and what the batch says about each of them."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,6 +11,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lit_methods.callbacks.features import one_of_calls
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested mappings and sequences, in their order."""
+    if isinstance(value, Tensor):
+        yield value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    for part in parts:
+        yield from tensors_in(part)
 
 
 def rows_of(calls: Mapping[str, Sequence[Any]], pattern: str, argument: str) -> Tensor:
@@ -62,7 +71,9 @@ def find_in_batch(batch: Any, key: Key, default: tuple[str, int], argument: str,
         )
     value = batch[wanted]
     if not isinstance(value, Tensor):
-        raise ValueError(f"the batch's {wanted!r} is a {type(value).__name__}: expected a tensor")
+        raise ValueError(
+            f"the batch's {wanted!r} is a {type(value).__name__}: expected a tensor; name the key (or position) of one by {argument}"
+        )
     return value
 
 
@@ -86,7 +97,9 @@ def values_of_batch(batch: Any, key: Key, default: tuple[str, int], rows: int, a
     values = find_in_batch(batch, key, default, argument)
     size = len(values) if values.ndim else 0
     if not values.numel() or (values.numel() != size and not mean):
-        raise ValueError(f"{argument} of the batch are {tuple(values.shape)}: expected one value a sample, (B,) or (B, 1)")
+        raise ValueError(
+            f"{argument} of the batch are {tuple(values.shape)}: expected one value a sample, (B,) or (B, 1): name such ones by {argument}"
+        )
     if rows % size:
         raise ValueError(f"the features have {rows} rows and the batch {size} {argument}: a whole number of rows for each sample is needed")
     if mean:
@@ -110,7 +123,10 @@ def inputs_and_labels(batch: Any, inputs: Key = None, labels: Key = None) -> tup
     """
     x, y = find_in_batch(batch, inputs, ("image", 0), "inputs"), find_in_batch(batch, labels, ("label", 1), "labels")
     if y.ndim != 1 or y.is_floating_point() or len(y) != len(x):
-        raise ValueError(f"the batch's labels are {tuple(y.shape)} {y.dtype} for inputs {tuple(x.shape)}: expected one class a sample")
+        raise ValueError(
+            f"the batch's labels are {tuple(y.shape)} {y.dtype} for inputs {tuple(x.shape)}: expected one class a sample, (B,) integers; "
+            "name such ones by labels"
+        )
     return x, y.long()
 
 

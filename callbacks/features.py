@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.targets import plain_name, select_modules
-from lit_methods.checks import patterns
+from lit_methods.checks import naming, patterns
 
 Calls = dict[str, list[Any]]
 
@@ -112,7 +112,8 @@ class FeatureCapture:
 class FeatureCallback(OrderedCallback):
     """Base of the callbacks that see what submodules put out in ``training_step``.
 
-    Runs: the hooks are there from ``setup`` of fit to its end; they keep something between the start and the end of a training batch.
+    Runs: the hooks are there from ``setup`` of fit to its end (where the module has a ``setup`` or ``configure_model`` of its own, from
+    behind that); they keep something between the start and the end of a training batch.
     Saves: nothing.
 
     Args:
@@ -132,14 +133,19 @@ class FeatureCallback(OrderedCallback):
         return self._features
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Hook into the module.
+        """Hook into the module, when its layers are there: :meth:`hook_in`."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.leave(trainer, pl_module)  # a run that was cut off without notice
+            self.when_built(pl_module, lambda: self.hook_in(pl_module))
+
+    def hook_in(self, pl_module: pl.LightningModule) -> None:
+        """Hook into the submodules, all of which are there. A subclass that needs more of the module overrides it.
 
         Raises:
             ValueError: A target matches nothing.
         """
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.leave(trainer, pl_module)  # a run that was cut off without notice
+        with naming(type(self).__name__):
             self._features = FeatureCapture(pl_module, self.targets, active=False)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
@@ -206,7 +212,7 @@ def require_network(pl_module: pl.LightningModule, name: str, who: str) -> None:
         known = ", ".join(own for own in names if own and own.count(".") < 2)
         raise ValueError(
             f"{who}: network={name!r} is no submodule of {type(pl_module).__name__}: name the one that maps images to logits; "
-            f"there are {known}"
+            f"there are {known or 'none'}"
         )
 
 

@@ -1,10 +1,12 @@
 """Order of callbacks as data: each says what it must stand before or behind, and one pass sorts them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_methods.callbacks.wrapping import when_built
 
 
 class OrderedCallback(Callback):
@@ -17,6 +19,7 @@ class OrderedCallback(Callback):
     ``set_up_after`` refuse the wrong one.
 
     What ``setup`` does, :meth:`leave` takes back: it is called at the end of a run and when a run raises, so a subclass overrides it alone.
+    What ``setup`` needs the module's layers for goes through :meth:`when_built`, as some modules make layers later.
 
     Attributes:
         runs_before: Callbacks whose hooks come after ours.
@@ -34,18 +37,35 @@ class OrderedCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Sort ``trainer.callbacks``; subclasses call ``super().setup(...)``."""
+        self._stop_waiting()  # of a run that was cut off without notice
         order_callbacks(trainer)
+
+    def when_built(self, pl_module: LightningModule, act: Callable[[], None]) -> None:
+        """For ``setup``: call ``act()`` when the module's layers are there, before a checkpoint is loaded and before optimisers are made.
+
+        That is at once, or behind the module's own ``setup`` or ``configure_model``.
+        """
+        self._unbuilt = [*self._unbuilt, when_built(pl_module, act)]
 
     def leave(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take back what ``setup`` put on the module or the trainer; a second call does nothing."""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """:meth:`leave`."""
+        self._stop_waiting()
         self.leave(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """:meth:`leave`: Lightning doesn't call ``teardown`` when a run raises."""
+        self._stop_waiting()
         self.leave(trainer, pl_module)
+
+    _unbuilt: Sequence[Callable[[], None]] = ()  # what stops each :meth:`when_built`
+
+    def _stop_waiting(self) -> None:
+        for stop in self._unbuilt:
+            stop()
+        self._unbuilt = ()
 
 
 def _is_named(callback: Callback, name: str) -> bool:

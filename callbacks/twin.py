@@ -2,9 +2,10 @@
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lit_methods.callbacks.targets import is_sharded
@@ -77,7 +80,8 @@ def _rebound(function: Any, memo: Mapping[int, Any]) -> Any:
 def copy_of(module: nn.Module, shared: Iterable[Any] = ()) -> nn.Module:
     """A deep copy with the hooks that compute (adapters, say), which act on the copy, and without those of our callbacks.
 
-    Functions that the instance holds as attributes act on the copy, too.
+    Functions that the instance holds as attributes act on the copy, too. What hooks and functions use outside of the module isn't copied:
+    they go on using the original of it.
 
     Args:
         module: May hold tensors with a graph, as ``weight_norm`` and ``torch.nn.utils.prune`` leave them.
@@ -99,14 +103,64 @@ def copy_of(module: nn.Module, shared: Iterable[Any] = ()) -> nn.Module:
     return twin
 
 
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    """All parameters, those of frozen parts included, which ``parameters()`` leaves out."""
+    hidden = [part.module.parameters() for part in module.modules() if isinstance(part, Frozen)]
+    return [parameter for parameters in (module.parameters(), *hidden) for parameter in parameters]
+
+
+class _Writes(TorchDispatchMode):
+    """Copies each watched tensor before the first operation that writes into its memory."""
+
+    def __init__(self, watched: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.watched = {tensor.untyped_storage().data_ptr(): tensor for tensor in watched}
+        self.kept: list[tuple[Tensor, Tensor]] = []  # tensor, its values before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+            for argument in func._schema.arguments:
+                value = given.get(argument.name)
+                if argument.is_write:
+                    for tensor in value if isinstance(value, list | tuple) else [value]:
+                        if isinstance(tensor, Tensor) and (own := self.watched.pop(tensor.untyped_storage().data_ptr(), None)) is not None:
+                            self.kept.append((own, own.clone()))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def unwritten(module: nn.Module, *, watch: bool = True) -> Iterator[None]:
+    """Inside, a step may write into the module's parameters, as one that moves an averaged teacher does; afterwards they are as before.
+
+    Args:
+        module: A :func:`shadow`, say, whose parameters are the original's.
+        watch: Look at every operation, and keep what it is about to overwrite; False, where operations are timed: keep all at once, on
+            the CPU.
+    """
+    held = [(parameter, parameter.data) for parameter in _weights(module) if not is_lazy(parameter)]
+    kept = [] if watch else [(data, data.cpu().clone()) for _, data in held]
+    writes = _Writes([data for _, data in held] if watch else [])
+    try:
+        with writes if watch else nullcontext():
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, data in held:  # assigning to `data` is no operation
+                if parameter.data_ptr() != data.data_ptr():
+                    parameter.data = data
+            for data, value in [*kept, *writes.kept]:
+                data.copy_(value)
+
+
 def shadow(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.LightningModule:
     """A copy in eval mode that shares parameters with the module and nothing else: buffers, metrics and counters are its own.
 
-    It logs nothing, and has neither the forward hooks of callbacks nor what they have wrapped around its steps.
+    It logs nothing, and has neither the forward hooks of callbacks nor what they have wrapped around its steps. A step of it that may write
+    into parameters runs in :func:`unwritten`.
     """
-    hidden = [part.module.parameters() for part in pl_module.modules() if isinstance(part, Frozen)]
-    weights = [parameter for parameters in (pl_module.parameters(), *hidden) for parameter in parameters]
-    twin = copy_of(pl_module, [*weights, trainer, *trainer.callbacks, *trainer.loggers])  # type: ignore[attr-defined]
+    twin = copy_of(pl_module, [*_weights(pl_module), trainer, *trainer.callbacks, *trainer.loggers])  # type: ignore[attr-defined]
     assert isinstance(twin, pl.LightningModule)
     for step in ("training_step", "validation_step", "test_step", "predict_step", "log", "log_dict"):
         vars(twin).pop(step, None)
@@ -154,6 +208,37 @@ def independent_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> pl.L
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in twin.parameters()):
         twin = twin.float()
     return twin.train()
+
+
+class _Still:
+    """In an optimiser's place: it can be asked like that, and steps nothing."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        return None if closure is None else closure()
+
+    zero_grad = _ignore
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        yield
+
+
+def step_by_hand(trainer: pl.Trainer, twin: pl.LightningModule, batch: Any) -> Any:
+    """What ``training_step`` of an :func:`independent_copy` returns that optimises manually; nothing is stepped, switched or clipped."""
+    twin.trainer = trainer
+    optimizers = twin.optimizers()
+    still = [_Still(one) for one in optimizers] if isinstance(optimizers, list) else _Still(optimizers)
+    vars(twin).update(dict.fromkeys(("toggle_optimizer", "untoggle_optimizer", "clip_gradients"), _ignore))
+    vars(twin)["optimizers"] = lambda use_pl_optimizer=True: still
+    vars(twin)["manual_backward"] = lambda loss, *args, **kwargs: loss.backward(*args, **kwargs)
+    vars(twin)["lr_schedulers"] = lambda: None
+    return twin.training_step(*(batch, 0)[: len(inspect.signature(twin.training_step).parameters)])
 
 
 def training_batches(trainer: pl.Trainer) -> Iterator[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 Addition = Callable[..., Any]
 
@@ -46,6 +47,33 @@ def attach(module: LightningModule, add: Addition, method: str = "training_step"
         vars(wrapped).update(wrapper=wrapped, layers=layers, was_own=method in vars(module))
         vars(module)[method] = wrapped  # past nn.Module.__setattr__, as a submodule may have that name
     getattr(module, method).layers.append((add, add if around else functools.partial(_after, add)))
+
+
+def built_by(module: LightningModule) -> str | None:
+    """The module's last hook that may add layers to it, which Lightning calls behind the callbacks' ``setup``; None: they are all there."""
+    return next((hook for hook in ("configure_model", "setup") if is_overridden(hook, module)), None)
+
+
+def when_built(module: LightningModule, act: Callable[[], None]) -> Callable[[], None]:
+    """Call ``act()`` as soon as all layers are there: now, or behind the next call of the hook that may add some.
+
+    Returns:
+        Stops waiting; does nothing once ``act`` was called.
+    """
+    hook = built_by(module)
+    if hook is None:
+        act()
+        return lambda: None
+
+    def behind(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output = call(*args, **kwargs)
+        stop()
+        act()
+        return output
+
+    stop = functools.partial(detach, module, behind, hook)
+    attach(module, behind, hook, around=True)
+    return stop
 
 
 def takes_iterator(module: LightningModule) -> bool:

@@ -5,6 +5,7 @@ data set is there, ``setup`` fills ``train_set``, ``val_set`` and ``test_set``, 
 """
 
 from collections.abc import Sequence, Sized
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from lit_methods.checks import at_least
+from lit_methods.datamodules.errors import WrongRootError
 from lit_methods.datamodules.loaders import make_loader
 
 Ints = NDArray[np.int64]
@@ -112,6 +114,20 @@ class LoaderDataModule(pl.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, batch_size if eval_batch_size is None else eval_batch_size
         self.num_workers, self.seed = num_workers, seed
 
+    @property
+    def hparams_initial(self) -> Any:
+        """The arguments as loggers get them: without those that the module in the same trainer has under the same name with another value.
+
+        Module and data may well have two seeds. Lightning ends a run where it finds that; what the loggers then say is the module's.
+        """
+        found = super().hparams_initial
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        theirs = {} if module is None else module.hparams_initial
+        for name in found.keys() & theirs.keys():
+            if name != "_class_path" and (type(found[name]) is not type(theirs[name]) or found[name] != theirs[name]):
+                del found[name]
+        return found
+
     def loader(self, dataset: Any, batch_size: int | None = None, *, training: bool = False, **options: Any) -> Any:
         """A loader with this datamodule's settings.
 
@@ -152,6 +168,21 @@ class LoaderDataModule(pl.LightningDataModule):
         Raises:
             WrongRootError: As ``setup``.
         """
+
+    def expect(self, name: str, way: str, built_in: str = "images") -> None:
+        """Raise if a root is given and lacks a file or folder that the data set has.
+
+        Args:
+            name: Its path below the root.
+            way: What to put there, and from where.
+            built_in: What is read without a root.
+
+        Raises:
+            WrongRootError: It isn't there.
+        """
+        root: Path | None = getattr(self, "root", None)
+        if root is not None and not (root / name).exists():
+            raise WrongRootError(f"root={str(root)!r} has no {name}: {way}, or set root=null for the built-in {built_in}")
 
     def data_of(self, name: str) -> Any:
         """The data of ``train``, ``val``, ``test`` or ``predict``.

@@ -1,7 +1,8 @@
 """Arguments checked in one line each, with messages that say what was given, what was expected, and what to do."""
 
-from collections.abc import Iterable
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def within(interval: str, /, what: str = "a number", **given: float | None) -> None:
@@ -91,6 +92,28 @@ def one_of(choices: Any, /, **given: str | None) -> None:
             raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(str, known))}")
 
 
+def literals(owner: type, given: Mapping[str, Any], /) -> None:
+    """Raise unless every argument of a constructor that is annotated with a ``Literal`` is one of its choices: :func:`one_of` for each.
+
+    Args:
+        owner: The class whose ``__init__`` has the annotations.
+        given: Argument's name -> its value: ``locals()`` at the head of ``__init__``.
+
+    Example:
+        >>> class Model:
+        ...     def __init__(self, size: Literal["small", "large"] = "small", depth: int = 3) -> None:
+        ...         literals(Model, locals())
+        >>> Model(size="huge")
+        Traceback (most recent call last):
+        ...
+        ValueError: size is 'huge': give one of small, large
+    """
+    for name, hint in get_type_hints(owner.__init__).items():  # type: ignore[misc]
+        kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+        if name in given and kinds:
+            one_of(kinds[0], **{name: given[name]})
+
+
 def patterns(**given: Any) -> None:
     """Raise if a list of name patterns is a single string, whose letters would each count as a pattern.
 
@@ -105,4 +128,26 @@ def patterns(**given: Any) -> None:
             raise ValueError(f"{name} is the string {value!r}: give a list of patterns, [{value!r}]")
 
 
-__all__ = ["at_least", "betas", "one_of", "patterns", "positive", "share", "within"]
+@contextmanager
+def naming(who: str) -> Iterator[None]:
+    """Inside, a refusal says who refuses: helpers that several classes share know the mistake, and not whose argument it is.
+
+    Args:
+        who: Name that opens the message of a ``ValueError`` or ``TypeError`` which doesn't have it.
+
+    Example:
+        >>> with naming("TCM"):
+        ...     within("(0, 1]", "a share", density=2.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: TCM: density is 2.0: give a share in (0, 1]
+    """
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if type(error) in (ValueError, TypeError) and who not in str(error).replace("-", ""):
+            error.args = (f"{who}: {error}",)
+        raise
+
+
+__all__ = ["at_least", "betas", "literals", "naming", "one_of", "patterns", "positive", "share", "within"]

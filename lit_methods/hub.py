@@ -2,12 +2,70 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _PATIENCE = 5.0  # seconds for the hub's first answer
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that a model asks for.
+
+    Attributes:
+        given: The user's argument and its value, or the file.
+        name: A folder, a file, or a name on the hub.
+        there: Whether they are on this machine: the file or folder, or the hub's cache.
+    """
+
+    given: str
+    name: str
+    there: bool
+
+
+_LEFT_OUT: ContextVar[list[Weights] | None] = ContextVar("left_out", default=None)
+
+
+@contextlib.contextmanager
+def weights_left_out() -> Iterator[list[Weights]]:
+    """Models that are built inside get no weights and nothing is downloaded; those that they ask for are put in the list.
+
+    With ``torch.device("meta")`` around it a model of any size is built in seconds, to look at its shapes.
+    """
+    found: list[Weights] = []
+    token = _LEFT_OUT.set(found)
+    try:
+        yield found
+    finally:
+        _LEFT_OUT.reset(token)
+
+
+def leave_out(given: str, name: str | Path) -> bool:
+    """Whether weights are left out now; they are then noted, and the caller goes on without them."""
+    noted = _LEFT_OUT.get()
+    if noted is not None:
+        path = Path(name).expanduser()
+        local = path.is_absolute() or str(name).startswith((".", "~")) or path.suffix in WEIGHTS
+        noted.append(Weights(given, str(name), path.exists() or (not local and _cached(str(name)))))
+    return noted is not None
+
+
+def _cached(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    files = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "open_clip_model.safetensors")
+    try:
+        return any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    except HFValidationError:
+        return False
+
+
+WEIGHTS = (".ckpt", ".pt", ".pth", ".safetensors", ".npz")  # endings of files of weights
 
 
 def hub_reachable() -> bool:
@@ -37,7 +95,15 @@ def _cache_alone(alone: bool) -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def fetch(load: Callable[[], T], name: str | Path, *, given: str, instead: str, download: str | None = None) -> T:
+def fetch(
+    load: Callable[[], T],
+    name: str | Path,
+    *,
+    given: str,
+    instead: str,
+    download: str | None = None,
+    blank: Callable[[], T] | None = None,
+) -> T:
     """What ``load`` gives: from a folder, from the cache, or from the hub.
 
     Args:
@@ -46,6 +112,7 @@ def fetch(load: Callable[[], T], name: str | Path, *, given: str, instead: str, 
         given: The user's argument and its value, for the message, such as ``"name_or_path='gpt2'"``.
         instead: What else the user can do, for the message, such as ``"give the folder of a copy"``.
         download: Name on the hub, where it isn't ``name``.
+        blank: Gives the same without weights, for :func:`weights_left_out`; it may read small files. None: ``load`` reads no weights.
 
     Raises:
         ValueError: The folder holds no such model, the hub can't be reached and the cache has none, or the hub refuses.
@@ -53,7 +120,9 @@ def fetch(load: Callable[[], T], name: str | Path, *, given: str, instead: str, 
     from huggingface_hub.errors import HFValidationError
 
     local = Path(name).is_dir()
-    reachable = local or hub_reachable()
+    if blank is not None and leave_out(given, download or name):
+        load = blank
+    reachable = local or (_LEFT_OUT.get() is None and hub_reachable())
     try:
         with _cache_alone(not reachable):
             return load()
@@ -100,6 +169,8 @@ def timm_network(name: str, pretrained: bool, given: str = "pretrained=True", in
     if not pretrained:
         return timm.create_model(name, pretrained=False, **options)
     released = timm.get_pretrained_cfg(name)
+    if leave_out(f"{given} of {name}", (released.hf_hub_id if released is not None else None) or name):
+        return timm.create_model(name, pretrained=False, **options)
     return fetch(
         lambda: timm.create_model(name, pretrained=True, **options),
         name,

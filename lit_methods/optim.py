@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
 
 from lit_methods.steps import training_length
 
@@ -154,7 +153,6 @@ def cosine_to_the_end(
 
 def adamw_one_cycle(
     module: LightningModule,
-    parameters: Iterable[nn.Parameter],
     *,
     learning_rate: float,
     weight_decay: float = 0.01,
@@ -167,8 +165,7 @@ def adamw_one_cycle(
     """AdamW with a cosine one-cycle schedule per optimiser step, as ``configure_optimizers`` returns it.
 
     Args:
-        module: A module in a trainer, which says how many steps there are.
-        parameters: What is trained.
+        module: A module in a trainer, which says how many steps there are; its parameters with ``requires_grad`` are trained.
         learning_rate: Peak of the cycle.
         weight_decay: AdamW's decoupled weight decay.
         betas: AdamW's two momentum decay rates.
@@ -180,7 +177,8 @@ def adamw_one_cycle(
     Raises:
         ValueError: The training has no end.
     """
-    optimizer = torch.optim.AdamW(list(parameters), lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, betas=betas, eps=eps)
     # OneCycleLR divides by the length of the rise less one: a run too short to rise gets the start of the shortest cycle that can
     shortest = int(1 / pct_start) + 1
     scheduler = torch.optim.lr_scheduler.OneCycleLR(

@@ -84,7 +84,7 @@ def log_global(module: LightningModule, values: Mapping[str, Tensor | float], **
         **options: Further arguments of ``log_dict``.
     """
     placed = {name: value.to(module.device) if isinstance(value, Tensor) else value for name, value in values.items()}
-    module.log_dict(placed, sync_dist=module.trainer.world_size > 1, **options)
+    module.log_dict(placed, sync_dist=True, **options)
 
 
 __all__ = ["gradient_norm", "log_global", "logs_now", "remaining_steps", "steps_per_epoch", "training_length"]

@@ -1,8 +1,12 @@
 """Shared fixtures; makes ``tests/`` and ``tests/golden/`` importable for the helpers that stand there; ``--technique <slug>``."""
 
+import functools
+import gc
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +14,17 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS / "golden")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two-process tests on two cores
 os.environ.setdefault("WANDB_MODE", "offline")  # a test never talks to a service
+
+_entry_points = importlib.metadata.entry_points
+_entry_points_once = functools.cache(_entry_points)
+
+
+def entry_points(**wanted: Any) -> Any:
+    """Those of Lightning are read once: every Trainer asks for them, and reads a file of each installed package."""
+    return (_entry_points_once if wanted.get("group", "").startswith("lightning.") else _entry_points)(**wanted)
+
+
+importlib.metadata.entry_points = entry_points
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
             find_technique(slug)
         except ValueError as error:
             raise pytest.UsageError(f"--technique: {error}") from None
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: collections of garbage needn't look at it, in this process and in the loaders' workers."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

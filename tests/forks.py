@@ -11,6 +11,7 @@ server has imported is there already, and environment variables that are read at
 import atexit
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -35,6 +36,7 @@ ADDRESS = "LIT_METHODS_TEST_FORKS"
 EXTRA = "LIT_METHODS_TEST_DESCRIPTOR"
 """Environment variable of a child that was given a further file descriptor: its number."""
 LIMIT = 1 << 24  # bytes of a request
+HANGS = 300.0  # seconds after which a test is ended that would never end; no test takes a part of this
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -49,6 +51,8 @@ def preload() -> None:
     for name in {dotted.rpartition(".")[0] for entry in techniques().values() for dotted in entry.classes}:
         with contextlib.suppress(ImportError):  # an optional library is missing; whoever needs it will say so
             importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a child leaves these objects alone: it would copy every page that the child shares with the server
 
 
 def serve(listener: socket.socket) -> dict[str, Any]:

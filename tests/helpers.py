@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,12 +22,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.connectors.logger_connector.result import warning_cache
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 import forks
-
-HANGS = 300.0  # seconds after which a test is ended that would never end; no test takes a part of this
+from forks import HANGS as HANGS
 
 
 @functools.cache
@@ -338,6 +339,17 @@ def run_two_processes(fn: Callable[..., Any], *args: Any, timeout: float = HANGS
         _pair.kill()
         _pair = None
         raise
+
+
+@contextlib.contextmanager
+def advice_on_figures() -> Iterator[list[str]]:
+    """Collects what Lightning says of ``sync_dist`` to figures of an epoch that it can't know to be those of all processes."""
+    warning_cache.clear()  # it says so once per process
+    advice: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield advice
+    advice += [str(warning.message) for warning in caught if "sync_dist" in str(warning.message)]
 
 
 # ---- modules that are not ours -----------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from helpers import Killed, assert_state_dicts_equal, run_two_processes
+from helpers import HANGS, Killed, advice_on_figures, assert_state_dicts_equal, run_two_processes
 from lit_methods.catalog import configs_folder, package_folder, public_names, techniques
 from lit_methods.cli.main import main
 from lit_methods.panels import Curve
@@ -39,6 +40,8 @@ FURTHER = [config for entry in techniques().values() for config in entry.configs
 # two epochs of four batches
 TINY = "--trainer.max_epochs 2 --trainer.limit_train_batches 4 --trainer.limit_val_batches 1 --trainer.log_every_n_steps 2 "
 TINY += "--trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 1.0 --trainer.accelerator cpu --trainer.enable_progress_bar false"
+# smaller batches of what costs seconds a step; `test_technique_runs_in_two_processes` takes the configs as they are
+SMALLER = {"superflow": "--data.init_args.batch_size 1 --data.init_args.cameras 1 --data.init_args.image_size [32,64]"}
 SAVED_BEHIND = 5  # batches: in the middle of the second epoch
 # what eight steps are too few for: slug -> further words; and a panel that needs another data set beside the config's
 SHORTENED = {
@@ -107,9 +110,17 @@ def tiny_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "--trainer.callbacks.path",
         root / "saved.ckpt",
     ]
-    shortened = SHORTENED.get(slug, "").split()
+    shortened = [*SHORTENED.get(slug, "").split(), *SMALLER.get(slug, "").split()]
     lit("fit", *words, "--config", "configs/logger/wandb.yaml", *TINY.split(), *shortened, *save, "--run_root", root / "fit")
     return TinyRun(slug, [*words, *shortened], only_run(root / "fit"), root / "saved.ckpt", root)
+
+
+FIRST_OF_EACH_FORM = {entry.form: slug for slug, entry in reversed(techniques().items())}.values()
+
+
+def of_each_form() -> list[Any]:
+    """Parameters of a test that costs a start of the command: one technique of each form, and the others for `make test-all`."""
+    return [pytest.param(slug, marks=[] if slug in FIRST_OF_EACH_FORM else pytest.mark.thorough) for slug in SLUGS]
 
 
 each_technique = pytest.mark.parametrize("tiny_run", SLUGS, indirect=True)
@@ -134,11 +145,19 @@ def test_a_run_resumed_in_mid_epoch_ends_bit_equal(tiny_run: TinyRun) -> None:
     assert_resumes([*tiny_run.words, *TINY.split()], tiny_run.last, tiny_run.saved, tiny_run.root / "resumed")
 
 
+def evaluate(command: str, run: TinyRun, root: Path) -> None:
+    lit(command, *run.words, f"--trainer.limit_{command.removesuffix('idate')}_batches", 1, "--ckpt_path", run.last, "--run_root", root)
+
+
+@pytest.mark.parametrize("tiny_run", of_each_form(), indirect=True)
+def test_technique_validates(tiny_run: TinyRun, tmp_path: Path) -> None:
+    evaluate("validate", tiny_run, tmp_path)
+
+
 @each_technique
 def test_technique_evaluates_predicts_and_exports(tiny_run: TinyRun, tmp_path: Path) -> None:
-    limits = [word for part in ("val", "test", "predict") for word in (f"--trainer.limit_{part}_batches", 1)]
-    for command in ("validate", "test", "predict"):
-        lit(command, *tiny_run.words, *limits, "--ckpt_path", tiny_run.last, "--run_root", tmp_path / command)
+    for command in ("test", "predict"):
+        evaluate(command, tiny_run, tmp_path / command)
     lit("export", tiny_run.last, tmp_path / "weights.pt")
     exported = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert_state_dicts_equal(exported, read_state_dict(tiny_run.last))
@@ -225,28 +244,28 @@ def two_process_words(slug: str, root: Path) -> list[str]:
     return [str(word) for word in words]
 
 
-def fit_in_this_process(words: list[str]) -> int:
+def fit_in_this_process(words: list[str]) -> tuple[int, list[str]]:
+    """Exit code, and what Lightning advises about figures of an epoch."""
     before = Path.cwd()
     os.chdir(Path(__file__).parents[1])
     try:
-        return main(words)
+        with advice_on_figures() as advice:
+            code = main(words)
+        return code, advice
     finally:
         os.chdir(before)
 
 
-FIRST_OF_EACH_FORM = {entry.form: slug for slug, entry in reversed(techniques().items())}.values()
-
-
-@pytest.mark.parametrize("slug", [pytest.param(slug, marks=[] if slug in FIRST_OF_EACH_FORM else pytest.mark.thorough) for slug in SLUGS])
+@pytest.mark.parametrize("slug", of_each_form())
 def test_technique_runs_in_two_processes(slug, tmp_path):
-    assert run_two_processes(fit_in_this_process, two_process_words(slug, tmp_path)) == [0, 0]
+    assert run_two_processes(fit_in_this_process, two_process_words(slug, tmp_path)) == [(0, []), (0, [])]
     assert all(value.isfinite().all() for value in read_state_dict(only_run(tmp_path) / "checkpoints" / "last.ckpt").values())
 
 
 @pytest.mark.thorough
 def test_the_command_starts_the_second_process(tmp_path):
     command = [sys.executable, "-m", "lit_methods", *two_process_words("random_pruning", tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "MEMBER: 2/2" in done.stdout + done.stderr
     assert (only_run(tmp_path) / "checkpoints" / "last.ckpt").is_file()
@@ -268,6 +287,7 @@ def test_catalogue_entry_is_complete_and_true(slug):
     if not entry.draft:
         assert (configs_folder() / "claims" / f"{slug}.yaml").is_file()
         assert (tests.parent / "docs" / "techniques" / f"{slug}.md").is_file()
+        assert (tests / "trajectory" / f"test_{slug}_trajectory.py").is_file()
         assert any(slug in path.stem for path in (configs_folder() / "full").glob("*.yaml")), "no full-scale recipe"
     for config in entry.configs:
         assert yaml.safe_load((configs_folder() / config).read_text()), config

@@ -48,3 +48,14 @@ def test_a_string_is_no_list_of_patterns() -> None:
     checks.patterns(targets=["a"], skip=())
     with pytest.raises(ValueError, match=r"^skip is the string 'a.\*': give a list of patterns, \['a.\*'\]$"):
         checks.patterns(targets=["a"], skip="a.*")
+
+
+def test_a_refusal_says_who_refuses() -> None:
+    with pytest.raises(ValueError, match=r"^TCM: rate is 0: give a number"), checks.naming("TCM"):
+        checks.positive(rate=0)
+    with pytest.raises(TypeError, match=r"^TCM needs classes$"), checks.naming("TCM"):
+        raise TypeError("TCM needs classes")
+    with pytest.raises(UnicodeDecodeError), checks.naming("TCM"):
+        b"\xff".decode()
+    with pytest.raises(KeyError, match=r"^'rate'$"), checks.naming("TCM"):
+        raise KeyError("rate")

@@ -1,5 +1,7 @@
 """Checkpoints of compiled networks, in exports and as pretrained weights."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -77,3 +79,14 @@ def test_the_encoder_of_a_compiled_first_stage_is_found(tmp_path):
     module.setup("fit")
     for ours, theirs in zip(stage2.state_dict().values(), stage1.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_the_places_of_0_1_read_compiled_checkpoints_too(tmp_path):
+    commands, old = importlib.import_module("lit_methods.cli.commands"), importlib.import_module("lit_methods.checkpoint")
+    path = checkpoint(tmp_path / "a.ckpt", "nested")
+    assert list(commands.read_state_dict(path, "network.")) == NAMES
+    net = network()
+    old.load_into(net, path, "network.")
+    assert torch.equal(net[1].weight, network(1)[1].weight)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = commands.nothing

@@ -1,12 +1,11 @@
 """Figures of an evaluation in two processes: those of one process over the same data, and logged so that Lightning knows it."""
 
 import csv
-import warnings
 from pathlib import Path
 
 import pytest
 
-from helpers import run_two_processes
+from helpers import advice_on_figures, run_two_processes
 from lit_methods.cli.main import main
 
 QUICK = ("random_pruning", "conr", "dsl_recommendation")
@@ -18,10 +17,9 @@ def validate(config: str, root: str, devices: int) -> list[str]:
     """What Lightning says of ``sync_dist`` while the module of a config is validated."""
     words = f"validate --config configs/{config}.yaml --trainer.devices {devices} --trainer.accelerator cpu --trainer.callbacks []"
     words += " --trainer.enable_progress_bar false" + (" --trainer.strategy ddp" if devices > 1 else "")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with advice_on_figures() as advice:
         assert main([*words.split(), "--run_root", root]) == 0
-    return [str(warning.message) for warning in caught if "sync_dist" in str(warning.message)]
+    return advice
 
 
 def figures(root: Path) -> dict[str, float]:

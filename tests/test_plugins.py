@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from forks import HANGS
 from lit_methods import catalog
 from lit_methods.cli.main import main
 
@@ -110,7 +111,7 @@ def test_listing_imports_neither_the_plugin_nor_torch(plugin: Path, site: Path) 
         "sys.exit(f'{heavy}' if (heavy := {'torch', 'lightning', 'calm_methods'} & set(sys.modules)) else 0)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), str(plugin)])}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stderr
     assert "calm_views" in done.stdout
 

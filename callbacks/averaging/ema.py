@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lit_methods import distributed
 from lit_methods.averages import cosine_decay, ema_update, half_life_decay, warmup_decay
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.targets import plain_module, plain_name, refuse_lazy, refuse_sharded, select_modules
+from lit_methods.callbacks.targets import plain_module, plain_name, plain_parameter_name, refuse_lazy, refuse_sharded, select_modules
 from lit_methods.callbacks.twin import copy_of
-from lit_methods.checks import one_of, patterns, share
+from lit_methods.checks import literals, naming, patterns, share
 from lit_methods.frozen import Frozen
 from lit_methods.steps import training_length
 
@@ -65,8 +65,7 @@ class EMATeacher(OrderedCallback):
         super().__init__()
         patterns(targets=targets)
         share(decay=decay)
-        one_of(Schedule, schedule=schedule)
-        one_of(Buffers, buffers=buffers)
+        literals(EMATeacher, locals())
         self.targets = list(targets)
         self.decay = decay if half_life is None else half_life_decay(half_life)
         self.schedule = schedule
@@ -124,15 +123,19 @@ class EMATeacher(OrderedCallback):
         if stage != "fit":
             return
         refuse_sharded(trainer, "EMATeacher")
-        self._choose(pl_module)
-        for student in self._students.values():
-            refuse_lazy(student, "EMATeacher")
+        self.when_built(pl_module, lambda: self._check(pl_module))
         self.teachers, self._wide = {}, {}  # an earlier fit's
         self._latest_step = 0
         self._loaded = self._length = None
 
+    def _check(self, pl_module: pl.LightningModule) -> None:
+        self._choose(pl_module)
+        for student in self._students.values():
+            refuse_lazy(student, "EMATeacher")
+
     def _choose(self, pl_module: pl.LightningModule) -> None:
-        self._students = {"": pl_module} if not self.targets else select_modules(pl_module, self.targets)
+        with naming("EMATeacher"):
+            self._students = {"": pl_module} if not self.targets else select_modules(pl_module, self.targets)
         self._students = {name: plain_module(module) for name, module in self._students.items()}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,6 +212,8 @@ class EMATeacher(OrderedCallback):
         for name in self.teachers:
             averages = self._averages(name)
             saved = state["averages"].get(name)
+            if saved is not None:  # up to 0.1, weights that a callback of ours parametrises had other names
+                saved = {n if n in averages else plain_parameter_name(n): tensor for n, tensor in saved.items()}
             if saved is None or set(saved) != set(averages):
                 raise ValueError(
                     f"the checkpoint's teacher of {name or 'the module'} has other tensors than this run's: resume with the same "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lit_methods.callbacks.features import one_submodule
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.targets import plain_module, refuse_lazy, refuse_sharded
+from lit_methods.checks import naming
 
 
 class EMARemoval(OrderedCallback):
@@ -42,7 +43,8 @@ class EMARemoval(OrderedCallback):
         self._hooks: list[Any] = []
 
     def _branches(self, pl_module: pl.LightningModule) -> tuple[nn.Module, nn.Module]:
-        student, teacher = (plain_module(one_submodule(pl_module, getattr(self, name), name)[1]) for name in ("student", "teacher"))
+        with naming("EMARemoval"):
+            student, teacher = (plain_module(one_submodule(pl_module, getattr(self, name), name)[1]) for name in ("student", "teacher"))
         return student, teacher
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -51,6 +53,9 @@ class EMARemoval(OrderedCallback):
         if stage != "fit":
             return
         refuse_sharded(trainer, "EMARemoval")
+        self.when_built(pl_module, lambda: self._compare(pl_module))
+
+    def _compare(self, pl_module: pl.LightningModule) -> None:
         for branch in self._branches(pl_module):
             refuse_lazy(branch, "EMARemoval")
         pairs = [

@@ -20,7 +20,8 @@ class WeightEMA(WeightAveraging):
     Runs: the average follows after every optimiser step. During validation and at the end of training the module has the averaged weights.
     Lightning gives it its own weights back before its ``on_validation_epoch_end``: draw samples in ``validation_step``. Buffers are copied.
     Saves: in ``state_dict`` of checkpoints the module has the averaged weights; a resumed run goes on with its own, which stand there, too.
-    Refuses: strategies that shard weights, and lazy layers without a shape. It is not for a teacher: that is ``EMATeacher``.
+    Refuses: strategies that shard weights, lazy layers without a shape, and layers that the
+    module makes in its ``setup``. It is not for a teacher: that is ``EMATeacher``.
 
     Args:
         decay: Share of itself that a ``constant`` average keeps at a step, in [0, 1]: 0.99993 for iCT on CIFAR-10.
@@ -51,6 +52,20 @@ class WeightEMA(WeightAveraging):
             refuse_lazy(pl_module, "WeightEMA")
         with WithoutGraph():  # Lightning copies the module
             super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make sure that nothing is missing in the average.
+
+        Raises:
+            ValueError: The module has made layers in its ``setup``, behind that of callbacks.
+        """
+        super().on_fit_start(trainer, pl_module)
+        copied = {} if self._average_model is None else dict(self._average_model.module.named_parameters())
+        if missing := [name for name, _ in pl_module.named_parameters() if name not in copied]:
+            raise ValueError(
+                f"WeightEMA averages a copy of {type(pl_module).__name__} that was made before its setup, and lacks {missing[0]} (and "
+                f"{len(missing) - 1} more): make layers in __init__ or in configure_model"
+            )
 
     def decay_at(self, step: int) -> float:
         """Share that the average keeps at optimiser step ``step``, counted from 0."""

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.checks import naming
 
 Split = Literal["val", "test"]
 
@@ -40,13 +41,15 @@ class EvaluationCallback(OrderedCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """:meth:`evaluate_batch`."""
-        self.evaluate_batch(trainer, pl_module, outputs, batch, "val", dataloader_idx)
+        with naming(type(self).__name__):
+            self.evaluate_batch(trainer, pl_module, outputs, batch, "val", dataloader_idx)
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """:meth:`evaluate_batch`."""
-        self.evaluate_batch(trainer, pl_module, outputs, batch, "test", dataloader_idx)
+        with naming(type(self).__name__):
+            self.evaluate_batch(trainer, pl_module, outputs, batch, "test", dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """:meth:`end_evaluation`."""

@@ -21,6 +21,7 @@ from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
 from lit_methods.callbacks.twin import observed
 from lit_methods.checks import at_least
 from lit_methods.panels import Curve, Panel
+from lit_methods.steps import log_global
 
 
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> Tensor:
@@ -79,7 +80,8 @@ class Reliability(EvaluationCallback):
 
     Runs: after each validation and test batch one forward pass, and for the attack a forward pass, a backward pass to the inputs and
     another forward pass, in evaluation mode; with ``unknown``, one pass over its validation (or test) loader at the end. Random numbers
-    and gradients of weights aren't touched. All ranks' samples count together.
+    and gradients of weights aren't touched. All ranks' samples count together. The sanity check before fit measures as well, and logs
+    nothing: what can't be measured is refused before the first step.
     Saves: nothing.
     Refuses: modules without logits, batches and logits of another form.
 
@@ -146,7 +148,7 @@ class Reliability(EvaluationCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a module without logits; read the unknown inputs."""
         super().setup(trainer, pl_module, stage)
-        require_logits(pl_module, self.logits, type(self).__name__)
+        self.when_built(pl_module, lambda: require_logits(pl_module, self.logits, type(self).__name__))
         if self.unknown is not None and stage != "predict":
             self.unknown.prepare_data()
             self.unknown.setup("validate")
@@ -160,8 +162,8 @@ class Reliability(EvaluationCallback):
         self._twin = None
 
     def _skipped(self, trainer: pl.Trainer) -> bool:
-        fitting = trainer.state.fn == "fit"
-        return trainer.sanity_checking or (fitting and (trainer.current_epoch + 1) % self.every_n_epochs != 0)
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        return fitting and (trainer.current_epoch + 1) % self.every_n_epochs != 0
 
     def evaluate_batch(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, split: Split, dataloader_idx: int
@@ -194,7 +196,8 @@ class Reliability(EvaluationCallback):
 
     def end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Log all samples of all ranks together."""
-        if self._skipped(trainer):
+        if self._skipped(trainer) or trainer.sanity_checking:
+            self._rows, self._twin = [], None
             return
         mine = torch.cat([torch.empty(0, 4, device=pl_module.device), *self._rows])
         confidence, hit, loss, attacked = distributed.gather_rows(mine, with_grad=False).T.contiguous()
@@ -203,7 +206,7 @@ class Reliability(EvaluationCallback):
             values["fgsm_accuracy"] = attacked.mean()
         if self.unknown is not None:
             values["ood_auroc"] = detection_auroc(confidence, self._unknown_confidence(self._twin or pl_module))
-        pl_module.log_dict({f"reliability/{split}_{name}": value for name, value in values.items()})
+        log_global(pl_module, {f"reliability/{split}_{name}": value for name, value in values.items()})
         self._rows, self._twin = [], None
 
     @torch.no_grad()

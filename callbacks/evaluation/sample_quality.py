@@ -14,6 +14,7 @@ from lit_methods.consistency_models.evaluation import frechet_distance, precisio
 from lit_methods.distributed import gather_rows
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, Panel
+from lit_methods.steps import log_global
 
 
 class SampleQuality(EvaluationCallback):
@@ -88,5 +89,4 @@ class SampleQuality(EvaluationCallback):
             assert data is not None
             precision, recall = precision_recall(samples, data, self.neighbours)
             values = {"feature_fid": frechet_distance(samples, data), "precision": precision, "recall": recall}
-            logs = {f"samples/{split}_{metric}{ending}": value.to(pl_module.device) for metric, value in values.items()}
-            pl_module.log_dict(logs, rank_zero_only=False)
+            log_global(pl_module, {f"samples/{split}_{metric}{ending}": value for metric, value in values.items()})

@@ -16,6 +16,7 @@ from lit_methods.checks import one_of, positive, share
 from lit_methods.lidar.point_metrics import PointIoU, mean_iou
 from lit_methods.lidar.superflow.core import Vote, temporal_vote
 from lit_methods.panels import Curve, Panel
+from lit_methods.steps import log_global
 
 Mode = Literal["soft", "hard"]
 Predictor = Callable[[dict[str, Any]], Tensor]
@@ -208,7 +209,7 @@ class TemporalVoting(EvaluationCallback):
         if self.own_iou.update_called:
             logs |= {"miou_own": mean_iou(self.own_iou.iou()), "miou": mean_iou(self.voted_iou.iou())}
             logs["flip_precision"] = self.righted.compute() / self.flipped.compute().clamp(min=1)
-        pl_module.log_dict({f"voting/{name}": value for name, value in logs.items()})
+        log_global(pl_module, {f"voting/{name}": value for name, value in logs.items()})
 
     # -------------------------------------------------------------------------------------------------------------------- in training
 

@@ -150,7 +150,7 @@ class TCM(LossTerm):
         embeddings = rows_of(inputs["feature_calls"], self.targets[0], "embedding")
         labels = values_of_batch(inputs["batch"], self.labels, ("label", 1), len(embeddings), "labels").flatten()
         if labels.is_floating_point():
-            raise ValueError(f"the batch's labels are {labels.dtype}: TCM needs classes, as integers")
+            raise ValueError(f"the batch's labels are {labels.dtype}: TCM needs classes, as integers: name such ones by labels")
         if self.gather_ranks:
             embeddings, labels = self.gather(embeddings), self.gather(labels)
         pairs = tcm_loss(embeddings, labels, self.margin_pos, self.margin_neg, self.weight_pos, self.weight_neg)

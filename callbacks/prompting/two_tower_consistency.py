@@ -15,7 +15,7 @@ from lit_methods.callbacks.features import one_submodule
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.callbacks.targets import refuse_lazy, refuse_sharded
 from lit_methods.callbacks.twin import copy_of
-from lit_methods.checks import at_least, one_of
+from lit_methods.checks import at_least, naming, one_of
 from lit_methods.frozen import Frozen
 from lit_methods.panels import Curve, Panel
 from lit_methods.prompting.coprompt.core import Criterion, embedding_consistency, sentence_index
@@ -82,6 +82,11 @@ class TwoTowerConsistency(LossTerm):
         """
         if stage == "fit":
             refuse_sharded(trainer, "TwoTowerConsistency")
+        super().setup(trainer, pl_module, stage)
+
+    def hook_in(self, pl_module: pl.LightningModule) -> None:
+        """Copy the towers, and hook into them."""
+        with naming("TwoTowerConsistency"):
             towers = {name: one_submodule(pl_module, getattr(self, name), name) for name in ("image_tower", "text_tower")}
             self._names = {argument: name for argument, (name, _) in towers.items()}
             if towers["image_tower"][1] is towers["text_tower"][1]:
@@ -89,7 +94,7 @@ class TwoTowerConsistency(LossTerm):
             for _, tower in towers.values():
                 refuse_lazy(tower, "TwoTowerConsistency")
             self._teachers = {argument: Frozen(copy_of(tower)) for argument, (_, tower) in towers.items()}
-        super().setup(trainer, pl_module, stage)
+        super().hook_in(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The copies go where the module is."""

@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.run.loggers import STEP, add_tags, for_wandb, log_artifact, to_tensorboard
+from lit_methods.callbacks.run.loggers import STEP, add_tags, for_wandb, log_artifact, to_tensorboard, write_epoch_once
 from lit_methods.callbacks.run.providers import ask_for_artifacts, ask_for_media, gather_panels, save_tensors, tensors_digest
 from lit_methods.files import write_atomically
 from lit_methods.panels import Curve, Media
@@ -120,6 +120,8 @@ class Dashboard(OrderedCallback):
             if isinstance(logger, WandbLogger):
                 keep_training(logger, self._define_new_metrics)
                 attempt(logger, partial(add_tags, logger, [pl_module, *callbacks]))
+            elif isinstance(logger, TensorBoardLogger):
+                write_epoch_once(logger)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the folder's history where a resumed fit starts, or drop what an earlier run left there."""

@@ -1,10 +1,12 @@
 """Media and files in the form that W&B and TensorBoard take."""
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from lit_methods.catalog import techniques_in
 from lit_methods.panels import CloudMedia, HistogramMedia, ImageMedia, Media
@@ -20,6 +22,23 @@ def add_tags(logger: WandbLogger, candidates: list[Any]) -> None:
     missing = [slug for slug in slugs if slug not in (run.tags or ())]
     if missing:
         run.tags = (*(run.tags or ()), *missing)
+
+
+def write_epoch_once(logger: TensorBoardLogger) -> None:
+    """Leave out an epoch that stands at this step already: Lightning adds it to the figures of validation and to those of training.
+
+    Calling this again for the same logger does nothing.
+    """
+    if "log_metrics" not in vars(logger):
+        # no closure: strategies that spawn processes pickle the logger
+        logger.log_metrics = functools.partial(_without_known_epoch, logger, {})  # type: ignore[method-assign]
+
+
+def _without_known_epoch(logger: TensorBoardLogger, last: dict[str, Any], metrics: Mapping[str, float], step: int | None = None) -> None:
+    now = {"step": step, "epoch": metrics.get("epoch")}
+    kept = {name: value for name, value in metrics.items() if name != "epoch" or now != last}
+    last |= now
+    type(logger).log_metrics(logger, kept, step)
 
 
 def log_artifact(logger: WandbLogger, name: str, path: Path, step: int) -> None:
@@ -63,4 +82,4 @@ def to_tensorboard(writer: Any, key: str, item: Media, step: int) -> None:
         )
 
 
-__all__ = ["STEP", "add_tags", "for_wandb", "log_artifact", "to_tensorboard"]
+__all__ = ["STEP", "add_tags", "for_wandb", "log_artifact", "to_tensorboard", "write_epoch_once"]

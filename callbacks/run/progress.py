@@ -114,5 +114,6 @@ class ThroughputProgressBar(RichProgressBar):
         values = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items())
         total = trainer.estimated_stepping_batches
         of = f"/{int(total)}" if total != float("inf") and total >= 0 else ""
-        print(f"epoch {trainer.current_epoch}  step {trainer.global_step}{of}  {values}", flush=True)
+        epoch = max(0, trainer.fit_loop.epoch_progress.current.ready - 1)  # current_epoch is the next one as soon as an epoch has ended
+        print(f"epoch {epoch}  step {trainer.global_step}{of}  {values}", flush=True)
         self._line_at, self._line_step = time.monotonic(), trainer.global_step

@@ -1,22 +1,24 @@
-"""What all callbacks with masks share: one store, re-applied wherever a dead weight could come back to life."""
+"""What the callbacks of this folder share; for those with masks one store, re-applied wherever a dead weight could come back to life."""
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lit_methods import checks, distributed
 from lit_methods.callbacks.averaging.ema import EMATeacher
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.history import pack_bits
+from lit_methods.callbacks.sparsity.history import Kind, MaskHistory, pack_bits
 from lit_methods.callbacks.sparsity.store import Choice, MaskStore, choose_weights, listed, trained
 from lit_methods.callbacks.targets import plain_parameters, refuse_sharded
+from lit_methods.callbacks.wrapping import built_by
 from lit_methods.seeds import own_seed
 
 
@@ -26,11 +28,6 @@ def notify_mask_updated(trainer: pl.Trainer, pl_module: pl.LightningModule, sour
         listen = getattr(callback, "on_mask_updated", None)
         if callable(listen):
             listen(trainer, pl_module, source)
-
-
-def built_by(pl_module: pl.LightningModule) -> str | None:
-    """The module's last hook that may add layers to it, which Lightning calls behind the callbacks' ``setup``; None: they are all there."""
-    return next((hook for hook in ("configure_model", "setup") if is_overridden(hook, pl_module)), None)
 
 
 def check_ranks(who: str, masks: Iterable[Tensor], sources: str) -> None:
@@ -45,7 +42,47 @@ def check_ranks(who: str, masks: Iterable[Tensor], sources: str) -> None:
             raise RuntimeError(f"{who}: the masks differ between ranks, so do the {sources} that they come from")
 
 
-class MaskCallback(OrderedCallback):
+class SparsityCallback(OrderedCallback):
+    """Base of the callbacks that make chosen weights of a module sparse.
+
+    Args:
+        targets: ``fnmatch`` patterns on submodule names.
+        skip: Patterns on submodule names that stay dense.
+
+    Attributes:
+        prefix: What stands before the names of figures that it logs.
+        kept: Key in the state -> attribute with the value, which is saved and restored as it is: numbers, text, tensors, collections.
+    """
+
+    prefix: ClassVar[str] = ""
+    kept: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, targets: Iterable[str], skip: Sequence[str]) -> None:
+        super().__init__()
+        checks.patterns(targets=targets, skip=skip)
+        self.targets: list[str] | dict[str, str] = dict(targets) if isinstance(targets, Mapping) else list(targets)
+        self.skip = list(skip)
+
+    @property
+    def state_key(self) -> str:
+        """Differs between callbacks of different targets: several may be used together."""
+        return self._generate_state_key(targets=self.targets, skip=self.skip)
+
+    def kept_state(self) -> dict[str, Any]:
+        """What :attr:`kept` names."""
+        return {key: copy.copy(getattr(self, attribute)) for key, attribute in self.kept.items()}
+
+    def restore_kept(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Take over what :attr:`kept` names from a checkpoint's state, tensors on a device."""
+        for key, attribute in self.kept.items():
+            setattr(self, attribute, copy.copy(move_data_to_device(state[key], device)))
+
+    def log_step(self, pl_module: pl.LightningModule, values: Mapping[str, Tensor | float]) -> None:
+        """Log figures of a training step, under :attr:`prefix`."""
+        pl_module.log_dict({f"{self.prefix}/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False, batch_size=1)
+
+
+class MaskCallback(SparsityCallback):
     """Base of the callbacks that keep chosen weights at exactly 0: W * M after every step, with a mask M of zeros and ones.
 
     Subclasses say which masks a run starts with (:meth:`initial_masks`), and may change them later (:meth:`after_step`). Everything else is
@@ -53,13 +90,13 @@ class MaskCallback(OrderedCallback):
 
     Runs: masks are made when fit starts, on rank 0, and broadcast, of weights that are trained: frozen ones and those that no optimiser
     holds are left out, which a warning says. A second fit of the same module goes on with its masks. Weights are masked at once and again
-    after every step of every
-    optimiser (a hook of the optimiser itself, so that manual optimisation, accumulation and AMP need nothing special), as is the
-    optimiser's memory of dead weights. Averaged copies (``EMATeacher``, Lightning's ``WeightAveraging``) are masked when masks change.
-    Every change calls ``on_mask_updated(trainer, pl_module, callback)`` of all callbacks that have it. Under DDP the ranks' masks are
-    compared at the start and after every change. After fit the module is an ordinary one, whose dead weights are 0.
+    after every step of every optimiser (a hook of the optimiser itself, so that manual optimisation, accumulation and AMP need nothing
+    special), as is the optimiser's memory of dead weights. Averaged copies (``EMATeacher``, Lightning's ``WeightAveraging``) are masked
+    when masks change. Every change calls ``on_mask_updated(trainer, pl_module, callback)`` of all callbacks that have it. Under DDP the
+    ranks' masks are compared at the start and after every change. After fit the module is an ordinary one, whose dead weights are 0.
 
-    Saves: masks, the step counts per optimiser and the state of the random generator. A resumed run takes them over and makes no new ones.
+    Saves: masks, the step counts per optimiser, the state of the random generator, and what :attr:`remembers` and :attr:`kept` name. A
+    resumed run takes them over and makes no new ones.
 
     Refuses: strategies that shard weights, Lightning's ``ModelPruning``, a second mask callback on the same weights, lazy layers, and
     ``targets`` that name a weight which isn't trained, or which ``weight_norm`` and the like make in the forward pass.
@@ -74,9 +111,13 @@ class MaskCallback(OrderedCallback):
     Attributes:
         artifact: Name under which the masks are kept with a run; ``{where}`` stands for the patterns. Empty: they aren't.
         store: The masks; empty before fit.
+        remembers: Key in the state -> which masks of the past ``history`` keeps.
+        history: They themselves.
     """
 
+    targets: list[str]
     artifact: ClassVar[str] = ""
+    remembers: ClassVar[Mapping[str, Kind]] = {}
     stream: ClassVar[str] = ""  # name of the random numbers; empty: that of the class
     runs_after: ClassVar[Sequence[str]] = ("EMATeacher", "WeightAveraging")
     conflicts_with: ClassVar[Mapping[str, str]] = {
@@ -91,12 +132,10 @@ class MaskCallback(OrderedCallback):
         mask_gradients: bool = True,
         mask_optimizer_state: bool = True,
     ) -> None:
-        super().__init__()
-        checks.patterns(targets=targets, skip=skip)
+        super().__init__(targets, skip)
         checks.at_least(0, "a whole number", seed=seed)
-        self.targets, self.skip, self.seed = list(targets), list(skip), seed
-        self.mask_gradients, self.mask_optimizer_state = mask_gradients, mask_optimizer_state
-        self.store = MaskStore({})
+        self.seed, self.mask_gradients, self.mask_optimizer_state = seed, mask_gradients, mask_optimizer_state
+        self.store, self.history = MaskStore({}), MaskHistory()
         self.generator = torch.Generator()
         self._reseed()
         self._held: set[int] | None = None  # id of what optimisers hold, while fit runs
@@ -108,11 +147,6 @@ class MaskCallback(OrderedCallback):
         self._told = 0  # version of the masks that everybody knows
         self._loaded: dict[str, Any] | None = None
 
-    @property
-    def state_key(self) -> str:
-        """Differs between callbacks of different targets: several may be used together."""
-        return self._generate_state_key(targets=self.targets, skip=self.skip)
-
     def _reseed(self) -> None:
         self.generator.manual_seed(own_seed(self.stream or type(self).__name__, self.seed))
 
@@ -122,6 +156,10 @@ class MaskCallback(OrderedCallback):
         """The weights that targets and skip mean, trained or not."""
         return choose_weights(pl_module, self.targets, self.skip)
 
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: Mapping[str, nn.Parameter]) -> None:
+        """Raise if the chosen weights can't be masked; called in ``setup``, or when fit starts, if the module builds layers in between."""
+        refuse_shared(self, trainer, pl_module, weights)
+
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle what a run needs before its masks are made, from ``store.weights``."""
 
@@ -130,6 +168,8 @@ class MaskCallback(OrderedCallback):
         self.store.load_state_dict({"masks": {name: mask for name, mask in state["masks"].items() if name not in self._left}})
         self.generator.set_state(state["generator"])
         self._steps = [int(step) for step in state["steps"]]
+        self.history.load(state, self.store.weights, **self.remembers)
+        self.restore_kept(state, next(iter(self.store.weights.values())).device)
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Name -> bool mask of every weight; called once, on rank 0 alone."""
@@ -158,38 +198,31 @@ class MaskCallback(OrderedCallback):
             ValueError: A pattern that matches nothing, a sharding strategy, or two mask callbacks on one weight.
         """
         super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        refuse_sharded(trainer, type(self).__name__)
-        if built_by(pl_module) is None:
-            self.refuse_overlap(trainer, pl_module)
-
-    def refuse_overlap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise if another mask callback masks one of the weights, or none can be chosen."""
-        weights = self.chosen(pl_module)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is not self and isinstance(other, MaskCallback):
-                refuse_shared(type(self).__name__, other, weights, pl_module)
+        if stage == "fit":
+            refuse_sharded(trainer, type(self).__name__)
+            if built_by(pl_module) is None:
+                self.check(trainer, pl_module, self.chosen(pl_module))
 
     def chosen(self, pl_module: nn.Module) -> dict[str, nn.Parameter]:
         """The weights that this callback masks, by name."""
         return self._choice(pl_module).weights
 
     def _choice(self, pl_module: nn.Module) -> Choice:
-        return trained(type(self).__name__, self.candidates(pl_module), self.targets, self._held)
+        with checks.naming(type(self).__name__):
+            return trained(type(self).__name__, self.candidates(pl_module), self.targets, self._held)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make, keep or restore the masks, apply them, and listen to the optimisers."""
         optimizers: list[torch.optim.Optimizer] = trainer.optimizers
         held = [{id(parameter) for group in optimizer.param_groups for parameter in group["params"]} for optimizer in optimizers]
         self._held = set().union(*held)
-        if built_by(pl_module) is not None:
-            self.refuse_overlap(trainer, pl_module)
         choice, before = self._choice(pl_module), self.store
+        if built_by(pl_module) is not None:
+            self.check(trainer, pl_module, choice.weights)
         self._left = choice.left
         if choice.left:
             rank_zero_warn(f"{type(self).__name__} leaves out weights that it can't prune: {listed(choice.left)}")
-        self.store = MaskStore(choice.weights)
+        self.store, self.history = MaskStore(choice.weights), MaskHistory(*self.remembers.values())
         self._steps = [0] * len(optimizers)
         state, self._loaded = self._loaded, None
         kept = state is None and before.is_of(choice.weights)
@@ -197,17 +230,19 @@ class MaskCallback(OrderedCallback):
             self.store.set(before.masks)
         elif state is None:
             self._reseed()
-        self.begin_fit(trainer, pl_module)
-        if state is not None:
-            self.restore(state)
-        elif not kept:
-            if distributed.rank() == 0:
-                self.store.set(self.initial_masks(trainer, pl_module, self.store.weights))
-            drawn = self.generator.get_state()
-            distributed.broadcast_tensors([*self.store.masks.values(), drawn])
-            self.generator.set_state(drawn)
+        with checks.naming(type(self).__name__):
+            self.begin_fit(trainer, pl_module)
+            if state is not None:
+                self.restore(state)
+            elif not kept:
+                if distributed.rank() == 0:
+                    self.store.set(self.initial_masks(trainer, pl_module, self.store.weights))
+                drawn = self.generator.get_state()
+                distributed.broadcast_tensors([*self.store.masks.values(), drawn])
+                self.generator.set_state(drawn)
         self.store.follow_device()
         self.store.apply()
+        self.history.note(self.store.masks)
         self._apply_to_averages(trainer)
         self._check_ranks()
         self._told = self.store.version
@@ -248,6 +283,7 @@ class MaskCallback(OrderedCallback):
         if changed:
             self.store.set(changed)
             self.store.apply(changed)
+            self.history.note(changed)
             self._check_ranks()
         if self.mask_optimizer_state and (changed or not self.mask_gradients):  # else it is 0 already
             self.store.apply_to_optimizer(optimizer, names)
@@ -279,10 +315,11 @@ class MaskCallback(OrderedCallback):
         return {self.artifact.format(where=where): self.store.masks} if self.artifact and self.store.masks else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, steps and the generator's state."""
+        """Masks of now and of the past, steps, the generator's state, and what :attr:`kept` names."""
         if not self.store.masks:
             return {}
-        return {**self.store.state_dict(), "steps": list(self._steps), "generator": self.generator.get_state()}
+        own = {"steps": list(self._steps), "generator": self.generator.get_state()}
+        return self.store.state_dict() | own | self.history.state(**self.remembers) | self.kept_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until fit starts, before which Lightning calls this; a tuner restores while it runs."""
@@ -298,13 +335,14 @@ class MaskCallback(OrderedCallback):
         self._handles, self._gradients, self._held = [], {}, None
 
 
-def refuse_shared(who: str, other: MaskCallback, names: Iterable[str], pl_module: nn.Module) -> None:
-    """Raise if a mask callback masks one of the weights.
+def refuse_shared(owner: SparsityCallback, trainer: pl.Trainer, pl_module: nn.Module, names: Iterable[str]) -> None:
+    """Raise if another mask callback masks one of the weights.
 
     Raises:
         ValueError: It does.
     """
-    shared = sorted(set(names) & set(other.chosen(pl_module)))
-    if shared:
-        both = f"{who} and {type(other).__name__}"
-        raise ValueError(f"{both} both mask {shared[0]!r} (and {len(shared) - 1} more): give them different targets")
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        shared = sorted(set(names) & set(other.chosen(pl_module))) if isinstance(other, MaskCallback) and other is not owner else []
+        if shared:
+            both = f"{type(owner).__name__} and {type(other).__name__}"
+            raise ValueError(f"{both} both mask {shared[0]!r} (and {len(shared) - 1} more): give them different targets")

@@ -12,7 +12,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
+from lit_methods.callbacks.batch import tensors_in
 from lit_methods.callbacks.sparsity.masks import keep_largest
 from lit_methods.callbacks.targets import plain_modules
+from lit_methods.compiled import names_in, plain_names
 from lit_methods.runs.checkpoints import check_readable
 
 Side = Literal["in", "out"]
@@ -32,6 +34,7 @@ ChannelPlan = dict[str, dict[str, dict[str, Any]]]
 """Module -> ``in`` or ``out`` -> ``{"size": channels before, "kept": [indices that stay, rising]}``; plain types, fit for a checkpoint."""
 
 Forward = Callable[[nn.Module, Any], Any]
+_WIDTHS = {"in": ("in_channels", "in_features"), "out": ("out_channels", "out_features", "num_features", "num_channels", "num_parameters")}
 PLAN_KEY = "channel_plan"
 """Where a checkpoint of a cut network holds its plan."""
 
@@ -71,14 +74,9 @@ class ChannelGroup:
     parts: tuple[Part, ...]
     voters: tuple[str, ...]
 
-    def state(self) -> dict[str, Any]:
-        """Plain types for a checkpoint."""
-        parts = [asdict(part) for part in self.parts]
-        return {"norms": list(self.norms), "channels": self.channels, "parts": parts, "voters": list(self.voters)}
-
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> "ChannelGroup":
-        """The other way round."""
+        """Undo ``dataclasses.asdict``, which checkpoints hold."""
         parts = tuple(Part(**part) for part in state["parts"])
         return cls(tuple(state["norms"]), state["channels"], parts, tuple(state["voters"]))
 
@@ -150,22 +148,19 @@ def _torch_pruning() -> Any:
     return torch_pruning
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    """Floating-point tensors in nested dictionaries and sequences."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
-    return [tensor for value in values for tensor in _tensors(value)]
+def _runner(inputs: Any, forward: Forward | None) -> Callable[[nn.Module], list[Tensor]]:
+    """Module -> the floating-point tensors that it makes of the inputs."""
 
+    def run(module: nn.Module) -> list[Tensor]:
+        if forward is not None:
+            output = forward(module, inputs)
+        elif isinstance(inputs, Mapping):
+            output = module(**inputs)
+        else:
+            output = module(*inputs) if isinstance(inputs, list | tuple) else module(inputs)
+        return [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
 
-def _call(module: nn.Module, inputs: Any, forward: Forward | None) -> list[Tensor]:
-    if forward is not None:
-        output = forward(module, inputs)
-    elif isinstance(inputs, Mapping):
-        output = module(**inputs)
-    else:
-        output = module(*inputs) if isinstance(inputs, list | tuple) else module(inputs)
-    return _tensors(output)
+    return run
 
 
 @contextlib.contextmanager
@@ -201,7 +196,7 @@ def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | No
         ImportError: Torch-Pruning is missing.
         ValueError: There is no batch norm with scale and shift.
     """
-    tp = _torch_pruning()
+    tp, run = _torch_pruning(), _runner(example_inputs, forward)
     twin = copy.deepcopy(module).eval()
     if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in twin.parameters()):
         twin = twin.float()
@@ -220,9 +215,7 @@ def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | No
     groups: list[ChannelGroup] = []
     left: dict[str, str] = {}
     with _undisturbed(), torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(
-            twin, example_inputs, forward_fn=lambda net, inputs: _call(net, inputs, forward), verbose=False
-        )
+        graph = tp.DependencyGraph().build_dependency(twin, example_inputs, forward_fn=lambda net, _: run(net), verbose=False)
         for name, norm in norms.items():
             if name in left or any(name in group.norms for group in groups):
                 continue
@@ -242,16 +235,18 @@ def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | No
     groups = [group for group in groups if not left.keys() & set(group.norms)]
     with _undisturbed(), torch.no_grad():
         twin.requires_grad_(False)
-        _shake(twin, lambda: _call(twin, example_inputs, forward))
-        objections = [_objection(twin, group, lambda net: _call(net, example_inputs, forward)) for group in groups]
-    for group, why in zip(groups, objections, strict=True):
-        left |= dict.fromkeys(group.norms, why) if why else {}
-    return [group for group, why in zip(groups, objections, strict=True) if not why], left
+        _shake(twin, run)
+        for group in groups:
+            every_second = dict.fromkeys(group.norms, torch.arange(group.channels) % 2 == 0)
+            if why := differs(twin, every_second, make_plan([group], every_second), run):
+                left |= dict.fromkeys(group.norms, why)
+    return [group for group in groups if not left.keys() & set(group.norms)], left
 
 
 def _read(members: Any, graph: Any, names: Mapping[int, str], channels: int, tied: set[str]) -> ChannelGroup | tuple[set[str], str]:
     """A group as Torch-Pruning traced it; or its norms and why it can't be cut."""
     norms: list[str] = []
+    followers: set[str] = set()
     parts: dict[tuple[str, Side], Part] = {}
     why = "it has a single channel" if channels < 2 else ""
     for item in members:
@@ -273,7 +268,10 @@ def _read(members: Any, graph: Any, names: Mapping[int, str], channels: int, tie
             continue
         reads = "in" in counts and not is_depthwise(target) and not graph.is_out_channel_pruning_fn(item.dep.handler)
         side: Side = "in" if reads else "out"
-        norms += [name] if isinstance(target, _BatchNorm) and target.affine else []
+        if isinstance(target, _BatchNorm) and target.affine:
+            norms.append(name)
+            feeding = graph.module2node[target].inputs
+            followers |= {name} if len(feeding) == 1 and is_depthwise(feeding[0].module) else set()
         part = _part(name, side, counts[side], item.idxs, item.root_idxs, channels)
         if part is None or (isinstance(target, _BatchNorm) and (part.offset, part.block, part.size) != (0, 1, channels)):
             why = why or f"its channels are mixed with others in {name}"
@@ -286,13 +284,8 @@ def _read(members: Any, graph: Any, names: Mapping[int, str], channels: int, tie
     if why:
         return set(norms), why
     norms = list(dict.fromkeys(norms))
-    followers = {names[id(norm)] for norm in graph.module2node if id(norm) in names and _follows_depthwise(graph.module2node[norm])}
     voters = [name for name in norms if name not in followers] or norms
     return ChannelGroup(tuple(norms), channels, tuple(parts.values()), tuple(voters))
-
-
-def _follows_depthwise(node: Any) -> bool:
-    return len(node.inputs) == 1 and is_depthwise(node.inputs[0].module)
 
 
 def is_depthwise(conv: nn.Module) -> bool:
@@ -311,7 +304,7 @@ def _part(name: str, side: Side, size: int, indices: Sequence[int], roots: Seque
     return Part(name, side, size, offset, block) if regular and offset + channels * block <= size else None
 
 
-def _shake(twin: nn.Module, run: Callable[[], Any]) -> None:
+def _shake(twin: nn.Module, run: Callable[[nn.Module], Any]) -> None:
     """Other weights and statistics for all batch norms, so that every channel matters; the signal keeps its size from layer to layer."""
     generator = torch.Generator().manual_seed(0)
     norms = [norm for norm in twin.modules() if isinstance(norm, _BatchNorm)]
@@ -324,17 +317,10 @@ def _shake(twin: nn.Module, run: Callable[[], Any]) -> None:
         norm.momentum = 1.0
         norm.train()
     with contextlib.suppress(ValueError):  # a single value per channel has no variance: such statistics stay
-        run()
+        run(twin)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
         norm.eval()
-
-
-def _objection(twin: nn.Module, group: ChannelGroup, run: Callable[[nn.Module], list[Tensor]]) -> str:
-    """Why a group must be left alone, found out by cutting every second channel; "" if nothing speaks against it."""
-    keep = torch.arange(group.channels) % 2 == 0
-    masks = dict.fromkeys(group.norms, keep)
-    return differs(twin, masks, make_plan([group], masks), run)
 
 
 def differs(module: nn.Module, keep: Mapping[str, Tensor], plan: ChannelPlan, run: Callable[[nn.Module], list[Tensor]]) -> str:
@@ -419,13 +405,9 @@ def compose(first: ChannelPlan, second: ChannelPlan) -> ChannelPlan:
 
 def channel_counts(module: nn.Module) -> dict[str, int]:
     """Width of a layer on each side, of the kinds that can be cut: ``in`` and ``out``; {} for others."""
-    if isinstance(module, _ConvNd):
-        return {"in": module.in_channels, "out": module.out_channels}
-    if isinstance(module, nn.Linear):
-        return {"in": module.in_features, "out": module.out_features}
-    if isinstance(module, _BatchNorm):
-        return {"out": module.num_features}
-    return {"out": module.num_parameters} if isinstance(module, nn.PReLU) else {}
+    if not isinstance(module, _ConvNd | nn.Linear | _BatchNorm | nn.PReLU):
+        return {}
+    return {side: vars(module)[name] for side, names in _WIDTHS.items() for name in names if name in vars(module)}
 
 
 def apply_plan(module: nn.Module, plan: ChannelPlan) -> None:
@@ -461,19 +443,15 @@ def apply_plan(module: nn.Module, plan: ChannelPlan) -> None:
             _select(layer, ("bias", "running_mean", "running_var"), 0, kept["out"])
         if "in" in kept:
             _select(layer, ("weight",), 1 - out_dim, kept["in"])
-        for attribute, side in _WIDTHS.items():
-            if side in kept and attribute in vars(layer):
-                setattr(layer, attribute, len(kept[side]))
+        set_widths(layer, {side: len(indices) for side, indices in kept.items()})
 
 
-_WIDTHS = {
-    "in_channels": "in",
-    "in_features": "in",
-    "out_channels": "out",
-    "out_features": "out",
-    "num_features": "out",
-    "num_parameters": "out",
-}
+def set_widths(layer: nn.Module, widths: Mapping[str, int]) -> None:
+    """Let a layer know its new widths, ``in`` and ``out``; its tensors are the caller's business."""
+    for side, width in widths.items():
+        for attribute in _WIDTHS[side]:
+            if attribute in vars(layer):
+                setattr(layer, attribute, width)
 
 
 @torch.no_grad()
@@ -522,7 +500,7 @@ def prune_channels(
     plan = make_plan(groups, agreed)
     twin = copy.deepcopy(module).eval()
     with _undisturbed(), torch.no_grad():
-        if why := differs(twin, agreed, plan, lambda net: _call(net, example_inputs, forward)):
+        if why := differs(twin, agreed, plan, _runner(example_inputs, forward)):
             raise RuntimeError(f"the network was not cut: {why}")
     apply_plan(module, plan)
     return plan
@@ -537,6 +515,7 @@ def plan_from_shapes(module: nn.Module, state: Mapping[str, Tensor]) -> ChannelP
     Good for loading that state dict, and for nothing else.
     """
     plan: ChannelPlan = {}
+    state = plain_names(state)
     for name, layer in plain_modules(module).items():
         counts, weight = channel_counts(layer), state.get(f"{name}.weight" if name else "weight")
         if not counts or weight is None:
@@ -566,7 +545,7 @@ def load_pruned(module: nn.Module, path: Path | str, prefix: str = "") -> Channe
         ValueError: The file belongs to another architecture.
     """
     content = check_readable(path)
-    state = content.get("state_dict", content)
+    state = plain_names(content.get("state_dict", content))
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     plan = content.get(PLAN_KEY)
     if plan is None:
@@ -579,29 +558,13 @@ def load_pruned(module: nn.Module, path: Path | str, prefix: str = "") -> Channe
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
-    """``module.load_state_dict`` with an error that names the file.
+    """``module.load_state_dict`` with an error that names the file; either may be of a compiled network.
 
     Raises:
         ValueError: Names or shapes differ.
     """
     try:
-        module.load_state_dict(dict(state))
+        module.load_state_dict(names_in(module, state))
     except RuntimeError as error:
         reasons = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise ValueError(f"{path} holds weights of another architecture than {type(module).__name__}: {reasons}") from error
-
-
-__all__ = [
-    "ChannelGroup",
-    "ChannelPlan",
-    "Part",
-    "agree",
-    "apply_plan",
-    "channel_groups",
-    "compose",
-    "load_pruned",
-    "make_plan",
-    "merge_keep_masks",
-    "plan_from_shapes",
-    "prune_channels",
-]

@@ -82,11 +82,6 @@ def training_cost(cost: Cost, cards: Mapping[str, SparsityCard]) -> float:
     return sum((training_flops(card.cost, a, b, card.update_interval) for card, a, b in priced), 6 * cost.attention_macs)
 
 
-def expected_nonzeros(sizes: Sequence[int], densities: Sequence[float]) -> list[float]:
-    """Kept weights per layer, before rounding."""
-    return [size * density for size, density in zip(sizes, densities, strict=True)]
-
-
 def size_in_bytes(shape: Sequence[int], kept: int, itemsize: int, two_four: bool = False) -> dict[str, int]:
     """Bytes of one weight in several formats.
 

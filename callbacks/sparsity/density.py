@@ -53,9 +53,31 @@ def layer_density(
     checks.at_least(0, power=power)
     checks.one_of(Method, method=method)
     sizes = [math.prod(shape) for shape in shapes]
+    last = len(sizes) - 1 if last is None else last % len(sizes)
+    first = 0 if first is None else first % len(sizes)
+    floor = 0.2 if last_density is None else last_density
 
     def wanted(density: float) -> list[float]:
-        return _shares(shapes, sizes, density, method, power, first, last, last_density, exact_budget)
+        """Density of each layer, 0 or less where the fixed layers leave nothing."""
+        total = sum(sizes)
+        if method == "uniform":
+            return [density] * len(sizes)
+        if method in ("er", "erk"):
+            return proportional_densities(shapes, density, method, power)[0]
+        fixed = {last: max(density, floor), first: 1.0}
+        if method == "erk_plus":
+            fixed = {last: 1.0 if last_density is None else last_density}
+        rest = [index for index in range(len(sizes)) if index not in fixed]
+        budget = density * total - sum(share * sizes[index] for index, share in fixed.items())
+        if method == "erk_plus":
+            ratios = _ratios([shapes[index] for index in rest], "erk", power)
+            shares = _proportional([sizes[index] for index in rest], ratios, budget)[0]
+        elif exact_budget:
+            shares = [min(1.0, budget / max(1, sum(sizes[index] for index in rest)))] * len(rest)
+        else:  # as released: a share of all weights, not of the rest
+            shares = [budget / total if density < floor else density] * len(rest)
+        found = fixed | dict(zip(rest, shares, strict=True))
+        return [found[index] for index in range(len(sizes))]
 
     def starved(density: float) -> list[int]:
         return [index for index, share in enumerate(wanted(density)) if share * sizes[index] < 1 - 1e-9]
@@ -71,52 +93,21 @@ def layer_density(
     return wanted(density)
 
 
-def _shares(
-    shapes: Sequence[Sequence[int]],
-    sizes: Sequence[int],
-    density: float,
-    method: Method,
-    power: float,
-    first: int | None,
-    last: int | None,
-    last_density: float | None,
-    exact_budget: bool,
-) -> list[float]:
-    """Density of each layer, 0 or less where the fixed layers leave nothing."""
-    total = sum(sizes)
-    if method == "uniform":
-        return [density] * len(sizes)
-    if method in ("er", "erk"):
-        return _proportional(sizes, _ratios(shapes, method, power), density * total)[0]
-    last = len(sizes) - 1 if last is None else last % len(sizes)
-    first = 0 if first is None else first % len(sizes)
-    floor = 0.2 if last_density is None else last_density
-    fixed = {last: max(density, floor), first: 1.0}
-    if method == "erk_plus":
-        fixed = {last: 1.0 if last_density is None else last_density}
-    rest = [index for index in range(len(sizes)) if index not in fixed]
-    budget = density * total - sum(share * sizes[index] for index, share in fixed.items())
-    if method == "erk_plus":
-        ratios = _ratios([shapes[index] for index in rest], "erk", power)
-        shares = _proportional([sizes[index] for index in rest], ratios, budget)[0]
-    elif exact_budget:
-        shares = [min(1.0, budget / max(1, sum(sizes[index] for index in rest)))] * len(rest)
-    else:  # as released: a share of all weights, not of the rest
-        shares = [budget / total if density < floor else density] * len(rest)
-    found = fixed | dict(zip(rest, shares, strict=True))
-    return [found[index] for index in range(len(sizes))]
-
-
 def _ratios(shapes: Sequence[Sequence[int]], method: str, power: float) -> list[float]:
     used = [shape[:2] if method == "er" else shape for shape in shapes]
     return [(sum(shape) / math.prod(shape)) ** power for shape in used]
 
 
-def erk_dense_layers(shapes: Sequence[Sequence[int]], density: float, power: float = 1.0) -> list[bool]:
-    """Which layers ERK leaves dense, because their share would exceed 1. At ``density`` 1 the last layer's share is 1 and doesn't."""
+def proportional_densities(
+    shapes: Sequence[Sequence[int]], density: float, method: Literal["er", "erk"] = "erk", power: float = 1.0
+) -> tuple[list[float], list[bool]]:
+    """ER and ERK: density of each layer, and which layers became dense because their share would exceed 1.
+
+    At ``density`` 1 the last layer's share is 1 and doesn't exceed it. Arguments as in :func:`layer_density`.
+    """
     sizes = [math.prod(shape) for shape in shapes]
-    dense = _proportional(sizes, _ratios(shapes, "erk", power), density * sum(sizes))[1]
-    return [index in dense for index in range(len(sizes))]
+    shares, dense = _proportional(sizes, _ratios(shapes, method, power), density * sum(sizes))
+    return shares, [index in dense for index in range(len(sizes))]
 
 
 def _proportional(sizes: Sequence[int], ratios: Sequence[float], budget: float) -> tuple[list[float], set[int]]:
@@ -133,6 +124,11 @@ def _proportional(sizes: Sequence[int], ratios: Sequence[float], budget: float) 
     return [1.0 if index in dense else min(1.0, eps * ratios[index]) for index in range(len(sizes))], dense
 
 
+def expected_nonzeros(sizes: Sequence[int], densities: Sequence[float]) -> list[float]:
+    """Kept weights per layer, before rounding."""
+    return [size * density for size, density in zip(sizes, densities, strict=True)]
+
+
 def exact_counts(sizes: Sequence[int], densities: Sequence[float]) -> list[int]:
     """Kept weights per layer, whole numbers: each at its density, rounded so that the total is the rounded total (largest remainders).
 
@@ -140,7 +136,7 @@ def exact_counts(sizes: Sequence[int], densities: Sequence[float]) -> list[int]:
         sizes: Weights per layer.
         densities: Densities per layer, in [0, 1].
     """
-    wanted = [size * density for size, density in zip(sizes, densities, strict=True)]
+    wanted = expected_nonzeros(sizes, densities)
     counts = [math.floor(value + 1e-9) for value in wanted]
     missing = round(sum(wanted)) - sum(counts)
     by_remainder = sorted(range(len(sizes)), key=lambda index: counts[index] - wanted[index])

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods import checks
-from lit_methods.callbacks.sparsity.callback import MaskCallback, built_by
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.density import layer_density
 from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold, grow
+from lit_methods.callbacks.sparsity.dynamic import MovingMasks
 from lit_methods.callbacks.sparsity.dynamics import itop_rate
-from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
 from lit_methods.callbacks.sparsity.schedules import cosine_drop
 from lit_methods.callbacks.sparsity.store import Choice
@@ -180,14 +179,13 @@ def update_mask(
 # ---- the callback ----------------------------------------------------------------------------------------------------------------------
 
 
-class DSL(MaskCallback):
+class DSL(MovingMasks):
     """Trains chosen weights, such as embedding tables, sparse from the start, with masks that keep moving at a constant budget.
 
     Every ``interval`` optimiser steps the smallest weights give way to the inactive ones with the largest gradient. Every chosen tensor has
     the same density. The share that an update replaces falls along a cosine over all optimiser steps, and updates go on to the last step.
 
-    Runs: as :class:`MaskCallback`; with several optimisers each updates the masks of its own weights, counting its own steps. An update
-    whose gradients aren't finite is left out.
+    Runs: as :class:`MovingMasks`.
 
     Saves: what :class:`MaskCallback` saves, and which weights were ever active.
 
@@ -219,11 +217,7 @@ class DSL(MaskCallback):
         ValueError: An argument outside its range.
     """
 
-    artifact = "dsl_masks"
-    conflicts_with: ClassVar[Mapping[str, str]] = {
-        **MaskCallback.conflicts_with,
-        "StochasticWeightAveraging": "the mean of networks with different masks isn't sparse; EMATeacher's copy is masked at each update",
-    }
+    artifact, remembers = "dsl_masks", {"fired": "ever"}
 
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve("DSL: density and exploration", ("dsl/density", "dsl/itop"), note="itop: share of the weights that were ever active."),
@@ -256,15 +250,12 @@ class DSL(MaskCallback):
         checks.share(initial_ratio=initial_ratio, min_ratio=min_ratio)
         checks.at_least(1, "optimiser steps", interval=interval, total_steps=total_steps)
         checks.at_least(0, "a magnitude", death_threshold=death_threshold)
-        checks.one_of(Start, start=start)
-        checks.one_of(Death, death=death)
-        checks.one_of(Growth, growth=growth)
+        checks.literals(DSL, locals())
         if growth == "momentum" and (mask_gradients or mask_optimizer_state):
             raise ValueError("growth='momentum' reads the moments of dead weights: set mask_gradients and mask_optimizer_state to false")
         self.density, self.start, self.death, self.growth, self.interval = density, start, death, growth, interval
         self.initial_ratio, self.min_ratio, self.death_threshold = initial_ratio, min_ratio, death_threshold
         self.fix, self.include_vectors, self.total_steps = fix, include_vectors, total_steps
-        self.history = MaskHistory("ever")
         self._module: pl.LightningModule | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
         self._length = 1  # optimiser steps of this fit
@@ -292,21 +283,10 @@ class DSL(MaskCallback):
 
     # ---- which weights, which masks ----------------------------------------------------------------------------------------------------
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Choose the weights, and refuse what can't work.
-
-        Raises:
-            ValueError: What :class:`MaskCallback` refuses, or an embedding with sparse gradients.
-        """
-        super().setup(trainer, pl_module, stage)
-        if stage != "fit":
-            return
-        self._refuse_sparse(pl_module)
-
-    def _refuse_sparse(self, pl_module: pl.LightningModule) -> None:
-        if built_by(pl_module) is not None and self._held is None:
-            return
-        chosen = {id(weight) for weight in self.chosen(pl_module).values()}
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: Mapping[str, nn.Parameter]) -> None:
+        """As mask callbacks; embeddings with sparse gradients are refused, too."""
+        super().check(trainer, pl_module, weights)
+        chosen = {id(weight) for weight in weights.values()}
         for name, module in pl_module.named_modules():
             if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and id(module.weight) in chosen:
                 raise ValueError(f"{name!r} has sparse gradients, and DSL grows by dense ones: build the embedding with sparse=False")
@@ -329,21 +309,13 @@ class DSL(MaskCallback):
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle the schedule's end."""
-        self._refuse_sparse(pl_module)
         if not self.fix:
             self._length = remaining_steps(pl_module, self.total_steps)
         self._module, self._optimizers = pl_module, list(trainer.optimizers)
-        self.history = MaskHistory("ever")
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Masks, and which entries were ever active."""
-        super().restore(state)
-        self.history.load(state, self.store.weights, fired="ever")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make, keep or restore the masks."""
         super().on_fit_start(trainer, pl_module)
-        self.history.note(self.store.masks)
         self._logged = {"dsl/survival": 1.0} | self._shares()
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -372,34 +344,28 @@ class DSL(MaskCallback):
         return self.is_update(step) and (self.growth == "gradient" or self.death == "taylor")
 
     def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Prune and grow in every tensor."""
-        if not self.is_update(step):
-            return {}
-        changed: dict[str, Tensor] = {}
-        before = after = 0
-        for name in names:
-            weight, mask = self.store.weights[name], self.store.masks[name]
-            uniform = torch.rand(weight.shape, generator=self.generator).to(weight.device)
-            gradient = gradients.get(name)
-            if self.wants_gradients(step) and (gradient is None or not bool(gradient.isfinite().all())):
-                continue
-            if self.growth == "gradient":
-                assert gradient is not None
-                score = gradient.abs()
-            elif self.growth == "momentum":
-                score = self._momentum(name, weight)
-            elif self.growth == "random_unfired":
-                score = uniform + (~self.history.ever[name]).to(uniform)
-            else:
-                score = uniform
-            new, _ = update_mask(weight, mask, score, self.ratio(step), uniform, self.death, gradient, self.death_threshold)
-            changed[name] = new
-            before += int(mask.sum())
-            after += int((mask & new).sum())
+        """Prune and grow in every tensor, and count what survived."""
+        changed = super().after_step(step, names, gradients)
         if changed:
-            self.history.note(changed)
+            before = sum(int(self.store.masks[name].sum()) for name in changed)
+            after = sum(int((self.store.masks[name] & mask).sum()) for name, mask in changed.items())
             self._logged["dsl/survival"] = after / before if before else 1.0
         return changed
+
+    def moved(self, name: str, step: int, gradient: Tensor | None) -> Tensor | None:
+        """Prune and grow; not without a gradient that is needed."""
+        weight, mask = self.store.weights[name], self.store.masks[name]
+        uniform = torch.rand(weight.shape, generator=self.generator).to(weight.device)
+        if gradient is None and self.wants_gradients(step):
+            return None
+        score = uniform
+        if self.growth == "gradient" and gradient is not None:
+            score = gradient.abs()
+        elif self.growth == "momentum":
+            score = self._momentum(name, weight)
+        elif self.growth == "random_unfired":
+            score = uniform + (~self.history.ever[name]).to(uniform)
+        return update_mask(weight, mask, score, self.ratio(step), uniform, self.death, gradient, self.death_threshold)[0]
 
     def _momentum(self, name: str, weight: nn.Parameter) -> Tensor:
         state: dict[str, Any] = next((optimizer.state[weight] for optimizer in self._optimizers if weight in optimizer.state), {})
@@ -421,11 +387,6 @@ class DSL(MaskCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         ratio = {} if self.fix else {"dsl/ratio": self.ratio(max(self._steps, default=0))}
         pl_module.log_dict(self._logged | ratio, batch_size=1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Masks, steps, generator, and which weights were ever active."""
-        state = super().state_dict()
-        return state and {**state, **self.history.state(fired="ever")}
 
     def dashboard_media(self) -> dict[str, Media]:
         """Active entries per row; density by popularity where the module knows ``row_popularity()``."""

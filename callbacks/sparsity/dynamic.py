@@ -17,14 +17,48 @@ from lit_methods.callbacks.sparsity.schedules import drop_fraction, drop_schedul
 from lit_methods.steps import remaining_steps
 
 
-class DynamicSparsity(MaskCallback):
+class MovingMasks(MaskCallback):
+    """Base of the mask callbacks whose masks change after chosen optimiser steps, weight by weight.
+
+    With several optimisers each updates the masks of its own weights, counting its own steps. An update whose gradients aren't finite is
+    left out where gradients are needed.
+    """
+
+    conflicts_with: ClassVar[Mapping[str, str]] = {
+        **MaskCallback.conflicts_with,
+        "StochasticWeightAveraging": "the mean of networks with different masks isn't sparse; EMATeacher's copy is masked at each update",
+    }
+
+    def is_update(self, step: int) -> bool:
+        """Whether masks change after optimiser step ``step``, counted from 1."""
+        raise NotImplementedError
+
+    def moved(self, name: str, step: int, gradient: Tensor | None) -> Tensor | None:
+        """The new mask of a weight; None leaves the old one.
+
+        Args:
+            name: Name of the weight.
+            step: Optimiser step just made.
+            gradient: Its dense gradient, if one was wanted and it is finite.
+        """
+        raise NotImplementedError
+
+    def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move the masks, if this is a step for it."""
+        if not self.is_update(step):
+            return {}
+        finite = {name: gradient for name, gradient in gradients.items() if bool(gradient.isfinite().all())}
+        moved = {name: self.moved(name, step, finite.get(name)) for name in names}
+        return {name: mask for name, mask in moved.items() if mask is not None}
+
+
+class DynamicSparsity(MovingMasks):
     """Trains a sparse network from the start: every ``interval`` optimiser steps the smallest weights give way to new ones.
 
     SET (Mocanu et al. 2018) grows at random, RigL (Evci et al., arXiv:1911.11134) where the dense gradient is largest, ``static`` keeps the
     first masks. The update follows the released code of Sparse-IFT (see :mod:`lit_methods.callbacks.sparsity.drop_grow`).
 
-    Runs: as :class:`MaskCallback`; with several optimisers each updates the masks of its own weights, counting its own steps. Dense
-    gradients are kept on update steps alone. An update whose gradients aren't finite is left out.
+    Runs: as :class:`MovingMasks`. Dense gradients are kept on update steps alone.
 
     Saves: what :class:`MaskCallback` saves.
 
@@ -49,11 +83,6 @@ class DynamicSparsity(MaskCallback):
     Raises:
         ValueError: An argument outside its range.
     """
-
-    conflicts_with: ClassVar[Mapping[str, str]] = {
-        **MaskCallback.conflicts_with,
-        "StochasticWeightAveraging": "the mean of networks with different masks isn't sparse; EMATeacher's copy is masked at each update",
-    }
 
     def __init__(
         self,
@@ -80,9 +109,7 @@ class DynamicSparsity(MaskCallback):
         checks.at_least(1, "optimiser steps", interval=interval, total_steps=total_steps)
         checks.at_least(0, "optimiser steps", begin=begin)
         checks.at_least(0, rate=rate)
-        checks.one_of(("static", "set", "rigl"), method=method)
-        checks.one_of(("random", "random_exact", "magnitude"), start=start)
-        checks.one_of(("cosine", "constant", "exponential"), anneal=anneal)
+        checks.literals(DynamicSparsity, locals())
         self.density, self.method, self.distribution, self.start = density, method, distribution, start
         self.interval, self.drop_fraction, self.anneal, self.rate = interval, drop_fraction, anneal, rate
         self.begin, self.end_fraction, self.total_steps = begin, end_fraction, total_steps
@@ -137,22 +164,21 @@ class DynamicSparsity(MaskCallback):
         end = int(self.end_fraction * self._length)
         return drop_fraction(step, self.anneal, self.drop_fraction, self.begin, end, self.rate) if end > self.begin else 0.0
 
+    def is_update(self, step: int) -> bool:
+        """As scheduled."""
+        return step in self.updates
+
     def wants_gradients(self, step: int) -> bool:
         """RigL grows by them."""
         return self.method == "rigl" and step in self.updates
 
-    def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop and grow in every layer."""
-        if step not in self.updates:
-            return {}
-        changed = {}
-        for name in names:
-            weight, mask = self.store.weights[name], self.store.masks[name]
-            if self.method == "set":
-                score = torch.rand(weight.shape, generator=self.generator).to(weight.device)
-            elif name in gradients and bool(gradients[name].isfinite().all()):
-                score = gradients[name].abs()
-            else:
-                continue
-            changed[name] = update_mask(weight, mask, score, self.updates[step], self._counts[name])
-        return changed
+    def moved(self, name: str, step: int, gradient: Tensor | None) -> Tensor | None:
+        """Drop and grow."""
+        weight, mask = self.store.weights[name], self.store.masks[name]
+        if self.method == "set":
+            score = torch.rand(weight.shape, generator=self.generator).to(weight.device)
+        elif gradient is not None:
+            score = gradient.abs()
+        else:
+            return None
+        return update_mask(weight, mask, score, self.updates[step], self._counts[name])

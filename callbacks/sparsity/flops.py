@@ -19,11 +19,6 @@ from torch.utils.flop_counter import flop_registry
 from lit_methods.callbacks.sparsity.schedules import cubic_sparsity
 
 
-def conv_output_size(size: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> int:
-    """Length of a convolution's output along one dimension."""
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-
-
 def attention_macs(tokens: int, dim: int) -> int:
     """Scores and values of one self-attention: 2 * tokens^2 * dim, whatever the number of heads. No weight takes part."""
     return 2 * tokens**2 * dim
@@ -40,15 +35,6 @@ class Macs:
 
     per_weight: dict[str, int]
     other: int
-
-    @property
-    def dense(self) -> int:
-        """All of them, with dense weights."""
-        return sum(self.per_weight.values()) + self.other
-
-    def sparse(self, density: Mapping[str, float]) -> float:
-        """MACs if only the non-zero weights are multiplied: name -> density; weights that aren't named are dense."""
-        return sum(macs * density.get(name, 1.0) for name, macs in self.per_weight.items()) + self.other
 
 
 class _Counter(TorchDispatchMode):

@@ -46,10 +46,6 @@ class MaskHistory:
             known: dict[str, Tensor] = getattr(self, kind)
             known |= _NEXT[kind](known, masks)
 
-    def flips(self, masks: Masks) -> Tensor:
-        """How many entries differ from the last masks: a scalar on the first mask's device; weights without a last mask don't count."""
-        return flips(self.last, masks)
-
     def change(self, masks: Masks) -> MaskChange | None:
         """From the last masks to these; None if they are the same."""
         before = {name: self.last[name] for name in masks if name in self.last}
@@ -63,7 +59,7 @@ class MaskHistory:
     def load(self, state: Mapping[str, Any], weights: Mapping[str, Tensor], **kinds: Kind) -> None:
         """Undo :meth:`state`; masks go to the device of the weight of their name."""
         for key, kind in kinds.items():
-            setattr(self, kind, {name: mask.to(weights[name].device) for name, mask in state[key].items()})
+            setattr(self, kind, {name: mask.to(weights[name].device) for name, mask in state[key].items() if name in weights})
 
 
 def flips(before: Masks, after: Masks) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_methods import checks
-from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.callback import MaskCallback, built_by, refuse_shared
+from lit_methods.callbacks.sparsity.callback import SparsityCallback, refuse_shared
+from lit_methods.callbacks.sparsity.parameter_order import configured, follow_old_order, join_groups, sums, twins
 from lit_methods.callbacks.sparsity.parametrized import LatentWeight, ParametrizedWeight, Shared
 from lit_methods.callbacks.sparsity.store import Choice, choose_weights, listed, trained
 from lit_methods.callbacks.targets import plain_modules, plain_name, refuse_sharded
@@ -84,18 +84,18 @@ def masked_weight(weight: Tensor, mask: Tensor, beta: Tensor | float, gradient: 
 _LOST = "its checkpoints hold the weights of the forward pass only, so a resumed average would lose the latent ones"
 
 
-class LatentCallback(OrderedCallback):
+class LatentCallback(SparsityCallback):
     """Base of the callbacks that train latent weights W, of which the forward pass sees a function.
 
     Subclasses make the parametrised weights (:meth:`make_layers`), say what becomes of them at the end (:meth:`finish`) and what is saved
-    (:meth:`state`).
+    (:attr:`kept`, :meth:`state`).
 
     Runs: weights are parametrised in ``setup``, or behind the module's own ``setup`` and ``configure_model`` where it has them, before the
     optimisers are made. Frozen weights are left out, which a warning says. :meth:`finish` is called behind the last batch, so that the last
     validation and the last checkpoint are of the finished network, and again when training ends, as it may have been stopped early. After
-    fit the module is an ordinary one with the weights of the forward pass, and its parameters have their old order. While fit runs they are
-    called ``<module>.parametrizations.weight.original`` in ``named_parameters()`` and stand behind the others of their module: code that
-    goes by names or walks two networks in parallel then (a momentum branch, groups by layer type) needs skip, or a mask callback.
+    fit the module is an ordinary one with the weights of the forward pass. While fit runs, ``parameters()`` and ``named_parameters()`` give
+    the latent weights under the weights' names and in their places, so a momentum branch of the module's own follows those. Parameters
+    that a parametrisation adds, such as scales, are trained in the group of their weight, if ``configure_optimizers`` leaves them out.
 
     Saves: under the weights' own names those of the forward pass, so that checkpoints load and export without the callback; latent weights
     in the callback's state.
@@ -110,6 +110,7 @@ class LatentCallback(OrderedCallback):
     """
 
     latents: ClassVar[str] = "latent"  # where the state holds them
+    without_added: ClassVar[str] = "leave its layers out by skip"  # what to do where parameters of a parametrisation are in the way
     runs_before: ClassVar[Sequence[str]] = ("SparsityReport", "Dashboard")
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "ModelPruning": "both replace the weights while fit runs",
@@ -117,23 +118,16 @@ class LatentCallback(OrderedCallback):
     }
 
     def __init__(self, targets: Iterable[str], skip: Sequence[str]) -> None:
-        super().__init__()
-        checks.patterns(targets=targets, skip=skip)
-        self.targets: list[str] | dict[str, str] = dict(targets) if isinstance(targets, Mapping) else list(targets)
-        self.skip = list(skip)
+        super().__init__(targets, skip)
         self.reset()
 
     def reset(self) -> None:
         """Forget the last run."""
         self._layers: dict[str, Any] = {}
         self._left: dict[str, Any] = {}  # state after fit
-
-    _late: tuple[str, Callable[..., Any]] | None = None  # hook of the module behind which weights are parametrised, and what stands there
-
-    @property
-    def state_key(self) -> str:
-        """Differs between callbacks of different targets: several may be used together."""
-        return self._generate_state_key(targets=self.targets, skip=self.skip)
+        self._around: dict[str, Callable[..., Any]] = {}  # methods of the module -> what stands around them
+        self._walked = False  # whether a first step was watched
+        self._of_old: list[dict[str, Any]] | None = None  # optimiser states of release 0.1, until they are loaded
 
     # ---- for subclasses ----------------------------------------------------------------------------------------------------------------
 
@@ -162,9 +156,16 @@ class LatentCallback(OrderedCallback):
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the weights into their final form; called twice at least, the second time for runs that were stopped early."""
 
+    def parts(self) -> dict[str, Any]:
+        """Name of each weight -> what is saved of it: the latent weight, alone or with further parts by name."""
+        return {name: layer.latent.detach() for name, layer in self._layers.items()}
+
     def state(self) -> dict[str, Any]:
         """State of the callback while it has parametrised weights."""
-        raise NotImplementedError
+        return {self.latents: self.parts(), **self.kept_state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what a subclass saves beside latent weights and :attr:`kept`."""
 
     # ---- hooks -------------------------------------------------------------------------------------------------------------------------
 
@@ -180,30 +181,30 @@ class LatentCallback(OrderedCallback):
         refuse_sharded(trainer, type(self).__name__)
         self.leave(trainer, pl_module)
         self.reset()
-        hook = built_by(pl_module)
-        if hook is None:
-            self.parametrise(trainer, pl_module)
-        else:
-            self._late = hook, functools.partial(self._behind, trainer, pl_module)
-            attach(pl_module, self._late[1], hook, around=True)
+        self.when_built(pl_module, lambda: self._begin(trainer, pl_module))
 
-    def _behind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = call(*args, **kwargs)
-        if not self._layers:
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with checks.naming(type(self).__name__):
             self.parametrise(trainer, pl_module)
-        return output
 
     def parametrise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the weights and put their parametrisations on; all layers are there."""
         if not self.targets and (left := self.trained(pl_module, ()).left):
             rank_zero_warn(f"{type(self).__name__} leaves out weights that it can't prune: {listed(left)}")
         chosen = self.chosen(pl_module)
-        refuse_unfit(trainer, pl_module, type(self).__name__, set(chosen))
+        refuse_unfit(self, trainer, pl_module, set(chosen))
         modules = plain_modules(pl_module)
         layers = dict(self.make_layers(trainer, pl_module, chosen, {name: Place(modules, name) for name in chosen}))
         for layer in layers.values():
             layer.attach()
         self._layers = layers
+        if any(layer.added for layer in layers.values()):
+            self._around = {
+                "configure_optimizers": functools.partial(configured, pl_module),
+                "training_step": functools.partial(self._explained, pl_module),
+            }
+            for method, added in self._around.items():
+                attach(pl_module, added, method, around=True)
         rank_zero_info(f"{self.title()}: {len(layers)} weights: {', '.join(layers)}")
 
     def title(self) -> str:
@@ -216,11 +217,40 @@ class LatentCallback(OrderedCallback):
         Raises:
             ValueError: No optimiser holds one of them.
         """
+        join_groups(trainer.optimizers, {layer.latent: layer.added for layer in self._layers.values()})
+        if self._of_old is not None:
+            follow_old_order(pl_module, trainer.optimizers, self._of_old)
+            self._of_old = None
         held = {id(parameter) for optimizer in trainer.optimizers for group in optimizer.param_groups for parameter in group["params"]}
         orphans = [name for name, layer in self._layers.items() if id(layer.latent) not in held]
         if orphans:
             which = f"{orphans[0]} (and {len(orphans) - 1} more)"
             raise ValueError(f"{type(self).__name__}: no optimiser holds {which}: return it from configure_optimizers, or add it to skip")
+
+    def _explained(self, pl_module: pl.LightningModule, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``training_step``, whose own code may walk two branches in parallel; that shows at the first one."""
+        both = twins(pl_module) if pl_module.trainer.global_step == 0 and not self._walked else None
+        if both is None:
+            return call(*args, **kwargs)
+        self._walked = True
+        lacks = f"{type(self).__name__} has added parameters to {both[0]!r} that {both[1]!r} lacks, and training_step of"
+        lacks, way = f"{lacks} {type(pl_module).__name__}", f"if it walks the parameters of the two in parallel, {self.without_added}"
+        before = sums(pl_module, both[1])
+        try:
+            output = call(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            if type(error) not in (RuntimeError, ValueError):
+                raise
+            raise ValueError(f"{lacks} fails ({error}): {way}") from error
+        if not torch.equal(before, sums(pl_module, both[1])):
+            rank_zero_warn(f"{lacks} moves that: {way}")
+        return output
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Optimiser states of release 0.1 follow the order of parameters that it gave."""
+        saved = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        if saved and "order" not in saved:
+            self._of_old = checkpoint.get("optimizer_states")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Behind the last batch: :meth:`finish`."""
@@ -235,16 +265,39 @@ class LatentCallback(OrderedCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Latent weights and what the subclass needs, as they are or as they were when the module was left."""
-        return self.state() if self._layers else self._left
+        return {**self.state(), "order": "in place"} if self._layers else self._left
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over latent weights: the module has loaded those of the forward pass just before.
+
+        Raises:
+            ValueError: The checkpoint's weights are others.
+        """
+        if not state or not self._layers:
+            return
+        if odd := sorted(set(state[self.latents]) ^ set(self._layers)):
+            raise ValueError(
+                f"the checkpoint's latent weights are others ({', '.join(odd[:6])}): resume with the same module, targets and skip"
+            )
+        for name, layer in self._layers.items():
+            own, saved = layer.parts(), state[self.latents][name]
+            values = saved if isinstance(saved, Mapping) else {"latent": saved}
+            if set(own) != set(values):
+                who = f"{type(self).__name__}: {name}"
+                raise ValueError(f"{who} was saved with {sorted(values)}: resume with the same arguments of the callback, its recipe say")
+            for key, value in values.items():
+                own[key].copy_(value)
+        self.restore_kept(state, next(iter(self._layers.values())).latent.device)
+        self.restore(state)
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave an ordinary module with the weights of the forward pass; the state stays readable."""
-        if self._late is not None:
-            hook, added = self._late
-            self._late = None
-            detach(pl_module, added, hook)
         if self._layers:
-            state = self.state()
+            for method, added in self._around.items():
+                detach(pl_module, added, method)
+            self._around = {}
+            state = self.state_dict()
             self._left = state | {self.latents: apply_to_collection(state[self.latents], Tensor, lambda value: value.cpu().clone())}
             layers, self._layers = self._layers, {}
             for layer in layers.values():
@@ -271,12 +324,13 @@ class Place:
         return getattr(self.module, self.attribute)  # type: ignore[no-any-return]
 
 
-def refuse_unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, names: set[str]) -> None:
+def refuse_unfit(owner: LatentCallback, trainer: pl.Trainer, pl_module: pl.LightningModule, names: set[str]) -> None:
     """Raise if weights can't be parametrised alone.
 
     Raises:
         ValueError: One of ``names`` is parametrised already, is tied to another one, or is masked by a mask callback.
     """
+    who = type(owner).__name__
     if foreign := sorted(name for name in names if ".parametrizations." in name):
         raise ValueError(f"{who}: {foreign[0]} belongs to another parametrisation: leave that module out of targets, or add it to skip")
     owners: dict[int, list[str]] = {}
@@ -285,9 +339,7 @@ def refuse_unfit(trainer: pl.Trainer, pl_module: pl.LightningModule, who: str, n
     for tied in owners.values():
         if len(set(tied)) > 1 and names & set(tied):
             raise ValueError(f"{who}: {' and '.join(dict.fromkeys(tied))} are one tied weight: leave it out with skip, or untie it")
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(other, MaskCallback):
-            refuse_shared(who, other, names, pl_module)
+    refuse_shared(owner, trainer, pl_module, names)
 
 
 __all__ = ["LatentCallback", "LatentWeight", "ParametrizedWeight", "Place", "Shared", "group_dim", "masked_weight", "refuse_unfit"]

@@ -11,11 +11,6 @@ def _comparable(score: Tensor) -> Tensor:
     return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
 
 
-def _first_true(candidates: Tensor, count: Tensor | int) -> Tensor:
-    """The first ``count`` True entries along the last dimension."""
-    return candidates & (candidates.cumsum(-1) <= count)
-
-
 def keep_largest(score: Tensor, count: int) -> Tensor:
     """Mask of the ``count`` largest scores of a tensor.
 
@@ -39,8 +34,8 @@ def keep_largest(score: Tensor, count: int) -> Tensor:
         kept = flat >= threshold
         if int(kept.sum()) == count:  # no ties, so that none has to be counted
             return kept.view(score.shape)
-    above = flat > threshold
-    return (above | _first_true(flat == threshold, count - above.sum())).view(score.shape)
+    above, equal = flat > threshold, flat == threshold
+    return (above | (equal & (equal.cumsum(0) <= count - above.sum()))).view(score.shape)
 
 
 def random_mask(shape: torch.Size | tuple[int, ...], density: float, generator: torch.Generator, exact: bool = False) -> Tensor:
@@ -107,6 +102,16 @@ def _fewest_beaten(magnitude: Tensor, n: int, m: int, dim: int) -> Tensor:
             before[left] += larger
             before[right] -= larger
     return torch.stack([count < n for count in before], dim=dim + 1).flatten(dim, dim + 1)
+
+
+def check_pattern(n: int, m: int) -> None:
+    """Raise unless n:m is a pattern.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    if not 1 <= n <= m:
+        raise ValueError(f"a pattern of {n}:{m} can't be: give 1 <= N <= M")
 
 
 def is_nm(weight: Tensor, n: int, m: int, dim: int = 1) -> bool:

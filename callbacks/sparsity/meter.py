@@ -15,19 +15,17 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lit_methods import distributed
+from lit_methods.callbacks.batch import tensors_in
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.cost import Cost, Timing, measure, theoretical_cost, training_cost
 from lit_methods.callbacks.sparsity.flops import Macs, count_macs
 from lit_methods.callbacks.targets import plain_parameters
-from lit_methods.callbacks.twin import shadow
+from lit_methods.callbacks.twin import shadow, unwritten
 
 
 def batch_size(batch: Any) -> int:
     """Size of the first dimension of the first tensor in a batch; 0 where there is none."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 0
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
-    return next(filter(None, map(batch_size, values)), 0)
+    return next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim and len(tensor)), 0)
 
 
 def _run(twin: pl.LightningModule, name: str, batch: Any, precision: Any) -> Any:
@@ -66,7 +64,8 @@ def count_on_batch(
             precision = nullcontext() if "mixed" in str(trainer.precision) else trainer.precision_plugin.val_step_context()
             inputs = apply_to_collection(batch, Tensor, torch.clone)
             try:
-                macs = count_macs(twin, lambda name=name, p=precision, x=inputs: _run(twin, name, x, p), weights)  # type: ignore[misc]
+                with unwritten(twin):
+                    macs = count_macs(twin, lambda name=name, p=precision, x=inputs: _run(twin, name, x, p), weights)  # type: ignore[misc]
             except Exception as error:  # the user's code, on a batch that it may not be made for
                 problems.append(_one_line(f"{name}: {type(error).__name__}: {error}"))
                 continue
@@ -135,7 +134,8 @@ class FlopMeter:
         name = str(self.macs["method"])
         with isolate_rng(pl_module.device.type == "cuda"):
             twin, context = shadow(trainer, pl_module), trainer.precision_plugin.val_step_context
-            return measure(lambda: _run(twin, name, batch, context()), pl_module.device, "dense-masked", batch_size(batch) or 1)
+            with unwritten(twin, watch=False) if name == "training_step" else nullcontext():
+                return measure(lambda: _run(twin, name, batch, context()), pl_module.device, "dense-masked", batch_size(batch) or 1)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the count, and the sums so far."""

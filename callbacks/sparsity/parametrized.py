@@ -1,7 +1,7 @@
 """Weights that the forward pass sees through a parametrisation, which can be taken off without a trace. Nothing here knows Lightning."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,38 @@ class LatentWeight(nn.Module):
         return {}
 
 
+Parametrization = TypeVar("Parametrization", bound=LatentWeight)
+
+
+class _Chain(parametrize.ParametrizationList):
+    """torch's list of parametrisations of a weight, whose latent weight stays a parameter of the layer: by its old name, in its old place.
+
+    So ``parameters()`` gives the same ones in the same order as without us, to code that goes by names or walks two networks in parallel.
+    """
+
+    _owner: tuple[nn.Module, str]  # in a tuple, as it is no part of this module
+
+    @property
+    def original(self) -> nn.Parameter:  # type: ignore[override]
+        """The latent weight."""
+        layer, attribute = self._owner
+        parameter = layer._parameters[attribute]
+        assert parameter is not None
+        return parameter
+
+    @classmethod
+    def take(cls, layer: nn.Module, attribute: str) -> nn.Parameter:
+        """Give a layer the latent weight back that ``register_parametrization`` has just taken from it."""
+        chains: Any = layer.parametrizations
+        chain = chains[attribute]
+        latent: nn.Parameter = chain._parameters.pop("original")
+        chain.__class__, chain._owner = cls, (layer, attribute)
+        layer._parameters[attribute] = latent
+        return latent
+
+
 def _plain_on_save(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """State-dict hook: the effective weight under the name that it has without us."""
+    """State-dict hook: the effective weight under the name that it has without us, and nothing of the parametrisation's own."""
     chains: Any = module.parametrizations
     for name, chain in chains.items():
         if isinstance(chain[0], LatentWeight):
@@ -32,11 +62,10 @@ def _plain_on_save(module: nn.Module, state: dict[str, Any], prefix: str, local_
 
 
 def _plain_on_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook before loading: a weight under its plain name becomes the latent one."""
+    """Hook before loading: a weight becomes the latent one, and the parametrisation shows it as it is."""
     chains: Any = module.parametrizations
     for name, chain in chains.items():
         if isinstance(chain[0], LatentWeight) and f"{prefix}{name}" in state:
-            state[f"{prefix}parametrizations.{name}.original"] = state.pop(f"{prefix}{name}")
             for own, value in chain[0].neutral_state().items():
                 state[f"{prefix}parametrizations.{name}.0.{own}"] = value
 
@@ -61,7 +90,26 @@ class Shared:
         return self
 
 
-class ParametrizedWeight:
+def added_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What parametrisations of ours have of their own inside a module: parameters that it lacks without them, such as scales."""
+    return [parameter for part in module.modules() if isinstance(part, LatentWeight) for parameter in part.parameters()]
+
+
+def parameters_in_old_order(module: nn.Module) -> list[nn.Parameter]:
+    """All parameters as ``parameters()`` gave them up to release 0.1, which optimiser states of its checkpoints follow.
+
+    A latent weight then stood behind the others of its layer and what is inside that.
+    """
+    found: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        chains: Any = getattr(part, "parametrizations", {})
+        own = {name: parameter for name, parameter in part._parameters.items() if parameter is not None}
+        mine = [parameter for name, parameter in own.items() if not (name in chains and isinstance(chains[name], _Chain))]
+        found |= {id(parameter): parameter for parameter in ([part.original] if isinstance(part, _Chain) else mine)}
+    return list(found.values())
+
+
+class ParametrizedWeight(Generic[Parametrization]):
     """One weight of a module, with a parametrisation that can be attached and taken off without a trace.
 
     Args:
@@ -75,16 +123,26 @@ class ParametrizedWeight:
 
     latent: nn.Parameter
 
-    def __init__(self, module: nn.Module, attribute: str, parametrization: LatentWeight) -> None:
+    @property
+    def added(self) -> list[nn.Parameter]:
+        """Parameters of the parametrisation's own, such as scales."""
+        return list(self.parametrization.parameters())
+
+    def __init__(self, module: nn.Module, attribute: str, parametrization: Parametrization) -> None:
         self.module, self.attribute, self.parametrization = module, attribute, parametrization
         self._order = list(module._parameters)  # before any of them is parametrised
+
+    def parts(self) -> dict[str, Tensor]:
+        """The latent weight, and the parametrisation's own parameters."""
+        return {"latent": self.latent, **dict(self.parametrization.named_parameters())}
 
     def attach(self) -> None:
         """Put the parametrisation on."""
         chains: Any = getattr(self.module, "parametrizations", {})
         hooked = any(isinstance(chain[0], LatentWeight) for chain in chains.values())
         parametrize.register_parametrization(self.module, self.attribute, self.parametrization)
-        self.latent = self.module.parametrizations[self.attribute].original  # type: ignore[index, union-attr, assignment]
+        self.latent = _Chain.take(self.module, self.attribute)
+        self._order_again()
         self._handles: list[Any] = []
         if not hooked:
             self._handles.append(self.module.register_state_dict_post_hook(_plain_on_save))
@@ -112,10 +170,11 @@ class ParametrizedWeight:
         else:  # others stay: a class like this one, without the property
             rest = {name: value for name, value in vars(kind).items() if name not in (attribute, "__dict__", "__weakref__")}
             module.__class__ = type(kind.__name__, kind.__bases__, rest)
-        own = module._parameters
-        own[attribute] = self.latent
+        if isinstance(module, nn.RNNBase):
+            _flatten(module)
+
+    def _order_again(self) -> None:
+        own = self.module._parameters
         for name in self._order:
             if name in own:
                 own[name] = own.pop(name)
-        if isinstance(module, nn.RNNBase):
-            _flatten(module)

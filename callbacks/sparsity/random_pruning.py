@@ -9,7 +9,7 @@ ImageNet/core.py) and CIFAR/sparselearning/snip.py (shares of the layers by SNIP
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_methods import checks
 from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of, require_logits
-from lit_methods.callbacks.sparsity.callback import MaskCallback, built_by
+from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.density import exact_counts, layer_density
 from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
@@ -31,6 +31,7 @@ from lit_methods.callbacks.twin import independent_copy, training_batches
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.seeds import own_seed
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="random_pruning",
@@ -177,7 +178,7 @@ class RandomPruning(MaskCallback):
         TypeError: In ``setup``, SNIP or GraSP find no logits.
     """
 
-    artifact = "random_pruning_masks{where}"
+    artifact, kept = "random_pruning_masks{where}", {"layer_densities": "layer_densities", "gradient_norm": "_gradient_norm"}
     stream = "random_pruning"
     panels: ClassVar[tuple[Panel, ...]] = (
         TablePanel("Density per layer", "random_pruning/layers", note="Wanted, and as drawn. A layer near 0 cuts the network."),
@@ -210,8 +211,7 @@ class RandomPruning(MaskCallback):
     ) -> None:
         super().__init__(targets, skip, seed, mask_gradients, mask_optimizer_state)
         checks.within("(0, 1]", "a share", density=density, last_density=last_density)
-        checks.one_of(Method, method=method)
-        checks.one_of(("random", "score"), positions=positions)
+        checks.literals(RandomPruning, locals())
         checks.at_least(1, "a number of samples", samples_per_class=samples_per_class)
         checks.positive(temperature=temperature)
         checks.at_least(0, power=power)
@@ -240,34 +240,29 @@ class RandomPruning(MaskCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose the weights, and refuse what can't work."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            if self.method in ("snip", "grasp"):
-                require_logits(pl_module, self.logits, f"{type(self).__name__} with method={self.method!r}")
-            if built_by(pl_module) is None:
-                self._check_ends(list(self.chosen(pl_module)))
+        if stage == "fit" and self.method in ("snip", "grasp"):
+            who = f"{type(self).__name__} with method={self.method!r}"
+            self.when_built(pl_module, lambda: require_logits(pl_module, self.logits, who))
+
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: Mapping[str, nn.Parameter]) -> None:
+        """As mask callbacks; first and last layer must be among the weights."""
+        super().check(trainer, pl_module, weights)
+        with checks.naming(type(self).__name__):
+            self._ends(list(weights))
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All layers are there now."""
-        self._check_ends(list(self.store.weights))
+        """The first gradients are still to come."""
         self._gradient_norm = None
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Masks, the wanted densities and the first gradient norm."""
-        super().restore(state)
-        self.layer_densities, self._gradient_norm = dict(state["layer_densities"]), state["gradient_norm"]
-
-    def _check_ends(self, names: Sequence[str]) -> None:
-        self._place(names, "first_layer", self.first_layer)
-        self._place(names, "last_layer", self.last_layer)
-
-    def _place(self, names: Sequence[str], argument: str, layer: str | None) -> int | None:
-        """Index of a layer among the weights."""
-        if layer is None:
-            return None
-        found = [index for index, name in enumerate(names) if layer in (name, name.rpartition(".")[0])]
-        if not found:
-            raise ValueError(f"{argument} is {layer!r}, which is none of the masked layers: {', '.join(names)}")
-        return found[0]
+    def _ends(self, names: Sequence[str]) -> dict[str, int | None]:
+        """Places of the first and the last layer among the weights, where they are named."""
+        ends: dict[str, int | None] = {}
+        for end, layer in (("first", self.first_layer), ("last", self.last_layer)):
+            found = [index for index, name in enumerate(names) if layer in (name, name.rpartition(".")[0])]
+            if layer is not None and not found:
+                raise ValueError(f"{end}_layer is {layer!r}, which is none of the masked layers: {', '.join(names)}")
+            ends[end] = found[0] if found else None
+        return ends
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         """Random at the layers' densities, or where the scores say."""
@@ -277,13 +272,15 @@ class RandomPruning(MaskCallback):
             whole = sum(share * size for share, size in zip(shares, sizes, strict=True)) / sum(sizes)
             if abs(whole - self.density) > 0.1 * self.density + 2 / sum(sizes):
                 why = f"would keep {whole:.1%} of the weights where density is {self.density:.1%}, as that many have the same score"
-                way = "give larger inputs (with maps smaller than kernels most scores are 0), or choose a method by shape, such as 'erk'"
+                way = (
+                    "give larger inputs (with maps smaller than kernels most scores are 0), start norms at a scale above 0, or choose a "
+                    "method by shape, such as 'erk'"
+                )
                 raise ValueError(f"method={self.method!r} {why}: {way}")
         else:
-            names, options = list(weights), {"power": self.power, "last_density": self.last_density, "exact_budget": self.exact_budget}
-            ends = {end: self._place(names, f"{end}_layer", getattr(self, f"{end}_layer")) for end in ("first", "last")}
-            shapes = [weight.shape for weight in weights.values()]
-            shares = layer_density(shapes, self.density, self.method, **options, **ends, names=names)  # type: ignore[arg-type]
+            names, shapes = list(weights), [weight.shape for weight in weights.values()]
+            options = {name: getattr(self, name) for name in ("power", "last_density", "exact_budget")}
+            shares = layer_density(shapes, self.density, self.method, **options, **self._ends(names), names=names)  # type: ignore[arg-type]
         self.layer_densities = dict(zip(weights, shares, strict=True))
         if dead := [name for name, share in self.layer_densities.items() if share * weights[name].numel() < 1]:
             rank_zero_warn(f"RandomPruning: {self.method} leaves {', '.join(dead)} no weight, and the network is cut: raise density")
@@ -338,14 +335,8 @@ class RandomPruning(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density and the first step's gradient norm."""
-        pl_module.log("random_pruning/density", self.store.density(), batch_size=1)
-        if self._gradient_norm is not None:
-            pl_module.log("random_pruning/gradient_norm_at_init", self._gradient_norm.to(pl_module.device), batch_size=1)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What all mask callbacks save, the wanted densities, and the first gradient norm."""
-        state = super().state_dict()
-        return state and {**state, "layer_densities": dict(self.layer_densities), "gradient_norm": self._gradient_norm}
+        norm = {} if self._gradient_norm is None else {"random_pruning/gradient_norm_at_init": self._gradient_norm}
+        log_global(pl_module, {"random_pruning/density": self.store.density(), **norm}, batch_size=1)
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the layers."""

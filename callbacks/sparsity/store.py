@@ -19,13 +19,9 @@ _PRUNABLE: tuple[type[nn.Module], ...] = (nn.Linear, nn.modules.conv._ConvNd, nn
 """Module classes whose matrices and kernels are masked by default: linear, convolution, attention projections."""
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the linear layer of GPT-2 in ``transformers``, whose weight is (in, out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
-
-
 def _is_prunable(module: nn.Module) -> bool:
-    return isinstance(module, _PRUNABLE) or _is_conv1d(module)
+    of_gpt2 = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")  # a linear layer
+    return isinstance(module, _PRUNABLE) or of_gpt2
 
 
 _MADE_OF = ("_g", "_v", "_orig")  # endings of what weight_norm, spectral_norm and torch's pruning put in the place of a parameter
@@ -83,6 +79,9 @@ def choose_weights(root: nn.Module, targets: Sequence[str] = (), skip: Sequence[
                 left[plain_name(prefix + own)] = f"made in the forward pass by {type(chain[0]).__name__.strip('_')}"
         for own, parameter in owner.named_parameters(recurse=False):
             full = plain_name(prefix + own)
+            if own in chains:
+                left[full] = "parametrised already: it belongs to another parametrisation"
+                continue
             if is_lazy(parameter):
                 way = "run the lazy layers once before fit, on a batch of the right size, or leave them out with skip"
                 raise ValueError(f"{full} of {type(root).__name__} has no shape yet: {way}")
@@ -145,7 +144,8 @@ def trained(who: str, choice: Choice, targets: Sequence[str], held: Collection[i
         raise ValueError(f"{who} prunes weights that are trained, but targets={list(targets)} mean {listed(left)} too: add these to skip")
     weights = {name: weight for name, weight in choice.weights.items() if name not in left}
     if left and not weights:
-        raise ValueError(f"{who} has no weight left to prune: {listed(left)}")
+        way = "train some of them, take weight_norm and the like off before fit, or name other layers by targets"
+        raise ValueError(f"{who} has no weight left to prune: {listed(left)}; {way}")
     return Choice(weights, left)
 
 
@@ -212,40 +212,36 @@ class MaskStore:
         """Move the masks to where the weights are."""
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in self.masks.items()}
 
-    @torch.no_grad()
     def apply(self, names: Iterable[str] | None = None) -> None:
         """Set dead weights to exactly 0 (also where they are infinite or NaN)."""
-        for name in self.weights if names is None else names:
-            zero_removed_(self.weights[name], self.masks[name])
+        self.apply_to({name: self.weights[name] for name in (self.weights if names is None else names)})
 
-    @torch.no_grad()
-    def apply_to_gradients(self, names: Iterable[str] | None = None) -> None:
+    def apply_to_gradients(self, names: Iterable[str]) -> None:
         """Set the gradients of dead weights to 0, in place."""
-        for name in self.weights if names is None else names:
-            gradient = self.weights[name].grad
-            if gradient is not None:
-                zero_removed_(gradient, self.masks[name])
+        self.apply_to({name: grad for name in names if (grad := self.weights[name].grad) is not None})
 
-    @torch.no_grad()
-    def apply_to_optimizer(self, optimizer: torch.optim.Optimizer, names: Iterable[str] | None = None) -> None:
+    def apply_to_optimizer(self, optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
         """Set the optimiser's memory of dead weights to 0: every state tensor that has the weight's shape (momentum, Adam's moments)."""
-        for name in self.weights if names is None else names:
+        for name in names:
             weight = self.weights[name]
             for value in optimizer.state.get(weight, {}).values():
                 if isinstance(value, Tensor) and value.shape == weight.shape:
                     zero_removed_(value, self.masks[name])
 
-    @torch.no_grad()
     def apply_to(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set dead weights of a copy to 0, such as an averaged model: name -> tensor; other names are left alone."""
-        for name, mask in self.masks.items():
-            if name in tensors:
-                zero_removed_(tensors[name], mask.to(tensors[name].device))
+        """Set dead entries of some tensors to 0, such as an averaged model: name -> tensor; other names are left alone."""
+        for name, tensor in tensors.items():
+            if name in self.masks:
+                zero_removed_(tensor, self.masks[name].to(tensor.device))
 
     def counts(self) -> dict[str, tuple[int, int]]:
         """Name -> (active weights, all weights)."""
         active = torch.stack([mask.sum() for mask in self.masks.values()]).tolist()  # one wait for the device
         return {name: (int(count), mask.numel()) for (name, mask), count in zip(self.masks.items(), active, strict=True)}
+
+    def densities(self) -> dict[str, float]:
+        """Name -> active share of the weight."""
+        return {name: active / total for name, (active, total) in self.counts().items()}
 
     def density(self) -> float:
         """Active share of all weights of the store."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.catalog import configs_folder
-from lit_methods.checks import one_of
+from lit_methods.checks import literals
 from lit_methods.datamodules.driving.base import DrivingDataModule, LabelFraction
 from lit_methods.datamodules.driving.common import (
     OnBroken,
@@ -367,8 +367,7 @@ class KittiStyleDataModule(DrivingDataModule):
             seed=seed,
             on_broken=on_broken,
         )
-        one_of(("segment", "semi_supervised"), mode=mode)
-        one_of(("val", "test"), predict_split=predict_split)
+        literals(KittiStyleDataModule, locals())
         self.label_map = read_label_map(dataset)
         if root is None:
             raise ValueError(

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_methods.checks import at_least, one_of, within
+from lit_methods.checks import at_least, literals, within
 from lit_methods.datamodules.driving.base import DrivingDataModule, LabelFraction
 from lit_methods.datamodules.driving.common import (
     Batch,
@@ -352,9 +352,7 @@ class NuScenesDataModule(DrivingDataModule):
             seed=seed,
             on_broken=on_broken,
         )
-        one_of(("pretrain", "segment", "semi_supervised"), mode=mode)
-        one_of(("openseed", "slic"), superpixels=superpixels)
-        one_of(("slidr600", "train"), pretrain_split=pretrain_split)
+        literals(NuScenesDataModule, locals())
         within("[1, 3]", "key frames", frames=frames)
         within(f"[1, {len(CAMERAS)}]", cameras=cameras)
         at_least(0, num_sweeps=num_sweeps)

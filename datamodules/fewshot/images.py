@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_methods.checks import at_least, one_of
+from lit_methods.checks import at_least, literals
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.fewshot import coloured_shapes as shapes
 from lit_methods.datamodules.fewshot.releases import LAYOUTS, Name, check_layout, choose_shots, read_descriptions, read_release
@@ -136,9 +136,7 @@ class FewShotDataModule(LoaderDataModule):
         pictures: shapes.Pictures = "shapes",
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
-        one_of(LAYOUTS, name=name)
-        one_of(Classes, classes=classes)
-        one_of(shapes.Pictures, pictures=pictures)
+        literals(FewShotDataModule, locals())
         at_least(1, shots=shots, image_size=image_size)
         if template is not None and "{}" not in template:
             raise ValueError(f"template={template!r} has no {{}} for the name of the class")

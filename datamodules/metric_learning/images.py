@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
-from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, Prepare, open_listed
@@ -216,8 +216,7 @@ class RetrievalImagesDataModule(RetrievalDataModule):
     def check_root(self, stage: str = "fit") -> None:
         """Look for the file that shows that it is the release."""
         first, source = _FIRST[self.release]
-        if self.root is not None and not (self.root / first).is_file():
-            raise WrongRootError(f"root={str(self.root)!r} has no {first}: unpack {source} there, or set root=null for the built-in images")
+        self.expect(first, f"unpack {source} there")
 
     def setup(self, stage: str) -> None:
         """Read the lists; images are read when they are asked for."""

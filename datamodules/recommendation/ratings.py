@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_methods.checks import at_least, one_of, within
+from lit_methods.checks import at_least, literals, within
 from lit_methods.datamodules.base import Batches, LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
@@ -442,8 +442,7 @@ class RatingsDataModule(LoaderDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
-        one_of(Format, format=format)
-        one_of(Mode, mode=mode)
+        literals(RatingsDataModule, locals())
         within("(0, 1)", "a share", test_share=test_share)
         within("[0, 1)", "a share", val_share=val_share)
         within("(0, 0.5)", "a share", heldout_users=heldout_users)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
-from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import crop_and_flip, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
@@ -140,12 +140,7 @@ class AgeDataModule(RegressionDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the table."""
-        file = _FILES[self.release]
-        if self.root is not None and not (self.root / file).is_file():
-            raise WrongRootError(
-                f"root={str(self.root)!r} has no {file}: put the table of YyzHarry/imbalanced-regression and the images there, "
-                "or set root=null for the built-in pictures"
-            )
+        self.expect(_FILES[self.release], "put the table of YyzHarry/imbalanced-regression and the images there", "pictures")
 
     def setup(self, stage: str) -> None:
         """Read the table; images are read when they are asked for."""

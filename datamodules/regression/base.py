@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.datamodules.base import LoaderDataModule, Samples
+from lit_methods.tasks.imbalanced_regression.metrics import label_counts
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, label_weights, smoothing_kernel
 
 
@@ -115,11 +116,11 @@ class RegressionDataModule(LoaderDataModule):
     def known(self, train: NDArray[Any], parts: Sequence[NDArray[Any]]) -> tuple[Labels, ...]:
         """Labels of the training part, with weights, and of the others, all with the counts of the training part."""
         bins = self.bins(train)
-        counts = np.bincount(bins, minlength=self.num_bins)
+        seen, *others = (label_counts(torch.from_numpy(self.bins(part)), torch.from_numpy(bins)).numpy() for part in (train, *parts))
         weights = None
         if self.reweighting.reweight != "none":
             weights = label_weights(bins, *self.reweighting, self.num_bins)
-        return Labels(train, weights, counts[bins]), *(Labels(part, None, counts[self.bins(part)]) for part in parts)
+        return Labels(train, weights, seen), *(Labels(part, None, counts) for part, counts in zip(parts, others, strict=True))
 
 
 __all__ = ["Labels", "RegressionDataModule", "RegressionSamples", "Reweighting"]

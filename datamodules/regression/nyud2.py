@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import Samples
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import GREY_16_MODES, IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.regression.base import RegressionDataModule, Reweighting
@@ -249,11 +249,7 @@ class NYUD2DataModule(RegressionDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the training list."""
-        if self.root is not None and not (self.root / "nyu2_train.csv").is_file():
-            raise WrongRootError(
-                f"root={str(self.root)!r} has no nyu2_train.csv: unpack the data of NYUD2-DIR (YyzHarry/imbalanced-regression) there, "
-                "or set root=null for the built-in rooms"
-            )
+        self.expect("nyu2_train.csv", "unpack the data of NYUD2-DIR (YyzHarry/imbalanced-regression) there", "rooms")
 
     def setup(self, stage: str) -> None:
         """Read the lists and count depths; images are read when they are asked for."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.checks import at_least
-from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
 from lit_methods.datamodules.tables import named_rows
@@ -138,11 +138,8 @@ class SentencePairsDataModule(RegressionDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the training table."""
-        if self.root is not None and not (self.root / _FILES["train"]).is_file():
-            raise WrongRootError(
-                f"root={str(self.root)!r} has no {_FILES['train']}: copy the tables of sts-b-dir/glue_data/STS-B of "
-                "YyzHarry/imbalanced-regression there, or set root=null for the built-in sentences"
-            )
+        way = "copy the tables of sts-b-dir/glue_data/STS-B of YyzHarry/imbalanced-regression there"
+        self.expect(_FILES["train"], way, "sentences")
 
     def setup(self, stage: str) -> None:
         """Read the tables."""

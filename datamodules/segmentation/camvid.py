@@ -52,7 +52,8 @@ def read_camvid(root: Path, part: str, factor: int, size: int) -> tuple[NDArray[
     files = listed(root / part, "*.png")
     if not files:
         raise WrongRootError(f"{root / part} has no *.png: give the folder of {_SOURCE}")
-    pictures, masks = [], []
+    pictures: list[NDArray[np.float32]] = []
+    masks: list[NDArray[np.integer]] = []
     for file in files:
         picture = np.asarray(open_picture(file), dtype=np.float32).mean(axis=2) / 255
         mask_file = root / f"{part}annot" / file.name

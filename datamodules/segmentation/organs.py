@@ -280,7 +280,8 @@ class OrganSlicesDataModule(LoaderDataModule):
 
     def _in_memory(self, train: _Volumes, val: _Volumes, test: _Volumes) -> None:
         """Volumes, each with its labels, as single slices; those of the test whole."""
-        (images, truth), (held_out, held_out_labels) = ([array.reshape(-1, SIDE, SIDE) for array in part] for part in (train, val))
+        images, truth = train[0].reshape(-1, SIDE, SIDE), train[1].reshape(-1, SIDE, SIDE)
+        held_out, held_out_labels = val[0].reshape(-1, SIDE, SIDE), val[1].reshape(-1, SIDE, SIDE)
         labels = add_spurious(truth, self.spurious, self.seed)
         dense = truth.reshape(len(truth), -1).max(1) > 0
         self.train_set = SegmentationSamples(

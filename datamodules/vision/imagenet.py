@@ -203,11 +203,8 @@ class ImageNetDataModule(ClassificationDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the folder of validation images."""
-        if self.root is not None and not (self.root / "val").is_dir():
-            raise WrongRootError(
-                f"root={str(self.root)!r} has no folder val: expected train/<class>/*.JPEG and val/<class>/*.JPEG, the images of "
-                "ILSVRC2012 validation sorted into the folders of their classes; or set root=null for the built-in images"
-            )
+        layout = "expected train/<class>/*.JPEG and val/<class>/*.JPEG"
+        self.expect("val", f"{layout}, the images of ILSVRC2012 validation sorted into the folders of their classes")
 
     def setup(self, stage: str) -> None:
         """List the files."""

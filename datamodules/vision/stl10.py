@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.tables import text_of
@@ -104,11 +104,7 @@ class STL10DataModule(ClassificationDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the release's folder."""
-        if self.root is not None and not (self.root / "stl10_binary").is_dir():
-            raise WrongRootError(
-                f"root={str(self.root)!r} has no folder stl10_binary: unpack stl10_binary.tar.gz from "
-                "https://cs.stanford.edu/~acoates/stl10/ there, or set root=null for the built-in images"
-            )
+        self.expect("stl10_binary", "unpack stl10_binary.tar.gz from https://cs.stanford.edu/~acoates/stl10/ there")
 
     def setup(self, stage: str) -> None:
         """Map the files."""

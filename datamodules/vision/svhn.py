@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import Prepare
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
@@ -87,11 +87,7 @@ class SVHNDataModule(ClassificationDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the training images."""
-        if self.root is not None and not (self.root / "train_32x32.mat").is_file():
-            raise WrongRootError(
-                f"root={str(self.root)!r} has no train_32x32.mat: put the cropped digits from http://ufldl.stanford.edu/housenumbers/ "
-                "there, or set root=null for the built-in images"
-            )
+        self.expect("train_32x32.mat", "put the cropped digits from http://ufldl.stanford.edu/housenumbers/ there")
 
     def setup(self, stage: str) -> None:
         """Read everything into memory."""

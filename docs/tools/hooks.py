@@ -36,6 +36,7 @@ WHOLE_FILES = {
     "add_a_technique.md": "CONTRIBUTING.md",
     "configs.md": "configs/README.md",
     "benchmarks.md": "benchmarks/README.md",
+    "authors.md": "benchmarks/authors.md",
     "changes.md": "CHANGELOG.md",
     "notebooks.md": "notebooks/README.md",
 }
@@ -62,10 +63,11 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
             "dashboards.md",
             "reports.md",
             "long_runs.md",
+            "full_recipes.md",
             "errors.md",
         ),
     ),
-    ("Evidence", ("evidence.md", "benchmarks.md")),
+    ("Evidence", ("evidence.md", "benchmarks.md", "authors.md")),
     ("Develop", ("add_a_technique.md", "design.md", "testing.md", "changes.md")),
 )
 API_MODULES = ("lit_methods.panels", "lit_methods.datamodules.errors")  # public beside the stubs: what one writes panels and data with

@@ -300,3 +300,12 @@ def parsed(parser: Parser, argv: list[str]) -> argparse.Namespace | None:
         parser.print_help()
         return None
     return parser.parse_args(argv)
+
+
+def __getattr__(name: str) -> Any:
+    """Kept for code written against 0.1: ``read_state_dict`` stands in :mod:`lit_methods.runs.checkpoints`, which imports torch."""
+    if name == "read_state_dict":
+        from lit_methods.runs.checkpoints import read_state_dict
+
+        return read_state_dict
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -439,6 +439,14 @@ def explain_run_error(error: Exception) -> CommandError | None:
         return CommandError(str(error).strip(), exit_code=1)
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
         return CommandError(_state_dict_mismatch(str(error)), exit_code=1)
+    if isinstance(error, RuntimeError) and (twice := re.match(r"Found more than one stateful callback of type `(\w+)`", str(error))):
+        what = f"{twice[1]} stands twice among the callbacks, and a checkpoint could keep only one of them"
+        return CommandError(f"{what}\n  callbacks+ adds to the list of the files before: leave it out in one of them", exit_code=1)
+    if isinstance(error, RuntimeError) and (shared := re.match(r"Error while merging hparams: the keys \[(.+?)\]", str(error))):
+        advice = "rename them in one of the two, or leave them out there: self.save_hyperparameters(ignore=[...])"
+        return CommandError(
+            f"hyperparameters of module and datamodule share names, with different values: {shared[1]}\n  {advice}", exit_code=1
+        )
     if isinstance(error, pickle.UnpicklingError | UnreadableCheckpoint) or "PytorchStreamReader" in str(error):
         file = f"{str(error).partition(': ')[0]}: " if isinstance(error, UnreadableCheckpoint) else ""
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -354,6 +354,65 @@ def _show_help(argv: list[str], files: list[Path]) -> int:
     return 0
 
 
+class PlannedCLI(LitCLI):
+    """A command that is parsed and not run: no folder is made, nothing is built until :meth:`built` is asked for it."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: the run has no folder."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing."""
+
+    @staticmethod
+    def built(kind: str, section: Namespace) -> Any:
+        """The object of a section of the config: ``model``, ``data`` or ``callback``."""
+        bases: dict[str, Any] = {"model": LightningModule, "data": LightningDataModule}
+        parser = LightningArgumentParser(exit_on_error=False)
+        if kind in bases:
+            parser.add_lightning_class_args(bases[kind], kind, subclass_mode=True)
+        else:
+            parser.add_subclass_arguments(Callback, kind)
+        return parser.instantiate_classes(Namespace({kind: section.clone()}))[kind]
+
+
+def planned(argv: list[str]) -> tuple[PlannedCLI, list[Path]]:
+    """Parse a command without running it.
+
+    Args:
+        argv: As in :func:`run`.
+
+    Returns:
+        The command, whose ``config`` is the parsed one, and the files behind ``--config``.
+
+    Raises:
+        CommandError: A mistake in the arguments or configs.
+    """
+    argv, files = _prepared(argv)
+    cli = PlannedCLI.__new__(PlannedCLI)
+    try:
+        cli.__init__(argv, files)  # type: ignore[misc]  # the object is needed where it fails
+    except argparse.ArgumentError as error:
+        from lit_methods.cli.explain import explain
+
+        raise CommandError(explain(str(error), cli, argv, files)) from error
+    return cli, files
+
+
+def _prepared(argv: list[str]) -> tuple[list[str], list[Path]]:
+    """Arguments with full paths of configs, and these; the classes that they name are imported."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: a user's own classes by dotted path
+    argv = [re.sub(r"^--[a-z_-]+(?=$|=)", lambda key: "--" + key[0][2:].replace("-", "_"), word) for word in argv]  # --run-root
+    argv, files = resolve_config_arguments(argv)
+    mentioned = mentioned_files(argv, files)
+    refuse_repeated(argv, mentioned)
+    prepare_mentioned(argv, mentioned)
+    return argv, files
+
+
 def run(argv: list[str]) -> int:
     """Run ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -363,17 +422,11 @@ def run(argv: list[str]) -> int:
     Raises:
         CommandError: A mistake in the arguments or configs.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a user's own classes by dotted path
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_QUIET)
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec")  # torch to Lightning, not to the user
     warnings.filterwarnings("ignore", message="The dirpath has changed")  # every run has its own folder
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")  # --resume auto
-    argv = [re.sub(r"^--[a-z_-]+(?=$|=)", lambda key: "--" + key[0][2:].replace("-", "_"), word) for word in argv]  # --run-root
-    argv, files = resolve_config_arguments(argv)
-    mentioned = mentioned_files(argv, files)
-    refuse_repeated(argv, mentioned)
-    prepare_mentioned(argv, mentioned)
+    argv, files = _prepared(argv)
     if any(word.partition("=")[0].endswith(".help") for word in argv):
         return _show_help(argv, files)
     cli = LitCLI.__new__(LitCLI)

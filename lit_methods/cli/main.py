@@ -23,6 +23,10 @@ Look around
   list [--family F] [--json]      techniques that are here; --parts: what one builds with; --configs: what runs
   info <technique|family|class>   what it does, its configs, how to run it
 
+Before a long run
+  doctor <config> [overrides]     are data, weights, GPUs, disk there? parameters, memory, steps; nothing is trained or downloaded
+  fake <datamodule|config> <root> a tiny release in the benchmark's official layout, to try a pipeline without the data
+
 Believe and see
   claims [technique...]           re-show the claims of the papers: method against baseline, verdict, evidence
   compare <family>                all techniques of a family on one task at equal budget
@@ -123,7 +127,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, report, scaffold
+    from lit_methods.cli import claims, commands, dashboard, doctor, fake, report, scaffold
 
     return {
         "claims": claims.claims,
@@ -135,6 +139,8 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "cp": commands.copy,
         "export": commands.export,
         "new": scaffold.new,
+        "fake": fake.fake,
+        "doctor": doctor.doctor,
     }
 
 

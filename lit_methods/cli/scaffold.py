@@ -52,6 +52,19 @@ Trainer(max_epochs=1, callbacks=[callback]).fit(ImageClassifier(MLP([64, 64, 10]
 ```""",
 }
 
+_TRAJECTORY = {
+    "module": {
+        "plain": "",
+        "built": "$class_name(copy.deepcopy(network), learning_rate=0.01, weight=0.5)",
+        "callbacks": "",
+    },
+    "callback": {
+        "plain": "PlainClassifier, ",
+        "built": "PlainClassifier(copy.deepcopy(network), lambda parameters: torch.optim.Adam(parameters, lr=0.01))",
+        "callbacks": ", [$class_name(weight=0.5)]",
+    },
+}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -328,7 +341,9 @@ def new(argv: list[str]) -> int:
     parser.add_argument("--new-family", action="store_true", help="--family is a new one")
     parser.add_argument("--title", help="title of the paper")
     parser.add_argument("--package", help="outside a checkout: name of the new package; default: lit_<slug>")
-    parser.add_argument("--complete", action="store_true", help="write what a draft lacks: claim, docs page, full-scale config")
+    parser.add_argument(
+        "--complete", action="store_true", help="write what a draft lacks: claim, docs page with its loop, full-scale config"
+    )
     options = parsed(parser, argv)
     if options is None:
         return 0
@@ -480,17 +495,25 @@ def _complete(slug: str) -> int:
     words["targets"] = '["network"]'
     words["metric"] = f"{slug}/val_loss" if form == "module" else "classifier/val_loss"
     words["attach"] = Template(_ATTACH[form]).substitute(words)
+    home = "lit_methods" if form == "module" else "callbacks"
+    words["package"] = "lit_methods" if form == "module" else "lit_methods.callbacks"
+    in_folder = (root / home / entry.family / slug).is_dir()
+    words["core"] = f"{words['package']}.{entry.family}.{slug}" + (".core" if in_folder else "")
+    of_weights = form == "callback" and in_folder
+    words["term"] = f"sum({slug}_loss(value) for value in network.parameters() if value.ndim > 1)" if of_weights else f"{slug}_loss(logits)"
+    words |= {name: Template(text).substitute(words) for name, text in _TRAJECTORY[form].items()}
     targets = {
         Path("configs/full") / f"{slug}.yaml": "full.yaml",
         Path("configs/claims") / f"{slug}.yaml": "claim.yaml",
         Path("docs/techniques") / f"{slug}.md": "docs.md",
+        Path("tests/trajectory") / f"test_{slug}_trajectory.py": "trajectory.py",
     }
     texts = {path: _template(name, words) for path, name in targets.items()}
     write_all(root, texts, {})
     print("\n".join(f"  {path.as_posix()}" for path in texts))
     print(f"""
 next
-  1. fill them in, and arxiv, claim and summary of the catalogue entry
+  1. fill them in, and arxiv, claim and summary of the catalogue entry; pytest tests/trajectory/test_{slug}_trajectory.py
   2. lit claims {slug} --plan, --quick, then without either
   3. take draft=True out of the catalogue entry
   4. python docs/make_gallery.py {slug}; show the picture on the page

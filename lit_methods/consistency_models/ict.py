@@ -131,11 +131,7 @@ class ConsistencyTraining(PairTraining):
         grid: int = 16,
         seed: int = 0,
     ) -> None:
-        checks.one_of(Curriculum, curriculum=curriculum)
-        checks.one_of(LevelDraws, levels=levels)
-        checks.one_of(Metric, metric=metric)
-        checks.one_of(Weight, weight=weight)
-        checks.one_of(Teacher, teacher=teacher)
+        checks.literals(ConsistencyTraining, locals())
         checks.share(teacher_decay=teacher_decay)
         checks.positive(c=c)
         checks.positive(p_std=p_std, rho=rho, learning_rate=learning_rate)

@@ -141,6 +141,7 @@ class DiffusersAutoencoder(nn.Module):
             path,
             given=f"path={str(path)!r}",
             instead="give a complete copy of an AutoencoderKL: config.json and weights",
+            blank=lambda: diffusers.AutoencoderKL.from_config(diffusers.AutoencoderKL.load_config(str(path), local_files_only=True)),
         )
         self.sample = sample
 

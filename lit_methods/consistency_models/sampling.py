@@ -12,13 +12,6 @@ from lit_methods import checks
 Consistency = Callable[[Tensor, Tensor], Tensor]
 
 
-def descending_time(index: int, steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> float:
-    """Level ``index`` of ``steps`` levels that descend from ``sigma_max`` (index 0) to ``sigma_min``."""
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return float((high + index / (steps - 1) * (low - high)) ** rho)
-
-
-@torch.no_grad()
 def check_sample_times(times: Sequence[float], sigma_min: float, sigma_max: float) -> None:
     """Raise ValueError unless levels of a sampler descend and lie between the smallest and the largest."""
     if list(times) != sorted(times, reverse=True) or any(not sigma_min < time < sigma_max for time in times):

@@ -22,18 +22,21 @@ def lovasz_softmax(probs: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         Scalar; 0 (with zero gradients) when every point is ignored.
     """
     valid = labels != ignore_index
-    target = F.one_hot(torch.where(valid, labels, 0), probs.shape[1]).to(probs.dtype) * valid[:, None]
+    counts = valid.to(probs.dtype)
+    # (C, n): rows are sorted faster than columns
+    target = probs.new_zeros(probs.shape[::-1]).scatter_(0, labels.where(valid, 0)[None], counts[None])
     # ignored points sort behind all others, where they change no value and no rank
-    error = torch.where(valid[:, None], (target - probs).abs(), -1.0)
-    error, order = error.sort(dim=0, descending=True)
-    target = target.gather(0, order)
-    present = target.sum(0)
-    hit = target.cumsum(0)
-    miss = (1 - target).cumsum(0)
-    jaccard = 1 - (present - hit) / (present + miss)
-    step = torch.cat([jaccard[:1], jaccard[1:] - jaccard[:-1]])
-    per_class = (error.clamp(min=0) * step).sum(0)
-    return torch.where(present > 0, per_class, 0.0).sum() / (present > 0).sum().clamp(min=1)
+    error = (target - probs.T).abs() * counts - (1 - counts)
+    error, order = error.sort(dim=1, descending=True)
+    with torch.no_grad():
+        present = target.sum(1, keepdim=True)
+        hit = target.gather(1, order).cumsum(1)
+        rank = torch.arange(1, len(labels) + 1, device=labels.device)
+        jaccard = 1 - (present - hit) / (present + rank - hit)
+        step = torch.cat([jaccard[:, :1], jaccard.diff(dim=1)], dim=1)
+        seen = present[:, 0] > 0
+    per_class = (error.clamp(min=0) * step).sum(1)
+    return torch.where(seen, per_class, 0.0).sum() / seen.sum().clamp(min=1)
 
 
 def segmentation_losses(logits: Tensor, labels: Tensor, ignore_index: int, lovasz_weight: float = 2.0) -> dict[str, Tensor]:

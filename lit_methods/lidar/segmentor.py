@@ -176,10 +176,4 @@ class PointSegmentor(Evaluated):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with one cycle over what is trained."""
         hp = self.hparams
-        return adamw_one_cycle(
-            self,
-            (p for p in self.parameters() if p.requires_grad),
-            learning_rate=hp["learning_rate"],
-            weight_decay=hp["weight_decay"],
-            pct_start=hp["pct_start"],
-        )
+        return adamw_one_cycle(self, learning_rate=hp["learning_rate"], weight_decay=hp["weight_decay"], pct_start=hp["pct_start"])

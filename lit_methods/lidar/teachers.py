@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_methods import checks
-from lit_methods.hub import timm_network
+from lit_methods.hub import leave_out, timm_network
 
 _DINOV2 = {
     "small": "vit_small_patch14_dinov2.lvd142m",
@@ -41,12 +41,11 @@ class DINOv2(nn.Module):
         if image_size[0] % self.stride or image_size[1] % self.stride:
             raise ValueError(f"image_size must be multiples of {self.stride}, got {tuple(image_size)}")
         local = weights is not None and weights != "random"
-        if local and not Path(str(weights)).is_file():
-            raise FileNotFoundError(
-                f"weights={str(weights)!r} is no file: give a timm state dict of {_DINOV2[size]}, or null to download it"
-            )
+        given = f"weights={str(weights)!r}"
         sizes: dict[str, Any] = {"img_size": tuple(image_size), "num_classes": 0}
-        if local:
+        if local and not leave_out(given, str(weights)):
+            if not Path(str(weights)).is_file():
+                raise FileNotFoundError(f"{given} is no file: give a timm state dict of {_DINOV2[size]}, or null to download it")
             import timm  # imports torchvision: only where it is used
 
             self.vit = timm.create_model(_DINOV2[size], pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **sizes)

@@ -300,12 +300,13 @@ class CLIPTowers(TwoTowers):
                 "openai/clip-vit-base-patch16"
             )
 
-        def read(kind: Any, **options: Any) -> Any:
+        def read(kind: Any, blank: Any = None, **options: Any) -> Any:
             return fetch(
                 lambda: kind.from_pretrained(str(path), local_files_only=True, **options),
                 path,
                 given=f"path={str(path)!r}",
                 instead="give a complete copy of a CLIP model of transformers: config.json, weights, the tokenizer's files",
+                blank=blank,
             )
 
         config = read(transformers.AutoConfig)
@@ -323,7 +324,7 @@ class CLIPTowers(TwoTowers):
             embed_dim=config.projection_dim, activation=image.hidden_act, eps=image.layer_norm_eps,
         )  # fmt: skip
         super().__init__(sizes, _Tokenizer(tokenizer, sizes.context_length), int(tokenizer.eos_token_id))
-        copy_clip(self, read(transformers.CLIPModel, dtype=torch.float32))
+        copy_clip(self, read(transformers.CLIPModel, lambda: transformers.CLIPModel(config), dtype=torch.float32))
 
 
 __all__ = ["CLIPTowers", "ResidualBlock", "TowerSizes", "TwoTowers", "copy_clip", "quick_gelu", "run_prompted_blocks"]

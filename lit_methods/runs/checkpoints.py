@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lit_methods.compiled import names_in, plain_name, plain_names
 from lit_methods.errors import suggest
 from lit_methods.files import replacing
+from lit_methods.hub import leave_out
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -163,6 +164,8 @@ def load_into(module: nn.Module, path: Path | str, prefix: str = "") -> None:
     Raises:
         ValueError: Names or shapes differ: the checkpoint belongs to another architecture; the message shows where.
     """
+    if leave_out(str(path), path):
+        return
     state, needed = names_in(module, read_state_dict(path, prefix)), module.state_dict()
     shapes = [
         f"{k}: {tuple(state[k].shape)} in the file, {tuple(needed[k].shape)} here"

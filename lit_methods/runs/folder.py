@@ -249,6 +249,8 @@ class RunFolder(pl.Callback):
             config = {key: self._logged.pop(key) for key in overwritten}  # once a run
             for logger in trainer.loggers:
                 logger.log_hyperparams(config | {"hyperparameters": {key: hyperparameters[key] for key in overwritten}})
+                if isinstance(logger, TensorBoardLogger):  # it writes its file but once
+                    Path(logger.log_dir, logger.NAME_HPARAMS_FILE).unlink(missing_ok=True)
                 logger.save()
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _log_again

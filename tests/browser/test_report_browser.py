@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from forks import HANGS
 from lit_methods.panels import (
     CloudMedia,
     CloudPanel,
@@ -132,7 +133,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def browse(page: Path, tmp_path: Path, *flags: str) -> str:
     """Run the browser on a page; what it says."""
     command = [str(BROWSER), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=6000", *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stderr
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANGS, check=True).stderr
 
 
 def seen(page: Path, scheme: str, tmp_path: Path) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
@@ -193,7 +194,7 @@ def test_paper_is_white_with_charts_also_from_a_dark_screen(name: str, pages: di
     reader = shutil.which("pdftoppm")
     if reader is None:
         pytest.skip("no pdftoppm (poppler-utils) on the PATH to look at the paper")
-    subprocess.run([reader, "-r", "40", "-png", str(paper), str(tmp_path / "sheet")], check=True, timeout=60)
+    subprocess.run([reader, "-r", "40", "-png", str(paper), str(tmp_path / "sheet")], check=True, timeout=HANGS)
     sheets = [np.asarray(Image.open(path).convert("RGB")).astype(int) for path in sorted(tmp_path.glob("sheet-*.png"))]
     assert 2 <= len(sheets) <= 20
     assert all((sheet.min(axis=2) > 240).mean() > 0.3 for sheet in sheets)

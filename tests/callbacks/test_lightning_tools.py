@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset
 
-from helpers import tiny_trainer
+from helpers import advice_on_figures, run_two_processes, tiny_trainer
 from lit_methods import LabelStore
 from lit_methods.callbacks import LabelCorrection, LossTerm
 from lit_methods.catalog import public_names
@@ -106,6 +106,18 @@ class Logs(Pictures):
         loss = super().training_step(batch, batch_idx)
         self.log("own", loss)
         return loss
+
+
+class Notes(Pictures):
+    """Keeps the names of what is logged for all processes together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_all: set[str] = set()
+
+    def log(self, name: str, *args: Any, **kwargs: Any) -> None:
+        self.of_all |= {name} if kwargs["sync_dist"] else set()
+        super().log(name, *args, **kwargs)
 
 
 class Power(LossTerm):
@@ -316,3 +328,43 @@ def test_it_works_or_refuses_at_the_start(name: str, tool: Any, tmp_path: Path) 
 def test_every_public_callback_has_an_entry() -> None:
     assert set(MAKE) == set(public_callbacks())
     assert {name for name, _ in (*REFUSED, *WAITS)} <= set(MAKE)
+
+
+# ---- two processes ---------------------------------------------------------------------------------------------------------------------
+
+LOG_AT_THE_END_OF_EPOCHS = {
+    "ADELE", "AdaWAC", "IterativeSoftShrinkage", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality",
+    "SparseIFT", "SparsityReport",
+}  # fmt: skip
+
+
+def epochs_in_two_processes(names: list[str], path: Path) -> dict[str, tuple[list[str], dict[str, float]]]:
+    """Name -> what Lightning advises about figures, and the figures of epochs, of a fit and a validation as one of two processes."""
+    seen = {}
+    for name in names:
+        folder = path / name
+        folder.mkdir(exist_ok=True)
+        options = {"default_root_dir": folder, "enable_progress_bar": name == "ThroughputProgressBar"}
+        callbacks = [made(name, folder)]
+        with advice_on_figures() as advice:
+            trainer = tiny_trainer(max_epochs=2, devices=2, strategy="ddp_find_unused_parameters_true", callbacks=callbacks, **options)
+            module, loader = Notes(), DataLoader(Samples(), 8)
+            trainer.fit(module, val_dataloaders=loader)
+            figures = dict(trainer.callback_metrics)
+            trainer.validate(module, loader, verbose=False)
+            figures |= trainer.callback_metrics
+        seen[name] = (advice, {key: float(figures[key]) for key in module.of_all})
+    return seen
+
+
+@pytest.mark.thorough
+def test_figures_of_epochs_are_logged_as_those_of_all_processes(tmp_path: Path) -> None:
+    names = sorted(set(MAKE) - {"DenseToSparse", "TemporalVoting"})  # their data are clouds
+    for name in ("ADELE", "LabelCorrection"):
+        (tmp_path / name).mkdir()
+        correction(tmp_path / name)  # one store for both
+    first, second = run_two_processes(epochs_in_two_processes, names, tmp_path)
+    for name in names:
+        assert first[name][0] == second[name][0] == [], name
+        assert first[name][1] == pytest.approx(second[name][1], nan_ok=True), name
+    assert {name for name in names if first[name][1]} == LOG_AT_THE_END_OF_EPOCHS

@@ -543,3 +543,23 @@ def test_trial_steps_of_lightnings_tuner_are_without_the_term_in_words() -> None
     trainer.fit(module, boring_data())
     assert trainer.callback_metrics["mean_square/loss"] > 0
     assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("hook", ["configure_model", "setup"])
+def test_layers_that_the_module_makes_late(hook: str) -> None:
+    class Late(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.made, self.network = self.network, None  # type: ignore[assignment]
+
+        def make(self, stage: str = "fit") -> None:
+            self.network, self.made = self.made or self.network, None  # type: ignore[assignment]
+
+    module = type("Late", (Late,), {hook: Late.make})()
+    trainer = tiny_trainer(max_steps=2, callbacks=[MeanSquare(["network.5"])])
+    trainer.fit(module, images())
+    assert "mean_square/loss" in trainer.callback_metrics
+    assert not {hook, "training_step"} & set(vars(module))
+    with pytest.raises(ValueError, match=r"^MeanSquare: targets.*'nothing' matches no submodule"):
+        tiny_trainer(max_steps=2, callbacks=[MeanSquare(["nothing"])]).fit(module, images())
+    assert not {hook, "training_step"} & set(vars(module))

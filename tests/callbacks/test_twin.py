@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from helpers import fingerprint, tiny_trainer
 from lit_methods.callbacks.features import FeatureCapture
-from lit_methods.callbacks.twin import copy_of, evaluating, shadow
+from lit_methods.callbacks.twin import copy_of, evaluating, shadow, unwritten
 
 
 def add(adapter: nn.Module, module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
@@ -118,6 +118,47 @@ def test_modules_with_tensors_in_a_graph(kind: str) -> None:
     looked = shadow(tiny_trainer(), module)
     torch.testing.assert_close(looked(x), expected)
     assert {id(parameter) for parameter in looked.parameters()} == {id(parameter) for parameter in module.parameters()}
+
+
+WRITES: dict[str, Callable[[nn.Linear], Any]] = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "at a place": lambda layer: layer.weight.__setitem__(0, 0.0),
+    "a list at once": lambda layer: torch._foreach_mul_([layer.weight, layer.bias], 2.0),
+    "as the output": lambda layer: torch.add(layer.bias, 1, out=layer.bias.data),
+    "its data": lambda layer: setattr(layer.weight, "data", torch.zeros(2, 3)),
+    "its data, and that in place": lambda layer: (layer.bias.mul_(2), setattr(layer.bias, "data", torch.zeros(2)), layer.bias.add_(1)),
+}
+
+
+@pytest.mark.parametrize("watch", [True, False])
+@pytest.mark.parametrize("how", WRITES)
+def test_what_is_written_into_parameters_is_undone(how: str, watch: bool) -> None:
+    layer = nn.Linear(3, 2)
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    place = layer.weight.data_ptr(), layer.bias.data_ptr()
+    with torch.no_grad(), unwritten(layer, watch=watch):
+        WRITES[how](layer)
+        assert not (torch.equal(layer.weight, weight) and torch.equal(layer.bias, bias))
+    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.bias, bias)
+    assert (layer.weight.data_ptr(), layer.bias.data_ptr()) == place
+
+
+def test_it_is_undone_where_a_step_fails_and_reading_copies_nothing() -> None:
+    layer = nn.Linear(3, 2)
+    weight = layer.weight.detach().clone()
+
+    def step() -> None:
+        with torch.no_grad(), unwritten(layer):
+            layer.weight.zero_()
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        step()
+    assert torch.equal(layer.weight, weight)
+    with unwritten(layer):
+        layer(torch.ones(1, 3)).sum().backward()
+    assert layer.weight.grad is not None
 
 
 def test_each_part_has_its_mode_again_where_a_probe_fails() -> None:

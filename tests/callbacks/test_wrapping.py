@@ -12,7 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
 from helpers import fingerprint, tiny_trainer
-from lit_methods.callbacks.wrapping import attach, detach
+from lit_methods.callbacks.wrapping import attach, built_by, detach, when_built
 
 
 class Step(BoringModel):
@@ -157,3 +157,31 @@ def test_any_method_can_be_wrapped_and_an_addition_around_it_may_leave_the_call_
             detach(module, add, "lr_scheduler_step")
             detach(module, add, "lr_scheduler_step")
         assert fingerprint(module) == before
+
+
+def test_what_needs_the_layers_waits_for_the_hook_that_makes_them() -> None:
+    class Late(BoringModel):
+        def setup(self, stage: str) -> None:
+            pass
+
+        def configure_model(self) -> None:
+            self.late = torch.nn.Linear(2, 2)
+
+    done: list[bool] = []
+    module = Late()
+    before = fingerprint(module)
+    assert (built_by(BoringModel()), built_by(module)) == (None, "configure_model")
+    when_built(BoringModel(), lambda: done.append(True))
+    assert done == [True], "at once"
+    stop = when_built(module, lambda: done.append(hasattr(module, "late")))
+    stop()
+    stop()
+    assert fingerprint(module) == before
+    when_built(module, lambda: done.append(hasattr(module, "late")))
+    module.setup("fit")
+    assert done == [True]
+    module.configure_model()
+    assert done == [True, True], "behind the last hook"
+    module.configure_model()
+    assert done == [True, True], "once"
+    assert "configure_model" not in vars(module)

@@ -382,6 +382,13 @@ def test_lightnings_own_complaints_are_short(capsys: pytest.CaptureFixture[str])
     assert "gpu" in refused(capsys, "--config", "base.yaml", "--config", "configs/trainer/gpu.yaml", code=1)
 
 
+def test_a_callback_that_two_files_add_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("more.yaml").write_text("trainer:\n  callbacks+:\n  - class_path: WeightEMA\n", encoding="utf-8")
+    said = refused(capsys, *["--config", "base.yaml"], *["--config", "more.yaml"] * 2, code=1)
+    assert "WeightEMA stands twice" in said
+    assert "Traceback" not in said
+
+
 def test_damaged_and_foreign_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "base.yaml"]) == 0
     last = runs()[0] / "checkpoints" / "last.ckpt"

@@ -63,3 +63,10 @@ def test_nothing_is_shown_when_disabled(capsys: pytest.CaptureFixture[str]) -> N
     fit(bar, BoringModel())
     fit(ThroughputProgressBar(plain=True, refresh_rate=0, log_seconds=0), BoringModel())
     assert "epoch" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("settings", "last"), [({"max_epochs": 2}, 1), ({"max_epochs": 1}, 0), ({"steps": 3}, 1)])
+def test_the_last_line_tells_the_last_epoch(settings: dict[str, int], last: int, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(ThroughputProgressBar(plain=True), Logging(), **({"steps": -1, "limit_train_batches": 2} | settings))  # type: ignore[arg-type]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert lines[-1].startswith(f"epoch {last} ")

@@ -11,10 +11,11 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lit_methods
-from helpers import run_two_processes, tiny_trainer
+from helpers import HANGS, run_two_processes, tiny_trainer
+from lit_methods.cli.explain import explain_run_error
 from lit_methods.cli.main import main
 from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, claim_run_folder, git_state, run_dir
 
@@ -135,7 +136,7 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     }
     command = [sys.executable, "-m", "lit_methods", "fit", *words]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180, check=False
+        command, cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=HANGS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs" / "pair").iterdir()
@@ -162,12 +163,27 @@ def test_hyperparameters_do_not_overwrite_the_config_in_the_loggers(tmp_path: Pa
     config = {"model": {"class_path": "Named"}, "data": {"class_path": "Data"}, "trainer": {"max_steps": 1}}
     for fn in ("fit", "validate"):
         folder = claim_run_folder(tmp_path, fn)
-        trainer = tiny_trainer(max_steps=1, callbacks=[RunFolder(folder, config)], logger=CSVLogger(folder, "csv", ""))
+        loggers = [CSVLogger(folder, "csv", ""), TensorBoardLogger(folder, "tensorboard", "")]
+        trainer = tiny_trainer(max_steps=1, callbacks=[RunFolder(folder, config)], logger=loggers)
         getattr(trainer, fn)(Named(), datamodule=Data())
-        logged = yaml.safe_load((folder / "csv" / "hparams.yaml").read_text())
-        assert {key: logged[key] for key in config} == config
-        assert logged["hyperparameters"] == {"model": "mine", "data": "theirs"}
-        assert logged["width"] == 3, "what collides with nothing stays where Lightning puts it"
+        for name in ("csv", "tensorboard"):
+            logged = yaml.safe_load((folder / name / "hparams.yaml").read_text())
+            assert {key: logged[key] for key in config} == config, name
+            assert logged["hyperparameters"] == {"model": "mine", "data": "theirs"}
+            assert logged["width"] == 3, "what collides with nothing stays where Lightning puts it"
+
+
+def test_hyperparameters_of_one_name_with_two_values_are_told_shortly(tmp_path: Path) -> None:
+    class Data(BoringDataModule):
+        def __init__(self, width: int = 4) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    with pytest.raises(RuntimeError) as caught:
+        tiny_trainer(max_steps=1, logger=CSVLogger(tmp_path)).fit(Named(), datamodule=Data())
+    said = str(explain_run_error(caught.value))
+    assert "module and datamodule" in said
+    assert "'width'" in said
 
 
 @pytest.mark.parametrize(("config", "key"), [("cast", "data.init_args.root"), ("shrinkmatch", "data.init_args.data.init_args.root")])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from forks import HANGS
 from lit_methods.catalog import PACKAGES, collect
 from lit_methods.cli.main import main
 
@@ -65,13 +66,13 @@ def tree(folder: Path) -> dict[str, bytes]:
 def ruff(folder: Path) -> None:
     for words in (["check"], ["format", "--check"]):
         command = [sys.executable, "-m", "ruff", *words, "--no-cache", "."]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANGS, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 def run_tests(folder: Path, *words: str) -> str:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400, check=False).stdout
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANGS, check=False).stdout
 
 
 def fill_in(core: Path) -> None:
@@ -139,7 +140,7 @@ def test_every_form_passes_the_linter_and_what_needs_no_maths_at_once(checkout: 
         fill_in(checkout / "tests" / "golden" / "data" / f"quiet_{form}" / "make.py")
     make = "import runpy, sys; [runpy.run_path(path, run_name='__main__') for path in sys.argv[1:]]"
     scripts = [f"tests/golden/data/quiet_{form}/make.py" for form in TECHNIQUES]
-    subprocess.run([sys.executable, "-c", make, *scripts], cwd=checkout, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", make, *scripts], cwd=checkout, check=True, timeout=HANGS)
     filled = run_tests(checkout, *own, "tests/test_entries.py")
     assert f"{sum(failed.values()) + 3 * golden + sum(passed.values())} passed" in filled, filled
     assert "failed" not in filled
@@ -160,6 +161,7 @@ def test_what_a_draft_lacks_is_written_when_it_is_asked_for(bones: Path, capsys:
     before = tree(bones)
     assert main(["new", "quiet_term", "--complete"]) == 0
     new = {"configs/full/quiet_term.yaml", "configs/claims/quiet_term.yaml", "docs/techniques/quiet_term.md"}
+    new.add("tests/trajectory/test_quiet_term_trajectory.py")
     assert tree(bones).keys() - before.keys() == new
     assert "$" not in "".join((bones / path).read_text() for path in new)
     assert main(["new", "quiet_term", "--complete"]) == 2

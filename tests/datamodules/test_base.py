@@ -8,7 +8,9 @@ import warnings
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
 from small_roots import ROOTS
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -81,6 +83,8 @@ def declared(name: str) -> dict[str, tuple[int, str]]:
 def test_the_docstring_tells_the_keys_of_a_batch(name):
     without = {"AgeDataModule": {"views": 0}, "BarsDataModule": {"views": 0}, "NYUD2DataModule": {"reweight": "none"}}
     arguments = without.get(name, {"views": 1} if name == "OrganSlicesDataModule" else {})
+    if "batch_size" in inspect.signature(getattr(datamodules, name)).parameters:
+        arguments = arguments | {"batch_size": 2}
     batch = next(iter(prepared(name, **arguments).train_dataloader()))
     assert declared(name) == {key: (part.ndim, str(part.dtype)[6:]) for key, part in batch.items() if isinstance(part, Tensor)}
 
@@ -191,3 +195,25 @@ def test_overfitting_a_few_batches_works_with_data_that_come_in_batches():
     with pytest.warns(UserWarning, match="overfit"):
         tiny_trainer(overfit_batches=2, max_epochs=2).fit(Keeps(), datamodule=module)
     assert seen == [[0, 1, 4, 9], [16, 25, 36, 49]] * 2
+
+
+class Seeded(BoringModel):
+    """A module with arguments that data have, too."""
+
+    def __init__(self, seed: int = 0, batch_size: int = 4):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(torch.zeros(1, 32)).sum()
+
+
+def test_module_and_data_may_have_two_seeds(tmp_path):
+    """Lightning refuses such a pair as soon as there is a logger."""
+    logger = CSVLogger(tmp_path)
+    data = datamodules.DigitsDataModule(seed=1, batch_size=4)
+    tiny_trainer(max_steps=1, limit_val_batches=0, logger=logger).fit(Seeded(seed=0), datamodule=data)
+    logged = yaml.safe_load((tmp_path / "lightning_logs/version_0/hparams.yaml").read_text())
+    assert (logged["seed"], logged["batch_size"]) == (0, 4)
+    assert "num_workers" in logged, "what only the data have"
+    assert data.hparams["seed"] == 1

@@ -12,26 +12,9 @@ from lit_methods.datamodules import CIFARDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.pictures import crop_and_flip
 from lit_methods.datamodules.vision.cifar import read_pickle
+from lit_methods.datamodules.vision.fake import cifar
 from lit_methods.datamodules.vision.shapes import draw_shapes
 from lit_methods.runs.checkpoints import read_state_dict
-
-
-def write_release(root, name="cifar10", number=6, protocol=2):
-    """Files of the release with ``number`` images each; image k of a file is filled with k in red and the file's number in blue."""
-    ten = name == "cifar10"
-    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
-    folder.mkdir(parents=True)
-    classes = 10 if ten else 100
-    for order, file in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"] if ten else ["train", "test"]):
-        data = np.zeros((number, 3, 32, 32), np.uint8)
-        data[:, 0], data[:, 2] = np.arange(number)[:, None, None], order
-        labels = [k + order if k + order < classes else 0 for k in range(number)]
-        key = b"labels" if ten else b"fine_labels"
-        (folder / file).write_bytes(pickle.dumps({b"data": data.reshape(number, -1), key: labels}, protocol))
-    names = [f"class {k}" for k in range(classes)]
-    meta = {"label_names": names} if ten else {"fine_label_names": names, "coarse_label_names": []}
-    (folder / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(meta, protocol))
-    return folder
 
 
 def prepared(root=None, **kwargs):
@@ -43,7 +26,7 @@ def prepared(root=None, **kwargs):
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize(("name", "files", "last"), [("cifar10", 5, 4), ("cifar100", 1, 0)])
 def test_the_official_layout_is_read(name, files, last, protocol, tmp_path):
-    write_release(tmp_path, name, protocol=protocol)
+    cifar(tmp_path, name, 6, protocol)
     data = prepared(tmp_path, name=name, augment=False, mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
     assert (len(data.train_set), len(data.test_set)) == (6 * files, 6)
     assert (data.num_classes, data.class_names[3]) == (10 if name == "cifar10" else 100, "class 3")
@@ -54,7 +37,7 @@ def test_the_official_layout_is_read(name, files, last, protocol, tmp_path):
 
 
 def test_validation_images_are_taken_from_the_training_images(tmp_path):
-    write_release(tmp_path)
+    cifar(tmp_path, number=6)
     data = prepared(tmp_path, val_size=10, seed=3)
 
     def identity(dataset):
@@ -74,7 +57,7 @@ def rewrite(path, **changes):
 
 
 def test_broken_files_are_named_with_their_field(tmp_path):
-    folder = write_release(tmp_path)
+    folder = cifar(tmp_path, number=6)
     file = folder / "data_batch_3"
     whole = file.read_bytes()
     for spoil, error, words in (
@@ -102,7 +85,7 @@ def test_broken_files_are_named_with_their_field(tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_files_that_were_saved_again_are_read(name, protocol, tmp_path):
     """By Python 3: names as bytes or NumPy's strings, labels as NumPy's integers or arrays, images in Fortran's order."""
-    folder = write_release(tmp_path, name, protocol=protocol)
+    folder = cifar(tmp_path, name, 6, protocol)
     field, last = ("labels", "test_batch") if name == "cifar10" else ("fine_labels", "test")
     meta, names = ("batches.meta", "label_names") if name == "cifar10" else ("meta", "fine_label_names")
     written = pickle.loads((folder / meta).read_bytes())

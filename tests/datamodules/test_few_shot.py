@@ -12,27 +12,14 @@ from PIL import Image
 from lit_methods.datamodules import FewShotDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.fewshot import coloured_shapes as shapes
+from lit_methods.datamodules.fewshot.fake import CLASSES, listed_split
 from lit_methods.datamodules.fewshot.images import CLIP_MEAN, CLIP_STD
 from lit_methods.datamodules.fewshot.releases import LAYOUTS, choose_shots, read_release
-
-CLASSES = ("River", "Forest", "Highway", "Pasture", "Sea or Lake")
 
 
 def save(path: Path, colour: int = 90, size: tuple[int, int] = (12, 8)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (colour, 50, 20)).save(path)
-
-
-def eurosat(root: Path, per_class: int = 6) -> Path:
-    """EuroSAT with five classes, as CoOp lays it out."""
-    parts: dict[str, list[Any]] = {"train": [], "val": [], "test": []}
-    for label, name in enumerate(CLASSES):
-        for number in range(per_class):
-            path = f"{name}/{name}_{number}.jpg"
-            save(root / "2750" / path, colour=20 * label)
-            parts["test" if number % 3 == 2 else "train"].append([path, label, name])
-    (root / "split_zhou_EuroSAT.json").write_text(json.dumps(parts))
-    return root
 
 
 def ready(**arguments: Any) -> FewShotDataModule:
@@ -44,7 +31,7 @@ def ready(**arguments: Any) -> FewShotDataModule:
 def test_base_classes_are_the_first_half_and_new_ones_count_from_zero(tmp_path: Path) -> None:
     sentences = tmp_path / "eurosat.json"
     sentences.write_text(json.dumps({name: ["one", "two"] for name in CLASSES}))
-    data = ready(root=eurosat(tmp_path), shots=2, image_size=16, descriptions=sentences)
+    data = ready(root=listed_split(tmp_path), shots=2, image_size=16, descriptions=sentences)
     assert (data.base_classes, data.new_classes) == (CLASSES[:3], CLASSES[3:])
     assert data.template == "a centered satellite photo of {}."
     assert data.descriptions["Forest"] == ["one", "two"]
@@ -103,7 +90,7 @@ def test_two_views_are_two_draws_that_follow_from_epoch_and_index() -> None:
 
 
 def test_photos_have_two_draws_too(tmp_path: Path) -> None:
-    data = ready(root=eurosat(tmp_path), shots=2, image_size=16)
+    data = ready(root=listed_split(tmp_path), shots=2, image_size=16)
     assert data.train_set is not None
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -173,7 +160,7 @@ def test_eleven_sets_have_a_layout() -> None:
     ],
 )
 def test_a_broken_list_is_named(content: str, message: str, tmp_path: Path) -> None:
-    eurosat(tmp_path)
+    listed_split(tmp_path)
     (tmp_path / "split_zhou_EuroSAT.json").write_text(content)
     with pytest.raises(BrokenRecordError, match=message):
         ready(root=tmp_path)
@@ -182,14 +169,14 @@ def test_a_broken_list_is_named(content: str, message: str, tmp_path: Path) -> N
 def test_missing_folders_images_and_sentences_are_named(tmp_path: Path) -> None:
     with pytest.raises(WrongRootError, match=r"no split_zhou_EuroSAT\.json: lay out eurosat there"):
         ready(root=tmp_path)
-    eurosat(tmp_path)
-    (tmp_path / "2750" / "River" / "River_0.jpg").write_bytes(b"no image")
-    (tmp_path / "2750" / "River" / "River_1.jpg").unlink()
+    listed_split(tmp_path)
+    (tmp_path / "2750" / "River" / "River_1.jpg").write_bytes(b"no image")
+    (tmp_path / "2750" / "River" / "River_2.jpg").unlink()
     data = ready(root=tmp_path, shots=None, image_size=16)
     assert data.train_set is not None
-    with pytest.raises(BrokenRecordError, match=r"River_0\.jpg: image: can't be decoded"):
+    with pytest.raises(BrokenRecordError, match=r"River_1\.jpg: image: can't be decoded"):
         data.train_set[0, 0]
-    with pytest.raises(MissingFileError, match=r"River_1\.jpg: image: no such file"):
+    with pytest.raises(MissingFileError, match=r"River_2\.jpg: image: no such file"):
         data.train_set[0, 1]
     file = tmp_path / "words.json"
     with pytest.raises(MissingFileError, match=r"words\.json"):

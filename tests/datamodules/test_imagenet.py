@@ -6,22 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from lit_methods.datamodules import ImageNetDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.vision.fake import imagenet
 from lit_methods.datamodules.vision.imagenet import IMAGENET_MEAN, IMAGENET_STD, seeded
-
-
-def write_images(root, splits=("train", "val"), classes=("n01", "n02", "n03"), number=2):
-    for split in splits:
-        for label, name in enumerate(classes):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for k in range(number):
-                pixels = np.full((40, 60, 3), 20 + 60 * label, np.uint8)
-                pixels[:, :30, 0] = 255 - 10 * k  # left and right differ
-                Image.fromarray(pixels).save(folder / f"{name}_{k}.JPEG", quality=95)
 
 
 def prepared(root=None, **kwargs):
@@ -31,7 +20,7 @@ def prepared(root=None, **kwargs):
 
 
 def test_folders_become_batches(tmp_path):
-    write_images(tmp_path)
+    imagenet(tmp_path)
     data = prepared(tmp_path)
     assert data.class_names == ("n01", "n02", "n03")
     batch = next(iter(data.val_dataloader()))
@@ -44,7 +33,7 @@ def test_folders_become_batches(tmp_path):
 
 
 def test_a_class_list_gives_the_labels(tmp_path):
-    write_images(tmp_path, splits=("val",))
+    imagenet(tmp_path, number=0, num_val=2)
     (tmp_path / "json").write_text(json.dumps(["n03", "other", "n01", "n02"]))
     (tmp_path / "lines").write_text("n03 tench\nother\n\nn01\nn02\n")
     for file in ("json", "lines"):
@@ -66,7 +55,7 @@ def test_a_class_list_gives_the_labels(tmp_path):
 def test_wrong_roots_and_broken_images_are_named(tmp_path):
     with pytest.raises(WrongRootError, match="no folder val"):
         prepared(tmp_path)
-    write_images(tmp_path)
+    imagenet(tmp_path)
     data = prepared(tmp_path)
     broken = tmp_path / "val" / "n02" / "n02_1.JPEG"
     broken.write_bytes(broken.read_bytes()[:300])

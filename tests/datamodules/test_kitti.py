@@ -10,48 +10,17 @@ import yaml
 
 from lit_methods.catalog import configs_folder
 from lit_methods.datamodules import KittiStyleDataModule
+from lit_methods.datamodules.driving.fake import lidar_pose, sequences
 from lit_methods.datamodules.driving.kitti import KittiFrames, read_calibration, read_label_map
 from lit_methods.datamodules.driving.robustness import corruption_error, mce, mrr, resilience_rate
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 
 SHIPPED = ("semantickitti", "scribblekitti", "semanticposs", "semanticstf", "synlidar", "rellis3d", "daps3d", "synth4d")
-TR = np.array([[0.0, -1, 0, 0.1], [0, 0, -1, -0.2], [1, 0, 0, -0.3], [0, 0, 0, 1]])  # LiDAR axes -> camera axes
-
-
-def lidar_pose(k):
-    angle = 0.2 * k
-    pose = np.eye(4)
-    pose[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    pose[:3, 3] = [1.5 * k, 0.3 * k, 0]
-    return pose
-
-
-def write_sequences(root, sequences=("00", "08"), frames=4, scans="velodyne", labels="labels", columns=4, poses=True):
-    """Landmarks that stand still, seen from a moving LiDAR; labels cycle through car, moving car, road, building, unlabelled."""
-    landmarks = np.random.default_rng(0).uniform(-20, 20, (50, 3))
-    for sequence in sequences:
-        folder = root / sequence
-        for name in (scans, labels):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        lines = []
-        for k in range(frames):
-            pose = lidar_pose(k)
-            scan = np.zeros((50, columns), np.float32)
-            scan[:, :3] = (landmarks - pose[:3, 3]) @ pose[:3, :3]
-            scan[:, 3] = np.arange(50) / 50
-            scan.tofile(folder / scans / f"{k:06d}.bin")
-            raw = np.array([10, 252, 40, 50, 0], np.uint32)[np.arange(50) % 5] | np.uint32(7 << 16)  # instance 7 in the upper bits
-            raw.tofile(folder / labels / f"{k:06d}.label")
-            lines.append(" ".join(f"{value:.12e}" for value in (pose @ np.linalg.inv(TR))[:3].ravel()))
-        if poses:
-            (folder / "poses.txt").write_text("\n".join(lines) + "\n")
-            (folder / "calib.txt").write_text("P0: 1 2 3\nTr: " + " ".join(map(str, TR[:3].ravel())) + "\n")
-    return root
 
 
 @pytest.fixture
 def root(tmp_path):
-    write_sequences(tmp_path / "sequences")
+    sequences(tmp_path / "sequences")
     return tmp_path
 
 
@@ -197,8 +166,8 @@ def test_label_fraction_and_semi_supervised(root):
 
 def test_split_files(tmp_path):
     """RELLIS-3D in its released layout: sequence folders in the root, a split by frame."""
-    write_sequences(
-        tmp_path, ("00000", "00001"), scans="os1_cloud_node_kitti_bin", labels="os1_cloud_node_semantickitti_label_id", poses=False
+    sequences(
+        tmp_path, ("00000", "00001"), scans="os1_cloud_node_kitti_bin", labels=["os1_cloud_node_semantickitti_label_id"], poses="none"
     )
     for path in tmp_path.rglob("*.label"):
         np.full(50, 19, np.uint32).tofile(path)
@@ -219,7 +188,7 @@ def test_split_files(tmp_path):
 
 
 def test_five_columns_and_folders_named_after_splits(tmp_path):
-    write_sequences(tmp_path, ("train", "val"), columns=5, poses=False)
+    sequences(tmp_path, ("train", "val"), columns=5, poses="none")
     for path in tmp_path.rglob("*.label"):
         np.full(50, 20, np.uint32).tofile(path)
     data = KittiStyleDataModule(tmp_path, dataset="semanticstf")

@@ -10,23 +10,12 @@ import torch
 from torch import Tensor
 
 from lit_methods.datamodules import LatentShardsDataModule
+from lit_methods.datamodules.generative.fake import shards
 from lit_methods.datamodules.generative.shards import built_in_shards, read_index, write_shard
 
 
 def latent(number: int) -> Tensor:
     return torch.full((4, 2, 6, 6), float(number))
-
-
-def shards(root: Path, per_shard: int = 5, count: int = 2) -> Path:
-    root.mkdir(exist_ok=True)
-    for shard in range(count):
-        numbers = range(shard * per_shard, (shard + 1) * per_shard)
-        samples = [
-            (f"{n:04d}", {"latent.pth": latent(n).bfloat16(), "embed.pth": torch.full((3, 8), float(n)), "prompt.txt": "a"})
-            for n in numbers
-        ]
-        write_shard(root / f"shard-{shard}.tar", samples)
-    return root
 
 
 def module(root: Path | None, **settings) -> LatentShardsDataModule:

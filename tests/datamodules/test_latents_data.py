@@ -8,6 +8,7 @@ from torch import nn
 
 from lit_methods.datamodules import LatentDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.generative.fake import latents as write_latents
 from lit_methods.datamodules.generative.latents import channel_statistics, encode_folder, read_statistics
 
 SHAPE = (4, 3, 3)
@@ -16,12 +17,6 @@ SHAPE = (4, 3, 3)
 @pytest.fixture
 def latents():
     return np.random.default_rng(0).normal(2.0, 3.0, (20, *SHAPE)).astype(np.float32)
-
-
-def as_files(root, latents, name="faces"):
-    (root / name).mkdir(parents=True)
-    for number, latent in enumerate(latents):
-        np.save(root / name / f"{number:09}.npy", latent[None] if number % 2 else latent)
 
 
 def prepared(root, **kwargs):
@@ -36,9 +31,8 @@ def images_of(loader):
 
 
 def test_files_and_one_array_are_the_same_data(tmp_path, latents):
-    as_files(tmp_path / "a", latents)
-    (tmp_path / "b").mkdir()
-    np.save(tmp_path / "b" / "faces.npy", latents)
+    write_latents(tmp_path / "a", latents, "faces")
+    write_latents(tmp_path / "b", latents, "faces", whole=True)
     one, other = prepared(tmp_path / "a"), prepared(tmp_path / "b")
     assert isinstance(other.train_set.files.whole, np.memmap)
     first, second = images_of(one.train_dataloader()), images_of(other.train_dataloader())
@@ -49,7 +43,7 @@ def test_files_and_one_array_are_the_same_data(tmp_path, latents):
 
 
 def test_latents_are_standardised_by_the_training_part_without_their_factor(tmp_path, latents):
-    as_files(tmp_path, latents)
+    write_latents(tmp_path, latents, "faces")
     data = prepared(tmp_path)
     train = torch.from_numpy(latents[:15]) / 0.5
     torch.testing.assert_close(data.latent_mean, train.mean((0, 2, 3))[:, None, None])
@@ -60,7 +54,7 @@ def test_latents_are_standardised_by_the_training_part_without_their_factor(tmp_
 
 
 def test_the_authors_statistics_are_read(tmp_path, latents):
-    as_files(tmp_path, latents)
+    write_latents(tmp_path, latents, "faces")
     mean, std = torch.randn(SHAPE), torch.rand(SHAPE) + 0.1
     np.save(tmp_path / "faces_stat.npy", {"mean": mean, "std": std})
     data = prepared(tmp_path)
@@ -152,7 +146,7 @@ def test_broken_images_and_latents_are_named(tmp_path, latents):
     with pytest.raises(WrongRootError, match="images="):
         prepared(tmp_path)
     latents[3, 0, 1, 1] = np.nan
-    as_files(tmp_path, latents)
+    write_latents(tmp_path, latents, "faces")
     with pytest.raises(BrokenRecordError, match=r"000000003\.npy.*NaN"):
         prepared(tmp_path)
     np.save(tmp_path / "faces" / "000000003.npy", latents[0, :2])
@@ -185,6 +179,6 @@ def test_digits_need_no_files():
     ],
 )
 def test_wrong_arguments_are_named(wrong, says, tmp_path, latents):
-    as_files(tmp_path, latents)
+    write_latents(tmp_path, latents, "faces")
     with pytest.raises(ValueError, match=says):
         prepared(tmp_path, **wrong)

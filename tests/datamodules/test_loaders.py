@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,21 @@ def test_a_resumed_run_goes_on_with_the_next_batch(tmp_path: Path, loaders: Any,
     assert whole.seen[0] != whole.seen[kwargs.get("limit_train_batches", 5)]
 
 
-@pytest.mark.parametrize(("validate", "at_train_end"), [(False, True), (True, True), (True, False)])
-@pytest.mark.parametrize("kwargs", [{"max_epochs": 4}, {"max_steps": 18}])
-@pytest.mark.parametrize("workers", [0, 2])
+BY_EPOCHS, BY_STEPS = {"max_epochs": 4}, {"max_steps": 18}
+WHERE_SAVED = list(product([BY_EPOCHS, BY_STEPS], [(False, True), (True, True), (True, False)]))
+WITH_WORKERS = [(BY_EPOCHS, (True, False)), (BY_STEPS, (False, True))]  # each value once: two processes a loader and epoch take seconds
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "validate", "at_train_end", "workers"),
+    [
+        pytest.param(kwargs, *saved, workers, marks=pytest.mark.thorough if workers and (kwargs, saved) not in WITH_WORKERS else [])
+        for workers in (0, 2)
+        for kwargs, saved in WHERE_SAVED
+    ],
+)
 def test_resume_from_the_checkpoint_of_an_epochs_end(
-    tmp_path: Path, validate: bool, at_train_end: bool, kwargs: dict[str, Any], workers: int
+    tmp_path: Path, kwargs: dict[str, Any], validate: bool, at_train_end: bool, workers: int
 ) -> None:
     def fit(ckpt_path: Path | None, **kwargs: Any) -> list[Any]:
         module = Recorder()

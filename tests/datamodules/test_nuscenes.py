@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_nuscenes import HEIGHT, WIDTH, write_release
 from torch.utils.data import DataLoader
 
 from helpers import run_two_processes
 from lit_methods.datamodules import NuScenesDataModule
 from lit_methods.datamodules.driving.common import draw_augmentation, fraction_of, read_image, read_points
+from lit_methods.datamodules.driving.fake import CHANNELS, HEIGHT, WIDTH, nuscenes
 from lit_methods.datamodules.driving.nuscenes import (
     CLASSES,
     IGNORED,
@@ -38,7 +38,7 @@ SIZE = (18, 32)
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
-    return write_release(tmp_path_factory.mktemp("nuscenes"))
+    return nuscenes(tmp_path_factory.mktemp("nuscenes"))
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +235,6 @@ def test_pretraining_sample_without_augmentation(release, tables):
 
 
 def _channel(number):
-    from tiny_nuscenes import CHANNELS
-
     return CHANNELS[number]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lit_methods.datamodules import RatingsDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.recommendation import fake
 from lit_methods.datamodules.recommendation.ratings import Interactions, hold_out, keep_frequent, synthetic_interactions
 
 REAL = os.environ.get("LIT_METHODS_TEST_DATA")
@@ -20,23 +21,10 @@ def write(folder: Path, name: str, lines: list[str]) -> Path:
     return folder
 
 
-def ratings(separator: str, header: list[str]) -> list[str]:
-    pairs = [(7 + u, 3 * i) for u in range(6) for i in range(u, u + 4)]
-    return header + [separator.join((str(u), str(i), "3.5", "978300760")) for u, i in pairs]
-
-
-LAYOUTS = {
-    "ratings.dat": ratings("::", []),
-    "ratings.csv": ratings(",", ["userId,movieId,rating,timestamp"]),
-    "u.data": ratings("\t", []),
-    "x.inter": ratings("\t", ["user_id:token\titem_id:token\trating:float\ttimestamp:float"]),
-    "user_artists.dat": ratings("\t", ["userID\tartistID\tweight"]),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", fake.FILES)
 def test_layouts_are_read_alike(name, tmp_path):
-    data = RatingsDataModule(write(tmp_path, name, LAYOUTS[name]), test_share=0.25)
+    fake.ratings(tmp_path, name, [(7 + u, 3 * i) for u, i in fake.PAIRS])
+    data = RatingsDataModule(tmp_path, test_share=0.25)
     data.setup("fit")
     assert (data.num_users, data.num_items) == (6, 9)
     batch = next(iter(data.test_dataloader()))
@@ -80,8 +68,9 @@ def test_wrong_roots_and_numbers(tmp_path):
         RatingsDataModule(tmp_path / "no").setup("fit")
     with pytest.raises(WrongRootError, match=r"ratings.dat.*user_artists.dat.*\.train"):
         RatingsDataModule(tmp_path).setup("fit")
+    fake.ratings(tmp_path)
     with pytest.raises(WrongRootError, match="no lastfm data set"):
-        RatingsDataModule(write(tmp_path, "ratings.dat", LAYOUTS["ratings.dat"]), format="lastfm").setup("fit")
+        RatingsDataModule(tmp_path, format="lastfm").setup("fit")
     with pytest.raises(ValueError, match="nothing is left"):
         RatingsDataModule(tmp_path, min_user_items=5).setup("fit")
     with pytest.raises(ValueError, match=r"test_share is 1\.5"):

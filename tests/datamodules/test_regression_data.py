@@ -11,28 +11,17 @@ from lit_methods import DenseFeatures, ImbalancedRegression, SentencePairEncoder
 from lit_methods.callbacks import FDS, ConR
 from lit_methods.datamodules import AgeDataModule, NYUD2DataModule, SentencePairsDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
-from lit_methods.datamodules.regression.nyud2 import HEIGHT, WIDTH, bin_weights, depth_bins
+from lit_methods.datamodules.regression.fake import faces, rooms, sentences
+from lit_methods.datamodules.regression.nyud2 import bin_weights, depth_bins
 from lit_methods.datamodules.regression.sentences import tokens_of
 
 TABLES = {"agedb": "agedb.csv", "imdb_wiki": "imdb_wiki.csv"}
 AGES = {"train": [20] * 12 + [21] * 3 + [70], "val": [20, 70, 90], "test": [21, 22]}
 
 
-def faces(root, name):
-    """A table and grey pictures as bright as the age."""
-    lines = ["age,path,split"]
-    for split, ages in AGES.items():
-        for place, age in enumerate(ages):
-            path = f"{'AgeDB' if name == 'agedb' else 'imdb_crop/01'}/{split}_{place}.jpg"
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (30, 30), (age, age, age)).save(root / path)
-            lines.append(f"{age},{path},{split}")
-    (root / TABLES[name]).write_text("\n".join(lines) + "\n")
-
-
 @pytest.mark.parametrize("name", TABLES)
 def test_a_table_of_ages_gives_faces_weights_and_counts(name, tmp_path):
-    faces(tmp_path, name)
+    faces(tmp_path, name, AGES)
     data = AgeDataModule(tmp_path, name, image_size=28, views=2, reweight="inverse", batch_size=16)
     data.setup("fit")
     (train,) = list(data.train_dataloader())
@@ -54,7 +43,7 @@ def test_a_table_of_ages_gives_faces_weights_and_counts(name, tmp_path):
 def test_a_broken_table_of_ages_is_named(tmp_path):
     with pytest.raises(WrongRootError, match=r"agedb\.csv"):
         AgeDataModule(tmp_path).setup("fit")
-    faces(tmp_path, "agedb")
+    faces(tmp_path, "agedb", AGES)
     file = tmp_path / "agedb.csv"
     whole = file.read_text()
     for text, words in (
@@ -93,23 +82,15 @@ def test_the_real_table_of_agedb_has_the_sizes_of_the_benchmark(test_data):
 
 # ---- sentences -------------------------------------------------------------------------------------------------------------------------
 
-HEAD = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore"
-
-
-def sentences(root):
-    """A quotation mark that is never closed, and scores on the edges of bins."""
-    rows = {
-        "train_new.tsv": [("A dog runs.", "A dog runs.", "5.000"), ('He said "no', "He spoke.", "0.7"), ("One", "Two", "0.7")],
-        "dev_new.tsv": [("A man sings.", "A man is singing!", "4.75")],
-        "test_new.tsv": [("One", "Two", "0")],
-    }
-    for name, parts in rows.items():
-        lines = ["\t".join([str(place), "g", "f", "2012", "0", "none", "none", *row]) for place, row in enumerate(parts)]
-        (root / name).write_text("\n".join([HEAD, *lines]) + "\n", encoding="utf-8")
+ROWS = {  # a quotation mark that is never closed, and scores on the edges of bins
+    "train": [("A dog runs.", "A dog runs.", "5.000"), ('He said "no', "He spoke.", "0.7"), ("One", "Two", "0.7")],
+    "dev": [("A man sings.", "A man is singing!", "4.75")],
+    "test": [("One", "Two", "0")],
+}
 
 
 def test_a_table_of_sentences_gives_tokens_and_counts(tmp_path):
-    sentences(tmp_path)
+    sentences(tmp_path, ROWS)
     data = SentencePairsDataModule(tmp_path, num_tokens=1000, max_length=5, batch_size=3)
     data.setup("fit")
     train = {name: torch.stack([data.train_set[0, index][name] for index in range(3)]) for name in ("tokens", "target", "count")}
@@ -130,14 +111,14 @@ def test_a_table_of_sentences_gives_tokens_and_counts(tmp_path):
 def test_a_broken_table_of_sentences_is_named(tmp_path):
     with pytest.raises(WrongRootError, match=r"train_new\.tsv"):
         SentencePairsDataModule(tmp_path).setup("fit")
-    sentences(tmp_path)
+    sentences(tmp_path, ROWS)
     file = tmp_path / "dev_new.tsv"
     whole = file.read_text()
     for text, words in (
         (whole.replace("score", "points"), r"dev_new\.tsv: header"),
         (whole.replace("4.75", "7"), r"dev_new\.tsv: line 2: .* got '7'"),
         (whole[: whole.index("A man is")], r"dev_new\.tsv: line 2"),
-        (HEAD, r"dev_new\.tsv: rows"),
+        ("sentence1\tsentence2\tscore", r"dev_new\.tsv: rows"),
     ):
         file.write_text(text)
         with pytest.raises(BrokenRecordError, match=words):
@@ -174,26 +155,6 @@ def test_sentences_train_with_conr_and_fds():
 
 
 # ---- depth -----------------------------------------------------------------------------------------------------------------------------
-
-
-def rooms(root, number=3):
-    """Training depths as 8 bits of 10 m, test depths as 16 bits of millimetres; the test mask keeps the left half."""
-    for split, mode in (("train", np.uint8), ("test", np.uint16)):
-        lines = []
-        for place in range(number):
-            names = [f"data/nyu2_{split}/room/{place}.{kind}" for kind in ("jpg", "png")]
-            image, depth = (root / name.removeprefix("data/") for name in names)
-            image.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (640, 480), (40 * place, 90, 20)).save(image)
-            metres = np.full((480, 640), 2.0 + place)
-            metres[:, 320:] += 4
-            scale = 255 / 10 if split == "train" else 1000
-            Image.fromarray(np.round(metres * scale).astype(mode)).save(depth)
-            lines.append(",".join(names))
-        (root / f"nyu2_{split}.csv").write_text("\n".join(lines) + "\n")
-    mask = np.zeros((number, HEIGHT, WIDTH), np.uint8)
-    mask[:, :, : WIDTH // 2] = 1
-    np.save(root / "test_balanced_mask.npy", mask)
 
 
 def test_the_layout_of_nyud2_gives_depths_in_metres(tmp_path):

@@ -11,66 +11,14 @@ from PIL import Image
 
 from lit_methods.datamodules import RetrievalImagesDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.metric_learning.fake import LAYOUTS, inat
 
-
-def picture(path, colour):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (24, 18), colour).save(path)
-
-
-def shade(label):
-    return (label % 250, 100, 30)
-
-
-def cub(root):
-    """Classes 99 to 102, three images each; 100 is the last training class. Images and labels in another order."""
-    rows = [(number, f"{label:03d}.Bird/{number}.jpg", label) for number, label in enumerate([99, 100, 101, 102] * 3, start=1)]
-    for _, name, label in rows:
-        picture(root / "images" / name, shade(label))
-    (root / "images.txt").write_text("".join(f"{number} {name}\n" for number, name, _ in rows))
-    (root / "image_class_labels.txt").write_text("".join(f"{number} {label}\n" for number, _, label in reversed(rows)))
-
-
-def cars(root):
-    """Classes 97 to 100 of the struct array that MATLAB wrote; 98 is the last training class."""
-    from scipy.io import savemat
-
-    kinds = [97, 98, 99, 100] * 3
-    fields = ["relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test"]
-    table = np.zeros((1, len(kinds)), dtype=[(name, object) for name in fields])
-    for place, kind in enumerate(kinds):
-        name = f"car_ims/{place + 1:06d}.jpg"
-        picture(root / name, shade(kind))
-        table[0, place] = (name, 1, 2, 20, 15, kind, place % 2)
-    savemat(root / "cars_annos.mat", {"annotations": table, "class_names": np.array([["a", "b"]], dtype=object)})
-
-
-def sop(root):
-    head = "image_id class_id super_class_id path\n"
-    for file, kinds in (("Ebay_train.txt", [1, 2] * 3), ("Ebay_test.txt", [11319, 11320] * 3)):
-        lines = []
-        for place, kind in enumerate(kinds, start=1):
-            name = f"chair_final/{file[5:9]}_{kind}_{place}.JPG"
-            picture(root / name, shade(kind))
-            lines.append(f"{place} {kind} 4 {name}\n")
-        (root / file).write_text(head + "".join(lines))
-
-
-def inat(root):
-    (root / "Inat_dataset_splits").mkdir()
-    for split, kinds in (("train", [7, 8]), ("test", [9, 10])):
-        names = [f"train_val2018/Aves/{kind}/{place}.jpg" for place in range(3) for kind in kinds]
-        for name in names:
-            picture(root / name, shade(int(name.split("/")[2])))
-        (root / "Inat_dataset_splits" / f"Inaturalist_{split}_set1.txt").write_text("\n".join(names) + "\n")
-
-
-LAYOUTS = {"cub": (cub, 99, 101), "cars": (cars, 97, 99), "sop": (sop, 1, 11319), "inat": (inat, 7, 9)}
+FIRST = {"cub": (99, 101), "cars": (97, 99), "sop": (1, 11319), "inat": (7, 9)}  # first training and test class
 SMALL = {"image_size": 16, "classes_per_batch": 2, "samples_per_class": 3, "eval_batch_size": 6}
 
 
 def data_of(name, root, **kwargs):
-    LAYOUTS[name][0](root)
+    LAYOUTS[name](root)
     return RetrievalImagesDataModule(root, name, **SMALL | kwargs)
 
 
@@ -80,7 +28,7 @@ def test_an_official_layout_gives_images_with_their_classes(name, tmp_path):
     data.setup("fit")
     (train,) = list(data.train_dataloader())
     (val,) = list(data.val_dataloader())
-    for batch, first, classes in ((train, LAYOUTS[name][1], {0, 1}), (val, LAYOUTS[name][2], {2, 3})):
+    for batch, first, classes in ((train, FIRST[name][0], {0, 1}), (val, FIRST[name][1], {2, 3})):
         assert batch["image"].shape == (6, 3, 16, 16)
         assert set(batch["label"].tolist()) == classes
         red = (batch["image"][:, 0].mean((1, 2)) * 0.229 + 0.485) * 255  # the class is written in the red channel

@@ -7,28 +7,20 @@ from scipy.io import savemat
 
 from lit_methods.datamodules import SemiSupervisedDataModule, STL10DataModule, SVHNDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.vision import fake
 
 NAMES = "airplane bird car cat deer dog horse monkey ship truck"
 
 
 @pytest.fixture
 def stl10(tmp_path):
-    rng, folder = np.random.default_rng(0), tmp_path / "stl10_binary"
-    folder.mkdir()
-    for part, count in (("train", 20), ("test", 10), ("unlabeled", 7)):
-        images = rng.integers(256, size=(count, 3, 96, 96), dtype=np.uint8)
-        (folder / f"{part}_X.bin").write_bytes(images.tobytes())
-        (folder / f"{part}_y.bin").write_bytes((np.arange(count) % 10 + 1).astype(np.uint8).tobytes())
-    (folder / "class_names.txt").write_text("\n".join(NAMES.split()))
+    fake.stl10(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def svhn(tmp_path):
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 20), ("test", 10), ("extra", 7)):
-        labels = (np.arange(count) % 10 + 1).astype(np.uint8)[:, None]
-        savemat(tmp_path / f"{part}_32x32.mat", {"X": rng.integers(256, size=(32, 32, 3, count), dtype=np.uint8), "y": labels})
+    fake.svhn(tmp_path, extra=7)
     return tmp_path
 
 

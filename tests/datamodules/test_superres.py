@@ -9,6 +9,7 @@ from PIL import Image
 
 from lit_methods.datamodules import SuperResolutionDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.superres.fake import pairs
 from lit_methods.datamodules.superres.pairs import augment, cut, downsample, low_resolution_file, photographs, read_rgb, to_luma
 from lit_methods.tasks.superres.metrics import luminance
 
@@ -26,18 +27,8 @@ def save(path: Path, pixels: np.ndarray) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """The layout of the releases at x2, both ways of naming; sides that are no multiples of 2."""
-    for seed, (folder, high, low, name) in enumerate(
-        [
-            ("DIV2K", "DIV2K_train_HR", "DIV2K_train_LR_bicubic", "0001"),
-            ("DIV2K", "DIV2K_train_HR", "DIV2K_train_LR_bicubic", "0002"),
-            ("Flickr2K", "HR", "LR_bicubic", "000001"),
-            ("benchmark/Set5", "HR", "LR_bicubic", "baby"),
-            ("benchmark/Set14", "HR", "LR_bicubic", "zebra"),
-        ]
-    ):
-        pixels = picture(41, 50 + seed, seed)
-        save(tmp_path / folder / high / f"{name}.png", pixels)
-        save(tmp_path / folder / low / "X2" / f"{name}x2.png", downsample(cut(pixels, 2), 2))
+    pairs(tmp_path, ["DIV2K"], 2, (53, 40), number=2)
+    pairs(tmp_path, ["Flickr2K", "benchmark/Set5", "benchmark/Set14"], 2, (53, 40))
     return tmp_path
 
 
@@ -57,11 +48,11 @@ def test_the_layout_of_the_releases_is_read(root):
     (whole,) = module.val_dataloader()
     assert whole["hr"].shape == (1, 3, 40, 52), "cut to a multiple of the scale"
     assert whole["lr"].shape == (1, 3, 20, 26)
-    assert whole["name"] == ["baby"]
-    expected = read_rgb(root / "benchmark/Set5/HR/baby.png", "")[:40, :52]
+    assert whole["name"] == ["set5_1"]
+    expected = read_rgb(root / "benchmark/Set5/HR/set5_1.png", "")[:40, :52]
     assert torch.equal((whole["hr"][0] * 255).round().to(torch.uint8), torch.from_numpy(expected.copy()).permute(2, 0, 1))
     module.setup("test")
-    assert [next(iter(one))["name"] for one in module.test_dataloader()] == [["baby"], ["zebra"]]
+    assert [next(iter(one))["name"] for one in module.test_dataloader()] == [["set5_1"], ["set14_1"]]
     assert module.test_names == ("Set5", "Set14")
 
 
@@ -198,22 +189,22 @@ def test_missing_folders_are_named(root, tmp_path):
 
 
 def test_broken_images_and_wrong_sizes_are_named(root):
-    file = root / "benchmark/Set5/LR_bicubic/X2/babyx2.png"
+    file = root / "benchmark/Set5/LR_bicubic/X2/set5_1x2.png"
     save(file, picture(10, 10))
     module = data(root)
     module.setup("validate")
-    with pytest.raises(BrokenRecordError, match=r"babyx2\.png: size: 10 x 10 pixels, expected 26 x 20"):
+    with pytest.raises(BrokenRecordError, match=r"set5_1x2\.png: size: 10 x 10 pixels, expected 26 x 20"):
         module.val_set[0, 0]
     file.write_bytes(b"no image")
-    with pytest.raises(BrokenRecordError, match=r"babyx2\.png: low resolution: can't be decoded"):
+    with pytest.raises(BrokenRecordError, match=r"set5_1x2\.png: low resolution: can't be decoded"):
         module.val_set[0, 0]
-    content = (root / "benchmark/Set5/HR/baby.png").read_bytes()
-    (root / "benchmark/Set5/HR/baby.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(BrokenRecordError, match=r"baby\.png: high resolution: can't be decoded"):
+    content = (root / "benchmark/Set5/HR/set5_1.png").read_bytes()
+    (root / "benchmark/Set5/HR/set5_1.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(BrokenRecordError, match=r"set5_1\.png: high resolution: can't be decoded"):
         module.val_set[0, 0]
     big = data(root, patch_size=64)
     big.setup("fit")
-    with pytest.raises(ValueError, match="25 x 20 pixels at low resolution, fewer than a patch of 32: lower patch_size"):
+    with pytest.raises(ValueError, match="26 x 20 pixels at low resolution, fewer than a patch of 32: lower patch_size"):
         big.train_set[0, 0]
 
 

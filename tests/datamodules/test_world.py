@@ -15,6 +15,7 @@ from PIL import Image
 from scipy.ndimage import maximum_filter, minimum_filter
 from scipy.spatial.transform import Rotation
 
+from forks import HANGS
 from lit_methods.datamodules.driving import render, world
 from lit_methods.datamodules.driving.nuscenes_writer import TABLES
 from lit_methods.datamodules.driving.street import LIDARSEG_NAMES
@@ -331,7 +332,7 @@ def test_two_processes_share_one_world(tmp_path: Path) -> None:
         f"print(embedded_world(Path({str(tmp_path)!r}), **{TINY!r}, workers=1))"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    roots = {child.communicate(timeout=120)[0].strip() for child in both}
+    roots = {child.communicate(timeout=HANGS)[0].strip() for child in both}
     assert [child.returncode for child in both] == [0, 0]
     (root,) = roots
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [Path(root).name]

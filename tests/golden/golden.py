@@ -110,4 +110,5 @@ def golden_test(slug: str, kinds: Mapping[str, Kind]) -> Callable[..., None]:
         assert name in kinds, f"{path.name}: no adapter for kind {name!r}; there are {sorted(kinds)}"
         check(kinds[name], GoldenCase(path))
 
+    test_golden.kinds = dict(kinds)  # type: ignore[attr-defined]  # for tests/test_reachability.py
     return test_golden

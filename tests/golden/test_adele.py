@@ -8,7 +8,7 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.noisy_labels.adele import core as adele
-from lit_methods.tasks.segmentation.core import class_iou
+from lit_methods.tasks.segmentation.core import class_counts, iou_of_counts
 
 
 def consistency_loss(case: GoldenCase) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ def label_merge(case: GoldenCase) -> dict[str, Tensor]:
 
 
 def iou(case: GoldenCase) -> dict[str, Tensor]:
-    return {"out_iou": class_iou(case.tensor("in_prediction"), case.tensor("in_labels"), case.hp("num_classes"))}
+    return {"out_iou": iou_of_counts(class_counts(case.tensor("in_prediction"), case.tensor("in_labels"), case.hp("num_classes")))}
 
 
 test_golden = golden_test(

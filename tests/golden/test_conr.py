@@ -46,8 +46,9 @@ def smoothing(case: GoldenCase) -> dict[str, Tensor]:
     for epoch in range(len(features)):
         smoothed.append(fds.calibrate(probe, probe_labels, state, buckets, epoch, case.hp("start_smooth")))
         state = fds.begin_epoch(state, epoch, window)
-        found = fds.moments(features[epoch], buckets.places(labels[epoch]), len(buckets) + 2)
-        state = fds.update(state, found, epoch, start, case.hp("momentum"))
+        sums = fds.MomentSums(len(buckets) + 2)
+        sums.add(features[epoch], buckets.places(labels[epoch]))
+        state = fds.update(state, sums.moments(), epoch, start, case.hp("momentum"))
     return {
         "out_smoothed_batch_per_epoch": torch.stack(smoothed),
         "out_running_mean": state.mean,
@@ -60,8 +61,9 @@ def smoothing(case: GoldenCase) -> dict[str, Tensor]:
 def shot_metrics(case: GoldenCase) -> dict[str, Tensor]:
     predictions, labels = case.tensor("in_preds"), case.tensor("in_labels")
     counts = metrics.label_counts(labels, case.tensor("in_train_labels"))
-    found = metrics.shot_metrics(predictions, labels, counts, case.hp("many_shot_thr"), case.hp("low_shot_thr"))
-    return {f"out_{name}": value for name, value in found.items()}
+    metric = metrics.ShotMetrics(case.hp("many_shot_thr"), case.hp("low_shot_thr"))
+    metric.update(predictions, labels, counts)
+    return {f"out_{name}": value for name, value in metric.compute().items()}
 
 
 test_golden = golden_test(

@@ -10,7 +10,7 @@ from lit_methods.consistency_models.curricula import ct_teacher_decay, doubling_
 from lit_methods.consistency_models.levels import inverse_gap, karras_levels, lognormal_probabilities
 from lit_methods.consistency_models.metrics import absolute, pseudo_huber, square
 from lit_methods.consistency_models.pairs import consistency_function, consistency_pair_loss
-from lit_methods.consistency_models.sampling import descending_time, multistep_sample
+from lit_methods.consistency_models.sampling import multistep_sample
 
 
 def ct_curriculum(case: GoldenCase) -> dict[str, Any]:
@@ -77,7 +77,8 @@ def loss(case: GoldenCase, improved: bool) -> dict[str, Any]:
 
 def sampler(case: GoldenCase) -> dict[str, Any]:
     settings = {"sigma_min": case.hp("sigma_min"), "sigma_max": case.hp("sigma_max")}
-    times = [descending_time(int(index), case.hp("steps"), **settings, rho=case.hp("rho")) for index in case.arrays["in_ts"]]
+    levels = karras_levels(case.hp("steps"), **settings, rho=case.hp("rho")).flip(0)
+    times = levels[torch.from_numpy(case.arrays["in_ts"]).long()].tolist()
     f = consistency_function(Network(case, "net"), case.hp("sigma_min"), case.hp("sigma_data"))
     x = multistep_sample(f, case.tensor("in_x_T"), times, list(case.tensor("in_noise")), **settings, clip=bool(case.hp("clip_denoised")))
     clipped = [min(max(time, case.hp("sigma_min")), case.hp("sigma_max")) for time in times]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.callbacks.sparsity.channels import merge_keep_masks, prune_channels
+from lit_methods.callbacks.sparsity.channels import agree, apply_plan, channel_groups, make_plan, merge_keep_masks
 from lit_methods.callbacks.sparsity.masksparsity.core import keep_masks, ot_threshold, sparse_gradient
 
 PENALTIES: dict[str, Any] = {"L1": "l1", "L2": "l2", "smoothL1": "smooth_l1", "shiyan": "bounded_l2"}
@@ -49,7 +49,8 @@ def channel_prune(case: GoldenCase) -> dict[str, Tensor]:
     before = network(x)
     gammas = {"bn1": network.bn1.weight, "bn2": network.bn2.weight}
     keep = keep_masks(gammas, "threshold", threshold=case.hp("threshold"), min_channels=case.hp("min_channels"))
-    prune_channels(network, keep, x)
+    groups, _ = channel_groups(network, x)
+    apply_plan(network, make_plan(groups, agree(groups, keep, gammas, case.hp("min_channels"))))
     found = {f"out_{name.replace('.', '_')}": value for name, value in network.state_dict().items()}
     return found | {"out_keep1": keep["bn1"], "out_keep2": keep["bn2"], "out_y_before": before, "out_y_after": network(x)}
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.callbacks.sparsity.cost import expected_nonzeros, theoretical_cost
-from lit_methods.callbacks.sparsity.density import erk_dense_layers, layer_density
+from lit_methods.callbacks.sparsity.cost import theoretical_cost
+from lit_methods.callbacks.sparsity.density import expected_nonzeros, layer_density, proportional_densities
 from lit_methods.callbacks.sparsity.dynamics import itop_rate, mask_change, union
-from lit_methods.callbacks.sparsity.flops import conv_output_size, count_macs, gradual_training_flops, training_flops
+from lit_methods.callbacks.sparsity.flops import count_macs, gradual_training_flops, training_flops
 from lit_methods.callbacks.sparsity.schedules import cubic_sparsity
 from lit_methods.callbacks.sparsity.store import prunable_weights
 
@@ -24,7 +24,7 @@ def erk_density(case: GoldenCase) -> dict[str, Any]:
     density = layer_density(shapes, case.hp("density"), "erk", power=case.hp("power"))
     return {
         "out_layer_density": density,
-        "out_layer_is_dense": erk_dense_layers(shapes, case.hp("density"), power=case.hp("power")),
+        "out_layer_is_dense": proportional_densities(shapes, case.hp("density"), "erk", case.hp("power"))[1],
         "out_layer_expected_nonzeros": expected_nonzeros([int(np.prod(shape)) for shape in shapes], density),
     }
 
@@ -62,8 +62,10 @@ class Convolutions(nn.Module):
         self.head = nn.Linear(rows[-1][0], classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.maps = []
         for conv in self.convs:
             x = conv(x)
+            self.maps.append(x.shape[2:])
         return self.head(x.mean((2, 3)))
 
 
@@ -128,11 +130,7 @@ def cnn_flops(case: GoldenCase) -> dict[str, Any]:
     rows, size = case.arrays["in_conv_layers"].tolist(), (case.hp("image_h"), case.hp("image_w"))
     network = Convolutions(rows, case.hp("classes"))
     found = network_cost(case, network, torch.zeros(1, rows[0][1] * rows[0][6], *size))
-    maps = []
-    for _, _, kh, kw, stride, pad, _, dilation in rows:
-        size = conv_output_size(size[0], kh, stride, pad, dilation), conv_output_size(size[1], kw, stride, pad, dilation)
-        maps.append(size)
-    return found | {"out_feature_map_hw": maps}
+    return found | {"out_feature_map_hw": [tuple(size) for size in network.maps]}
 
 
 def transformer_flops(case: GoldenCase) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def test_lp_bn_train_imitates_the_official_codes_moving_statistics(release):
 
 
 def test_finetuning_learns_the_batch(release):
-    model = module(learning_rate=0.02)
-    trainer = tiny_trainer(max_steps=60, limit_val_batches=0, overfit_batches=1)
+    model = module(learning_rate=0.05)
+    trainer = tiny_trainer(max_steps=25, limit_val_batches=0, overfit_batches=1)
     seed_everything(0, verbose=False)
     trainer.fit(model, datamodule=data(release))
     final = trainer.callback_metrics["segmentor/loss_ce"]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from test_report import EVIL, Page
 
+from forks import HANGS
 from lit_methods.cli import report as command
 from lit_methods.cli.main import main
 from lit_methods.cli.report import find_runs, short_names
@@ -309,9 +310,9 @@ def test_a_report_needs_no_torch(runs: Path) -> None:
         "sys.exit(f'imported {heavy}' if heavy else status)"
     )
     for words, status in ((["flow", "probe"], 0), (["flow"], 0), (["flaw"], 2)):
-        done = subprocess.run([sys.executable, "-c", code, "report", *words], capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run([sys.executable, "-c", code, "report", *words], capture_output=True, text=True, timeout=HANGS, check=False)
         assert done.returncode == status, done.stderr
     code = code.replace("'torch'", "'torch', 'numpy', 'PIL', 'plotly'")
-    done = subprocess.run([sys.executable, "-c", code, "report", "--help"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", code, "report", "--help"], capture_output=True, text=True, timeout=HANGS, check=False)
     assert done.returncode == 0, done.stderr
     assert "--run_root" in done.stdout

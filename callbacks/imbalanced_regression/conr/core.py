@@ -50,16 +50,19 @@ def _contrast(
     """Loss of each anchor (M,), 0 where it has no negative or no positive; and the numbers of both."""
     unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
     similarity = unit @ unit.T / temperature
-    nothing = similarity.new_tensor(-torch.inf)
     others = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
     positive = alike & others
     negatives, positives = negative.sum(1), positive.sum(1)
     counted = (negatives > 0) & (positives > 0)
-    # the reference sums exp(P * S) over all columns: every column that is no positive adds exp(0) = 1
-    pull = torch.where(positive, similarity, nothing if strict else similarity.new_zeros(()))
-    pushed = torch.where(negative & (push > 0), similarity + push.clamp(min=torch.finfo(push.dtype).tiny).log(), nothing)
-    denominator = torch.where(counted[:, None], torch.cat([pull, pushed], dim=1), similarity.new_zeros(())).logsumexp(dim=1)
-    pulls = torch.where(positive, denominator[:, None] - similarity, 0).sum(1)
+    pulling = positive.to(similarity.dtype)  # products: masks that select are slow on a CPU
+    # a pair is positive, negative, or neither
+    factor = pulling + negative * push.clamp(max=torch.finfo(push.dtype).max) + ~counted[:, None]
+    logits = similarity - (factor == 0) * 1e30
+    top = logits.detach().amax(1)
+    denominator = top + (factor * (logits - top[:, None]).exp()).sum(1).log()  # logsumexp, whose log of a factor 0 would be slow
+    if not strict:  # the reference sums exp(P * S) over all columns: every column that is no positive adds exp(0) = 1
+        denominator = torch.logaddexp(denominator, (len(unit) - positives).to(denominator.dtype).log())
+    pulls = (pulling * (denominator[:, None] - similarity)).sum(1)
     return torch.where(counted, pulls / (positives + extra_positive).clamp(min=1), 0), negatives, positives
 
 

@@ -37,7 +37,7 @@ from lit_methods.callbacks.imbalanced_regression.fds.core import (
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.twin import evaluating, observed
 from lit_methods.callbacks.wrapping import refuse_iterators
-from lit_methods.checks import at_least, positive, share
+from lit_methods.checks import at_least, naming, positive, share
 from lit_methods.datamodules.loaders import RankSampler
 from lit_methods.distributed import gather_rows
 from lit_methods.tasks.imbalanced_regression.weights import Kernel
@@ -135,11 +135,15 @@ class FDS(OrderedCallback):
         if not is_overridden("forward", pl_module, pl.LightningModule):
             raise TypeError(f"FDS collects features through forward, and {type(pl_module).__name__} has none: define forward(inputs)")
         refuse_iterators(pl_module, "FDS")
-        _, module = one_submodule(pl_module, self.features, "features")
         self.leave(trainer, pl_module)  # a run that was cut off without notice
         if trainer.global_step == 0:
             self.statistics = None  # an earlier run's belong to it
         self._warned = False
+        self.when_built(pl_module, lambda: self._hook_in(pl_module))
+
+    def _hook_in(self, pl_module: pl.LightningModule) -> None:
+        with naming("FDS"):
+            _, module = one_submodule(pl_module, self.features, "features")
         self._handle = module.register_forward_hook(self._hook, prepend=True)  # before those that only look
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,6 +157,10 @@ class FDS(OrderedCallback):
 
     def _rows(self, output: Any, batch: Any) -> tuple[Tensor, Tensor]:
         """(M, D) features, channels last, and (M,) labels in buckets."""
+        with naming("FDS"):
+            return self._read(output, batch)
+
+    def _read(self, output: Any, batch: Any) -> tuple[Tensor, Tensor]:
         if not isinstance(output, Tensor) or output.ndim not in (2, 4) or not output.is_floating_point():
             got = f"{tuple(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(f"features={self.features!r} puts out {got}: expected (B, D) or (B, C, h, w) in floating point")
@@ -175,19 +183,28 @@ class FDS(OrderedCallback):
         return rows, flat.repeat(len(rows) // flat.numel())
 
     def _hook(self, module: nn.Module, _: Any, output: Any) -> Any:
-        if self._batch is None:
+        if self._batch is None or not module.training:
             return None
-        if self.statistics is None or self._epoch < self.start_smooth or not module.training:
+        rows, labels = self._rows(output, self._batch)  # in the first epoch, too: what doesn't fit is refused at its first step
+        if self.statistics is None or self._epoch < self.start_smooth:
             return None
-        rows, labels = self._rows(output, self._batch)
         if self.statistics.mean.device != rows.device:
             self.statistics = _moved(self.statistics, rows.device)
         calibrated = calibrate(rows, labels, self.statistics, self.buckets, self._epoch, self.start_smooth, self.clip)
         return calibrated.reshape(output.movedim(1, -1).shape).movedim(-1, 1)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the batch, whose labels the hook needs."""
+        """Remember the batch, whose labels the hook needs.
+
+        Raises:
+            ValueError: It has no input that ``forward`` takes at the end of the epoch.
+        """
+        self._input(batch)
         self._batch, self._epoch = batch, trainer.current_epoch
+
+    def _input(self, batch: Any) -> Tensor:
+        with naming("FDS"):
+            return find_in_batch(batch, self.inputs, ("image", 0), "inputs")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Leave validation alone."""
@@ -224,12 +241,12 @@ class FDS(OrderedCallback):
             try:
                 for read in self._pass(trainer):
                     batch = trainer.strategy.batch_to_device(read, dataloader_idx=0)
-                    twin(find_in_batch(batch, self.inputs, ("image", 0), "inputs"))
+                    twin(self._input(batch))
             finally:
                 handle.remove()
         mine = sums.moments()
         if mine is None:
-            raise ValueError(f"features={self.features!r} put out nothing in forward: name a submodule that takes part in it")
+            raise ValueError(f"FDS: features={self.features!r} put out nothing in forward: name a submodule that takes part in it")
         parts = [gather_rows(part[None], with_grad=False) for part in (mine.count, mine.mean, mine.square)]
         everything = functools.reduce(operator.add, (Moments(*ranks) for ranks in zip(*parts, strict=True)))
         self._warn_of_outside(everything.count)

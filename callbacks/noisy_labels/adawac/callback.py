@@ -20,6 +20,7 @@ from lit_methods.checks import at_least, one_of, share
 from lit_methods.distributed import rank, sum_over_ranks
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel
 from lit_methods.sample_table import SampleTable
+from lit_methods.steps import log_global
 from lit_methods.tasks.segmentation.core import has_foreground
 
 TECHNIQUE = Technique(
@@ -153,11 +154,14 @@ class AdaWAC(LossTerm):
         Raises:
             ValueError: The module optimises manually, or a submodule isn't there.
         """
-        if stage == "fit":
-            if trainer.global_step == 0:
-                self._fresh()  # an earlier run's weights belong to it
-            require_network(pl_module, self.targets[0], "AdaWAC")
+        if stage == "fit" and trainer.global_step == 0:
+            self._fresh()  # an earlier run's weights belong to it
         super().setup(trainer, pl_module, stage)
+
+    def hook_in(self, pl_module: pl.LightningModule) -> None:
+        """Hook into the module, if it has the network."""
+        require_network(pl_module, self.targets[0], "AdaWAC")
+        super().hook_in(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give every sample a row.
@@ -261,7 +265,7 @@ class AdaWAC(LossTerm):
                 logs |= {f"{loss}_{name}": (sums[group, k] / sums[group, 2]).float() for k, loss in enumerate(("ce", "consistency"))}
         if "weight_dense" in logs and "weight_sparse" in logs:
             logs["weight_gap"] = logs["weight_dense"] - logs["weight_sparse"]
-        pl_module.log_dict({f"{self._prefix}/{name}": value for name, value in logs.items()})
+        log_global(pl_module, {f"{self._prefix}/{name}": value for name, value in logs.items()})
         self._sums.zero_()
 
     def dashboard_media(self) -> dict[str, Media]:
@@ -285,10 +289,10 @@ class AdaWAC(LossTerm):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with them."""
-        self.table.resize(len(state_dict["weights"]))
-        self.groups.resize(len(state_dict["groups"]))
-        for mine, saved in ((self.table.rows, "weights"), (self.groups.rows, "groups"), (self._sums, "sums")):
-            mine.copy_(state_dict[saved])
+        for table, name in ((self.table, "weights"), (self.groups, "groups")):
+            table.resize(len(state_dict[name]))
+            table.load_state_dict({"rows": state_dict[name]})
+        self._sums.copy_(state_dict["sums"])
         if rank():  # the sums of all ranks are rank 0's from now on
             self._sums.zero_()
 

@@ -23,6 +23,7 @@ from lit_methods.checks import at_least, one_of, positive, share, within
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.distributed import rank, sum_over_ranks
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
+from lit_methods.steps import log_global
 from lit_methods.tasks.segmentation.core import class_counts, iou_of_counts
 
 TECHNIQUE = Technique(
@@ -181,10 +182,14 @@ class ADELE(LabelCorrection, FeatureCallback):
         """
         if stage == "fit":
             refuse_iterators(pl_module, "ADELE")
-            require_network(pl_module, self.network, "ADELE")
             if trainer.global_step == 0:
                 self._fresh()
         super().setup(trainer, pl_module, stage)
+
+    def hook_in(self, pl_module: pl.LightningModule) -> None:
+        """Hook into the module, if it has the network."""
+        require_network(pl_module, self.network, "ADELE")
+        super().hook_in(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count where the labels are."""
@@ -265,7 +270,7 @@ class ADELE(LabelCorrection, FeatureCallback):
         self._epoch_counts.zero_()
         for c in range(1, self.num_classes):
             logs |= {f"iou/{self.class_names[c]}": total[c], f"update_epoch/{self.class_names[c]}": float(self.update_epochs[c])}
-        pl_module.log_dict({f"adele/{name}": value for name, value in logs.items()})
+        log_global(pl_module, {f"adele/{name}": value for name, value in logs.items()})
 
     # ---- how -------------------------------------------------------------------------------------------------------------------------
 

@@ -96,11 +96,14 @@ class MultiScaleConsistency(LossTerm):
         Raises:
             ValueError: The module optimises manually, or the submodule isn't there.
         """
-        if stage == "fit":
-            require_network(pl_module, self.targets[0], "MultiScaleConsistency")
-            if trainer.global_step == 0:
-                self._fresh()
+        if stage == "fit" and trainer.global_step == 0:
+            self._fresh()
         super().setup(trainer, pl_module, stage)
+
+    def hook_in(self, pl_module: pl.LightningModule) -> None:
+        """Hook into the module, if it has the network."""
+        require_network(pl_module, self.targets[0], "MultiScaleConsistency")
+        super().hook_in(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the weights where the module is."""

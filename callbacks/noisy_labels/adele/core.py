@@ -291,7 +291,7 @@ def multiscale_consistency(
         log_mixture = mixture.log()
         divergence = sum(((log.exp() * (log - log_mixture)).sum(dim=1) for log in logs), start=wide[0].new_zeros(labels.shape))
         counted = labels != ignore_index
-        certain = torch.where(counted, mixture.detach().amax(dim=1), 0).flatten(1).amax(dim=1) >= threshold
+        certain = torch.where(counted, mixture.detach().amax(dim=1), 0)[:, None].flatten(1).amax(dim=1) >= threshold
         mask = certain.reshape(-1, *[1] * (labels.ndim - 1)) & (counted if mask_ignored else torch.ones_like(counted))
         return MultiScaleLoss(ce, (divergence * mask).mean(), mixture, certain)
 

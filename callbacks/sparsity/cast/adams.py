@@ -137,8 +137,7 @@ class AdamS(Optimizer):
         checks.at_least(0, lr=lr, eps=eps, weight_decay=weight_decay, l1_decay=l1_decay, ramp_steps=ramp_steps)
         checks.at_least(1, "optimiser steps", total_steps=total_steps)
         checks.one_of(Rule, rule=rule)
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas are {betas}: give two numbers in [0, 1)")
+        checks.betas(betas=betas)
         settings = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**settings, "l1_decay": l1_decay, "total_steps": total_steps, "ramp_steps": ramp_steps})
         self.rule = rule
@@ -154,10 +153,9 @@ class AdamS(Optimizer):
             ValueError: An option of Adam that AdamS hasn't: AMSGrad, ``maximize``, or weight decay that joins the gradient.
         """
         for group in optimizer.param_groups:
-            joined = group.get("weight_decay", 0.0) and not (
-                isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay")
-            )
-            if wrong := [name for name in ("amsgrad", "maximize") if group.get(name)] + ["weight_decay of Adam"] * bool(joined):
+            decoupled = isinstance(optimizer, torch.optim.AdamW) or group.get("decoupled_weight_decay")
+            joined = ["weight_decay of Adam"] if group.get("weight_decay") and not decoupled else []
+            if wrong := [name for name in ("amsgrad", "maximize") if group.get(name)] + joined:
                 raise ValueError(f"AdamS can't replace {type(optimizer).__name__} with {wrong[0]}: use torch.optim.AdamW without it")
         new = cls(optimizer.param_groups, **settings)
         new.state.update(optimizer.state)
@@ -212,11 +210,13 @@ class AdamS(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             alphas = []
-            for step, sparse, weights in self._alike(trained):
+            for (step, sparse), weights in self._alike(group["params"]).items():
                 alpha = self.alpha(group, step) if sparse else 0.0
-                self._update(group, weights, step, alpha, sparse)
+                for rows in _chunks([self._row(weight, sparse) for weight in weights]):
+                    self._update(group, rows, step, alpha)
+                for weight in weights:
+                    self.state[weight]["step"] += 1
                 alphas += [alpha] if sparse else []
             if alphas:
                 group["alpha"] = max(alphas)
@@ -225,57 +225,45 @@ class AdamS(Optimizer):
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # schedulers needn't patch it
 
-    def _alike(self, parameters: list[Tensor]) -> list[tuple[int, bool, list[Tensor]]]:
-        """Parameters with the same number of steps, sparse and others apart."""
-        buckets: dict[tuple[int, bool], list[Tensor]] = {}
+    def _alike(self, parameters: list[Tensor]) -> dict[tuple[int, bool], list[Tensor]]:
+        """Parameters with a gradient, by the number of their steps and by whether they are sparse."""
+        alike: dict[tuple[int, bool], list[Tensor]] = {}
         for parameter in parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
+            if parameter.grad is None:
+                continue
+            if parameter.grad.is_sparse:
                 raise RuntimeError("AdamS doesn't know sparse gradients: use an embedding with sparse=False")
             state = self.state[parameter]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU: reading it waits for no device
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            buckets.setdefault((int(state["step"]), parameter in self.sparse), []).append(parameter)
-        return [(*key, weights) for key, weights in buckets.items()]
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            alike.setdefault((int(state["step"]), parameter in self.sparse), []).append(parameter)
+        return alike
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor], step: int, alpha: float, sparse: bool) -> None:
-        states = [self.state[weight] for weight in weights]
-        rows: list[tuple[Tensor, ...]] = []
-        for weight, state in zip(weights, states, strict=True):
-            row = [weight, weight.grad, state["exp_avg"], state["exp_avg_sq"]]
-            if sparse:
-                mask = self.masks.get(weight)
-                if problem := "it has none" if mask is None else _misaligned(weight, mask):
-                    raise RuntimeError(f"AdamS has no aligned mask for a weight of shape {tuple(weight.shape)} ({problem}): call set_masks")
-                row.append(mask)
-            rows.append(tuple(row))
-        for part in _chunks(rows):
-            self._update_part(group, *map(list, zip(*part, strict=True)), step=step, alpha=alpha)  # type: ignore[arg-type]
-        for state in states:
-            state["step"] += 1
+    def _row(self, weight: Tensor, sparse: bool) -> tuple[Tensor, ...]:
+        """A weight with its gradient, its moments and, if it is sparse, its mask."""
+        assert weight.grad is not None
+        row = (weight, weight.grad, self.state[weight]["exp_avg"], self.state[weight]["exp_avg_sq"])
+        if not sparse:
+            return row
+        mask = self.masks.get(weight)
+        problem = "it has none" if mask is None else _misaligned(weight, mask)
+        if mask is None or problem:
+            raise RuntimeError(f"AdamS has no aligned mask for a weight of shape {tuple(weight.shape)} ({problem}): call set_masks")
+        return (*row, mask)
 
-    def _update_part(
-        self,
-        group: dict[str, Any],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        masks: list[Tensor] | None = None,
-        *,
-        step: int,
-        alpha: float,
-    ) -> None:
-        lr = float(group["lr"])
-        torch._foreach_lerp_(exp_avgs, grads, 1.0 - group["betas"][0])
+    def _update(self, group: dict[str, Any], rows: list[tuple[Tensor, ...]], step: int, alpha: float) -> None:
+        weights, grads, exp_avgs, exp_avg_sqs, *masks = map(list, zip(*rows, strict=True))
+        lr, betas = float(group["lr"]), group["betas"]
+        torch._foreach_lerp_(exp_avgs, grads, 1.0 - betas[0])
         directions, seen = exp_avgs, grads
-        if masks is not None:
+        if masks:
             change = decayed_momentum if self.rule == "adams" else ast_momentum
-            directions = seen = change(exp_avgs, weights, masks, alpha, group["l1_decay"])
+            directions = seen = change(exp_avgs, weights, masks[0], alpha, group["l1_decay"])
         if group["weight_decay"]:
             torch._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
-        adam_update_(weights, exp_avg_sqs, directions, seen, step=step, lr=lr, betas=group["betas"], eps=group["eps"])
+        adam_update_(weights, exp_avg_sqs, directions, seen, step=step, lr=lr, betas=betas, eps=group["eps"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over moments and settings.

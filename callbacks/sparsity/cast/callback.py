@@ -4,7 +4,6 @@ Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.cast.core`.
 """
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lit_methods import checks
+from lit_methods.callbacks.batch import find_in_batch
 from lit_methods.callbacks.sparsity.callback import check_ranks, notify_mask_updated
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.cast import core
@@ -23,13 +23,14 @@ from lit_methods.callbacks.sparsity.cast.adams import AdamS, Rule
 from lit_methods.callbacks.sparsity.cast.self_distillation import DenseSelf
 from lit_methods.callbacks.sparsity.history import flips, pack_bits, unpack_bits
 from lit_methods.callbacks.sparsity.latent import LatentCallback, LatentWeight, ParametrizedWeight, Place, Shared, group_dim, masked_weight
-from lit_methods.callbacks.sparsity.masks import is_nm, nm_mask
+from lit_methods.callbacks.sparsity.masks import check_pattern, is_nm, nm_mask
 from lit_methods.callbacks.sparsity.store import MaskStore
-from lit_methods.callbacks.twin import shadow
+from lit_methods.callbacks.twin import shadow, unwritten
 from lit_methods.callbacks.wrapping import refuse_iterators, takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.folder import run_dir
+from lit_methods.steps import training_length
 
 TECHNIQUE = Technique(
     slug="cast",
@@ -94,16 +95,7 @@ class CastWeight(LatentWeight):
         return {name: neutral[name](parameter) for name, parameter in self.named_parameters()}
 
 
-class _Layer(ParametrizedWeight):
-    parametrization: CastWeight
-
-    @property
-    def cell(self) -> _Cell:
-        return self.parametrization.cell
-
-    def parts(self) -> dict[str, Tensor]:
-        """Latent weight, scale and branch."""
-        return {"latent": self.latent, **dict(self.parametrization.named_parameters())}
+_Layer = ParametrizedWeight[CastWeight]
 
 
 class _Preset(NamedTuple):
@@ -139,7 +131,8 @@ class CAST(LatentCallback):
     made at the start of every ``mask_interval``-th optimiser step, on its first micro-batch, from latent weights. Behind the last batch
     weights outside the last mask are removed and scales folded in. ``cast/unfinalized.ckpt`` and ``cast/finalized.ckpt`` in the run's
     folder are written if the Trainer saves checkpoints. With manual optimisation ``distill_weight`` must be 0; give ``total_steps`` where
-    several optimisers step. Scales are called ``<module>.parametrizations.weight.0.scale`` in ``named_parameters()``.
+    several optimisers step. Scales are called ``<module>.parametrizations.weight.0.scale`` in ``named_parameters()``;
+    a momentum branch that walks ``parameters()`` needs ``scale_groups=0``.
 
     Saves: what :class:`LatentCallback` saves, scales, masks, T and the teacher. T, the number of optimiser steps, must be the same at a
     resume.
@@ -175,7 +168,12 @@ class CAST(LatentCallback):
         ValueError: An argument outside its range; in ``setup`` or when training starts, something that can't work.
     """
 
-    latents = "weights"
+    latents, prefix = "weights", "cast"
+    kept: ClassVar[Mapping[str, str]] = {
+        **{name: f"_{name}" for name in ("refreshed", "probed", "stats")},
+        **{"first_masks": "_first", "total_steps": "_steps"},
+    }
+    without_added = "set scale_groups to 0 (and slorb_block, if you gave it), so that each weight stays one parameter"
     runs_before: ClassVar[Sequence[str]] = ("MaskCallback", "SparsityReport", "Dashboard", "Preemption")
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -223,11 +221,8 @@ class CAST(LatentCallback):
         finalize: bool = True,
     ) -> None:
         super().__init__(targets, skip)
-        checks.one_of(Recipe, recipe=recipe)
-        checks.one_of(Update, update=update)
-        checks.one_of(("same", "bfloat16"), teacher_dtype=teacher_dtype)
-        if not 1 <= n <= m:
-            raise ValueError(f"a pattern of {n}:{m} can't be: give 1 <= n <= m")
+        checks.literals(CAST, locals())
+        check_pattern(n, m)
         checks.at_least(1, "optimiser steps", mask_interval=mask_interval, total_steps=total_steps)
         checks.at_least(0, "optimiser steps", probe_interval=probe_interval, ramp_steps=ramp_steps)
         checks.at_least(0, l1_decay=l1_decay, scale_groups=scale_groups, slorb_block=slorb_block)
@@ -291,9 +286,19 @@ class CAST(LatentCallback):
         if self.labels is not None:
             refuse_iterators(pl_module, "CAST with labels")
         if self.distill_weight:
-            loss = (self.distill_weight, self.temperature, self.temperature_squared)
-            self.dense = DenseSelf(pl_module, self.distill, "CAST", *loss, self.labels, self.ignore_index)
+            self.dense = DenseSelf(pl_module, self.distill, "CAST", self._mix)
         return layers
+
+    def _mix(self, pl_module: pl.LightningModule, loss: Tensor, student: Tensor, teacher: Tensor, batch: Any) -> Tensor:
+        """Eq. 13: the KL of the logits of student and teacher, mixed into the module's own loss."""
+        targets = None if self.labels is None else find_in_batch(batch, self.labels, (self.labels, 0), "labels")
+        if targets is not None and targets.shape != student.shape[:-1]:
+            shapes = f"the batch's {self.labels!r} are {tuple(targets.shape)}, but the logits {tuple(student.shape)}"
+            raise ValueError(f"CAST: {shapes}: the labels must be aligned with them")
+        settings = (self.distill_weight, self.temperature, self.temperature_squared, self.ignore_index)
+        mixed, kl, _ = core.distillation_loss(student, teacher, targets, *settings, own=loss)
+        pl_module.log_dict({"cast/ce": loss.detach(), "cast/kl": kl.detach()}, batch_size=1)
+        return mixed
 
     def parametrise(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy the teacher, and put the parametrisations on."""
@@ -338,7 +343,7 @@ class CAST(LatentCallback):
         check_ranks("CAST", self.store.masks.values(), "weights")
         if self.update != "adam":
             self._replace_optimizers(trainer, self.update)
-        self._settle_length(trainer)
+        self._settle_length(trainer, pl_module)
         notify_mask_updated(trainer, pl_module, self)
 
     def _settle_teacher(self, pl_module: pl.LightningModule) -> None:
@@ -348,7 +353,8 @@ class CAST(LatentCallback):
             self.dense.copy_student(pl_module)
         if not self.save_teacher:
             before, self._fingerprint = self._fingerprint, self.dense.fingerprint()
-            if before is not None and not _same(before, self._fingerprint):
+            same = before is None or (before.shape == self._fingerprint.shape and torch.allclose(before, self._fingerprint, 1e-5, 1e-6))
+            if not same:  # more than sums differ from device to device
                 why = "the module starts with other weights than the run that saved this checkpoint, so its teacher would be another one"
                 raise ValueError(f"CAST: {why}: build it with the same pretrained weights, or use save_teacher=True from the start")
         self.dense.teacher.to(pl_module.device)
@@ -375,19 +381,16 @@ class CAST(LatentCallback):
         trainer.strategy.optimizers = optimizers
         self._share_masks(trainer)
 
-    def _settle_length(self, trainer: pl.Trainer) -> None:
+    def _settle_length(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Settle T."""
-        steps = trainer.estimated_stepping_batches if self.total_steps is None else self.total_steps
-        if not math.isfinite(steps):
-            raise ValueError("CAST's decay grows until training ends, and this one has no end: set max_steps, max_epochs or total_steps")
-        steps = max(1, int(steps))
+        steps = training_length(pl_module, self.total_steps, what="CAST's decay, which grows until training ends,")
         if self._steps is not None and self._steps != steps:
             change = f"was to take {self._steps} optimiser steps and is now to take {steps}"
             raise ValueError(f"CAST: the training {change}, so that alpha = t / T would jump: train as long, or set total_steps")
         self._steps = steps
-        self.on_train_start(trainer)
+        self.on_train_start(trainer, pl_module)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule | None = None) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the optimisers this run's settings: a checkpoint has restored those of its own."""
         assert self._steps is not None
         ramp = self._steps // 4 if self.ramp_steps is None else self.ramp_steps
@@ -435,7 +438,7 @@ class CAST(LatentCallback):
     def _share_masks(self, trainer: pl.Trainer) -> None:
         """Let the forward passes and the optimisers have the masks."""
         for name, layer in self._layers.items():
-            layer.cell.mask = self.store.masks[name]
+            layer.parametrization.cell.mask = self.store.masks[name]
         for optimizer in self._adams(trainer):
             own = [name for name, weight in self.store.weights.items() if weight in optimizer.sparse]
             optimizer.set_masks({self.store.weights[name]: self.store.masks[name] for name in own})
@@ -451,7 +454,7 @@ class CAST(LatentCallback):
                 arguments = (batch, batch_idx)[: len(inspect.signature(twin.training_step).parameters)]
                 for name, pruned in (("loss_dense", False), ("loss_pruned", True)):
                     self._prune(pruned)
-                    with trainer.precision_plugin.train_step_context():
+                    with trainer.precision_plugin.train_step_context(), unwritten(twin):
                         output = twin.training_step(*arguments)
                     loss = output["loss"] if isinstance(output, Mapping) else output
                     if isinstance(loss, Tensor):
@@ -465,7 +468,7 @@ class CAST(LatentCallback):
     def _prune(self, pruned: bool) -> None:
         """Whether the forward pass leaves out what the masks remove."""
         for layer in self._layers.values():
-            layer.cell.pruned = pruned
+            layer.parametrization.cell.pruned = pruned
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log; behind the last batch finalise."""
@@ -475,7 +478,7 @@ class CAST(LatentCallback):
         for optimizer in self._adams(trainer):
             group = max(optimizer.param_groups, key=lambda group: group.get("decay_budget", -1.0))
             logs |= {"alpha": group.get("alpha", 0.0), "decay_budget": group.get("decay_budget", 0.0)}
-        pl_module.log_dict({f"cast/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False, batch_size=1)
+        self.log_step(pl_module, logs)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     # ---- the end -----------------------------------------------------------------------------------------------------------------------
@@ -483,7 +486,7 @@ class CAST(LatentCallback):
     @property
     def finalized(self) -> bool:
         """Whether the weights outside the last mask have been removed."""
-        return any(layer.cell.pruned for layer in self._layers.values()) or bool(self._left.get("finalized"))
+        return any(layer.parametrization.cell.pruned for layer in self._layers.values()) or bool(self._left.get("finalized"))
 
     @torch.no_grad()
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -554,38 +557,13 @@ class CAST(LatentCallback):
     def state(self) -> dict[str, Any]:
         """Latent weights, scales, masks, T, the teacher."""
         teacher = self.dense.teacher.module.state_dict() if self.dense is not None and self.save_teacher else {}
-        return {
-            "weights": self.parts(),
-            **self.store.state_dict(),
-            "first_masks": dict(self._first),
-            "total_steps": self._steps,
-            "refreshed": self._refreshed,
-            "probed": self._probed,
-            "stats": dict(self._stats),
-            "finalized": self.finalized,
-            "fingerprint": self._fingerprint,
-            "teacher": dict(teacher),
-        }
+        own = {"finalized": self.finalized, "fingerprint": self._fingerprint, "teacher": dict(teacher)}
+        return super().state() | self.store.state_dict() | own
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over latent weights: the module has loaded those of the forward pass just before.
-
-        Raises:
-            ValueError: The checkpoint's weights are others.
-        """
-        if not state or not self._layers:
-            return
+    def restore(self, state: dict[str, Any]) -> None:
+        """Masks, the teacher, and whether the end has come."""
         self.store.load_state_dict(state)
-        for name, layer in self._layers.items():
-            own, saved = layer.parts(), state["weights"][name]
-            if set(own) != set(saved):
-                raise ValueError(f"CAST: {name} was saved with {sorted(saved)}: resume with the same recipe and scale_groups")
-            for key, value in saved.items():
-                own[key].copy_(value)
         self._prune(bool(state["finalized"]))
-        self._first, self._steps, self._stats = dict(state["first_masks"]), state["total_steps"], dict(state["stats"])
-        self._refreshed, self._probed = int(state["refreshed"]), int(state["probed"])
         if self.dense is not None and state["teacher"]:
             self.dense.teacher.module.load_state_dict(state["teacher"])
         else:
@@ -597,11 +575,6 @@ class CAST(LatentCallback):
         if self.dense is not None:
             self.dense.close()
         super().leave(trainer, pl_module)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two fingerprints are of the same weights; sums may differ a little from device to device."""
-    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def _repoint(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:

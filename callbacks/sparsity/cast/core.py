@@ -8,10 +8,12 @@ Wanda or SparseGPT as the start of naive retraining, MaskLLM.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def is_refresh_step(step: int, interval: int) -> bool:
@@ -43,7 +45,9 @@ def scaled_weight(weight: Tensor, scale: Tensor, dim: int = 1) -> Tensor:
         scale: A, (R, n), floating point; 1 changes nothing.
         dim: The weight's dimension of inputs.
     """
-    return weight * expand_blocks(scale, weight, dim)
+    blocks = weight.unflatten(dim, (scale.shape[1], -1))  # (R, n, C / n, ...), with dim 0 (n, C / n, R, ...): no scale is repeated
+    own = scale[:, :, None] if dim == 1 else scale.T[:, None]
+    return (blocks * own.reshape(*own.shape, *[1] * (weight.ndim - 2))).flatten(dim, dim + 1)
 
 
 def finalized_weight(weight: Tensor, mask: Tensor, scale: Tensor | None = None, dim: int = 1) -> Tensor:
@@ -104,6 +108,31 @@ def magnitude_statistics(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> 
     }
 
 
+class _Divergence(torch.autograd.Function):
+    """KL(teacher || student) over the last dimension, with two matrices in memory from forward to backward.
+
+    ``sum_v p (log p - log q)``, where classes with p = 0 add 0. Its gradients are q - p and p (log p - log q - KL).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:  # type: ignore[override]
+        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+        p = log_p.exp()
+        # 0 times an infinity counts 0; a NaN in the logits makes its whole row NaN, so the first class tells
+        unknown = 0 * (p[..., 0] + log_q[..., 0].exp())
+        terms = log_p.sub_(log_q).mul_(p).nan_to_num_(0.0, torch.inf, -torch.inf)
+        total = terms.sum(-1) + unknown
+        ctx.save_for_backward(p.nan_to_num_(0.0), log_q.exp_(), *((terms, total) if ctx.needs_input_grad[1] else ()))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        p, q, *rest = ctx.saved_tensors
+        own = (q - p).mul_(grad[..., None]) if ctx.needs_input_grad[0] else None
+        return own, (rest[0] - p * rest[1][..., None]).mul_(grad[..., None]) if rest else None
+
+
 def kl_to_teacher(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, squared: bool = True, valid: Tensor | None = None
 ) -> Tensor:
@@ -117,15 +146,15 @@ def kl_to_teacher(
         valid: (...) bool, which entries count; None: all.
 
     Returns:
-        Scalar >= 0 in float32 or wider; 0 where nothing counts.
+        Scalar >= 0 in float32 or wider; 0 where nothing counts. Its gradient can't be differentiated again.
     """
     with torch.autocast(student_logits.device.type, enabled=False):
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        log_p = (teacher_logits.to(dtype) / temperature).log_softmax(-1)
-        log_q = (student_logits.to(dtype) / temperature).log_softmax(-1)
-        p = log_p.exp()
-        terms = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
-        mean = terms.mean() if valid is None else (terms * valid).sum() / valid.sum().clamp(min=1)
+        student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
+        if temperature != 1:
+            student, teacher = student / temperature, teacher / temperature
+        terms: Tensor = _Divergence.apply(student, teacher)
+        mean = terms.mean() if valid is None else terms.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
     return mean * temperature**2 if squared else mean
 
 
@@ -137,33 +166,41 @@ def convex_loss(kl: Tensor, own: Tensor, eta: float) -> Tensor:
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    targets: Tensor,
+    targets: Tensor | None,
     eta: float = 1 / 3,
     temperature: float = 1.0,
     squared: bool = True,
     ignore_index: int = -100,
+    own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """All of Eq. 13: convex sum of the KL to the teacher and the cross-entropy, over the same tokens.
+    """All of Eq. 13: convex sum of the KL to the teacher and the student's own loss, the cross-entropy over the same tokens.
 
     Args:
         student_logits: (..., V) floating point.
         teacher_logits: Same shape.
-        targets: (...) int64 classes; ``ignore_index`` leaves an entry out of both parts.
+        targets: (...) int64 classes; ``ignore_index`` leaves an entry out of both parts. None: all entries count; needs ``own``.
         eta: Share of the KL, 0 to 1.
         temperature: Temperature of the KL; the cross-entropy has none.
         squared: Multiply the KL by ``temperature`` squared.
         ignore_index: Class in ``targets`` that leaves an entry out.
+        own: Scalar, a loss in the place of the cross-entropy.
 
     Returns:
-        Loss, KL and cross-entropy: scalars in float32 or wider.
+        Loss, KL and the student's own loss: scalars in float32 or wider.
+
+    Raises:
+        ValueError: Neither ``targets`` nor ``own``.
     """
-    valid = targets != ignore_index
+    valid = None if targets is None else targets != ignore_index
     kl = kl_to_teacher(student_logits, teacher_logits, temperature, squared, valid)
-    with torch.autocast(student_logits.device.type, enabled=False):
-        logits = student_logits.to(kl.dtype).flatten(0, -2)
-        total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
-    ce = total / valid.sum().clamp(min=1)
-    return convex_loss(kl, ce, eta), kl, ce
+    if own is None:
+        if targets is None or valid is None:
+            raise ValueError("distillation_loss got neither targets nor own: give the classes, or the loss that takes the place of theirs")
+        with torch.autocast(student_logits.device.type, enabled=False):
+            logits = student_logits.to(kl.dtype).flatten(0, -2)
+            total = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        own = total / valid.sum().clamp(min=1)
+    return convex_loss(kl, own, eta), kl, own
 
 
 __all__ = [

@@ -1,33 +1,32 @@
 """Distillation of any module from its own dense self: what the loss (Eq. 13 of CAST, arXiv:2509.25996) needs of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from lit_methods.callbacks.batch import find_in_batch, logits_from
+from lit_methods.callbacks.batch import logits_from
 from lit_methods.callbacks.features import FeatureCapture
-from lit_methods.callbacks.sparsity.cast.core import convex_loss, kl_to_teacher
 from lit_methods.callbacks.targets import plain_module, select_modules
 from lit_methods.callbacks.twin import copy_of
 from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.frozen import Frozen
 
+Mix = Callable[[pl.LightningModule, Tensor, Tensor, Tensor, Any], Tensor]
+"""The module, its own loss, logits of student and teacher, and the batch -> the loss in the place of its own."""
+
 
 class DenseSelf:
-    """A frozen copy of one submodule that sees what the submodule sees, and the KL of the two in the module's loss.
+    """A frozen copy of one submodule that sees what the submodule sees, and a loss of the two in the place of the module's.
 
     Args:
         pl_module: A module with automatic optimisation, still as it will be when it teaches.
-        name: Submodule whose output are the logits; None: the one child with parameters.
-        who: Name of the technique, for logs and messages.
-        eta: Share of the KL in the loss.
-        temperature: Temperature of the KL.
-        squared: Multiply the KL by the temperature squared.
-        labels: Key of the batch's labels, aligned with the logits, if some entries must not count; None: all count.
-        ignore_index: Label of entries that don't count.
+        name: Submodule whose output are the logits; None: the one child with parameters. Its forward hooks act on the copy, too; what such
+            a hook uses outside of the submodule is that of the module that is trained.
+        who: Name of the technique, for messages.
+        mix: Makes the loss.
 
     Attributes:
         name: Name of the submodule.
@@ -37,17 +36,7 @@ class DenseSelf:
         ValueError: The module calls backward itself, or it isn't clear which submodule is meant.
     """
 
-    def __init__(
-        self,
-        pl_module: pl.LightningModule,
-        name: str | None,
-        who: str,
-        eta: float,
-        temperature: float,
-        squared: bool,
-        labels: str | None,
-        ignore_index: int,
-    ) -> None:
+    def __init__(self, pl_module: pl.LightningModule, name: str | None, who: str, mix: Mix) -> None:
         if not pl_module.automatic_optimization:
             own = f"{type(pl_module).__name__} calls backward itself (automatic_optimization = False)"
             raise ValueError(f"{who} distils through the loss, but {own}: set distill_weight to 0, and add kl_to_teacher to the loss there")
@@ -57,20 +46,18 @@ class DenseSelf:
                 there = f"{type(pl_module).__name__} has {len(children)} with parameters ({', '.join(children) or 'none'})"
                 raise ValueError(f"{who} distils the logits of one submodule, and {there}: name it by distill, or set distill_weight to 0")
             (name,) = children
-        self.name, self.who, self.eta, self.temperature, self.squared = name, who, eta, temperature, squared
-        self.labels, self.ignore_index = labels, ignore_index
-        student = self._student(pl_module)
-        self.teacher = Frozen(copy_of(plain_module(student)))
+        self.name, self.who, self.mix = name, who, mix
+        self.teacher = Frozen(copy_of(self._student(pl_module)))
         self._module: pl.LightningModule | None = pl_module
         self._features = FeatureCapture(pl_module, [name], active=False)
         attach(pl_module, self._add)
 
     def _student(self, pl_module: pl.LightningModule) -> nn.Module:
-        return next(iter(select_modules(pl_module, [self.name]).values()))
+        return plain_module(next(iter(select_modules(pl_module, [self.name]).values())))
 
     def copy_student(self, pl_module: pl.LightningModule) -> None:
         """Let the teacher have the weights of the forward pass of this moment, those of rank 0 under DDP."""
-        self.teacher.module.load_state_dict(plain_module(self._student(pl_module)).state_dict())
+        self.teacher.module.load_state_dict(self._student(pl_module).state_dict())
 
     @torch.no_grad()
     def fingerprint(self) -> Tensor:
@@ -83,7 +70,7 @@ class DenseSelf:
         self._features.active = on
 
     def _add(self, output: Any, batch: Any) -> Any:
-        """Behind ``training_step``: mix the KL into the loss."""
+        """Behind ``training_step``: put the mixed loss in the place of its own."""
         if output is None or self._module is None or not self._features.active:  # a tuner's trial calls no callbacks
             return output
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -95,24 +82,9 @@ class DenseSelf:
             raise ValueError(f"{self.who}: training_step didn't call {self.name!r}: name the submodule that gives the logits by distill")
         (args, kwargs), answer = arguments[-1], calls[-1]
         self._features.clear()
-        student, teacher = self._logits(answer), self._logits(self.teacher(*args, **kwargs))
-        kl = kl_to_teacher(student, teacher, self.temperature, self.squared, self._valid(batch, student))
-        prefix = self.who.lower()
-        self._module.log_dict({f"{prefix}/ce": loss.detach(), f"{prefix}/kl": kl.detach()}, batch_size=1)
-        mixed = convex_loss(kl, loss, self.eta)
+        student, teacher = (logits_from(output, f"{self.who}: {self.name!r}") for output in (answer, self.teacher(*args, **kwargs)))
+        mixed = self.mix(self._module, loss, student, teacher, batch)
         return {**output, "loss": mixed} if isinstance(output, Mapping) else mixed
-
-    def _valid(self, batch: Any, logits: Tensor) -> Tensor | None:
-        if self.labels is None:
-            return None
-        valid = find_in_batch(batch, self.labels, (self.labels, 0), "labels") != self.ignore_index
-        if valid.shape != logits.shape[:-1]:
-            shapes = f"the batch's {self.labels!r} are {tuple(valid.shape)}, but the logits {tuple(logits.shape)}"
-            raise ValueError(f"{self.who}: {shapes}: the labels must be aligned with them")
-        return valid
-
-    def _logits(self, output: Any) -> Tensor:
-        return logits_from(output, f"{self.who}: {self.name!r}")
 
     def close(self) -> None:
         """Leave the module as it was; the teacher stays, on the CPU. A second call does nothing."""

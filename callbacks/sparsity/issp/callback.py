@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from lit_methods import checks, distributed
 from lit_methods.callbacks.sparsity.callback import MaskCallback
 from lit_methods.callbacks.sparsity.card import SparsityCard
-from lit_methods.callbacks.sparsity.history import MaskHistory
+from lit_methods.callbacks.sparsity.history import MaskHistory, flips
 from lit_methods.callbacks.sparsity.issp import core
 from lit_methods.callbacks.twin import shadow, validation_batches
 from lit_methods.callbacks.wrapping import attach, detach
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.seeds import own_seed
+from lit_methods.steps import log_global, logs_now
 
 TECHNIQUE = Technique(
     slug="issp",
@@ -89,7 +90,8 @@ class IterativeSoftShrinkage(MaskCallback):
         ValueError: An argument outside its range; at fit start, groups that fit no layers.
     """
 
-    artifact = "issp_masks{where}"
+    artifact, prefix = "issp_masks{where}", "issp"
+    kept: ClassVar[Mapping[str, str]] = {name: f"_{name}" for name in ("penalty", "window", "switch", "switch_at")}
     conflicts_with: ClassVar[Mapping[str, str]] = {
         **MaskCallback.conflicts_with,
         "StochasticWeightAveraging": "a mean over the switch isn't sparse; EMATeacher's copy is masked at the switch",
@@ -159,7 +161,7 @@ class IterativeSoftShrinkage(MaskCallback):
         self._picks = MaskHistory("first", "last")
         self._penalty: dict[str, Tensor] = {}
         self._flips = torch.zeros((), dtype=torch.int64)  # of all steps
-        self._window = (0, 0)  # step and flips of the last entry in the log
+        self._window = [0, 0]  # step and flips of the last entry in the log
         self._switch: dict[str, Tensor] = {}  # what was measured there
         self._spare: dict[str, Tensor] = {}  # weights just before the switch, until the probe has run
         self._gradient_stats: dict[str, Tensor] = {}  # norm and variance per layer
@@ -220,14 +222,9 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Masks, picks, penalties and counts."""
-        super().restore(state)
-        weights = self.store.weights
-        self._picks.load(state, weights, picked="last", first="first")
-        self._penalty = {name: value.to(weights[name].device) for name, value in state["penalty"].items()}
+        super().restore({"switch_at": self.prune_iters, **state})
+        self._picks.load(state, self.store.weights, picked="last", first="first")
         self._flips.fill_(int(state["flips"]))
-        self._window = (int(state["window"][0]), int(state["window"][1]))
-        self._switch = {name: value.to(self._flips.device) for name, value in state["switch"].items()}
-        self._switch_at = int(state.get("switch_at", self.prune_iters))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make, keep or restore masks and picks."""
@@ -259,7 +256,7 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def _note(self, name: str, picked: Tensor) -> None:
         """Count what went in or out of the pick."""
-        self._flips += self._picks.flips({name: picked}).to(self._flips.device)
+        self._flips += flips(self._picks.last, {name: picked}).to(self._flips.device)
         self._picks.note({name: picked})
 
     @torch.no_grad()
@@ -268,13 +265,13 @@ class IterativeSoftShrinkage(MaskCallback):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         index = self.index_of(trainer, optimizer)
         gradients = {name: grad for name in self._owned[index] if (grad := self.store.weights[name].grad) is not None}
-        if gradients and trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if gradients and logs_now(pl_module):
             for name, gradient in gradients.items():
                 wide = gradient.float()
                 self._gradient_stats[name] = torch.stack([wide.norm(), wide.var(correction=0)])
             norms, variances = torch.stack([self._gradient_stats[name].to(pl_module.device) for name in gradients]).unbind(1)
             values = {"grad_norm": norms.mean(), "grad_norm_smallest": norms.min(), "grad_variance": variances.mean()}
-            pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False, batch_size=1)
+            self.log_step(pl_module, values)
         if self._steps[index] < self._switch_at and self.method in ("iss_r", "assl"):
             for name, gradient in gradients.items():
                 weight = self.store.weights[name]
@@ -326,10 +323,10 @@ class IterativeSoftShrinkage(MaskCallback):
         step, every = max(self._steps, default=0), trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not self._picks.last or not every or trainer.global_step % every or step == self._window[0]:
             return
-        flips = int(self._flips)  # waits for the device, on logged steps alone
-        values = {**self._magnitudes(), "mask_flips": (flips - self._window[1]) * 100 / (step - self._window[0])}
-        self._window = (step, flips)
-        pl_module.log_dict({f"issp/{name}": value for name, value in values.items()}, on_step=True, on_epoch=False, batch_size=1)
+        total = int(self._flips)  # waits for the device, on logged steps alone
+        values = {**self._magnitudes(), "mask_flips": (total - self._window[1]) * 100 / (step - self._window[0])}
+        self._window = [step, total]
+        self.log_step(pl_module, values)
 
     @torch.no_grad()
     def _magnitudes(self) -> dict[str, Any]:
@@ -373,11 +370,9 @@ class IterativeSoftShrinkage(MaskCallback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log density, flips and what was measured at the switch."""
-        pl_module.log("issp/density", self.store.density(), batch_size=1)
-        if self.method in ("iss_p", "iht", "iss_r"):
-            pl_module.log("issp/total_flips", self._flips.float(), batch_size=1)
-        for name, value in self._switch.items():
-            pl_module.log(f"issp/{name}", value.to(pl_module.device), batch_size=1)
+        moves = {"total_flips": self._flips.float()} if self.method in ("iss_p", "iht", "iss_r") else {}
+        values: dict[str, Any] = {"density": self.store.density(), **moves, **self._switch}
+        log_global(pl_module, {f"issp/{name}": value for name, value in values.items()}, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the switch has not come."""
@@ -401,17 +396,9 @@ class IterativeSoftShrinkage(MaskCallback):
     # ---- state -------------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What all mask callbacks save, picks, penalties and counts."""
+        """What all mask callbacks save, picks and the count of flips."""
         state = super().state_dict()
-        return state and {
-            **state,
-            **self._picks.state(picked="last", first="first"),
-            "penalty": dict(self._penalty),
-            "flips": int(self._flips),
-            "window": list(self._window),
-            "switch": dict(self._switch),
-            "switch_at": self._switch_at,
-        }
+        return state and {**state, **self._picks.state(picked="last", first="first"), "flips": int(self._flips)}
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimisers and the schedulers."""

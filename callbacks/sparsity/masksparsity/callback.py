@@ -3,8 +3,10 @@
 Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.masksparsity.core`.
 """
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,7 +23,7 @@ from lit_methods import checks
 from lit_methods.callbacks.batch import Key, find_in_batch
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.sparsity import channels
-from lit_methods.callbacks.sparsity.callback import built_by, check_ranks
+from lit_methods.callbacks.sparsity.callback import check_ranks
 from lit_methods.callbacks.sparsity.channels import PLAN_KEY, ChannelGroup, ChannelPlan
 from lit_methods.callbacks.sparsity.flops import count_macs
 from lit_methods.callbacks.sparsity.masksparsity import core
@@ -29,11 +31,13 @@ from lit_methods.callbacks.sparsity.masksparsity.core import Criterion, Penalty
 from lit_methods.callbacks.sparsity.store import prunable_weights
 from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_lazy, refuse_sharded
 from lit_methods.callbacks.twin import independent_copy, training_batches
-from lit_methods.callbacks.wrapping import attach, detach
+from lit_methods.callbacks.wrapping import attach, built_by, detach
 from lit_methods.catalog import Technique
+from lit_methods.compiled import plain_names
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import check_readable
 from lit_methods.runs.folder import run_dir
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="masksparsity",
@@ -49,6 +53,7 @@ TECHNIQUE = Technique(
     summary="Penalises the batch-norm scales of doomed channels alone, then removes those channels for good; with Network Slimming.",
 )
 
+_KEPT = ("macs", "start", "before")  # in the state
 Stage = Literal["baseline", "global_sparsity", "mask", "mask_sparsity", "prune", "finetune"]
 
 
@@ -151,10 +156,7 @@ class MaskedBNSparsity(OrderedCallback):
         skip: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        checks.one_of(Stage, stage=stage)
-        checks.one_of(Penalty, penalty=penalty)
-        checks.one_of(Criterion, criterion=criterion)
-        checks.one_of(("mask", "criterion"), cut=cut)
+        checks.literals(MaskedBNSparsity, locals())
         checks.patterns(targets=targets, skip=skip)
         checks.at_least(0, lambda_=lambda_)
         if stage in ("mask", "prune", "finetune") and weights is None:
@@ -187,6 +189,11 @@ class MaskedBNSparsity(OrderedCallback):
         self._scales: tuple[Tensor, Tensor] | None = None  # of kept and removed channels, as they were when cut
         self._loaded: dict[str, Any] | None = None
         self._module: Any = None
+
+    @property
+    def _names(self) -> list[str]:
+        """Prunable batch norms."""
+        return [name for group in self._groups for name in group.norms]
 
     @property
     def _penalises(self) -> bool:
@@ -222,9 +229,8 @@ class MaskedBNSparsity(OrderedCallback):
     def _refuse(self, pl_module: pl.LightningModule) -> None:
         if built_by(pl_module) is None:
             refuse_lazy(pl_module, "MaskedBNSparsity")
-        found: Any = pl_module
-        for name in self.forward.split("."):
-            found = getattr(found, name, None)
+        root: Any = pl_module
+        found = functools.reduce(lambda part, name: getattr(part, name, None), self.forward.split("."), root)
         if not callable(found) or (self.forward == "forward" and not is_overridden("forward", pl_module, pl.LightningModule)):
             missing = f"{type(pl_module).__name__} has no {self.forward!r} that maps inputs to outputs"
             raise TypeError(f"MaskedBNSparsity traces the network, but {missing}: give forward the name of such a method or submodule")
@@ -262,23 +268,22 @@ class MaskedBNSparsity(OrderedCallback):
                 self._start = {name: value.detach().cpu().clone() for name, value in pl_module.state_dict().items()}
             self._announce(left)
         else:
-            self._restore(self._loaded)
+            self._groups = [ChannelGroup.from_state(group) for group in self._loaded["groups"]]
+            if self.stage == "mask_sparsity":
+                self._masks = {name: mask.clone() for name, mask in self._loaded["masks"].items()}
+            for name in _KEPT:
+                setattr(self, f"_{name}", dict(self._loaded[name]))
         self._loaded = None
-        self._follow(pl_module)
-        self._last = [norm.weight for norm in self._norms.values()], self._masks, self._start
-        check_ranks("MaskedBNSparsity", [mask.to(pl_module.device) for mask in self._masks.values()], "weights or files")
-
-    def _follow(self, pl_module: pl.LightningModule) -> None:
-        """Find the scales, and move the masks to them."""
         named = plain_modules(pl_module)
-        self._norms = {name: named[name] for group in self._groups for name in group.norms}
-        self._parameters = _sizes(pl_module)
+        self._norms, self._parameters = {name: named[name] for name in self._names}, _sizes(pl_module)
         for name, norm in self._norms.items():
             gamma: Any = norm.weight
             if self.stage == "global_sparsity":
                 self._prune[id(gamma)] = None
             elif not self._masks[name].all():
                 self._prune[id(gamma)] = ~self._masks[name].to(gamma.device)
+        self._last = [norm.weight for norm in self._norms.values()], self._masks, self._start
+        check_ranks("MaskedBNSparsity", [mask.to(pl_module.device) for mask in self._masks.values()], "weights or files")
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """With manual optimisation, add the penalty here: the module has clipped already."""
@@ -296,7 +301,7 @@ class MaskedBNSparsity(OrderedCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the scales of channels that stay and that go."""
         if self._norms:
-            pl_module.log_dict(self._figures(*self._split()), batch_size=1)
+            log_global(pl_module, self._figures(), batch_size=1)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """While training: keep the results for the table. In the stages ``mask`` and ``prune``: write the file."""
@@ -325,11 +330,9 @@ class MaskedBNSparsity(OrderedCallback):
         """Log what was removed."""
         if self._scales is not None:
             shares = {f"masksparsity/{name}_kept": after / before for name, (before, after) in self._cost.items() if before}
-            pl_module.log_dict({name: float(value) for name, value in (self._figures(*self._scales) | shares).items()}, batch_size=1)
+            log_global(pl_module, self._figures() | shares, batch_size=1)
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what was removed."""
-        self.on_validation_epoch_end(trainer, pl_module)
+    on_test_epoch_end = on_validation_epoch_end
 
     # ---- which channels ----------------------------------------------------------------------------------------------------------------
 
@@ -348,7 +351,8 @@ class MaskedBNSparsity(OrderedCallback):
         left |= {name: "targets or skip say so" for group in groups if group not in self._groups for name in group.norms}
         if not self._groups:
             reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
-            raise ValueError(f"MaskedBNSparsity: no batch norm of {type(pl_module).__name__} can be pruned ({reasons})")
+            way = "at least one must stand behind a linear layer or convolution whose weight is an ordinary parameter"
+            raise ValueError(f"MaskedBNSparsity: no batch norm of {type(pl_module).__name__} can be pruned ({reasons}): {way}")
         counted = count_macs(twin.eval(), lambda: run(twin, inputs), prunable_weights(twin))
         self._macs = {name: macs / len(inputs) for name, macs in counted.per_weight.items()}
         return left
@@ -379,10 +383,10 @@ class MaskedBNSparsity(OrderedCallback):
         return channels.agree(self._groups, masks, gammas, self.min_channels)
 
     def _gammas_in(self, state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-        names = [name for group in self._groups for name in group.norms]
-        if missing := [name for name in names if f"{name}.weight" not in state]:
+        state = plain_names(state)
+        if missing := [name for name in self._names if f"{name}.weight" not in state]:
             raise ValueError(f"{path} has no weight of the batch norm {missing[0]!r}: give a checkpoint of the same module")
-        return {name: state[f"{name}.weight"] for name in names}
+        return {name: state[f"{name}.weight"] for name in self._names}
 
     def _gammas(self) -> dict[str, Tensor]:
         return {name: norm.weight.detach() for name, norm in self._norms.items()}  # type: ignore[union-attr, operator, misc]
@@ -390,23 +394,22 @@ class MaskedBNSparsity(OrderedCallback):
     def _initial_masks(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         if self.mask is None:
             named = plain_parameters(pl_module)
-            return self._by_criterion({name: named[f"{name}.weight"].detach().cpu() for group in self._groups for name in group.norms})
+            return self._by_criterion({name: named[f"{name}.weight"].detach().cpu() for name in self._names})
         if self.mask.suffix in (".npz", ".pt"):
             masks = core.load_masks(self.mask)
-            prunable = {name for group in self._groups for name in group.norms}
             if unknown := sorted(set(masks) - set(plain_modules(pl_module))):
                 raise ValueError(f"{self.mask} has a mask of {unknown[0]!r}, which {type(pl_module).__name__} has not")
-            if ignored := sorted(name for name in set(masks) - prunable if not masks[name].all()):
+            if ignored := sorted(name for name in set(masks) - set(self._names) if not masks[name].all()):
                 rank_zero_warn(f"MaskedBNSparsity: {', '.join(ignored)} can't be pruned, so their masks in {self.mask} don't count")
-            scores = {name: mask.float() for name, mask in masks.items() if name in prunable}
             whole = {name: torch.ones(group.channels) for group in self._groups for name in group.norms}
-            return channels.agree(self._groups, masks, whole | scores, self.min_channels)
+            scores = whole | {name: mask.float() for name, mask in masks.items()}
+            return channels.agree(self._groups, masks, scores, self.min_channels)
         content = check_readable(self.mask)
         return self._by_criterion(self._gammas_in(content.get("state_dict", content), self.mask))
 
     def _announce(self, left: Mapping[str, str]) -> None:
         several = [" + ".join(group.norms) for group in self._groups if len(group.norms) > 1]
-        words = f"MaskedBNSparsity ({self.stage}): {sum(len(group.norms) for group in self._groups)} batch norms"
+        words = f"MaskedBNSparsity ({self.stage}): {len(self._names)} batch norms"
         if self._masks:
             kept = [int(mask.sum()) for mask in self._masks.values()]
             words += f", {sum(kept):,} of {sum(map(len, self._masks.values())):,} channels stay"
@@ -456,12 +459,15 @@ class MaskedBNSparsity(OrderedCallback):
 
     # ---- what is shown -----------------------------------------------------------------------------------------------------------------
 
-    def _split(self) -> tuple[Tensor, Tensor]:
-        """|scale| of the channels that stay and that go, by the masks, or by the criterion as it is now."""
+    def _sides(self) -> tuple[Tensor, Tensor] | None:
+        """|scale| of the channels that stay and that go: as they were when cut, or by the masks (or the criterion) as they are now."""
+        if self._scales is not None or not self._norms:
+            return self._scales
         gammas = self._gammas()
         return _divide(gammas, self._masks or self._by_criterion(gammas))
 
-    def _figures(self, kept: Tensor, removed: Tensor) -> dict[str, Any]:
+    def _figures(self) -> dict[str, Any]:
+        kept, removed = self._sides() or (torch.ones(0), torch.ones(0))
         figures: dict[str, Any] = {"removed_share": len(removed) / max(1, len(kept) + len(removed))}
         if len(kept) and len(removed):
             figures |= {
@@ -481,8 +487,8 @@ class MaskedBNSparsity(OrderedCallback):
     def dashboard_media(self) -> dict[str, Media]:
         """Histograms of the scales, and tables."""
         found: dict[str, Media] = {}
-        if self._norms or self._scales is not None:
-            sides = [side.float().cpu().numpy() for side in (self._scales or self._split())]
+        if (scales := self._sides()) is not None:
+            sides = [side.float().cpu().numpy() for side in scales]
             edges = np.linspace(0.0, max((float(side.max()) for side in sides if len(side)), default=1.0) or 1.0, 41)
             for name, side in zip(("kept", "removed"), sides, strict=True):
                 found[f"masksparsity/{name}"] = HistogramMedia(np.histogram(side, edges)[0], edges)
@@ -515,22 +521,15 @@ class MaskedBNSparsity(OrderedCallback):
             return {}
         return {
             "stage": self.stage,
-            "groups": [group.state() for group in self._groups],
+            "groups": [asdict(group) for group in self._groups],
             "masks": {name: mask.cpu() for name, mask in self.keep_masks().items()},
-            "macs": dict(self._macs),
-            "start": dict(self._start),
-            "before": dict(self._before),
+            **{name: dict(getattr(self, f"_{name}")) for name in _KEPT},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until fit starts; Lightning calls this before ``on_fit_start``."""
         if not self._norms:  # a tuner restores what it saved while fit ran
             self._loaded = state or None
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self._groups = [ChannelGroup.from_state(group) for group in state["groups"]]
-        self._masks = {name: mask.clone() for name, mask in state["masks"].items()} if self.stage == "mask_sparsity" else {}
-        self._macs, self._start, self._before = dict(state["macs"]), dict(state["start"]), dict(state["before"])
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the plan beside the weights."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_methods import checks
 from lit_methods.callbacks.sparsity.callback import notify_mask_updated
 from lit_methods.callbacks.sparsity.card import SparsityCard
-from lit_methods.callbacks.sparsity.history import MaskHistory
+from lit_methods.callbacks.sparsity.history import MaskHistory, flips
 from lit_methods.callbacks.sparsity.latent import (
     Direction,
     Gradient,
@@ -27,11 +27,12 @@ from lit_methods.callbacks.sparsity.latent import (
     group_dim,
     masked_weight,
 )
+from lit_methods.callbacks.sparsity.masks import check_pattern
 from lit_methods.callbacks.sparsity.progressive_gradient_flow import core
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import Phase, Recipe, parse_pattern, sparse_mask
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
-from lit_methods.steps import logs_now
+from lit_methods.steps import log_global, logs_now, training_length
 
 TECHNIQUE = Technique(
     slug="progressive_gradient_flow",
@@ -104,9 +105,7 @@ class MaskedForward(LatentWeight):
         return weight if self.flow.dense else masked_weight(weight, self.mask(weight), self.flow.beta, self.flow.gradient)
 
 
-class _Layer(ParametrizedWeight):
-    parametrization: MaskedForward
-
+class _Layer(ParametrizedWeight[MaskedForward]):
     @property
     def flow(self) -> _Flow:
         return self.parametrization.flow
@@ -168,6 +167,8 @@ class NMSparsity(LatentCallback):
         ValueError: An argument outside its range, here or in ``setup``, where the weights are known.
     """
 
+    prefix = "progressive_gradient_flow"
+    kept: ClassVar[Mapping[str, str]] = {name: f"_{name}" for name in ("first_step", "decay", "spent", "batches")}
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve("Flow through pruned weights (beta)", ("progressive_gradient_flow/beta",), note="1: dense, 0: the mask is hard."),
         Curve("Pattern", ("progressive_gradient_flow/n*", "progressive_gradient_flow/m", "progressive_gradient_flow/m_*")),
@@ -203,9 +204,7 @@ class NMSparsity(LatentCallback):
         direction: Direction = "input",
     ) -> None:
         super().__init__(targets, skip)
-        checks.one_of(Recipe, recipe=recipe)
-        checks.one_of(Gradient, gradient=gradient)
-        checks.one_of(Direction, direction=direction)
+        checks.literals(NMSparsity, locals())
         checks.at_least(0, decay=decay, srste_decay=srste_decay)
         checks.at_least(0, "epochs", dense_epochs=dense_epochs, fine_tune_epochs=fine_tune_epochs)
         checks.at_least(1, "epochs", total_epochs=total_epochs)
@@ -221,9 +220,8 @@ class NMSparsity(LatentCallback):
         self.dense_epochs, self.fine_tune_epochs, self.total_epochs = dense_epochs, fine_tune_epochs, total_epochs
         self._pattern = (n, m)
         patterns = {parse_pattern(pattern) for pattern in self.targets.values()} if isinstance(self.targets, dict) else {self._pattern}
-        for a, b in (self._pattern, *patterns):
-            if not 1 <= a <= b:
-                raise ValueError(f"a pattern of {a}:{b} can't be: give 1 <= N <= M")
+        for pattern in (self._pattern, *patterns):
+            check_pattern(*pattern)
         self.n: int | None
         self.m: int | None
         self.n, self.m = next(iter(patterns)) if len(patterns) == 1 else (None, None)  # where all weights have the same pattern
@@ -336,10 +334,8 @@ class NMSparsity(LatentCallback):
         """Settle the decay, and set the phase that the run starts or goes on with."""
         self._decay = self._decay if self.decay is None else self.decay
         if self._decay is None and self.recipe in ("mdgf_exp", "mdgf_linear"):
-            steps = trainer.estimated_stepping_batches
-            if not math.isfinite(steps):
-                raise ValueError("NMSparsity can't choose decay for a training without an end: give decay, or max_steps / max_epochs")
-            self._decay = (math.log(100) if self.recipe == "mdgf_exp" else 1.0) / (0.6 * max(1, int(steps)))
+            steps = training_length(pl_module, what="NMSparsity's choice of decay", instead="decay")
+            self._decay = (math.log(100) if self.recipe == "mdgf_exp" else 1.0) / (0.6 * steps)
             rank_zero_info(f"NMSparsity: decay {self._decay:.6g} per optimiser step")
         self._follow(trainer)
 
@@ -357,9 +353,7 @@ class NMSparsity(LatentCallback):
         for index, flow in enumerate(self._flows.values() if not self.rate else ()):
             ending = f"_{index}" if len(self._flows) > 1 else ""
             logs |= {f"n{ending}": float(flow.phase.n), f"m{ending}": float(flow.phase.m)}
-        pl_module.log_dict(
-            {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}, on_step=True, on_epoch=False, batch_size=1
-        )
+        self.log_step(pl_module, logs)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
@@ -380,8 +374,7 @@ class NMSparsity(LatentCallback):
                 grad.copy_(core.decay_pruned(grad, layer.latent, mask, self.srste_decay))
         if squares:
             norms = torch.stack([pair.to(squares[0].device) for pair in squares]).sum(0).sqrt()
-            names = ("progressive_gradient_flow/grad_pruned_norm", "progressive_gradient_flow/grad_kept_norm")
-            pl_module.log_dict(dict(zip(names, norms, strict=True)), on_step=True, on_epoch=False, batch_size=1)
+            self.log_step(pl_module, {"grad_pruned_norm": norms[0], "grad_kept_norm": norms[1]})
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The target masks, with nothing through pruned weights."""
@@ -395,10 +388,10 @@ class NMSparsity(LatentCallback):
         logs = {"density": self._density(), "train_flops": self._spent / max(1, self._batches)}
         masks = {name: layer.mask() for name, layer in self._layers.items() if not layer.flow.dense}
         if shared := sum(mask.numel() for name, mask in masks.items() if name in self._history.last):
-            logs["mask_flip_rate"] = float(self._history.flips(masks)) / shared
+            logs["mask_flip_rate"] = float(flips(self._history.last, masks)) / shared
         self._history.last = masks or self._history.last
         values = {f"progressive_gradient_flow/{name}": value for name, value in logs.items()}
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1, batch_size=1)
+        log_global(pl_module, values, batch_size=1)
         notify_mask_updated(trainer, pl_module, self)
 
     def _density(self) -> float:
@@ -430,33 +423,11 @@ class NMSparsity(LatentCallback):
 
     def state(self) -> dict[str, Any]:
         """Latent weights and what the schedule and the logs need."""
-        return {
-            "latent": {name: layer.latent.detach() for name, layer in self._layers.items()},
-            "first_step": self._first_step,
-            "decay": self._decay,
-            **self._history.state(previous="last"),
-            "spent": self._spent,
-            "batches": self._batches,
-        }
+        return super().state() | self._history.state(previous="last")
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over latent weights: the module has loaded the masked ones just before.
-
-        Raises:
-            ValueError: The checkpoint's weights are others.
-        """
-        if not state or not self._layers:
-            return
-        if set(state["latent"]) != set(self._layers):
-            odd = ", ".join(sorted(set(state["latent"]) ^ set(self._layers))[:6])
-            raise ValueError(f"the checkpoint's latent weights are others ({odd}): resume with the same module, targets and skip")
-        for name, latent in state["latent"].items():
-            self._layers[name].latent.copy_(latent)
-        self._first_step = None if state["first_step"] is None else int(state["first_step"])
-        self._decay = state["decay"]
+    def restore(self, state: dict[str, Any]) -> None:
+        """The masks of the last epoch."""
         self._history.load(state, {name: layer.latent for name, layer in self._layers.items()}, previous="last")
-        self._spent, self._batches = float(state["spent"]), int(state["batches"])
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave an ordinary module; state and masks stay readable."""

@@ -66,7 +66,7 @@ def decay_pruned(grad: Tensor, weight: Tensor, mask: Tensor, decay: float) -> Te
         mask: M, bool, same shape.
         decay: lambda, >= 0.
     """
-    return torch.where(mask, grad, grad + decay * weight)
+    return torch.addcmul(grad, weight, (~mask).to(weight.dtype), value=decay)
 
 
 def sdgf_schedule(

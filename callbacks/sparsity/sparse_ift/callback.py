@@ -3,6 +3,7 @@
 Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.sparse_ift.core`.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -12,6 +13,8 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -21,7 +24,6 @@ from lit_methods.callbacks.sparsity.density import layer_density
 from lit_methods.callbacks.sparsity.drop_grow import target_count
 from lit_methods.callbacks.sparsity.dynamic import DynamicSparsity
 from lit_methods.callbacks.sparsity.dynamics import itop_rate
-from lit_methods.callbacks.sparsity.history import MaskHistory
 from lit_methods.callbacks.sparsity.meter import count_on_batch
 from lit_methods.callbacks.sparsity.sparse_ift.core import Distribution, Family, Init, UVLayer, base_scaling, folded_frobenius, spectral_gap
 from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
@@ -33,9 +35,11 @@ from lit_methods.callbacks.sparsity.sparse_ift.surgery import (
 )
 from lit_methods.callbacks.sparsity.store import Choice
 from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_sharded
+from lit_methods.callbacks.twin import independent_copy, step_by_hand
 from lit_methods.callbacks.wrapping import takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="sparse_ift",
@@ -70,13 +74,14 @@ class SparseIFT(DynamicSparsity):
     module: load it with this callback, or into a module after :func:`iso_flop_transform`.
 
     Refuses: what :class:`DynamicSparsity` refuses, modules that can't be transformed, and Lightning's ``WeightAveraging`` before it in the
-    list; callbacks that hook a transformed layer must stand behind it, too.
+    list; callbacks that hook a transformed layer must stand behind it, too. ``wide`` refuses a module of several networks, such as a GAN,
+    whose widened layers get data of the old width.
 
     Args:
         sparsity: s, share of removed weights in [0, 1); 0.5, 0.75 and 0.9 in the paper.
         family: ``wide``, ``parallel``, ``factorized``, ``doped`` or ``none``.
         method: ``static``, ``set`` or ``rigl``.
-        network: Name of the submodule that is transformed, such as ``network``; null: the whole module.
+        network: Name of the submodule that is transformed, such as ``network``; null: the whole module, which is one network.
         uv_layer: Between U and V of ``factorized``: ``linear``, ``nonlinear_norelu`` (batch norm) or ``nonlinear_relu`` (and ReLU).
         sparse_u_only: V of ``factorized`` stays dense.
         sparse_shortcuts: Mask pointwise shortcuts; null: for ``wide`` and ``none``. The other members mask them as they are.
@@ -109,7 +114,7 @@ class SparseIFT(DynamicSparsity):
         ValueError: An argument outside its range; in ``setup``, something that can't be transformed; at the first batch, unequal FLOPs.
     """
 
-    artifact = "sparse_ift_masks"
+    artifact, remembers, kept = "sparse_ift_masks", {"ever": "ever", "always": "always"}, {"macs": "_macs"}
     panels: ClassVar[tuple[Panel, ...]] = (
         Curve(
             "FLOPs against the dense network",
@@ -161,10 +166,7 @@ class SparseIFT(DynamicSparsity):
         base_scaling(sparsity)
         schedule = (interval, drop_fraction, anneal, rate, begin, end_fraction, total_steps)
         super().__init__(1 - sparsity, method, "uniform", start, *schedule, targets, skip, seed, mask_gradients, mask_optimizer_state)
-        checks.one_of(Family, family=family)
-        checks.one_of(UVLayer, uv_layer=uv_layer)
-        checks.one_of(Distribution, distribution=distribution)
-        checks.one_of(Init, init=init)
+        checks.literals(SparseIFT, locals())
         checks.at_least(0, "a share", flops_tolerance=flops_tolerance)
         if fold_weight_decay and not (family == "doped" or (family == "factorized" and uv_layer == "linear")):
             given = f"family={family!r} with uv_layer={uv_layer!r}"
@@ -179,7 +181,6 @@ class SparseIFT(DynamicSparsity):
         self._uncounted = True
         self._built: set[str] = set()  # layers that were there when the module was transformed
         self._stored: dict[str, int] = {}  # entries of the weights of all transformed layers
-        self._history = MaskHistory("ever", "always")
 
     @property
     def sparsity_card(self) -> SparsityCard:
@@ -210,7 +211,8 @@ class SparseIFT(DynamicSparsity):
                     raise ValueError(f"{type(other).__name__} has copied the dense module: put SparseIFT before it in the list")
             names = ("targets", "skip", "stem", "head", "sparse_shortcuts", "uv_layer", "sparse_u_only", "init", "zero_init_last", "seed")
             options: dict[str, Any] = {name: getattr(self, name) for name in names}
-            iso_flop_transform(self._root(pl_module), self.family, self.sparsity, **options)
+            with checks.naming("SparseIFT"):
+                iso_flop_transform(self._root(pl_module), self.family, self.sparsity, **options)
             done = transformation_of(pl_module)
         assert done is not None
         self._agree(done.settings(), f"{type(pl_module).__name__} is transformed already")
@@ -272,44 +274,26 @@ class SparseIFT(DynamicSparsity):
         return {name: target_count(weight.numel(), 1 - self.layer_densities[name]) for name, weight in weights.items()}
 
     def begin_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """As dynamic sparsity, and begin to watch the masks."""
+        """As dynamic sparsity; layers that weren't there to be transformed are refused."""
         if late := [name for name in self._matrices(pl_module) if name not in self._built]:
             made = f"{type(pl_module).__name__} has made {', '.join(late[:4])} in its setup, when its other layers were transformed already"
             raise ValueError(f"Sparse-IFT: {made}: make them in __init__ or in configure_model")
         super().begin_fit(trainer, pl_module)
-        self._history, self._macs = MaskHistory("ever", "always"), None
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Masks, what they have been through, and the count."""
-        super().restore(state)
-        self._history.load(state, self.store.weights, ever="ever", always="always")
-        self._macs = state["macs"]
+        self._macs = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the masks."""
         super().on_fit_start(trainer, pl_module)
-        if not self._history.ever:
-            self._history.note(self.store.masks)
         self._uncounted = self._macs is None
         sizes = {name: parameter.numel() for name, parameter in plain_parameters(pl_module).items()}
         self._stored = {name: sizes[name] for layer in self._layers for name in layer.weights}
-        if self.fold_weight_decay:
-            self._check_decay(trainer)
-
-    def after_step(self, step: int, names: list[str], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Drop and grow in every layer, and remember what was active."""
-        changed = super().after_step(step, names, gradients)
-        self._history.note(changed)
-        return changed
-
-    # ---- folded weight decay -----------------------------------------------------------------------------------------------------------
-
-    def _check_decay(self, trainer: pl.Trainer) -> None:
-        for optimizer in trainer.optimizers:
+        for optimizer in trainer.optimizers if self.fold_weight_decay else ():
             if not isinstance(optimizer, _COUPLED) or optimizer.defaults.get("decoupled_weight_decay"):
                 known = ", ".join(kind.__name__ for kind in _COUPLED)
                 why = f"replaces a weight decay that joins the gradient ({known}), but {type(optimizer).__name__} decays weights by itself"
                 raise ValueError(f"fold_weight_decay {why}: take one of these, or fold_weight_decay=false")
+
+    # ---- folded weight decay -----------------------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer) -> None:
         """Put the decay of the folded matrices into the gradients; then as all mask callbacks."""
@@ -352,6 +336,8 @@ class SparseIFT(DynamicSparsity):
         self._uncounted = False
         macs, _, why = count_on_batch(trainer, pl_module, batch, self.forward)
         if macs is None:
+            if self.family == "wide" and not pl_module.automatic_optimization:
+                self._rehearse(trainer, pl_module, batch)
             if self.family == "wide" and self.flops_tolerance is not None:
                 failed = f"the widened {type(pl_module).__name__} can't run on a training batch ({why})"
                 ways = "if no step can run on a copy, set flops_tolerance to null"
@@ -368,6 +354,31 @@ class SparseIFT(DynamicSparsity):
                 way = "choose another sparsity (0.5, 0.75, 0.9), or raise flops_tolerance"
                 raise ValueError(f"Sparse-IFT {given}, not 1 within {self.flops_tolerance}: {why}; {way}")
 
+    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Make a step of manual optimisation on a copy, which shows whether the widths fit before anything is trained."""
+        twin = independent_copy(trainer, pl_module)
+        modules, wrong = plain_modules(twin), []
+
+        def compare(layer: Any, arguments: Any, name: str) -> None:
+            linear = isinstance(layer, nn.Linear)
+            wanted, given = layer.in_features if linear else layer.in_channels, arguments[0].shape[-1 if linear else 1]
+            if given != wanted:
+                wrong.append(f"{name} has {wanted} inputs now and gets {given}")
+
+        for name in (layer.name for layer in self._layers):
+            modules[name].register_forward_pre_hook(functools.partial(compare, name=name))
+        try:
+            with isolate_rng(pl_module.device.type == "cuda"), trainer.precision_plugin.train_step_context():
+                step_by_hand(trainer, twin, apply_to_collection(batch, Tensor, torch.clone))
+        except Exception as error:  # the user's code, which may need more than a copy has
+            if not wrong:
+                rank_zero_warn(f"SparseIFT can't try the widened network on a copy ({type(error).__name__}: {error})")
+        if wrong:
+            raise ValueError(
+                f"SparseIFT: the widened {type(pl_module).__name__} can't run on a training batch ({wrong[0]}), as it isn't one network "
+                "from stem to head: name the network to transform by network, or choose parallel, factorized or doped"
+            )
+
     def _layer_macs(self, density: Mapping[str, float], enlarged: bool = False) -> tuple[float, float]:
         """MACs of the transformed layers (or those of them that have grown sparse and larger), now and dense."""
         assert self._macs is not None
@@ -379,17 +390,12 @@ class SparseIFT(DynamicSparsity):
 
     def _values(self, trainer: pl.Trainer) -> dict[str, float]:
         """Everything that is logged, by name."""
-        counts = self.store.counts()
-        density = {name: active / size for name, (active, size) in counts.items()}
+        density, sizes = self.store.densities(), self._stored
         layers = [one for one in self._layers if one.enlarged and one.sparse]
-        values = {
-            "density": sum(active for active, _ in counts.values()) / sum(size for _, size in counts.values()),
-            "itop": itop_rate(self._history.ever)[0],
-            "doc": itop_rate(self._history.always)[0],
-        }
+        itop, doc = (itop_rate(masks)[0] for masks in (self.history.ever, self.history.always))
+        values = {"density": self.store.density(), "itop": itop, "doc": doc}
         if layers:
             dense = sum(one.dense_size for one in layers)
-            sizes = self._stored
             stored = sum(sizes[name] for one in layers for name in one.weights)
             active = sum(sizes[name] * density.get(name, 1.0) for one in layers for name in one.weights)
             values |= {"weights_ratio": active / dense, "stored_ratio": stored / dense}
@@ -404,13 +410,12 @@ class SparseIFT(DynamicSparsity):
                 now, before = self._layer_macs(density, enlarged=True)
                 values["flops_ratio_layers"] = now / before
         if self.measure_spectral_gap:
-            gaps = torch.stack([spectral_gap(mask).cpu() for mask in self.store.masks.values()])
-            values["spectral_gap"] = float(gaps.mean())
+            values["spectral_gap"] = float(torch.stack([spectral_gap(mask).cpu() for mask in self.store.masks.values()]).mean())
         return {f"sparse_ift/{name}": value for name, value in values.items()}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log where things stand."""
-        pl_module.log_dict(self._values(trainer), sync_dist=trainer.world_size > 1, batch_size=1)
+        log_global(pl_module, self._values(trainer), batch_size=1)
 
     def dashboard_media(self) -> dict[str, Media]:
         """Table of the transformed layers."""
@@ -419,8 +424,7 @@ class SparseIFT(DynamicSparsity):
         sizes, counts = self._stored, self.store.counts()
         ratios = [(0.0, 0.0)] * len(self._layers)
         if self._macs is not None:
-            density = {name: active / size for name, (active, size) in counts.items()}
-            ratios = flops_against_dense(self._layers, self._macs["per_weight"], sizes, density)
+            ratios = flops_against_dense(self._layers, self._macs["per_weight"], sizes, self.store.densities())
         rows = []
         for layer, (now, before) in zip(self._layers, ratios, strict=True):
             active = sum(counts[name][0] if name in counts else sizes[name] for name in layer.weights)
@@ -434,16 +438,9 @@ class SparseIFT(DynamicSparsity):
     # ---- state -------------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What mask callbacks save, the settings, exploration and the FLOP count."""
+        """What mask callbacks save, and the settings."""
         state = super().state_dict()
-        if not state or self.transformation is None:
-            return state
-        return {
-            **state,
-            "settings": self.transformation.settings(),
-            **self._history.state(ever="ever", always="always"),
-            "macs": self._macs,
-        }
+        return state if not state or self.transformation is None else {**state, "settings": self.transformation.settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state until fit starts.

@@ -15,16 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from lit_methods import checks
-from lit_methods.callbacks.sparsity.sparse_ift.core import (
-    Family,
-    Init,
-    UVLayer,
-    base_scaling,
-    doped_rank,
-    factorized_width,
-    parallel_branches,
-    wide_width,
-)
+from lit_methods.callbacks.sparsity.channels import channel_counts, set_widths
+from lit_methods.callbacks.sparsity.sparse_ift import core
+from lit_methods.callbacks.sparsity.sparse_ift.core import Family, Init, UVLayer
 from lit_methods.callbacks.sparsity.store import prunable_weights
 from lit_methods.callbacks.targets import plain_module, plain_modules, plain_name
 from lit_methods.seeds import own_seed
@@ -111,10 +104,8 @@ _KERNEL = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mo
 
 def _sizes(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
     """Inputs, outputs, kernel size."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features, ()
-    assert isinstance(layer, _ConvNd)
-    return layer.in_channels, layer.out_channels, tuple(layer.kernel_size)
+    widths: Any = channel_counts(layer)
+    return widths["in"], widths["out"], tuple(getattr(layer, "kernel_size", ()))
 
 
 def _new(layer: Any, inputs: int, outputs: int, bias: bool, pointwise: bool = False) -> nn.Module:
@@ -156,7 +147,7 @@ def factorize(layer: nn.Module, sparsity: float, uv_layer: UVLayer = "nonlinear_
     checks.one_of(UVLayer, uv_layer=uv_layer)
     _check_layer(layer)
     inputs, outputs, kernel = _sizes(layer)
-    width = factorized_width(inputs, outputs, sparsity, kernel, sparse_u_only)
+    width = core.factorized_width(inputs, outputs, sparsity, kernel, sparse_u_only)
     norm = None if uv_layer == "linear" else _new_norm(layer, width)
     u, v = _new(layer, inputs, width, bias=False), _new(layer, width, outputs, layer.bias is not None, pointwise=True)
     return Factorized(u, v, norm, uv_layer == "nonlinear_relu")
@@ -177,7 +168,7 @@ def dope(layer: nn.Module, sparsity: float) -> Doped:
     """
     _check_layer(layer)
     inputs, outputs, kernel = _sizes(layer)
-    rank = doped_rank(inputs, outputs, sparsity, kernel)
+    rank = core.doped_rank(inputs, outputs, sparsity, kernel)
     if rank < 1:
         raise ValueError(f"at sparsity {sparsity} a layer from {inputs} to {outputs} features has no FLOPs left for rank 1")
     sparse = _new(layer, inputs, outputs, layer.bias is not None)
@@ -201,7 +192,7 @@ def parallelize(layer: nn.Module, sparsity: float, norm: nn.Module | None = None
     """
     _check_layer(layer, groups=True)
     inputs, outputs, _ = _sizes(layer)
-    count = parallel_branches(sparsity)
+    count = core.parallel_branches(sparsity)
     branches = [_new(layer, inputs, outputs, bias=False) for _ in range(count)]
     return Parallel(branches, [_new_norm(layer, outputs) if norm is None else copy.deepcopy(norm) for _ in range(count)])
 
@@ -225,6 +216,11 @@ class TransformedLayer:
     dense: tuple[str, ...] = ()
     enlarged: bool = True
     folded: tuple[str, ...] = ()
+
+    def under(self, prefix: str) -> "TransformedLayer":
+        """The same in a module that holds the layer's one under a name; ``prefix`` ends with a dot."""
+        names: dict[str, Any] = {kind: tuple(prefix + name for name in getattr(self, kind)) for kind in ("sparse", "dense", "folded")}
+        return replace(self, name=(prefix + self.name).rstrip("."), **names)
 
     @property
     def weights(self) -> tuple[str, ...]:
@@ -277,14 +273,7 @@ def transformation_of(module: nn.Module) -> Transformation | None:
         if mine is None:
             continue
         prefix = f"{plain_name(path)}." if plain_name(path) else ""
-
-        def named(names: Sequence[str], prefix: str = prefix) -> tuple[str, ...]:
-            return tuple(prefix + name for name in names)
-
-        layers = tuple(
-            replace(one, name=prefix + one.name, sparse=named(one.sparse), dense=named(one.dense), folded=named(one.folded))
-            for one in mine.layers
-        )
+        layers = tuple(layer.under(prefix) for layer in mine.layers)
         if found is not None and found.settings() != mine.settings():
             raise ValueError(f"two parts of {type(module).__name__} are transformed differently: {found.settings()}, {mine.settings()}")
         found = replace(mine, layers=layers if found is None else (*found.layers, *layers))
@@ -338,7 +327,7 @@ def iso_flop_transform(
     Raises:
         ValueError: Something can't be transformed; the message says what and why. The module is then unchanged.
     """
-    base_scaling(sparsity)
+    core.base_scaling(sparsity)
     checks.one_of(Family, family=family)
     checks.one_of(UVLayer, uv_layer=uv_layer)
     checks.one_of(Init, init=init)
@@ -362,9 +351,8 @@ def iso_flop_transform(
     chosen = [name for name in dict.fromkeys(chosen) if targets or name not in ends]
     pointwise = {name for name in matrices if set(_sizes(modules[name])[2]) == {1} and any(fnmatchcase(name, p) for p in shortcuts)}
     masks_shortcuts = family in ("wide", "none") if sparse_shortcuts is None else sparse_shortcuts
-    kept = [name for name in chosen if name in pointwise] if masks_shortcuts else []
     chosen = [name for name in chosen if name not in pointwise or masks_shortcuts]
-    enlarged = [name for name in chosen if family in ("wide", "none") or name not in kept]
+    enlarged = [name for name in chosen if family in ("wide", "none") or name not in pointwise]
     if not enlarged:
         ends_text = f"stem {ends[0]!r} and head {ends[1]!r}"
         raise ValueError(f"{type(module).__name__} has no hidden layer to transform beside {ends_text}: name layers by targets")
@@ -375,10 +363,10 @@ def iso_flop_transform(
             layers = _widen(module, modules, chosen, ends, sparsity, init)
         else:
             make = functools.partial(_member, family=family, sparsity=sparsity, uv_layer=uv_layer, sparse_u_only=sparse_u_only)
-            made, norms = _make(module, modules, enlarged if family != "none" else (), family, make)
-            layers = _replace(modules, chosen, weights, made, norms, sparse_u_only, init)
-    for path in last_norms:
-        _zero_scale(module, path)
+            made = _make(module, modules, enlarged if family != "none" else (), family, make)
+            layers = _replace(modules, chosen, weights, made, init)
+    for block, number in last_norms:
+        _zero_scale(block, number)
     done = Transformation(family, sparsity, uv_layer, sparse_u_only, tuple(layers))
     setattr(plain_module(module), _MARK, done)
     return done
@@ -447,20 +435,39 @@ def _following_norm(modules: Mapping[str, nn.Module], name: str) -> str | None:
     return f"{name.rpartition('.')[0]}.{after[0]}".lstrip(".")
 
 
-def _member(layer: nn.Module, norm: nn.Module | None, family: Family, sparsity: float, uv_layer: UVLayer, sparse_u_only: bool) -> nn.Module:
+@dataclass(frozen=True)
+class _Member:
+    """What takes a layer's place, and the name of the norm that goes with the old one; names in ``record`` are those below ``new``."""
+
+    new: nn.Module
+    record: TransformedLayer
+    norm: str | None = None
+
+
+def _member(layer: nn.Module, norm: nn.Module | None, family: Family, sparsity: float, uv_layer: UVLayer, sparse_u_only: bool) -> _Member:
     """What takes a layer's place."""
+    u, v = "u.weight", "v.weight"
+    sparse: tuple[str, ...] = (u, v)
+    dense: tuple[str, ...] = ()
+    new: Any
     if family == "parallel":
-        return parallelize(layer, sparsity, norm)
-    return factorize(layer, sparsity, uv_layer, sparse_u_only) if family == "factorized" else dope(layer, sparsity)
+        new = parallelize(layer, sparsity, norm)
+        sparse = tuple(f"branches.{j}.weight" for j in range(len(new.branches)))
+    elif family == "doped":
+        new, sparse, dense = dope(layer, sparsity), ("sparse.weight",), (u, v)
+    else:
+        new = factorize(layer, sparsity, uv_layer, sparse_u_only)
+        sparse, dense = ((u,), (v,)) if sparse_u_only else ((u, v), ())
+    folded = (u, v) if family == "doped" or (family == "factorized" and uv_layer == "linear") else ()
+    return _Member(new, TransformedLayer("", tuple(layer.weight.shape), sparse, dense, folded=folded))  # type: ignore[arg-type]
 
 
 def _make(
-    root: nn.Module, modules: Mapping[str, nn.Module], enlarged: Sequence[str], family: str, make: Callable[..., nn.Module]
-) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """New layers by name, and the norms that go with the old ones."""
+    root: nn.Module, modules: Mapping[str, nn.Module], enlarged: Sequence[str], family: str, make: Callable[..., _Member]
+) -> dict[str, _Member]:
+    """New layers by name."""
     counts = _uses(root)
-    made: dict[str, nn.Module] = {}
-    norms: dict[str, str] = {}
+    made: dict[str, _Member] = {}
     problems: dict[str, str] = {}
     for name in enlarged:
         layer, (parent, _) = modules[name], _parent(modules, name)
@@ -469,50 +476,36 @@ def _make(
             why = "it has hooks, which would be lost: put SparseIFT before the callback that added them"
         if isinstance(parent, nn.TransformerEncoderLayer) and isinstance(layer, nn.Linear):
             why = "torch's fast path of TransformerEncoderLayer reads the layer's weight"
-        try:
-            norm = _following_norm(modules, name) if family == "parallel" and why is None else None
-            if why is None:
-                made[name] = make(layer, None if norm is None else modules[norm])
-            norms |= {name: norm} if norm is not None else {}
-        except ValueError as error:
-            why = str(error)
-        problems |= {name: why} if why is not None else {}
+        if why is None:
+            try:
+                norm = _following_norm(modules, name) if family == "parallel" else None
+                made[name] = replace(make(layer, None if norm is None else modules[norm]), norm=norm)
+            except ValueError as error:
+                why = str(error)
+        if why is not None:
+            problems[name] = why
     _refuse(root, family, problems)
-    return made, norms
+    return made
 
 
 def _replace(
-    modules: Mapping[str, nn.Module],
-    chosen: Sequence[str],
-    weights: Mapping[str, Tensor],
-    made: Mapping[str, nn.Module],
-    norms: Mapping[str, str],
-    sparse_u_only: bool,
-    init: Init,
+    modules: Mapping[str, nn.Module], chosen: Sequence[str], weights: Mapping[str, Tensor], made: Mapping[str, _Member], init: Init
 ) -> list[TransformedLayer]:
     """Everything but Wide: layer by layer; chosen layers without a new one are masked as they are."""
     layers = []
     for name in chosen:
-        new, old = made.get(name), modules[name]
-        if new is None:
-            for own, value in old.named_parameters(recurse=False):
-                path = f"{name}.{own}" if name else own
-                if path in weights:
-                    layers.append(TransformedLayer(path.rpartition(".")[0], tuple(value.shape), (path,), enlarged=False))
+        if name in made:
+            member = made[name]
+            _initialise([part for part in member.new.modules() if type(part) in _LAYERS], init)
+            setattr(*_parent(modules, name), member.new)
+            if member.norm is not None:
+                setattr(*_parent(modules, member.norm), nn.Identity())
+            layers.append(member.record.under(f"{name}."))
             continue
-        shape = tuple(old.weight.shape)  # type: ignore[arg-type]
-        _initialise([part for part in new.modules() if type(part) in _LAYERS], init)
-        setattr(*_parent(modules, name), new)
-        if name in norms:
-            setattr(*_parent(modules, norms[name]), nn.Identity())
-        u, v = f"{name}.u.weight", f"{name}.v.weight"
-        if isinstance(new, Parallel):
-            layers.append(TransformedLayer(name, shape, tuple(f"{name}.branches.{j}.weight" for j in range(len(new.branches)))))
-        elif isinstance(new, Doped):
-            layers.append(TransformedLayer(name, shape, (f"{name}.sparse.weight",), (u, v), folded=(u, v)))
-        else:
-            folded = (u, v) if new.norm is None else ()
-            layers.append(TransformedLayer(name, shape, (u,) if sparse_u_only else (u, v), (v,) if sparse_u_only else (), folded=folded))
+        for own, value in modules[name].named_parameters(recurse=False):
+            path = f"{name}.{own}" if name else own
+            if path in weights:
+                layers.append(TransformedLayer(path.rpartition(".")[0], tuple(value.shape), (path,), enlarged=False))
     return layers
 
 
@@ -552,7 +545,7 @@ def _widen(
         elif any(parameter.numel() > 1 for parameter in part.parameters(recurse=False)):
             problems[name or type(root).__name__] = f"{type(part).__name__} holds weights of its own, whose widths aren't known"
     base = math.gcd(*widths)
-    wide = wide_width(base, sparsity)
+    wide = core.wide_width(base, sparsity)
 
     def scaled(width: int) -> int:
         return width // base * wide
@@ -579,29 +572,23 @@ def _widen(
 
 
 def _resize(layer: Any, inputs: int, outputs: int) -> None:
-    for attribute, size in zip(_SIDES[isinstance(layer, nn.Linear)], (inputs, outputs), strict=True):
-        setattr(layer, attribute, size)
+    set_widths(layer, {"in": inputs, "out": outputs})
     layer.weight = nn.Parameter(layer.weight.new_empty(outputs, inputs, *layer.weight.shape[2:]))
     if layer.bias is not None:
         layer.bias = nn.Parameter(layer.weight.new_empty(outputs))
 
 
-_SIDES = {True: ("in_features", "out_features"), False: ("in_channels", "out_channels")}
-
-
-def _norm_attribute(norm: nn.Module) -> str:
+def _norm_width(norm: Any) -> int:
+    """Width of a batch, group or layer norm."""
     if isinstance(norm, nn.LayerNorm):
-        return "normalized_shape"
-    return "num_channels" if isinstance(norm, nn.GroupNorm) else "num_features"
+        return norm.normalized_shape[0]
+    return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features)
 
 
-def _norm_width(norm: nn.Module) -> int:
-    width: Any = getattr(norm, _norm_attribute(norm))
-    return int(width[0]) if isinstance(width, tuple) else int(width)
-
-
-def _resize_norm(norm: nn.Module, width: int) -> None:
-    setattr(norm, _norm_attribute(norm), (width,) if isinstance(norm, nn.LayerNorm) else width)
+def _resize_norm(norm: Any, width: int) -> None:
+    if isinstance(norm, nn.LayerNorm):
+        norm.normalized_shape = (width,)
+    set_widths(norm, {"out": width})
     for name, ordinary in {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}.items():
         value = getattr(norm, name, None)
         if isinstance(value, nn.Parameter):
@@ -612,21 +599,19 @@ def _resize_norm(norm: nn.Module, width: int) -> None:
             setattr(norm, name, value.new_full((width,), ordinary))
 
 
-def _last_norms(root: nn.Module) -> list[str]:
-    """Names of the last norms of residual blocks, which number their parts: conv1, bn1, conv2, bn2, ..."""
+def _last_norms(root: nn.Module) -> list[tuple[nn.Module, int]]:
+    """Residual blocks, which number their parts (conv1, bn1, conv2, bn2, ...), with the number of their last norm."""
     found = []
-    for name, part in root.named_modules():
+    for part in root.modules():
         numbers = [int(key[2:]) for key in part._modules if re.fullmatch(r"bn\d+", key) and f"conv{key[2:]}" in part._modules]
         if len(numbers) > 1:
-            found.append(f"{name}.{max(numbers)}" if name else str(max(numbers)))
+            found.append((part, max(numbers)))
     if not found:
         raise ValueError(f"zero_init_last finds no residual block with conv1, bn1, conv2, bn2 in {type(root).__name__}: set it to false")
     return found
 
 
-def _zero_scale(root: nn.Module, path: str) -> None:
-    block_name, _, number = path.rpartition(".")
-    block = root.get_submodule(block_name)
+def _zero_scale(block: nn.Module, number: int) -> None:
     conv, norm = block.get_submodule(f"conv{number}"), block.get_submodule(f"bn{number}")
     for one in conv.norms if isinstance(conv, Parallel) and isinstance(norm, nn.Identity) else [norm]:
         nn.init.zeros_(one.weight)  # type: ignore[arg-type]

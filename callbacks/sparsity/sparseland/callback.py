@@ -23,17 +23,17 @@ from torch import Tensor
 
 from lit_methods import checks
 from lit_methods.callbacks.ordering import OrderedCallback
-from lit_methods.callbacks.sparsity.callback import built_by
 from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.history import pack, unpack
 from lit_methods.callbacks.sparsity.sparseland.findings import Findings, Network, tables
 from lit_methods.callbacks.sparsity.sparseland.guards import Guards, final_warnings, nonzero_where_removed
 from lit_methods.callbacks.targets import plain_parameter_name, plain_parameters, refuse_lazy, refuse_sharded
-from lit_methods.callbacks.wrapping import takes_iterator
+from lit_methods.callbacks.wrapping import built_by, takes_iterator
 from lit_methods.catalog import Technique
 from lit_methods.files import write_atomically
 from lit_methods.panels import Curve, Media, Panel, TablePanel
 from lit_methods.runs.folder import run_dir
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="sparseland",
@@ -203,7 +203,7 @@ class SparsityReport(OrderedCallback):
         if not self._findings.by_mask:
             self._observe(trainer, pl_module)
         values = {f"sparsity/{name}": float(value) for name, value in self._findings.values().items()}
-        pl_module.log_dict(values, sync_dist=trainer.world_size > 1, batch_size=1)
+        log_global(pl_module, values, batch_size=1)
         if not trainer.enable_validation:
             self._write(trainer)
 

@@ -175,9 +175,7 @@ class EPGFinetune(Stage, SampleEvaluation):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        checks.one_of(Mode, mode=mode)
-        checks.one_of(Weight, weight=weight)
-        checks.one_of(Solver, solver=solver)
+        checks.literals(EPGFinetune, locals())
         checks.within("[0, 1)", class_dropout=class_dropout)
         checks.positive(p_std=p_std, c=c, perceptual_temperature=perceptual_temperature, learning_rate=learning_rate)
         checks.positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, sigma_data=sigma_data, gradient_clip=gradient_clip)

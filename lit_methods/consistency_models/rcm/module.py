@@ -240,12 +240,7 @@ class RCM(SampleEvaluation):
         grid: int = 16,
     ) -> None:
         super().__init__()
-        checks.one_of(Wrapper, wrapper=wrapper)
-        checks.one_of(Consistency, consistency=consistency)
-        checks.one_of(WarmupStyle, warmup_style=warmup_style)
-        checks.one_of(TangentMode, tangent_mode=tangent_mode)
-        checks.one_of(Profile, ema_profile=ema_profile)
-        checks.one_of(Reduction, reduction=reduction)
+        checks.literals(RCM, locals())
         checks.at_least(1, student_every=student_every, max_simulation_steps=max_simulation_steps, accumulate=accumulate, dcm_skip=dcm_skip)
         checks.at_least(0, "iterations", tangent_warmup=tangent_warmup, pretrain_iterations=pretrain_iterations, lr_warmup=lr_warmup)
         checks.at_least(0, ema_shift=ema_shift, dmd_weight=dmd_weight, consistency_weight=consistency_weight)

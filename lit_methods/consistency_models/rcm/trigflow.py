@@ -42,7 +42,7 @@ def flow_scalings(time: Tensor, time_scale: float = 1000.0) -> FlowScalings:
         time_scale: Factor of the rectified-flow time that the network is told.
     """
     total = time.cos() + time.sin()
-    return FlowScalings(1 / total, -time.sin() / total, 1 / total, time_scale * time.sin() / total)
+    return FlowScalings(1 / total, -time.sin() / total, 1 / total, time_scale * flow_time(time))
 
 
 def flow_time(time: Tensor) -> Tensor:

@@ -85,11 +85,6 @@ class Coupling(NamedTuple):
     cost: Tensor
     identity_cost: Tensor
 
-    @property
-    def plan(self) -> Tensor:
-        """(B, B) float64 transport plan with uniform marginals: a permutation matrix over B."""
-        return F.one_hot(self.match, len(self.match)).double() / max(1, len(self.match))
-
 
 @torch.no_grad()
 def couple(x: Tensor, noise: Tensor) -> Coupling:

@@ -260,13 +260,7 @@ class SuperFlow(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with one cycle per run (betas .9, .999, eps 1e-6)."""
         hp = self.hparams
-        return adamw_one_cycle(
-            self,
-            (p for p in self.parameters() if p.requires_grad),
-            learning_rate=hp["learning_rate"],
-            weight_decay=hp["weight_decay"],
-            pct_start=hp["pct_start"],
-        )
+        return adamw_one_cycle(self, learning_rate=hp["learning_rate"], weight_decay=hp["weight_decay"], pct_start=hp["pct_start"])
 
 
 def contrast_report(cur: core.PooledView, neighbours: list[core.PooledView], dense: core.PooledView | None) -> dict[str, Tensor]:

@@ -71,8 +71,7 @@ class ImbalancedRegression(Evaluated):
         gamma: float = 0.1,
     ) -> None:
         super().__init__()
-        checks.one_of(RegressionLoss, loss=loss)
-        checks.one_of(("adam", "sgd"), optimizer=optimizer)
+        checks.literals(ImbalancedRegression, locals())
         checks.positive(learning_rate=learning_rate, noise_sigma=noise_sigma)
         checks.at_least(0, weight_decay=weight_decay, gamma=gamma)
         for epoch in milestones:

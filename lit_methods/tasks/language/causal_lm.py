@@ -65,6 +65,9 @@ def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> 
             place,
             given=f"name_or_path={name_or_path!r}",
             instead="give the folder of a causal language model (config.json and weights)",
+            blank=lambda: transformers.AutoModelForCausalLM.from_config(
+                transformers.AutoConfig.from_pretrained(str(place)), dtype=torch.float32
+            ),
         )
     assert config is not None
     settings = dict(config)

@@ -80,8 +80,7 @@ class MetricLearning(Evaluated):
         schedule: Schedule = "constant",
     ) -> None:
         super().__init__()
-        checks.one_of(Optimizer, optimizer=optimizer)
-        checks.one_of(Schedule, schedule=schedule)
+        checks.literals(MetricLearning, locals())
         checks.positive(learning_rate=learning_rate)
         checks.at_least(0, loss_learning_rate=loss_learning_rate, weight_decay=weight_decay)
         check_rates(far_min, far_max)

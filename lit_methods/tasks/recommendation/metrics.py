@@ -47,21 +47,4 @@ def ranking_metrics(scores: Tensor, known: Tensor, target: Tensor, k: int) -> di
     }
 
 
-def topk_metrics(scores: Tensor, known: Tensor, target: Tensor, k: int) -> dict[str, Tensor]:
-    """Means of :func:`ranking_metrics` over the users that have a target.
-
-    Args:
-        scores: See :func:`ranking_metrics`.
-        known: See :func:`ranking_metrics`.
-        target: See :func:`ranking_metrics`.
-        k: See :func:`ranking_metrics`.
-
-    Returns:
-        Scalars ``recall``, ``precision`` and ``ndcg``; NaN if no user has a target.
-    """
-    per_user = ranking_metrics(scores, known, target, k)
-    counted = per_user.pop("counted")
-    return {name: values[counted].mean() for name, values in per_user.items()}
-
-
-__all__ = ["ranking_metrics", "topk_metrics"]
+__all__ = ["ranking_metrics"]

@@ -155,9 +155,7 @@ class ImageClassifier(Evaluated):
     ) -> None:
         super().__init__()
         checks.at_least(2, "classes", num_classes=num_classes)
-        checks.one_of(("sgd", "adam", "adamw"), optimizer=optimizer)
-        checks.one_of(Schedule, schedule=schedule)
-        checks.one_of(Loss, loss=loss)
+        checks.literals(ImageClassifier, locals())
         checks.positive(learning_rate=learning_rate)
         checks.share(label_smoothing=label_smoothing)
         checks.within("[0, 1)", momentum=momentum)

@@ -6,7 +6,7 @@ import torch
 
 from helpers import Classifier, Images, assert_state_dicts_equal, cloned_state, fingerprint, kill_and_resume, tiny_trainer
 from lit_methods.averages import power_decay, power_exponent
-from lit_methods.callbacks import ExactResume, WeightEMA
+from lit_methods.callbacks import EMATeacher, ExactResume, WeightEMA
 from lit_methods.datamodules.loaders import make_loader
 
 
@@ -95,3 +95,26 @@ def test_checkpoints_hold_the_average_under_the_plain_names(tmp_path):
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert_state_dicts_equal(saved, cloned_state(model))
     assert not torch.equal(saved["network.0.weight"], follow.steps[-1][0])
+
+
+class Late(Classifier):
+    """Its layers are put in place late."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.network = [self.network], None
+
+    def make(self, stage="fit"):
+        self.network = self.made[0]
+
+
+def test_layers_of_configure_model_are_averaged_and_those_of_setup_refused():
+    configured = type("Configured", (Late,), {"configure_model": Late.make})()
+    tiny_trainer(max_steps=1, callbacks=[WeightEMA()]).fit(configured, batches())
+    in_setup = type("InSetup", (Late,), {"setup": Late.make})()
+    with pytest.raises(ValueError, match=r"^WeightEMA averages a copy of InSetup .* lacks network\.0\.weight"):
+        tiny_trainer(max_steps=1, callbacks=[WeightEMA()]).fit(in_setup, batches())
+    for hook in ("configure_model", "setup"):
+        module, teacher = type("Late", (Late,), {hook: Late.make})(), EMATeacher(targets=["network"])
+        tiny_trainer(max_steps=1, callbacks=[teacher]).fit(module, batches())
+        assert "network.0.weight" in teacher.averaged()

@@ -173,3 +173,37 @@ def test_modules_and_batches_that_dont_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             inputs_and_labels(batch)
+
+
+class Pixels(Images):
+    """A class for each pixel."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image, torch.full((8, 8), int(label))
+
+
+class Watched(Classifier):
+    """It notes what is logged when training begins."""
+
+    logged = None
+
+    def validation_step(self, batch, batch_idx):
+        self.network(batch[0])
+
+    def on_train_start(self):
+        self.logged = list(self.trainer.callback_metrics)
+
+
+def test_the_sanity_check_refuses_what_cannot_be_measured_and_logs_nothing():
+    module, loader = Watched(), DataLoader(Pixels(4), batch_size=2)
+    trainer = tiny_trainer(callbacks=[reliability()], num_sanity_val_steps=1, max_steps=1)
+    with pytest.raises(ValueError, match=r"^Reliability: the batch's labels are \(2, 8, 8\).*name such ones by labels"):
+        trainer.fit(module, loader, loader)
+    assert module.logged is None, "training hasn't begun"
+
+    images = DataLoader(Images(4), batch_size=2)
+    trainer = tiny_trainer(callbacks=[reliability()], num_sanity_val_steps=1, max_steps=2)
+    trainer.fit(module, images, images)
+    assert module.logged == []
+    assert "reliability/val_ece" in trainer.callback_metrics

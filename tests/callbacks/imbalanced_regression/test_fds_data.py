@@ -230,3 +230,29 @@ def test_a_data_set_is_not_copied_with_its_sampler() -> None:
     data = Large()
     batches, _ = collected(DataLoader(data, 4, sampler=Holds(data)))
     assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (lambda x, y: [[x, x], y], "^FDS: the batch's 0 is a list: expected a tensor; name the key .* by inputs"),
+        (lambda x, y: [x, torch.zeros(5)], r"^FDS: features='body' puts out \(4, 5\) for labels \(5,\)"),
+        (lambda x, y: [x, "labels"], "^FDS: the batch's 1 is a str"),
+    ],
+)
+def test_batches_that_the_pass_could_not_read_are_refused_at_the_first_step(batch: Any, message: str) -> None:
+    """And not at the end of the epoch."""
+
+    class Lenient(Body):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.steps += 1
+            return self(batch[0] if isinstance(batch[0], Tensor) else batch[0][0]).mean()
+
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+            self.stepped = True
+
+    module, loader = Lenient(), DataLoader(DATA, batch_size=4, collate_fn=lambda rows: batch(torch.stack([x for x, _ in rows]), 0))
+    with pytest.raises(ValueError, match=message):
+        tiny_trainer(max_epochs=1, callbacks=[FDS("body", last_bucket=ALL)]).fit(module, loader)
+    assert not hasattr(module, "stepped")

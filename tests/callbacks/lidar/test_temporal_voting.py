@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import advice_on_figures, run_two_processes
 from lit_methods.callbacks import DenseToSparse, EMATeacher, TemporalVoting
 from lit_methods.callbacks.lidar.temporal_voting import vote_on_batch
 from lit_methods.lidar.superflow.core import temporal_vote
@@ -210,3 +211,18 @@ def test_dense_to_sparse_names_what_is_missing():
         trainer(DenseToSparse(target="encoder")).fit(SomeSegmentor(), loader(batch))
     with pytest.raises(ValueError, match="more specific"):
         trainer(DenseToSparse(target="encoder*")).fit(SomeSegmentor(), loader(pretraining_batch()))
+
+
+def vote_in_two_processes() -> tuple[list[str], dict[str, float]]:
+    with advice_on_figures() as advice:
+        run = trainer(voting(), devices=2, strategy="ddp")
+        batches = [batch_with_neighbours(seed) for seed in range(4)]
+        run.validate(SomeSegmentor(), loader(*batches), verbose=False)
+    return advice, {name: float(value) for name, value in run.callback_metrics.items()}
+
+
+def test_two_processes_log_the_figures_of_both():
+    (advice, figures), other = run_two_processes(vote_in_two_processes)
+    assert advice == []
+    assert figures
+    assert other == (advice, figures)

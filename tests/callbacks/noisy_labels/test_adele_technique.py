@@ -87,6 +87,16 @@ def test_the_gradient_is_finite_where_a_probability_is_zero(dtype):
     assert all(grad.isfinite().all() for grad in grads)
 
 
+def test_one_class_an_image_is_a_map_of_one_pixel():
+    generator = torch.Generator().manual_seed(1)
+    logits, labels = [4 * torch.randn(5, 3, generator=generator) for _ in range(3)], torch.tensor([0, 2, 255, 1, 0])
+    found = multiscale_consistency(logits, labels, threshold=0.7)
+    pixels = multiscale_consistency([one[:, :, None, None] for one in logits], labels[:, None, None], threshold=0.7)
+    assert 0 < int(found.confident.sum()) < 5
+    for one, other in zip(found, pixels, strict=True):
+        torch.testing.assert_close(one, other.reshape(one.shape), rtol=0, atol=0)
+
+
 def test_ignored_pixels_of_the_consistency():
     torch.manual_seed(0)
     logits, labels = [4 * torch.randn(2, 3, 4, 4) for _ in range(3)], torch.zeros(2, 4, 4, dtype=torch.int64)

@@ -305,3 +305,8 @@ def test_tensorboard_gets_pictures_and_histograms(tmp_path: Path) -> None:
     assert [image.step for image in events.Images("shown/image")] == [7, 15]
     assert (events.Images("shown/image")[0].width, events.Images("shown/image")[0].height) == (9, 8)
     assert [histogram.histogram_value.num for histogram in events.Histograms("shown/histogram")] == [150.0, 150.0]
+    for name in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(name)]
+        assert steps == sorted(set(steps)) or name == "hp_metric", f"{name} is written twice"  # hp_metric: TensorBoard's own place holder
+    epoch_ends = [(event.step, event.value) for event in events.Scalars("epoch") if event.step in (7, 15)]
+    assert epoch_ends == [(7, 0), (15, 1)]

@@ -21,7 +21,7 @@ from test_dashboard import Extra, Shown, fit
 from torch import Tensor
 
 import lit_methods.runs.wandb as wandb_runs
-from helpers import tiny_trainer
+from helpers import HANGS, tiny_trainer
 from lit_methods.callbacks.run.dashboard import Dashboard
 from lit_methods.callbacks.run.providers import ask_for_artifacts, save_tensors, tensors_digest
 from lit_methods.cli.main import main
@@ -347,7 +347,7 @@ def test_wandb_sync_sends_what_an_offline_run_left(tmp_path: Path) -> None:
     with WandbServer() as server:
         environment = os.environ | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "WANDB_MODE": "online"}
         command = [sys.executable, "-m", "wandb", "sync", str(folder)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     assert [row["shown/loss"] for row in server.history if "shown/loss" in row] == [92.0, 96.0, 100.0, 96.0]
 

@@ -483,7 +483,7 @@ def test_another_length_or_another_teacher_is_refused(tmp_path):
     with pytest.raises(ValueError, match="starts with other weights"):
         tiny_trainer(max_steps=6, callbacks=[ours(targets=["network.3"], save_teacher=False)]).fit(other, loader(), ckpt_path=path)
     wrong = ours(targets=["network.3"], save_teacher=False, scale_groups=0)
-    with pytest.raises(ValueError, match="same recipe and scale_groups"):
+    with pytest.raises(ValueError, match="same arguments of the callback, its recipe say"):
         tiny_trainer(max_steps=6, callbacks=[wrong]).fit(plain(), loader(), ckpt_path=path)
 
 

@@ -6,7 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_methods.callbacks.sparsity.flops import attention_macs, conv_output_size, count_macs, training_flops
+from lit_methods.callbacks.sparsity.cost import theoretical_cost
+from lit_methods.callbacks.sparsity.flops import attention_macs, count_macs, training_flops
 from lit_methods.callbacks.sparsity.scores import kept_shares
 from lit_methods.callbacks.sparsity.store import prunable_weights
 
@@ -44,10 +45,11 @@ def test_the_total_is_that_of_torch(make):
             module(example)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    assert macs.dense * 2 == counter.get_total_flops()
+    cost = theoretical_cost(macs, {})
+    assert cost.flops_dense == counter.get_total_flops()
     assert all(macs.per_weight[name] > 0 for name in weights)
-    assert macs.sparse({}) == macs.dense
-    assert macs.sparse(dict.fromkeys(weights, 0.0)) == macs.other
+    assert cost.flops_sparse == cost.flops_dense
+    assert theoretical_cost(macs, dict.fromkeys(weights, 0.0)).flops_sparse == 2 * macs.other
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -75,12 +77,6 @@ def test_compiled_parts_count_like_others():
     net = torch.nn.Sequential(torch.compile(inner, backend="eager"))
     macs = count_macs(net, lambda: net(torch.randn(3, 6)), prunable_weights(net))
     assert sorted(macs.per_weight.values()) == [3 * 16, 3 * 48]
-
-
-def test_conv_output_size_is_that_of_torch():
-    for kernel, stride, padding, dilation in ((3, 1, 1, 1), (3, 2, 0, 2), (5, 3, 2, 1)):
-        conv = torch.nn.Conv2d(1, 1, kernel, stride, padding, dilation)
-        assert conv(torch.zeros(1, 1, 17, 20)).shape[2:] == tuple(conv_output_size(n, kernel, stride, padding, dilation) for n in (17, 20))
 
 
 def test_unknown_names_are_refused():

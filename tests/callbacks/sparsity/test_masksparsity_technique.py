@@ -371,6 +371,15 @@ def test_pruning_really_removes_channels(recipe, tmp_path):
     assert table[2][1] != table[2][2]
 
 
+def test_a_stage_starts_from_the_checkpoint_of_a_compiled_network(recipe, tmp_path):
+    content = torch.load(recipe["mask_sparsity"][2], weights_only=True)
+    content["state_dict"] = {name.replace(".", "._orig_mod.", 1): value for name, value in content["state_dict"].items()}
+    torch.save(content, tmp_path / "compiled.ckpt")
+    cut, _ = pruned({"mask_sparsity": (None, None, tmp_path / "compiled.ckpt")}, tmp_path / "compiled")
+    expected, _ = pruned(recipe, tmp_path / "plain")
+    assert_state_dicts_equal(cut.state_dict(), expected.state_dict())
+
+
 @pytest.mark.parametrize("source", ["pruned", "masked"])
 def test_fine_tuning_starts_with_the_pruned_network_and_a_new_optimiser(source, recipe, tmp_path):
     module, _ = pruned(recipe, tmp_path)

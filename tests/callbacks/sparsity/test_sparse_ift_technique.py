@@ -561,8 +561,8 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(family, method, tmp_path):
     whole, resumed = kill_and_resume(make, 6, 3, tmp_path)
     assert_state_dicts_equal(resumed, whole)
     first, _, last = built
-    assert_state_dicts_equal(last._history.ever, first._history.ever)
-    assert_state_dicts_equal(last._history.always, first._history.always)
+    assert_state_dicts_equal(last.history.ever, first.history.ever)
+    assert_state_dicts_equal(last.history.always, first.history.always)
     assert last._macs == first._macs
 
 
@@ -713,3 +713,53 @@ def test_the_table_has_active_and_stored_weights():
     gaps = [float(spectral_gap(mask)) for mask in callback.sparsity_masks().values()]
     assert float(trainer.callback_metrics["sparse_ift/spectral_gap"]) == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
     assert set(callback.dashboard_artifacts()) == {"sparse_ift_masks"}
+
+
+class Adversarial(pl.LightningModule):
+    """Two networks that are stepped by hand; the second sees data, and what the first one makes of noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.automatic_optimization = False
+        self.maker = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 192))
+        self.critic = nn.Sequential(nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        made = self.maker(torch.randn(len(batch[0]), 8))
+        for optimiser, loss in (
+            (first, lambda: -self.critic(made).mean()),
+            (second, lambda: (self.critic(made.detach()) - self.critic(batch[0].flatten(1))).mean()),
+        ):
+            self.toggle_optimizer(optimiser)
+            optimiser.zero_grad()
+            self.manual_backward(loss())
+            self.clip_gradients(optimiser, 1.0, "norm")
+            optimiser.step()
+            self.untoggle_optimizer(optimiser)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(network.parameters(), lr=0.1) for network in (self.maker, self.critic)]
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.5])
+def test_several_networks_are_not_widened_as_one(tolerance):
+    module, stepped = Adversarial(), []
+
+    class Watches(pl.Callback):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            stepped.append(True)
+
+    def train(**kwargs: Any) -> pl.Trainer:
+        trainer = tiny_trainer(max_steps=2, callbacks=[ift(total_steps=2, **kwargs), Watches()])
+        trainer.fit(module, loader())
+        return trainer
+
+    with pytest.raises(ValueError, match=r"SparseIFT: the widened Adversarial can't run on a training batch \(critic.0 has .* by network"):
+        train(flops_tolerance=tolerance)
+    assert not stepped
+    module = Adversarial()
+    assert train(network="critic", flops_tolerance=None).global_step == 2
+    assert module.critic[2].in_features > 16
+    assert module.maker[2].in_features == 16

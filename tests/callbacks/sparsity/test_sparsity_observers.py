@@ -63,6 +63,26 @@ class Net(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+class Taught(Net):
+    """Its step moves an averaged teacher in place and by ``.data``, and no other step runs the network."""
+
+    validation_step = pl.LightningModule.validation_step
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        for index, (mine, theirs) in enumerate(zip(self.teacher.parameters(), self.net.parameters(), strict=True)):
+            if index % 2:
+                mine.data = 0.9 * mine.data + 0.1 * theirs.data
+            else:
+                mine.mul_(0.9).add_(theirs.detach(), alpha=0.1)
+        with torch.no_grad():
+            target = self.teacher(batch[0])
+        return super().training_step(batch, batch_idx) + F.mse_loss(self(batch[0]), target)
+
+
 def queue(own: Net, logits: Tensor) -> Tensor:
     mean = own.queue.mean(0)
     place = own.counter % 16
@@ -88,6 +108,7 @@ MODULES: dict[str, Callable[[], Net]] = {
     "a parametrisation that counts": lambda: Net(counting),
     "queue and counter": lambda: Net(keep=queue),
     "generator": lambda: Net(keep=noise),
+    "averaged teacher": Taught,
 }
 
 # ---- what measures, beside the same without it -----------------------------------------------------------------------------------------
@@ -105,8 +126,8 @@ OBSERVERS: dict[str, tuple[Callable[[], list[Any]], Callable[[], list[Any]]]] = 
     "GraSP": (lambda: [RandomPruning(1.0, "grasp", samples_per_class=1)], list),
     "ISS-P's probe": (lambda: [shrinking("confidence")], lambda: [shrinking(None)]),
     "CAST's probe": (
-        lambda: [CAST(1, 2, distill_weight=0.0, probe_interval=1)],
-        lambda: [CAST(1, 2, distill_weight=0.0, probe_interval=0)],
+        lambda: [CAST(1, 2, distill_weight=0.0, scale_groups=0, probe_interval=1)],
+        lambda: [CAST(1, 2, distill_weight=0.0, scale_groups=0, probe_interval=0)],
     ),
     "MaskSparsity's trace": (lambda: [MaskedBNSparsity("global_sparsity", lambda_=0.0)], list),
     "Sparse-IFT's count": (lambda: [SparseIFT(0.0, "none", "static", flops_tolerance=None)], list),

@@ -12,6 +12,8 @@ from lit_methods import ImageSegmentor, LargeFOV, SmallUNet2d, TimmUNet
 from lit_methods.datamodules import NoisyMasksDataModule, OrganSlicesDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.segmentation.base import flip_or_rotate
+from lit_methods.datamodules.segmentation.fake import acdc, synapse
+from lit_methods.datamodules.segmentation.fake import voc as write_voc
 from lit_methods.datamodules.segmentation.noisy_masks import draw_shapes, jitter_scale_crop, shift_outlines
 from lit_methods.datamodules.segmentation.organs import add_spurious, make_volumes, read_record
 from lit_methods.tasks.segmentation.metrics import ClassCounts, dice_and_hd95
@@ -124,19 +126,8 @@ def test_outlines_are_shifted_and_shapes_survive():
 # ---- official layouts ------------------------------------------------------------------------------------------------------------------
 
 
-def synapse(root, classes=9):
-    (root / "train_npz").mkdir(parents=True)
-    (root / "test_vol_h5").mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(3):
-        image, label = rng.random((32, 32), dtype=np.float32), rng.integers(0, classes, (32, 32))
-        np.savez(root / "train_npz" / f"case0005_slice{index:03d}.npz", image=image, label=label.astype(np.float32))
-    h5py = pytest.importorskip("h5py", reason="needs the extra segmentation")
-    with h5py.File(root / "test_vol_h5" / "case0001.npy.h5", "w") as file:
-        file["image"], file["label"] = rng.random((4, 32, 32), dtype=np.float32), rng.integers(0, classes, (4, 32, 32))
-
-
 def test_synapse_is_read(tmp_path):
+    pytest.importorskip("h5py", reason="needs the extra segmentation")
     synapse(tmp_path)
     (tmp_path / "half.txt").write_text("case0005_slice002\ncase0005_slice000\n")
     data = OrganSlicesDataModule(tmp_path, "synapse", image_size=16, train_list=tmp_path / "half.txt", batch_size=2)
@@ -152,15 +143,8 @@ def test_synapse_is_read(tmp_path):
 
 
 def test_acdc_is_split_by_patient(tmp_path):
-    h5py = pytest.importorskip("h5py", reason="needs the extra segmentation")
-    for folder, names, shape in (
-        ("ACDC_training_slices", [f"patient{p:03d}_frame01_slice_{s}" for p in range(1, 11) for s in (0, 1)], (8, 8)),
-        ("ACDC_training_volumes", [f"patient{p:03d}_frame01" for p in range(1, 11)], (2, 8, 8)),
-    ):
-        (tmp_path / folder).mkdir()
-        for name in names:
-            with h5py.File(tmp_path / folder / f"{name}.h5", "w") as file:
-                file["image"], file["label"] = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.uint8)
+    pytest.importorskip("h5py", reason="needs the extra segmentation")
+    acdc(tmp_path)
     data = OrganSlicesDataModule(tmp_path, "acdc")
     data.setup("fit")
     assert [len(part) for part in (data.train_set, data.val_set, data.test_set)] == [14, 1, 2]
@@ -207,17 +191,7 @@ def test_broken_slices_are_named(tmp_path, monkeypatch):
 
 @pytest.fixture
 def voc(tmp_path):
-    root = tmp_path / "VOCdevkit" / "VOC2012"
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / folder).mkdir(parents=True)
-    (tmp_path / "masks").mkdir()
-    rng = np.random.default_rng(0)
-    for name, size in (("a", (20, 30)), ("b", (25, 18)), ("c", (16, 16))):
-        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / "JPEGImages" / f"{name}.jpg")
-        mask = Image.fromarray(rng.choice([0, 3, 20, 255], size).astype(np.uint8))
-        mask.save((root / "SegmentationClass" if name == "c" else tmp_path / "masks") / f"{name}.png")
-    (root / "ImageSets" / "Segmentation" / "trainaug.txt").write_text("a\nb\n")
-    (root / "ImageSets" / "Segmentation" / "val.txt").write_text("c\n")
+    write_voc(tmp_path / "VOCdevkit" / "VOC2012", tmp_path / "masks")
     return tmp_path
 
 

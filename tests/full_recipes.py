@@ -1,0 +1,203 @@
+"""How each file of ``configs/full/`` is started on a CPU: what stands in for its weights, and what else is changed, with the reason.
+
+``docs/full_recipes.md`` shows this table with what was measured; ``tests/test_full_recipes.py`` runs it.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAPTOP = ("accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", "precision=32-true", "log_every_n_steps=1")
+SMALL_BATCH = "the network takes seconds an image on two cores"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One file.
+
+    Attributes:
+        replaced: Text of the file -> what stands there instead; ``{work}`` is a folder of the test's own.
+        words: Further arguments of ``lit fit``.
+        why: Reason of each argument that isn't one of root, devices, precision and steps, for the page.
+        prepare: Writes the weights that stand in for released ones.
+        first: Arguments of a run whose checkpoint this one starts from; it is put in place of ``{first}``.
+        needs: Libraries without which it is left out.
+        meta: It is too large for this machine: the whole network goes up to the first step on the meta device, and what is run is the
+            file with a smaller network (``replaced``).
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    why: str = ""
+    prepare: Callable[[Path], None] | None = None
+    first: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    meta: bool = False
+
+
+# ---- stand-ins for released weights ----------------------------------------------------------------------------------------------------
+
+
+def clip(work: Path) -> None:
+    """CLIP ViT-B/16 with random weights, as transformers saves it; its tokenizer knows the letters alone."""
+    import transformers
+
+    folder = work / "clip"
+    folder.mkdir()
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    transformers.CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")).save_pretrained(folder)
+    vision: dict[str, Any] = {"patch_size": 16}
+    text = {"eos_token_id": len(words) - 1, "bos_token_id": len(words) - 2}
+    transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+
+
+def minkunet(work: Path) -> None:
+    """A MinkUNet-34 with random weights, under the names that a pretraining exports."""
+    from lit_methods import MinkUNet
+
+    network = MinkUNet(depth=34, voxel_type="cylinder", voxel_size=(0.1, 1.0, 0.1))
+    torch.save({f"backbone_3d.{name}": value for name, value in network.state_dict().items()}, work / "superflow_vits.pt")
+
+
+def autoencoder(work: Path) -> None:
+    """Stable Diffusion's autoencoder with random weights, as diffusers saves it, and a small TorchScript network for Inception."""
+    import diffusers
+
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "sample_size": 256,
+    }
+    diffusers.AutoencoderKL(**blocks).save_pretrained(work / "vae")
+    features = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+    torch.jit.trace(_Bytes(features), torch.zeros(1, 3, 256, 256, dtype=torch.uint8)).save(str(work / "inception.pt"))
+
+
+class _Bytes(torch.nn.Module):
+    """Takes images as bytes, as that Inception network does."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(images.float())
+        return found
+
+
+LLAMA2_7B = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+def llama(work: Path, **sizes: int) -> None:
+    """A llama with random weights, as transformers saves it; LLaMA2-7B's configuration but for the sizes."""
+    import transformers
+
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = transformers.LlamaConfig(**(LLAMA2_7B | small | sizes))
+    transformers.LlamaForCausalLM(config).save_pretrained(work / "llama")
+
+
+SMALL_WAN = {"width: 1536": "width: 48", "hidden: 8960": "hidden: 96", "heads: 12": "heads: 2", "depth: 30": "depth: 2"}
+
+
+def wan(work: Path) -> None:
+    """A Wan of two small blocks with random weights."""
+    from lit_methods import WanTransformer
+
+    network = WanTransformer(channels=16, width=48, hidden=96, heads=2, depth=2, text_width=4096)
+    torch.save(network.state_dict(), work / "wan.pth")
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------------------------
+
+RANDOM = {"pretrained: true": "pretrained: false"}  # of timm
+DOWNSTREAM = Recipe({"pretrained/superflow_vits.pt": "{work}/superflow_vits.pt"}, prepare=minkunet)
+CLIP = Recipe({"/data/clip-vit-base-patch16": "{work}/clip"}, prepare=clip, needs=("transformers",))
+MASKED = Recipe(
+    {"/data/masksparsity/global.ckpt": "{first}"},
+    first=(
+        "--trainer.callbacks.init_args.stage=global_sparsity",
+        "--trainer.callbacks.init_args.weights=null",
+        "--trainer.callbacks.init_args.mask=null",
+    ),
+    needs=("torch_pruning",),
+)
+
+
+def batch(size: int) -> Recipe:
+    """A smaller batch."""
+    return Recipe(words=(f"--data.init_args.batch_size={size}",), why=f"batch of {size}: {SMALL_BATCH}")
+
+
+LATENTS = Recipe(
+    {"/data/sd-vae-ft-ema": "{work}/vae", "/data/inception-2015-12-05.pt": "{work}/inception.pt"},
+    words=("--data.init_args.batch_size=2", "--data.init_args.val_batch_size=2", "--data.init_args.num_samples=2"),
+    why=f"batches of 2, 2 samples: {SMALL_BATCH}",
+    prepare=autoencoder,
+    needs=("diffusers",),
+)
+
+RECIPES: dict[str, Recipe] = {
+    "adawac_acdc": Recipe(RANDOM, needs=("h5py",)),
+    "adawac_synapse": Recipe(RANDOM, needs=("h5py",)),
+    "adele_voc": Recipe(
+        RANDOM,
+        words=("--data.init_args.batch_size=2",),
+        why="batch of 2: ten crops of 448 pixels at three scales take more than the 23 GB of this machine",
+    ),
+    "cast_llama2_7b": Recipe({"/models/llama-2-7b": "{work}/llama"}, prepare=llama, needs=("transformers",), meta=True),
+    "conr_agedb": batch(8),
+    "conr_imdb_wiki": batch(8),
+    "conr_nyud2": Recipe(RANDOM),
+    "conr_sts_b": Recipe(),
+    "coprompt_eurosat": CLIP,
+    "coprompt_imagenet": CLIP,
+    "dsl_recommendation_lightgcn": Recipe(),
+    "dsl_recommendation_multvae": Recipe(),
+    "dsl_recommendation_neumf": Recipe(),
+    "epg_consistency_imagenet256": batch(2),
+    "epg_denoise_imagenet256": batch(2),
+    "epg_pretrain_imagenet256": batch(4),
+    "ict_cifar10": Recipe(words=("--data.init_args.batch_size=4", "--data.init_args.val_batch_size=4"), why=f"batches of 4: {SMALL_BATCH}"),
+    "ict_imagenet64": batch(2),
+    "issp_edsr": batch(1),
+    "issp_swin2sr": Recipe(words=("--data.init_args.batch_size=1",), why=f"batch of 1: {SMALL_BATCH}", needs=("transformers",)),
+    "masksparsity_cifar": MASKED,
+    "masksparsity_imagenet": MASKED,
+    "progressive_gradient_flow_vit": batch(4),
+    "random_pruning_cifar": Recipe(),
+    "random_pruning_imagenet": batch(8),
+    "rcm_wan1b": Recipe({"/data/wan/wan2.1_t2v_1.3b.pth": "{work}/wan.pth", **SMALL_WAN}, prepare=wan, meta=True),
+    "shrinkmatch_cifar": Recipe(),
+    "shrinkmatch_stl10": Recipe(words=("--data.init_args.batch_size=8",), why=f"batch of 8 + 56: {SMALL_BATCH}"),
+    "shrinkmatch_svhn": Recipe(),
+    "simmatchv2_imagenet": Recipe(
+        words=("--model.init_args.num_labelled=150", "--data.init_args.batch_size=2"),
+        why=f"num_labelled 150: that many the tiny list has, and the module refuses another number; batch of 2 + 10: {SMALL_BATCH}",
+    ),
+    "slct_celebahq": LATENTS,
+    "slct_celebahq_dit": LATENTS,
+    "sparse_ift_cifar": Recipe(),
+    "sparse_ift_imagenet": batch(8),
+    "sparseland_resnet50": batch(8),
+    "superflow_finetune": DOWNSTREAM,
+    "superflow_kitti_1": DOWNSTREAM,
+    "superflow_probe": DOWNSTREAM,
+    "superflow_semi": DOWNSTREAM,
+    "superflow_vits": Recipe({"weights: null": "weights: random"}),
+    "tcm_cub": Recipe(RANDOM, words=("--data.init_args.classes_per_batch=4",), why=f"4 classes a batch: {SMALL_BATCH}"),
+}
+UNTRIED: dict[str, str] = {}  # files that can't be started here, with the reason
