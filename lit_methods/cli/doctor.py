@@ -184,7 +184,8 @@ def _data(cli: Any, config: Any, processes: int, found: Diagnosis) -> Any:
     if section is None:
         found.findings.append(Finding("data", UNKNOWN, "no data section: the module brings its own loaders, which aren't looked at"))
         return None
-    prepares, train = False, None
+    prepares = False
+    train: Any = None
     try:
         data = cli.built("data", section)
         if hasattr(data, "check_root"):
