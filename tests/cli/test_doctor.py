@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lit_methods import hub
 from lit_methods.catalog import configs_folder
@@ -158,9 +159,11 @@ def test_every_full_recipe_is_examined(file: Path, capsys: pytest.CaptureFixture
     assert main(["fake", f"configs/full/{file.name}", "there"]) == 0
     capsys.readouterr()
     monkeypatch.setenv(COMMON, "there")
-    said = examined(f"configs/full/{file.name}", "--elsewhere", capsys=capsys)
+    said = examined(f"configs/full/{file.name}", "--trainer.devices=1", "--trainer.num_nodes=1", "--elsewhere", capsys=capsys)
+    trainer = yaml.safe_load(file.read_text(encoding="utf-8"))["trainer"]
     missing = [(finding["what"], finding["said"]) for finding in said["findings"] if finding["state"] == "missing"]
     assert [one for one in missing if one[0] in ("data", "GPUs", "model")] == []
-    assert said["samples_per_step"] == said["recipe_samples"] is not None
-    assert said["total_steps"] is not None or states(said, "data")[0][0] == "unknown"
+    processes = trainer.get("devices", 1) * trainer.get("num_nodes", 1)
+    assert said["samples_per_step"] * processes == said["recipe_samples"]
+    assert said["total_steps"] is not None or states(said, "libraries") or states(said, "data")[0][0] == "unknown"
     assert (said["parameters"] or 0) > 1e4 or file.stem in NOT_COUNTED
