@@ -273,8 +273,8 @@ def write_all(root: Path, texts: Mapping[Path, str], changed: Mapping[Path, str]
     for path, text in {**texts, **changed}.items():
         longest = max((line for line in text.splitlines()), key=len, default="")
         if path.suffix in (".py", ".pyi") and len(longest) > _LONGEST:
-            shown = f"{longest.strip()[:60]} ..."
-            raise CommandError(f"a line of {path} would have {len(longest)} characters ({shown}): give a shorter slug, family, title or --class")
+            line = f"a line of {path} would have {len(longest)} characters ({longest.strip()[:60]} ...)"
+            raise CommandError(f"{line}: give a shorter slug, family, title or --class")
     before = {path: (root / path).read_text(encoding="utf-8") for path in changed}
     begun: list[Path] = []
     folders: list[Path] = []
