@@ -11,7 +11,7 @@ import yaml
 from lit_methods.catalog import configs_folder, published
 from lit_methods.claims.fairness import ResolvedStage, config_differences
 from lit_methods.claims.plan import Node, Plan, library_versions, make_plan, resolve_configs, stage_words
-from lit_methods.claims.study import Stage, Study, read_study
+from lit_methods.claims.study import Stage, Study, read_settings, read_study
 from lit_methods.claims.summary import changes, check_before, summarise
 from lit_methods.cli.claims import find_studies, split_words
 from lit_methods.errors import CommandError
@@ -226,8 +226,22 @@ def test_every_technique_has_a_claim_and_the_catalogue_says_the_same() -> None:
         assert len(read.seeds) >= 3
 
 
+@pytest.mark.catalogue
+def test_every_claim_is_tried_where_nothing_was_tuned() -> None:
+    folder, laid_over = configs_folder(), set()
+    for slug in published():
+        first, *further = read_settings(folder / "claims" / f"{slug}.yaml").values()
+        assert further, f"{slug} has no further setting"
+        for study in further:
+            assert study.data != first.data
+            assert len(study.seeds) >= 3
+            laid_over |= {name for arm in study.arms.values() for stage in arm for name in stage.configs if "/settings/" in name}
+    assert laid_over == {path.relative_to(folder).as_posix() for path in (folder / "claims" / "settings").iterdir()}
+
+
 SHIPPED = {path.stem: ("claim", path) for path in find_studies("claims", []).values()}
 SHIPPED |= {f"compare {path.stem}": ("compare", path) for path in find_studies("compare", []).values()}
+FURTHER = {f"{path.stem} {name}": path for path in find_studies("claims", []).values() for name in list(read_settings(path))[1:]}
 
 
 @pytest.mark.usefixtures("forked_python")
@@ -246,6 +260,13 @@ def test_a_shipped_file_resolves_and_is_fair_as_declared(name: str) -> None:
     check_before(read, plan, file)
     reference = answers[" ".join(plan.chains[read.reference][0][-1].words)]
     assert all(key in reference["trainer"] for key in ("max_epochs", "max_steps"))
+
+
+@pytest.mark.usefixtures("forked_python")
+@pytest.mark.parametrize("name", FURTHER)
+def test_a_further_setting_resolves_and_is_fair_as_declared(name: str) -> None:
+    read = read_settings(FURTHER[name])[name.split()[1]]
+    check_before(read, make_plan(read, [0], [], resolve_configs), FURTHER[name])
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:
