@@ -1,4 +1,4 @@
-"""Images whose training masks are wrong in places: PASCAL VOC with pseudo-labels; generated shapes and CamVid with shifted outlines."""
+"""Images whose training masks are wrong in places: PASCAL VOC with pseudo-labels; others with shifted outlines."""
 
 import tempfile
 from collections.abc import Callable, Iterable
@@ -21,6 +21,7 @@ from lit_methods.datamodules.loaders import ResumableLoader
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, resize
 from lit_methods.datamodules.segmentation.camvid import ROAD_USERS, check_camvid, read_camvid
+from lit_methods.datamodules.segmentation.coins import COINS, coin_tiles
 from lit_methods.datamodules.tables import text_of
 from lit_methods.runs.folder import run_dir
 
@@ -29,7 +30,7 @@ VOC = (
     "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
 )  # fmt: skip
 SHAPES = ("background", "disc", "square", "cross")
-Name = Literal["voc", "camvid"]
+Name = Literal["voc", "camvid", "coins"]
 SIDE = 32  # pixels of a generated image
 
 
@@ -147,7 +148,8 @@ class NoisyMasksDataModule(LoaderDataModule):
     2012 (``root`` or ``root/VOCdevkit/VOC2012``), and ``masks/<name>.png``, such as pseudo-labels of SEAM; 21 classes. Images are
     normalised by ImageNet's mean and deviation, and evaluated one by one at their own size. With ``name: camvid``
     ``{train,val,test}/*.png`` and ``{train,val,test}annot/*.png`` of the SegNet tutorial: tiles of 40 x 40 pixels of frames reduced three
-    times and in grey, with cars, pedestrians and bicyclists, whose outlines are shifted for training; 4 classes.
+    times and in grey, with cars, pedestrians and bicyclists, whose outlines are shifted for training; 4 classes. ``name: coins``, without a
+    root: tiles of 32 x 32 pixels of scikit-image's photograph of coins, the left two thirds for training with shifted outlines; 2 classes.
 
     Args:
         root: None: generated shapes.
@@ -167,7 +169,7 @@ class NoisyMasksDataModule(LoaderDataModule):
         num_workers: Processes that read data.
         seed: Seed of generated training images, shifted outlines, order and augmentation. The generated validation images are the same for
             every seed.
-        name: Layout of ``root``: ``voc`` or ``camvid``.
+        name: Layout of ``root``, ``voc`` or ``camvid``; or ``coins``, without one.
 
     Raises:
         ValueError: A value lies outside its range, or ``masks`` is missing.
@@ -199,10 +201,10 @@ class NoisyMasksDataModule(LoaderDataModule):
         whole = root is not None and name == "voc"
         super().__init__(batch_size=batch_size, eval_batch_size=1 if whole else batch_size, num_workers=num_workers, seed=seed)
         one_of(Name, name=name)
-        if whole != (masks is not None):
+        if whole != (masks is not None) or (root is None and name == "camvid") or (root is not None and name == "coins"):
             raise ValueError(
                 f"root={root}, name={name!r} and masks={masks}: give the images and the noisy masks of VOC, the root of camvid alone, or "
-                "none for generated shapes"
+                "none for coins and for generated shapes"
             )
         if min(num_train, num_val, crop) < 1 or not 0 < scales[0] <= scales[1] or not 0 <= pixels[0] <= pixels[1] or min(noise, jitter) < 0:
             raise ValueError(
@@ -214,7 +216,7 @@ class NoisyMasksDataModule(LoaderDataModule):
         self.crop, self.scales, self.jitter = crop, (float(scales[0]), float(scales[1])), jitter
         self.num_train, self.num_val, self.pixels, self.noise = num_train, num_val, (int(pixels[0]), int(pixels[1])), noise
         self.labels_folder = user_path(labels_folder)
-        self.class_names = VOC if whole else SHAPES if root is None else ROAD_USERS
+        self.class_names = VOC if whole else {"voc": SHAPES, "camvid": ROAD_USERS, "coins": COINS}[name]
         self.whole_images, self.name = whole, name
         self.label_store = None
         self.clean_labels: Callable[[int], NDArray[np.uint8]] | None = None
@@ -270,7 +272,10 @@ class NoisyMasksDataModule(LoaderDataModule):
         return LabelStore(folder)
 
     def _in_memory(self) -> tuple[Callable[[int], NDArray[np.float32]], int, Iterable[NDArray[np.uint8]]]:
-        if self.root is None:
+        if self.name == "coins":
+            images, labels = coin_tiles(train=True)
+            held_out = [coin_tiles(train=False)] * 2
+        elif self.root is None:
             images, labels = draw_shapes(self.num_train, self.seed + 1000, self.noise)
             held_out = [draw_shapes(self.num_val, seed, self.noise) for seed in (1, 2)]  # the same for every seed
         else:
