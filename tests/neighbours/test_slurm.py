@@ -25,7 +25,9 @@ PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 missing = [name for name in PROGRAMS if shutil.which(name) is None]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(missing) or os.geteuid() != 0, reason=f"a SLURM of one node needs root and {', '.join(missing) or 'nothing else'}"),
+    pytest.mark.skipif(
+        bool(missing) or os.geteuid() != 0, reason=f"a SLURM of one node needs root and {', '.join(missing) or 'nothing else'}"
+    ),
 ]
 
 CONFIGURATION = """
