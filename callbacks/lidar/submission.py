@@ -19,7 +19,7 @@ class SubmissionWriter(pl.Callback):
     Refuses: datamodules without ``write_labels``, and modules whose ``predict_step`` doesn't return {"token": list of B names, "labels":
     list of B (n_i,) integer tensors, training ids}.
 
-    nuScenes: ``lidarseg/<split>/<token>_lidarseg.bin`` (uint8, challenge classes 1..16). KITTI layout:
+    nuScenes: ``lidarseg/<split>/<token>_lidarseg.bin`` (uint8, challenge classes 1..16) and ``<split>/submission.json``. KITTI layout:
     ``sequences/<sequence>/predictions/<frame>.label`` (uint32, raw ids).
 
     Args:
@@ -67,5 +67,8 @@ class SubmissionWriter(pl.Callback):
             self.num_written += 1
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say where the files are."""
+        """Let the datamodule write what goes with the labels, and say where the files are."""
+        close = getattr(trainer.datamodule, "close_predictions", None)  # type: ignore[attr-defined]
+        if trainer.is_global_zero and callable(close):
+            close(self.folder(trainer))
         rank_zero_info(f"predictions of {self.num_written} scans (this process) are in {self.folder(trainer)}")

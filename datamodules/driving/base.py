@@ -143,6 +143,13 @@ class DrivingDataModule(LoaderDataModule):
         """
         raise NotImplementedError
 
+    def close_predictions(self, folder: Path) -> None:
+        """Write what the benchmark wants beside the predicted labels, once per submission; nothing by default.
+
+        Args:
+            folder: Folder of the submission.
+        """
+
     def check_predictions(self, token: str, labels: Tensor) -> None:
         """Refuse what no benchmark accepts: floats, another shape, ids outside the classes.
 

@@ -38,6 +38,7 @@ from lit_methods.datamodules.driving.splits import Split, choose_scenes
 from lit_methods.datamodules.driving.superpixels import compute_slic, read_superpixels
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, user_path
+from lit_methods.files import write_json
 from lit_methods.lidar.projection import dense_cloud, flip_cameras, project_points, resize_pairs, resize_superpixels
 
 CLASSES: dict[
@@ -420,6 +421,13 @@ class NuScenesDataModule(DrivingDataModule):
         path = folder / "lidarseg" / self.predict_split / f"{token}_lidarseg.bin"
         write_bytes(path, (labels + 1).to(torch.uint8).cpu().numpy().tobytes())
         return path
+
+    def close_predictions(self, folder: Path) -> None:
+        """Write ``<split>/submission.json``, which declares what the predictions were made from: LiDAR alone."""
+        inputs = {"use_camera": False, "use_lidar": True, "use_radar": False, "use_map": False, "use_external": False}
+        path = folder / self.predict_split / "submission.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"meta": inputs})
 
     @property
     def predict_split(self) -> str:

@@ -456,6 +456,9 @@ def explain_run_error(error: Exception) -> CommandError | None:
             return CommandError(f"{reason}\n  {advice}", exit_code=1)
         said = str(error).removeprefix(file).splitlines()[0][:120]
         return CommandError(f"{file}the checkpoint can't be read: it is cut off, or no checkpoint\n  {said}", exit_code=1)
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, RuntimeError) and frames and "/fabric/plugins/environments/" in Path(frames[-1].filename).as_posix():
+        return CommandError(str(error).strip(), exit_code=1)  # how the job was started, such as SLURM's --ntasks
     if not isinstance(error, ValueError | OSError | ImportError | TypeError):
         return None
     text = str(error)
@@ -463,7 +466,6 @@ def explain_run_error(error: Exception) -> CommandError | None:
     if worker:
         files = re.findall(r'File "([^"]+)", line \d+', text)
         return CommandError(text.rpartition(f"{worker.group(1)}: ")[2].strip(), exit_code=1) if files and _ours(files[-1]) else None
-    frames = traceback.extract_tb(error.__traceback__)
     if frames and (_ours(frames[-1].filename) or _refuses_settings(frames[-1].filename)) and not isinstance(error, TypeError):
         return CommandError(text.strip(), exit_code=1)
     return None

@@ -133,6 +133,16 @@ def test_a_worker_killed_by_the_system(capsys: pytest.CaptureFixture[str]) -> No
     assert step_of(runs()[0] / "checkpoints" / "last.ckpt") in (1, 2)
 
 
+def test_a_job_that_lightning_can_not_place_is_one_message(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"JOB_ID": "7", "NTASKS": "2", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(shutil, "which", lambda *_: None)
+    assert main(WORDS) == 1
+    said = capsys.readouterr().err
+    assert "`--ntasks-per-node=2`" in said
+    assert "Traceback" not in said
+
+
 def test_a_loss_that_is_not_finite(capsys: pytest.CaptureFixture[str]) -> None:
     model = ["--model", "test_robustness.NaN"]
     text = said(capsys, 1, *model)

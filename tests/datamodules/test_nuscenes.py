@@ -403,6 +403,9 @@ def test_predict_reads_no_labels_and_writes_the_challenge_format(release, tmp_pa
     for bad in (torch.full((3,), 16), torch.full((3,), -1), torch.zeros(3), torch.zeros(3, 2, dtype=torch.long)):
         with pytest.raises(ValueError, match="predictions of t "):
             data.write_labels("t", bad, tmp_path)
+    data.close_predictions(tmp_path)
+    meta = json.loads((tmp_path / "mini_val" / "submission.json").read_text())["meta"]
+    assert meta == {f"use_{name}": name == "lidar" for name in ("camera", "lidar", "radar", "map", "external")}
 
 
 def test_slic_superpixels_are_made_once(release, tmp_path):
