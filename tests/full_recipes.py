@@ -155,8 +155,8 @@ RECIPES: dict[str, Recipe] = {
     "adawac_synapse": Recipe(RANDOM, needs=("h5py",)),
     "adele_voc": Recipe(
         RANDOM,
-        words=("--data.init_args.batch_size=2",),
-        why="batch of 2: ten crops of 448 pixels at three scales take more than the 23 GB of this machine",
+        words=("--data.init_args.batch_size=1",),
+        why="batch of 1: ten crops of 448 pixels at three scales took more than the 23 GB of this machine",
     ),
     "cast_llama2_7b": Recipe({"/models/llama-2-7b": "{work}/llama"}, prepare=llama, needs=("transformers",), meta=True),
     "conr_agedb": batch(8),
