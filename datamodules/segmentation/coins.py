@@ -40,7 +40,7 @@ def coin_tiles(train: bool, size: int = 32, stride: int = 16) -> tuple[NDArray[n
         windows = np.lib.stride_tricks.sliding_window_view(array[:, columns], (size, size))
         return windows[::step, ::step].reshape(-1, size, size)
 
-    return tiles(picture)[:, None].astype(np.float32) / 255, tiles(coin_mask(picture)).astype(np.uint8)
+    return tiles(picture)[:, None].astype(np.float32) / np.float32(255), tiles(coin_mask(picture)).astype(np.uint8)
 
 
 __all__ = ["COINS", "coin_mask", "coin_tiles"]
