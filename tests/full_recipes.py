@@ -138,8 +138,8 @@ def batch(size: int) -> Recipe:
 
 LATENTS = Recipe(
     {"/data/sd-vae-ft-ema": "{work}/vae", "/data/inception-2015-12-05.pt": "{work}/inception.pt"},
-    words=("--data.init_args.batch_size=2", "--data.init_args.val_batch_size=2", "--data.init_args.num_samples=2"),
-    why=f"batches of 2, 2 samples: {SMALL_BATCH}",
+    words=("--data.init_args.batch_size=2", "--data.init_args.val_batch_size=8", "--data.init_args.num_samples=8"),
+    why=f"batch of 2, 8 samples: {SMALL_BATCH}",
     prepare=autoencoder,
     needs=("diffusers",),
 )
