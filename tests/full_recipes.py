@@ -79,20 +79,14 @@ def autoencoder(work: Path) -> None:
         "sample_size": 256,
     }
     diffusers.AutoencoderKL(**blocks).save_pretrained(work / "vae")
-    features = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
-    torch.jit.trace(_Bytes(features), torch.zeros(1, 3, 256, 256, dtype=torch.uint8)).save(str(work / "inception.pt"))
+    torch.jit.script(_Features()).save(str(work / "inception.pt"))
 
 
-class _Bytes(torch.nn.Module):
-    """Takes images as bytes, as that Inception network does."""
+class _Features(torch.nn.Module):
+    """Takes what that Inception network takes: images as bytes, and a word that it wants features."""
 
-    def __init__(self, inner: torch.nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.inner(images.float())
-        return found
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
 
 
 LLAMA2_7B = {
@@ -144,8 +138,8 @@ def batch(size: int) -> Recipe:
 
 LATENTS = Recipe(
     {"/data/sd-vae-ft-ema": "{work}/vae", "/data/inception-2015-12-05.pt": "{work}/inception.pt"},
-    words=("--data.init_args.batch_size=2", "--data.init_args.val_batch_size=2", "--data.init_args.num_samples=2"),
-    why=f"batches of 2, 2 samples: {SMALL_BATCH}",
+    words=("--data.init_args.batch_size=2", "--data.init_args.val_batch_size=8", "--data.init_args.num_samples=8"),
+    why=f"batch of 2, 8 samples: {SMALL_BATCH}",
     prepare=autoencoder,
     needs=("diffusers",),
 )

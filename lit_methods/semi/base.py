@@ -164,7 +164,8 @@ class SemiSupervised(Evaluated):
         """Accuracy over all ranks, and the table of pseudo labels."""
         super().on_validation_epoch_end()
         counts = torch.stack([gather_rows(c[None], with_grad=False).sum(0) for c in (self.seen, self.covered, self.right)]).tolist()
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", ()) or range(self.num_classes)
+        known = tuple(getattr(getattr(self.trainer, "datamodule", None), "class_names", ()))[: self.num_classes]
+        names = (*known, *range(len(known), self.num_classes))  # the data may have fewer classes than the module
         rows = tuple((str(name), *own) for name, *own in zip(names, *counts, strict=True))
         self._media["semi/pseudo_labels"] = TableMedia(("class", "unlabelled images", "above the threshold", "right"), rows)
         for counter in (self.seen, self.covered, self.right):

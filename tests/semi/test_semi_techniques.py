@@ -211,6 +211,15 @@ def test_a_table_per_class_after_validation():
     assert 0 <= trainer.callback_metrics["semi/val_accuracy"] <= 1
 
 
+def test_data_may_have_fewer_classes_than_the_module():
+    """As a part of ImageNet has; the table counts the others from their number on."""
+    model = ShrinkMatch(small(), feature_dim=16, num_classes=12)
+    fit(model, max_steps=1, limit_val_batches=1, val_check_interval=1)
+    table = model.dashboard_media()["semi/pseudo_labels"]
+    assert [row[0] for row in table.rows] == [str(number) for number in range(12)]
+    assert [row[1] for row in table.rows[10:]] == [0, 0]
+
+
 def test_propagation_helps_a_linear_classifier():
     def measured(alpha):
         trainer = fit(
