@@ -52,7 +52,7 @@ def find_studies(folder: str, names: Sequence[str]) -> dict[str, Path]:
     for name in names:
         if name not in known:
             what = "claim" if folder == "claims" else "comparison"
-            raise CommandError(f"no {what} called {name!r}: looked for configs/{folder}/{name}.yaml{suggest(name, known)}")
+            raise CommandError(f"no {what} called {name!r}: looked for configs/{folder}/{Path(name).stem}.yaml{suggest(Path(name).stem, known)}")
     return {name: known[name] for name in (names or sorted(known))}
 
 
