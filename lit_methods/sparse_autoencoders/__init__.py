@@ -1,0 +1,1 @@
+"""Sparse autoencoders: dictionaries of features for the activations of a model."""
