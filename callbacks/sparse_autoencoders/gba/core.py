@@ -62,10 +62,8 @@ def firing_statistics(pre_activations: Tensor) -> tuple[Tensor, Tensor]:
         (M,) int64, rows with y > 0; and (M,) float32 or wider, the peak r = max(max y, 0), 0 for no rows.
     """
     firing = (pre_activations > 0).sum(0)
-    if not len(pre_activations):
-        peak = pre_activations.new_zeros(pre_activations.shape[1])
-    else:
-        peak = pre_activations.amax(0).clamp(min=0)
+    rows = pre_activations if len(pre_activations) else pre_activations.new_zeros(1, pre_activations.shape[1])
+    peak = rows.amax(0).clamp(min=0)
     return firing, peak.to(torch.promote_types(peak.dtype, torch.float32))
 
 
