@@ -262,12 +262,12 @@ class GroupBiasAdaptation(FeatureCallback):
         """Frequencies, biases and groups, as the last update found them."""
         if self._found is None:
             return {}
-        found, target = self._found, self._target.tolist()
+        found = self._found
         frequency, bias, group = (x.float().cpu().numpy() for x in (found.frequency, found.bias, self._group))
         floor = min(self.ltf, self.htf) / 100
         powers = np.histogram(np.log10(np.clip(frequency, floor, 1)), bins=40, range=(float(np.log10(floor)), 0.0))
         rows = []
-        for number, target in enumerate(target):
+        for number, target in enumerate(self._target.tolist()):
             own = group == number
             dead = float((frequency[own] < self.epsilon).mean())
             rows.append((number, target, int(own.sum()), float(np.median(frequency[own])), float(frequency[own].max()), dead))
@@ -295,7 +295,10 @@ def _home(pl_module: pl.LightningModule, name: str) -> tuple[nn.Module, str]:
     """
     homes = {}
     for owner, part in plain_modules(pl_module).items():
-        saved = {**part._parameters, **{key: buffer for key, buffer in part._buffers.items() if key not in part._non_persistent_buffers_set}}
+        saved = {
+            **part._parameters,
+            **{key: buffer for key, buffer in part._buffers.items() if key not in part._non_persistent_buffers_set},
+        }
         for key, value in saved.items():
             if value is not None and value.ndim == 1 and value.is_floating_point():
                 homes[f"{owner}.{key}" if owner else key] = part, key
