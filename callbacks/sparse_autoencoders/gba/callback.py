@@ -3,6 +3,7 @@
 Maths, paper and origin: :mod:`~lit_methods.callbacks.sparse_autoencoders.gba.core`.
 """
 
+import difflib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -305,7 +306,7 @@ def _home(pl_module: pl.LightningModule, name: str) -> tuple[nn.Module, str]:
     if name not in homes:
         raise ValueError(
             f"bias={name!r} is no vector in the state of {type(pl_module).__name__}: name a buffer with one entry per neuron, which its "
-            f"checkpoints hold; vectors are {', '.join(list(homes)[:8]) or 'none'}"
+            f"checkpoints hold; the nearest vectors are {', '.join(difflib.get_close_matches(name, homes, n=6, cutoff=0.0)) or 'none'}"
         )
     return homes[name]
 
