@@ -1,1 +1,1 @@
-"""Sparse autoencoders: dictionaries of features for the activations of a model."""
+"""Sparse autoencoders: dictionaries of features, and codes of few of them, learned from activations."""
