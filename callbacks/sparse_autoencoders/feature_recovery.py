@@ -34,7 +34,7 @@ class FeatureRecovery(AutoencoderJudge):
     no ``other`` either; features of another width.
 
     Args:
-        truth: A ``.npy`` file with the true features (n, d); None: the datamodule's ``true_features``, if it has them.
+        truth: A ``.npy`` file with the true features (n, d); None: the datamodule's ``directions``, if it has them.
         other: The other run: a checkpoint of a module with the same shapes, or a ``.npy`` file with its directions (h, d).
         taus: Thresholds of the cosine, in (0, 1).
         absolute: Take |cos| where features have no sign of their own: x = +-v.
@@ -101,13 +101,13 @@ class FeatureRecovery(AutoencoderJudge):
                 wide = torch.promote_types(directions.dtype, torch.float32)
                 self._sum, self._squares, self._peak = (directions.new_zeros(len(directions), dtype=wide) for _ in range(3))
             elif self._true is None:
-                raise ValueError("there is nothing to compare with: give truth or other, or data whose datamodule has true_features")
+                raise ValueError("there is nothing to compare with: give truth or other, or data whose datamodule has directions")
 
     def _read_truth(self, trainer: pl.Trainer, directions: Tensor) -> Tensor | None:
         if self.truth is not None:
             return _features(_read_array(self.truth), f"truth={str(self.truth)!r}", directions)
-        known = getattr(trainer.datamodule, "true_features", None)  # type: ignore[attr-defined]
-        return None if known is None else _features(known, "the datamodule's true_features", directions)
+        known = getattr(trainer.datamodule, "directions", None)  # type: ignore[attr-defined]
+        return None if known is None else _features(known, "the datamodule's directions", directions)
 
     def _read_other(self, directions: Tensor) -> Tensor:
         assert self.other is not None

@@ -27,7 +27,7 @@ from lit_methods.steps import log_global
 class SteeringProbe(AutoencoderJudge):
     """Steers activations towards a concept and away from it, by one feature of any sparse autoencoder and by the difference in means.
 
-    Of the validation data's samples with the concept (label 1) and without it (label 0) the first ones are kept. The feature is the one
+    Of the validation data's samples with the concept (label above 0) and without it the first ones are kept. The feature is the one
     whose mean over the two kinds differs most, and c its mean over the samples with the concept. Each way of steering gets a score: 0 means
     as far along v as the mean sample without the concept, 1 as far as the mean one with it, where v is the difference of the means::
 
@@ -40,13 +40,15 @@ class SteeringProbe(AutoencoderJudge):
 
     What a change does across v is ``off_axis_*``, in units of ||v||: side effects.
 
-    Runs: at the end of validation and test, on the samples of all ranks.
+    Runs: at the end of validation and test, on the samples of all ranks; in the space of the autoencoder's ``normalized(x)``, where it has
+    that.
     Saves: nothing.
     Refuses: modules without ``encode``, ``decode`` and ``decoder_directions``; batches without the labels. Where one kind of samples is
     missing it warns and logs nothing.
 
     Args:
-        concept: Key or position of the labels (B,) in a batch: 1 with the concept, 0 without; others count to neither.
+        concept: Key or position of the labels in a batch, (B,) or (B, n): above 0 with the concept, else without.
+        column: Which of n labels; null: there is one.
         feature: Number of the feature; None: chosen as above.
         value: c; None: as above.
         alpha: How much of v is added.
@@ -76,6 +78,7 @@ class SteeringProbe(AutoencoderJudge):
     def __init__(
         self,
         concept: str | int = "concept",
+        column: int | None = None,
         feature: int | None = None,
         value: float | None = None,
         alpha: float = 1.0,
@@ -84,9 +87,10 @@ class SteeringProbe(AutoencoderJudge):
         activation: Key = None,
     ) -> None:
         super().__init__(autoencoder, activation)
-        checks.at_least(0, "a feature's number", feature=feature)
+        checks.at_least(0, "a number from 0", feature=feature, column=column)
         checks.at_least(1, "samples", samples=samples)
         self.concept, self.feature, self.value, self.alpha, self.samples = concept, feature, value, alpha, samples
+        self.column = column
         self._kept: tuple[list[Tensor], list[Tensor]] = ([], [])  # activations without the concept, and with it
         self._rows: tuple[tuple[str, float, float], ...] = ()
 
@@ -104,13 +108,17 @@ class SteeringProbe(AutoencoderJudge):
             ValueError: The batch has no labels, or they don't fit.
         """
         x = self.activations(batch)
-        labels = find_in_batch(batch, self.concept, ("concept", 1), "concept", "it needs labels of the concept").flatten()
-        if len(labels) != len(x):
-            raise ValueError(f"concept={self.concept!r} has {len(labels)} labels for {len(x)} activations: give one for each")
+        labels = find_in_batch(batch, self.concept, ("concept", 1), "concept", "it needs labels of the concept")
+        if labels.shape[: labels.ndim - (self.column is not None)].numel() != len(x) or (self.column or 0) >= labels.shape[-1]:
+            raise ValueError(
+                f"concept={self.concept!r} is {tuple(labels.shape)} for {len(x)} activations, and column is {self.column}: expected one "
+                "label of each, or several and the column of one"
+            )
+        present = (labels if self.column is None else labels[..., self.column]).flatten() > 0
         for label, kept in enumerate(self._kept):
             missing = self.samples - sum(map(len, kept))
             if missing > 0:
-                kept.append(x[labels == label][:missing])
+                kept.append(x[present == bool(label)][:missing])
 
     def end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Steer, and log."""
@@ -133,6 +141,8 @@ class SteeringProbe(AutoencoderJudge):
         """Way -> mean score, and mean change across v."""
         directions, sae = self.directions, self.judged
         z0, z1 = sae.encode(without), sae.encode(with_it)
+        if hasattr(sae, "normalized"):  # the space in which directions are added
+            without, with_it = sae.normalized(without), sae.normalized(with_it)
         difference = z1.mean(0) - z0.mean(0)
         feature = int(difference.abs().argmax()) if self.feature is None else self.feature
         checks.within(f"[0, {len(directions)})", "the number of a feature", feature=feature)

@@ -106,7 +106,7 @@ class GroupBiasAdaptation(FeatureCallback):
         epsilon: float = 1e-6,
         every_n_steps: int = 50,
         pre_activations: str = "pre_activation",
-        bias: str = "bias",
+        bias: str = "encoder_bias",
         includes_bias: bool = True,
     ) -> None:
         super().__init__([pre_activations])

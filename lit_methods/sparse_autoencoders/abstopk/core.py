@@ -13,17 +13,9 @@ import torch
 from torch import Tensor
 
 from lit_methods import checks
+from lit_methods.sparse_autoencoders.activations import abstopk, topk
+from lit_methods.sparse_autoencoders.dictionary import dense
 from lit_methods.sparse_autoencoders.recovery import max_cosine
-
-
-def topk(u: Tensor, k: int) -> Tensor:
-    return abstopk(u.relu(), k)
-
-
-def abstopk(u: Tensor, k: int) -> Tensor:
-    index = u.abs().topk(min(k, u.shape[-1]), dim=-1).indices
-    return torch.zeros_like(u).scatter(-1, index, u.gather(-1, index))
-
 
 # ---- activations as proximal maps ------------------------------------------------------------------------------------------------------
 
@@ -67,8 +59,8 @@ def _nothing(z: Tensor) -> Tensor:
 PROXIMAL: Mapping[str, Proximal] = {
     "l1_nonnegative": Proximal("relu", lambda u, lambda_, k: (u - lambda_).relu(), _l1, nonnegative=True),
     "l0_nonnegative": Proximal("jumprelu", lambda u, lambda_, k: _above(u, u, (2 * lambda_) ** 0.5), _l0, nonnegative=True),
-    "k_sparse_nonnegative": Proximal("topk", lambda u, lambda_, k: topk(u, k), _nothing, nonnegative=True, k_sparse=True),
-    "k_sparse": Proximal("abstopk", lambda u, lambda_, k: abstopk(u, k), _nothing, k_sparse=True),
+    "k_sparse_nonnegative": Proximal("topk", lambda u, lambda_, k: dense(topk(u, k)), _nothing, nonnegative=True, k_sparse=True),
+    "k_sparse": Proximal("abstopk", lambda u, lambda_, k: dense(abstopk(u, k)), _nothing, k_sparse=True),
     "l1": Proximal("soft_threshold", lambda u, lambda_, k: u.sign() * (u.abs() - lambda_).relu(), _l1),
     "l0": Proximal("two_sided_jumprelu", lambda u, lambda_, k: _above(u, u.abs(), (2 * lambda_) ** 0.5), _l0),
 }
