@@ -1,3 +1,4 @@
+from .activations.patches import ImagePatchesDataModule as ImagePatchesDataModule
 from .activations.synthetic import AttributeSumsDataModule as AttributeSumsDataModule
 from .activations.synthetic import SparseMixturesDataModule as SparseMixturesDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
