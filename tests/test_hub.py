@@ -137,7 +137,7 @@ def test_gguf_files_that_arent_there_are_told(package, monkeypatch):
     with pytest.raises(ValueError, match="there is no such file"):
         place_of(package / "other.gguf", "x")
     (package / "second.gguf").touch()
-    with pytest.raises(ValueError, match="has 2 files ending in .gguf"):
+    with pytest.raises(ValueError, match="has 2 files"):
         place_of("package:some_model", "x")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'reading GGUF needs transformers and gguf and accelerate: pip install "lit-methods\[gguf\]"'):
