@@ -1,7 +1,7 @@
 """Autoencoders in sae-lens's format: a folder with ``cfg.json`` and ``sae_weights.safetensors``. sae-lens itself isn't needed.
 
-The format was read from sae-lens 6.54 (decoderesearch/SAELens, ``saes/sae.py`` and ``saes/*_sae.py``). Its encoders compute what ours do, with
-the weights transposed; what differs is folded into the weights, so that codes and reconstructions are equal up to rounding:
+The format was read from sae-lens 6.54 (decoderesearch/SAELens, ``saes/sae.py`` and ``saes/*_sae.py``). Its encoders compute what ours do,
+with the weights transposed; what differs is folded into the weights, so that codes and reconstructions are equal up to rounding:
 
 - ``norm_1`` and ``norm_sqrt`` here: the number that inputs are divided by goes into the weights; ``sample`` is their ``layer_norm``;
 - factors of the features' outputs, and their choice by norms of the decoder (``rescale_acts_by_decoder_norm``), go into the weights;
@@ -48,13 +48,18 @@ def _architecture(sae: SparseAutoencoder) -> tuple[str, dict[str, Any]]:
             return "standard", {}
         if sae.encoder_bias is None or bool((sae.encoder_bias <= 0).all()):
             return "jumprelu", {}
-        raise ValueError("gba with an encoder bias above 0 has codes below 0, which sae-lens has not: set settings: {jump: false}, or lower it")
+        raise ValueError(
+            "gba with an encoder bias above 0 has codes below 0, which sae-lens has not: set settings: {jump: false}, or lower it"
+        )
     reason = {
         "gated": "its magnitudes may be below 0, theirs go through a ReLU: train with settings: {rectified: true}",
         "abstopk": "it chooses among the whole batch (per_batch), which sae-lens does not",
         "batchtopk": "it chooses among the whole batch, and sae-lens saves such an autoencoder with a threshold that isn't known here",
     }.get(name, "it has no such activation")
-    raise ValueError(f"activation {name!r} can't be saved in sae-lens's format: {reason}; it takes {', '.join(ARCHITECTURES.values())}, gba")
+    takes = ", ".join([*ARCHITECTURES.values(), "gba"])
+    raise ValueError(
+        f"activation {name!r} can't be saved in sae-lens's format: {reason}; it takes {', '.join(ARCHITECTURES.values())}, gba"
+    )
 
 
 @torch.no_grad()
@@ -113,7 +118,7 @@ def save_saelens(sae: SparseAutoencoder, folder: Path | str, metadata: Mapping[s
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: give a folder that sae-lens's save_model or save_inference_model wrote")
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: give a folder that sae-lens has written")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -134,9 +139,8 @@ def _known(config: Mapping[str, Any], folder: Path) -> tuple[str, int | None]:
     """
     architecture = config.get("architecture", "standard")
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{folder} holds an sae-lens autoencoder of architecture {architecture!r}: those that are read here are {', '.join(ARCHITECTURES)}"
-        )
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{folder} holds an sae-lens autoencoder of architecture {architecture!r}: those that are read here are {known}")
     before = config.get("activation_fn_str", config.get("activation_fn", "relu"))  # until 5
     k = config.get("k")
     if before == "topk":

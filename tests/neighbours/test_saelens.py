@@ -86,7 +86,7 @@ def test_what_we_save_it_loads(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         if ours.normalize == "norm_sqrt":
             ours.input_scale.fill_(1.7)
-        if OURS[name]["activation" if "activation" in OURS[name] else "settings"] == "gba":
+        if ours.activation == "gba":
             assert ours.encoder_bias is not None
             ours.encoder_bias.copy_(-torch.rand(FEATURES))
     save_saelens(ours, tmp_path / "sae", {"model_name": "none", "hook_name": "blocks.1"})
