@@ -57,9 +57,7 @@ def _architecture(sae: SparseAutoencoder) -> tuple[str, dict[str, Any]]:
         "batchtopk": "it chooses among the whole batch, and sae-lens saves such an autoencoder with a threshold that isn't known here",
     }.get(name, "it has no such activation")
     takes = ", ".join([*ARCHITECTURES.values(), "gba"])
-    raise ValueError(
-        f"activation {name!r} can't be saved in sae-lens's format: {reason}; it takes {', '.join(ARCHITECTURES.values())}, gba"
-    )
+    raise ValueError(f"activation {name!r} can't be saved in sae-lens's format: {reason}; it takes {takes}")
 
 
 @torch.no_grad()
