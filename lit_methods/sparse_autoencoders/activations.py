@@ -127,8 +127,8 @@ def jumprelu(u: Tensor, log_threshold: Tensor, bandwidth: float = 0.001) -> Tens
 def gated(u: Tensor, projection: Tensor, log_scale: Tensor, magnitude_bias: Tensor, rectified: bool = False) -> Tensor:
     """Gate and magnitude apart (arXiv:2404.16014): 1[u > 0] (projection exp(log_scale) + magnitude_bias).
 
-    The magnitude has no ReLU of its own, as in amakelov/sae; the paper and sae-lens have one, as ``rectified`` does. The gate gets its gradient from the penalties ``gate_l1`` and
-    ``gate_reconstruction``.
+    The magnitude has no ReLU of its own, as in amakelov/sae; the paper and sae-lens have one, as ``rectified`` does. The gate gets its
+    gradient from the penalties ``gate_l1`` and ``gate_reconstruction``.
 
     Args:
         u: (B, h), the gate's pre-activations, with its bias.

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_methods.files import replacing, write_json
+from lit_methods.runs.checkpoints import read_state_dict
 from lit_methods.sparse_autoencoders.module import SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -109,6 +110,20 @@ def save_saelens(sae: SparseAutoencoder, folder: Path | str, metadata: Mapping[s
         save_file({name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in weights.items()}, partial)
     write_json(folder / CONFIG, config)  # last: a folder that has it is whole
     return folder
+
+
+def from_checkpoint(checkpoint: Path | str) -> SparseAutoencoder:
+    """The autoencoder of a run's checkpoint, in eval mode on the CPU.
+
+    Raises:
+        OSError: No such file.
+        ValueError: It can't be read, or holds another module.
+    """
+    path = Path(checkpoint).expanduser()
+    weights = read_state_dict(path, plain=False)
+    if not {"decoder", "decoder_bias", "num_batches_not_active"} <= set(weights):
+        raise ValueError(f"{path} is no checkpoint of a SparseAutoencoder: its weights are {', '.join(list(weights)[:4])}, ...")
+    return SparseAutoencoder.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()  # type: ignore[no-any-return]
 
 
 # ---- theirs to ours --------------------------------------------------------------------------------------------------------------------
@@ -217,4 +232,4 @@ def load_saelens(folder: Path | str) -> SparseAutoencoder:
     return sae.eval()
 
 
-__all__ = ["load_saelens", "save_saelens"]
+__all__ = ["from_checkpoint", "load_saelens", "save_saelens"]

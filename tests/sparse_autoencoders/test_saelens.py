@@ -8,7 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import tiny_trainer
 from lit_methods import SparseAutoencoder
+from lit_methods.cli.commands import export
+from lit_methods.datamodules.loaders import make_loader
+from lit_methods.errors import CommandError
 from lit_methods.sparse_autoencoders.saelens import CONFIG, WEIGHTS, load_saelens, save_saelens
 
 WIDTH, FEATURES = 6, 20
@@ -140,3 +144,22 @@ def test_weights_in_half_precision_are_read_in_float32(tmp_path):
     folder = save_saelens(made(), tmp_path / "sae")
     save_file({name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
     assert load_saelens(folder).decoder.dtype == torch.float32
+
+
+def test_a_checkpoint_is_exported_by_the_command(tmp_path, capsys):
+    sae, x = made(activation="abstopk"), torch.randn(20, WIDTH)
+    loader = make_loader([{"activation": row} for row in x], 10, shuffle=False, seed=0, with_epoch=False)  # type: ignore[arg-type]
+    trainer = tiny_trainer(max_steps=1)
+    trainer.fit(sae, train_dataloaders=loader)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    words = [str(tmp_path / "last.ckpt"), str(tmp_path / "sae"), "--format", "sae-lens"]
+    assert export(words) == 0
+    assert "SAE.load_from_disk" in capsys.readouterr().out
+    torch.testing.assert_close(load_saelens(tmp_path / "sae").encode(x), sae.encode(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(CommandError, match="isn't empty"):
+        export(words)
+    with pytest.raises(CommandError, match="give weights or sae-lens"):
+        export([*words[:-1], "other"])
+    torch.save({"state_dict": {"weight": x}}, tmp_path / "other.ckpt")
+    with pytest.raises(CommandError, match="is no checkpoint of a SparseAutoencoder: its weights are weight"):
+        export([str(tmp_path / "other.ckpt"), str(tmp_path / "new"), "--format", "sae-lens"])
