@@ -241,7 +241,7 @@ class GroupBiasAdaptation(FeatureCallback):
         self._logs = {
             "gba/above_target": found.lowered.float().mean(),
             "gba/dead": found.raised.float().mean(),
-            "gba/bias": found.bias.float().mean(),
+            "gba/bias": found.bias.to(found.frequency.dtype).mean(),
             "gba/frequency": found.frequency.mean(),
             "gba/silent_groups": (found.group_peak == 0).float().sum(),
         }
