@@ -31,8 +31,8 @@ class FeatureRecovery(AutoencoderJudge):
 
     Runs: at the end of validation and test. It looks at weights alone, and at the codes of the data only where ``other`` is given.
     Saves: nothing.
-    Refuses: modules without ``encode``, ``decode`` and ``decoder_directions``; features of another width. It warns where there is nothing to
-    compare with: neither true features nor another run.
+    Refuses: modules without ``encode``, ``decode`` and ``decoder_directions``; features of another width. Where there are neither true
+    features nor another run it warns and logs nothing.
 
     Args:
         truth: A ``.npy`` file with the true features (n, d); None: the datamodule's ``directions``, if it has them.

@@ -38,7 +38,6 @@ TECHNIQUE = Technique(
     claim="A sparse autoencoder recovers features best when its neurons fire about as often as the features occur, and groups with spread "
     "targets need not know how often that is.",
     summary="Sets the sparsity of an autoencoder by feedback on each neuron's bias, with a target frequency for each group of neurons.",
-    draft=True,
 )
 
 
