@@ -146,6 +146,12 @@ def test_normalization_and_its_inverse():
         assert trained(module, batches(1, seed=5)).input_scale == scale, "a second fit keeps the first batch's statistics"
 
 
+def test_the_encoder_begins_as_asked():
+    assert torch.equal(small(encoder_init="unit").encoder, small().decoder)
+    norms = small(width=200, features=400).encoder.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(400), rtol=0, atol=0.2)  # sqrt(2 x 200 / 400)
+
+
 def test_rows_keep_unit_norm_and_the_gradient_turns_them():
     weight, grad = torch.randn(4, 3), torch.randn(4, 3)
     torch.testing.assert_close((project_gradient(weight, grad) * weight).sum(dim=1), torch.zeros(4), rtol=0, atol=1e-6)
