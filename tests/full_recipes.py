@@ -145,6 +145,7 @@ LATENTS = Recipe(
 )
 
 RECIPES: dict[str, Recipe] = {
+    "abstopk_gpt2": Recipe(words=("--data.init_args.batch_size=64",), why="batch of 64: a step of 4,096 takes seconds on two cores"),
     "adawac_acdc": Recipe(RANDOM, needs=("h5py",)),
     "adawac_synapse": Recipe(RANDOM, needs=("h5py",)),
     "adele_voc": Recipe(
@@ -165,6 +166,7 @@ RECIPES: dict[str, Recipe] = {
     "epg_consistency_imagenet256": batch(2),
     "epg_denoise_imagenet256": batch(2),
     "epg_pretrain_imagenet256": batch(4),
+    "gba_qwen": Recipe(words=("--data.init_args.batch_size=16",), why="batch of 16: 66,000 neurons take seconds on two cores"),
     "ict_cifar10": Recipe(words=("--data.init_args.batch_size=4", "--data.init_args.val_batch_size=4"), why=f"batches of 4: {SMALL_BATCH}"),
     "ict_imagenet64": batch(2),
     "issp_edsr": batch(1),

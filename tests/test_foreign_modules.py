@@ -210,6 +210,11 @@ LEFT_OUT: dict[str, str] = {
     "SampleGrid": "it writes what a prediction step draws, which none of these modules does",
     "SubmissionWriter": "it writes labels of scans through a datamodule of the driving family",
     "ThroughputProgressBar": "it reads the trainer's metrics and nothing of the module",
+    **dict.fromkeys(
+        ("AFAEvaluation", "BidirectionalityMonitor", "FeatureRecovery", "SteeringProbe"),
+        "it judges sparse autoencoders, which none of these modules is; tests of its own attach it to some",
+    ),
+    "GroupBiasAdaptation": "it moves a buffer of biases, which none of these modules has; tests of its own attach it to some",
 }
 """Public callbacks without a column -> why."""
 LACKS: dict[str, str] = {
