@@ -199,7 +199,7 @@ class SparseAutoencoder(Evaluated):
         self.centre, self.bias_from_data, self.loss_scale, self.renormalize = centre, bias_from_data, loss, renormalize
         self.aux_coeff, self.aux_features, self.dead_after = aux_coeff, aux_features, dead_after
         self.resample_at, self.resample_warmup, self.seed = tuple(resample_at), resample_warmup, seed
-        self.learning_rate, self.betas = learning_rate, tuple(betas)
+        self.learning_rate, self.betas = learning_rate, (betas[0], betas[1])
         self.signed = activation == "abstopk" or bool(getattr(self._activation, "signed", False))
         bias = ENCODER_BIAS.get(activation, "none") if encoder_bias is None else encoder_bias
 

@@ -65,6 +65,27 @@ def test_a_sparse_code_is_decoded_without_its_dense_form():
     assert max(largest) < 64 * 4096
 
 
+@pytest.mark.parametrize("taken", [3, 60])  # a sparse code of dead features beside the sparse code, and a dense one
+def test_both_losses_share_the_pre_activations(taken):
+    module = small(features=80, aux_features=taken, dead_after=1).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    found = module.losses({"activation": x})
+    found.loss.backward()
+    assert found.aux > 0
+    encoder, decoder, bias = (p.detach().clone().requires_grad_() for p in (module.encoder, module.decoder, module.decoder_bias))
+    u = ((x - bias) @ encoder.T).relu()
+    z = u * (u.argsort(dim=1, descending=True).argsort(dim=1) < 2)
+    alive = (z > 0).any(dim=0)
+    left = u * ~alive
+    left = left * (left.argsort(dim=1, descending=True).argsort(dim=1) < taken)
+    residual = x - z @ decoder - bias
+    loss = residual.square().mean() + (left @ decoder - residual).square().mean() / 32
+    torch.testing.assert_close(found.loss, loss)
+    wanted = torch.autograd.grad(loss, (encoder, decoder, bias))
+    for parameter, grad in zip((module.encoder, module.decoder, module.decoder_bias), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 @pytest.mark.parametrize("k", [1, 9])  # 9 of 5 features: all
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "abstopk"])
