@@ -1,3 +1,4 @@
+from .activations.attribute_sums import AttributeSumsDataModule as AttributeSumsDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .fewshot.images import FewShotDataModule as FewShotDataModule

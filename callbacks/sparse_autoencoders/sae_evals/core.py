@@ -393,6 +393,15 @@ def value_order(f1: Tensor, max_group_size: int) -> Tensor:
     return f1.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)[:, :max_group_size]
 
 
+def feature_order(f1: Tensor) -> Tensor:
+    """(U, h) features for each value in falling F1, NaN last, equals by index: the ranking that :func:`guided_edit` takes.
+
+    Args:
+        f1: (h, U).
+    """
+    return f1.nan_to_num(nan=-torch.inf).argsort(dim=0, descending=True, stable=True).T
+
+
 def union_f1(counts: ActivityCounts, order: Tensor) -> Tensor:
     """(h, G) float32 F1 of the union of the first 1 to G values: 2 p r / (p + r + 1e-8), NaN for a feature that is never active.
 
@@ -420,6 +429,7 @@ __all__ = [
     "edit_arithmetic",
     "edit_subspace",
     "f1_scores",
+    "feature_order",
     "feature_weights",
     "greedy_edit",
     "guided_edit",
