@@ -1,4 +1,5 @@
 from .activations.attribute_sums import AttributeSumsDataModule as AttributeSumsDataModule
+from .activations.harvest import HarvestedActivations as HarvestedActivations
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .fewshot.images import FewShotDataModule as FewShotDataModule
