@@ -23,6 +23,7 @@ from .run.finite import FiniteGuard as FiniteGuard
 from .run.preemption import Preemption as Preemption
 from .run.progress import ThroughputProgressBar as ThroughputProgressBar
 from .run.step_cost import StepCost as StepCost
+from .sparse_autoencoders.loss_recovered import LossRecovered as LossRecovered
 from .sparse_autoencoders.sae_evals.callback import SupervisedDictionaryEval as SupervisedDictionaryEval
 from .sparsity.card import SparsityCard as SparsityCard
 from .sparsity.cast.adams import AdamS as AdamS

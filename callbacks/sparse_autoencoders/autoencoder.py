@@ -51,6 +51,7 @@ def find_autoencoder(module: nn.Module, name: str | None) -> Any:
     raise ValueError(f"{lacks}: {way}")
 
 
+@torch.no_grad()
 def linear_decoder(autoencoder: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Directions (h, d) and bias (d,) in the units of the activations, so that x_hat = features @ directions + bias.
 

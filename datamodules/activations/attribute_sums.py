@@ -1,7 +1,6 @@
 """Activations that are a sum of one vector for each attribute, so that the right dictionary is known."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
