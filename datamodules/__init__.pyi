@@ -1,5 +1,7 @@
 from .activations.attribute_sums import AttributeSumsDataModule as AttributeSumsDataModule
 from .activations.harvest import HarvestedActivations as HarvestedActivations
+from .activations.synthetic import AttributeSumsDataModule as AttributeSumsDataModule
+from .activations.synthetic import SparseMixturesDataModule as SparseMixturesDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .fewshot.images import FewShotDataModule as FewShotDataModule
