@@ -1,4 +1,3 @@
-from .activations.attribute_sums import AttributeSumsDataModule as AttributeSumsDataModule
 from .activations.harvest import HarvestedActivations as HarvestedActivations
 from .activations.synthetic import AttributeSumsDataModule as AttributeSumsDataModule
 from .activations.synthetic import SparseMixturesDataModule as SparseMixturesDataModule

@@ -117,13 +117,14 @@ def test_a_union_of_all_values_explains_nothing():
 
 
 class Dictionary(nn.Module):
-    """An autoencoder that knows the true codes of the data: a feature for each value of io and s, on if the value is there."""
+    """An autoencoder that knows the true codes of the data: a feature for each value, on if the value is there."""
 
     def __init__(self, data: AttributeSumsDataModule) -> None:
         super().__init__()
         data.setup("fit")
-        directions = torch.cat([code.detach() for code in data.subject.codes])
-        self.decoder_directions, self.decoder_bias = nn.Parameter(directions.clone()), nn.Parameter(torch.zeros(directions.shape[1]))
+        directions = torch.cat(list(data.codes.values()))
+        self.decoder_directions = nn.Parameter(directions.clone(), requires_grad=False)
+        self.decoder_bias = nn.Parameter(torch.zeros(directions.shape[1]), requires_grad=False)
 
     def encode(self, x: Tensor) -> Tensor:
         return (torch.linalg.lstsq(self.decoder_directions.T.double(), x.T.double()).solution.T > 0.5).to(x.dtype)
@@ -151,8 +152,8 @@ class Foreign(pl.LightningModule):
         return torch.optim.SGD(self.head.parameters(), lr=0.01)
 
 
-SMALL: dict[str, Any] = {"values": {"io": 4, "s": 3}, "dims": 16, "noise": 0.05, "num_train": 96, "num_val": 64, "batch_size": 16}
-TWO: dict[str, Any] = {"attributes": ["io", "s"], "subject": "subject"}
+SMALL: dict[str, Any] = {"width": 16, "names": 4, "noise": 0.05, "num_train": 96, "num_val": 64, "batch_size": 16}
+THREE: dict[str, Any] = {"attributes": ["io", "s", "pos"], "subject": "subject"}
 
 
 def measured(module: pl.LightningModule, data: pl.LightningDataModule, callback: pl.Callback, **options: Any) -> dict[str, float]:
@@ -163,23 +164,23 @@ def measured(module: pl.LightningModule, data: pl.LightningDataModule, callback:
 
 def test_features_that_are_the_true_codes_do_as_well_as_supervised_ones():
     data = AttributeSumsDataModule(**SMALL)
-    callback = SupervisedDictionaryEval(**TWO, autoencoder="sae", monitored="guided_1")
+    callback = SupervisedDictionaryEval(**THREE, autoencoder="sae", monitored="guided_1")
     found = measured(Foreign(Dictionary(data)), data, callback)
-    for attribute in ("io", "s"):
+    for attribute in ("io", "s", "pos"):
         assert found[f"agreement/{attribute}/none"] == 0
         for edit in ("supervised", "greedy_2", "greedy_4", "guided_1"):
             assert found[f"agreement/{attribute}/{edit}"] == 1
         assert found[f"distance/{attribute}/greedy_2"] < 0.3 * found[f"distance/{attribute}/none"]
         assert found[f"sufficiency/{attribute}/sae"] == pytest.approx(1, abs=0.05)
         assert found[f"kept/{attribute}"] == pytest.approx(found[f"sufficiency/{attribute}/sae"], abs=0.2)
-    assert (found["features/io"], found["features/s"], found["best_f1/io"]) == (4, 3, pytest.approx(1))
+    assert (found["features/io"], found["features/pos"], found["best_f1/io"]) == (4, 2, pytest.approx(1))
     assert found["error/sae"] < 0.02
     assert found["error/mean_codes"] < 0.2
     assert found["error/mse_codes"] < 0.02
     assert found["edit"] == 1
     media = callback.dashboard_media()
-    assert len(media["sae_evals/features"].rows) == 7
-    assert media["sae_evals/f1"].counts[-1] == 7
+    assert len(media["sae_evals/features"].rows) == 10
+    assert media["sae_evals/f1"].counts[-1] == 10
     assert {row[1] for row in media["sae_evals/edits"].rows} == {"none", "supervised", "subspace"} | {
         f"{kind}_{k}" for kind in ("greedy", "guided") for k in (1, 2, 4)
     }
@@ -187,7 +188,9 @@ def test_features_that_are_the_true_codes_do_as_well_as_supervised_ones():
 
 def test_without_a_subject_distances_and_a_joint_attribute():
     data = AttributeSumsDataModule(**SMALL)
-    callback = SupervisedDictionaryEval(["io*s"], autoencoder="sae", k_edits=[1], target="reconstruction", monitored="supervised")
+    callback = SupervisedDictionaryEval(
+        ["io*s"], matched=["pos"], autoencoder="sae", k_edits=[1], target="reconstruction", monitored="supervised"
+    )
     found = measured(Foreign(Dictionary(data)), data, callback)
     assert not [name for name in found if name.startswith(("agreement", "sufficiency", "kept"))]
     assert found["distance/io*s/supervised"] == pytest.approx(found["edit"])
@@ -214,7 +217,7 @@ def test_the_figures_of_the_batch_are_the_answer_and_the_foil():
 def test_nothing_is_left_behind_and_weights_and_generators_stay():
     data = AttributeSumsDataModule(**SMALL)
     assert not left_behind(
-        lambda: Foreign(Dictionary(data)), lambda: SupervisedDictionaryEval(**TWO, autoencoder="sae"), data, limit_val_batches=2
+        lambda: Foreign(Dictionary(data)), lambda: SupervisedDictionaryEval(**THREE, autoencoder="sae"), data, limit_val_batches=2
     )
 
     def run(callbacks: list[pl.Callback]) -> Tensor:
@@ -223,11 +226,11 @@ def test_nothing_is_left_behind_and_weights_and_generators_stay():
         tiny_trainer(max_epochs=2, callbacks=callbacks).fit(module, datamodule=AttributeSumsDataModule(**SMALL))
         return torch.cat([module.head.weight.detach().flatten(), torch.rand(3)])
 
-    assert run([]).equal(run([SupervisedDictionaryEval(**TWO, autoencoder="sae")]))
+    assert run([]).equal(run([SupervisedDictionaryEval(**THREE, autoencoder="sae")]))
 
 
 def test_validation_and_test_by_themselves_and_a_second_fit():
-    data, callback = AttributeSumsDataModule(**SMALL), SupervisedDictionaryEval(**TWO, autoencoder="sae", k_edits=[1])
+    data, callback = AttributeSumsDataModule(**SMALL), SupervisedDictionaryEval(**THREE, autoencoder="sae", k_edits=[1])
     module = Foreign(Dictionary(data))
     trainer = tiny_trainer(max_epochs=1, callbacks=[callback])
     assert trainer.test(module, datamodule=data, verbose=False)[0]["sae_evals/test_agreement/io/supervised"] == 1
@@ -240,7 +243,7 @@ def test_validation_and_test_by_themselves_and_a_second_fit():
 
 
 def test_epochs_are_skipped_and_the_sanity_check_logs_nothing():
-    data, callback = AttributeSumsDataModule(**SMALL), SupervisedDictionaryEval(**TWO, autoencoder="sae", every_n_epochs=2)
+    data, callback = AttributeSumsDataModule(**SMALL), SupervisedDictionaryEval(**THREE, autoencoder="sae", every_n_epochs=2)
     seen: list[bool] = []
 
     class Look(pl.Callback):
@@ -254,7 +257,7 @@ def test_epochs_are_skipped_and_the_sanity_check_logs_nothing():
 def test_bf16_and_few_samples_without_pairs():
     data = AttributeSumsDataModule(**SMALL | {"num_val": 1})
     with pytest.warns(UserWarning, match="no two samples differ in io alone"):
-        found = measured(Foreign(Dictionary(data)), data, SupervisedDictionaryEval(**TWO, autoencoder="sae"), precision="bf16-mixed")
+        found = measured(Foreign(Dictionary(data)), data, SupervisedDictionaryEval(**THREE, autoencoder="sae"), precision="bf16-mixed")
     assert "error/sae" in found
     assert not [name for name in found if name.startswith("agreement")]
 
@@ -285,7 +288,7 @@ def test_what_is_no_autoencoder_is_refused_with_the_way_out():
     with pytest.raises(
         ValueError, match=r"SupervisedDictionaryEval: autoencoder=None of Foreign is a Foreign without encode.*autoencoder: sae"
     ):
-        measured(module, data, SupervisedDictionaryEval(**TWO))
+        measured(module, data, SupervisedDictionaryEval(**THREE))
     with pytest.raises(ValueError, match="doesn't exist"):
         find_autoencoder(module, "head.nothing")
     assert find_autoencoder(module, "sae") is module.sae
@@ -329,20 +332,16 @@ def test_a_subject_that_the_data_lack():
 # ---- processes -------------------------------------------------------------------------------------------------------------------------
 
 
+def figures(batch_size: int, **options: Any) -> dict[str, float]:
+    data = AttributeSumsDataModule(**SMALL | {"batch_size": batch_size})
+    return measured(Foreign(Dictionary(data)), data, SupervisedDictionaryEval(**THREE, autoencoder="sae"), **options)
+
+
 def figures_of_two() -> dict[str, float]:
-    data = AttributeSumsDataModule(**SMALL | {"batch_size": 8})
-    options = {"devices": 2, "strategy": "ddp"} if torch.distributed.is_initialized() else {}
-    return measured(Foreign(Dictionary(data)), data, SupervisedDictionaryEval(**TWO, autoencoder="sae"), **options)
+    return figures(8, devices=2, strategy="ddp")
 
 
 def test_two_processes_measure_what_one_does():
-    one, both = measured_alone(), run_two_processes(figures_of_two)
-    for found in both:
-        assert found.keys() == one.keys()
-        for name, value in one.items():
-            assert found[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-
-
-def measured_alone() -> dict[str, float]:
-    data = AttributeSumsDataModule(**SMALL)
-    return measured(Foreign(Dictionary(data)), data, SupervisedDictionaryEval(**TWO, autoencoder="sae"))
+    one, both = figures(16), run_two_processes(figures_of_two)
+    assert both[0] == both[1]
+    assert both[0] == pytest.approx(one, rel=1e-4, abs=1e-5)
