@@ -4,6 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
+from lit_methods import SparseAutoencoder
 from lit_methods.callbacks.sparse_autoencoders.sae_evals import core
 
 
@@ -88,9 +89,12 @@ def equal_up_to_ties(case: GoldenCase, key: str, ours: np.ndarray, reference: np
 
 
 def sparse_edit(case: GoldenCase) -> dict[str, Tensor]:
-    weight, bias, directions, centre = (case.tensor(f"in_{name}") for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     activations, target = case.tensor("in_A_clean"), case.tensor("in_A_counterfactual")
-    clean, counterfactual = (((one - centre) @ weight + bias).relu() for one in (activations, target))
+    directions = case.tensor("in_W_dec")
+    sae = SparseAutoencoder(directions.shape[1], directions.shape[0], activation="relu").double()
+    names = {"decoder": directions, "encoder": case.tensor("in_W_enc").T, "encoder_bias": case.tensor("in_b_enc")}
+    sae.load_state_dict(sae.state_dict() | names | {"decoder_bias": case.tensor("in_b_dec")})
+    clean, counterfactual = (sae.encode(one).detach() for one in (activations, target))
     k, scale = case.hp("num_exchange"), case.hp("normalization_scale")
     delta = target - activations if case.hp("diff_is_activation") else (counterfactual - clean) @ directions
     greedy = core.greedy_edit(activations, clean, counterfactual, directions, delta, k, scale)
