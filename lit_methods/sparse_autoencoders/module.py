@@ -35,6 +35,7 @@ from lit_methods.sparse_autoencoders.dictionary import (
 from lit_methods.steps import log_global
 
 Renormalize = Literal["before", "after", "none"]
+EncoderStart = Literal["kaiming", "decoder"]
 FOR_ACTIVATIONS = ("projection", "x", "centred", "decoder_norms", *LEARNED)
 FOR_PENALTIES = (*FOR_ACTIVATIONS, "u", "reconstruction", "decoder", "decoder_bias")
 
@@ -116,6 +117,8 @@ class SparseAutoencoder(Evaluated):
         penalties: Penalty -> factor: l1, l0 (JumpReLU), gate_l1 and gate_reconstruction (gated), afa, or dotted paths; null: none.
         encoder_bias: ``none``, ``learned``, or ``fixed``: a buffer for callbacks that set it. Null: as the activation has it.
         tied: The encoder's rows are the decoder's.
+        encoder_start: The encoder's rows begin in the decoder's directions: with norms as ``kaiming`` initialisation gives, sqrt(2 width /
+            features) about (BatchTopK's code), or as those of the ``decoder``, 1 (amakelov/sae).
         output_scale: Where a learned factor of each feature's output begins; null: there is none.
         centre: The decoder's bias is subtracted before encoding.
         normalize: ``none``; ``sample``: each sample with mean 0 and standard deviation 1; ``norm_1``, ``norm_sqrt``: all divided by one
@@ -161,6 +164,7 @@ class SparseAutoencoder(Evaluated):
         penalties: dict[str, float] | None = None,
         encoder_bias: EncoderBias | None = None,
         tied: bool = False,
+        encoder_start: EncoderStart = "kaiming",
         output_scale: float | None = None,
         centre: bool = True,
         normalize: Normalization = "none",
@@ -204,6 +208,7 @@ class SparseAutoencoder(Evaluated):
         bias = ENCODER_BIAS.get(activation, "none") if encoder_bias is None else encoder_bias
 
         encoder, decoder = initial_weights(width, features)
+        encoder = decoder.clone() if encoder_start == "decoder" else encoder
         self.decoder = nn.Parameter(decoder)
         self.encoder = None if tied else nn.Parameter(encoder)
         self.decoder_bias = nn.Parameter(torch.zeros(width))
