@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lit_methods import checks, distributed
 from lit_methods.callbacks.batch import Key, find_in_batch
-from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
-from lit_methods.callbacks.sparse_autoencoders.autoencoder import find_autoencoder, linear_decoder
+from lit_methods.callbacks.evaluation.callback import Split
+from lit_methods.callbacks.sparse_autoencoders.judge import AutoencoderJudge
 from lit_methods.callbacks.sparse_autoencoders.sae_evals import axes, core
-from lit_methods.callbacks.twin import observed, training_batches
+from lit_methods.callbacks.twin import training_batches
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
 from lit_methods.steps import log_global
@@ -42,7 +42,7 @@ TECHNIQUE = Technique(
 _SHOWN = 50  # rows of the table of features
 
 
-class SupervisedDictionaryEval(EvaluationCallback):
+class SupervisedDictionaryEval(AutoencoderJudge):
     """Measures features against a dictionary computed from the known attributes of each activation: a ~ b + sum_i v_(i, value of i).
 
     Three axes, each for the features and for the supervised codes, which are the mark to reach:
@@ -60,12 +60,12 @@ class SupervisedDictionaryEval(EvaluationCallback):
     evaluation data of all ranks, up to ``max_samples``. Pairs for edits are found among these: without values in common there are none,
     and a warning says so. The sanity check looks and logs nothing. Metrics are ``sae_evals/<split>_<figure>/<attribute>/<edit>``.
     Saves: nothing; all of it is computed anew.
-    Refuses: modules without ``encode``, ``decode``, ``decoder_directions`` and ``decoder_bias``, autoencoders whose features have no fixed
+    Refuses: modules without ``encode``, ``decode`` and ``decoder_directions``, autoencoders whose features have no fixed
     direction, batches without the attributes, evaluation without training data.
 
     Args:
         attributes: Keys of (B,) integers in the batch. ``io*pos`` is a joint attribute, with a code for each pair of values.
-        autoencoder: Name of the attribute of the module that is judged; null: the module itself.
+        autoencoder: Name of the submodule that is the autoencoder; "": the module itself.
         activation: Key or position of the (B, d) activations in a batch; null: ``activation``, or 0.
         k_edits: Numbers of features that an edit may exchange.
         group_size: Most values in a union that explains a feature.
@@ -115,7 +115,7 @@ class SupervisedDictionaryEval(EvaluationCallback):
     def __init__(
         self,
         attributes: Sequence[str],
-        autoencoder: str | None = None,
+        autoencoder: str = "",
         activation: Key = None,
         k_edits: Sequence[int] = (1, 2, 4),
         group_size: int = 10,
@@ -128,7 +128,7 @@ class SupervisedDictionaryEval(EvaluationCallback):
         max_samples: int = 4096,
         every_n_epochs: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(autoencoder, activation)
         checks.patterns(attributes=attributes, matched=matched)
         if not attributes:
             raise ValueError("attributes is empty: name the keys of the batch that hold attributes, such as [io, s, pos]")
@@ -137,7 +137,7 @@ class SupervisedDictionaryEval(EvaluationCallback):
         checks.at_least(1, group_size=group_size, train_batches=train_batches, max_samples=max_samples, every_n_epochs=every_n_epochs)
         for k in k_edits:
             checks.at_least(1, "features", k_edits=k)
-        self.attributes, self.autoencoder, self.activation, self.matched = list(attributes), autoencoder, activation, list(matched)
+        self.attributes, self.matched = list(attributes), list(matched)
         self.monitored = monitored
         known = ["none", "supervised", "subspace", *(f"{kind}_{k}" for kind in ("greedy", "guided") for k in k_edits)]
         checks.one_of(known, monitored=monitored)
@@ -147,18 +147,6 @@ class SupervisedDictionaryEval(EvaluationCallback):
         self._kept = 0
         self._media: dict[str, Media] = {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a module that is no autoencoder."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "predict":
-            return
-
-        def look() -> None:
-            with checks.naming(type(self).__name__):
-                find_autoencoder(pl_module, self.autoencoder)
-
-        self.when_built(pl_module, look)
-
     # ---- collecting --------------------------------------------------------------------------------------------------------------------
 
     def _skipped(self, trainer: pl.Trainer) -> bool:
@@ -167,6 +155,7 @@ class SupervisedDictionaryEval(EvaluationCallback):
 
     def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Forget the evaluation before."""
+        super().begin_evaluation(trainer, pl_module, split)
         self._rows, self._kept = [], 0
 
     def _take(self, batch: Any) -> dict[str, Tensor]:
@@ -213,15 +202,13 @@ class SupervisedDictionaryEval(EvaluationCallback):
     def end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Measure and log."""
         rows, self._rows = self._rows, []
-        if self._skipped(trainer):
-            return
-        training = isolate_rng(pl_module.device.type == "cuda")
-        with checks.naming(type(self).__name__), training, torch.no_grad():
-            found = find_autoencoder(observed(trainer, pl_module, type(self).__name__), self.autoencoder)
-            train = [self._take(batch) for batch in islice(self._training(trainer), self.train_batches)]
-            if not trainer.sanity_checking and train:
-                figures = self._measure(found, self._subject(trainer, pl_module), _joined(train, pl_module), rows, pl_module)
-                log_global(pl_module, {f"sae_evals/{split}_{name}": value for name, value in figures.items()})
+        if not self._skipped(trainer):
+            with checks.naming(type(self).__name__), isolate_rng(pl_module.device.type == "cuda"), torch.no_grad():
+                train = [self._take(batch) for batch in islice(self._training(trainer), self.train_batches)]
+                if not trainer.sanity_checking and train:
+                    figures = self._measure(self._subject(trainer, pl_module), _joined(train, pl_module), rows, pl_module)
+                    log_global(pl_module, {f"sae_evals/{split}_{name}": value for name, value in figures.items()})
+        super().end_evaluation(trainer, pl_module, split)
 
     def _subject(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """The subject model on the device, or None."""
@@ -243,9 +230,7 @@ class SupervisedDictionaryEval(EvaluationCallback):
             found[name] = number
         return found
 
-    def _measure(
-        self, autoencoder: Any, model: Any, train: dict[str, Tensor], kept: list[dict[str, Tensor]], module: pl.LightningModule
-    ) -> Any:
+    def _measure(self, model: Any, train: dict[str, Tensor], kept: list[dict[str, Tensor]], module: pl.LightningModule) -> Any:
         names = sorted({part for key in self.attributes for part in key.split("*")})
         local = _joined(kept, module) if kept else {name: value[:0] for name, value in train.items()}
         rows = {
@@ -259,11 +244,11 @@ class SupervisedDictionaryEval(EvaluationCallback):
             return {}
         ids, train_ids = self._ids(rows, singles), self._ids(train, singles)
         sizes = [int(torch.tensor([singles[part] for part in name.split("*")]).prod()) for name in self.attributes]
-        directions, bias = linear_decoder(autoencoder, rows["activation"][:64].to(autoencoder.decoder_bias.dtype))
+        dtype = self.directions.dtype
+        directions, bias = axes.linear_decoder(self.judged, rows["activation"][:64].to(dtype))
 
         def encode(x: Tensor) -> Tensor:
-            parts = x.to(autoencoder.decoder_bias.dtype).split(axes.CHUNK)
-            return torch.cat([autoencoder.encode(part).float() for part in parts])
+            return torch.cat([self.judged.encode(part).float() for part in x.to(dtype).split(axes.CHUNK)])
 
         sums = core.attribute_sums(train["activation"], list(train_ids.values()), sizes)
         sums = core.AttributeSums(*(distributed.sum_over_ranks(one) for one in sums))
