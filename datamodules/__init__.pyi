@@ -1,4 +1,5 @@
 from .activations.harvest import HarvestedActivations as HarvestedActivations
+from .activations.ioi import IOIActivations as IOIActivations
 from .activations.synthetic import AttributeSumsDataModule as AttributeSumsDataModule
 from .activations.synthetic import SparseMixturesDataModule as SparseMixturesDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
