@@ -31,6 +31,7 @@ from lit_methods.datamodules.activations.splicing import spliced
 from lit_methods.datamodules.activations.synthetic import TensorBatches
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.cache import cache_folder, making_folder
+from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.text.text import HuggingFaceTokens
 
 Position = Literal["end", "io", "s1", "s2"]
@@ -230,7 +231,9 @@ class IOIActivations(LoaderDataModule):
             raise ValueError("tail is what follows the whole output at the last token: leave position, columns and site as they are")
         self.save_hyperparameters(ignore=["language_model"])
         self.hparams["tokenizer"] = None if tokenizer is None else str(tokenizer)
-        self.language_model, self.tokenizer, self.hook, self.site = language_model, tokenizer, hook, site
+        self.language_model, self.hook, self.site = language_model, hook, site
+        place = data_path(tokenizer)
+        self.tokenizer = place if place is not None and place.exists() else tokenizer  # else a name on the hub or of a package
         self.columns = None if columns is None else (columns[0], columns[1])
         self.position, self.tail = position, tail
 
