@@ -22,6 +22,32 @@ from lit_methods.callbacks.noisy_labels.adele.core import corrected_labels as co
 from lit_methods.callbacks.noisy_labels.adele.core import fit_iou_curve as fit_iou_curve
 from lit_methods.callbacks.noisy_labels.adele.core import merged_labels as merged_labels
 from lit_methods.callbacks.noisy_labels.adele.core import multiscale_consistency as multiscale_consistency
+from lit_methods.callbacks.sparse_autoencoders.gba.core import bias_update as bias_update
+from lit_methods.callbacks.sparse_autoencoders.gba.core import firing_statistics as firing_statistics
+from lit_methods.callbacks.sparse_autoencoders.gba.core import neuron_groups as neuron_groups
+from lit_methods.callbacks.sparse_autoencoders.gba.core import target_frequencies as target_frequencies
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import activity_counts as activity_counts
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import attribute_sums as attribute_sums
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import attribution_distance as attribution_distance
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import best_values as best_values
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import code_weights as code_weights
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import edit_arithmetic as edit_arithmetic
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import edit_subspace as edit_subspace
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import f1_scores as f1_scores
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import feature_order as feature_order
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import feature_weights as feature_weights
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import greedy_edit as greedy_edit
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import guided_edit as guided_edit
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import l2_distance as l2_distance
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import matched_pairs as matched_pairs
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import mean_codes as mean_codes
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import mse_codes as mse_codes
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import necessity as necessity
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import reconstruct_by_codes as reconstruct_by_codes
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import removed_weight as removed_weight
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import sufficiency as sufficiency
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import union_f1 as union_f1
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import value_order as value_order
 from lit_methods.callbacks.sparsity.cast.adams import adam_update_ as adam_update_
 from lit_methods.callbacks.sparsity.cast.adams import ast_momentum as ast_momentum
 from lit_methods.callbacks.sparsity.cast.adams import decay_share as decay_share
@@ -188,6 +214,22 @@ from lit_methods.semi.simmatchv2.core import finite_or_zero as finite_or_zero
 from lit_methods.semi.simmatchv2.core import node_edge_loss as node_edge_loss
 from lit_methods.semi.simmatchv2.core import node_node_loss as node_node_loss
 from lit_methods.semi.simmatchv2.core import propagate as propagate
+from lit_methods.sparse_autoencoders.abstopk.core import ablate_direction as ablate_direction
+from lit_methods.sparse_autoencoders.abstopk.core import add_direction as add_direction
+from lit_methods.sparse_autoencoders.abstopk.core import clamp_feature as clamp_feature
+from lit_methods.sparse_autoencoders.abstopk.core import concept_score as concept_score
+from lit_methods.sparse_autoencoders.abstopk.core import difference_in_means as difference_in_means
+from lit_methods.sparse_autoencoders.abstopk.core import opposite_pairs as opposite_pairs
+from lit_methods.sparse_autoencoders.abstopk.core import proximal_map as proximal_map
+from lit_methods.sparse_autoencoders.abstopk.core import proximal_objective as proximal_objective
+from lit_methods.sparse_autoencoders.abstopk.core import sign_counts as sign_counts
+from lit_methods.sparse_autoencoders.abstopk.core import steer_by_clamping as steer_by_clamping
+from lit_methods.sparse_autoencoders.abstopk.core import two_signed_share as two_signed_share
+from lit_methods.sparse_autoencoders.top_afa.core import afa_loss as afa_loss
+from lit_methods.sparse_autoencoders.top_afa.core import band_slopes as band_slopes
+from lit_methods.sparse_autoencoders.top_afa.core import decoder_coherence as decoder_coherence
+from lit_methods.sparse_autoencoders.top_afa.core import topafa as topafa
+from lit_methods.sparse_autoencoders.top_afa.core import zf_metrics as zf_metrics
 from lit_methods.tasks.imbalanced_regression.losses import regression_loss as regression_loss
 from lit_methods.tasks.imbalanced_regression.metrics import shot_metrics as shot_metrics
 from lit_methods.tasks.imbalanced_regression.weights import label_weights as label_weights
@@ -215,23 +257,35 @@ from lit_methods.tasks.superres.metrics import psnr_y as psnr_y
 from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
 
 __all__ = [
+    "ablate_direction",
+    "activity_counts",
     "adam_update_",
     "adapter_features",
     "adaptive_c",
     "adawac_loss",
+    "add_direction",
+    "afa_loss",
     "align",
     "annealed_beta",
     "ast_momentum",
     "attention_with_tangent",
+    "attribute_sums",
+    "attribution_distance",
+    "band_slopes",
     "base_scaling",
     "batch_dice",
+    "best_values",
+    "bias_update",
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
     "cauchy",
     "certain_loss",
+    "clamp_feature",
     "class_counts",
     "class_iou",
+    "code_weights",
+    "concept_score",
     "conr_dense_loss",
     "conr_loss",
     "consistency_function",
@@ -253,6 +307,7 @@ __all__ = [
     "decay_pruned",
     "decay_share",
     "decayed_momentum",
+    "decoder_coherence",
     "denoise_sample",
     "denoising_loss",
     "denoising_weight",
@@ -260,6 +315,7 @@ __all__ = [
     "dense_to_sparse_loss",
     "detached_pseudo_huber",
     "dice_and_hd95",
+    "difference_in_means",
     "distillation_loss",
     "dmd_loss",
     "doped_rank",
@@ -272,12 +328,15 @@ __all__ = [
     "ect_lower",
     "ect_stage",
     "edge_edge_loss",
+    "edit_arithmetic",
+    "edit_subspace",
     "effective_rank",
     "ema_update",
     "embedding_consistency",
     "exact_counts",
     "expand_blocks",
     "exponential_drop",
+    "f1_scores",
     "factorized_width",
     "fds_begin_epoch",
     "fds_bucket_kernel",
@@ -286,8 +345,11 @@ __all__ = [
     "fds_moments",
     "fds_pooled",
     "fds_update",
+    "feature_order",
+    "feature_weights",
     "finalized_weight",
     "finite_or_zero",
+    "firing_statistics",
     "fit_iou_curve",
     "fit_scaling_law",
     "fitting_pattern",
@@ -299,9 +361,11 @@ __all__ = [
     "geman_mcclure",
     "gradual_training_flops",
     "grasp_scores",
+    "greedy_edit",
     "group_mean",
     "grow",
     "grow_penalty",
+    "guided_edit",
     "half_life_decay",
     "harmonic_mean",
     "has_foreground",
@@ -321,6 +385,7 @@ __all__ = [
     "kept_masks",
     "kept_shares",
     "kl_to_teacher",
+    "l2_distance",
     "label_weights",
     "layer_density",
     "lightgcn_loss",
@@ -332,20 +397,26 @@ __all__ = [
     "magnitude_statistics",
     "mask_change",
     "masked_weight",
+    "matched_pairs",
+    "mean_codes",
     "merged_labels",
     "moving_marginal",
+    "mse_codes",
     "multinomial_loss",
     "multiscale_consistency",
     "multistep_sample",
     "nearest_level",
+    "necessity",
     "neighbour_labels",
     "neumf_loss",
+    "neuron_groups",
     "nm_mask",
     "node_edge_loss",
     "node_node_loss",
     "normalised_weights",
     "normalized_adjacency",
     "opis",
+    "opposite_pairs",
     "ot_threshold",
     "parallel_branches",
     "parse_pattern",
@@ -364,6 +435,8 @@ __all__ = [
     "pretrain_loss",
     "project_points",
     "propagate",
+    "proximal_map",
+    "proximal_objective",
     "proxy_softmax",
     "prune_channels",
     "pruned_block_means",
@@ -373,9 +446,11 @@ __all__ = [
     "random_mask",
     "ranking_metrics",
     "rcm_sample",
+    "reconstruct_by_codes",
     "rectified_flow",
     "regression_loss",
     "remove_norm_scales",
+    "removed_weight",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
@@ -397,6 +472,7 @@ __all__ = [
     "shrink_ratio",
     "shrink_step",
     "shrunk_loss",
+    "sign_counts",
     "simulate",
     "slct_loss",
     "sliced_wasserstein",
@@ -406,21 +482,28 @@ __all__ = [
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
+    "steer_by_clamping",
+    "sufficiency",
     "superflow_losses",
     "superpixel_groups",
+    "target_frequencies",
     "tcm_loss",
     "temporal_vote",
     "threshold_mask",
     "to_batch_rows",
     "to_semi_structured",
     "token_losses",
+    "topafa",
     "training_flops",
     "trig_time",
     "trigflow",
+    "two_signed_share",
     "uncertain_loss",
     "uniform_probabilities",
+    "union_f1",
     "update_mask",
     "update_sample_weights",
+    "value_order",
     "velocity_tangent",
     "voxelize",
     "warmup_cosine",
@@ -429,4 +512,5 @@ __all__ = [
     "warmup_then_epoch_cosine",
     "wide_width",
     "width_factor",
+    "zf_metrics",
 ]
