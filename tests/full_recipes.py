@@ -104,6 +104,13 @@ def llama(work: Path, **sizes: int) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(work / "llama")
 
 
+def gpt2(work: Path) -> None:
+    """GPT-2 small with random weights and few words, as transformers saves it."""
+    import transformers
+
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=200)).save_pretrained(work / "gpt2")
+
+
 SMALL_WAN = {"width: 1536": "width: 48", "hidden: 8960": "hidden: 96", "heads: 12": "heads: 2", "depth: 30": "depth: 2"}
 
 
@@ -177,6 +184,18 @@ RECIPES: dict[str, Recipe] = {
     "random_pruning_cifar": Recipe(),
     "random_pruning_imagenet": batch(8),
     "rcm_wan1b": Recipe({"/data/wan/wan2.1_t2v_1.3b.pth": "{work}/wan.pth", **SMALL_WAN}, prepare=wan, meta=True),
+    "sae_evals_ioi": Recipe(
+        {"name_or_path: /models/gpt2": "name_or_path: {work}/gpt2"},
+        words=(
+            "--data.init_args.num_train=64",
+            "--data.init_args.num_val=48",
+            "--data.init_args.batch_size=16",
+            "--data.init_args.names=3",
+        ),
+        why="112 prompts of 3 names, batch of 16: GPT-2 runs over all of them, and once more for each edit",
+        prepare=gpt2,
+        needs=("transformers",),
+    ),
     "shrinkmatch_cifar": Recipe(),
     "shrinkmatch_stl10": Recipe(words=("--data.init_args.batch_size=8",), why=f"batch of 8 + 56: {SMALL_BATCH}"),
     "shrinkmatch_svhn": Recipe(),

@@ -8,11 +8,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 from lit_methods import checks, distributed
-from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
-from lit_methods.callbacks.sparse_autoencoders.autoencoder import find_autoencoder
-from lit_methods.callbacks.twin import evaluating, observed
+from lit_methods.callbacks.evaluation.callback import Split
+from lit_methods.callbacks.sparse_autoencoders.judge import AutoencoderJudge
+from lit_methods.callbacks.twin import evaluating
 from lit_methods.datamodules.activations.harvest import Site, call, first_tensor, named_module
 from lit_methods.datamodules.activations.splicing import spliced
 from lit_methods.panels import Curve, Panel
@@ -100,7 +101,7 @@ def spliced_losses(
     return SplicedLosses(*(total.double() for total, _ in losses), losses[0][1].double())
 
 
-class LossRecovered(EvaluationCallback):
+class LossRecovered(AutoencoderJudge):
     """Measures a sparse autoencoder by the language model that its activations come from: (H_zero - H_spliced) / (H_zero - H_original).
 
     H is the cross-entropy of the model on text: with its own activations (original), with reconstructions spliced in at a submodule, and
@@ -118,7 +119,7 @@ class LossRecovered(EvaluationCallback):
         text: Datamodule of text, whose validation batches are read; null: the datamodule's ``text``.
         hook: Name of the submodule, such as ``model.model.layers.9``; null: the datamodule's ``hook``.
         site: ``output`` of the submodule or its first ``input``; null: the datamodule's ``site``, or ``output``.
-        autoencoder: Name of the attribute of the module that is judged; null: the module itself.
+        autoencoder: Name of the submodule that is the autoencoder; "": the module itself.
         batches: Batches of text.
         skip_first: Tokens at the beginning of each window whose activations stay; null: as the datamodule leaves them out, or 0.
         every_n_epochs: Validation epochs from one measurement to the next; testing always measures.
@@ -150,17 +151,17 @@ class LossRecovered(EvaluationCallback):
         text: pl.LightningDataModule | None = None,
         hook: str | None = None,
         site: Site | None = None,
-        autoencoder: str | None = None,
+        autoencoder: str = "",
         batches: int = 8,
         skip_first: int | None = None,
         every_n_epochs: int = 1,
     ) -> None:
-        super().__init__()
+        super().__init__(autoencoder)
         checks.one_of(Site, site=site)
         checks.at_least(1, batches=batches, every_n_epochs=every_n_epochs)
         checks.at_least(0, skip_first=skip_first)
         self.language_model, self.text, self.hook, self.site = language_model, text, hook, site
-        self.autoencoder, self.batches, self.skip_first, self.every_n_epochs = autoencoder, batches, skip_first, every_n_epochs
+        self.batches, self.skip_first, self.every_n_epochs = batches, skip_first, every_n_epochs
 
     def _given(self, trainer: pl.Trainer, name: str, of_data: str) -> Any:
         """An argument, or what the datamodule has."""
@@ -173,11 +174,6 @@ class LossRecovered(EvaluationCallback):
         if stage == "predict":
             return
 
-        def look() -> None:
-            with checks.naming(type(self).__name__):
-                find_autoencoder(pl_module, self.autoencoder)
-
-        self.when_built(pl_module, look)
         with checks.naming(type(self).__name__):
             model, text, hook = self._given(trainer, "language_model", "model"), self._given(trainer, "text", "text"), self._hook(trainer)
             if model is None or text is None or hook is None:
@@ -193,15 +189,15 @@ class LossRecovered(EvaluationCallback):
 
     def end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Measure and log."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and (trainer.current_epoch + 1) % self.every_n_epochs:
-            return
-        with checks.naming(type(self).__name__), isolate_rng(pl_module.device.type == "cuda"):
-            sums = self._measure(trainer, pl_module)
-        if trainer.sanity_checking:
-            return
-        original, replaced, zero = sums[:3] / sums[3]
-        values = {"share": loss_recovered(original, replaced, zero), "original": original, "spliced": replaced, "zero": zero}
-        log_global(pl_module, {f"loss_recovered/{split}_{name}": value.float() for name, value in values.items()})
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if not fitting or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            with checks.naming(type(self).__name__), isolate_rng(pl_module.device.type == "cuda"):
+                sums = self._measure(trainer, pl_module)
+            if not trainer.sanity_checking:
+                original, replaced, zero = sums[:3] / sums[3]
+                values = {"share": loss_recovered(original, replaced, zero), "original": original, "spliced": replaced, "zero": zero}
+                log_global(pl_module, {f"loss_recovered/{split}_{name}": value.float() for name, value in values.items()})
+        super().end_evaluation(trainer, pl_module, split)
 
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
         """(4,) float64: the sums of all ranks."""
@@ -209,8 +205,7 @@ class LossRecovered(EvaluationCallback):
         site = self._given(trainer, "site", "site") or "output"
         data = trainer.datamodule  # type: ignore[attr-defined]
         skip = self.skip_first if self.skip_first is not None else getattr(getattr(data, "hparams", {}), "get", dict().get)("skip_first", 0)
-        found = find_autoencoder(observed(trainer, pl_module, type(self).__name__), self.autoencoder)
-        dtype = found.decoder_bias.dtype
+        found, dtype = self.judged, self.directions.dtype
 
         def reconstruct(x: Tensor) -> Tensor:
             whole = getattr(found, "reconstruct", None)
@@ -220,7 +215,10 @@ class LossRecovered(EvaluationCallback):
         loaders = text.val_dataloader()
         loader = loaders[0] if isinstance(loaders, list) else loaders
         number = 1 if trainer.sanity_checking else self.batches
-        mine = islice(loader, distributed.rank(), number, distributed.world_size())
+        share = range(distributed.rank(), number, distributed.world_size())
+        if isinstance(getattr(loader, "sampler", None), DistributedSampler):  # its batches are this rank's already
+            share = range(len(share))
+        mine = islice(loader, share.start, share.stop, share.step)
         sums = torch.zeros(4, dtype=torch.float64, device=pl_module.device)
         model.to(pl_module.device)
         with evaluating(model):

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lit_methods.datamodules.activations.ioi import WordTokens
 from lit_methods.datamodules.activations.shards import Part, shard_file, write_shard
 from lit_methods.datamodules.fake import Arguments, Writer
 
@@ -32,5 +33,17 @@ def _harvested(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]
     return {"root": arguments["root"], "model": None}
 
 
-FAKES: dict[str, Writer] = {"HarvestedActivations": _harvested}
+def _ioi(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """A tokenizer of transformers that has one token a word of the word lists."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["[unknown]", *WordTokens().words])}
+    tokens = Tokenizer(models.WordLevel(words, unk_token="[unknown]"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="[unknown]").save_pretrained(arguments["tokenizer"])
+    return {"tokenizer": arguments["tokenizer"]}
+
+
+FAKES: dict[str, Writer] = {"HarvestedActivations": _harvested, "IOIActivations": _ioi}
 __all__ = ["FAKES", "shards"]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_methods.callbacks.sparse_autoencoders.judge import decoder_directions
 from lit_methods.callbacks.sparse_autoencoders.sae_evals import core
 
 Rows = Mapping[str, Tensor]
@@ -65,6 +66,40 @@ class Edits:
     removed: dict[str, Tensor]
     target: Tensor
     keep: Tensor
+
+
+@torch.no_grad()
+def linear_decoder(autoencoder: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions (h, d) and bias (d,) in the units of the activations, so that x_hat = features @ directions + bias.
+
+    Where the autoencoder has divided its inputs by an ``input_scale``, both are multiplied by it. Then the effect of a feature on an
+    activation is its value times its direction.
+
+    Args:
+        autoencoder: With ``encode``, ``decode`` and ``decoder_directions``; without a ``decoder_bias`` it is 0.
+        x: (B, d) activations to try it with.
+
+    Raises:
+        ValueError: Its reconstruction is something else, or shapes don't fit.
+    """
+    features = autoencoder.encode(x).float()
+    directions = decoder_directions(autoencoder).float()
+    bias = getattr(autoencoder, "decoder_bias", x.new_zeros(x.shape[1])).detach().float()
+    if directions.ndim != 2 or features.shape[1:] != directions.shape[:1] or not x.shape[1:] == bias.shape == directions.shape[1:]:
+        shapes = f"features are {tuple(features.shape)}, decoder_directions {tuple(directions.shape)}, decoder_bias {tuple(bias.shape)}"
+        raise ValueError(f"activations are {tuple(x.shape)}, {shapes}: expected (B, d), (B, h), (h, d) and (d,)")
+    scale = getattr(autoencoder, "input_scale", 1.0)
+    directions, bias = directions * scale, bias * scale
+    reconstruct = getattr(autoencoder, "reconstruct", None)
+    found = (autoencoder.decode(autoencoder.encode(x)) if reconstruct is None else reconstruct(x)).float()
+    expected = features @ directions + bias
+    gap = float((found - expected).norm() / found.norm().clamp(min=torch.finfo(found.dtype).tiny))
+    if gap > 1e-2:
+        raise ValueError(
+            f"its reconstruction differs from encode(x) @ decoder_directions + decoder_bias by {gap:.2g} of its length: features have no "
+            "fixed direction in the activations, as where each sample is normalised by itself; normalise the data instead"
+        )
+    return directions, bias
 
 
 # ---- the subject model -----------------------------------------------------------------------------------------------------------------
