@@ -1,15 +1,15 @@
-"""Supervised dictionary learning against the authors' code; see tests/golden/data/supervised_dictionary_learning/README.md for the origin."""
+"""Supervised dictionary learning against the authors' code; the README beside the vectors tells their origin."""
 
 from typing import Any
 
 import torch
 
 from golden import GoldenCase, Kind, golden_test
+from lit_methods.matrix_factorization.regression import best_threshold
 from lit_methods.matrix_factorization.supervised_dictionary_learning.core import (
     Factors,
     Lifted,
     bcd_step,
-    best_threshold,
     lpgd_objective,
     lpgd_step,
     predict_probability,

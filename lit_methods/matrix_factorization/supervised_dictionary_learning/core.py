@@ -11,44 +11,23 @@ model, z_i = [1; covariates of column i]. Samples are the columns of all matrice
   followed by the best approximation of rank r of [A, B] or [A; B].
 - **BCD**, block coordinate descent: W, H and the regression in turn, with W, H >= 0 and a search radius if wanted.
 
-Golden vectors come from ljw9510/SDL@c6ae40f (src/SDL_SVP.py, src/SDL_BCD.py). Labels are 0 or 1; more classes, convex constraints on the lifted
-variables, the update of xi by the noise and the sketching of columns are left out. Regressions are scikit-learn's, on the CPU.
+Golden vectors come from ljw9510/SDL@c6ae40f (src/SDL_SVP.py, src/SDL_BCD.py). Labels are 0 or 1; more classes, convex constraints on the
+lifted variables and the update of xi by the noise are left out.
 """
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_curve
 from torch import Tensor
+
+from lit_methods.matrix_factorization.regression import code_columns, exact, fit_regression, linear_scores, with_intercept
 
 Model = Literal["filter", "feature"]
 Prediction = Literal["naive", "alternating", "exhaustive"]
-Result = TypeVar("Result")
-
-
-def _exact(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Without a graph, and without autocast, which would multiply float32 matrices in bfloat16."""
-
-    @functools.wraps(function)
-    def inner(x: Tensor, *args: object, **kwargs: object) -> Result:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            return function(x, *args, **kwargs)
-
-    return inner
-
 
 # ---- the objective ---------------------------------------------------------------------------------------------------------------------
-
-
-def with_intercept(covariates: Tensor) -> Tensor:
-    """Z = [1; covariates]: (q, n) -> (1 + q, n)."""
-    return torch.cat([covariates.new_ones(1, covariates.shape[1]), covariates])
 
 
 def logistic_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -78,21 +57,7 @@ class Factors(NamedTuple):
     coefficients: Tensor
 
 
-def linear_scores(features: Tensor, covariates: Tensor, coefficients: Tensor) -> Tensor:
-    """intercept + beta^T features + gamma^T covariates.
-
-    Args:
-        features: (r, n): W^T X (filter) or H (feature).
-        covariates: (q, n), q >= 0.
-        coefficients: (1, 1 + r + q).
-
-    Returns:
-        (1, n) scores a; sigmoid(a) is the probability of label 1.
-    """
-    return coefficients @ torch.cat([with_intercept(features), covariates])
-
-
-@_exact
+@exact
 def factor_objective(x: Tensor, labels: Tensor, covariates: Tensor, factors: Factors, *, model: Model, xi: float) -> Objective:
     """F of the factors, see the head of the file.
 
@@ -108,6 +73,25 @@ def factor_objective(x: Tensor, labels: Tensor, covariates: Tensor, factors: Fac
     classification = logistic_loss(linear_scores(features, covariates, factors.coefficients), labels)
     reconstruction = (x - factors.dictionary @ factors.codes).square().sum()
     return Objective(classification + xi * reconstruction, classification, reconstruction)
+
+
+def random_factors(features: int, rows: int, covariates: int, rank: int, generator: torch.Generator) -> Factors:
+    """Where a fit starts: W and H uniform in [0, 1), then ||W||_F = 1, beta uniform in [-1, 1), the rest 0.
+
+    Args:
+        features: p.
+        rows: n.
+        covariates: q.
+        rank: r.
+        generator: For r (p + n + 1) draws.
+
+    Returns:
+        float64 on the generator's device.
+    """
+    draws = torch.rand(rank, features + rows + 1, generator=generator, dtype=torch.float64, device=generator.device)
+    dictionary, codes, beta = draws[:, :features].T, draws[:, features:-1], 2 * draws[:, -1:].T - 1
+    zeros = beta.new_zeros(1, 1 + covariates)
+    return Factors(dictionary / dictionary.norm(), codes.clone(), torch.cat([zeros[:, :1], beta, zeros[:, 1:]], dim=1))
 
 
 # ---- LPGD ------------------------------------------------------------------------------------------------------------------------------
@@ -127,6 +111,28 @@ class Lifted(NamedTuple):
     gamma: Tensor
 
 
+@exact
+def svd_factors(x: Tensor, covariates: int, rank: int) -> Factors:
+    """Where a fit may start instead: at the best reconstruction of rank r, ||W||_F = 1, with coefficients of 0.
+
+    Args:
+        x: (p, n) data.
+        covariates: q.
+        rank: r. More than min(p, n): atoms of zeros.
+    """
+    gamma = x.new_zeros(1, 1 + covariates)
+    return recover_factors(x, x.new_zeros(len(x), 1), gamma, model="filter", rank=rank)
+
+
+def lift_factors(factors: Factors, model: Model) -> Lifted:
+    """The products of factors: A = W beta (filter) or beta^T H (feature), B = W H."""
+    dictionary, codes, coefficients = factors
+    rank = len(codes)
+    beta = coefficients[:, 1 : 1 + rank]
+    gamma = torch.cat([coefficients[:, :1], coefficients[:, 1 + rank :]], dim=1)
+    return Lifted(dictionary @ beta.T if model == "filter" else beta @ codes, dictionary @ codes, gamma)
+
+
 class LowRank(NamedTuple):
     """U (p, k), singular values (k,) in falling order, V (k, n): the best approximation of rank k is U diag(s) V."""
 
@@ -139,14 +145,14 @@ class LowRank(NamedTuple):
         return (self.left * self.values) @ self.right
 
 
-@_exact
+@exact
 def best_low_rank(matrix: Tensor, rank: int, sketch: Tensor | None = None, power_iterations: int = 4) -> LowRank:
     """Truncated SVD.
 
     Args:
         matrix: (p, n).
         rank: r >= 1; more than min(p, n) keeps the matrix as it is.
-        sketch: None: exact. (n, k) standard normal draws, k >= r (r + 10 is usual): the randomised SVD (arXiv:0909.4061), for large matrices.
+        sketch: None: exact. (n, k) standard normal draws, k >= r (r + 10 is usual): the randomised SVD (arXiv:0909.4061).
         power_iterations: Of the randomised SVD; more are nearer to the exact one.
 
     Returns:
@@ -173,7 +179,7 @@ def lifted_scores(x: Tensor, covariates: Tensor, lifted: Lifted, model: Model) -
     return (lifted.score.T @ x if model == "filter" else lifted.score) + lifted.gamma @ with_intercept(covariates)
 
 
-@_exact
+@exact
 def lpgd_objective(x: Tensor, labels: Tensor, covariates: Tensor, lifted: Lifted, *, model: Model, xi: float, nu: float) -> Objective:
     """Logistic loss + xi ||X - B||_F^2 + nu / 2 (||A||^2 + ||Gamma||^2); the last term is in ``total`` alone.
 
@@ -192,7 +198,7 @@ def lpgd_objective(x: Tensor, labels: Tensor, covariates: Tensor, lifted: Lifted
     return Objective(classification + xi * reconstruction + penalty, classification, reconstruction)
 
 
-@_exact
+@exact
 def lpgd_step(
     x: Tensor,
     labels: Tensor,
@@ -238,7 +244,7 @@ def lpgd_step(
     return Lifted(score, product, stepped.gamma)
 
 
-@_exact
+@exact
 def lpgd_curvature(x: Tensor, covariates: Tensor, *, model: Model, xi: float, nu: float = 0.0) -> Tensor:
     """L, the largest curvature of the lifted objective: a step size below 2 / L can't diverge; 1 / L is safe.
 
@@ -261,12 +267,12 @@ def decayed_step_size(iteration: int, constant: float, decay: float = 0.0) -> fl
     return constant * (iteration + 10) ** -decay
 
 
-@_exact
+@exact
 def recover_factors(product: Tensor, score: Tensor, gamma: Tensor, *, model: Model, rank: int) -> Factors:
     """Factors of the lifted variables, from the SVD C = U S V, with ||W||_F = 1.
 
-    Filter: W = U sqrt(S) / omega and [beta, H] = omega sqrt(S) V, with omega = ||U sqrt(S)||_F. Feature: [beta^T; W] = U sqrt(S) / omega and
-    H = omega sqrt(S) V, with omega the norm of the rows of W alone.
+    Filter: W = U sqrt(S) / omega and [beta, H] = omega sqrt(S) V, with omega = ||U sqrt(S)||_F. Feature: [beta^T; W] = U sqrt(S) / omega
+    and H = omega sqrt(S) V, with omega the norm of the rows of W alone.
 
     Args:
         product: B (p, n).
@@ -303,7 +309,7 @@ def _penalty(values: Tensor, l1: float, l2: float) -> Tensor:
     return l1 * values.sign() + l2 * values
 
 
-@_exact
+@exact
 def update_codes(
     x: Tensor,
     dictionary: Tensor,
@@ -342,7 +348,7 @@ def update_codes(
     return codes
 
 
-@_exact
+@exact
 def update_dictionary(
     x: Tensor,
     labels: Tensor,
@@ -390,7 +396,7 @@ def update_dictionary(
     return dictionary
 
 
-@_exact
+@exact
 def update_codes_supervised(
     x: Tensor,
     labels: Tensor,
@@ -442,31 +448,7 @@ def update_codes_supervised(
     return codes
 
 
-def fit_regression(features: Tensor, covariates: Tensor, labels: Tensor) -> Tensor:
-    """Logistic regression of the labels on [features; covariates], by scikit-learn with its defaults: L2 with C = 1, lbfgs, an intercept.
-
-    Runs on the CPU: what moves there is (r + q, n).
-
-    Args:
-        features: (r, n).
-        covariates: (q, n), q >= 0.
-        labels: (1, n) of 0 and 1.
-
-    Returns:
-        (1, 1 + r + q) coefficients on the device and in the dtype of ``features``: intercept, features, covariates.
-
-    Raises:
-        ValueError: The labels are all the same.
-    """
-    classes = labels.unique()
-    if len(classes) != 2:
-        raise ValueError(f"all {labels.numel()} labels are {classes.tolist()}: a regression needs columns of both classes, 0 and 1")
-    rows = torch.cat([features, covariates]).T.cpu().numpy()
-    found = LogisticRegression().fit(rows, labels[0].cpu().numpy())
-    return torch.from_numpy(np.hstack([found.intercept_[:, None], found.coef_])).to(features)
-
-
-@_exact
+@exact
 def bcd_step(
     x: Tensor,
     labels: Tensor,
@@ -519,35 +501,7 @@ def _normalised(dictionary: Tensor) -> Tensor:
 # ---- prediction ------------------------------------------------------------------------------------------------------------------------
 
 
-@_exact
-def code_columns(x: Tensor, dictionary: Tensor, *, nonnegative: bool, l1: float = 0.0, sweeps: int = 500) -> Tensor:
-    """argmin_H ||X - W H||_F^2 / 2 + l1 ||H||_1, with H >= 0 where ``nonnegative``: codes of columns whose label isn't known.
-
-    Exact coordinate descent, all columns together, whose error falls with each sweep; without both terms a pseudo-inverse.
-
-    Args:
-        x: (p, m) data.
-        dictionary: W (p, r). Atoms of zeros get codes of zeros.
-        nonnegative: H >= 0, as after BCD; LPGD has codes of both signs.
-        l1: Weight of the L1 term, >= 0.
-        sweeps: Passes over the rows.
-
-    Returns:
-        H (r, m).
-    """
-    if not nonnegative and l1 == 0:
-        return torch.linalg.pinv(dictionary) @ x
-    gram, target = dictionary.T @ dictionary, dictionary.T @ x
-    codes = torch.zeros_like(target)
-    scale = torch.where(gram.diagonal() > 0, gram.diagonal(), 1.0)
-    for _ in range(sweeps):
-        for k in range(len(codes)):
-            row = codes[k] * gram[k, k] + target[k] - gram[k] @ codes
-            codes[k] = ((row - l1).clamp(min=0) if nonnegative else F.softshrink(row, l1)) / scale[k]
-    return codes
-
-
-@_exact
+@exact
 def alternating_codes(x: Tensor, covariates: Tensor, factors: Factors, *, xi: float, nonnegative: bool, rounds: int = 200) -> Tensor:
     """Codes of unlabelled columns by turns: guess the label from the code, then move the code as if the guess were right.
 
@@ -570,7 +524,7 @@ def alternating_codes(x: Tensor, covariates: Tensor, factors: Factors, *, xi: fl
     return codes
 
 
-@_exact
+@exact
 def exhaustive_codes(x: Tensor, covariates: Tensor, factors: Factors, *, xi: float, nonnegative: bool, sweeps: int = 200) -> Tensor:
     """Codes of unlabelled columns that fit best to either label: both are tried, the smaller l(y, a) + xi ||x - W h||^2 wins.
 
@@ -596,7 +550,7 @@ def exhaustive_codes(x: Tensor, covariates: Tensor, factors: Factors, *, xi: flo
     return torch.where(losses[1] < losses[0], codes[1], codes[0])
 
 
-@_exact
+@exact
 def predict_probability(
     x: Tensor,
     covariates: Tensor,
@@ -609,8 +563,8 @@ def predict_probability(
 ) -> Tensor:
     """Probability of label 1 for new columns.
 
-    Filter: sigmoid(beta^T W^T x + Gamma z). Feature: the regression on codes, which are found without the label (``naive``), by guesses of it
-    in turns (``alternating``) or by trying both (``exhaustive``).
+    Filter: sigmoid(beta^T W^T x + Gamma z). Feature: the regression on codes, which are found without the label (``naive``), by guesses of
+    it in turns (``alternating``) or by trying both (``exhaustive``).
 
     Args:
         x: (p, m) data.
@@ -635,37 +589,22 @@ def predict_probability(
     return torch.sigmoid(linear_scores(features, covariates, factors.coefficients))[0]
 
 
-def best_threshold(labels: Tensor, probability: Tensor) -> Tensor:
-    """The threshold on the training columns' probabilities with the largest TPR - FPR; the highest one where several are equal.
-
-    Args:
-        labels: (n,) of 0 and 1, both of which there must be.
-        probability: (n,) of label 1.
-
-    Returns:
-        Scalar; a column counts as 1 from it on. Infinity where no threshold is better than to call everything 0.
-    """
-    false, true, thresholds = roc_curve(labels.cpu().numpy(), probability.cpu().numpy())
-    return probability.new_tensor(thresholds[np.argmax(true - false)])
-
-
 __all__ = [
     "alternating_codes",
     "bcd_step",
     "best_low_rank",
-    "best_threshold",
-    "code_columns",
     "decayed_step_size",
     "exhaustive_codes",
     "factor_objective",
-    "fit_regression",
-    "linear_scores",
+    "lift_factors",
     "lpgd_curvature",
     "lpgd_objective",
     "lpgd_step",
     "predict_probability",
+    "random_factors",
     "recover_factors",
     "search_radius",
+    "svd_factors",
     "update_codes",
     "update_codes_supervised",
     "update_dictionary",
