@@ -161,7 +161,7 @@ class SupervisedMatrixFactorization(MatrixClassifier):
         self.step_size, self.step_decay, self.oversampling = step_size, step_decay, oversampling
         self.nonnegative, self.radius, self.radius_decay, self.l1, self.l2 = nonnegative, radius, radius_decay, l1, l2
         self.column_share, self.prediction, self.stop_on_rise, self.seed = column_share, prediction, stop_on_rise, seed
-        self.register_buffer("last_objective", torch.tensor(math.inf, dtype=torch.float64))
+        self.register_buffer("last_objective", torch.tensor(torch.finfo(torch.float64).max, dtype=torch.float64))  # before the first look
         self._safe_step: float | None = None
         self._factors: Factors | None = None
 
