@@ -136,15 +136,13 @@ def read_postings(path: Path) -> tuple[list[str], Floats, list[list[str]], np.nd
         texts.append(" ".join(cells[: len(TEXTS)]))
         numbers = [*cells[len(TEXTS) : len(TEXTS) + len(FLAGS)], cells[-1]]
         for name, cell in zip((*FLAGS, "fraudulent"), numbers, strict=True):
-            if cell not in ("0", "1"):
-                raise BrokenRecordError(path, f"line {line}", f"{name} is {cell!r}, not 0 or 1: repair or leave out the row")
-        flags.append([float(cell) for cell in numbers[:-1]])
+            if cell not in _TRUTH:
+                raise BrokenRecordError(path, f"line {line}", f"{name} is {cell!r}, not 0 or 1 (f or t): repair or leave out the row")
+        flags.append([float(_TRUTH[cell]) for cell in numbers[:-1]])
         kinds.append(cells[len(TEXTS) + len(FLAGS) : -1])
-        label.append(int(numbers[-1]))
+        label.append(_TRUTH[numbers[-1]])
     if len(set(label)) != 2:
-        raise BrokenRecordError(
-            path, "fraudulent", f"{len(label)} rows with the labels {sorted(set(label))}, both 0 and 1 are needed: {_WAY}"
-        )
+        raise BrokenRecordError(path, "fraudulent", f"{len(label)} rows with labels {sorted(set(label))}, both 0 and 1 are needed: {_WAY}")
     return texts, np.array(flags), kinds, np.array(label, np.int64)
 
 

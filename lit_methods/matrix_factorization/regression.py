@@ -33,6 +33,7 @@ def with_intercept(covariates: Tensor) -> Tensor:
     return torch.cat([covariates.new_ones(1, covariates.shape[1]), covariates])
 
 
+@exact
 def linear_scores(features: Tensor, covariates: Tensor, coefficients: Tensor) -> Tensor:
     """Scores: intercept + beta^T features + gamma^T covariates.
 

@@ -120,13 +120,17 @@ def svd_factors(x: Tensor, covariates: int, rank: int) -> Factors:
         covariates: q.
         rank: r. More than min(p, n): atoms of zeros.
     """
-    gamma = x.new_zeros(1, 1 + covariates)
-    return recover_factors(x, x.new_zeros(len(x), 1), gamma, model="filter", rank=rank)
+    found = recover_factors(x, x.new_zeros(len(x), 1), x.new_zeros(1, 1 + covariates), model="filter", rank=rank)
+    return found._replace(coefficients=torch.zeros_like(found.coefficients))
 
 
 def lift_factors(factors: Factors, model: Model) -> Lifted:
     """The products of factors: A = W beta (filter) or beta^T H (feature), B = W H."""
-    dictionary, codes, coefficients = factors
+    return _lift(*factors, model)
+
+
+@exact
+def _lift(dictionary: Tensor, codes: Tensor, coefficients: Tensor, model: Model) -> Lifted:
     rank = len(codes)
     beta = coefficients[:, 1 : 1 + rank]
     gamma = torch.cat([coefficients[:, :1], coefficients[:, 1 + rank :]], dim=1)
@@ -174,6 +178,7 @@ def combined(lifted: Lifted, model: Model) -> Tensor:
     return torch.cat([lifted.score, lifted.product], dim=1 if model == "filter" else 0)
 
 
+@exact
 def lifted_scores(x: Tensor, covariates: Tensor, lifted: Lifted, model: Model) -> Tensor:
     """(1, n) scores A^T X + Gamma Z (filter) or A + Gamma Z (feature)."""
     return (lifted.score.T @ x if model == "filter" else lifted.score) + lifted.gamma @ with_intercept(covariates)

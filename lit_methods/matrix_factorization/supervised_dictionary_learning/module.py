@@ -60,7 +60,6 @@ TECHNIQUE = Technique(
         "better than a factorisation of the same rank followed by logistic regression."
     ),
     summary="Finds a dictionary of a data matrix whose atoms reconstruct the rows and predict their label, with covariates beside them.",
-    draft=True,
 )
 
 Solver = Literal["lpgd", "bcd"]
@@ -153,9 +152,8 @@ class SupervisedMatrixFactorization(MatrixClassifier):
         checks.within("(0, 1]", "a share", column_share=column_share)
         first = None if step_size is None else decayed_step_size(0, step_size, step_decay)
         if solver == "lpgd" and first is not None and first * xi >= 1:
-            raise ValueError(
-                f"the first step is {first:g} and xi {xi:g}: B = W H diverges unless step x xi < 1, so give less than {1 / xi:g}"
-            )
+            bound = f"a step of 1 / xi = {1 / xi:g}"
+            raise ValueError(f"the first step is {first:g} and xi is {xi:g}: B = W H diverges from {bound} on, lower one of them")
         self.save_hyperparameters()
         self.model, self.solver, self.rank, self.xi, self.nu = model, solver, rank, xi, nu
         self.step_size, self.step_decay, self.oversampling = step_size, step_decay, oversampling
