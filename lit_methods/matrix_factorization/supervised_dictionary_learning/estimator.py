@@ -179,13 +179,13 @@ class SupervisedDictionaryClassifier(TransformerMixin, ClassifierMixin, BaseEsti
     def _lpgd(self, x: Tensor, labels: Tensor, covariates: Tensor, generator: torch.Generator) -> tuple[Factors, Tensor, float, int]:
         rank: int = self.rank
         from_svd = self.init == "svd"
-        start = svd_factors(x, len(covariates), rank) if from_svd else random_factors(*x.shape, len(covariates), rank, generator)
+        start = svd_factors(x, len(covariates), rank) if from_svd else random_factors(len(x), x.shape[1], len(covariates), rank, generator)
         state: Lifted = lift_factors(start, self.model)  # type: ignore[arg-type]
         options: dict[str, Any] = {"model": self.model, "xi": self.xi, "nu": self.nu}
-        safe = None if self.step_size is not None else 1 / float(lpgd_curvature(x, covariates, **options))
+        safe = 0.0 if self.step_size is not None else 1 / float(lpgd_curvature(x, covariates, **options))
         objective, done = math.inf, 0
         for iteration in range(self.max_iter):
-            step = decayed_step_size(iteration, self.step_size, self.step_decay) if safe is None else safe
+            step = safe if self.step_size is None else decayed_step_size(iteration, self.step_size, self.step_decay)
             state = lpgd_step(x, labels, covariates, state, rank=rank, step_size=step, **options)
             done = iteration + 1
             if done % _CHECK_EVERY == 0 or done == self.max_iter:
@@ -196,7 +196,7 @@ class SupervisedDictionaryClassifier(TransformerMixin, ClassifierMixin, BaseEsti
         return factors, self._scores(x, covariates, factors), objective, done
 
     def _bcd(self, x: Tensor, labels: Tensor, covariates: Tensor, generator: torch.Generator) -> tuple[Factors, Tensor, float, int]:
-        factors = random_factors(*x.shape, len(covariates), self.rank, generator)
+        factors = random_factors(len(x), x.shape[1], len(covariates), self.rank, generator)
         count = max(1, int(x.shape[1] * self.column_share))
         objective, done = math.inf, 0
         for iteration in range(self.max_iter):
