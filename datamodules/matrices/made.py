@@ -102,6 +102,10 @@ class SemiSyntheticDigitsDataModule(MatrixDataModule):
         num_workers: Processes that read data; 0 is fastest.
         seed: Seed of the images that are chosen, the rows and the split.
 
+    Attributes:
+        atoms: W^T (4, p) of the mixtures, after ``setup``, before ``scale``.
+        direction: (p,) that decides the label, after ``setup``.
+
     Raises:
         ValueError: A number lies outside its range.
         WrongRootError: ``root`` has no such files.
@@ -159,8 +163,8 @@ class SemiSyntheticDigitsDataModule(MatrixDataModule):
         def two_of(digit: int) -> Floats:
             return images[rng.choice(np.flatnonzero(digits == digit), 2, replace=False)].reshape(2, -1)
 
-        atoms = np.concatenate([two_of(2), two_of(7)])
-        direction = two_of(1).sum(0) - two_of(4).sum(0)
+        self.atoms = atoms = np.concatenate([two_of(2), two_of(7)])
+        self.direction = direction = two_of(1).sum(0) - two_of(4).sum(0)
         features = rng.random((hp["num_rows"], 4)) @ atoms + hp["noise"] * rng.standard_normal((hp["num_rows"], atoms.shape[1]))
         scores = features @ direction
         label = (rng.random(hp["num_rows"]) < _sigmoid(scores - scores.mean())).astype(np.int64)

@@ -213,12 +213,13 @@ class SupervisedMatrixFactorization(MatrixClassifier):
         x, labels, covariates = self.whole_matrix(batch)
         iteration = self.trainer.global_step
         self.optimizers().step(closure=lambda: self._iterate(x, labels, covariates, iteration))  # type: ignore[union-attr, call-arg]
-        looks = (iteration + 1) % _CHECK_EVERY == 0
-        if not looks and not logs_now(self):
-            return None
-        found = self.objective(x, labels, covariates)
-        values = {"loss": found.total, "classification": found.classification, "reconstruction": found.reconstruction}
-        self.log_dict({f"factorization/{name}": value for name, value in values.items()} | {"factorization/threshold": self.threshold})
+        logs, looks = logs_now(self), (iteration + 1) % _CHECK_EVERY == 0
+        if logs or looks:
+            found = self.objective(x, labels, covariates)
+        if logs:
+            values = {"loss": found.total, "classification": found.classification, "reconstruction": found.reconstruction}
+            values["threshold"] = self.threshold
+            self.log_dict({f"factorization/{name}": value for name, value in values.items()})
         if looks:
             self._look(found.total, iteration + 1)
         return None
