@@ -13,6 +13,10 @@ from .generative.latents import LatentDataModule as LatentDataModule
 from .generative.shards import LatentShardsDataModule as LatentShardsDataModule
 from .generative.toys import IrisDataModule as IrisDataModule
 from .generative.toys import RingDataModule as RingDataModule
+from .matrices.made import PlantedDirectionsDataModule as PlantedDirectionsDataModule
+from .matrices.made import SemiSyntheticDigitsDataModule as SemiSyntheticDigitsDataModule
+from .matrices.postings import JobPostingsDataModule as JobPostingsDataModule
+from .matrices.two_classes import TwoClassDataModule as TwoClassDataModule
 from .metric_learning.images import RetrievalImagesDataModule as RetrievalImagesDataModule
 from .metric_learning.open_world import OpenWorldDataModule as OpenWorldDataModule
 from .recommendation.ratings import RatingsDataModule as RatingsDataModule

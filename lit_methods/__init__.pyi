@@ -28,6 +28,9 @@ from .lidar.segmentor import PointSegmentor as PointSegmentor
 from .lidar.superflow import SuperFlow as SuperFlow
 from .lidar.teachers import DINOv2 as DINOv2
 from .lidar.teachers import PatchStatistics as PatchStatistics
+from .matrix_factorization.supervised_dictionary_learning.estimator import SupervisedDictionaryClassifier as SupervisedDictionaryClassifier
+from .matrix_factorization.supervised_dictionary_learning.module import SupervisedMatrixFactorization as SupervisedMatrixFactorization
+from .matrix_factorization.two_stage import TwoStageClassifier as TwoStageClassifier
 from .prompting.coprompt.module import CoPrompt as CoPrompt
 from .prompting.tiny import TinyTowers as TinyTowers
 from .prompting.towers import CLIPTowers as CLIPTowers

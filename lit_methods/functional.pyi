@@ -191,6 +191,28 @@ from lit_methods.lidar.superflow.core import superpixel_groups as superpixel_gro
 from lit_methods.lidar.superflow.core import temporal_vote as temporal_vote
 from lit_methods.lidar.superflow.core import to_batch_rows as to_batch_rows
 from lit_methods.lidar.voxels import voxelize as voxelize
+from lit_methods.matrix_factorization.regression import best_threshold as best_threshold
+from lit_methods.matrix_factorization.regression import code_columns as code_columns
+from lit_methods.matrix_factorization.regression import fit_regression as fit_regression
+from lit_methods.matrix_factorization.regression import linear_scores as linear_scores
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import alternating_codes as alternating_codes
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import bcd_step as bcd_step
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import best_low_rank as best_low_rank
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import decayed_step_size as decayed_step_size
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import exhaustive_codes as exhaustive_codes
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import factor_objective as factor_objective
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lift_factors as lift_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lpgd_curvature as lpgd_curvature
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lpgd_objective as lpgd_objective
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lpgd_step as lpgd_step
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import predict_probability as predict_probability
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import random_factors as random_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import recover_factors as recover_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import search_radius as search_radius
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import svd_factors as svd_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import update_codes as update_codes
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import update_codes_supervised as update_codes_supervised
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import update_dictionary as update_dictionary
 from lit_methods.optim import seven_sixteenths_cosine as seven_sixteenths_cosine
 from lit_methods.optim import warmup_cosine as warmup_cosine
 from lit_methods.optim import warmup_cosine_rate as warmup_cosine_rate
@@ -268,6 +290,7 @@ __all__ = [
     "add_direction",
     "afa_loss",
     "align",
+    "alternating_codes",
     "annealed_beta",
     "ast_momentum",
     "attention_with_tangent",
@@ -276,6 +299,9 @@ __all__ = [
     "band_slopes",
     "base_scaling",
     "batch_dice",
+    "bcd_step",
+    "best_low_rank",
+    "best_threshold",
     "best_values",
     "bias_update",
     "blockwise_attention",
@@ -286,6 +312,7 @@ __all__ = [
     "clamp_feature",
     "class_counts",
     "class_iou",
+    "code_columns",
     "code_weights",
     "concept_score",
     "conr_dense_loss",
@@ -309,6 +336,7 @@ __all__ = [
     "decay_pruned",
     "decay_share",
     "decayed_momentum",
+    "decayed_step_size",
     "decoder_coherence",
     "denoise_sample",
     "denoising_loss",
@@ -336,9 +364,11 @@ __all__ = [
     "ema_update",
     "embedding_consistency",
     "exact_counts",
+    "exhaustive_codes",
     "expand_blocks",
     "exponential_drop",
     "f1_scores",
+    "factor_objective",
     "factorized_width",
     "fds_begin_epoch",
     "fds_bucket_kernel",
@@ -353,6 +383,7 @@ __all__ = [
     "finite_or_zero",
     "firing_statistics",
     "fit_iou_curve",
+    "fit_regression",
     "fit_scaling_law",
     "fitting_pattern",
     "flip_cameras",
@@ -390,12 +421,17 @@ __all__ = [
     "l2_distance",
     "label_weights",
     "layer_density",
+    "lift_factors",
     "lightgcn_loss",
+    "linear_scores",
     "load_masks",
     "load_pruned",
     "lognormal_probabilities",
     "look_up_pairs",
     "lovasz_softmax",
+    "lpgd_curvature",
+    "lpgd_objective",
+    "lpgd_step",
     "magnitude_statistics",
     "mask_change",
     "masked_weight",
@@ -434,6 +470,7 @@ __all__ = [
     "power_decay",
     "power_exponent",
     "precision_recall",
+    "predict_probability",
     "pretrain_levels",
     "pretrain_loss",
     "project_points",
@@ -446,10 +483,12 @@ __all__ = [
     "pruned_count",
     "pseudo_huber",
     "psnr_y",
+    "random_factors",
     "random_mask",
     "ranking_metrics",
     "rcm_sample",
     "reconstruct_by_codes",
+    "recover_factors",
     "rectified_flow",
     "regression_loss",
     "remove_norm_scales",
@@ -465,6 +504,7 @@ __all__ = [
     "scaled_weight",
     "scm_loss",
     "sdgf_schedule",
+    "search_radius",
     "segmentation_losses",
     "sentence_index",
     "sentence_table",
@@ -490,6 +530,7 @@ __all__ = [
     "sufficiency",
     "superflow_losses",
     "superpixel_groups",
+    "svd_factors",
     "target_frequencies",
     "tcm_loss",
     "temporal_vote",
@@ -505,6 +546,9 @@ __all__ = [
     "uncertain_loss",
     "uniform_probabilities",
     "union_f1",
+    "update_codes",
+    "update_codes_supervised",
+    "update_dictionary",
     "update_mask",
     "update_sample_weights",
     "value_order",

@@ -41,6 +41,7 @@ SHARED = {
     "lidar.point_losses": "lovasz_softmax segmentation_losses",
     "lidar.projection": "dense_cloud flip_cameras project_points resize_pairs resize_superpixels",
     "lidar.voxels": "voxelize",
+    "matrix_factorization.regression": "best_threshold code_columns fit_regression linear_scores",
     "optim": "seven_sixteenths_cosine warmup_cosine warmup_cosine_rate warmup_then_epoch_cosine",
     "prompting.towers": "run_prompted_blocks",
     "semi.alignment": "align moving_marginal",
