@@ -74,9 +74,9 @@ def draw_factors(number: int, size: int, seed: int) -> tuple[NDArray[np.uint8], 
     factors = {name: rng.integers(len(values), size=number) for name, values in FACTORS.items()}
     hues = (factors["colour"] + rng.uniform(-0.2, 0.2, number)) / len(FACTORS["colour"]) % 1
     grid = (np.arange(size) + 0.5) * 2 / size - 1
-    quarter = np.stack([factors["position"] % 2, factors["position"] // 2]) * 0.9 - 0.45
+    quarter = np.stack([factors["position"] % 2, factors["position"] // 2]) * 0.5 - 0.25
     place = quarter[..., None, None] + rng.uniform(-0.1, 0.1, (2, number, 1, 1))
-    radius = rng.uniform(0.4, 0.55, (number, 1, 1))
+    radius = rng.uniform(0.5, 0.7, (number, 1, 1))
     cover = np.zeros((number, size, size), dtype=bool)
     for kind in range(len(FACTORS["shape"])):
         chosen = np.flatnonzero(factors["shape"] == kind)

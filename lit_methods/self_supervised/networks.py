@@ -103,6 +103,8 @@ class ViTEncoder(nn.Module):
         self.blocks = _blocks(width, depth, heads, norm_eps)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         _initialise(self, self.blocks)
+        inputs = channels * patch_size**2
+        trunc_normal_(self.patch_embed.proj.weight, std=0.02 * (768 / inputs) ** 0.5)  # else positions drown what small patches show
 
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Tokens of the patches.
