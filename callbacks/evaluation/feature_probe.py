@@ -1,15 +1,17 @@
 """How much a classifier would get out of a module's features: a linear probe and nearest neighbours, for any module."""
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lit_methods import checks, distributed
-from lit_methods.callbacks.batch import Key, inputs_and_labels, logits_of
+from lit_methods.callbacks.batch import Key, inputs_and_labels
 from lit_methods.callbacks.evaluation.callback import EvaluationCallback, Split
 from lit_methods.callbacks.twin import observed, training_batches
 from lit_methods.panels import Curve, Panel
@@ -28,7 +30,8 @@ class FeatureProbe(EvaluationCallback):
     count together. Features of all samples are kept in memory meanwhile: (samples, D) float32. Weights, running statistics and random
     numbers stay as they are. The sanity check looks at the features' shape alone.
     Saves: nothing.
-    Refuses: features of another shape than (B, D), batches without (B,) integer labels, ``validate`` and ``test`` without a datamodule.
+    Refuses: modules without such features, features of another shape than (B, D), batches without (B,) integer labels, training data that
+    are neither a ``DataLoader`` nor a list, ``validate`` and ``test`` without a datamodule.
 
     Args:
         features: Method or submodule that maps the inputs of a batch to (B, D) features; ``forward``: the module itself.
@@ -41,6 +44,7 @@ class FeatureProbe(EvaluationCallback):
         temperature: Of their votes; small: the nearest decide.
 
     Raises:
+        TypeError: In ``setup``, the module has nothing of that name.
         ValueError: An argument out of range; while running, batches or features of another form.
     """
 
@@ -73,6 +77,22 @@ class FeatureProbe(EvaluationCallback):
         self._twin: pl.LightningModule | None = None
         self._seen: list[tuple[Tensor, Tensor]] = []  # features and labels of this evaluation's batches
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a module without what ``features`` names."""
+        super().setup(trainer, pl_module, stage)
+        self.when_built(pl_module, lambda: self._check(pl_module))
+
+    def _check(self, pl_module: pl.LightningModule) -> None:
+        try:
+            known = callable(operator.attrgetter(self.features)(pl_module))
+        except AttributeError:
+            known = False
+        if not known or (self.features == "forward" and not is_overridden("forward", pl_module, pl.LightningModule)):
+            raise TypeError(
+                f"FeatureProbe needs features, but {type(pl_module).__name__} has no {self.features!r} that maps inputs to them: give "
+                "features the name of a method or submodule that takes the inputs of a batch and returns (B, D)"
+            )
+
     def begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:
         """Forget the epoch before."""
         self._twin, self._seen = None, []
@@ -92,11 +112,12 @@ class FeatureProbe(EvaluationCallback):
             self._twin = observed(trainer, pl_module, type(self).__name__)
         inputs, labels = inputs_and_labels(batch, self.inputs, self.labels)
         with isolate_rng(pl_module.device.type == "cuda"):
-            features = logits_of(self._twin, self.features, inputs)
-        if features.ndim != 2 or len(features) != len(labels):
+            features = self._twin(inputs) if self.features == "forward" else operator.attrgetter(self.features)(self._twin)(inputs)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(labels):
+            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(
-                f"features={self.features!r} gives {tuple(features.shape)} for {len(labels)} samples, expected (B, D): name a method or "
-                "submodule that pools its output"
+                f"features={self.features!r} gives {shape} for {len(labels)} samples, expected (B, D): name a method or submodule that pools "
+                "its output"
             )
         return features.float(), labels.to(features.device)
 
@@ -130,7 +151,7 @@ class FeatureProbe(EvaluationCallback):
     @staticmethod
     def _training_batches(trainer: pl.Trainer) -> Iterator[Any]:
         if trainer.state.fn == "fit":
-            yield from training_batches(trainer)
+            yield from training_batches(trainer, "it takes training features", "give one, or a list of batches")
             return
         data: Any = getattr(trainer, "datamodule", None)
         if data is None:

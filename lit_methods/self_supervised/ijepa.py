@@ -116,7 +116,7 @@ class IJEPA(Evaluated):
         heads = predictor_heads if predictor_heads is not None else getattr(encoder, "heads", 1)
         self.encoder = encoder
         self.predictor = ViTPredictor(encoder.grid, encoder.width, predictor_width, predictor_depth, heads)
-        self.target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.target_encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
         self.eval_loss = MeanMetric()
         self._length = 1  # of the schedules, in optimiser steps
         self.draw_masks(1, "a trial")  # refuses a grid that is too small

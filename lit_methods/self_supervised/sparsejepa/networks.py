@@ -62,7 +62,7 @@ class GroupedAutoencoder(nn.Module):
     def forward(self, embedding: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, D) and (B, K) normal noise -> reconstruction (B, D), mean and standard deviation of the latents."""
         mean, std = self.encode(embedding)
-        return self.decode(mean + std * noise), mean, std
+        return self.decode((mean + std * noise).to(mean.dtype)), mean, std
 
 
 __all__ = ["GroupMaps", "GroupedAutoencoder"]
