@@ -152,6 +152,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "EMARemoval": {"student": "head", "teacher": "teacher"},
     "WeightEMA": {},
     "Reliability": {},
+    "FeatureProbe": {},
     "SampleGrid": {},
     "SampleQuality": {"features": nn.Flatten(), "neighbours": 2},
     "ConR": {"features": "body", "predictions": "head"},
@@ -175,6 +176,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "CAST": {"n": 2, "m": 4, **NM, "distill": "head", "finalize": False},
     "DSL": {"density": 0.5, "targets": ["table"], "interval": 2},
     "DynamicSparsity": {"density": 0.5, "interval": 2, **NM},
+    "GroupSparsity": NM,
     "IterativeSoftShrinkage": {"prune_iters": 2, **NM},
     "MaskedBNSparsity": {"stage": "global_sparsity"},
     "NMSparsity": {"n": 2, "m": 4, **NM},
@@ -333,7 +335,7 @@ def test_every_public_callback_has_an_entry() -> None:
 # ---- two processes ---------------------------------------------------------------------------------------------------------------------
 
 LOG_AT_THE_END_OF_EPOCHS = {
-    "ADELE", "AdaWAC", "IterativeSoftShrinkage", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality",
+    "ADELE", "AdaWAC", "FeatureProbe", "IterativeSoftShrinkage", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality",
     "SparseIFT", "SparsityReport",
 }  # fmt: skip
 
