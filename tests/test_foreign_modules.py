@@ -273,7 +273,11 @@ REFUSES: dict[tuple[str, str], str] = {
     ): "calls backward itself (automatic_optimization = False): add the term's function",
     ("torchgeo RegressionTask", "TCM"): "TCM needs classes, as integers: name such ones by labels",
     **cells(PLACES, ("TCM",), "expected one value a sample, (B,) or (B, 1): name such ones by labels"),
-    **cells(PLACES, ("Reliability", "FeatureProbe", "RandomPruning, SNIP"), "expected one class a sample, (B,) integers; name such ones by labels"),
+    **cells(
+        PLACES,
+        ("Reliability", "FeatureProbe", "RandomPruning, SNIP"),
+        "expected one class a sample, (B,) integers; name such ones by labels",
+    ),
     **cells(
         ("lightly SimCLR", "lightly BYOL", "lightly MoCo"),
         ("FDS",),

@@ -22,8 +22,8 @@ from lit_methods.steps import log_global
 class FeatureProbe(EvaluationCallback):
     """Classifies the validation (or test) samples by a module's features: by a linear classifier, and by their nearest neighbours.
 
-    Both are fitted to the features of the training samples, as the first epoch's training loader brings them, and to their labels. The module
-    isn't trained by them and needs no labels itself: this is how features of self-supervised learning are judged.
+    Both are fitted to the features of the training samples, as the first epoch's training loader brings them, and to their labels. The
+    module isn't trained by them and needs no labels itself: this is how features of self-supervised learning are judged.
 
     Runs: at the end of each ``every_n_epochs``-th validation epoch and of a test, one pass over the training loader in evaluation mode, and
     a fit by :func:`~lit_methods.self_supervised.probe.linear_probe`; each batch of the evaluation takes one pass more. All ranks' samples
@@ -116,8 +116,8 @@ class FeatureProbe(EvaluationCallback):
         if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(labels):
             shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise ValueError(
-                f"features={self.features!r} gives {shape} for {len(labels)} samples, expected (B, D): name a method or submodule that pools "
-                "its output"
+                f"features={self.features!r} gives {shape} for {len(labels)} samples, expected (B, D): name a method or submodule "
+                "that pools its output"
             )
         return features.float(), labels.to(features.device)
 

@@ -68,9 +68,9 @@ def group_shrink(weight: Tensor, threshold: Tensor | float, over: Sequence[int] 
 class GroupSparsity(SparsityCallback):
     """Adds the group lasso to any training: weight times the sum of the norms of groups of weights, which sets whole groups to exactly 0.
 
-    In mode ``proximal`` the penalty isn't differentiated: behind each step of an optimiser, each group is shrunk towards 0 by step size times
-    ``weight``, and stays at 0 if its norm is smaller. A group may come back when its gradient is large enough. In mode ``penalty`` the
-    penalty's gradient joins the others', which never gives exact zeros.
+    In mode ``proximal`` the penalty isn't differentiated: behind each step of an optimiser, each group is shrunk towards 0 by step size
+    times ``weight``, and stays at 0 if its norm is smaller. A group may come back when its gradient is large enough. In mode ``penalty``
+    the penalty's gradient joins the others', which never gives exact zeros.
 
     Runs: on the weights that ``targets`` choose, in a hook of the optimisers themselves, so that accumulation, manual optimisation and AMP
     need nothing special. The gradient of ``penalty`` is added once per step, to gradients that are summed over micro-batches, averaged over
@@ -79,8 +79,8 @@ class GroupSparsity(SparsityCallback):
 
     Saves: nothing; what it does follows from weights and optimiser.
 
-    Refuses: strategies that shard weights, targets that match nothing, aren't trained or lack a dimension of ``over``, and modules without a
-    chosen weight.
+    Refuses: strategies that shard weights, targets that match nothing, aren't trained or lack a dimension of ``over``, and modules without
+    a chosen weight.
 
     Args:
         targets: ``fnmatch`` patterns on submodule names; empty: every linear, convolution and attention module.
@@ -89,8 +89,8 @@ class GroupSparsity(SparsityCallback):
         over: Dimensions of a weight that a group runs along: ``[0]`` makes a group of each input of a linear layer, ``[1]`` of each output,
             ``[1, 2, 3]`` of each filter of a convolution.
         mode: ``proximal`` or ``penalty``.
-        step_size: Of the proximal step; None: the learning rate that the optimiser's step had. Adam moves weights by about its learning rate
-            whatever the gradient, so under Adam it is a setting of its own.
+        step_size: Of the proximal step; None: the learning rate that the optimiser's step had. Adam moves weights by about its learning
+            rate whatever the gradient, so under Adam it is a setting of its own.
 
     Raises:
         ValueError: An argument outside its range; in ``setup``, weights that don't fit.

@@ -29,8 +29,8 @@ class IJEPA(Evaluated):
 
     Of each image the encoder sees the context, a large block without the target blocks. A narrow predictor gives the features of the target
     blocks at their places; the target encoder, which sees the whole image, has made those that it should give. The loss is their smooth L1
-    distance, after the target features are normalised. The target encoder isn't trained: after each optimiser step it becomes m times itself
-    plus (1 - m) times the encoder, with m rising linearly to 1 over the training.
+    distance, after the target features are normalised. The target encoder isn't trained: after each optimiser step it becomes m times
+    itself plus (1 - m) times the encoder, with m rising linearly to 1 over the training.
 
     ``forward`` gives what is learned: the target encoder's tokens, averaged over the patches, (B, width).
 
@@ -191,7 +191,7 @@ class IJEPA(Evaluated):
     # ---- optimiser -------------------------------------------------------------------------------------------------------------------
 
     def momentum(self) -> float:
-        """m of the optimiser step that comes next."""
+        """M of the optimiser step that comes next."""
         return linear_decay(self.global_step, self._length, self.hparams["momentum"])
 
     def undecayed(self, name: str, parameter: nn.Parameter) -> bool:

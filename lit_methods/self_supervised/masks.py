@@ -78,8 +78,8 @@ def draw_block_masks(
 ) -> tuple[Tensor, Tensor]:
     """Context and targets of a batch: one size of blocks for all images, places for each.
 
-    The context is a square block less the target blocks. Where no more than ``min_keep`` patches of it are left in 20 places, it may overlap
-    with the last target block, after 20 more with the last two, and so on.
+    The context is a square block less the target blocks. Where no more than ``min_keep`` patches of it are left in 20 places, it may
+    overlap with the last target block, after 20 more with the last two, and so on.
 
     Args:
         batch_size: B >= 1.
@@ -104,7 +104,8 @@ def draw_block_masks(
     if min(target) < 1 or context[0] * context[1] <= min_keep:
         raise ValueError(
             f"on {grid[0]} x {grid[1]} patches a target block has {target[0]} x {target[1]} of them and the context {context[0]} x "
-            f"{context[1]}: expected at least 1 and more than min_keep={min_keep}; take smaller patches, larger scales or a smaller min_keep"
+            f"{context[1]}: expected at least 1 and more than min_keep={min_keep}; take smaller patches, larger scales or a "
+            "smaller min_keep"
         )
 
     def corners(size: tuple[int, int], shape: Sequence[int]) -> tuple[Tensor, Tensor]:

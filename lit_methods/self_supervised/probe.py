@@ -10,12 +10,11 @@ from torch import Tensor
 _ROWS = 1024  # whose neighbours are looked for at once
 
 
-def linear_probe(
-    train: Tensor, labels: Tensor, features: Tensor, num_classes: int, l2: float = 1e-3, iterations: int = 200
-) -> Tensor:
+def linear_probe(train: Tensor, labels: Tensor, features: Tensor, num_classes: int, l2: float = 1e-3, iterations: int = 200) -> Tensor:
     """Multinomial logistic regression on fixed features, fitted by L-BFGS from zero: the same numbers give the same classifier.
 
-    It minimises mean cross-entropy + l2 / 2 * |W|^2, on features that are standardised by the training features' mean and standard deviation.
+    It minimises mean cross-entropy + l2 / 2 * |W|^2, on features that are standardised by the training features' mean and standard
+    deviation.
 
     Args:
         train: (N, D) floating point.

@@ -335,8 +335,8 @@ def test_every_public_callback_has_an_entry() -> None:
 # ---- two processes ---------------------------------------------------------------------------------------------------------------------
 
 LOG_AT_THE_END_OF_EPOCHS = {
-    "ADELE", "AdaWAC", "FeatureProbe", "IterativeSoftShrinkage", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality",
-    "SparseIFT", "SparsityReport",
+    "ADELE", "AdaWAC", "FeatureProbe", "IterativeSoftShrinkage", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability",
+    "SampleQuality", "SparseIFT", "SparsityReport",
 }  # fmt: skip
 
 

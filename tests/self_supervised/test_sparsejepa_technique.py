@@ -139,7 +139,9 @@ def test_multi_information_of_gaussians():
     x = torch.randn(200_000, 2, generator=generator, dtype=torch.float64)
     rho = 0.8
     pair = torch.stack([x[:, 0], rho * x[:, 0] + (1 - rho**2) ** 0.5 * x[:, 1]], dim=1)
-    torch.testing.assert_close(multi_information(pair), torch.tensor(-0.5, dtype=torch.float64) * torch.tensor(1 - rho**2).log(), atol=5e-3, rtol=0)
+    torch.testing.assert_close(
+        multi_information(pair), torch.tensor(-0.5, dtype=torch.float64) * torch.tensor(1 - rho**2).log(), atol=5e-3, rtol=0
+    )
     assert multi_information(x) < 1e-3
     assert multi_information(torch.cat([pair, torch.ones(len(x), 1)], dim=1)) == pytest.approx(float(multi_information(pair)))
     assert multi_information(pair[:, :1].expand(-1, 2)) == float("inf") or multi_information(pair[:, :1].expand(-1, 2)) > 10

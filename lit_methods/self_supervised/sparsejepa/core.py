@@ -1,8 +1,8 @@
 """The maths of SparseJEPA beside I-JEPA's: latents, generators of groups, their loss, and how much the latents tell of each other.
 
-Source: "SparseJEPA: Sparse Representation Learning of Joint Embedding Predictive Architectures" (arXiv:2504.16140), whose code isn't public;
-how its terms are made of oi-VAE (arXiv:1802.06765, and samuela/oi-vae@60922cf: lib/models.py, lib/utils.py) is our reading of abstract and
-summaries. The group lasso and its proximal step are those of :mod:`lit_methods.callbacks.sparsity.group_sparsity`.
+Source: "SparseJEPA: Sparse Representation Learning of Joint Embedding Predictive Architectures" (arXiv:2504.16140), whose code isn't
+public; how its terms are made of oi-VAE (arXiv:1802.06765, and samuela/oi-vae@60922cf: lib/models.py, lib/utils.py) is our reading of
+abstract and summaries. The group lasso and its proximal step are those of :mod:`lit_methods.callbacks.sparsity.group_sparsity`.
 """
 
 from typing import NamedTuple

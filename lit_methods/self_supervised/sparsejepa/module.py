@@ -30,11 +30,10 @@ TECHNIQUE = Technique(
     family="self_supervised",
     form="module",
     classes=("lit_methods.SparseJEPA", "lit_methods.IJEPA", "lit_methods.ViTEncoder", "lit_methods.callbacks.GroupSparsity"),
-    configs=("sparsejepa.yaml",),
+    configs=("sparsejepa.yaml", "ijepa.yaml"),
     golden=("jepa_loss", "predictor_forward", "block_size", "schedules", "group_penalty", "position_embedding"),
     claim="A group lasso on latents that explain groups of the embedding costs I-JEPA's linear probe no accuracy.",
     summary="I-JEPA whose embeddings are explained by latents, each tied to few groups of their numbers by a group lasso.",
-    draft=True,
 )
 
 Embedding = Literal["mean", "tokens"]
@@ -44,9 +43,9 @@ class SparseJEPA(IJEPA):
     """I-JEPA with latents that explain groups of the embedding's numbers, each latent as few groups as it can.
 
     The encoder's embedding e, cut into G groups of numbers, is explained by K latents z ~ q(z | e) through generators, one for each group:
-    e_hat^(g) = f_g(W^(g) z). The loss is L_JEPA + ``sparse_weight`` (|e - e_hat|^2 + ``kl_weight`` KL(q || N(0, I))), and ``sparsity`` times
-    the sum of the norms of all columns of all W^(g) is kept small by a :class:`~lit_methods.callbacks.GroupSparsity`, which this module
-    brings along: with mode ``proximal`` columns become exactly 0, so that a latent has nothing to do with a group. Gradients flow into the
+    e_hat^(g) = f_g(W^(g) z). The loss is L_JEPA + ``sparse_weight`` (|e - e_hat|^2 + ``kl_weight`` KL(q || N(0, I))), and ``sparsity``
+    times the sum of the norms of all columns of all W^(g) is kept small by a :class:`~lit_methods.callbacks.GroupSparsity`, which this
+    module brings along: with mode ``proximal`` columns become exactly 0, so that a latent has nothing to do with a group. Gradients flow into the
     encoder, not into the target encoder.
 
     Runs: as :class:`IJEPA`. The latents' noise follows from ``seed``, step, batch and rank. After validation the multi-information of the
