@@ -40,7 +40,8 @@ class ShapeFactorsDataModule(ClassificationDataModule):
     Batch: {"image": (B, 3, 16, 16) float32, "label": (B,) int64, "shape": (B,) int64, "colour": (B,) int64, "position": (B,) int64}
 
     Five shapes, six colours and four quarters of the image; sizes, shades, places within the quarter and the background vary, and there is
-    noise. Pixels lie in [-1, 1]. There is nothing to download and no ``root``. Validation and test are the same images, which no seed of the training part shares.
+    noise. Pixels lie in [-1, 1]. There is nothing to download and no ``root``. Validation and test are the same images, which no seed of
+    the training part shares.
 
     Args:
         num_train: Images of the training part.

@@ -45,8 +45,8 @@ class SparseJEPA(IJEPA):
     The encoder's embedding e, cut into G groups of numbers, is explained by K latents z ~ q(z | e) through generators, one for each group:
     e_hat^(g) = f_g(W^(g) z). The loss is L_JEPA + ``sparse_weight`` (|e - e_hat|^2 + ``kl_weight`` KL(q || N(0, I))), and ``sparsity``
     times the sum of the norms of all columns of all W^(g) is kept small by a :class:`~lit_methods.callbacks.GroupSparsity`, which this
-    module brings along: with mode ``proximal`` columns become exactly 0, so that a latent has nothing to do with a group. Gradients flow into the
-    encoder, not into the target encoder.
+    module brings along: with mode ``proximal`` columns become exactly 0, so that a latent has nothing to do with a group.
+    Gradients flow into the encoder, not into the target encoder.
 
     Runs: as :class:`IJEPA`. The latents' noise follows from ``seed``, step, batch and rank. After validation the multi-information of the
     latents of whole images is logged, a Gaussian estimate in nats, over all ranks.
