@@ -3,7 +3,7 @@
 Source: oi-VAE (arXiv:1802.06765), section 3.3, and samuela/oi-vae@60922cf (lib/models.py, BayesianGroupLassoGenerator).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -77,6 +77,8 @@ class GroupSparsity(SparsityCallback):
     ranks and unscaled, before clipping; with several optimisers, where each holds its weights. Losses that are logged don't contain the
     penalty. Averaged copies (``EMATeacher``) follow the weights, and reach 0 in the limit.
 
+    Several may be used together, on different weights; the second logs as ``group_sparsity_2``.
+
     Saves: nothing; what it does follows from weights and optimiser.
 
     Refuses: strategies that shard weights, targets that match nothing, aren't trained or lack a dimension of ``over``, and modules without
@@ -119,6 +121,7 @@ class GroupSparsity(SparsityCallback):
             raise ValueError(f"over is {list(over)}: give the dimensions that a group runs along, each once, such as [0]")
         self.weight, self.over, self.mode, self.step_size = weight, tuple(over), mode, step_size
         self.weights: dict[str, nn.Parameter] = {}
+        self._name = self.prefix  # before the names of figures: with _2 and so on where there are several
         self._handles: list[Any] = []
 
     def _choose(self, pl_module: nn.Module, held: set[int] | None = None) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
@@ -135,6 +138,9 @@ class GroupSparsity(SparsityCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             refuse_sharded(trainer, type(self).__name__)
+            alike = [callback for callback in trainer.callbacks if type(callback) is type(self)]  # type: ignore[attr-defined]
+            place = next(number for number, callback in enumerate(alike, start=1) if callback is self)
+            self._name = self.prefix if place == 1 else f"{self.prefix}_{place}"
             if built_by(pl_module) is None:
                 self._choose(pl_module)
 
@@ -177,16 +183,17 @@ class GroupSparsity(SparsityCallback):
         """Log the share of zero groups and the penalty."""
         if logs_now(pl_module):
             norms = torch.cat([norm.flatten() for norm in self.norms().values()])
-            self.log_step(pl_module, {"zero_groups": (norms == 0).float().mean(), "penalty": norms.sum()})
+            figures = {"zero_groups": (norms == 0).float().mean(), "penalty": norms.sum()}
+            pl_module.log_dict({f"{self._name}/{name}": value for name, value in figures.items()}, on_epoch=False, batch_size=1)
 
-    def dashboard_media(self) -> Mapping[str, Media]:
+    def dashboard_media(self) -> dict[str, Media]:
         """Table of the weights."""
         rows = [
             (name, " x ".join(map(str, self.weights[name].shape)), norm.numel(), int((norm == 0).sum()), float(norm.mean()))
             for name, norm in self.norms().items()
         ]
         heading = ("weight", "shape", "groups", "exactly 0", "mean norm")
-        return {"group_sparsity/weights": TableMedia(heading, tuple(rows))} if rows else {}
+        return {f"{self._name}/weights": TableMedia(heading, tuple(rows))} if rows else {}
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimisers."""

@@ -19,7 +19,7 @@ from lit_methods.optim import scheduled
 from lit_methods.panels import Curve, Panel
 from lit_methods.seeds import own_seed
 from lit_methods.self_supervised.jepa import Distance, jepa_loss, jepa_targets, learning_rate_at, weight_decay_at
-from lit_methods.self_supervised.masks import draw_block_masks
+from lit_methods.self_supervised.masks import check_blocks, draw_block_masks
 from lit_methods.self_supervised.networks import ViTPredictor
 from lit_methods.steps import log_global, steps_per_epoch, training_length
 
@@ -113,13 +113,13 @@ class IJEPA(Evaluated):
         checks.one_of(Distance, distance=distance)
         checks.share(momentum=momentum)
         self.save_hyperparameters(ignore=["encoder"])
+        check_blocks(encoder.grid, target_scale, target_aspect, context_scale, min_keep)  # type: ignore[arg-type]
         heads = predictor_heads if predictor_heads is not None else getattr(encoder, "heads", 1)
         self.encoder = encoder
         self.predictor = ViTPredictor(encoder.grid, encoder.width, predictor_width, predictor_depth, heads)
         self.target_encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
         self.eval_loss = MeanMetric()
         self._length = 1  # of the schedules, in optimiser steps
-        self.draw_masks(1, "a trial")  # refuses a grid that is too small
 
     def train(self, mode: bool = True) -> "IJEPA":
         """The target encoder always evaluates."""
@@ -131,12 +131,8 @@ class IJEPA(Evaluated):
         """(B, channels, H, W) images -> (B, width) features: the target encoder's tokens, averaged."""
         return self.target_encoder(images).mean(1)
 
-    def place(self, batch_idx: int) -> str:
-        """Where in the training a random number is drawn."""
-        return f"step {self.global_step} batch {batch_idx}" if self.training else f"evaluation batch {batch_idx}"
-
     def draw_masks(self, batch_size: int, place: str) -> tuple[Tensor, Tensor]:
-        """Context (1, B, n) and targets (M, B, k): indices of patches, on the module's device."""
+        """Context (1, B, n) and targets (M, B, k): indices of patches, on the module's device. ``place`` and seed say which."""
         hp = self.hparams
         sizes, places = (
             torch.Generator().manual_seed(own_seed(f"IJEPA {what} {place}", hp["seed"]))
@@ -166,7 +162,7 @@ class IJEPA(Evaluated):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch."""
-        loss, _, features = self.prediction_loss(batch["image"], self.place(batch_idx))
+        loss, _, features = self.prediction_loss(batch["image"], f"step {self.global_step} batch {batch_idx}")
         self.log_prediction(loss, features)
         return loss
 
@@ -177,7 +173,7 @@ class IJEPA(Evaluated):
         self.log("jepa/momentum", self.momentum(), batch_size=len(features))
 
     def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss, _, _ = self.prediction_loss(batch["image"], self.place(batch_idx))
+        loss, _, _ = self.prediction_loss(batch["image"], f"evaluation batch {batch_idx}")
         self.eval_loss.update(loss, weight=len(batch["image"]))
 
     def _log_evaluation(self, part: Part) -> None:
@@ -217,7 +213,7 @@ class IJEPA(Evaluated):
         """The step's weight decay first; the target encoder follows at once, so that a checkpoint saved when the batch ends has it."""
         hp, momentum = self.hparams, self.momentum()
         for group in optimizer.param_groups:
-            if group["decays"]:
+            if group.get("decays"):
                 group["weight_decay"] = weight_decay_at(self.global_step + 1, self._length, hp["weight_decay"], hp["final_weight_decay"])
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         ema_update(state_tensors(self.target_encoder), state_tensors(self.encoder), momentum)

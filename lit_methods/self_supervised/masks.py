@@ -64,6 +64,29 @@ def first_patches(masks: Tensor) -> Tensor:
     return order[..., : int(masks.sum(-1).min())]
 
 
+def check_blocks(
+    grid: tuple[int, int],
+    target_scale: tuple[float, float],
+    target_aspect: tuple[float, float],
+    context_scale: tuple[float, float],
+    min_keep: int,
+) -> None:
+    """Raise if a block that may be drawn is too small: arguments are those of :func:`draw_block_masks`.
+
+    Raises:
+        ValueError: A target block without a patch, or a context that has no more than ``min_keep``.
+    """
+    for share in (place / 100 for place in range(101)):
+        target = block_size(grid, target_scale, target_aspect, share, share)
+        context = block_size(grid, context_scale, (1.0, 1.0), share, share)
+        if min(target) < 1 or context[0] * context[1] <= min_keep:
+            raise ValueError(
+                f"on {grid[0]} x {grid[1]} patches a target block may have {target[0]} x {target[1]} of them and the context "
+                f"{context[0]} x {context[1]}: expected at least 1 and more than min_keep={min_keep}; take smaller patches, larger scales or a smaller "
+                "min_keep"
+            )
+
+
 def draw_block_masks(
     batch_size: int,
     grid: tuple[int, int],
@@ -96,17 +119,12 @@ def draw_block_masks(
         Context (1, B, n) and targets (M, B, k): int64 indices of patches on the CPU, rising.
 
     Raises:
-        ValueError: The grid is too small for the blocks.
+        ValueError: The grid is too small for the blocks, whichever sizes are drawn.
     """
+    check_blocks(grid, target_scale, target_aspect, context_scale, min_keep)
     share = torch.rand(2, generator=sizes).tolist()
     target = block_size(grid, target_scale, target_aspect, share[0], share[0])
     context = block_size(grid, context_scale, (1.0, 1.0), share[1], share[1])
-    if min(target) < 1 or context[0] * context[1] <= min_keep:
-        raise ValueError(
-            f"on {grid[0]} x {grid[1]} patches a target block has {target[0]} x {target[1]} of them and the context {context[0]} x "
-            f"{context[1]}: expected at least 1 and more than min_keep={min_keep}; take smaller patches, larger scales or a "
-            "smaller min_keep"
-        )
 
     def corners(size: tuple[int, int], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         top, left = (torch.randint(whole - part, tuple(shape), generator=places) for whole, part in zip(grid, size, strict=True))
@@ -122,4 +140,4 @@ def draw_block_masks(
     return first_patches(chosen)[None], first_patches(targets)
 
 
-__all__ = ["block_size", "blocks_at", "draw_block_masks", "first_patches"]
+__all__ = ["block_size", "blocks_at", "check_blocks", "draw_block_masks", "first_patches"]

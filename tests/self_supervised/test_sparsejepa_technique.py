@@ -195,7 +195,7 @@ def test_weight_decay_rises_and_leaves_biases_norms_and_maps_alone():
 
 def test_with_lambda_columns_become_exactly_zero_and_without_none():
     shares = {sparsity: fit(module(sparsity=sparsity), max_steps=6).callback_metrics for sparsity in (0.0, 200.0)}
-    assert float(shares[0.0].get("group_sparsity/zero_groups", 0)) == 0
+    assert float(shares[0.0].get("sparsejepa/zero_groups", 0)) == 0
     model = module(sparsity=200.0)
     fit(model, max_steps=6)
     norms = model.sparse.maps.weight.norm(dim=-1)

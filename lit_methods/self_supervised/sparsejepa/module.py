@@ -39,6 +39,17 @@ TECHNIQUE = Technique(
 Embedding = Literal["mean", "tokens"]
 
 
+class _MapSparsity(GroupSparsity):
+    """The module's own: it goes together with a ``GroupSparsity`` of the user, and the module shows what it does."""
+
+    prefix = "sparsejepa"
+    panels: ClassVar[tuple[Panel, ...]] = ()
+
+    def dashboard_media(self) -> dict[str, Media]:
+        """Nothing: see the module's panels."""
+        return {}
+
+
 class SparseJEPA(IJEPA):
     """I-JEPA with latents that explain groups of the embedding's numbers, each latent as few groups as it can.
 
@@ -92,6 +103,8 @@ class SparseJEPA(IJEPA):
     panels: ClassVar[tuple[Panel, ...]] = (
         ImagePanel("Norms of the maps' columns", "sparsejepa/maps", note="Rows: groups. Columns: latents. Black: exactly 0."),
         *IJEPA.panels,
+        Curve("Columns that are exactly 0", ("sparsejepa/zero_groups",), note="Share of all columns, one for each group and latent."),
+        Curve("Sum of the columns' norms", ("sparsejepa/penalty",)),
         Curve("Explaining the embedding", ("sparsejepa/reconstruction", "sparsejepa/kl"), note="Sums over its numbers, and over latents."),
         Curve("Multi-information of the latents", ("sparsejepa/val_multi_information",), note="Nats; 0: they tell nothing of each other."),
     )
@@ -158,7 +171,7 @@ class SparseJEPA(IJEPA):
     def configure_callbacks(self) -> Sequence[Callback]:
         """The group lasso on the maps."""
         hp = self.hparams
-        return [GroupSparsity(["sparse.maps"], weight=hp["sparsity"], over=(-1,), mode=hp["mode"], step_size=hp["prox_step"])]
+        return [_MapSparsity(["sparse.maps"], weight=hp["sparsity"], over=(-1,), mode=hp["mode"], step_size=hp["prox_step"])]
 
     def undecayed(self, name: str, parameter: nn.Parameter) -> bool:
         """The group lasso takes the place of weight decay on the maps."""
@@ -170,7 +183,7 @@ class SparseJEPA(IJEPA):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch, without the group lasso."""
-        hp, place = self.hparams, self.place(batch_idx)
+        hp, place = self.hparams, f"step {self.global_step} batch {batch_idx}"
         loss, tokens, features = self.prediction_loss(batch["image"], place)
         embedding = tokens.mean(1) if hp["embedding"] == "mean" else tokens.flatten(0, 1)
         reconstruction, mean, std = self.sparse(embedding, self._noise(len(embedding), place))
@@ -184,11 +197,12 @@ class SparseJEPA(IJEPA):
         super()._evaluate(batch, batch_idx)
         tokens = self.encoder(batch["image"])
         mean, std = self.sparse.encode(tokens.mean(1) if self.hparams["embedding"] == "mean" else tokens.flatten(0, 1))
-        self._samples.append(mean.float() + std * self._noise(len(mean), self.place(batch_idx)))
+        self._samples.append(mean.float() + std * self._noise(len(mean), f"evaluation batch {batch_idx}"))
 
     def _log_evaluation(self, part: Part) -> None:
         super()._log_evaluation(part)
-        samples = distributed.gather_rows(torch.cat(self._samples), with_grad=False)
+        none = torch.empty(0, self.hparams["latents"], device=self.device)
+        samples = distributed.gather_rows(torch.cat([none, *self._samples]), with_grad=False)
         self._samples = []
         if len(samples) > 1:
             log_global(self, {f"sparsejepa/{part}_multi_information": multi_information(samples).float()})
