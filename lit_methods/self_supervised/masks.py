@@ -80,10 +80,10 @@ def check_blocks(
         target = block_size(grid, target_scale, target_aspect, share, share)
         context = block_size(grid, context_scale, (1.0, 1.0), share, share)
         if min(target) < 1 or context[0] * context[1] <= min_keep:
+            sizes = f"a target block may have {target[0]} x {target[1]} of them and the context {context[0]} x {context[1]}"
             raise ValueError(
-                f"on {grid[0]} x {grid[1]} patches a target block may have {target[0]} x {target[1]} of them and the context "
-                f"{context[0]} x {context[1]}: expected at least 1 and more than min_keep={min_keep}; take smaller patches, larger scales or a smaller "
-                "min_keep"
+                f"on {grid[0]} x {grid[1]} patches {sizes}: expected at least 1 and more than min_keep={min_keep}; take smaller patches, "
+                "larger scales or a smaller min_keep"
             )
 
 
