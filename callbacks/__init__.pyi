@@ -1,6 +1,7 @@
 from .averaging.ema import EMATeacher as EMATeacher
 from .averaging.ema_removal import EMARemoval as EMARemoval
 from .averaging.weight_ema import WeightEMA as WeightEMA
+from .evaluation.feature_probe import FeatureProbe as FeatureProbe
 from .evaluation.reliability import Reliability as Reliability
 from .evaluation.sample_grid import SampleGrid as SampleGrid
 from .evaluation.sample_quality import SampleQuality as SampleQuality
@@ -35,6 +36,7 @@ from .sparsity.cast.adams import AdamS as AdamS
 from .sparsity.cast.callback import CAST as CAST
 from .sparsity.dsl_recommendation import DSL as DSL
 from .sparsity.dynamic import DynamicSparsity as DynamicSparsity
+from .sparsity.group_sparsity import GroupSparsity as GroupSparsity
 from .sparsity.issp.callback import IterativeSoftShrinkage as IterativeSoftShrinkage
 from .sparsity.masksparsity.callback import MaskedBNSparsity as MaskedBNSparsity
 from .sparsity.progressive_gradient_flow.callback import NMSparsity as NMSparsity

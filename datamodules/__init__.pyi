@@ -30,6 +30,7 @@ from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModu
 from .text.text import TextDataModule as TextDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
+from .vision.factors import ShapeFactorsDataModule as ShapeFactorsDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
 from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule
 from .vision.skimage_pictures import SkimageDataModule as SkimageDataModule

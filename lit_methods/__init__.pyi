@@ -35,6 +35,9 @@ from .prompting.coprompt.module import CoPrompt as CoPrompt
 from .prompting.tiny import TinyTowers as TinyTowers
 from .prompting.towers import CLIPTowers as CLIPTowers
 from .sample_table import SampleTable as SampleTable
+from .self_supervised.ijepa import IJEPA as IJEPA
+from .self_supervised.networks import ViTEncoder as ViTEncoder
+from .self_supervised.sparsejepa.module import SparseJEPA as SparseJEPA
 from .semi.fixmatch import FixMatch as FixMatch
 from .semi.shrinkmatch.module import ShrinkMatch as ShrinkMatch
 from .semi.simmatchv2.module import SimMatchV2 as SimMatchV2

@@ -2,6 +2,7 @@
 from lit_methods.averages import cosine_decay as cosine_decay
 from lit_methods.averages import ema_update as ema_update
 from lit_methods.averages import half_life_decay as half_life_decay
+from lit_methods.averages import linear_decay as linear_decay
 from lit_methods.averages import power_decay as power_decay
 from lit_methods.averages import power_exponent as power_exponent
 from lit_methods.averages import warmup_decay as warmup_decay
@@ -73,6 +74,9 @@ from lit_methods.callbacks.sparsity.dynamics import itop_rate as itop_rate
 from lit_methods.callbacks.sparsity.dynamics import mask_change as mask_change
 from lit_methods.callbacks.sparsity.flops import gradual_training_flops as gradual_training_flops
 from lit_methods.callbacks.sparsity.flops import training_flops as training_flops
+from lit_methods.callbacks.sparsity.group_sparsity import group_norms as group_norms
+from lit_methods.callbacks.sparsity.group_sparsity import group_penalty as group_penalty
+from lit_methods.callbacks.sparsity.group_sparsity import group_shrink as group_shrink
 from lit_methods.callbacks.sparsity.issp.core import draw_sample as draw_sample
 from lit_methods.callbacks.sparsity.issp.core import fitting_pattern as fitting_pattern
 from lit_methods.callbacks.sparsity.issp.core import grow_penalty as grow_penalty
@@ -225,6 +229,20 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.self_supervised.jepa import jepa_loss as jepa_loss
+from lit_methods.self_supervised.jepa import jepa_targets as jepa_targets
+from lit_methods.self_supervised.jepa import repeat_per_context as repeat_per_context
+from lit_methods.self_supervised.jepa import take_patches as take_patches
+from lit_methods.self_supervised.masks import block_size as block_size
+from lit_methods.self_supervised.masks import draw_block_masks as draw_block_masks
+from lit_methods.self_supervised.masks import first_patches as first_patches
+from lit_methods.self_supervised.networks import sincos_positions as sincos_positions
+from lit_methods.self_supervised.probe import linear_probe as linear_probe
+from lit_methods.self_supervised.probe import nearest_neighbours as nearest_neighbours
+from lit_methods.self_supervised.sparsejepa.core import group_maps as group_maps
+from lit_methods.self_supervised.sparsejepa.core import kl_to_standard_normal as kl_to_standard_normal
+from lit_methods.self_supervised.sparsejepa.core import multi_information as multi_information
+from lit_methods.self_supervised.sparsejepa.core import sparse_terms as sparse_terms
 from lit_methods.semi.alignment import align as align
 from lit_methods.semi.alignment import moving_marginal as moving_marginal
 from lit_methods.semi.fixmatch import certain_loss as certain_loss
@@ -304,6 +322,7 @@ __all__ = [
     "best_threshold",
     "best_values",
     "bias_update",
+    "block_size",
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
@@ -351,6 +370,7 @@ __all__ = [
     "doped_rank",
     "doubling_levels",
     "doubling_stage_length",
+    "draw_block_masks",
     "draw_sample",
     "drop_below_threshold",
     "drop_smallest",
@@ -382,6 +402,7 @@ __all__ = [
     "finalized_weight",
     "finite_or_zero",
     "firing_statistics",
+    "first_patches",
     "fit_iou_curve",
     "fit_regression",
     "fit_scaling_law",
@@ -395,7 +416,11 @@ __all__ = [
     "gradual_training_flops",
     "grasp_scores",
     "greedy_edit",
+    "group_maps",
     "group_mean",
+    "group_norms",
+    "group_penalty",
+    "group_shrink",
     "grow",
     "grow_penalty",
     "guided_edit",
@@ -412,17 +437,22 @@ __all__ = [
     "is_refresh_step",
     "iso_flop_transform",
     "itop_rate",
+    "jepa_loss",
+    "jepa_targets",
     "karras_levels",
     "keep_largest",
     "keep_masks",
     "kept_masks",
     "kept_shares",
+    "kl_to_standard_normal",
     "kl_to_teacher",
     "l2_distance",
     "label_weights",
     "layer_density",
     "lift_factors",
     "lightgcn_loss",
+    "linear_decay",
+    "linear_probe",
     "linear_scores",
     "load_masks",
     "load_pruned",
@@ -441,10 +471,12 @@ __all__ = [
     "merged_labels",
     "moving_marginal",
     "mse_codes",
+    "multi_information",
     "multinomial_loss",
     "multiscale_consistency",
     "multistep_sample",
     "nearest_level",
+    "nearest_neighbours",
     "necessity",
     "neighbour_labels",
     "neumf_loss",
@@ -493,6 +525,7 @@ __all__ = [
     "regression_loss",
     "remove_norm_scales",
     "removed_weight",
+    "repeat_per_context",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
@@ -518,11 +551,13 @@ __all__ = [
     "shrunk_loss",
     "sign_counts",
     "simulate",
+    "sincos_positions",
     "slct_loss",
     "sliced_wasserstein",
     "snip_scores",
     "sparse_gradient",
     "sparse_mask",
+    "sparse_terms",
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
@@ -531,6 +566,7 @@ __all__ = [
     "superflow_losses",
     "superpixel_groups",
     "svd_factors",
+    "take_patches",
     "target_frequencies",
     "tcm_loss",
     "temporal_vote",

@@ -208,6 +208,7 @@ RECIPES: dict[str, Recipe] = {
     "sparse_ift_cifar": Recipe(),
     "sparse_ift_imagenet": batch(8),
     "sparseland_resnet50": batch(8),
+    "sparsejepa_cifar100": batch(8),
     "superflow_finetune": DOWNSTREAM,
     "superflow_kitti_1": DOWNSTREAM,
     "superflow_probe": DOWNSTREAM,

@@ -16,7 +16,7 @@ STUB = ROOT / "lit_methods" / "functional.pyi"
 HEAD = "# Written by `make functional` (docs/tools/functional.py): each core's __all__, and what shared files offer."
 
 SHARED = {
-    "averages": "cosine_decay ema_update half_life_decay power_decay power_exponent warmup_decay",
+    "averages": "cosine_decay ema_update half_life_decay linear_decay power_decay power_exponent warmup_decay",
     "callbacks.metric_learning.tcm": "tcm_loss",
     "callbacks.sparsity.cast.adams": "adam_update_ ast_momentum decay_share decayed_momentum",
     "callbacks.sparsity.channels": "load_pruned prune_channels",
@@ -24,6 +24,7 @@ SHARED = {
     "callbacks.sparsity.drop_grow": "drop_below_threshold drop_smallest grow update_mask",
     "callbacks.sparsity.dynamics": "itop_rate mask_change",
     "callbacks.sparsity.flops": "gradual_training_flops training_flops",
+    "callbacks.sparsity.group_sparsity": "group_norms group_penalty group_shrink",
     "callbacks.sparsity.latent": "masked_weight",
     "callbacks.sparsity.masks": "is_nm keep_largest nm_mask random_mask",
     "callbacks.sparsity.schedules": "cosine_drop cubic_sparsity exponential_drop",
@@ -44,6 +45,10 @@ SHARED = {
     "matrix_factorization.regression": "best_threshold code_columns fit_regression linear_scores",
     "optim": "seven_sixteenths_cosine warmup_cosine warmup_cosine_rate warmup_then_epoch_cosine",
     "prompting.towers": "run_prompted_blocks",
+    "self_supervised.jepa": "jepa_loss jepa_targets repeat_per_context take_patches",
+    "self_supervised.masks": "block_size draw_block_masks first_patches",
+    "self_supervised.networks": "sincos_positions",
+    "self_supervised.probe": "linear_probe nearest_neighbours",
     "semi.alignment": "align moving_marginal",
     "semi.fixmatch": "certain_loss",
     "sparse_autoencoders.recovery": "max_cosine share_above",

@@ -173,6 +173,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "EMARemoval": {"student": "head", "teacher": "teacher"},
     "WeightEMA": {},
     "Reliability": {},
+    "FeatureProbe": {},
     "SampleGrid": {},
     "SampleQuality": {"features": nn.Flatten(), "neighbours": 2},
     "ConR": {"features": "body", "predictions": "head"},
@@ -196,6 +197,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "CAST": {"n": 2, "m": 4, **NM, "distill": "head", "finalize": False},
     "DSL": {"density": 0.5, "targets": ["table"], "interval": 2},
     "DynamicSparsity": {"density": 0.5, "interval": 2, **NM},
+    "GroupSparsity": NM,
     "IterativeSoftShrinkage": {"prune_iters": 2, **NM},
     "MaskedBNSparsity": {"stage": "global_sparsity"},
     "NMSparsity": {"n": 2, "m": 4, **NM},
@@ -359,8 +361,8 @@ def test_every_public_callback_has_an_entry() -> None:
 # ---- two processes ---------------------------------------------------------------------------------------------------------------------
 
 LOG_AT_THE_END_OF_EPOCHS = {
-    "ADELE", "AdaWAC", "IterativeSoftShrinkage", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality",
-    "SparseIFT", "SparsityReport", "AFAEvaluation", "BidirectionalityMonitor", "FeatureRecovery", "SteeringProbe",
+    "ADELE", "AdaWAC", "AFAEvaluation", "BidirectionalityMonitor", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
+    "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality", "SparseIFT", "SparsityReport", "SteeringProbe",
 }  # fmt: skip
 
 
