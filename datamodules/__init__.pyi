@@ -1,3 +1,4 @@
+from .activations.harvest import HarvestedActivations as HarvestedActivations
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .fewshot.images import FewShotDataModule as FewShotDataModule
