@@ -23,10 +23,14 @@ from .run.finite import FiniteGuard as FiniteGuard
 from .run.preemption import Preemption as Preemption
 from .run.progress import ThroughputProgressBar as ThroughputProgressBar
 from .run.step_cost import StepCost as StepCost
+from .sparsity.baselines import Magnitude as Magnitude
+from .sparsity.baselines import SparseGPT as SparseGPT
+from .sparsity.baselines import Wanda as Wanda
 from .sparsity.card import SparsityCard as SparsityCard
 from .sparsity.cast.adams import AdamS as AdamS
 from .sparsity.cast.callback import CAST as CAST
 from .sparsity.dsl_recommendation import DSL as DSL
+from .sparsity.dsnot.callback import DSnoT as DSnoT
 from .sparsity.dynamic import DynamicSparsity as DynamicSparsity
 from .sparsity.issp.callback import IterativeSoftShrinkage as IterativeSoftShrinkage
 from .sparsity.masksparsity.callback import MaskedBNSparsity as MaskedBNSparsity

@@ -43,10 +43,14 @@ from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold as dro
 from lit_methods.callbacks.sparsity.drop_grow import drop_smallest as drop_smallest
 from lit_methods.callbacks.sparsity.drop_grow import grow as grow
 from lit_methods.callbacks.sparsity.drop_grow import update_mask as update_mask
+from lit_methods.callbacks.sparsity.dsnot.core import contribution as contribution
+from lit_methods.callbacks.sparsity.dsnot.core import dsnot_nm as dsnot_nm
+from lit_methods.callbacks.sparsity.dsnot.core import dsnot_unstructured as dsnot_unstructured
 from lit_methods.callbacks.sparsity.dynamics import itop_rate as itop_rate
 from lit_methods.callbacks.sparsity.dynamics import mask_change as mask_change
 from lit_methods.callbacks.sparsity.flops import gradual_training_flops as gradual_training_flops
 from lit_methods.callbacks.sparsity.flops import training_flops as training_flops
+from lit_methods.callbacks.sparsity.input_statistics import input_statistics as input_statistics
 from lit_methods.callbacks.sparsity.issp.core import draw_sample as draw_sample
 from lit_methods.callbacks.sparsity.issp.core import fitting_pattern as fitting_pattern
 from lit_methods.callbacks.sparsity.issp.core import grow_penalty as grow_penalty
@@ -68,6 +72,12 @@ from lit_methods.callbacks.sparsity.masksparsity.core import penalty_gradient as
 from lit_methods.callbacks.sparsity.masksparsity.core import save_masks as save_masks
 from lit_methods.callbacks.sparsity.masksparsity.core import sparse_gradient as sparse_gradient
 from lit_methods.callbacks.sparsity.masksparsity.core import threshold_mask as threshold_mask
+from lit_methods.callbacks.sparsity.one_shot import expected_error as expected_error
+from lit_methods.callbacks.sparsity.one_shot import initial_score as initial_score
+from lit_methods.callbacks.sparsity.one_shot import keep_high_scores as keep_high_scores
+from lit_methods.callbacks.sparsity.one_shot import magnitude_mask as magnitude_mask
+from lit_methods.callbacks.sparsity.one_shot import sparsegpt as sparsegpt
+from lit_methods.callbacks.sparsity.one_shot import wanda_mask as wanda_mask
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import decay_pruned as decay_pruned
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import flow_factor as flow_factor
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import parse_pattern as parse_pattern
@@ -238,6 +248,7 @@ __all__ = [
     "consistency_pair_loss",
     "consistency_temperature",
     "consistency_tuning_loss",
+    "contribution",
     "convex_loss",
     "coprompt_loss",
     "corrected_labels",
@@ -268,6 +279,8 @@ __all__ = [
     "draw_sample",
     "drop_below_threshold",
     "drop_smallest",
+    "dsnot_nm",
+    "dsnot_unstructured",
     "early_diffusion_loss",
     "ect_lower",
     "ect_stage",
@@ -277,6 +290,7 @@ __all__ = [
     "embedding_consistency",
     "exact_counts",
     "expand_blocks",
+    "expected_error",
     "exponential_drop",
     "factorized_width",
     "fds_begin_epoch",
@@ -307,6 +321,8 @@ __all__ = [
     "has_foreground",
     "heun_step",
     "info_nce",
+    "initial_score",
+    "input_statistics",
     "interval_guidance",
     "inverse_gap",
     "iou_of_counts",
@@ -316,6 +332,7 @@ __all__ = [
     "iso_flop_transform",
     "itop_rate",
     "karras_levels",
+    "keep_high_scores",
     "keep_largest",
     "keep_masks",
     "kept_masks",
@@ -329,6 +346,7 @@ __all__ = [
     "lognormal_probabilities",
     "look_up_pairs",
     "lovasz_softmax",
+    "magnitude_mask",
     "magnitude_statistics",
     "mask_change",
     "masked_weight",
@@ -403,6 +421,7 @@ __all__ = [
     "snip_scores",
     "sparse_gradient",
     "sparse_mask",
+    "sparsegpt",
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
@@ -423,6 +442,7 @@ __all__ = [
     "update_sample_weights",
     "velocity_tangent",
     "voxelize",
+    "wanda_mask",
     "warmup_cosine",
     "warmup_cosine_rate",
     "warmup_decay",

@@ -28,7 +28,9 @@ class InputStatistics:
     tokens: Tensor
 
     @classmethod
-    def of(cls, columns: int, hessian: bool = False, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> "InputStatistics":
+    def of(
+        cls, columns: int, hessian: bool = False, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> "InputStatistics":
         """Statistics of no sample yet.
 
         Args:
@@ -37,10 +39,11 @@ class InputStatistics:
             device: Where they lie.
             dtype: float32 or float64.
         """
-        place = {"device": device, "dtype": dtype}
-        zeros = [torch.zeros(columns, **place) for _ in range(3)]  # type: ignore[call-overload]
-        counts = [torch.zeros((), **place) for _ in range(2)]  # type: ignore[call-overload]
-        return cls(*zeros, torch.zeros(columns, columns, **place) if hessian else None, *counts)  # type: ignore[call-overload]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        return cls(zeros(columns), zeros(columns), zeros(columns), zeros(columns, columns) if hessian else None, zeros(), zeros())
 
     @torch.no_grad()
     def add(self, inputs: Tensor) -> None:

@@ -97,7 +97,7 @@ def dsnot_unstructured(
     """Swap pruned for kept weights within each row, at most one pair per cycle.
 
     A cycle regrows the pruned column with the largest D / v^p of the sign of E, and prunes the kept one with the smallest Wanda metric
-    whose D has the other sign, so that both lower \\|E\\|. A row goes on while \\|E\\| is above the threshold, and stops for good when it
+    whose D has the other sign, so that both lower |E|. A row goes on while |E| is above the threshold, and stops for good when it
     isn't, or when no column is left to choose.
 
     Args:
@@ -105,7 +105,7 @@ def dsnot_unstructured(
         statistics: Of the layer's inputs, in the same dtype.
         keep: bool (R, C): the first mask.
         max_cycles: Swaps of a row at most.
-        update_threshold: Rows with \\|E\\| at most this are left alone. E is a sum over a sample's tokens, so it grows with their number.
+        update_threshold: Rows with |E| at most this are left alone. E is a sum over a sample's tokens, so it grows with their number.
         variance_power: p.
         require_same_sign: A row also stops before a swap after which E has another sign than at first.
 
@@ -151,7 +151,7 @@ def dsnot_nm(
 ) -> Swapped:
     """The same within the groups of an N:M pattern: the column that goes is that of the regrown column's group with the lowest score.
 
-    Its sign doesn't matter, so \\|E\\| need not fall. A row stops as well before a swap after which E has another sign than at first, and
+    Its sign doesn't matter, so |E| need not fall. A row stops as well before a swap after which E has another sign than at first, and
     when every kept column of the group has been swapped already.
 
     Args:
