@@ -393,13 +393,13 @@ class PostTrainingPruning(MaskCallback):
             weights = self._chosen_anyway(pl_module)
             self._check_fit(pl_module, weights)
             state = self._state_in(trainer.ckpt_path)
-            own = bool(self.store.weights) and all(weight is weights.get(name) for name, weight in self.store.weights.items())
-            if state is not None:
+            own = self.pruned and all(weight is weights.get(name) for name, weight in self.store.weights.items())
+            if state is not None and state["pruned"]:
                 self.store = MaskStore({name: weights[name] for name in state["masks"] if name in weights})
                 with checks.naming(type(self).__name__):
                     self.store.load_state_dict(state)
                     self.restore_kept(state, pl_module.device)
-            elif not own:  # neither a fit nor another evaluation of this process has pruned it
+            elif state is not None or not own:  # neither a fit nor another evaluation of this process has pruned it
                 self.store = MaskStore(weights)
                 self.store.set(self.prune(trainer, pl_module, self.store.weights, self._batches(trainer, pl_module)))
             self.store.follow_device()
