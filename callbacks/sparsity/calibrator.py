@@ -1,5 +1,6 @@
 """The layer-wise calibrator: statistics of the inputs of linear layers, block by block; each block sees what pruned ones put out."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ def find_blocks(root: nn.Module, blocks: str) -> list[nn.Module]:
         known = f"one of {', '.join(lists[:8])}" if lists else "null, as there are none"
         raise ValueError(f"blocks is {blocks!r}, but {kind} of {type(root).__name__}: give the name of a ModuleList or Sequential: {known}")
     return list(found)
+
+
+class _AllSeen(Exception):
+    """A batch has been through all blocks: what comes behind them isn't needed."""
 
 
 @dataclass
@@ -196,6 +201,8 @@ class LayerwiseCalibrator:
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             before[0] = _first_tensor(output)
+            if calls and len(seen) == len(self.blocks):  # the first batch has shown that nothing calls them again
+                raise _AllSeen
 
         handles = [block.register_forward_pre_hook(enter(index), with_kwargs=True) for index, block in enumerate(self.blocks)]
         handles += [block.register_forward_hook(leave) for block in self.blocks]
@@ -203,7 +210,8 @@ class LayerwiseCalibrator:
             for batch in batches:
                 seen.clear()
                 first.clear()
-                forward(batch)
+                with contextlib.suppress(_AllSeen):
+                    forward(batch)
                 if len(seen) != len(self.blocks):
                     raise ValueError(self._odd(len(seen), "is not called"))
                 calls.append(_Call(first[0], list(seen)))

@@ -58,11 +58,11 @@ class InputStatistics:
         """
         if inputs.ndim < 1 or inputs.shape[-1] != len(self.total):
             raise ValueError(f"inputs are {tuple(inputs.shape)}, but the layer has {len(self.total)} columns")
+        if not inputs.numel():
+            return
         columns = inputs.shape[-1]
         x = inputs.detach().to(self.total.device, self.total.dtype).reshape(inputs.shape[0] if inputs.ndim > 2 else 1, -1, columns)
         samples, tokens = x.shape[:2]
-        if not samples * tokens:
-            return
         before, after = self.samples, self.samples + samples
         self.total = self.total * (before / after) + x.sum((0, 1)) / after
         self.square = self.square * (before / after) + x.square().sum((0, 1)) / after

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -79,6 +79,11 @@ class PostTrainingPruning(MaskCallback):
         skip: Patterns on submodule names that stay dense.
         mask_gradients: As in :class:`MaskCallback`.
         mask_optimizer_state: As in :class:`MaskCallback`.
+
+    Attributes:
+        pruned: Whether it has pruned, in this run or in the one that the checkpoint is of.
+        report: Name of a weight -> the layer's figures.
+        held: Largest number of bytes of activations between blocks and statistics that pruning held at once, in this process.
     """
 
     prefix = "post_training"
@@ -115,6 +120,7 @@ class PostTrainingPruning(MaskCallback):
         self.blocks, self.forward, self.at_step = blocks, forward, at_step
         self.pruned = False
         self.report: dict[str, dict[str, float]] = {}
+        self.held = 0
         self._costs: dict[str, tuple[float, float]] = {}  # layer -> seconds, MB of statistics
         self._context: tuple[pl.Trainer, pl.LightningModule] | None = None
 
@@ -245,7 +251,7 @@ class PostTrainingPruning(MaskCallback):
                         masks.update({name: self._prune_one(name, layers[name], own) for name, own in found.items()})
 
                     calibrator.run(self._forward(trainer, twin), batches, prune)
-                    rank_zero_info(f"{type(self).__name__}: at most {calibrator.held / 1e6:.1f} MB of activations and statistics were held")
+                    self.held = calibrator.held
             distributed.broadcast_tensors([*masks.values(), *(weight.data for weight in weights.values())])
         self.pruned = True
         return {name: masks[name] for name in weights}
