@@ -169,19 +169,19 @@ class PostTrainingPruning(MaskCallback):
         modules = plain_modules(pl_module)
         attention = [f"{name}." if name else "" for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)]
         inside = set() if self.blocks is None else {id(part) for block in find_blocks(pl_module, self.blocks) for part in block.modules()}
-        weights, left = dict(choice.weights), dict(choice.left)
-        for name in choice.weights:
+        weights: dict[str, nn.Parameter] = {}
+        left, others = dict(choice.left), dict[str, str]()
+        for name, weight in choice.weights.items():
             owner = name.rpartition(".")[0]
             if not is_linear(modules[owner]) or not name.endswith("weight"):
-                left[name] = "no linear layer"
+                others[name] = "no linear layer"
+            elif self.blocks is not None and id(modules[owner]) not in inside:
+                others[name] = f"outside of {self.blocks}"
             elif any(owner.startswith(prefix) for prefix in attention):
                 left[name] = "MultiheadAttention doesn't call it"
-            elif self.blocks is not None and id(modules[owner]) not in inside:
-                left[name] = f"outside of {self.blocks}"
             else:
-                continue
-            del weights[name]
-        return Choice(weights, left)
+                weights[name] = weight
+        return Choice(weights, left | others if self.targets or not weights else left)  # by default they aren't meant
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: Mapping[str, nn.Parameter]) -> None:
         """As mask callbacks; groups must fit every layer, and ``forward`` must be there."""

@@ -9,13 +9,15 @@ from typing import Any
 from lit_methods.errors import CommandError
 
 HELP = """\
-usage: lit prune --config <config> [overrides as lit fit takes them] <out> [--force]
+usage: lit prune --config <config> [overrides as lit fit takes them] <out> [--compressed] [--force]
 
 Prunes the model of a config once, by the callback in it that prunes trained networks (DSnoT, Wanda, SparseGPT, Magnitude), on calibration
 samples of the config's data, and writes the pruned weights. Nothing is trained.
 
   <out>          a new folder: the model in Hugging Face's format, with pruning.json beside it, which says how it was pruned;
                  a new file ending in .pt or .safetensors: the state dict of the module
+  --compressed   of a folder with pattern 2:4: pruned weights in compressed-tensors' format sparse-24-bitmask, half as large (needs
+                 compressed-tensors 0.10, as later versions no longer read that format)
   --ckpt_path    checkpoint whose weights are pruned; default: the weights that the model is built with
   --force        overwrite <out>
 
@@ -32,7 +34,7 @@ def prune(argv: list[str]) -> int:
     if not argv or "--help" in argv or "-h" in argv:
         print(HELP, end="")
         return 0 if argv else 2
-    words = [word for word in argv if word != "--force"]
+    words = [word for word in argv if word not in ("--force", "--compressed")]
     place = 0 if words and not words[0].startswith("-") else len(words) - 1
     given = words.pop(place) if words else ""
     dangling = bool(words) and place == len(words) and words[-1].startswith("--") and "=" not in words[-1]
@@ -41,13 +43,29 @@ def prune(argv: list[str]) -> int:
     out = Path(given).expanduser()
     if out.exists() and "--force" not in argv:
         raise CommandError(f"{out} exists: choose another name, or overwrite it with --force")
-    module, callback, config = _pruned(words, out)
-    _write(module, callback, config, out)
+    compressed = "--compressed" in argv
+    if compressed:
+        _check_compressible(out)
+    module, callbacks, config = _pruned(words, out, compressed)
+    _write(module, callbacks, config, out, compressed)
     return 0
 
 
-def _pruned(words: list[str], out: Path) -> tuple[Any, Any, Any]:
-    """Module, callback and config, once the callback has pruned the module."""
+def _check_compressible(out: Path) -> None:
+    """Raise unless the format can be written, before anything is loaded."""
+    if out.suffix in _FILES:
+        raise CommandError(
+            f"--compressed writes a folder in Hugging Face's format, but {out} is a file: leave out {out.suffix}, or --compressed"
+        )
+    try:
+        import compressed_tensors.compressors.sparse_compressors  # noqa: F401
+    except ImportError as error:
+        why = "--compressed needs compressed-tensors with the format sparse-24-bitmask"
+        raise CommandError(f'{why}: pip install "lit-methods[compressed]" ({error})', exit_code=1) from error
+
+
+def _pruned(words: list[str], out: Path, compressed: bool) -> tuple[Any, Any, Any]:
+    """Module, callbacks and config, once the callbacks have pruned the module."""
     from lightning.pytorch import LightningModule, Trainer, seed_everything
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -62,6 +80,8 @@ def _pruned(words: list[str], out: Path) -> tuple[Any, Any, Any]:
     own = [callback for callback in callbacks if isinstance(callback, PostTrainingPruning)]
     if not own:
         raise CommandError("the config has no callback that prunes: add one by --trainer.callbacks+=DSnoT (Wanda, SparseGPT, Magnitude)")
+    if compressed and any(callback.pattern != (2, 4) for callback in own):
+        raise CommandError("--compressed is for 2:4 alone: add --trainer.callbacks.pattern 2:4")
     if config.get("data") is None:
         raise CommandError("no calibration data: the config has no data section; add one by --data")
     seed_everything(config.seed_everything if isinstance(config.seed_everything, int) else 0, verbose=False)
@@ -105,7 +125,7 @@ def _hugging_face(module: Any, out: Path) -> Any:
     return found[0]
 
 
-def _write(module: Any, callbacks: list[Any], config: Any, out: Path) -> None:
+def _write(module: Any, callbacks: list[Any], config: Any, out: Path, compressed: bool) -> None:
     from lit_methods.cli.commands import save_weights
     from lit_methods.datamodules.cache import making_folder
     from lit_methods.files import write_json
@@ -117,13 +137,31 @@ def _write(module: Any, callbacks: list[Any], config: Any, out: Path) -> None:
         if out.exists():
             shutil.rmtree(out)
         with making_folder(out) as folder:
-            model.save_pretrained(folder)
+            if compressed:
+                _save_compressed(model, callbacks, folder)
+            else:
+                model.save_pretrained(folder)
             _save_tokenizer(config, folder)
             write_json(folder / "pruning.json", [_description(callback) for callback in callbacks])
         print(f"{out}: {sum(parameter.numel() for parameter in model.parameters()):,} parameters in Hugging Face's format")
     for callback in callbacks:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in callback.figures().items())
         print(f"{type(callback).__name__}: {len(callback.store.masks)} layers, {figures}")
+
+
+def _save_compressed(model: Any, callbacks: list[Any], folder: Path) -> None:
+    """The model with its 2:4 layers as values and bit masks, by compressed-tensors."""
+    from compressed_tensors import ModelCompressor, Sparse24BitMaskConfig
+    from torch.nn import Linear
+
+    pruned = {id(weight) for callback in callbacks for weight in callback.store.weights.values()}
+    layers = [name for name, layer in model.named_modules() if id(getattr(layer, "weight", None)) in pruned]
+    others = [name for name in layers if not isinstance(model.get_submodule(name), Linear)]
+    if others:
+        raise CommandError(f"compressed-tensors reads nn.Linear alone, but {others[0]} is none: leave out --compressed")
+    compressor = ModelCompressor(sparsity_config=Sparse24BitMaskConfig(targets=layers, ignore=[]))
+    model.save_pretrained(folder, state_dict=compressor.compress(model))
+    compressor.update_config(str(folder))
 
 
 def _save_tokenizer(config: Any, folder: Path) -> None:

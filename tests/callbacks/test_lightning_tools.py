@@ -179,6 +179,10 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "MaskedBNSparsity": {"stage": "global_sparsity"},
     "NMSparsity": {"n": 2, "m": 4, **NM},
     "RandomPruning": {"density": 0.5, **NM},
+    "Magnitude": NM,
+    "Wanda": {"samples": 8, **NM},
+    "SparseGPT": {"samples": 8, **NM},
+    "DSnoT": {"samples": 8, "at_step": 2, **NM},
     "SparseIFT": {"sparsity": 0.5, "network": "body", "interval": 2, "flops_tolerance": None},
     "SparsityReport": {},
 }  # fmt: skip
@@ -334,7 +338,7 @@ def test_every_public_callback_has_an_entry() -> None:
 
 LOG_AT_THE_END_OF_EPOCHS = {
     "ADELE", "AdaWAC", "IterativeSoftShrinkage", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality",
-    "SparseIFT", "SparsityReport",
+    "SparseIFT", "SparsityReport", "Magnitude", "Wanda", "SparseGPT", "DSnoT",
 }  # fmt: skip
 
 
