@@ -311,7 +311,6 @@ class PostTrainingPruning(MaskCallback):
                 return
             loader = None
         elif data is not None and is_overridden("train_dataloader", data, pl.LightningDataModule):
-            data.prepare_data()
             data.setup("fit")
             loader = data.train_dataloader()
         elif is_overridden("train_dataloader", pl_module, pl.LightningModule):
