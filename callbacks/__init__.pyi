@@ -31,10 +31,14 @@ from .sparse_autoencoders.gba.callback import GroupBiasAdaptation as GroupBiasAd
 from .sparse_autoencoders.loss_recovered import LossRecovered as LossRecovered
 from .sparse_autoencoders.sae_evals.callback import SupervisedDictionaryEval as SupervisedDictionaryEval
 from .sparse_autoencoders.steering_probe import SteeringProbe as SteeringProbe
+from .sparsity.baselines import Magnitude as Magnitude
+from .sparsity.baselines import SparseGPT as SparseGPT
+from .sparsity.baselines import Wanda as Wanda
 from .sparsity.card import SparsityCard as SparsityCard
 from .sparsity.cast.adams import AdamS as AdamS
 from .sparsity.cast.callback import CAST as CAST
 from .sparsity.dsl_recommendation import DSL as DSL
+from .sparsity.dsnot.callback import DSnoT as DSnoT
 from .sparsity.dynamic import DynamicSparsity as DynamicSparsity
 from .sparsity.group_sparsity import GroupSparsity as GroupSparsity
 from .sparsity.issp.callback import IterativeSoftShrinkage as IterativeSoftShrinkage

@@ -70,6 +70,9 @@ from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold as dro
 from lit_methods.callbacks.sparsity.drop_grow import drop_smallest as drop_smallest
 from lit_methods.callbacks.sparsity.drop_grow import grow as grow
 from lit_methods.callbacks.sparsity.drop_grow import update_mask as update_mask
+from lit_methods.callbacks.sparsity.dsnot.core import contribution as contribution
+from lit_methods.callbacks.sparsity.dsnot.core import dsnot_nm as dsnot_nm
+from lit_methods.callbacks.sparsity.dsnot.core import dsnot_unstructured as dsnot_unstructured
 from lit_methods.callbacks.sparsity.dynamics import itop_rate as itop_rate
 from lit_methods.callbacks.sparsity.dynamics import mask_change as mask_change
 from lit_methods.callbacks.sparsity.flops import gradual_training_flops as gradual_training_flops
@@ -77,6 +80,7 @@ from lit_methods.callbacks.sparsity.flops import training_flops as training_flop
 from lit_methods.callbacks.sparsity.group_sparsity import group_norms as group_norms
 from lit_methods.callbacks.sparsity.group_sparsity import group_penalty as group_penalty
 from lit_methods.callbacks.sparsity.group_sparsity import group_shrink as group_shrink
+from lit_methods.callbacks.sparsity.input_statistics import input_statistics as input_statistics
 from lit_methods.callbacks.sparsity.issp.core import draw_sample as draw_sample
 from lit_methods.callbacks.sparsity.issp.core import fitting_pattern as fitting_pattern
 from lit_methods.callbacks.sparsity.issp.core import grow_penalty as grow_penalty
@@ -98,6 +102,12 @@ from lit_methods.callbacks.sparsity.masksparsity.core import penalty_gradient as
 from lit_methods.callbacks.sparsity.masksparsity.core import save_masks as save_masks
 from lit_methods.callbacks.sparsity.masksparsity.core import sparse_gradient as sparse_gradient
 from lit_methods.callbacks.sparsity.masksparsity.core import threshold_mask as threshold_mask
+from lit_methods.callbacks.sparsity.one_shot import expected_error as expected_error
+from lit_methods.callbacks.sparsity.one_shot import initial_score as initial_score
+from lit_methods.callbacks.sparsity.one_shot import keep_high_scores as keep_high_scores
+from lit_methods.callbacks.sparsity.one_shot import magnitude_mask as magnitude_mask
+from lit_methods.callbacks.sparsity.one_shot import sparsegpt as sparsegpt
+from lit_methods.callbacks.sparsity.one_shot import wanda_mask as wanda_mask
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import decay_pruned as decay_pruned
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import flow_factor as flow_factor
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import parse_pattern as parse_pattern
@@ -340,6 +350,7 @@ __all__ = [
     "consistency_pair_loss",
     "consistency_temperature",
     "consistency_tuning_loss",
+    "contribution",
     "convex_loss",
     "coprompt_loss",
     "corrected_labels",
@@ -374,6 +385,8 @@ __all__ = [
     "draw_sample",
     "drop_below_threshold",
     "drop_smallest",
+    "dsnot_nm",
+    "dsnot_unstructured",
     "early_diffusion_loss",
     "ect_lower",
     "ect_stage",
@@ -386,6 +399,7 @@ __all__ = [
     "exact_counts",
     "exhaustive_codes",
     "expand_blocks",
+    "expected_error",
     "exponential_drop",
     "f1_scores",
     "factor_objective",
@@ -429,6 +443,8 @@ __all__ = [
     "has_foreground",
     "heun_step",
     "info_nce",
+    "initial_score",
+    "input_statistics",
     "interval_guidance",
     "inverse_gap",
     "iou_of_counts",
@@ -440,6 +456,7 @@ __all__ = [
     "jepa_loss",
     "jepa_targets",
     "karras_levels",
+    "keep_high_scores",
     "keep_largest",
     "keep_masks",
     "kept_masks",
@@ -462,6 +479,7 @@ __all__ = [
     "lpgd_curvature",
     "lpgd_objective",
     "lpgd_step",
+    "magnitude_mask",
     "magnitude_statistics",
     "mask_change",
     "masked_weight",
@@ -558,6 +576,7 @@ __all__ = [
     "sparse_gradient",
     "sparse_mask",
     "sparse_terms",
+    "sparsegpt",
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
@@ -590,6 +609,7 @@ __all__ = [
     "value_order",
     "velocity_tangent",
     "voxelize",
+    "wanda_mask",
     "warmup_cosine",
     "warmup_cosine_rate",
     "warmup_decay",

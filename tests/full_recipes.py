@@ -170,6 +170,7 @@ RECIPES: dict[str, Recipe] = {
     "dsl_recommendation_lightgcn": Recipe(),
     "dsl_recommendation_multvae": Recipe(),
     "dsl_recommendation_neumf": Recipe(),
+    "dsnot_llama": Recipe({"/models/llama-7b": "{work}/llama"}, prepare=llama, needs=("transformers",)),
     "epg_consistency_imagenet256": batch(2),
     "epg_denoise_imagenet256": batch(2),
     "epg_pretrain_imagenet256": batch(4),

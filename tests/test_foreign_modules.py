@@ -211,6 +211,10 @@ PARTS: dict[str, tuple[str, ...]] = {
 }
 """Tables of the page: heading -> columns."""
 LEFT_OUT: dict[str, str] = {
+    **dict.fromkeys(
+        ("Magnitude", "Wanda", "SparseGPT", "DSnoT"),
+        "it prunes linear layers alone, from calibration data; tests/callbacks/sparsity/test_post_training.py has it on such modules",
+    ),
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
     "TemporalVoting": "it votes on point clouds of neighbouring scans",
     "LabelCorrection": "a base class; ADELE is the one that can be attached",

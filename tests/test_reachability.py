@@ -47,6 +47,11 @@ SETTINGS = {
     "adele": ["--trainer.callbacks.rule slices --trainer.callbacks.common_epoch 1", "--trainer.callbacks.eval_interval 1"],
     "conr": ["--trainer.callbacks.variant dense"],
     "dsl_recommendation": ["--trainer.callbacks.interval 2"],
+    "dsnot": [
+        "--trainer.callbacks.at_step 2 --trainer.callbacks.initial sparsegpt",
+        "--trainer.callbacks.at_step 2 --trainer.callbacks.pattern 2:4 --trainer.callbacks.initial magnitude",
+        *(f'--trainer.callbacks=[{{"class_path":"lit_methods.callbacks.{name}"}}]' for name in ("Magnitude", "Wanda", "SparseGPT")),
+    ],
     "ict": ["--config configs/ct.yaml --model.init_args.metric l1"],
     "issp": ["--trainer.callbacks.pick min_2:4 --trainer.callbacks.prune_iters 4"],
     "masksparsity": ["--trainer.callbacks.criterion threshold", f"{_RESNET} --trainer.callbacks.criterion threshold"],

@@ -202,6 +202,10 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "MaskedBNSparsity": {"stage": "global_sparsity"},
     "NMSparsity": {"n": 2, "m": 4, **NM},
     "RandomPruning": {"density": 0.5, **NM},
+    "Magnitude": NM,
+    "Wanda": {"samples": 8, **NM},
+    "SparseGPT": {"samples": 8, **NM},
+    "DSnoT": {"samples": 8, "at_step": 2, **NM},
     "SparseIFT": {"sparsity": 0.5, "network": "body", "interval": 2, "flops_tolerance": None},
     "SparsityReport": {},
     "AFAEvaluation": {"autoencoder": "dictionary"},
@@ -361,8 +365,9 @@ def test_every_public_callback_has_an_entry() -> None:
 # ---- two processes ---------------------------------------------------------------------------------------------------------------------
 
 LOG_AT_THE_END_OF_EPOCHS = {
-    "ADELE", "AdaWAC", "AFAEvaluation", "BidirectionalityMonitor", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
-    "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality", "SparseIFT", "SparsityReport", "SteeringProbe",
+    "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
+    "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality", "SparseGPT", "SparseIFT",
+    "SparsityReport", "SteeringProbe", "Wanda",
 }  # fmt: skip
 
 
