@@ -47,7 +47,7 @@ class Entry:
         """Put values there, in place."""
         index, values = self.index.to(weight.device), values.to(weight)
         if self.dim is None:
-            weight.view(-1).index_copy_(0, index, values)
+            weight.put_(index, values)
         else:
             weight.index_copy_(self.dim, index, values)
 
@@ -79,21 +79,26 @@ class Delta:
         return sum(entry.values.numel() for entry in self.entries.values())
 
 
-def base_hash(model: nn.Module) -> str:
-    """SHA-256 over all parameters by name and value, in float32 or wider, so that a model that is loaded in bfloat16 or float32 has one hash.
+def hash_of(parameters: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and values, in float32 or wider, so that a model has one hash whether it is loaded in bfloat16 or float32.
 
     Args:
-        model: Any module; a tied parameter counts once.
+        parameters: By name, in any order.
 
     Returns:
         64 hexadecimal digits.
     """
     found = hashlib.sha256()
-    for name, parameter in sorted(plain_parameters(model).items()):
+    for name, parameter in sorted(parameters.items()):
         value = parameter.detach().to("cpu", torch.promote_types(parameter.dtype, torch.float32)).contiguous()
         found.update(f"{name} {tuple(value.shape)} ".encode())
-        found.update(value.numpy().tobytes())
+        found.update(value.numpy())
     return found.hexdigest()
+
+
+def base_hash(model: nn.Module) -> str:
+    """:func:`hash_of` all parameters of a model; a tied one counts once."""
+    return hash_of(plain_parameters(model))
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------------------
@@ -140,7 +145,9 @@ def load_delta(path: Path | str) -> Delta:
     path = Path(path)
     for file in (path, _sidecar(path)):
         if not file.is_file():
-            raise FileNotFoundError(f"{str(file)!r} does not exist: a delta is a safetensors file and a JSON file of the same name beside it")
+            raise FileNotFoundError(
+                f"{str(file)!r} does not exist: a delta is a safetensors file and a JSON file of the same name beside it"
+            )
     try:
         about = json.loads(_sidecar(path).read_text(encoding="utf-8"))
         tensors = load_file(path)
@@ -184,7 +191,7 @@ def check_base(model: nn.Module, *deltas: Delta) -> None:
     for delta in deltas:
         if delta.base != own:
             raise ValueError(
-                f"the delta is of another base model: its SHA-256 is {delta.base[:12]}..., that of this {type(model).__name__} {own[:12]}...; "
+                f"the delta is of another base model: its SHA-256 is {delta.base[:12]}..., {type(model).__name__} has {own[:12]}...; "
                 "load the weights that the fine-tuning started from, and unfuse other deltas first"
             )
 
@@ -256,4 +263,4 @@ def switch(model: nn.Module, fused: Fused, *deltas: Delta, weights: Sequence[flo
     return fuse(model, *deltas, weights=weights, check=check)
 
 
-__all__ = ["Delta", "Entry", "Fused", "base_hash", "check_base", "fuse", "load_delta", "save_delta", "switch", "unfuse"]
+__all__ = ["Delta", "Entry", "Fused", "base_hash", "check_base", "fuse", "hash_of", "load_delta", "save_delta", "switch", "unfuse"]

@@ -40,7 +40,7 @@ def s2ft_block(case: GoldenCase) -> dict[str, Tensor | int]:
     layers = placed_layers(block, groups, chosen)
     for layer in layers.values():
         layer.attach()
-    trained = [layer.delta for layer in layers.values() if layer.slice is not None]
+    trained = [layer.values for layer in layers.values() if layer.slice is not None]
     losses = []
     for _ in range(case.hp("steps")):
         loss = (block(x) - target).square().mean()

@@ -1,7 +1,7 @@
 """Structured sparse fine-tuning: which heads and channels, how weights are permuted, and a linear layer of which one slice is trained.
 
 Paper: S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity, arXiv:2412.06289, NeurIPS 2024. Code of the
-authors: Infini-AI-Lab/S2FT at commit a58edbb (``s2ft/s2.py``, ``experiments/utils/s2_utils.py``). Left out: their trainer, and the baselines.
+authors: Infini-AI-Lab/S2FT at commit a58edbb (``s2ft/s2.py``, ``experiments/utils/s2_utils.py``). Left out: trainer, baselines.
 
 Weights are (out, in), as in y = x W^T + b. A unit is a head of an attention or a channel of an MLP: some rows of the weights that produce
 it, and some columns of the weight that consumes it.

@@ -59,9 +59,14 @@ def is_linear(layer: nn.Module) -> bool:
     return of_gpt2 or (plain and not isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear))
 
 
+def oriented(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A stored weight of a layer, or its gradient, as (out, in): a view."""
+    return weight.T if type(layer).__name__ == "Conv1D" else weight
+
+
 def matrix_of(layer: Any) -> Tensor:
-    """The weight as (out, in), a view."""
-    return layer.weight.T if type(layer).__name__.endswith("Conv1D") else layer.weight  # type: ignore[no-any-return]
+    """The weight of a layer as (out, in), a view."""
+    return oriented(layer, layer.weight)
 
 
 def _original_on_save(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -104,8 +109,8 @@ class PlacedLayer:
         return weight.T if self.transposed else weight
 
     @property
-    def delta(self) -> nn.Parameter:
-        """S."""
+    def values(self) -> nn.Parameter:
+        """S, which is trained."""
         layer: Any = self.layer
         return layer.s2_delta  # type: ignore[no-any-return]
 
@@ -173,10 +178,10 @@ class PlacedLayer:
         dim, own, other = (0, self.rows, self.columns) if self.slice.kind == "column" else (1, self.columns, self.rows)
         places = torch.arange(self.slice.start, self.slice.start + self.slice.width)
         index, ascending = (places if own is None else own[places]).sort()
-        values = self.delta.detach().cpu().index_select(dim, ascending)
+        values = self.values.detach().cpu().index_select(dim, ascending)
         if other is not None:
             values = values.index_select(1 - dim, other.argsort())
         return Entry(index, values.contiguous(), 1 - dim if self.transposed else dim, transposed=self.transposed)
 
 
-__all__ = ["PlacedLayer", "S2Linear", "Slice", "is_linear", "matrix_of"]
+__all__ = ["PlacedLayer", "S2Linear", "Slice", "is_linear", "matrix_of", "oriented"]
