@@ -5,7 +5,7 @@ Maths, paper and origin: :mod:`~lit_methods.callbacks.fine_tuning.sara.core`.
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -40,6 +40,8 @@ TECHNIQUE = Technique(
     draft=True,
 )
 
+Choose = Literal["smallest", "largest", "random"]
+
 _LARGEST_TABLE = 64  # rows
 _LARGEST_SVD = 1024  # rows or columns of a matrix whose effective rank is shown
 
@@ -64,6 +66,7 @@ class SaRA(SubsetCallback):
     Args:
         threshold: tau. Authors, for Stable Diffusion 1.5: 2e-3 (about 50 million entries), 8e-4 (20), 2e-4 (5). Null: by ``share``.
         share: Instead of ``threshold``: the share of all entries that lies below it, in (0, 1].
+        choose: ``smallest``; to compare with: the ``largest`` or a ``random`` share, without re-selection.
         progressive_steps: Optimiser steps before the re-selection; null: half of the training, as in the paper; -1: never.
         rank_weight: lambda of the nuclear norm; 0: none.
         rank_min_size: Only matrices with more rows and more columns have their rank penalised.
@@ -93,6 +96,7 @@ class SaRA(SubsetCallback):
         self,
         threshold: float | None = 2e-3,
         share: float | None = None,
+        choose: Choose = "smallest",
         progressive_steps: int | None = None,
         rank_weight: float = 5e-4,
         rank_min_size: int = 64,
@@ -105,14 +109,17 @@ class SaRA(SubsetCallback):
     ) -> None:
         super().__init__(also, root)
         checks.patterns(targets=targets, skip=skip)
+        checks.literals(SaRA, locals())
         checks.positive(threshold=threshold)
         checks.within("(0, 1]", "a share of all entries", share=share)
         if (threshold is None) == (share is None):
             raise ValueError(f"threshold is {threshold} and share is {share}: give one of them, and null for the other")
         checks.at_least(-1, "optimiser steps, or -1", progressive_steps=progressive_steps)
+        if choose != "smallest" and (share is None or progressive_steps != -1):
+            raise ValueError(f"choose={choose!r} knows no threshold: give share, threshold=null and progressive_steps=-1")
         checks.at_least(0, rank_weight=rank_weight, rank_min_size=rank_min_size, rank_min_entries=rank_min_entries)
         checks.at_least(0, "a whole number", seed=seed)
-        self.threshold, self.share, self.progressive_steps = threshold, share, progressive_steps
+        self.threshold, self.share, self.choose, self.progressive_steps = threshold, share, choose, progressive_steps
         self.rank_weight, self.rank_min_size, self.rank_min_entries = rank_weight, rank_min_size, rank_min_entries
         self.targets, self.skip, self.seed = list(targets), list(skip), seed
 
@@ -122,6 +129,7 @@ class SaRA(SubsetCallback):
         self._subsets: dict[str, SelectedLayer] = {}
         self._tau = 0.0
         self._progressive = -1
+        self._matrices: list[str] = []  # whose rank may be penalised
         self._handles: list[Any] = []
         self._rank_loss: Tensor | None = None
 
@@ -131,14 +139,27 @@ class SaRA(SubsetCallback):
         """Choose the entries below tau."""
         places = self._places(pl_module)
         weights = {name: getattr(module, attribute) for name, (module, attribute) in places.items()}
-        self._tau = core.threshold_of(weights.values(), self.share) if self.threshold is None else self.threshold  # type: ignore[arg-type]
-        found = {name: core.small_weights(weight, self._tau).flatten().nonzero().flatten() for name, weight in weights.items()}
+        self._matrices = [name for name, own in weights.items() if own.ndim == 2 and min(own.shape) > self.rank_min_size]
+        found = {name: mask.flatten().nonzero().flatten() for name, mask in self._masks(weights).items()}
         if not any(map(len, found.values())) and trainer.ckpt_path is None:  # a resumed run brings its own choice
             smallest = min(float(weight.detach().abs().min()) for weight in weights.values() if weight.numel())
             raise ValueError(
                 f"no entry lies below the threshold {self._tau:g}, the smallest is {smallest:g}: raise threshold, or give share"
             )
         return {name: SelectedLayer(*places[name], index) for name, index in found.items() if len(index)}
+
+    def _masks(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.choose == "random":
+            assert self.share is not None
+            generator = torch.Generator().manual_seed(own_seed("SaRA", self.seed))
+            return {name: torch.rand(weight.shape, generator=generator) < self.share for name, weight in weights.items()}
+        if self.threshold is not None:
+            self._tau = self.threshold
+        else:
+            assert self.share is not None
+            self._tau = core.threshold_of(weights.values(), self.share if self.choose == "smallest" else 1 - self.share)
+        masks = {name: core.small_weights(weight, self._tau) for name, weight in weights.items()}
+        return masks if self.choose == "smallest" else {name: ~mask for name, mask in masks.items()}
 
     def _places(self, pl_module: pl.LightningModule) -> dict[str, tuple[nn.Module, str]]:
         """Name of each tensor that may be trained -> its owner and its name there."""
@@ -224,18 +245,14 @@ class SaRA(SubsetCallback):
                 if held and isinstance(optimizer, MaskedAdamW) and layer.active is not None:
                     optimizer.set_mask(layer.values, layer.active)
 
-    def _eligible(self) -> list[SelectedLayer]:
-        return [own for own in self._subsets.values() if own.weight.ndim == 2 and min(own.weight.shape) > self.rank_min_size]
-
     def _penalise(self, step: int) -> Tensor | None:
         """Add lambda (U V^T) * M to the gradient of one matrix; what was penalised."""
-        eligible = self._eligible()
-        if not self.rank_weight or not eligible:
+        if not self.rank_weight or not self._matrices:
             return None
         generator = torch.Generator().manual_seed(own_seed(f"SaRA {step}", self.seed))
-        layer = eligible[int(torch.randint(len(eligible), (), generator=generator))]
-        if layer.values.grad is None or len(layer.values) <= self.rank_min_entries:
-            return None
+        layer = self._subsets.get(self._matrices[int(torch.randint(len(self._matrices), (), generator=generator))])
+        if layer is None or layer.values.grad is None or len(layer.values) <= self.rank_min_entries:
+            return torch.zeros((), device=self._module.device)
         mask = layer.mask()
         enough = mask.sum() > self.rank_min_entries  # a tensor: nothing waits for the device
         loss, grad = core.nuclear_norm(layer.weight, mask, self.rank_weight)
