@@ -60,6 +60,7 @@ class LoRA(OrderedCallback):
         self._adapted: dict[str, Any] = {}  # name -> peft's layer, while fit runs
         self._thawed: list[nn.Parameter] = []
         self._handles: list[Any] = []
+        self._marks: set[str] = set()
         self._left: dict[str, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -86,11 +87,13 @@ class LoRA(OrderedCallback):
             names = list(select_modules(pl_module, self.targets))
         self._thawed = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha or self.rank, lora_dropout=self.dropout, target_modules=names)  # type: ignore[arg-type]
+        before = set(vars(pl_module))
         inject_adapter_in_model(config, pl_module)
+        self._marks = set(vars(pl_module)) - before  # what peft notes on the module
         modules = dict(pl_module.named_modules())
         self._adapted = {name: modules[name] for name in names}
         self._handles = [
-            pl_module.register_state_dict_post_hook(self._merged_on_save),
+            pl_module.register_state_dict_post_hook(lambda *given: self._merged_on_save(*given)),  # torch marks the function
             pl_module.register_load_state_dict_pre_hook(self._plain_on_load),
         ]
 
@@ -150,6 +153,8 @@ class LoRA(OrderedCallback):
                 base.weight.data = base.weight.detach() + layer.get_delta_weight(_NAME).to(base.weight.dtype)
             owner, _, attribute = name.rpartition(".")
             setattr(pl_module.get_submodule(owner), attribute, base)
+        for mark in self._marks:
+            vars(pl_module).pop(mark, None)
         for parameter in self._thawed:
             parameter.requires_grad_(True)
         self._adapted, self._thawed, self._handles = {}, [], []

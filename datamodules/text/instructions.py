@@ -57,8 +57,9 @@ class InstructionDataModule(LoaderDataModule):
 
     Each label is the token that follows; -100 in the prompt and behind the end. L is the longest sample of the batch.
 
-    ``root`` is a JSON file as LLM-Adapters has them (``commonsense_170k.json``, ``math_10k.json``): a list of ``{"instruction": ..., "input":
-    ..., "output": ...}``; ``input`` may be missing. The last ``num_val`` of them are for validation and test.
+    ``root`` is a JSON file as LLM-Adapters has them (``commonsense_170k.json``, ``math_10k.json``): a list of
+    ``{"instruction": ..., "input": ..., "output": ...}``; ``input`` may be missing. The last ``num_val`` of them
+    are for validation and test.
 
     Args:
         root: The file.
@@ -101,7 +102,7 @@ class InstructionDataModule(LoaderDataModule):
         """Look for the file."""
         if self.root is None or not self.root.is_file():
             given = "null" if self.root is None else repr(str(self.root))
-            raise WrongRootError(f"root={given} is no file: give a JSON list of instructions, such as commonsense_170k.json of LLM-Adapters")
+            raise WrongRootError(f"root={given} is no file: give a JSON list of instructions, such as LLM-Adapters' commonsense_170k.json")
 
     def setup(self, stage: str) -> None:
         """Read and encode.
@@ -117,7 +118,7 @@ class InstructionDataModule(LoaderDataModule):
         coder: Tokenizer = Bytes() if self.tokenizer is None else _HuggingFace(self.tokenizer)
         records = _read(self.root)
         if len(records) <= self.num_val:
-            raise BrokenRecordError(self.root, "length", f"{len(records)} records, but num_val={self.num_val} are held out: lower it")
+            raise BrokenRecordError(self.root, "length", f"{len(records)} records, of which num_val={self.num_val} are held out: lower it")
         prompts = [coder.encode(self.prompt.format(instruction=one["instruction"], input=one.get("input") or "")) for one in records]
         answers = [coder.encode(one["output"]) for one in records]
         self.vocab_size = coder.vocab_size
