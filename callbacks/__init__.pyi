@@ -6,6 +6,10 @@ from .evaluation.reliability import Reliability as Reliability
 from .evaluation.sample_grid import SampleGrid as SampleGrid
 from .evaluation.sample_quality import SampleQuality as SampleQuality
 from .features import FeatureCapture as FeatureCapture
+from .fine_tuning.lora import LoRA as LoRA
+from .fine_tuning.s2ft.callback import S2FT as S2FT
+from .fine_tuning.sara.callback import SaRA as SaRA
+from .fine_tuning.sara.optimizer import MaskedAdamW as MaskedAdamW
 from .imbalanced_regression.conr.callback import ConR as ConR
 from .imbalanced_regression.fds.callback import FDS as FDS
 from .lidar.dense_to_sparse import DenseToSparse as DenseToSparse

@@ -27,6 +27,7 @@ from .regression.sentences import SentencePairsDataModule as SentencePairsDataMo
 from .segmentation.noisy_masks import NoisyMasksDataModule as NoisyMasksDataModule
 from .segmentation.organs import OrganSlicesDataModule as OrganSlicesDataModule
 from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule
+from .text.instructions import InstructionDataModule as InstructionDataModule
 from .text.text import TextDataModule as TextDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule

@@ -68,6 +68,7 @@ from .tasks.vision.classifier import ImageClassifier as ImageClassifier
 from .tasks.vision.networks import MLP as MLP
 from .tasks.vision.networks import CifarResNet as CifarResNet
 from .tasks.vision.networks import CifarResNet18 as CifarResNet18
+from .tasks.vision.networks import GatedMLP as GatedMLP
 from .tasks.vision.networks import SmallConvNet as SmallConvNet
 from .tasks.vision.networks import TimmNetwork as TimmNetwork
 from .tasks.vision.networks import WideResNet as WideResNet

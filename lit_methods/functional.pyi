@@ -6,6 +6,24 @@ from lit_methods.averages import linear_decay as linear_decay
 from lit_methods.averages import power_decay as power_decay
 from lit_methods.averages import power_exponent as power_exponent
 from lit_methods.averages import warmup_decay as warmup_decay
+from lit_methods.callbacks.fine_tuning.s2ft.core import batched_delta as batched_delta
+from lit_methods.callbacks.fine_tuning.s2ft.core import column_norms as column_norms
+from lit_methods.callbacks.fine_tuning.s2ft.core import expanded as expanded
+from lit_methods.callbacks.fine_tuning.s2ft.core import fused_weight as fused_weight
+from lit_methods.callbacks.fine_tuning.s2ft.core import layout as layout
+from lit_methods.callbacks.fine_tuning.s2ft.core import row_norms as row_norms
+from lit_methods.callbacks.fine_tuning.s2ft.core import s2_linear as s2_linear
+from lit_methods.callbacks.fine_tuning.s2ft.core import select_units as select_units
+from lit_methods.callbacks.fine_tuning.sara.core import adamw_ as adamw_
+from lit_methods.callbacks.fine_tuning.sara.core import effective_rank as sara_effective_rank
+from lit_methods.callbacks.fine_tuning.sara.core import is_reselection as is_reselection
+from lit_methods.callbacks.fine_tuning.sara.core import learning_rate_of as learning_rate_of
+from lit_methods.callbacks.fine_tuning.sara.core import nuclear_norm as nuclear_norm
+from lit_methods.callbacks.fine_tuning.sara.core import scatter_ as scatter_
+from lit_methods.callbacks.fine_tuning.sara.core import scattered as scattered
+from lit_methods.callbacks.fine_tuning.sara.core import small_weights as small_weights
+from lit_methods.callbacks.fine_tuning.sara.core import still_small as still_small
+from lit_methods.callbacks.fine_tuning.sara.core import threshold_of as threshold_of
 from lit_methods.callbacks.imbalanced_regression.conr.core import conr_dense_loss as conr_dense_loss
 from lit_methods.callbacks.imbalanced_regression.conr.core import conr_loss as conr_loss
 from lit_methods.callbacks.imbalanced_regression.fds.core import begin_epoch as fds_begin_epoch
@@ -185,7 +203,7 @@ from lit_methods.consistency_models.slct.core import early_diffusion_loss as ear
 from lit_methods.consistency_models.slct.core import is_early as is_early
 from lit_methods.consistency_models.slct.core import remove_norm_scales as remove_norm_scales
 from lit_methods.consistency_models.slct.core import slct_loss as slct_loss
-from lit_methods.lidar.contrast import effective_rank as effective_rank
+from lit_methods.lidar.contrast import effective_rank as lidar_effective_rank
 from lit_methods.lidar.contrast import group_mean as group_mean
 from lit_methods.lidar.contrast import info_nce as info_nce
 from lit_methods.lidar.contrast import retrieval_accuracy as retrieval_accuracy
@@ -312,6 +330,7 @@ __all__ = [
     "ablate_direction",
     "activity_counts",
     "adam_update_",
+    "adamw_",
     "adapter_features",
     "adaptive_c",
     "adawac_loss",
@@ -327,6 +346,7 @@ __all__ = [
     "band_slopes",
     "base_scaling",
     "batch_dice",
+    "batched_delta",
     "bcd_step",
     "best_low_rank",
     "best_threshold",
@@ -343,6 +363,7 @@ __all__ = [
     "class_iou",
     "code_columns",
     "code_weights",
+    "column_norms",
     "concept_score",
     "conr_dense_loss",
     "conr_loss",
@@ -393,12 +414,12 @@ __all__ = [
     "edge_edge_loss",
     "edit_arithmetic",
     "edit_subspace",
-    "effective_rank",
     "ema_update",
     "embedding_consistency",
     "exact_counts",
     "exhaustive_codes",
     "expand_blocks",
+    "expanded",
     "expected_error",
     "exponential_drop",
     "f1_scores",
@@ -425,6 +446,7 @@ __all__ = [
     "flow_factor",
     "folded_frobenius",
     "frechet_distance",
+    "fused_weight",
     "gaussian_kl",
     "geman_mcclure",
     "gradual_training_flops",
@@ -451,6 +473,7 @@ __all__ = [
     "is_early",
     "is_nm",
     "is_refresh_step",
+    "is_reselection",
     "iso_flop_transform",
     "itop_rate",
     "jepa_loss",
@@ -466,6 +489,9 @@ __all__ = [
     "l2_distance",
     "label_weights",
     "layer_density",
+    "layout",
+    "learning_rate_of",
+    "lidar_effective_rank",
     "lift_factors",
     "lightgcn_loss",
     "linear_decay",
@@ -504,6 +530,7 @@ __all__ = [
     "node_node_loss",
     "normalised_weights",
     "normalized_adjacency",
+    "nuclear_norm",
     "opis",
     "opposite_pairs",
     "ot_threshold",
@@ -549,14 +576,20 @@ __all__ = [
     "resolution_shift",
     "retrieval_accuracy",
     "retrieval_scores",
+    "row_norms",
     "run_prompted_blocks",
+    "s2_linear",
     "sample_cross_entropy",
+    "sara_effective_rank",
     "save_masks",
     "scaled_weight",
+    "scatter_",
+    "scattered",
     "scm_loss",
     "sdgf_schedule",
     "search_radius",
     "segmentation_losses",
+    "select_units",
     "sentence_index",
     "sentence_table",
     "seven_sixteenths_cosine",
@@ -572,6 +605,7 @@ __all__ = [
     "sincos_positions",
     "slct_loss",
     "sliced_wasserstein",
+    "small_weights",
     "snip_scores",
     "sparse_gradient",
     "sparse_mask",
@@ -581,6 +615,7 @@ __all__ = [
     "square_root_levels",
     "ssim_y",
     "steer_by_clamping",
+    "still_small",
     "sufficiency",
     "superflow_losses",
     "superpixel_groups",
@@ -590,6 +625,7 @@ __all__ = [
     "tcm_loss",
     "temporal_vote",
     "threshold_mask",
+    "threshold_of",
     "to_batch_rows",
     "to_semi_structured",
     "token_losses",
