@@ -36,7 +36,6 @@ from lit_methods.sparse_autoencoders.dictionary import (
 from lit_methods.steps import log_global
 
 Renormalize = Literal["before", "after", "none"]
-EncoderStart = Literal["kaiming", "decoder"]
 FOR_ACTIVATIONS = ("projection", "x", "centred", "decoder_norms", *LEARNED)
 FOR_PENALTIES = (*FOR_ACTIVATIONS, "u", "reconstruction", "decoder", "decoder_bias")
 
@@ -120,8 +119,6 @@ class SparseAutoencoder(Evaluated):
         encoder_init: ``kaiming``: the encoder begins with rows of norms about sqrt(2 width / features), BatchTopK's code; ``unit``: with
             the decoder's rows, of norm 1.
         tied: The encoder's rows are the decoder's.
-        encoder_start: The encoder's rows begin in the decoder's directions: with norms as ``kaiming`` initialisation gives, sqrt(2 width /
-            features) about (BatchTopK's code), or as those of the ``decoder``, 1 (amakelov/sae).
         output_scale: Where a learned factor of each feature's output begins; null: there is none.
         centre: The decoder's bias is subtracted before encoding.
         normalize: ``none``; ``sample``: each sample with mean 0 and standard deviation 1; ``norm_1``, ``norm_sqrt``: all divided by one
@@ -168,7 +165,6 @@ class SparseAutoencoder(Evaluated):
         encoder_bias: EncoderBias | None = None,
         encoder_init: EncoderInit = "kaiming",
         tied: bool = False,
-        encoder_start: EncoderStart = "kaiming",
         output_scale: float | None = None,
         centre: bool = True,
         normalize: Normalization = "none",
