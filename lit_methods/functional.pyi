@@ -22,6 +22,10 @@ from lit_methods.callbacks.noisy_labels.adele.core import corrected_labels as co
 from lit_methods.callbacks.noisy_labels.adele.core import fit_iou_curve as fit_iou_curve
 from lit_methods.callbacks.noisy_labels.adele.core import merged_labels as merged_labels
 from lit_methods.callbacks.noisy_labels.adele.core import multiscale_consistency as multiscale_consistency
+from lit_methods.callbacks.sparse_autoencoders.gba.core import bias_update as bias_update
+from lit_methods.callbacks.sparse_autoencoders.gba.core import firing_statistics as firing_statistics
+from lit_methods.callbacks.sparse_autoencoders.gba.core import neuron_groups as neuron_groups
+from lit_methods.callbacks.sparse_autoencoders.gba.core import target_frequencies as target_frequencies
 from lit_methods.callbacks.sparsity.cast.adams import adam_update_ as adam_update_
 from lit_methods.callbacks.sparsity.cast.adams import ast_momentum as ast_momentum
 from lit_methods.callbacks.sparsity.cast.adams import decay_share as decay_share
@@ -188,6 +192,22 @@ from lit_methods.semi.simmatchv2.core import finite_or_zero as finite_or_zero
 from lit_methods.semi.simmatchv2.core import node_edge_loss as node_edge_loss
 from lit_methods.semi.simmatchv2.core import node_node_loss as node_node_loss
 from lit_methods.semi.simmatchv2.core import propagate as propagate
+from lit_methods.sparse_autoencoders.abstopk.core import ablate_direction as ablate_direction
+from lit_methods.sparse_autoencoders.abstopk.core import add_direction as add_direction
+from lit_methods.sparse_autoencoders.abstopk.core import clamp_feature as clamp_feature
+from lit_methods.sparse_autoencoders.abstopk.core import concept_score as concept_score
+from lit_methods.sparse_autoencoders.abstopk.core import difference_in_means as difference_in_means
+from lit_methods.sparse_autoencoders.abstopk.core import opposite_pairs as opposite_pairs
+from lit_methods.sparse_autoencoders.abstopk.core import proximal_map as proximal_map
+from lit_methods.sparse_autoencoders.abstopk.core import proximal_objective as proximal_objective
+from lit_methods.sparse_autoencoders.abstopk.core import sign_counts as sign_counts
+from lit_methods.sparse_autoencoders.abstopk.core import steer_by_clamping as steer_by_clamping
+from lit_methods.sparse_autoencoders.abstopk.core import two_signed_share as two_signed_share
+from lit_methods.sparse_autoencoders.top_afa.core import afa_loss as afa_loss
+from lit_methods.sparse_autoencoders.top_afa.core import band_slopes as band_slopes
+from lit_methods.sparse_autoencoders.top_afa.core import decoder_coherence as decoder_coherence
+from lit_methods.sparse_autoencoders.top_afa.core import topafa as topafa
+from lit_methods.sparse_autoencoders.top_afa.core import zf_metrics as zf_metrics
 from lit_methods.tasks.imbalanced_regression.losses import regression_loss as regression_loss
 from lit_methods.tasks.imbalanced_regression.metrics import shot_metrics as shot_metrics
 from lit_methods.tasks.imbalanced_regression.weights import label_weights as label_weights
@@ -215,23 +235,30 @@ from lit_methods.tasks.superres.metrics import psnr_y as psnr_y
 from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
 
 __all__ = [
+    "ablate_direction",
     "adam_update_",
     "adapter_features",
     "adaptive_c",
     "adawac_loss",
+    "add_direction",
+    "afa_loss",
     "align",
     "annealed_beta",
     "ast_momentum",
     "attention_with_tangent",
+    "band_slopes",
     "base_scaling",
     "batch_dice",
+    "bias_update",
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
     "cauchy",
     "certain_loss",
+    "clamp_feature",
     "class_counts",
     "class_iou",
+    "concept_score",
     "conr_dense_loss",
     "conr_loss",
     "consistency_function",
@@ -253,6 +280,7 @@ __all__ = [
     "decay_pruned",
     "decay_share",
     "decayed_momentum",
+    "decoder_coherence",
     "denoise_sample",
     "denoising_loss",
     "denoising_weight",
@@ -260,6 +288,7 @@ __all__ = [
     "dense_to_sparse_loss",
     "detached_pseudo_huber",
     "dice_and_hd95",
+    "difference_in_means",
     "distillation_loss",
     "dmd_loss",
     "doped_rank",
@@ -288,6 +317,7 @@ __all__ = [
     "fds_update",
     "finalized_weight",
     "finite_or_zero",
+    "firing_statistics",
     "fit_iou_curve",
     "fit_scaling_law",
     "fitting_pattern",
@@ -340,12 +370,14 @@ __all__ = [
     "nearest_level",
     "neighbour_labels",
     "neumf_loss",
+    "neuron_groups",
     "nm_mask",
     "node_edge_loss",
     "node_node_loss",
     "normalised_weights",
     "normalized_adjacency",
     "opis",
+    "opposite_pairs",
     "ot_threshold",
     "parallel_branches",
     "parse_pattern",
@@ -364,6 +396,8 @@ __all__ = [
     "pretrain_loss",
     "project_points",
     "propagate",
+    "proximal_map",
+    "proximal_objective",
     "proxy_softmax",
     "prune_channels",
     "pruned_block_means",
@@ -397,6 +431,7 @@ __all__ = [
     "shrink_ratio",
     "shrink_step",
     "shrunk_loss",
+    "sign_counts",
     "simulate",
     "slct_loss",
     "sliced_wasserstein",
@@ -406,17 +441,21 @@ __all__ = [
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
+    "steer_by_clamping",
     "superflow_losses",
     "superpixel_groups",
+    "target_frequencies",
     "tcm_loss",
     "temporal_vote",
     "threshold_mask",
     "to_batch_rows",
     "to_semi_structured",
     "token_losses",
+    "topafa",
     "training_flops",
     "trig_time",
     "trigflow",
+    "two_signed_share",
     "uncertain_loss",
     "uniform_probabilities",
     "update_mask",
@@ -429,4 +468,5 @@ __all__ = [
     "warmup_then_epoch_cosine",
     "wide_width",
     "width_factor",
+    "zf_metrics",
 ]
