@@ -152,8 +152,6 @@ class SparseAutoencoder(Evaluated):
     num_batches_not_active: Tensor
     input_scale: Tensor
     begun: Tensor
-    eval_sums: Tensor
-    eval_active: Tensor
 
     def __init__(
         self,
@@ -225,8 +223,7 @@ class SparseAutoencoder(Evaluated):
         self.register_buffer("num_batches_not_active", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("begun", torch.tensor(normalize in ("none", "sample") and not bias_from_data))
-        self.register_buffer("eval_sums", torch.zeros(4, dtype=torch.float64), persistent=False)
-        self.register_buffer("eval_active", torch.zeros(features, dtype=torch.bool), persistent=False)
+        self._forget()
         self._begins = False
         self._seen: tuple[Tensor, Tensor] | None = None  # samples and their losses, for resampling
 
@@ -438,8 +435,9 @@ class SparseAutoencoder(Evaluated):
         self._forget()
 
     def _forget(self) -> None:
-        self.eval_sums.zero_()
-        self.eval_active.zero_()
+        # no buffers: DDP would overwrite them with those of rank 0, also in a validation within fit
+        self._eval_sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._eval_active = torch.zeros(self.features, dtype=torch.bool, device=self.device)
 
     @torch.no_grad()
     def _evaluate(self, batch: Any, batch_idx: int) -> None:
@@ -448,12 +446,12 @@ class SparseAutoencoder(Evaluated):
         reconstruction = self.decode(code, like=raw)
         values = code if isinstance(code, Tensor) else code.values
         sums = [(reconstruction - raw).square().sum(), wide(raw).square().sum(), values.count_nonzero(), raw.new_tensor(len(raw))]
-        self.eval_sums += torch.stack([one.double() for one in sums])
-        self.eval_active |= dead.active_features(code)
+        self._eval_sums += torch.stack([one.double() for one in sums])
+        self._eval_active |= dead.active_features(code)
 
     def _log_evaluation(self, part: Part) -> None:
-        error, power, entries, samples = distributed.sum_over_ranks(self.eval_sums)
-        active = distributed.any_over_ranks(self.eval_active)
+        error, power, entries, samples = distributed.sum_over_ranks(self._eval_sums)
+        active = distributed.any_over_ranks(self._eval_active)
         figures = {
             "nmse": error / power,
             "l2": error / (samples * self.width),
