@@ -45,6 +45,7 @@ SHARED = {
     "prompting.towers": "run_prompted_blocks",
     "semi.alignment": "align moving_marginal",
     "semi.fixmatch": "certain_loss",
+    "sparse_autoencoders.recovery": "max_cosine share_above",
     "tasks.imbalanced_regression.losses": "regression_loss",
     "tasks.imbalanced_regression.metrics": "shot_metrics",
     "tasks.imbalanced_regression.weights": "label_weights",

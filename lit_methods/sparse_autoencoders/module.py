@@ -19,7 +19,7 @@ from lit_methods.sparse_autoencoders import activations, dead
 from lit_methods.sparse_autoencoders.activations import ACTIVATIONS, ENCODER_BIAS, LEARNED, PENALTIES, EncoderBias
 from lit_methods.sparse_autoencoders.dictionary import (
     Code,
-    EncoderInit,
+    EncoderStart,
     LossScale,
     Normalization,
     decode,
@@ -112,13 +112,13 @@ class SparseAutoencoder(Evaluated):
     Args:
         width: Size d of an activation.
         features: Size h of the dictionary.
-        activation: relu, gated, jumprelu, topk, batchtopk, topafa, abstopk, gba, or the dotted path of a function.
+        activation: relu, gated, jumprelu, topk, batchtopk, topafa, abstopk, gba, proximal, or the dotted path of a function.
         settings: What the activation and the penalties take, such as ``{k: 32}``; null: nothing.
         penalties: Penalty -> factor: l1, l0 (JumpReLU), gate_l1 and gate_reconstruction (gated), afa, or dotted paths; null: none.
         encoder_bias: ``none``, ``learned``, or ``fixed``: a buffer for callbacks that set it. Null: as the activation has it.
-        encoder_init: ``kaiming``: the encoder begins with rows of norms about sqrt(2 width / features), BatchTopK's code; ``unit``: with
-            the decoder's rows, of norm 1.
         tied: The encoder's rows are the decoder's.
+        encoder_start: The encoder's rows begin in the decoder's directions: with norms as ``kaiming`` initialisation gives, sqrt(2 width /
+            features) about (BatchTopK's code), or as those of the ``decoder``, 1 (amakelov/sae).
         output_scale: Where a learned factor of each feature's output begins; null: there is none.
         centre: The decoder's bias is subtracted before encoding.
         normalize: ``none``; ``sample``: each sample with mean 0 and standard deviation 1; ``norm_1``, ``norm_sqrt``: all divided by one
@@ -161,8 +161,8 @@ class SparseAutoencoder(Evaluated):
         settings: dict[str, Any] | None = None,
         penalties: dict[str, float] | None = None,
         encoder_bias: EncoderBias | None = None,
-        encoder_init: EncoderInit = "kaiming",
         tied: bool = False,
+        encoder_start: EncoderStart = "kaiming",
         output_scale: float | None = None,
         centre: bool = True,
         normalize: Normalization = "none",
@@ -205,7 +205,7 @@ class SparseAutoencoder(Evaluated):
         self.signed = activation == "abstopk" or bool(getattr(self._activation, "signed", False))
         bias = ENCODER_BIAS.get(activation, "none") if encoder_bias is None else encoder_bias
 
-        encoder, decoder = initial_weights(width, features, encoder_init)
+        encoder, decoder = initial_weights(width, features, encoder_start)
         self.decoder = nn.Parameter(decoder)
         self.encoder = None if tied else nn.Parameter(encoder)
         self.decoder_bias = nn.Parameter(torch.zeros(width))

@@ -147,7 +147,7 @@ def test_normalization_and_its_inverse():
 
 
 def test_the_encoder_begins_as_asked():
-    assert torch.equal(small(encoder_init="unit").encoder, small().decoder)
+    assert torch.equal(small(encoder_start="decoder").encoder, small().decoder)
     norms = small(width=200, features=400).encoder.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(400), rtol=0, atol=0.2)  # sqrt(2 x 200 / 400)
 

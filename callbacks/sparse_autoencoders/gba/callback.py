@@ -178,8 +178,8 @@ class GroupBiasAdaptation(FeatureCallback):
         self._loaded = None
         self._last_step = trainer.global_step
         self._group = neuron_groups(neurons, self.groups).to(bias.device)
-        self._target = target_frequencies(self.groups, self.htf, self.htf if self.groups == 1 else self.ltf).float().to(bias.device)
         self._forget()
+        self._target = target_frequencies(self.groups, self.htf, self.htf if self.groups == 1 else self.ltf).to(self._peak)
         if loaded is not None and len(loaded["firing"]):
             if len(loaded["firing"]) != neurons:
                 raise ValueError(
@@ -249,7 +249,7 @@ class GroupBiasAdaptation(FeatureCallback):
     def _forget(self) -> None:
         neurons, device = len(self._bias), self._bias.device
         self._firing = torch.zeros(neurons, dtype=torch.int64, device=device)
-        self._peak = torch.zeros(neurons, dtype=torch.float32, device=device)
+        self._peak = torch.zeros(neurons, dtype=torch.promote_types(self._bias.dtype, torch.float32), device=device)
         self._samples = 0
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -59,7 +59,7 @@ class AbsTopK(SparseAutoencoder):
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
-        *SparseAutoencoder.panels,
+        *(panel for panel in SparseAutoencoder.panels if panel.title != "Penalties"),  # it has none
         Curve("Active features of a sample, by sign", ("sae/positive", "sae/negative"), note="Training. TopK has none of the second."),
     )
 
