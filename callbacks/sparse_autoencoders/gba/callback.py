@@ -35,8 +35,8 @@ TECHNIQUE = Technique(
     classes=("lit_methods.callbacks.GroupBiasAdaptation",),
     configs=("gba.yaml",),
     golden=("bias_update", "sae_step", "recovery_metrics"),
-    claim="A sparse autoencoder recovers features best when its neurons fire about as often as the features occur, and groups with spread "
-    "targets need not know how often that is.",
+    claim="An autoencoder whose neurons may fire as often as a feature occurs recovers more features than one whose neurons may fire a "
+    "sixteenth as often.",
     summary="Sets the sparsity of an autoencoder by feedback on each neuron's bias, with a target frequency for each group of neurons.",
 )
 
