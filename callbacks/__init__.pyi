@@ -27,6 +27,8 @@ from .sparse_autoencoders.afa_evaluation import AFAEvaluation as AFAEvaluation
 from .sparse_autoencoders.bidirectionality import BidirectionalityMonitor as BidirectionalityMonitor
 from .sparse_autoencoders.feature_recovery import FeatureRecovery as FeatureRecovery
 from .sparse_autoencoders.gba.callback import GroupBiasAdaptation as GroupBiasAdaptation
+from .sparse_autoencoders.loss_recovered import LossRecovered as LossRecovered
+from .sparse_autoencoders.sae_evals.callback import SupervisedDictionaryEval as SupervisedDictionaryEval
 from .sparse_autoencoders.steering_probe import SteeringProbe as SteeringProbe
 from .sparsity.card import SparsityCard as SparsityCard
 from .sparsity.cast.adams import AdamS as AdamS

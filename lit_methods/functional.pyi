@@ -26,6 +26,28 @@ from lit_methods.callbacks.sparse_autoencoders.gba.core import bias_update as bi
 from lit_methods.callbacks.sparse_autoencoders.gba.core import firing_statistics as firing_statistics
 from lit_methods.callbacks.sparse_autoencoders.gba.core import neuron_groups as neuron_groups
 from lit_methods.callbacks.sparse_autoencoders.gba.core import target_frequencies as target_frequencies
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import activity_counts as activity_counts
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import attribute_sums as attribute_sums
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import attribution_distance as attribution_distance
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import best_values as best_values
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import code_weights as code_weights
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import edit_arithmetic as edit_arithmetic
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import edit_subspace as edit_subspace
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import f1_scores as f1_scores
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import feature_order as feature_order
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import feature_weights as feature_weights
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import greedy_edit as greedy_edit
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import guided_edit as guided_edit
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import l2_distance as l2_distance
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import matched_pairs as matched_pairs
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import mean_codes as mean_codes
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import mse_codes as mse_codes
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import necessity as necessity
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import reconstruct_by_codes as reconstruct_by_codes
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import removed_weight as removed_weight
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import sufficiency as sufficiency
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import union_f1 as union_f1
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import value_order as value_order
 from lit_methods.callbacks.sparsity.cast.adams import adam_update_ as adam_update_
 from lit_methods.callbacks.sparsity.cast.adams import ast_momentum as ast_momentum
 from lit_methods.callbacks.sparsity.cast.adams import decay_share as decay_share
@@ -238,6 +260,7 @@ from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
 
 __all__ = [
     "ablate_direction",
+    "activity_counts",
     "adam_update_",
     "adapter_features",
     "adaptive_c",
@@ -248,9 +271,12 @@ __all__ = [
     "annealed_beta",
     "ast_momentum",
     "attention_with_tangent",
+    "attribute_sums",
+    "attribution_distance",
     "band_slopes",
     "base_scaling",
     "batch_dice",
+    "best_values",
     "bias_update",
     "blockwise_attention",
     "boundary_scalings",
@@ -260,6 +286,7 @@ __all__ = [
     "clamp_feature",
     "class_counts",
     "class_iou",
+    "code_weights",
     "concept_score",
     "conr_dense_loss",
     "conr_loss",
@@ -303,12 +330,15 @@ __all__ = [
     "ect_lower",
     "ect_stage",
     "edge_edge_loss",
+    "edit_arithmetic",
+    "edit_subspace",
     "effective_rank",
     "ema_update",
     "embedding_consistency",
     "exact_counts",
     "expand_blocks",
     "exponential_drop",
+    "f1_scores",
     "factorized_width",
     "fds_begin_epoch",
     "fds_bucket_kernel",
@@ -317,6 +347,8 @@ __all__ = [
     "fds_moments",
     "fds_pooled",
     "fds_update",
+    "feature_order",
+    "feature_weights",
     "finalized_weight",
     "finite_or_zero",
     "firing_statistics",
@@ -331,9 +363,11 @@ __all__ = [
     "geman_mcclure",
     "gradual_training_flops",
     "grasp_scores",
+    "greedy_edit",
     "group_mean",
     "grow",
     "grow_penalty",
+    "guided_edit",
     "half_life_decay",
     "harmonic_mean",
     "has_foreground",
@@ -353,6 +387,7 @@ __all__ = [
     "kept_masks",
     "kept_shares",
     "kl_to_teacher",
+    "l2_distance",
     "label_weights",
     "layer_density",
     "lightgcn_loss",
@@ -364,13 +399,17 @@ __all__ = [
     "magnitude_statistics",
     "mask_change",
     "masked_weight",
+    "matched_pairs",
     "max_cosine",
+    "mean_codes",
     "merged_labels",
     "moving_marginal",
+    "mse_codes",
     "multinomial_loss",
     "multiscale_consistency",
     "multistep_sample",
     "nearest_level",
+    "necessity",
     "neighbour_labels",
     "neumf_loss",
     "neuron_groups",
@@ -410,9 +449,11 @@ __all__ = [
     "random_mask",
     "ranking_metrics",
     "rcm_sample",
+    "reconstruct_by_codes",
     "rectified_flow",
     "regression_loss",
     "remove_norm_scales",
+    "removed_weight",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
@@ -446,6 +487,7 @@ __all__ = [
     "square_root_levels",
     "ssim_y",
     "steer_by_clamping",
+    "sufficiency",
     "superflow_losses",
     "superpixel_groups",
     "target_frequencies",
@@ -462,8 +504,10 @@ __all__ = [
     "two_signed_share",
     "uncertain_loss",
     "uniform_probabilities",
+    "union_f1",
     "update_mask",
     "update_sample_weights",
+    "value_order",
     "velocity_tangent",
     "voxelize",
     "warmup_cosine",

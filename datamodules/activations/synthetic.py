@@ -1,11 +1,11 @@
 """Made activations whose features are known: sparse mixtures of atoms, and sums of attributes' codes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_methods.checks import at_least, literals, within
 from lit_methods.datamodules.base import Batches, Ints, LoaderDataModule
@@ -149,6 +149,31 @@ class SparseMixturesDataModule(SyntheticActivations):
         return {"activation": code @ self.directions, "code": code}
 
 
+class CodeReadout(nn.Module):
+    """A subject model that tells each attribute's value from an activation: by the code nearest to what is left without the other codes.
+
+    Args:
+        codes: Attribute -> (values, d) codes that it looks for.
+    """
+
+    def __init__(self, codes: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = list(codes)
+        self.codes = nn.ParameterList([nn.Parameter(code, requires_grad=False) for code in codes.values()])
+
+    def forward(self, activation: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Attribute -> (B, values) logits: minus half the squared distance to each code, without what all codes share.
+
+        Args:
+            activation: (B, d).
+            batch: With the (B,) values of all attributes, which say what the other codes are.
+        """
+        parts = [code[batch[name]] for name, code in zip(self.names, self.codes, strict=True)]
+        rest = activation - torch.stack(parts).sum(0)
+        named = zip(self.names, parts, self.codes, strict=True)
+        return {name: (rest + part) @ code.T - code.square().sum(1) / 2 for name, part, code in named}
+
+
 class AttributeSumsDataModule(SyntheticActivations):
     """Activations that are sums of a code for each attribute's value, and noise, like those of indirect object identification.
 
@@ -169,12 +194,14 @@ class AttributeSumsDataModule(SyntheticActivations):
 
     Attributes:
         codes: Attribute -> (values, d) float32, its true codes with their norm, after ``setup``.
+        subject: A model that reads the values by these codes, after ``setup``.
 
     Raises:
         ValueError: A number lies outside its range.
     """
 
     codes: dict[str, Tensor]
+    subject: CodeReadout
 
     def __init__(
         self,
@@ -200,6 +227,7 @@ class AttributeSumsDataModule(SyntheticActivations):
         values = {"io": hp["names"], "s": hp["names"], "pos": 2}
         self.codes = {name: unit_directions(number, hp["width"], generator) for name, number in values.items()}
         self.codes["s"] = self.codes["s"] * hp["magnitude"]
+        self.subject = CodeReadout(self.codes)
         ids = {name: torch.randint(number, (count,), generator=generator) for name, number in values.items()}
         noise = torch.randn(count, hp["width"], generator=generator) * (hp["noise"] / hp["width"] ** 0.5)
         return {"activation": torch.stack([self.codes[name][index] for name, index in ids.items()]).sum(0) + noise, **ids}

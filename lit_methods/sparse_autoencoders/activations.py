@@ -66,6 +66,11 @@ def topk(u: Tensor, k: int) -> SparseCode:
     return code._replace(values=code.values.relu())
 
 
+def raw_topk(u: Tensor, k: int) -> SparseCode:
+    """The k largest of u of each sample, negative ones too, as amakelov/sae has it: k entries always."""
+    return keep_largest(u, u, k)
+
+
 def batchtopk(u: Tensor, k: int) -> SparseCode:
     """The k B largest of max(u, 0) of the whole batch (arXiv:2412.06410): a sample may get more than k or fewer."""
     code = keep_largest(u, u, k, per_batch=True)
@@ -174,12 +179,29 @@ def gate_reconstruction(code: Tensor, u: Tensor, x: Tensor, decoder: Tensor, dec
     return F.mse_loss(reconstruction, wide(x), reduction="none").sum(dim=1).mean()
 
 
+def attribution(code: Tensor, decoder: Tensor, gradient: Tensor) -> Tensor:
+    """Mean over the batch of sum_j |z_j (g . d_j)|: few features shall matter to the model (arXiv:2405.08366; code amakelov/sae).
+
+    Args:
+        code: (B, h).
+        decoder: (h, d).
+        gradient: (B, d) of what the model is measured by, such as a logit difference, at the activation: the batch's ``gradient``.
+    """
+    return (wide(code) * (wide(gradient) @ decoder.T)).abs().sum(dim=1).mean()
+
+
+def unexplained_attribution(code: Tensor, x: Tensor, reconstruction: Tensor, gradient: Tensor) -> Tensor:
+    """Mean over the batch of |(x - x_hat) . g|: what the reconstruction lacks shall not matter. Arguments as of :func:`attribution`."""
+    return ((wide(x) - wide(reconstruction)) * wide(gradient)).sum(dim=1).abs().mean()
+
+
 # Functions by name; a technique's own stand there by their dotted path and are imported when they are used.
 ACTIVATIONS: dict[str, Callable[..., Any] | str] = {
     "relu": relu,
     "gated": gated,
     "jumprelu": jumprelu,
     "topk": topk,
+    "raw_topk": raw_topk,
     "batchtopk": batchtopk,
     "topafa": "lit_methods.sparse_autoencoders.top_afa.core.topafa",
     "abstopk": abstopk,
@@ -191,6 +213,8 @@ PENALTIES: dict[str, Callable[..., Any] | str] = {
     "l0": l0,
     "gate_l1": gate_l1,
     "gate_reconstruction": gate_reconstruction,
+    "attribution": attribution,
+    "unexplained_attribution": unexplained_attribution,
     "afa": "lit_methods.sparse_autoencoders.top_afa.core.afa_loss",
 }
 ENCODER_BIAS: dict[str, EncoderBias] = {"relu": "learned", "gated": "learned", "jumprelu": "learned", "gba": "fixed"}  # others: none
