@@ -222,7 +222,7 @@ class GroupBiasAdaptation(FeatureCallback):
                 f"pre_activations={self.pre_activations!r} puts out {given}, and bias={self.bias!r} is {tuple(self._bias.shape)}: name the "
                 f"submodule whose output is (..., {len(self._bias)}) pre-activations"
             )
-        y = y.detach().flatten(0, -2)
+        y = y.detach().reshape(-1, y.shape[-1])
         if not self.includes_bias:
             y = y + self._bias
         firing, peak = firing_statistics(y)
