@@ -173,7 +173,9 @@ def test_the_true_feature_steers_without_side_effects():
     found = measured(probe)
     assert found["steering/clamped"] == pytest.approx(1, abs=0.1)
     assert found["steering/added"] == pytest.approx(1)
-    assert found["steering/opposite"] < -0.5
+    one = torch.cat([batch["code"] for batch in samples()])[:, 1]
+    with_it, without = one[one > 0].mean(), one[one <= 0].mean()
+    assert found["steering/opposite"] == pytest.approx(float((-with_it - without) / (with_it - without)), abs=0.1)
     assert found["steering/off_axis_added"] == pytest.approx(0, abs=1e-5)
     assert found["steering/off_axis_clamped"] < 0.3
     rows = {row[0]: row[1] for row in probe.dashboard_media()["steering/ways"].rows}
