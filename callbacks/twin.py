@@ -256,7 +256,8 @@ def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
         loader.num_workers, loader.timeout = 0, 0.0
     elif not isinstance(loader, list | tuple):
         raise ValueError(
-            f"SNIP and GraSP take a batch from a training DataLoader, got {type(loader).__name__}: choose a method by shape, such as 'erk'"
+            f"batches are taken from a training DataLoader, got {type(loader).__name__}: give one; or, for SNIP and GraSP, choose a method "
+            "by shape, such as 'erk'"
         )
     for batch in loader:
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
