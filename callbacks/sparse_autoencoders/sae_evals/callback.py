@@ -93,17 +93,14 @@ class SupervisedDictionaryEval(AutoencoderJudge):
             goal="max",
         ),
         Curve("The monitored edit", ("sae_evals/val_edit", "sae_evals/test_edit")),
-        TablePanel("Edits: agreement against weight removed", "sae_evals/edits", note="High agreement at a small weight is good."),
+        TablePanel(
+            "Edits: agreement against weight removed", "sae_evals/edits", note="High agreement at a small weight, a small distance: good."
+        ),
         Curve("Squared error / variance", ("sae_evals/val_error/*", "sae_evals/test_error/*"), goal="min"),
         Curve(
             "Sufficiency and necessity of reconstructions",
             ("sae_evals/val_sufficiency/*", "sae_evals/val_necessity/*", "sae_evals/test_sufficiency/*", "sae_evals/test_necessity/*"),
             note="1: the reconstruction holds all that the model uses.",
-        ),
-        Curve(
-            "Distance of edits to the counterfactual, without a subject model",
-            ("sae_evals/val_distance/*", "sae_evals/test_distance/*"),
-            goal="min",
         ),
         Curve("Weight that edits of the monitored attribute remove", ("sae_evals/val_weight/*", "sae_evals/test_weight/*"), goal="min"),
         Curve("Features that tell a value", ("sae_evals/val_features/*", "sae_evals/test_features/*"), note="F1 above the threshold."),
