@@ -23,6 +23,7 @@ from .run.finite import FiniteGuard as FiniteGuard
 from .run.preemption import Preemption as Preemption
 from .run.progress import ThroughputProgressBar as ThroughputProgressBar
 from .run.step_cost import StepCost as StepCost
+from .sparse_autoencoders.afa_evaluation import AFAEvaluation as AFAEvaluation
 from .sparse_autoencoders.bidirectionality import BidirectionalityMonitor as BidirectionalityMonitor
 from .sparse_autoencoders.feature_recovery import FeatureRecovery as FeatureRecovery
 from .sparse_autoencoders.gba.callback import GroupBiasAdaptation as GroupBiasAdaptation

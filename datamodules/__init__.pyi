@@ -1,5 +1,6 @@
 from .activations.harvest import HarvestedActivations as HarvestedActivations
 from .activations.ioi import IOIActivations as IOIActivations
+from .activations.patches import ImagePatchesDataModule as ImagePatchesDataModule
 from .activations.synthetic import AttributeSumsDataModule as AttributeSumsDataModule
 from .activations.synthetic import SparseMixturesDataModule as SparseMixturesDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule

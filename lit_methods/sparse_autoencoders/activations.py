@@ -129,19 +129,21 @@ def jumprelu(u: Tensor, log_threshold: Tensor, bandwidth: float = 0.001) -> Tens
     return _JumpReLU.apply(u.relu(), log_threshold.to(u.dtype), bandwidth)  # type: ignore[no-any-return]
 
 
-def gated(u: Tensor, projection: Tensor, log_scale: Tensor, magnitude_bias: Tensor) -> Tensor:
+def gated(u: Tensor, projection: Tensor, log_scale: Tensor, magnitude_bias: Tensor, rectified: bool = False) -> Tensor:
     """Gate and magnitude apart (arXiv:2404.16014): 1[u > 0] (projection exp(log_scale) + magnitude_bias).
 
-    The magnitude has no ReLU of its own, as in amakelov/sae. The gate gets its gradient from the penalties ``gate_l1`` and
-    ``gate_reconstruction``.
+    The magnitude has no ReLU of its own, as in amakelov/sae; the paper and sae-lens have one, as ``rectified`` does. The gate gets its
+    gradient from the penalties ``gate_l1`` and ``gate_reconstruction``.
 
     Args:
         u: (B, h), the gate's pre-activations, with its bias.
         projection: (B, h), the same without.
         log_scale: (h,).
         magnitude_bias: (h,).
+        rectified: Magnitudes below 0 are 0.
     """
-    return (u > 0) * (projection * log_scale.exp() + magnitude_bias)
+    magnitude = projection * log_scale.exp() + magnitude_bias
+    return (u > 0) * (magnitude.relu() if rectified else magnitude)
 
 
 def gba(u: Tensor, projection: Tensor, jump: bool = True) -> Tensor:

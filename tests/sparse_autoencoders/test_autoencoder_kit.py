@@ -65,6 +65,27 @@ def test_a_sparse_code_is_decoded_without_its_dense_form():
     assert max(largest) < 64 * 4096
 
 
+@pytest.mark.parametrize("taken", [3, 60])  # a sparse code of dead features beside the sparse code, and a dense one
+def test_both_losses_share_the_pre_activations(taken):
+    module = small(features=80, aux_features=taken, dead_after=1).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    found = module.losses({"activation": x})
+    found.loss.backward()
+    assert found.aux > 0
+    encoder, decoder, bias = (p.detach().clone().requires_grad_() for p in (module.encoder, module.decoder, module.decoder_bias))
+    u = ((x - bias) @ encoder.T).relu()
+    z = u * (u.argsort(dim=1, descending=True).argsort(dim=1) < 2)
+    alive = (z > 0).any(dim=0)
+    left = u * ~alive
+    left = left * (left.argsort(dim=1, descending=True).argsort(dim=1) < taken)
+    residual = x - z @ decoder - bias
+    loss = residual.square().mean() + (left @ decoder - residual).square().mean() / 32
+    torch.testing.assert_close(found.loss, loss)
+    wanted = torch.autograd.grad(loss, (encoder, decoder, bias))
+    for parameter, grad in zip((module.encoder, module.decoder, module.decoder_bias), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 @pytest.mark.parametrize("k", [1, 9])  # 9 of 5 features: all
 @pytest.mark.parametrize("name", ["topk", "batchtopk", "abstopk"])
@@ -123,6 +144,12 @@ def test_normalization_and_its_inverse():
         torch.testing.assert_close(module.decode(code, like=first), module.decode(code) * module.input_scale)
         scale = module.input_scale.clone()
         assert trained(module, batches(1, seed=5)).input_scale == scale, "a second fit keeps the first batch's statistics"
+
+
+def test_the_encoder_begins_as_asked():
+    assert torch.equal(small(encoder_init="unit").encoder, small().decoder)
+    norms = small(width=200, features=400).encoder.norm(dim=1)
+    torch.testing.assert_close(norms, torch.ones(400), rtol=0, atol=0.2)  # sqrt(2 x 200 / 400)
 
 
 def test_rows_keep_unit_norm_and_the_gradient_turns_them():
@@ -272,17 +299,25 @@ def test_a_killed_run_ends_like_a_whole_one(tmp_path, options):
     assert_state_dicts_equal(resumed, whole)
 
 
+def figures(trainer):
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("sae/val")}
+
+
 def in_two(options):
     module = small(**options)
-    tiny_trainer(devices=2, strategy="ddp", max_steps=4).fit(module, datamodule=mixtures(8))
-    return cloned_state(module)
+    trainer = tiny_trainer(devices=2, strategy="ddp", max_steps=4, limit_val_batches=1.0, val_check_interval=4)
+    trainer.fit(module, datamodule=mixtures(8))
+    return cloned_state(module), figures(trainer)
 
 
 @pytest.mark.parametrize("options", [{"dead_after": 1}, {"normalize": "norm_1", "bias_from_data": True}])
 def test_two_processes_end_like_one(options):
     alone = small(**options)
-    tiny_trainer(max_steps=4).fit(alone, datamodule=mixtures(16))
-    first, second = run_two_processes(in_two, options)
+    trainer = tiny_trainer(max_steps=4, limit_val_batches=1.0, val_check_interval=4)
+    trainer.fit(alone, datamodule=mixtures(16))
+    (first, logged), (second, _) = run_two_processes(in_two, options)
+    assert len(logged) == 4
+    assert logged == pytest.approx(figures(trainer), rel=1e-4, abs=1e-6)
     assert_state_dicts_equal(first, second)
     assert_state_dicts_equal(first, cloned_state(alone), rtol=1e-4, atol=1e-6)
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 from lit_methods import checks
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Panel
-from lit_methods.sparse_autoencoders.dictionary import Normalization
+from lit_methods.sparse_autoencoders.dictionary import EncoderInit, Normalization
 from lit_methods.sparse_autoencoders.module import SparseAutoencoder
 
 TECHNIQUE = Technique(
@@ -14,12 +14,11 @@ TECHNIQUE = Technique(
     arxiv="2503.24277",
     family="sparse_autoencoders",
     form="module",
-    classes=("lit_methods.TopAFA", "lit_methods.SparseAutoencoder"),
-    configs=("top_afa.yaml",),
+    classes=("lit_methods.TopAFA", "lit_methods.SparseAutoencoder", "lit_methods.callbacks.AFAEvaluation"),
+    configs=("top_afa.yaml", "topk.yaml"),
     golden=("topafa_step", "topk_step", "batchtopk_step", "zf_metrics"),
-    claim="On sparse mixtures of atoms, top-AFA reconstructs better than TopK with any of several k, and is given none.",
+    claim="On sparse mixtures, top-AFA, which is given no k, reconstructs with a smaller error than TopK with the best of three k.",
     summary="A sparse autoencoder that gives each sample as many features as bring the code's norm to the input's; evaluates others by it.",
-    draft=True,
 )
 
 
@@ -41,6 +40,8 @@ class TopAFA(SparseAutoencoder):
         features: Size h of the dictionary.
         afa_coeff: Factor of the loss of the norms, >= 0; the paper tries 1/128 to 1/16.
         l1_coeff: Factor of the mean sum of magnitudes, >= 0.
+        encoder_init: ``kaiming``: the encoder begins with rows of norms about sqrt(2 width / features), as in the authors' code; ``unit``:
+            with the decoder's rows, of norm 1.
         normalize: ``none``; ``sample``: each sample with mean 0 and standard deviation 1, as in the paper; ``norm_1``, ``norm_sqrt``: all
             divided by one number, so that their mean norm is 1, or sqrt(width).
         aux_coeff: Factor of the loss of dead features, >= 0; 0: without.
@@ -64,6 +65,7 @@ class TopAFA(SparseAutoencoder):
         features: int,
         afa_coeff: float = 1 / 32,
         l1_coeff: float = 0.0,
+        encoder_init: EncoderInit = "kaiming",
         normalize: Normalization = "sample",
         aux_coeff: float = 1 / 32,
         aux_features: int = 512,
@@ -77,6 +79,7 @@ class TopAFA(SparseAutoencoder):
             features,
             activation="topafa",
             penalties={"afa": afa_coeff, **({"l1": l1_coeff} if l1_coeff else {})},
+            encoder_init=encoder_init,
             normalize=normalize,
             aux_coeff=aux_coeff,
             aux_features=aux_features,
