@@ -13,6 +13,10 @@ from .generative.latents import LatentDataModule as LatentDataModule
 from .generative.shards import LatentShardsDataModule as LatentShardsDataModule
 from .generative.toys import IrisDataModule as IrisDataModule
 from .generative.toys import RingDataModule as RingDataModule
+from .matrices.made import PlantedDirectionsDataModule as PlantedDirectionsDataModule
+from .matrices.made import SemiSyntheticDigitsDataModule as SemiSyntheticDigitsDataModule
+from .matrices.postings import JobPostingsDataModule as JobPostingsDataModule
+from .matrices.two_classes import TwoClassDataModule as TwoClassDataModule
 from .metric_learning.images import RetrievalImagesDataModule as RetrievalImagesDataModule
 from .metric_learning.open_world import OpenWorldDataModule as OpenWorldDataModule
 from .recommendation.ratings import RatingsDataModule as RatingsDataModule
@@ -23,9 +27,11 @@ from .regression.sentences import SentencePairsDataModule as SentencePairsDataMo
 from .segmentation.noisy_masks import NoisyMasksDataModule as NoisyMasksDataModule
 from .segmentation.organs import OrganSlicesDataModule as OrganSlicesDataModule
 from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule
+from .text.instructions import InstructionDataModule as InstructionDataModule
 from .text.text import TextDataModule as TextDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
+from .vision.factors import ShapeFactorsDataModule as ShapeFactorsDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
 from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule
 from .vision.skimage_pictures import SkimageDataModule as SkimageDataModule

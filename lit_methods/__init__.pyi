@@ -28,10 +28,16 @@ from .lidar.segmentor import PointSegmentor as PointSegmentor
 from .lidar.superflow import SuperFlow as SuperFlow
 from .lidar.teachers import DINOv2 as DINOv2
 from .lidar.teachers import PatchStatistics as PatchStatistics
+from .matrix_factorization.supervised_dictionary_learning.estimator import SupervisedDictionaryClassifier as SupervisedDictionaryClassifier
+from .matrix_factorization.supervised_dictionary_learning.module import SupervisedMatrixFactorization as SupervisedMatrixFactorization
+from .matrix_factorization.two_stage import TwoStageClassifier as TwoStageClassifier
 from .prompting.coprompt.module import CoPrompt as CoPrompt
 from .prompting.tiny import TinyTowers as TinyTowers
 from .prompting.towers import CLIPTowers as CLIPTowers
 from .sample_table import SampleTable as SampleTable
+from .self_supervised.ijepa import IJEPA as IJEPA
+from .self_supervised.networks import ViTEncoder as ViTEncoder
+from .self_supervised.sparsejepa.module import SparseJEPA as SparseJEPA
 from .semi.fixmatch import FixMatch as FixMatch
 from .semi.shrinkmatch.module import ShrinkMatch as ShrinkMatch
 from .semi.simmatchv2.module import SimMatchV2 as SimMatchV2
@@ -62,6 +68,7 @@ from .tasks.vision.classifier import ImageClassifier as ImageClassifier
 from .tasks.vision.networks import MLP as MLP
 from .tasks.vision.networks import CifarResNet as CifarResNet
 from .tasks.vision.networks import CifarResNet18 as CifarResNet18
+from .tasks.vision.networks import GatedMLP as GatedMLP
 from .tasks.vision.networks import SmallConvNet as SmallConvNet
 from .tasks.vision.networks import TimmNetwork as TimmNetwork
 from .tasks.vision.networks import WideResNet as WideResNet

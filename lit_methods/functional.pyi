@@ -2,9 +2,28 @@
 from lit_methods.averages import cosine_decay as cosine_decay
 from lit_methods.averages import ema_update as ema_update
 from lit_methods.averages import half_life_decay as half_life_decay
+from lit_methods.averages import linear_decay as linear_decay
 from lit_methods.averages import power_decay as power_decay
 from lit_methods.averages import power_exponent as power_exponent
 from lit_methods.averages import warmup_decay as warmup_decay
+from lit_methods.callbacks.fine_tuning.s2ft.core import batched_delta as batched_delta
+from lit_methods.callbacks.fine_tuning.s2ft.core import column_norms as column_norms
+from lit_methods.callbacks.fine_tuning.s2ft.core import expanded as expanded
+from lit_methods.callbacks.fine_tuning.s2ft.core import fused_weight as fused_weight
+from lit_methods.callbacks.fine_tuning.s2ft.core import layout as layout
+from lit_methods.callbacks.fine_tuning.s2ft.core import row_norms as row_norms
+from lit_methods.callbacks.fine_tuning.s2ft.core import s2_linear as s2_linear
+from lit_methods.callbacks.fine_tuning.s2ft.core import select_units as select_units
+from lit_methods.callbacks.fine_tuning.sara.core import adamw_ as adamw_
+from lit_methods.callbacks.fine_tuning.sara.core import effective_rank as sara_effective_rank
+from lit_methods.callbacks.fine_tuning.sara.core import is_reselection as is_reselection
+from lit_methods.callbacks.fine_tuning.sara.core import learning_rate_of as learning_rate_of
+from lit_methods.callbacks.fine_tuning.sara.core import nuclear_norm as nuclear_norm
+from lit_methods.callbacks.fine_tuning.sara.core import scatter_ as scatter_
+from lit_methods.callbacks.fine_tuning.sara.core import scattered as scattered
+from lit_methods.callbacks.fine_tuning.sara.core import small_weights as small_weights
+from lit_methods.callbacks.fine_tuning.sara.core import still_small as still_small
+from lit_methods.callbacks.fine_tuning.sara.core import threshold_of as threshold_of
 from lit_methods.callbacks.imbalanced_regression.conr.core import conr_dense_loss as conr_dense_loss
 from lit_methods.callbacks.imbalanced_regression.conr.core import conr_loss as conr_loss
 from lit_methods.callbacks.imbalanced_regression.fds.core import begin_epoch as fds_begin_epoch
@@ -69,10 +88,17 @@ from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold as dro
 from lit_methods.callbacks.sparsity.drop_grow import drop_smallest as drop_smallest
 from lit_methods.callbacks.sparsity.drop_grow import grow as grow
 from lit_methods.callbacks.sparsity.drop_grow import update_mask as update_mask
+from lit_methods.callbacks.sparsity.dsnot.core import contribution as contribution
+from lit_methods.callbacks.sparsity.dsnot.core import dsnot_nm as dsnot_nm
+from lit_methods.callbacks.sparsity.dsnot.core import dsnot_unstructured as dsnot_unstructured
 from lit_methods.callbacks.sparsity.dynamics import itop_rate as itop_rate
 from lit_methods.callbacks.sparsity.dynamics import mask_change as mask_change
 from lit_methods.callbacks.sparsity.flops import gradual_training_flops as gradual_training_flops
 from lit_methods.callbacks.sparsity.flops import training_flops as training_flops
+from lit_methods.callbacks.sparsity.group_sparsity import group_norms as group_norms
+from lit_methods.callbacks.sparsity.group_sparsity import group_penalty as group_penalty
+from lit_methods.callbacks.sparsity.group_sparsity import group_shrink as group_shrink
+from lit_methods.callbacks.sparsity.input_statistics import input_statistics as input_statistics
 from lit_methods.callbacks.sparsity.issp.core import draw_sample as draw_sample
 from lit_methods.callbacks.sparsity.issp.core import fitting_pattern as fitting_pattern
 from lit_methods.callbacks.sparsity.issp.core import grow_penalty as grow_penalty
@@ -94,6 +120,12 @@ from lit_methods.callbacks.sparsity.masksparsity.core import penalty_gradient as
 from lit_methods.callbacks.sparsity.masksparsity.core import save_masks as save_masks
 from lit_methods.callbacks.sparsity.masksparsity.core import sparse_gradient as sparse_gradient
 from lit_methods.callbacks.sparsity.masksparsity.core import threshold_mask as threshold_mask
+from lit_methods.callbacks.sparsity.one_shot import expected_error as expected_error
+from lit_methods.callbacks.sparsity.one_shot import initial_score as initial_score
+from lit_methods.callbacks.sparsity.one_shot import keep_high_scores as keep_high_scores
+from lit_methods.callbacks.sparsity.one_shot import magnitude_mask as magnitude_mask
+from lit_methods.callbacks.sparsity.one_shot import sparsegpt as sparsegpt
+from lit_methods.callbacks.sparsity.one_shot import wanda_mask as wanda_mask
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import decay_pruned as decay_pruned
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import flow_factor as flow_factor
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import parse_pattern as parse_pattern
@@ -171,7 +203,7 @@ from lit_methods.consistency_models.slct.core import early_diffusion_loss as ear
 from lit_methods.consistency_models.slct.core import is_early as is_early
 from lit_methods.consistency_models.slct.core import remove_norm_scales as remove_norm_scales
 from lit_methods.consistency_models.slct.core import slct_loss as slct_loss
-from lit_methods.lidar.contrast import effective_rank as effective_rank
+from lit_methods.lidar.contrast import effective_rank as lidar_effective_rank
 from lit_methods.lidar.contrast import group_mean as group_mean
 from lit_methods.lidar.contrast import info_nce as info_nce
 from lit_methods.lidar.contrast import retrieval_accuracy as retrieval_accuracy
@@ -191,6 +223,28 @@ from lit_methods.lidar.superflow.core import superpixel_groups as superpixel_gro
 from lit_methods.lidar.superflow.core import temporal_vote as temporal_vote
 from lit_methods.lidar.superflow.core import to_batch_rows as to_batch_rows
 from lit_methods.lidar.voxels import voxelize as voxelize
+from lit_methods.matrix_factorization.regression import best_threshold as best_threshold
+from lit_methods.matrix_factorization.regression import code_columns as code_columns
+from lit_methods.matrix_factorization.regression import fit_regression as fit_regression
+from lit_methods.matrix_factorization.regression import linear_scores as linear_scores
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import alternating_codes as alternating_codes
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import bcd_step as bcd_step
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import best_low_rank as best_low_rank
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import decayed_step_size as decayed_step_size
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import exhaustive_codes as exhaustive_codes
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import factor_objective as factor_objective
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lift_factors as lift_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lpgd_curvature as lpgd_curvature
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lpgd_objective as lpgd_objective
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lpgd_step as lpgd_step
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import predict_probability as predict_probability
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import random_factors as random_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import recover_factors as recover_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import search_radius as search_radius
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import svd_factors as svd_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import update_codes as update_codes
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import update_codes_supervised as update_codes_supervised
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import update_dictionary as update_dictionary
 from lit_methods.optim import seven_sixteenths_cosine as seven_sixteenths_cosine
 from lit_methods.optim import warmup_cosine as warmup_cosine
 from lit_methods.optim import warmup_cosine_rate as warmup_cosine_rate
@@ -203,6 +257,20 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.self_supervised.jepa import jepa_loss as jepa_loss
+from lit_methods.self_supervised.jepa import jepa_targets as jepa_targets
+from lit_methods.self_supervised.jepa import repeat_per_context as repeat_per_context
+from lit_methods.self_supervised.jepa import take_patches as take_patches
+from lit_methods.self_supervised.masks import block_size as block_size
+from lit_methods.self_supervised.masks import draw_block_masks as draw_block_masks
+from lit_methods.self_supervised.masks import first_patches as first_patches
+from lit_methods.self_supervised.networks import sincos_positions as sincos_positions
+from lit_methods.self_supervised.probe import linear_probe as linear_probe
+from lit_methods.self_supervised.probe import nearest_neighbours as nearest_neighbours
+from lit_methods.self_supervised.sparsejepa.core import group_maps as group_maps
+from lit_methods.self_supervised.sparsejepa.core import kl_to_standard_normal as kl_to_standard_normal
+from lit_methods.self_supervised.sparsejepa.core import multi_information as multi_information
+from lit_methods.self_supervised.sparsejepa.core import sparse_terms as sparse_terms
 from lit_methods.semi.alignment import align as align
 from lit_methods.semi.alignment import moving_marginal as moving_marginal
 from lit_methods.semi.fixmatch import certain_loss as certain_loss
@@ -225,6 +293,8 @@ from lit_methods.sparse_autoencoders.abstopk.core import proximal_objective as p
 from lit_methods.sparse_autoencoders.abstopk.core import sign_counts as sign_counts
 from lit_methods.sparse_autoencoders.abstopk.core import steer_by_clamping as steer_by_clamping
 from lit_methods.sparse_autoencoders.abstopk.core import two_signed_share as two_signed_share
+from lit_methods.sparse_autoencoders.recovery import max_cosine as max_cosine
+from lit_methods.sparse_autoencoders.recovery import share_above as share_above
 from lit_methods.sparse_autoencoders.top_afa.core import afa_loss as afa_loss
 from lit_methods.sparse_autoencoders.top_afa.core import band_slopes as band_slopes
 from lit_methods.sparse_autoencoders.top_afa.core import decoder_coherence as decoder_coherence
@@ -260,12 +330,14 @@ __all__ = [
     "ablate_direction",
     "activity_counts",
     "adam_update_",
+    "adamw_",
     "adapter_features",
     "adaptive_c",
     "adawac_loss",
     "add_direction",
     "afa_loss",
     "align",
+    "alternating_codes",
     "annealed_beta",
     "ast_momentum",
     "attention_with_tangent",
@@ -274,8 +346,13 @@ __all__ = [
     "band_slopes",
     "base_scaling",
     "batch_dice",
+    "batched_delta",
+    "bcd_step",
+    "best_low_rank",
+    "best_threshold",
     "best_values",
     "bias_update",
+    "block_size",
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
@@ -284,7 +361,9 @@ __all__ = [
     "clamp_feature",
     "class_counts",
     "class_iou",
+    "code_columns",
     "code_weights",
+    "column_norms",
     "concept_score",
     "conr_dense_loss",
     "conr_loss",
@@ -292,6 +371,7 @@ __all__ = [
     "consistency_pair_loss",
     "consistency_temperature",
     "consistency_tuning_loss",
+    "contribution",
     "convex_loss",
     "coprompt_loss",
     "corrected_labels",
@@ -307,6 +387,7 @@ __all__ = [
     "decay_pruned",
     "decay_share",
     "decayed_momentum",
+    "decayed_step_size",
     "decoder_coherence",
     "denoise_sample",
     "denoising_loss",
@@ -321,22 +402,28 @@ __all__ = [
     "doped_rank",
     "doubling_levels",
     "doubling_stage_length",
+    "draw_block_masks",
     "draw_sample",
     "drop_below_threshold",
     "drop_smallest",
+    "dsnot_nm",
+    "dsnot_unstructured",
     "early_diffusion_loss",
     "ect_lower",
     "ect_stage",
     "edge_edge_loss",
     "edit_arithmetic",
     "edit_subspace",
-    "effective_rank",
     "ema_update",
     "embedding_consistency",
     "exact_counts",
+    "exhaustive_codes",
     "expand_blocks",
+    "expanded",
+    "expected_error",
     "exponential_drop",
     "f1_scores",
+    "factor_objective",
     "factorized_width",
     "fds_begin_epoch",
     "fds_bucket_kernel",
@@ -350,19 +437,26 @@ __all__ = [
     "finalized_weight",
     "finite_or_zero",
     "firing_statistics",
+    "first_patches",
     "fit_iou_curve",
+    "fit_regression",
     "fit_scaling_law",
     "fitting_pattern",
     "flip_cameras",
     "flow_factor",
     "folded_frobenius",
     "frechet_distance",
+    "fused_weight",
     "gaussian_kl",
     "geman_mcclure",
     "gradual_training_flops",
     "grasp_scores",
     "greedy_edit",
+    "group_maps",
     "group_mean",
+    "group_norms",
+    "group_penalty",
+    "group_shrink",
     "grow",
     "grow_penalty",
     "guided_edit",
@@ -371,41 +465,62 @@ __all__ = [
     "has_foreground",
     "heun_step",
     "info_nce",
+    "initial_score",
+    "input_statistics",
     "interval_guidance",
     "inverse_gap",
     "iou_of_counts",
     "is_early",
     "is_nm",
     "is_refresh_step",
+    "is_reselection",
     "iso_flop_transform",
     "itop_rate",
+    "jepa_loss",
+    "jepa_targets",
     "karras_levels",
+    "keep_high_scores",
     "keep_largest",
     "keep_masks",
     "kept_masks",
     "kept_shares",
+    "kl_to_standard_normal",
     "kl_to_teacher",
     "l2_distance",
     "label_weights",
     "layer_density",
+    "layout",
+    "learning_rate_of",
+    "lidar_effective_rank",
+    "lift_factors",
     "lightgcn_loss",
+    "linear_decay",
+    "linear_probe",
+    "linear_scores",
     "load_masks",
     "load_pruned",
     "lognormal_probabilities",
     "look_up_pairs",
     "lovasz_softmax",
+    "lpgd_curvature",
+    "lpgd_objective",
+    "lpgd_step",
+    "magnitude_mask",
     "magnitude_statistics",
     "mask_change",
     "masked_weight",
     "matched_pairs",
+    "max_cosine",
     "mean_codes",
     "merged_labels",
     "moving_marginal",
     "mse_codes",
+    "multi_information",
     "multinomial_loss",
     "multiscale_consistency",
     "multistep_sample",
     "nearest_level",
+    "nearest_neighbours",
     "necessity",
     "neighbour_labels",
     "neumf_loss",
@@ -415,6 +530,7 @@ __all__ = [
     "node_node_loss",
     "normalised_weights",
     "normalized_adjacency",
+    "nuclear_norm",
     "opis",
     "opposite_pairs",
     "ot_threshold",
@@ -431,6 +547,7 @@ __all__ = [
     "power_decay",
     "power_exponent",
     "precision_recall",
+    "predict_probability",
     "pretrain_levels",
     "pretrain_loss",
     "project_points",
@@ -443,29 +560,40 @@ __all__ = [
     "pruned_count",
     "pseudo_huber",
     "psnr_y",
+    "random_factors",
     "random_mask",
     "ranking_metrics",
     "rcm_sample",
     "reconstruct_by_codes",
+    "recover_factors",
     "rectified_flow",
     "regression_loss",
     "remove_norm_scales",
     "removed_weight",
+    "repeat_per_context",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
     "retrieval_accuracy",
     "retrieval_scores",
+    "row_norms",
     "run_prompted_blocks",
+    "s2_linear",
     "sample_cross_entropy",
+    "sara_effective_rank",
     "save_masks",
     "scaled_weight",
+    "scatter_",
+    "scattered",
     "scm_loss",
     "sdgf_schedule",
+    "search_radius",
     "segmentation_losses",
+    "select_units",
     "sentence_index",
     "sentence_table",
     "seven_sixteenths_cosine",
+    "share_above",
     "shift_time",
     "shot_metrics",
     "shrink",
@@ -474,22 +602,30 @@ __all__ = [
     "shrunk_loss",
     "sign_counts",
     "simulate",
+    "sincos_positions",
     "slct_loss",
     "sliced_wasserstein",
+    "small_weights",
     "snip_scores",
     "sparse_gradient",
     "sparse_mask",
+    "sparse_terms",
+    "sparsegpt",
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
     "steer_by_clamping",
+    "still_small",
     "sufficiency",
     "superflow_losses",
     "superpixel_groups",
+    "svd_factors",
+    "take_patches",
     "target_frequencies",
     "tcm_loss",
     "temporal_vote",
     "threshold_mask",
+    "threshold_of",
     "to_batch_rows",
     "to_semi_structured",
     "token_losses",
@@ -501,11 +637,15 @@ __all__ = [
     "uncertain_loss",
     "uniform_probabilities",
     "union_f1",
+    "update_codes",
+    "update_codes_supervised",
+    "update_dictionary",
     "update_mask",
     "update_sample_weights",
     "value_order",
     "velocity_tangent",
     "voxelize",
+    "wanda_mask",
     "warmup_cosine",
     "warmup_cosine_rate",
     "warmup_decay",

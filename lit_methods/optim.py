@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -194,7 +194,15 @@ def adamw_one_cycle(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def repoint(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Let a scheduler, and those inside it, see another optimiser."""
+    if getattr(scheduler, "optimizer", None) is old:
+        scheduler.optimizer = new
+    for inner in getattr(scheduler, "_schedulers", ()):
+        repoint(inner, old, new)
+
+
 __all__ = [
-    "adamw_one_cycle", "cosine_to_the_end", "learning_rate_factor", "linear_rise", "scheduled", "seven_sixteenths_cosine", "warmup_cosine",
-    "warmup_cosine_rate", "warmup_then_epoch_cosine",
+    "adamw_one_cycle", "cosine_to_the_end", "learning_rate_factor", "linear_rise", "repoint", "scheduled", "seven_sixteenths_cosine",
+    "warmup_cosine", "warmup_cosine_rate", "warmup_then_epoch_cosine",
 ]  # fmt: skip

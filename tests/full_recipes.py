@@ -152,6 +152,7 @@ LATENTS = Recipe(
 )
 
 RECIPES: dict[str, Recipe] = {
+    "abstopk_gpt2": Recipe(words=("--data.init_args.batch_size=64",), why="batch of 64: a step of 4,096 takes seconds on two cores"),
     "adawac_acdc": Recipe(RANDOM, needs=("h5py",)),
     "adawac_synapse": Recipe(RANDOM, needs=("h5py",)),
     "adele_voc": Recipe(
@@ -169,9 +170,11 @@ RECIPES: dict[str, Recipe] = {
     "dsl_recommendation_lightgcn": Recipe(),
     "dsl_recommendation_multvae": Recipe(),
     "dsl_recommendation_neumf": Recipe(),
+    "dsnot_llama": Recipe({"/models/llama-7b": "{work}/llama"}, prepare=llama, needs=("transformers",)),
     "epg_consistency_imagenet256": batch(2),
     "epg_denoise_imagenet256": batch(2),
     "epg_pretrain_imagenet256": batch(4),
+    "gba_qwen": Recipe(words=("--data.init_args.batch_size=16",), why="batch of 16: 66,000 neurons take seconds on two cores"),
     "ict_cifar10": Recipe(words=("--data.init_args.batch_size=4", "--data.init_args.val_batch_size=4"), why=f"batches of 4: {SMALL_BATCH}"),
     "ict_imagenet64": batch(2),
     "issp_edsr": batch(1),
@@ -206,11 +209,14 @@ RECIPES: dict[str, Recipe] = {
     "sparse_ift_cifar": Recipe(),
     "sparse_ift_imagenet": batch(8),
     "sparseland_resnet50": batch(8),
+    "sparsejepa_cifar100": batch(8),
     "superflow_finetune": DOWNSTREAM,
     "superflow_kitti_1": DOWNSTREAM,
     "superflow_probe": DOWNSTREAM,
     "superflow_semi": DOWNSTREAM,
     "superflow_vits": Recipe({"weights: null": "weights: random"}),
+    "supervised_dictionary_learning_mnist": Recipe(),
+    "supervised_dictionary_learning_postings": Recipe(),
     "tcm_cub": Recipe(RANDOM, words=("--data.init_args.classes_per_batch=4",), why=f"4 classes a batch: {SMALL_BATCH}"),
     "top_afa_gpt2": Recipe(words=("--data.init_args.batch_size=32",), why="batch of 32: a tiny release has few activations"),
 }

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lit_methods import checks
@@ -30,8 +31,8 @@ class FeatureRecovery(AutoencoderJudge):
 
     Runs: at the end of validation and test. It looks at weights alone, and at the codes of the data only where ``other`` is given.
     Saves: nothing.
-    Refuses: modules without ``encode``, ``decode`` and ``decoder_directions``; data without true features where no ``truth`` is given and
-    no ``other`` either; features of another width.
+    Refuses: modules without ``encode``, ``decode`` and ``decoder_directions``; features of another width. Where there are neither true
+    features nor another run it warns and logs nothing.
 
     Args:
         truth: A ``.npy`` file with the true features (n, d); None: the datamodule's ``directions``, if it has them.
@@ -89,7 +90,7 @@ class FeatureRecovery(AutoencoderJudge):
 
         Raises:
             FileNotFoundError: A file isn't there.
-            ValueError: There is nothing to compare with, or it has another width.
+            ValueError: What is compared has another width, or can't be read.
         """
         super().begin_evaluation(trainer, pl_module, split)
         self._reset()
@@ -100,8 +101,8 @@ class FeatureRecovery(AutoencoderJudge):
                 self._others = self._read_other(directions)
                 wide = torch.promote_types(directions.dtype, torch.float32)
                 self._sum, self._squares, self._peak = (directions.new_zeros(len(directions), dtype=wide) for _ in range(3))
-            elif self._true is None:
-                raise ValueError("there is nothing to compare with: give truth or other, or data whose datamodule has directions")
+        if self._true is None and self._others is None and not trainer.sanity_checking:
+            rank_zero_warn("FeatureRecovery has nothing to compare with: give truth or other, or data whose datamodule has directions")
 
     def _read_truth(self, trainer: pl.Trainer, directions: Tensor) -> Tensor | None:
         if self.truth is not None:
@@ -151,7 +152,8 @@ class FeatureRecovery(AutoencoderJudge):
                 logs[f"consistency_{tau:g}"] = share_above(cosines, tau)
                 for name, score in active.items():
                     logs[f"consistency_{name}_{tau:g}"] = share_above(cosines[score.topk(count).indices], tau)
-        log_global(pl_module, {f"recovery/{name}": value for name, value in logs.items()})
+        if logs:
+            log_global(pl_module, {f"recovery/{name}": value for name, value in logs.items()})
         super().end_evaluation(trainer, pl_module, split)
 
     def _peak_of_all_ranks(self) -> Tensor:

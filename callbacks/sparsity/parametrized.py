@@ -15,8 +15,8 @@ class LatentWeight(nn.Module):
         """An assigned weight becomes the latent one."""
         return weight
 
-    def neutral_state(self) -> Mapping[str, Tensor]:
-        """Values of its own parameters with which the forward pass sees the latent weight as it is, by name."""
+    def neutral_state(self, weight: Tensor) -> Mapping[str, Tensor]:
+        """Values of its own parameters with which the forward pass sees a latent weight as it is, by name."""
         return {}
 
 
@@ -66,7 +66,7 @@ def _plain_on_load(module: nn.Module, state: dict[str, Any], prefix: str, *_: An
     chains: Any = module.parametrizations
     for name, chain in chains.items():
         if isinstance(chain[0], LatentWeight) and f"{prefix}{name}" in state:
-            for own, value in chain[0].neutral_state().items():
+            for own, value in chain[0].neutral_state(state[f"{prefix}{name}"]).items():
                 state[f"{prefix}parametrizations.{name}.0.{own}"] = value
 
 

@@ -35,5 +35,14 @@ def _text(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     return {"root": arguments["root"]}
 
 
-FAKES: dict[str, Writer] = {"TextDataModule": _text}
+def _instructions(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """A JSON list of sums."""
+    rng, number = np.random.default_rng(0), int(arguments["num_val"]) + sizes.get("train", 40)
+    pairs = rng.integers(10, size=(number, 2)).tolist()
+    records = [{"instruction": "Add the numbers.", "input": f"{a} {b}", "output": str(a + b)} for a, b in pairs]
+    text(arguments["root"] / "instructions.json", json.dumps(records))
+    return {"root": arguments["root"] / "instructions.json"}
+
+
+FAKES: dict[str, Writer] = {"InstructionDataModule": _instructions, "TextDataModule": _text}
 __all__ = ["FAKES", "texts", "tokens"]

@@ -282,6 +282,12 @@ def export(argv: list[str]) -> int:
         weights = read_state_dict(Path(options.ckpt).expanduser(), options.prefix, plain=False)
     except (OSError, ValueError) as error:
         raise CommandError(str(error), exit_code=2 if isinstance(error, OSError | PrefixError) else 1) from error
+    save_weights(out, weights)
+    return 0
+
+
+def save_weights(out: Path, weights: dict[str, Any]) -> None:
+    """Write tensors into a file ending in .pt or .safetensors, and say so."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as partial:  # a full disk must not leave half a file under the final name
         if out.suffix == ".safetensors":
@@ -296,7 +302,6 @@ def export(argv: list[str]) -> int:
             torch.save(weights, partial)
     count = sum(tensor.numel() for tensor in weights.values())
     print(f"{out}: {len(weights)} tensors, {count:,} values")
-    return 0
 
 
 def _export_saelens(checkpoint: Path, out: Path) -> int:

@@ -206,6 +206,7 @@ ACTIVATIONS: dict[str, Callable[..., Any] | str] = {
     "topafa": "lit_methods.sparse_autoencoders.top_afa.core.topafa",
     "abstopk": abstopk,
     "gba": gba,
+    "proximal": "lit_methods.sparse_autoencoders.abstopk.core.proximal_map",
 }
 PENALTIES: dict[str, Callable[..., Any] | str] = {
     "l1": l1,

@@ -112,7 +112,7 @@ class SparseAutoencoder(Evaluated):
     Args:
         width: Size d of an activation.
         features: Size h of the dictionary.
-        activation: relu, gated, jumprelu, topk, batchtopk, topafa, abstopk, gba, or the dotted path of a function.
+        activation: relu, gated, jumprelu, topk, batchtopk, topafa, abstopk, gba, proximal, or the dotted path of a function.
         settings: What the activation and the penalties take, such as ``{k: 32}``; null: nothing.
         penalties: Penalty -> factor: l1, l0 (JumpReLU), gate_l1 and gate_reconstruction (gated), afa, or dotted paths; null: none.
         encoder_bias: ``none``, ``learned``, or ``fixed``: a buffer for callbacks that set it. Null: as the activation has it.

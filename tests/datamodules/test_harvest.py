@@ -13,7 +13,7 @@ from lit_methods.datamodules import HarvestedActivations, TextDataModule
 from lit_methods.datamodules.activations import harvest as harvesting
 from lit_methods.datamodules.activations.fake import shards
 from lit_methods.datamodules.activations.harvest import TinyLanguageModel, activations, kept_rows
-from lit_methods.datamodules.activations.shards import read_header, write_shard
+from lit_methods.datamodules.activations.shards import ShardSampler, read_header, write_shard
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 
 SMALL = {"tokens": 300, "val_tokens": 40, "buffer_size": 128, "batch_size": 32}
@@ -391,3 +391,12 @@ def test_without_a_root_the_shards_lie_in_the_cache(tmp_path, monkeypatch):
     assert harvesting.RECIPE in [path.name for path in folder.iterdir()]
     HarvestedActivations(**SMALL | {"tokens": 100}).prepare_data()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_two_processes_take_the_batches_of_one(tmp_path):
+    shards(tmp_path, rows=60, number=3)
+    data = read(tmp_path).train_set
+    one = list(ShardSampler(data, 20, seed=3, drop_last=True))
+    two = [list(ShardSampler(data, 10, rank=rank, world_size=2, seed=3, drop_last=True)) for rank in range(2)]
+    for start in range(0, 80, 10):
+        assert two[0][start : start + 10] + two[1][start : start + 10] == one[2 * start : 2 * start + 20]

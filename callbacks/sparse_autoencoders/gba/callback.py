@@ -38,7 +38,6 @@ TECHNIQUE = Technique(
     claim="A sparse autoencoder recovers features best when its neurons fire about as often as the features occur, and groups with spread "
     "targets need not know how often that is.",
     summary="Sets the sparsity of an autoencoder by feedback on each neuron's bias, with a target frequency for each group of neurons.",
-    draft=True,
 )
 
 
@@ -173,24 +172,33 @@ class GroupBiasAdaptation(FeatureCallback):
                 f"GroupBiasAdaptation: an optimiser holds bias={self.bias!r}, and would move it, too: make it a buffer, or leave it out of "
                 "configure_optimizers"
             )
-        neurons, loaded = len(bias), self._loaded
         self._reset()
-        self._loaded = None
         self._last_step = trainer.global_step
-        self._group = neuron_groups(neurons, self.groups).to(bias.device)
-        self._target = target_frequencies(self.groups, self.htf, self.htf if self.groups == 1 else self.ltf).float().to(bias.device)
+        self._group = neuron_groups(len(bias), self.groups).to(bias.device)
         self._forget()
-        if loaded is not None and len(loaded["firing"]):
-            if len(loaded["firing"]) != neurons:
-                raise ValueError(
-                    f"GroupBiasAdaptation: the checkpoint counts {len(loaded['firing'])} neurons, and bias={self.bias!r} has {neurons}: "
-                    "resume with the same module"
-                )
-            self._last_step = int(loaded["last_step"])
-            if rank() == 0:  # the figures of all ranks are rank 0's from now on
-                self._firing.copy_(loaded["firing"])
-                self._peak.copy_(loaded["peak"])
-                self._samples = int(loaded["samples"])
+        self._target = target_frequencies(self.groups, self.htf, self.htf if self.groups == 1 else self.ltf).to(self._peak)
+        self._take_over()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on with what a tuner has put back since."""
+        self._take_over()
+
+    def _take_over(self) -> None:
+        """Go on with the figures of a checkpoint, if there are any."""
+        loaded, self._loaded = self._loaded, None
+        if loaded is None or not len(loaded["firing"]):
+            return
+        if len(loaded["firing"]) != len(self._bias):
+            raise ValueError(
+                f"GroupBiasAdaptation: the checkpoint counts {len(loaded['firing'])} neurons, and bias={self.bias!r} has "
+                f"{len(self._bias)}: resume with the same module"
+            )
+        self._forget()
+        self._last_step = int(loaded["last_step"])
+        if rank() == 0:  # the figures of all ranks are rank 0's from now on
+            self._firing.copy_(loaded["firing"])
+            self._peak.copy_(loaded["peak"])
+            self._samples = int(loaded["samples"])
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count what fires, and move the bias when its time has come."""
@@ -241,7 +249,7 @@ class GroupBiasAdaptation(FeatureCallback):
         self._logs = {
             "gba/above_target": found.lowered.float().mean(),
             "gba/dead": found.raised.float().mean(),
-            "gba/bias": found.bias.float().mean(),
+            "gba/bias": found.bias.to(found.frequency.dtype).mean(),
             "gba/frequency": found.frequency.mean(),
             "gba/silent_groups": (found.group_peak == 0).float().sum(),
         }
@@ -249,13 +257,13 @@ class GroupBiasAdaptation(FeatureCallback):
     def _forget(self) -> None:
         neurons, device = len(self._bias), self._bias.device
         self._firing = torch.zeros(neurons, dtype=torch.int64, device=device)
-        self._peak = torch.zeros(neurons, dtype=torch.float32, device=device)
+        self._peak = torch.zeros(neurons, dtype=torch.promote_types(self._bias.dtype, torch.float32), device=device)
         self._samples = 0
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the hooks off the module."""
         super().leave(trainer, pl_module)
-        self._home = None
+        self._home = self._loaded = None
 
     # ---- what is shown and kept --------------------------------------------------------------------------------------------------------
 

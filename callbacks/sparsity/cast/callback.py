@@ -28,6 +28,7 @@ from lit_methods.callbacks.sparsity.store import MaskStore
 from lit_methods.callbacks.twin import shadow, unwritten
 from lit_methods.callbacks.wrapping import refuse_iterators, takes_iterator
 from lit_methods.catalog import Technique
+from lit_methods.optim import repoint
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
 from lit_methods.runs.folder import run_dir
 from lit_methods.steps import training_length
@@ -89,7 +90,7 @@ class CastWeight(LatentWeight):
             weight = weight if self.scale is None else core.scaled_weight(weight, self.scale, self.dim)
         return weight if self.branch is None else weight + core.expand_blocks(self.branch, weight, self.dim)
 
-    def neutral_state(self) -> Mapping[str, Tensor]:
+    def neutral_state(self, weight: Tensor) -> Mapping[str, Tensor]:
         """Scales of 1 and an empty branch."""
         neutral = {"scale": torch.ones_like, "branch": torch.zeros_like}
         return {name: neutral[name](parameter) for name, parameter in self.named_parameters()}
@@ -376,7 +377,7 @@ class CAST(LatentCallback):
             if isinstance(new, AdamS):
                 new.add_sparse(sparse)
             for config in trainer.lr_scheduler_configs:
-                _repoint(config.scheduler, old, new)
+                repoint(config.scheduler, old, new)
             optimizers.append(new)
         trainer.strategy.optimizers = optimizers
         self._share_masks(trainer)
@@ -575,14 +576,6 @@ class CAST(LatentCallback):
         if self.dense is not None:
             self.dense.close()
         super().leave(trainer, pl_module)
-
-
-def _repoint(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
-    """Let a scheduler, and those inside it, see another optimiser."""
-    if getattr(scheduler, "optimizer", None) is old:
-        scheduler.optimizer = new
-    for inner in getattr(scheduler, "_schedulers", ()):
-        _repoint(inner, old, new)
 
 
 __all__ = ["CAST", "CastWeight"]

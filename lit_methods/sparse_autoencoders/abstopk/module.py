@@ -20,7 +20,6 @@ TECHNIQUE = Technique(
     golden=("prox", "sae_step", "abstopk_training_step", "jumprelu_step", "dim_steering"),
     claim="On sums of signed axes, AbsTopK reconstructs better than TopK with the same dictionary size and the same k.",
     summary="A sparse autoencoder that keeps the k pre-activations of largest magnitude with their signs: one feature codes both poles.",
-    draft=True,
 )
 
 
@@ -59,7 +58,7 @@ class AbsTopK(SparseAutoencoder):
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
-        *SparseAutoencoder.panels,
+        *(panel for panel in SparseAutoencoder.panels if panel.title != "Penalties"),  # it has none
         Curve("Active features of a sample, by sign", ("sae/positive", "sae/negative"), note="Training. TopK has none of the second."),
     )
 
