@@ -190,7 +190,7 @@ class SupervisedDictionaryEval(AutoencoderJudge):
     def _training(self, trainer: pl.Trainer) -> Iterable[Any]:
         """Batches of the training data of this rank."""
         if trainer.state.fn == "fit":
-            return training_batches(trainer)
+            return training_batches(trainer, "codes come", "train on one, or on a list of batches")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise ValueError("the codes come from training data: give validate and test a datamodule that has them, not loaders")

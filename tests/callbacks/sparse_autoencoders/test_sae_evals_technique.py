@@ -358,7 +358,7 @@ def test_training_data_that_are_no_loader_are_refused():
     data = AttributeSumsDataModule(**SMALL)
     module = Foreign(Dictionary(data))
     module.training_step = lambda batch, batch_idx: module.head(batch["rows"]["activation"]).square().mean()
-    with pytest.raises(ValueError, match="SupervisedDictionaryEval: batches are taken from a training DataLoader, got dict"):
+    with pytest.raises(ValueError, match="SupervisedDictionaryEval: codes come from a training DataLoader, got dict: train on one"):
         tiny_trainer(max_epochs=1, callbacks=[SupervisedDictionaryEval(**THREE, autoencoder="sae")]).fit(
             module, {"rows": data.train_dataloader()}, data.val_dataloader()
         )
