@@ -26,6 +26,7 @@ from helpers import advice_on_figures, run_two_processes, tiny_trainer
 from lit_methods import LabelStore
 from lit_methods.callbacks import LabelCorrection, LossTerm
 from lit_methods.catalog import public_names
+from lit_methods.datamodules import TextDataModule
 
 SIZE, BATCH, CLASSES = 16, 4, 4
 
@@ -213,6 +214,11 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "FeatureRecovery": recovery,
     "GroupBiasAdaptation": {"groups": 2, "pre_activations": "body", "bias": "thresholds", "includes_bias": False, "every_n_steps": 2},
     "SteeringProbe": {"concept": "label", "autoencoder": "dictionary"},
+    "SupervisedDictionaryEval": {"attributes": ["label"], "autoencoder": "dictionary", "k_edits": [1]},
+    "LossRecovered": lambda path: {
+        "language_model": nn.Sequential(nn.Embedding(99, 6), nn.Linear(6, 99)), "hook": "0", "autoencoder": "dictionary",
+        "text": TextDataModule(block_size=8, batch_size=2), "batches": 2,
+    },
 }  # fmt: skip
 STANDS_IN = {"LossTerm": Power, "LabelCorrection": Idle}
 
@@ -366,8 +372,8 @@ def test_every_public_callback_has_an_entry() -> None:
 
 LOG_AT_THE_END_OF_EPOCHS = {
     "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
-    "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality", "SparseGPT", "SparseIFT",
-    "SparsityReport", "SteeringProbe", "Wanda",
+    "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality", "SparseGPT",
+    "SparseIFT", "SparsityReport", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
 }  # fmt: skip
 
 
