@@ -1,5 +1,6 @@
 """Activations harvested from models: which they are, their order, kills, damage, dropped tokens."""
 
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -109,8 +110,12 @@ def test_a_killed_harvest_goes_on_and_ends_with_the_same_files(tmp_path, calls):
     harvested(tmp_path / "whole", type("Slow", (Embedder,), {})())
     with pytest.raises(KeyboardInterrupt):
         harvested(tmp_path / "killed", Slow(calls))
-    (tmp_path / "killed" / ".train-00001.safetensors.1.tmp").write_bytes(b"half a shard")
+    half, young = (tmp_path / "killed" / f".train-00001.safetensors.{pid}.tmp" for pid in (1, 2))
+    half.write_bytes(b"half a shard")
+    os.utime(half, (0, 0))
+    young.write_bytes(b"of a process that is writing it")
     harvested(tmp_path / "killed", Slow(-1))
+    young.unlink()
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert "train-00002.safetensors" in names
