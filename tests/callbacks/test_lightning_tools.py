@@ -204,9 +204,9 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "NMSparsity": {"n": 2, "m": 4, **NM},
     "RandomPruning": {"density": 0.5, **NM},
     "Magnitude": NM,
-    "Wanda": {"samples": 8, **NM},
-    "SparseGPT": {"samples": 8, **NM},
-    "DSnoT": {"samples": 8, "at_step": 2, **NM},
+    "Wanda": {"samples": 8, "forward": "point_logits", **NM},
+    "SparseGPT": {"samples": 8, "forward": "point_logits", **NM},
+    "DSnoT": {"samples": 8, "forward": "point_logits", "at_step": 2, **NM},
     "SparseIFT": {"sparsity": 0.5, "network": "body", "interval": 2, "flops_tolerance": None},
     "SparsityReport": {},
     "AFAEvaluation": {"autoencoder": "dictionary"},
@@ -324,7 +324,7 @@ REFUSED: dict[tuple[str, str], str] = {
         "LossTerm", "ConR", "TCM", "AdaWAC", "MultiScaleConsistency", "TwoTowerConsistency", "DenseToSparse", "FDS", "ADELE",
     )},
     **{(name, "lazy_layers"): _LAZY for name in (
-        "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport",
+        "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",
     )},
     **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
 }  # fmt: skip
