@@ -36,6 +36,8 @@ from .semi.fixmatch import FixMatch as FixMatch
 from .semi.shrinkmatch.module import ShrinkMatch as ShrinkMatch
 from .semi.simmatchv2.module import SimMatchV2 as SimMatchV2
 from .semi.simmatchv2.propagation_probe import PropagationProbe as PropagationProbe
+from .tasks.diffusion.noise_prediction import DiffusersUNet as DiffusersUNet
+from .tasks.diffusion.noise_prediction import NoisePrediction as NoisePrediction
 from .tasks.imbalanced_regression.metrics import ShotMetrics as ShotMetrics
 from .tasks.imbalanced_regression.module import ImbalancedRegression as ImbalancedRegression
 from .tasks.imbalanced_regression.networks import DenseFeatures as DenseFeatures

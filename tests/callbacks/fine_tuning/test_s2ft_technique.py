@@ -314,7 +314,7 @@ def test_nothing_is_left_behind():
         fit(modules[1], [given(), At(fail)], rows(6))
     for module in modules:
         assert all(parameter.requires_grad for parameter in module.parameters())
-        assert fingerprint(module) == fingerprint(Host(gated()))
+        assert fingerprint(module.model) == fingerprint(gated())
 
 
 def in_two_processes(devices: int) -> tuple[dict[str, Tensor], str]:
