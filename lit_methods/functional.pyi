@@ -5,6 +5,23 @@ from lit_methods.averages import half_life_decay as half_life_decay
 from lit_methods.averages import power_decay as power_decay
 from lit_methods.averages import power_exponent as power_exponent
 from lit_methods.averages import warmup_decay as warmup_decay
+from lit_methods.callbacks.fine_tuning.delta import base_hash as base_hash
+from lit_methods.callbacks.fine_tuning.delta import fuse as fuse
+from lit_methods.callbacks.fine_tuning.delta import load_delta as load_delta
+from lit_methods.callbacks.fine_tuning.delta import save_delta as save_delta
+from lit_methods.callbacks.fine_tuning.delta import switch as switch
+from lit_methods.callbacks.fine_tuning.delta import unfuse as unfuse
+from lit_methods.callbacks.fine_tuning.s2ft.core import batched_delta as batched_delta
+from lit_methods.callbacks.fine_tuning.s2ft.core import fused_weight as fused_weight
+from lit_methods.callbacks.fine_tuning.s2ft.core import s2_linear as s2_linear
+from lit_methods.callbacks.fine_tuning.s2ft.core import select_units as select_units
+from lit_methods.callbacks.fine_tuning.s2ft.core import unit_layout as unit_layout
+from lit_methods.callbacks.fine_tuning.sara.core import is_reselection as is_reselection
+from lit_methods.callbacks.fine_tuning.sara.core import nuclear_norm as nuclear_norm
+from lit_methods.callbacks.fine_tuning.sara.core import sara_learning_rate as sara_learning_rate
+from lit_methods.callbacks.fine_tuning.sara.core import small_weights as small_weights
+from lit_methods.callbacks.fine_tuning.sara.core import still_small as still_small
+from lit_methods.callbacks.fine_tuning.sara.core import threshold_of as threshold_of
 from lit_methods.callbacks.imbalanced_regression.conr.core import conr_dense_loss as conr_dense_loss
 from lit_methods.callbacks.imbalanced_regression.conr.core import conr_loss as conr_loss
 from lit_methods.callbacks.imbalanced_regression.fds.core import begin_epoch as fds_begin_epoch
@@ -223,8 +240,10 @@ __all__ = [
     "annealed_beta",
     "ast_momentum",
     "attention_with_tangent",
+    "base_hash",
     "base_scaling",
     "batch_dice",
+    "batched_delta",
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
@@ -295,6 +314,8 @@ __all__ = [
     "flow_factor",
     "folded_frobenius",
     "frechet_distance",
+    "fuse",
+    "fused_weight",
     "gaussian_kl",
     "geman_mcclure",
     "gradual_training_flops",
@@ -313,6 +334,7 @@ __all__ = [
     "is_early",
     "is_nm",
     "is_refresh_step",
+    "is_reselection",
     "iso_flop_transform",
     "itop_rate",
     "karras_levels",
@@ -324,6 +346,7 @@ __all__ = [
     "label_weights",
     "layer_density",
     "lightgcn_loss",
+    "load_delta",
     "load_masks",
     "load_pruned",
     "lognormal_probabilities",
@@ -345,6 +368,7 @@ __all__ = [
     "node_node_loss",
     "normalised_weights",
     "normalized_adjacency",
+    "nuclear_norm",
     "opis",
     "ot_threshold",
     "parallel_branches",
@@ -382,12 +406,16 @@ __all__ = [
     "retrieval_accuracy",
     "retrieval_scores",
     "run_prompted_blocks",
+    "s2_linear",
     "sample_cross_entropy",
+    "sara_learning_rate",
+    "save_delta",
     "save_masks",
     "scaled_weight",
     "scm_loss",
     "sdgf_schedule",
     "segmentation_losses",
+    "select_units",
     "sentence_index",
     "sentence_table",
     "seven_sixteenths_cosine",
@@ -400,17 +428,21 @@ __all__ = [
     "simulate",
     "slct_loss",
     "sliced_wasserstein",
+    "small_weights",
     "snip_scores",
     "sparse_gradient",
     "sparse_mask",
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
+    "still_small",
     "superflow_losses",
     "superpixel_groups",
+    "switch",
     "tcm_loss",
     "temporal_vote",
     "threshold_mask",
+    "threshold_of",
     "to_batch_rows",
     "to_semi_structured",
     "token_losses",
@@ -418,7 +450,9 @@ __all__ = [
     "trig_time",
     "trigflow",
     "uncertain_loss",
+    "unfuse",
     "uniform_probabilities",
+    "unit_layout",
     "update_mask",
     "update_sample_weights",
     "velocity_tangent",

@@ -137,7 +137,7 @@ def test_scores_choose_the_largest_or_the_smallest_of_the_whole_model():
 
 
 def test_a_layout_has_both_selections_in_one_piece():
-    order, (c0, c1), (r0, r1) = core.layout(8, torch.tensor([5, 2, 7]), torch.tensor([7, 0, 2]))
+    order, (c0, c1), (r0, r1) = core.unit_layout(8, torch.tensor([5, 2, 7]), torch.tensor([7, 0, 2]))
     assert order.tolist() == [5, 2, 7, 0, 1, 3, 4, 6]
     assert sorted(order[c0:c1].tolist()) == [2, 5, 7]
     assert sorted(order[r0:r1].tolist()) == [0, 2, 7]
