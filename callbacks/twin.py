@@ -241,8 +241,15 @@ def step_by_hand(trainer: pl.Trainer, twin: pl.LightningModule, batch: Any) -> A
     return twin.training_step(*(batch, 0)[: len(inspect.signature(twin.training_step).parameters)])
 
 
-def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
+def training_batches(
+    trainer: pl.Trainer, who: str = "SNIP and GraSP take a batch", instead: str = "choose a method by shape, such as 'erk'"
+) -> Iterator[Any]:
     """Batches of the training loader of this rank, on the device, as a first epoch would bring them; the loader itself is not advanced.
+
+    Args:
+        trainer: While fit runs.
+        who: Who takes what, for the message.
+        instead: What to do about another loader, for the message.
 
     Raises:
         ValueError: The training data are neither a ``DataLoader`` nor a list of batches.
@@ -255,9 +262,7 @@ def training_batches(trainer: pl.Trainer) -> Iterator[Any]:
         loader._iterator = None
         loader.num_workers, loader.timeout = 0, 0.0
     elif not isinstance(loader, list | tuple):
-        raise ValueError(
-            f"SNIP and GraSP take a batch from a training DataLoader, got {type(loader).__name__}: choose a method by shape, such as 'erk'"
-        )
+        raise ValueError(f"{who} from a training DataLoader, got {type(loader).__name__}: {instead}")
     for batch in loader:
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 

@@ -1,3 +1,8 @@
+from .activations.harvest import HarvestedActivations as HarvestedActivations
+from .activations.ioi import IOIActivations as IOIActivations
+from .activations.patches import ImagePatchesDataModule as ImagePatchesDataModule
+from .activations.synthetic import AttributeSumsDataModule as AttributeSumsDataModule
+from .activations.synthetic import SparseMixturesDataModule as SparseMixturesDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .fewshot.images import FewShotDataModule as FewShotDataModule
@@ -8,6 +13,10 @@ from .generative.latents import LatentDataModule as LatentDataModule
 from .generative.shards import LatentShardsDataModule as LatentShardsDataModule
 from .generative.toys import IrisDataModule as IrisDataModule
 from .generative.toys import RingDataModule as RingDataModule
+from .matrices.made import PlantedDirectionsDataModule as PlantedDirectionsDataModule
+from .matrices.made import SemiSyntheticDigitsDataModule as SemiSyntheticDigitsDataModule
+from .matrices.postings import JobPostingsDataModule as JobPostingsDataModule
+from .matrices.two_classes import TwoClassDataModule as TwoClassDataModule
 from .metric_learning.images import RetrievalImagesDataModule as RetrievalImagesDataModule
 from .metric_learning.open_world import OpenWorldDataModule as OpenWorldDataModule
 from .recommendation.ratings import RatingsDataModule as RatingsDataModule
@@ -22,6 +31,7 @@ from .text.instructions import InstructionDataModule as InstructionDataModule
 from .text.text import TextDataModule as TextDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
+from .vision.factors import ShapeFactorsDataModule as ShapeFactorsDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
 from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule
 from .vision.skimage_pictures import SkimageDataModule as SkimageDataModule

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_methods import distributed
@@ -105,10 +106,14 @@ class RankSampler(DistributedSampler):
             self.repeat, self.batches = (self.repeat + 1 if self._begun_epoch == self.epoch else 0), 0
         self._begun_epoch = self.epoch
 
+    def order(self) -> NDArray[np.int64]:
+        """All indices in the order of this pass, the same on every rank."""
+        size = len(self.dataset)  # type: ignore[arg-type]
+        return np.random.default_rng([self.seed, self.pass_number]).permutation(size) if self.shuffle else np.arange(size)
+
     def __iter__(self) -> Iterator[Any]:
         """The draws of this pass that are left."""
-        size = len(self.dataset)  # type: ignore[arg-type]
-        order = np.random.default_rng([self.seed, self.pass_number]).permutation(size) if self.shuffle else np.arange(size)
+        size, order = len(self.dataset), self.order()  # type: ignore[arg-type]
         tail_start = size - size % (self.num_replicas * self.batch_size)
         mine = order[:tail_start].reshape(-1, self.num_replicas, self.batch_size)[:, self.rank].reshape(-1)
         if not self.drop_last:

@@ -61,6 +61,14 @@ def cosine_decay(step: int, total_steps: int, base: float) -> float:
     return 1.0 - (1.0 - base) * (math.cos(math.pi * min(1.0, step / max(1, total_steps))) + 1.0) / 2.0
 
 
+def linear_decay(step: int, total_steps: int, start: float, end: float = 1.0) -> float:
+    """``start`` at step 0, ``end`` at ``total_steps`` and beyond, linear between them.
+
+    Source: I-JEPA (arXiv:2301.08243), section 4.
+    """
+    return start + (end - start) * min(1.0, step / max(1, total_steps))
+
+
 def half_life_decay(half_life: float) -> float:
     """The decay that halves the share of the old average in ``half_life`` > 0 updates."""
     checks.within("(0, inf)", "a number of steps", half_life=half_life)

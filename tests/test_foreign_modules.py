@@ -43,7 +43,9 @@ from lit_methods.callbacks import (
     EMARemoval,
     EMATeacher,
     ExactResume,
+    FeatureProbe,
     FiniteGuard,
+    GroupSparsity,
     IterativeSoftShrinkage,
     LossTerm,
     MaskedBNSparsity,
@@ -144,6 +146,9 @@ COLUMNS: dict[str, Column] = {
     "Reliability": Column(
         lambda foreign: Reliability(foreign.logits, foreign.inputs, foreign.labels), "watches", ("logits", "labels", "validates")
     ),
+    "FeatureProbe": Column(
+        lambda foreign: FeatureProbe(foreign.logits, foreign.inputs, foreign.labels), "watches", ("logits", "labels", "validates")
+    ),
     "RandomPruning": Column(lambda foreign: RandomPruning(0.5, exact=True, targets=foreign.sparse), "masks"),
     "RandomPruning, SNIP": Column(snip, "masks", ("logits", "labels")),
     "DynamicSparsity": Column(lambda foreign: DynamicSparsity(0.5, "rigl", interval=1, end_fraction=1.0, targets=foreign.sparse), "moves"),
@@ -159,6 +164,7 @@ COLUMNS: dict[str, Column] = {
         ("norms",),
     ),
     "SparseIFT": Column(lambda foreign: SparseIFT(0.5, "wide", "rigl", interval=1, end_fraction=1.0, flops_tolerance=None), "layers"),
+    "GroupSparsity": Column(lambda foreign: GroupSparsity(foreign.sparse, weight=1.0), "changes"),
     "SparsityReport": Column(lambda foreign: SparsityReport(), "watches"),
     "StepCost": Column(lambda foreign: StepCost(1, flops=True), "watches"),
     "Dashboard": Column(lambda foreign: Dashboard(), "watches"),
@@ -182,6 +188,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "WeightEMA",
         "EMARemoval",
         "Reliability",
+        "FeatureProbe",
         "StepCost",
         "Dashboard",
         "ExactResume",
@@ -198,11 +205,16 @@ PARTS: dict[str, tuple[str, ...]] = {
         "CAST",
         "MaskedBNSparsity",
         "SparseIFT",
+        "GroupSparsity",
         "SparsityReport",
     ),
 }
 """Tables of the page: heading -> columns."""
 LEFT_OUT: dict[str, str] = {
+    **dict.fromkeys(
+        ("Magnitude", "Wanda", "SparseGPT", "DSnoT"),
+        "it prunes linear layers alone, from calibration data; tests/callbacks/sparsity/test_post_training.py has it on such modules",
+    ),
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
     "TemporalVoting": "it votes on point clouds of neighbouring scans",
     "LabelCorrection": "a base class; ADELE is the one that can be attached",
@@ -210,6 +222,11 @@ LEFT_OUT: dict[str, str] = {
     "SampleGrid": "it writes what a prediction step draws, which none of these modules does",
     "SubmissionWriter": "it writes labels of scans through a datamodule of the driving family",
     "ThroughputProgressBar": "it reads the trainer's metrics and nothing of the module",
+    **dict.fromkeys(
+        ("AFAEvaluation", "BidirectionalityMonitor", "FeatureRecovery", "SteeringProbe"),
+        "it judges sparse autoencoders, which none of these modules is; tests of its own attach it to some",
+    ),
+    "GroupBiasAdaptation": "it moves a buffer of biases, which none of these modules has; tests of its own attach it to some",
 }
 """Public callbacks without a column -> why."""
 LACKS: dict[str, str] = {
@@ -265,7 +282,11 @@ REFUSES: dict[tuple[str, str], str] = {
     ): "calls backward itself (automatic_optimization = False): add the term's function",
     ("torchgeo RegressionTask", "TCM"): "TCM needs classes, as integers: name such ones by labels",
     **cells(PLACES, ("TCM",), "expected one value a sample, (B,) or (B, 1): name such ones by labels"),
-    **cells(PLACES, ("Reliability", "RandomPruning, SNIP"), "expected one class a sample, (B,) integers; name such ones by labels"),
+    **cells(
+        PLACES,
+        ("Reliability", "FeatureProbe", "RandomPruning, SNIP"),
+        "expected one class a sample, (B,) integers; name such ones by labels",
+    ),
     **cells(
         ("lightly SimCLR", "lightly BYOL", "lightly MoCo"),
         ("FDS",),
@@ -300,12 +321,12 @@ REFUSES: dict[tuple[str, str], str] = {
     **cells(("dataloader_iter",), FEATURES, "takes dataloader_iter, which can't be read twice"),
     **cells(
         ("lazy layers",),
-        ("EMATeacher", "SparsityReport", "WeightEMA", *MASKS, "SparseIFT"),
+        ("EMATeacher", "SparsityReport", "WeightEMA", *MASKS, "GroupSparsity", "SparseIFT"),
         "has no shape yet: run the lazy layers once before fit, on a batch of the right size",
     ),
     **cells(
         ("spectral_norm by hook", "spectral_norm by parametrisation", "weight_norm by hook", "weight_norm by parametrisation"),
-        MASKS,
+        (*MASKS, "GroupSparsity"),
         "take weight_norm and the like off before fit, or name other layers by targets",
     ),
 }
@@ -506,6 +527,8 @@ def check(row: str, column: str, callback: Any, run: Run) -> None:
     if isinstance(callback, SparsityReport):
         densities = {name: float(value) for name, value in metrics.items() if name == "sparsity/density"}
         demand(densities == {"sparsity/density": 1.0}, f"reports {densities} of a dense module")
+    if isinstance(callback, FeatureProbe):
+        demand(any(name.startswith("probe/") for name in metrics), f"logs nothing: {list(metrics)}")
     if isinstance(callback, Reliability):
         demand(any(name.startswith("reliability/") for name in metrics), f"logs nothing: {list(metrics)}")
 

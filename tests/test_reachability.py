@@ -21,6 +21,7 @@ from lit_methods.catalog import configs_folder, techniques
 from lit_methods.claims.plan import QUICK_WORDS, stage_words
 from lit_methods.claims.study import read_study
 from lit_methods.cli.main import main
+from lit_methods.sparse_autoencoders.abstopk.core import PROXIMAL
 from reached import reached_functions
 
 # the full recipe, small: guidance, and attention that passes on a tangent
@@ -35,11 +36,23 @@ _WAN = (
 _COUPLED = '[{"consumer":"network.blocks.*.down","producers":["network.blocks.*.up","network.blocks.*.gate"]}]'
 _RESNET = "--model.init_args.network CifarResNet18 --model.init_args.network.in_channels 1 --model.init_args.network.width_factor 0.0625"
 # settings of the public classes that no config and no claim has: slug -> words, one run each; the first config is used unless they name one
+_SAE = "--model SparseAutoencoder --model.init_args.activation"
 SETTINGS = {
+    "abstopk": [
+        "--model.init_args.per_batch true --model.init_args.normalize sample --model.init_args.dead_after 1",
+        f"{_SAE} topk --model.init_args.settings {{k:3}}",
+        f"{_SAE} jumprelu --model.init_args.penalties {{l0:0.01}}",
+        *(f"{_SAE} proximal --model.init_args.settings {{regulariser:{name},lambda_:0.1,k:3}}" for name in PROXIMAL),
+    ],
     "adawac": [f"--trainer.callbacks.mode {mode}" for mode in ("reweight-only", "pseudo")],
     "adele": ["--trainer.callbacks.rule slices --trainer.callbacks.common_epoch 1", "--trainer.callbacks.eval_interval 1"],
     "conr": ["--trainer.callbacks.variant dense"],
     "dsl_recommendation": ["--trainer.callbacks.interval 2"],
+    "dsnot": [
+        "--trainer.callbacks.at_step 2 --trainer.callbacks.initial sparsegpt",
+        "--trainer.callbacks.at_step 2 --trainer.callbacks.pattern 2:4 --trainer.callbacks.initial magnitude",
+        *(f'--trainer.callbacks=[{{"class_path":"lit_methods.callbacks.{name}"}}]' for name in ("Magnitude", "Wanda", "SparseGPT")),
+    ],
     "ict": ["--config configs/ct.yaml --model.init_args.metric l1"],
     "issp": ["--trainer.callbacks.pick min_2:4 --trainer.callbacks.prune_iters 4"],
     "masksparsity": ["--trainer.callbacks.criterion threshold", f"{_RESNET} --trainer.callbacks.criterion threshold"],
@@ -64,6 +77,7 @@ _GRADUAL = "no class prunes gradually; the golden kind training_flops has its fo
 EXCEPTIONS = {
     "callbacks/sparsity/flops.py gradual_training_flops": _GRADUAL,
     "callbacks/sparsity/schedules.py cubic_sparsity": _GRADUAL,
+    "lit_methods/sparse_autoencoders/abstopk/core.py proximal_objective": "what proximal_map makes smallest, in the golden kind prox",
     "lit_methods/consistency_models/metrics.py geman_mcclure": "compared with in the golden kind metric; lit_methods.functional offers it",
 }
 

@@ -21,6 +21,7 @@ from helpers import Classifier, Images, TwoOptimisers, cloned_state, compiled_cl
 from lit_methods.callbacks import (
     CAST,
     DSL,
+    DSnoT,
     DynamicSparsity,
     EMATeacher,
     IterativeSoftShrinkage,
@@ -28,6 +29,7 @@ from lit_methods.callbacks import (
     MaskedBNSparsity,
     NMSparsity,
     RandomPruning,
+    SparseGPT,
     SparseIFT,
     SparsityReport,
 )
@@ -135,6 +137,8 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "CAST": lambda: CAST(1, 2, distill="network", probe_interval=0),
     "IterativeSoftShrinkage": lambda: IterativeSoftShrinkage(0.5, prune_iters=1),
     "MaskedBNSparsity": lambda: MaskedBNSparsity("global_sparsity", forward="network"),
+    "DSnoT": lambda: DSnoT(0.5, samples=12, at_step=1),
+    "SparseGPT": lambda: SparseGPT(0.5, samples=12),
     "SparseIFT, wide": lambda: SparseIFT(0.5, "wide", interval=1, end_fraction=1.0, flops_tolerance=None),
     "SparseIFT, factorized": lambda: SparseIFT(0.5, "factorized", interval=1, end_fraction=1.0, flops_tolerance=None),
 }

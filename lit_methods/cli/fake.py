@@ -18,7 +18,7 @@ from lit_methods.cli.config_files import find_config, shipped_configs
 from lit_methods.errors import CommandError, suggest
 from lit_methods.files import refuse_repeated_keys
 
-SIZES = ("num_users", "num_items", "text_width", "channels")  # numbers of a model that its data must have
+SIZES = ("num_users", "num_items", "text_width", "channels", "width")  # numbers of a model that its data must have
 ON_A_LAPTOP = (
     "--trainer.accelerator=cpu --trainer.devices=1 --trainer.num_nodes=1 --trainer.strategy=auto --trainer.precision=32-true "
     "--trainer.max_steps=2"

@@ -29,6 +29,7 @@ from lit_methods.catalog import installed_names
 from lit_methods.cli.config_files import mentioned_files, refuse_repeated, resolve_config_arguments
 from lit_methods.cli.resume import FINISHED, Finished, Restart, checkpoints_of, find_restart, last_checkpoint, newest_readable
 from lit_methods.errors import CommandError
+from lit_methods.hub import weights_left_out
 from lit_methods.runs.checkpoints import AtomicCheckpointIO, check_readable, remove_leftovers
 from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, safe_name
 from lit_methods.runs.wandb import finish_runs, open_runs
@@ -140,7 +141,8 @@ class LitCLI(LightningCLI):
         if section is not None and any(key.rpartition(".")[2] == "root" and value is not None for key, value in section.items()):
             parser = LightningArgumentParser(exit_on_error=False)
             parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
-            data = parser.instantiate_classes(Namespace(data=section.clone())).data
+            with weights_left_out():  # of models that the data are made with: they are loaded when the data are built for good
+                data = parser.instantiate_classes(Namespace(data=section.clone())).data
             if hasattr(data, "check_root"):
                 data.check_root(self.subcommand)
         super().instantiate_classes()

@@ -36,6 +36,7 @@ Believe and see
 Files
   cp <config> <dest>              copy a shipped config to edit
   export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors)
+  prune --config FILE <out>       prune a trained model once, as DSnoT, Wanda, ... in the config say; a Hugging Face folder or a state dict
   new <slug> --form term          skeleton of a technique (term, callback, module) or datamodule, here or in a package of yours
 
 Any command: --help. `lit fit --help` for the keys of a run. --debug shows full tracebacks. lit --version
@@ -127,7 +128,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, doctor, fake, report, scaffold
+    from lit_methods.cli import claims, commands, dashboard, doctor, fake, prune, report, scaffold
 
     return {
         "claims": claims.claims,
@@ -138,6 +139,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "info": commands.info,
         "cp": commands.copy,
         "export": commands.export,
+        "prune": prune.prune,
         "new": scaffold.new,
         "fake": fake.fake,
         "doctor": doctor.doctor,

@@ -48,12 +48,26 @@ class Samples(Dataset):
         image, label, mask = self.image[index], self.label[index], self.mask[index]
         return {
             "image": image, "image_2": image.flip(-1), "label": label, "target": label.float(), "index": index,
-            "mask": mask, "mask_2": mask.flip(-1), "row": label,
+            "mask": mask, "mask_2": mask.flip(-1), "row": label, "activation": image.flatten()[:6],
         }  # fmt: skip
 
 
+class Dictionary(nn.Module):
+    """An autoencoder of given directions, which nobody trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("decoder_directions", torch.randn(10, 6))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x @ self.get_buffer("decoder_directions").T
+
+    def decode(self, code: Tensor) -> Tensor:
+        return code @ self.get_buffer("decoder_directions")
+
+
 class Pictures(pl.LightningModule):
-    """A small network with two heads, a text tower, an embedding and a momentum branch."""
+    """A small network with two heads, a text tower, an embedding, a momentum branch, a dictionary and a vector of biases."""
 
     lr = 1e-2
 
@@ -71,6 +85,8 @@ class Pictures(pl.LightningModule):
         self.table = nn.Embedding(CLASSES, 8)
         self.register_buffer("words", torch.randn(CLASSES, 6))
         self.teacher = copy.deepcopy(self.head).requires_grad_(False)
+        self.dictionary = Dictionary()
+        self.register_buffer("thresholds", torch.zeros(8))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.body(self.conv(x)))
@@ -146,12 +162,18 @@ def correction(path: Path) -> dict[str, Any]:
     return {"store": store, "loader": DataLoader(Samples(), 8)}
 
 
+def recovery(path: Path) -> dict[str, Any]:
+    np.save(path / "truth.npy", np.eye(4, 6, dtype=np.float32))
+    return {"truth": path / "truth.npy", "autoencoder": "dictionary"}
+
+
 NM = {"targets": ["body.4"]}
 MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "EMATeacher": {"schedule": "cosine"},
     "EMARemoval": {"student": "head", "teacher": "teacher"},
     "WeightEMA": {},
     "Reliability": {},
+    "FeatureProbe": {},
     "SampleGrid": {},
     "SampleQuality": {"features": nn.Flatten(), "neighbours": 2},
     "ConR": {"features": "body", "predictions": "head"},
@@ -175,12 +197,22 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "CAST": {"n": 2, "m": 4, **NM, "distill": "head", "finalize": False},
     "DSL": {"density": 0.5, "targets": ["table"], "interval": 2},
     "DynamicSparsity": {"density": 0.5, "interval": 2, **NM},
+    "GroupSparsity": NM,
     "IterativeSoftShrinkage": {"prune_iters": 2, **NM},
     "MaskedBNSparsity": {"stage": "global_sparsity"},
     "NMSparsity": {"n": 2, "m": 4, **NM},
     "RandomPruning": {"density": 0.5, **NM},
+    "Magnitude": NM,
+    "Wanda": {"samples": 8, **NM},
+    "SparseGPT": {"samples": 8, **NM},
+    "DSnoT": {"samples": 8, "at_step": 2, **NM},
     "SparseIFT": {"sparsity": 0.5, "network": "body", "interval": 2, "flops_tolerance": None},
     "SparsityReport": {},
+    "AFAEvaluation": {"autoencoder": "dictionary"},
+    "BidirectionalityMonitor": {"autoencoder": "dictionary"},
+    "FeatureRecovery": recovery,
+    "GroupBiasAdaptation": {"groups": 2, "pre_activations": "body", "bias": "thresholds", "includes_bias": False, "every_n_steps": 2},
+    "SteeringProbe": {"concept": "label", "autoencoder": "dictionary"},
 }  # fmt: skip
 STANDS_IN = {"LossTerm": Power, "LabelCorrection": Idle}
 
@@ -333,8 +365,9 @@ def test_every_public_callback_has_an_entry() -> None:
 # ---- two processes ---------------------------------------------------------------------------------------------------------------------
 
 LOG_AT_THE_END_OF_EPOCHS = {
-    "ADELE", "AdaWAC", "IterativeSoftShrinkage", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality",
-    "SparseIFT", "SparsityReport",
+    "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
+    "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality", "SparseGPT", "SparseIFT",
+    "SparsityReport", "SteeringProbe", "Wanda",
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from lit_methods.callbacks import (
     Dashboard,
     EMATeacher,
     ExactResume,
+    FeatureProbe,
     FiniteGuard,
     LabelCorrection,
     Reliability,
@@ -167,6 +168,7 @@ def idle(path: Path) -> Idle:
 
 OBSERVERS: dict[str, Callable[[Path], pl.Callback]] = {
     "Reliability": lambda path: Reliability(unknown=Unknown()),
+    "FeatureProbe": lambda path: FeatureProbe(),
     "FDS": lambda path: FDS("body", last_bucket=4, start_smooth=99),
     "SampleQuality": lambda path: SampleQuality(nn.Flatten(), neighbours=2),
     "SampleGrid": lambda path: SampleGrid(path),

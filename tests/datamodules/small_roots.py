@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lit_methods import datamodules
+from lit_methods.datamodules.activations.fake import shards as activation_shards
 from lit_methods.datamodules.driving import fake as driving
 from lit_methods.datamodules.fake import text
 from lit_methods.datamodules.fewshot import fake as few_shot
@@ -129,6 +130,7 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "latents": (latents, lambda root: D.LatentDataModule(root, num_val=1)),
     "latents in one file": (latents_whole, lambda root: D.LatentDataModule(root, num_val=1)),
     "shards": (shards, lambda root: D.LatentShardsDataModule(root, "*.tar", num_val=1, null_embedding=root / "negative.pt")),
+    "activations": (partial(activation_shards, rows=12, width=4), lambda root: D.HarvestedActivations(root, batch_size=4)),
     "kitti": (
         kitti,
         lambda root: D.KittiStyleDataModule(root, train_sequences=["00"], neighbours=1),

@@ -57,9 +57,12 @@ def _contrast(
     pulling = positive.to(similarity.dtype)  # products: masks that select are slow on a CPU
     # a pair is positive, negative, or neither
     factor = pulling + negative * push.clamp(max=torch.finfo(push.dtype).max) + ~counted[:, None]
-    logits = similarity - (factor == 0) * 1e30
-    top = logits.detach().amax(1)
-    denominator = top + (factor * (logits - top[:, None]).exp()).sum(1).log()  # logsumexp, whose log of a factor 0 would be slow
+    # a common bound of the row keeps exp in range: 1 / temperature bounds every cosine, unless it is so large that exp would leave float32
+    top = torch.full_like(similarity[:, 0], 1 / temperature)
+    if temperature < 1 / 40:
+        top = (similarity - (factor == 0) * 1e30).detach().amax(1)
+        similarity = torch.minimum(similarity, top[:, None])  # entries of a factor 0 only
+    denominator = top + (factor * (similarity - top[:, None]).exp()).sum(1).log()  # logsumexp, whose log of a factor 0 would be slow
     if not strict:  # the reference sums exp(P * S) over all columns: every column that is no positive adds exp(0) = 1
         denominator = torch.logaddexp(denominator, (len(unit) - positives).to(denominator.dtype).log())
     pulls = (pulling * (denominator[:, None] - similarity)).sum(1)

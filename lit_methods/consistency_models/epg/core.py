@@ -52,7 +52,7 @@ def cosine_info_nce(query: Tensor, keys: Tensor, temperature: float | Tensor) ->
     if len(keys) < len(query):
         raise ValueError(f"{len(query)} rows have only {len(keys)} keys: give each row its own key first, then further negatives")
     logits = cosines(query, keys) / temperature
-    return logits.logsumexp(1) - logits.diagonal()
+    return F.cross_entropy(logits, torch.arange(len(query), device=query.device), reduction="none")
 
 
 def resolution_shift(height: int, base_resolution: int | None = 64) -> float:

@@ -214,9 +214,15 @@ class WanTransformer(nn.Module):
 
         Returns:
             (B, C, T, H, W), or that and its derivative.
+
+        Raises:
+            ValueError: Latents of other dimensions, or embeddings of another width.
         """
         if x.ndim != 5 or x.shape[3] % 2 or x.shape[4] % 2:
             raise ValueError(f"latents are {tuple(x.shape)}: give (B, C, T, H, W) with even H and W")
+        wide = self.text_embedding[0].in_features
+        if context.shape[-1] != wide:
+            raise ValueError(f"the prompt's embeddings are {context.shape[-1]} wide, and text_width={wide}: set it to the data's")
         latents, moment = (Dual(x), Dual(time)) if tangents is None else (Dual(x, tangents[0]), Dual(time, tangents[1]))
         sizes = (x.shape[2], x.shape[3] // 2, x.shape[4] // 2)
         angles = rotary_angles(sizes, self.patch_embedding.out_channels // self.heads, x.device)

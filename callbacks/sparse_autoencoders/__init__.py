@@ -1,0 +1,1 @@
+"""Callbacks for sparse autoencoders: control of the biases, steering, evaluation."""

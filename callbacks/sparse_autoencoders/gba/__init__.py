@@ -1,0 +1,1 @@
+"""Group bias adaptation."""

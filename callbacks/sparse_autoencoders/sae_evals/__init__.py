@@ -1,0 +1,1 @@
+"""Supervised dictionaries as a yardstick for sparse autoencoders."""

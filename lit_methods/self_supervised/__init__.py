@@ -1,0 +1,1 @@
+"""Pre-training without labels: joint-embedding predictive architectures, and how their features are judged."""

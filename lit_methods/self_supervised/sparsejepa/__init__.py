@@ -1,0 +1,1 @@
+"""SparseJEPA: I-JEPA with latents that explain groups of the embedding's numbers."""

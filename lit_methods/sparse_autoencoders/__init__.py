@@ -1,0 +1,1 @@
+"""Sparse autoencoders: dictionaries of features, and codes of few of them, learned from activations."""
