@@ -45,6 +45,8 @@ from .semi.simmatchv2.propagation_probe import PropagationProbe as PropagationPr
 from .sparse_autoencoders.abstopk.module import AbsTopK as AbsTopK
 from .sparse_autoencoders.module import SparseAutoencoder as SparseAutoencoder
 from .sparse_autoencoders.top_afa.module import TopAFA as TopAFA
+from .tasks.diffusion.noise_prediction import DiffusersUNet as DiffusersUNet
+from .tasks.diffusion.noise_prediction import NoisePrediction as NoisePrediction
 from .tasks.imbalanced_regression.metrics import ShotMetrics as ShotMetrics
 from .tasks.imbalanced_regression.module import ImbalancedRegression as ImbalancedRegression
 from .tasks.imbalanced_regression.networks import DenseFeatures as DenseFeatures

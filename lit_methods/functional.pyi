@@ -6,21 +6,20 @@ from lit_methods.averages import linear_decay as linear_decay
 from lit_methods.averages import power_decay as power_decay
 from lit_methods.averages import power_exponent as power_exponent
 from lit_methods.averages import warmup_decay as warmup_decay
+from lit_methods.callbacks.fine_tuning.delta import base_hash as base_hash
+from lit_methods.callbacks.fine_tuning.delta import fuse as fuse
+from lit_methods.callbacks.fine_tuning.delta import load_delta as load_delta
+from lit_methods.callbacks.fine_tuning.delta import save_delta as save_delta
+from lit_methods.callbacks.fine_tuning.delta import switch as switch
+from lit_methods.callbacks.fine_tuning.delta import unfuse as unfuse
 from lit_methods.callbacks.fine_tuning.s2ft.core import batched_delta as batched_delta
-from lit_methods.callbacks.fine_tuning.s2ft.core import column_norms as column_norms
-from lit_methods.callbacks.fine_tuning.s2ft.core import expanded as expanded
 from lit_methods.callbacks.fine_tuning.s2ft.core import fused_weight as fused_weight
-from lit_methods.callbacks.fine_tuning.s2ft.core import layout as layout
-from lit_methods.callbacks.fine_tuning.s2ft.core import row_norms as row_norms
 from lit_methods.callbacks.fine_tuning.s2ft.core import s2_linear as s2_linear
 from lit_methods.callbacks.fine_tuning.s2ft.core import select_units as select_units
-from lit_methods.callbacks.fine_tuning.sara.core import adamw_ as adamw_
-from lit_methods.callbacks.fine_tuning.sara.core import effective_rank as sara_effective_rank
+from lit_methods.callbacks.fine_tuning.s2ft.core import unit_layout as unit_layout
 from lit_methods.callbacks.fine_tuning.sara.core import is_reselection as is_reselection
-from lit_methods.callbacks.fine_tuning.sara.core import learning_rate_of as learning_rate_of
 from lit_methods.callbacks.fine_tuning.sara.core import nuclear_norm as nuclear_norm
-from lit_methods.callbacks.fine_tuning.sara.core import scatter_ as scatter_
-from lit_methods.callbacks.fine_tuning.sara.core import scattered as scattered
+from lit_methods.callbacks.fine_tuning.sara.core import sara_learning_rate as sara_learning_rate
 from lit_methods.callbacks.fine_tuning.sara.core import small_weights as small_weights
 from lit_methods.callbacks.fine_tuning.sara.core import still_small as still_small
 from lit_methods.callbacks.fine_tuning.sara.core import threshold_of as threshold_of
@@ -203,7 +202,7 @@ from lit_methods.consistency_models.slct.core import early_diffusion_loss as ear
 from lit_methods.consistency_models.slct.core import is_early as is_early
 from lit_methods.consistency_models.slct.core import remove_norm_scales as remove_norm_scales
 from lit_methods.consistency_models.slct.core import slct_loss as slct_loss
-from lit_methods.lidar.contrast import effective_rank as lidar_effective_rank
+from lit_methods.lidar.contrast import effective_rank as effective_rank
 from lit_methods.lidar.contrast import group_mean as group_mean
 from lit_methods.lidar.contrast import info_nce as info_nce
 from lit_methods.lidar.contrast import retrieval_accuracy as retrieval_accuracy
@@ -330,7 +329,6 @@ __all__ = [
     "ablate_direction",
     "activity_counts",
     "adam_update_",
-    "adamw_",
     "adapter_features",
     "adaptive_c",
     "adawac_loss",
@@ -344,6 +342,7 @@ __all__ = [
     "attribute_sums",
     "attribution_distance",
     "band_slopes",
+    "base_hash",
     "base_scaling",
     "batch_dice",
     "batched_delta",
@@ -363,7 +362,6 @@ __all__ = [
     "class_iou",
     "code_columns",
     "code_weights",
-    "column_norms",
     "concept_score",
     "conr_dense_loss",
     "conr_loss",
@@ -414,12 +412,12 @@ __all__ = [
     "edge_edge_loss",
     "edit_arithmetic",
     "edit_subspace",
+    "effective_rank",
     "ema_update",
     "embedding_consistency",
     "exact_counts",
     "exhaustive_codes",
     "expand_blocks",
-    "expanded",
     "expected_error",
     "exponential_drop",
     "f1_scores",
@@ -446,6 +444,7 @@ __all__ = [
     "flow_factor",
     "folded_frobenius",
     "frechet_distance",
+    "fuse",
     "fused_weight",
     "gaussian_kl",
     "geman_mcclure",
@@ -489,14 +488,12 @@ __all__ = [
     "l2_distance",
     "label_weights",
     "layer_density",
-    "layout",
-    "learning_rate_of",
-    "lidar_effective_rank",
     "lift_factors",
     "lightgcn_loss",
     "linear_decay",
     "linear_probe",
     "linear_scores",
+    "load_delta",
     "load_masks",
     "load_pruned",
     "lognormal_probabilities",
@@ -576,15 +573,13 @@ __all__ = [
     "resolution_shift",
     "retrieval_accuracy",
     "retrieval_scores",
-    "row_norms",
     "run_prompted_blocks",
     "s2_linear",
     "sample_cross_entropy",
-    "sara_effective_rank",
+    "sara_learning_rate",
+    "save_delta",
     "save_masks",
     "scaled_weight",
-    "scatter_",
-    "scattered",
     "scm_loss",
     "sdgf_schedule",
     "search_radius",
@@ -620,6 +615,7 @@ __all__ = [
     "superflow_losses",
     "superpixel_groups",
     "svd_factors",
+    "switch",
     "take_patches",
     "target_frequencies",
     "tcm_loss",
@@ -635,8 +631,10 @@ __all__ = [
     "trigflow",
     "two_signed_share",
     "uncertain_loss",
+    "unfuse",
     "uniform_probabilities",
     "union_f1",
+    "unit_layout",
     "update_codes",
     "update_codes_supervised",
     "update_dictionary",

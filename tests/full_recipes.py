@@ -89,6 +89,15 @@ class _Features(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
 
 
+def unet(work: Path) -> None:
+    """A U-Net of Stable Diffusion's kind with few channels and random weights, for the prompts of the tiny release."""
+    import diffusers
+
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 8}
+    diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **blocks, **sizes).save_pretrained(work / "unet")
+
+
 LLAMA2_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
     "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
@@ -185,6 +194,15 @@ RECIPES: dict[str, Recipe] = {
     "random_pruning_cifar": Recipe(),
     "random_pruning_imagenet": batch(8),
     "rcm_wan1b": Recipe({"/data/wan/wan2.1_t2v_1.3b.pth": "{work}/wan.pth", **SMALL_WAN}, prepare=wan, meta=True),
+    "s2ft_llama3_8b": Recipe(
+        {"tokenizer: /models/llama-3-8b": "tokenizer: null", "/models/llama-3-8b": "{work}/llama"}, prepare=llama, needs=("transformers",)
+    ),
+    "sara_sd15": Recipe(
+        {"/models/sd15/unet": "{work}/unet", "threshold: 2.0e-3": "threshold: 0.02"},
+        why="another threshold: random weights are larger",
+        prepare=unet,
+        needs=("diffusers",),
+    ),
     "sae_evals_ioi": Recipe(
         {"name_or_path: /models/gpt2": "name_or_path: {work}/gpt2"},
         words=(

@@ -23,7 +23,9 @@ from lit_methods.catalog import public_names
 
 # what may be negative: labels, seeds, positions of a distribution or a line, values that fill a place
 MAY_BE = {"ignore_index", "seed", "p_mean", "time_mean", "null_condition", "c_slope", "c_intercept", "fill", "pixel_mean"}
-OTHERS = {"CLIPTowers", "DiffusersAutoencoder", "DiffusersNetwork", "ScriptedFeatures", "DINOv2", "TimmNetwork"}  # files, other libraries
+OTHERS = {  # files, other libraries
+    *("CLIPTowers", "DiffusersAutoencoder", "DiffusersNetwork", "DiffusersUNet", "ScriptedFeatures", "DINOv2", "TimmNetwork"),
+}
 
 
 class Volume(nn.Identity):

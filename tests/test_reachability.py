@@ -33,6 +33,7 @@ _WAN = (
     f"--model.init_args.teacher.init_args.{name} {value}"
     for name, value in {"channels": 4, "width": 24, "hidden": 16, "heads": 2, "depth": 1, "text_width": 16}.items()
 )
+_COUPLED = '[{"consumer":"network.blocks.*.down","producers":["network.blocks.*.up","network.blocks.*.gate"]}]'
 _RESNET = "--model.init_args.network CifarResNet18 --model.init_args.network.in_channels 1 --model.init_args.network.width_factor 0.0625"
 # settings of the public classes that no config and no claim has: slug -> words, one run each; the first config is used unless they name one
 _SAE = "--model SparseAutoencoder --model.init_args.activation"
@@ -61,6 +62,8 @@ SETTINGS = {
     ],
     "random_pruning": [f"--trainer.callbacks.method {method}" for method in ("snip", "grasp")],
     "rcm": [_WAN, "--config configs/rcm.yaml --model.init_args.consistency dcm --model.init_args.pretrain_iterations 0"],
+    "s2ft": [f"--trainer.callbacks.u_ratio 0.05 --trainer.callbacks.couplings {_COUPLED}"],
+    "sara": ["--trainer.callbacks.progressive_steps 2"],
     "slct": ["--model.init_args.network test_reachability.NormedNetwork"],
     "sparse_ift": [
         *(f"--trainer.callbacks.family {family} --trainer.callbacks.interval 2" for family in ("parallel", "factorized", "doped")),

@@ -17,6 +17,7 @@ HEAD = "# Written by `make functional` (docs/tools/functional.py): each core's _
 
 SHARED = {
     "averages": "cosine_decay ema_update half_life_decay linear_decay power_decay power_exponent warmup_decay",
+    "callbacks.fine_tuning.delta": "base_hash fuse load_delta save_delta switch unfuse",
     "callbacks.metric_learning.tcm": "tcm_loss",
     "callbacks.sparsity.cast.adams": "adam_update_ ast_momentum decay_share decayed_momentum",
     "callbacks.sparsity.channels": "load_pruned prune_channels",

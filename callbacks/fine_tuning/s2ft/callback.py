@@ -35,7 +35,6 @@ TECHNIQUE = Technique(
     golden=("s2ft_block", "s2_linear"),
     claim="At an equal number of trained values and an equal learning rate, S2FT forgets the source data less than LoRA.",
     summary="Fine-tunes a few heads and channels of a transformer as dense slices, with deltas that fuse, switch and run side by side.",
-    draft=True,
 )
 
 Strategy = Literal["R", "W", "A", "S", "G"]

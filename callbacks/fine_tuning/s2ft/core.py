@@ -79,7 +79,7 @@ class Layout(NamedTuple):
     row: tuple[int, int]
 
 
-def layout(units: int, column: Tensor, row: Tensor) -> Layout:
+def unit_layout(units: int, column: Tensor, row: Tensor) -> Layout:
     """Order the units so that both selections are contiguous.
 
     Args:
@@ -221,4 +221,4 @@ def batched_delta(x: Tensor, index: Tensor, values: Tensor, which: Tensor, kind:
     return added.reshape(*x.shape[:-1], outputs)
 
 
-__all__ = ["Layout", "batched_delta", "column_norms", "expanded", "fused_weight", "layout", "row_norms", "s2_linear", "select_units"]
+__all__ = ["batched_delta", "fused_weight", "s2_linear", "select_units", "unit_layout"]

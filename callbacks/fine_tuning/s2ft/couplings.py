@@ -205,7 +205,7 @@ def placed_layers(root: nn.Module, groups: Sequence[Group], chosen: Mapping[str,
         column, row = chosen[group.consumer]
         if not len(column) + len(row):
             continue
-        order, (c0, c1), (r0, r1) = core.layout(group.units, column, row)
+        order, (c0, c1), (r0, r1) = core.unit_layout(group.units, column, row)
         width = matrix_of(modules[group.consumer]).shape[1] // group.units
         if group.consumer in columns or any(name in rows for name in group.producers):
             raise ValueError(f"a layer of the coupling of {group.consumer!r} is permuted by another coupling, too: leave one of them out")

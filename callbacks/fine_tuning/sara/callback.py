@@ -37,7 +37,6 @@ TECHNIQUE = Technique(
     golden=("sara_optimizer", "nuclear_norm"),
     claim="Training only the 20 % of the weights that are smallest in magnitude adapts a network to a new domain.",
     summary="Fine-tunes the smallest weights of a pretrained network and no other, with gradients of these alone and a penalty of rank.",
-    draft=True,
 )
 
 Choose = Literal["smallest", "largest", "random"]

@@ -40,7 +40,7 @@ def threshold_of(weights: Iterable[Tensor], share: float) -> float:
     return math.inf if count >= len(magnitudes) else float(magnitudes.kthvalue(count + 1).values)
 
 
-def learning_rate_of(threshold: float) -> float:
+def sara_learning_rate(threshold: float) -> float:
     """The authors' learning rate where none is given: 1e-3 exp(-350 tau)."""
     return 1e-3 * math.exp(-350 * threshold)
 
@@ -156,7 +156,4 @@ def adamw_(
     values.sub_(exp_avg / denominator * (lr / (1 - first**step)))
 
 
-__all__ = [
-    "adamw_", "effective_rank", "is_reselection", "learning_rate_of", "nuclear_norm", "scatter_", "scattered", "small_weights",
-    "still_small", "threshold_of",
-]  # fmt: skip
+__all__ = ["is_reselection", "nuclear_norm", "sara_learning_rate", "small_weights", "still_small", "threshold_of"]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from lit_methods.callbacks import S2FT, EMATeacher, ExactResume
 from lit_methods.callbacks.fine_tuning.delta import Entry, base_hash, fuse, load_delta, save_delta, switch, unfuse
 from lit_methods.callbacks.fine_tuning.s2ft import core
 from lit_methods.callbacks.fine_tuning.s2ft.couplings import Coupling, found_groups
+from lit_methods.callbacks.fine_tuning.s2ft.serving import serving
 from lit_methods.datamodules.loaders import make_loader
 
 ALL = {"v_ratio": 0.5, "o_ratio": 0.5, "d_ratio": 0.25, "u_ratio": 0.2}
@@ -137,7 +139,7 @@ def test_scores_choose_the_largest_or_the_smallest_of_the_whole_model():
 
 
 def test_a_layout_has_both_selections_in_one_piece():
-    order, (c0, c1), (r0, r1) = core.layout(8, torch.tensor([5, 2, 7]), torch.tensor([7, 0, 2]))
+    order, (c0, c1), (r0, r1) = core.unit_layout(8, torch.tensor([5, 2, 7]), torch.tensor([7, 0, 2]))
     assert order.tolist() == [5, 2, 7, 0, 1, 3, 4, 6]
     assert sorted(order[c0:c1].tolist()) == [2, 5, 7]
     assert sorted(order[r0:r1].tolist()) == [0, 2, 7]
@@ -314,7 +316,7 @@ def test_nothing_is_left_behind():
         fit(modules[1], [given(), At(fail)], rows(6))
     for module in modules:
         assert all(parameter.requires_grad for parameter in module.parameters())
-        assert fingerprint(module) == fingerprint(Host(gated()))
+        assert fingerprint(module.model) == fingerprint(gated())
 
 
 def in_two_processes(devices: int) -> tuple[dict[str, Tensor], str]:
@@ -504,3 +506,34 @@ def test_positions_replace_bit_for_bit():
     entry = Entry(torch.tensor([1, 7]), torch.tensor([5.0, 6.0]), replaces=True)
     entry.write(weight, entry.values)
     assert weight.flatten()[[1, 7]].tolist() == [5.0, 6.0]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_one_base_serves_several_deltas_in_one_batch(name):
+    torch.manual_seed(0)
+    base, x, deltas = MODELS[name]().eval(), inputs(name), []
+    for seed, options in enumerate([ALL, {"d_ratio": 0.1, "o_ratio": 0.3}, {"d_ratio": 0.0, "u_ratio": 0.2}]):
+        model, s2ft = copy.deepcopy(base), S2FT(**options, seed=seed)
+        fit(model, s2ft, samples(name, 1))
+        deltas.append(s2ft.delta())
+    which, wanted = [2, -1, 0, 1], []
+    with torch.no_grad():
+        for number, request in zip(which, x, strict=True):
+            fused = fuse(base, *([deltas[number]] if number >= 0 else []))
+            wanted.append(base(request[None]).logits)
+            unfuse(base, fused)
+        with serving(base, deltas) as serve:
+            with pytest.raises(ValueError, match="nothing was chosen for a batch of 4 requests"):
+                base(x)
+            serve(which)
+            torch.testing.assert_close(base(x).logits, torch.cat(wanted), rtol=0, atol=1e-5)
+            with pytest.raises(ValueError, match="give numbers of 3 deltas from 0"):
+                serve([3])
+        torch.testing.assert_close(base(x[1:2]).logits, wanted[1])  # nothing is left
+
+
+def test_positions_cannot_be_served(two_deltas):
+    base, one, _ = two_deltas
+    single = replace(one, entries={"0.c.weight": Entry(torch.tensor([1]), torch.tensor([1.0]), replaces=True)})
+    with pytest.raises(ValueError, match=r"0.c.weight can't be served side by side.*fuse the delta"), serving(base, [single]):
+        pass
