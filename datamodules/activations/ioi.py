@@ -32,7 +32,7 @@ from lit_methods.datamodules.activations.synthetic import TensorBatches
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.cache import cache_folder, making_folder
 from lit_methods.datamodules.folders import data_path
-from lit_methods.datamodules.text.text import HuggingFaceTokens
+from lit_methods.datamodules.text.text import _HuggingFace
 
 Position = Literal["end", "io", "s1", "s2"]
 
@@ -167,8 +167,7 @@ class PatchedModel(nn.Module):
 class IOIActivations(LoaderDataModule):
     """A language model's activations at one place of prompts that ask for the indirect object, with the prompts' attributes.
 
-    Batch: {"activation": (B, 32) float32, "io": (B,) int64, "s": (B,) int64, "pos": (B,) int64, "template": (B,) int64, "answer": (B,)
-    int64, "foil": (B,) int64, "place": (B,) int64, "end": (B,) int64, "input_ids": (B, 17) int64}
+    Batch: {"activation": (B, 32) float32, "io": (B,) int64, "s": (B,) int64, "pos": (B,) int64, "template": (B,) int64, "answer": (B,) int64, "foil": (B,) int64, "place": (B,) int64, "end": (B,) int64, "input_ids": (B, L) int64}
 
     The model runs once over all prompts, up to the chosen submodule; what was found is kept in the cache folder, for the same model,
     prompts and site. Names that aren't a single token are left out. ``answer`` and ``foil`` are places of io and s in the list of names,
@@ -199,7 +198,7 @@ class IOIActivations(LoaderDataModule):
 
     Raises:
         ValueError: A value outside its range, too few names that are single tokens, no submodule of that name.
-    """
+    """  # noqa: E501 - a batch is told in one line
 
     subject: PatchedModel
     name_list: list[str]
@@ -284,7 +283,7 @@ class IOIActivations(LoaderDataModule):
         """Make the prompts, and run the model if its activations aren't in the cache."""
         if self.train_set is not None:
             return
-        tokenizer: Any = WordTokens() if self.tokenizer is None else HuggingFaceTokens(self.tokenizer)
+        tokenizer: Any = WordTokens() if self.tokenizer is None else _HuggingFace(self.tokenizer)
         rows = self._prompts(tokenizer.encode)
         model = TinyLanguageModel(tokenizer.vocab_size) if self.language_model is None else self.language_model
         model.eval().requires_grad_(False)
