@@ -46,6 +46,7 @@ SAVED_BEHIND = 5  # batches: in the middle of the second epoch
 # what eight steps are too few for: slug -> further words; and a panel that needs another data set beside the config's
 SHORTENED = {
     "adele": "--trainer.callbacks.common_epoch 1 --trainer.callbacks.confidence 0",
+    "dsnot": "--trainer.callbacks.at_step 4",
     "issp": "--trainer.callbacks.prune_iters 4",
     "rcm": "--model.init_args.pretrain_iterations 1 --model.init_args.tangent_warmup 2",
     "sparseland": "--trainer.callbacks.interval 2",
