@@ -49,9 +49,12 @@ SETTINGS = {
     "conr": ["--trainer.callbacks.variant dense"],
     "dsl_recommendation": ["--trainer.callbacks.interval 2"],
     "dsnot": [
-        "--trainer.callbacks.at_step 2 --trainer.callbacks.initial sparsegpt",
-        "--trainer.callbacks.at_step 2 --trainer.callbacks.pattern 2:4 --trainer.callbacks.initial magnitude",
-        *(f'--trainer.callbacks=[{{"class_path":"lit_methods.callbacks.{name}"}}]' for name in ("Magnitude", "Wanda", "SparseGPT")),
+        "--trainer.callbacks.at_step 1 --trainer.callbacks.initial sparsegpt",
+        "--trainer.callbacks.at_step 1 --trainer.callbacks.pattern 2:4 --trainer.callbacks.initial magnitude",
+        *(
+            f'--trainer.callbacks=[{{"class_path":"lit_methods.callbacks.{name}","init_args":{{"at_step":0}}}}]'
+            for name in ("Magnitude", "Wanda", "SparseGPT")
+        ),
     ],
     "ict": ["--config configs/ct.yaml --model.init_args.metric l1"],
     "issp": ["--trainer.callbacks.pick min_2:4 --trainer.callbacks.prune_iters 4"],
