@@ -215,6 +215,10 @@ LEFT_OUT: dict[str, str] = {
         ("Magnitude", "Wanda", "SparseGPT", "DSnoT"),
         "it prunes linear layers alone, from calibration data; tests/callbacks/sparsity/test_post_training.py has it on such modules",
     ),
+    **dict.fromkeys(
+        ("S2FT", "SaRA", "LoRA"),
+        "it fine-tunes pretrained models and freezes what it doesn't train; tests/callbacks/fine_tuning has it on transformers and others",
+    ),
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
     "TemporalVoting": "it votes on point clouds of neighbouring scans",
     "LabelCorrection": "a base class; ADELE is the one that can be attached",

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from helpers import advice_on_figures, run_two_processes, tiny_trainer
 from lit_methods import LabelStore
 from lit_methods.callbacks import LabelCorrection, LossTerm
+from lit_methods.callbacks.fine_tuning.s2ft.couplings import Coupling
 from lit_methods.catalog import public_names
 from lit_methods.datamodules import TextDataModule
 
@@ -207,6 +208,12 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "Wanda": {"samples": 8, "forward": "point_logits", **NM},
     "SparseGPT": {"samples": 8, "forward": "point_logits", **NM},
     "DSnoT": {"samples": 8, "forward": "point_logits", "at_step": 2, **NM},
+    "Wanda": {"samples": 8, **NM},
+    "SparseGPT": {"samples": 8, **NM},
+    "DSnoT": {"samples": 8, "at_step": 2, **NM},
+    "LoRA": lambda path: pytest.importorskip("peft") and {"targets": ["body.4"], "rank": 2},
+    "S2FT": {"d_ratio": 0.3, "couplings": [Coupling("body.6", ["body.4"])]},
+    "SaRA": {"threshold": None, "share": 0.3, "progressive_steps": 1},
     "SparseIFT": {"sparsity": 0.5, "network": "body", "interval": 2, "flops_tolerance": None},
     "SparsityReport": {},
     "AFAEvaluation": {"autoencoder": "dictionary"},
@@ -325,6 +332,7 @@ REFUSED: dict[tuple[str, str], str] = {
     )},
     **{(name, "lazy_layers"): _LAZY for name in (
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",
+        "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "S2FT", "SaRA", "SparseIFT", "SparsityReport",
     )},
     **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
 }  # fmt: skip
