@@ -1,10 +1,7 @@
 """top-AFA: a sparse autoencoder whose code has the norm of its input (arXiv:2503.24277); the maths stand in ``core.py``."""
 
-from typing import ClassVar
-
 from lit_methods import checks
 from lit_methods.catalog import Technique
-from lit_methods.panels import Curve, Panel
 from lit_methods.sparse_autoencoders.dictionary import EncoderStart, Normalization
 from lit_methods.sparse_autoencoders.module import SparseAutoencoder
 
@@ -53,11 +50,6 @@ class TopAFA(SparseAutoencoder):
     Raises:
         ValueError: An argument outside its range.
     """
-
-    panels: ClassVar[tuple[Panel, ...]] = (
-        *SparseAutoencoder.panels,
-        Curve("Distance of the norms", ("sae/penalty/afa",), note="Times its factor.", goal="min"),
-    )
 
     def __init__(
         self,
