@@ -40,9 +40,9 @@ _SAE = "--model SparseAutoencoder --model.init_args.activation"
 SETTINGS = {
     "abstopk": [
         "--model.init_args.per_batch true --model.init_args.normalize sample --model.init_args.dead_after 1",
-        f"{_SAE} topk --model.init_args.settings {{k:3}}",
-        f"{_SAE} jumprelu --model.init_args.penalties {{l0:0.01}}",
-        *(f"{_SAE} proximal --model.init_args.settings {{regulariser:{name},lambda_:0.1,k:3}}" for name in PROXIMAL),
+        f'{_SAE} topk --model.init_args.settings {{"k":3}}',
+        f'{_SAE} jumprelu --model.init_args.penalties {{"l0":0.01}}',
+        *(f'{_SAE} proximal --model.init_args.settings {{"regulariser":"{name}","lambda_":0.1,"k":3}}' for name in PROXIMAL),
     ],
     "adawac": [f"--trainer.callbacks.mode {mode}" for mode in ("reweight-only", "pseudo")],
     "adele": ["--trainer.callbacks.rule slices --trainer.callbacks.common_epoch 1", "--trainer.callbacks.eval_interval 1"],
@@ -56,6 +56,7 @@ SETTINGS = {
             for name in ("Magnitude", "Wanda", "SparseGPT")
         ),
     ],
+    "gba": ["--config configs/gba_topk.yaml"],  # another activation: what a function names is looked up once for each
     "ict": ["--config configs/ct.yaml --model.init_args.metric l1"],
     "issp": ["--trainer.callbacks.pick min_2:4 --trainer.callbacks.prune_iters 4"],
     "masksparsity": ["--trainer.callbacks.criterion threshold", f"{_RESNET} --trainer.callbacks.criterion threshold"],
