@@ -88,7 +88,7 @@ def ioi_prompts(count: int, names: Sequence[str] = tuple(NAMES), seed: int = 0) 
         pos, template = int(rng.integers(2)), int(rng.integers(len(TEMPLATES)))
         first, second = (names[s], names[io]) if pos else (names[io], names[s])
         words = {"prefix": PREFIXES, "place": PLACES, "object": OBJECTS}
-        drawn = {name: some[rng.integers(len(some))] for name, some in words.items()}
+        drawn = {name: some[int(rng.integers(len(some)))] for name, some in words.items()}
         found.append(Prompt(TEMPLATES[template].format(first=first, second=second, s=names[s], **drawn), io, s, pos, template))
     return found
 

@@ -275,8 +275,8 @@ def control(attribute: str, made: Edits, subject: Subject | None) -> Figures:
     for name, edited in made.edited.items():
         figures[f"distance/{attribute}/{name}"] = core.l2_distance(made.target, edited)
         figures[f"weight/{attribute}/{name}"] = made.removed[name].nanmean()
-        if subject is not None and gradient is not None:
-            figures[f"agreement/{attribute}/{name}"] = (subject.predictions(edited, made.keep, attribute) == wanted).float().mean()
+        if subject is not None and wanted is not None and gradient is not None:
+            figures[f"agreement/{attribute}/{name}"] = subject.predictions(edited, made.keep, attribute).eq(wanted).float().mean()
             figures[f"attribution/{attribute}/{name}"] = core.attribution_distance(made.target, edited, gradient)
     return figures
 

@@ -312,7 +312,7 @@ def _single(codes: core.SupervisedCodes) -> core.SupervisedCodes:
 
 def _edits_table(figures: axes.Figures) -> TableMedia:
     """A row for each attribute and edit, by falling agreement, or by rising distance."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for name, distance in figures.items():
         if name.startswith("distance/"):
             end = name.removeprefix("distance/")
