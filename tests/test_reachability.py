@@ -49,6 +49,7 @@ SETTINGS = {
     "random_pruning": [f"--trainer.callbacks.method {method}" for method in ("snip", "grasp")],
     "rcm": [_WAN, "--config configs/rcm.yaml --model.init_args.consistency dcm --model.init_args.pretrain_iterations 0"],
     "slct": ["--model.init_args.network test_reachability.NormedNetwork"],
+    "sparsejepa": ["--model.init_args.mode penalty"],
     "sparse_ift": [
         *(f"--trainer.callbacks.family {family} --trainer.callbacks.interval 2" for family in ("parallel", "factorized", "doped")),
         "--trainer.callbacks.anneal exponential --trainer.callbacks.interval 2 --trainer.callbacks.targets [layers.1]",
