@@ -69,6 +69,7 @@ SETTINGS = {
     "s2ft": [f"--trainer.callbacks.u_ratio 0.05 --trainer.callbacks.couplings {_COUPLED}"],
     "sara": ["--trainer.callbacks.progressive_steps 2"],
     "slct": ["--model.init_args.network test_reachability.NormedNetwork"],
+    "sparsejepa": ["--model.init_args.mode penalty"],
     "sparse_ift": [
         *(f"--trainer.callbacks.family {family} --trainer.callbacks.interval 2" for family in ("parallel", "factorized", "doped")),
         "--trainer.callbacks.anneal exponential --trainer.callbacks.interval 2 --trainer.callbacks.targets [layers.1]",
