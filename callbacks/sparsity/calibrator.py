@@ -135,7 +135,7 @@ class LayerwiseCalibrator:
 
     def _check_some(self, count: int) -> None:
         """Raise on all ranks together if none of them has a batch."""
-        device = next(iter(self.layers.values())).weight.device
+        device = rows_of_outputs(plain_module(next(iter(self.layers.values())))).device
         if not int(distributed.sum_over_ranks(torch.tensor(count, device=device))):
             raise ValueError("there are no calibration data: the loader gives no batch, or samples is 0")
 

@@ -96,7 +96,7 @@ def _pruned(words: list[str], out: Path, compressed: bool) -> tuple[Any, Any, An
         accelerator=config.trainer.accelerator,
         devices=1,
         precision=config.trainer.precision,
-        callbacks=own,
+        callbacks=[*own],
         limit_val_batches=1,
         limit_test_batches=1,
         limit_predict_batches=1,
