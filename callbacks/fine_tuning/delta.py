@@ -92,7 +92,7 @@ def hash_of(parameters: Mapping[str, Tensor]) -> str:
     for name, parameter in sorted(parameters.items()):
         value = parameter.detach().to("cpu", torch.promote_types(parameter.dtype, torch.float32)).contiguous()
         found.update(f"{name} {tuple(value.shape)} ".encode())
-        found.update(value.numpy())
+        found.update(value.numpy().data)
     return found.hexdigest()
 
 

@@ -11,7 +11,7 @@ from lit_methods.checks import at_least
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path, user_path
-from lit_methods.datamodules.text.text import Bytes, Ints, Tokenizer, _HuggingFace
+from lit_methods.datamodules.text.text import Bytes, HuggingFaceTokens, Ints, Tokenizer
 
 IGNORED = -100  # label of what doesn't count
 PROMPT = "Instruction: {instruction}\n{input}\nAnswer: "
@@ -115,7 +115,7 @@ class InstructionDataModule(LoaderDataModule):
             return
         self.check_root(stage)
         assert self.root is not None
-        coder: Tokenizer = Bytes() if self.tokenizer is None else _HuggingFace(self.tokenizer)
+        coder: Tokenizer = Bytes() if self.tokenizer is None else HuggingFaceTokens(self.tokenizer)
         records = _read(self.root)
         if len(records) <= self.num_val:
             raise BrokenRecordError(self.root, "length", f"{len(records)} records, of which num_val={self.num_val} are held out: lower it")

@@ -45,7 +45,7 @@ class Group(NamedTuple):
 
 
 # parts of an attention or MLP: producers (values or up projection first), consumer, sections of the producer
-_ATTENTIONS = (
+_ATTENTIONS: tuple[tuple[tuple[str, ...], str, int], ...] = (
     (("v_proj", "q_proj", "k_proj"), "o_proj", 1),
     (("v_proj", "q_proj", "k_proj"), "out_proj", 1),
     (("self.value", "self.query", "self.key"), "output.dense", 1),
@@ -53,7 +53,7 @@ _ATTENTIONS = (
     (("c_attn",), "c_proj", 3),
     (("qkv",), "proj", 3),
 )
-_MLPS = (
+_MLPS: tuple[tuple[tuple[str, ...], str, int], ...] = (
     (("up_proj", "gate_proj"), "down_proj", 1),
     (("gate_up_proj",), "down_proj", 2),
     (("up", "gate"), "down", 1),

@@ -29,14 +29,13 @@ class _Trained:
 
     s2_delta: nn.Parameter
     s2_placed: "PlacedLayer"
-    weight: Tensor
-    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer with W frozen and the slice's delta trained."""
+        layer: Any = self
         placed = self.s2_placed
         assert placed.slice is not None
-        return core.s2_linear(x, placed.matrix(self.weight), self.s2_delta, placed.slice.start, placed.slice.kind, self.bias)
+        return core.s2_linear(x, placed.matrix(layer.weight), self.s2_delta, placed.slice.start, placed.slice.kind, layer.bias)
 
 
 class S2Linear(_Trained, nn.Linear):

@@ -76,8 +76,8 @@ def serving(model: nn.Module, deltas: Sequence[Delta], check: bool = True) -> It
             if serve.which is None or len(serve.which) != len(x):
                 given = "nothing was chosen" if serve.which is None else f"{len(serve.which)} deltas were chosen"
                 raise ValueError(f"{given} for a batch of {len(x)} requests: call serve([...]) with the number of each one's delta first")
-            here = (part.to(x.device) for part in (index, values, serve.which))
-            return output + core.batched_delta(x, *here, kind, outputs).to(output.dtype)
+            where, what, which = (part.to(x.device) for part in (index, values, serve.which))
+            return output + core.batched_delta(x, where, what, which, kind, outputs).to(output.dtype)
 
         return layer.register_forward_hook(hook)
 
