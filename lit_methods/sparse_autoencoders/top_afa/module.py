@@ -26,7 +26,7 @@ class TopAFA(SparseAutoencoder):
     """A sparse autoencoder without a k: a sample gets the features that bring the norm of its code nearest to its own norm.
 
     The loss has afa_coeff x mean (|z| - |x|)^2 in place of a penalty on the code's size. How many features that gives is far above the
-    number of a sample's true causes, and isn't correlated with it. ``afa_coeff`` is sensitive: it does need tuning.
+    number of a sample's true causes, and hardly correlated with it. ``afa_coeff`` is sensitive: it does need tuning.
 
     Runs: as :class:`SparseAutoencoder` with ``activation: topafa`` and ``penalties: {afa: afa_coeff}``. Norms and sums are in float32 or
     wider. Codes are dense, as h / 10 features of a sample or more are active.
