@@ -64,6 +64,7 @@ SETTINGS = {
         "--trainer.callbacks.family doped --trainer.callbacks.fold_weight_decay true",
         f"{_RESNET} --trainer.callbacks.family parallel --trainer.callbacks.flops_tolerance null",
     ],
+    "top_afa": ["--model.init_args.normalize sample", "--config configs/topk.yaml --model.init_args.activation batchtopk"],
 }
 # functions that no run can reach: name as in reached.py, without the line -> why
 _GRADUAL = "no class prunes gradually; the golden kind training_flops has its formulas, and lit_methods.functional offers them"
