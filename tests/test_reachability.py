@@ -83,7 +83,10 @@ _GRADUAL = "no class prunes gradually; the golden kind training_flops has its fo
 EXCEPTIONS = {
     "callbacks/sparsity/flops.py gradual_training_flops": _GRADUAL,
     "callbacks/sparsity/schedules.py cubic_sparsity": _GRADUAL,
-    "lit_methods/sparse_autoencoders/abstopk/core.py proximal_objective": "what proximal_map makes smallest, in the golden kind prox",
+    **{
+        f"lit_methods/sparse_autoencoders/abstopk/core.py {name}": "of what proximal_map makes smallest, in the golden kind prox"
+        for name in ("proximal_objective", "_l0", "_l1", "_nothing")
+    },
     "lit_methods/consistency_models/metrics.py geman_mcclure": "compared with in the golden kind metric; lit_methods.functional offers it",
 }
 
