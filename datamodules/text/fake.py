@@ -41,7 +41,7 @@ def _instructions(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, A
     pairs = rng.integers(10, size=(number, 2)).tolist()
     records = [{"instruction": "Add the numbers.", "input": f"{a} {b}", "output": str(a + b)} for a, b in pairs]
     text(arguments["root"] / "instructions.json", json.dumps(records))
-    return {"root": arguments["root"] / "instructions.json"}
+    return {"root": arguments["root"]}
 
 
 FAKES: dict[str, Writer] = {"InstructionDataModule": _instructions, "TextDataModule": _text}

@@ -57,12 +57,12 @@ class InstructionDataModule(LoaderDataModule):
 
     Each label is the token that follows; -100 in the prompt and behind the end. L is the longest sample of the batch.
 
-    ``root`` is a JSON file as LLM-Adapters has them (``commonsense_170k.json``, ``math_10k.json``): a list of
+    ``root`` is a JSON file, or a folder with one, as LLM-Adapters has them (``commonsense_170k.json``, ``math_10k.json``): a list of
     ``{"instruction": ..., "input": ..., "output": ...}``; ``input`` may be missing. The last ``num_val`` of them
     are for validation and test.
 
     Args:
-        root: The file.
+        root: File or folder.
         tokenizer: Folder of a tokenizer of transformers; None: bytes.
         prompt: What stands before the answer; ``{instruction}`` and ``{input}`` are put in.
         max_length: Longest sample, in tokens; what is behind it is cut off.
@@ -100,9 +100,15 @@ class InstructionDataModule(LoaderDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the file."""
-        if self.root is None or not self.root.is_file():
+        self._file()
+
+    def _file(self) -> Path:
+        files = [] if self.root is None else [self.root] if self.root.is_file() else sorted(self.root.glob("*.json"))
+        if len(files) != 1:
             given = "null" if self.root is None else repr(str(self.root))
-            raise WrongRootError(f"root={given} is no file: give a JSON list of instructions, such as LLM-Adapters' commonsense_170k.json")
+            way = "give a JSON list of instructions, such as LLM-Adapters' commonsense_170k.json, or a folder with one"
+            raise WrongRootError(f"root={given} has {len(files)} files: {way}")
+        return files[0]
 
     def setup(self, stage: str) -> None:
         """Read and encode.
@@ -113,12 +119,11 @@ class InstructionDataModule(LoaderDataModule):
         """
         if self.vocab_size:
             return
-        self.check_root(stage)
-        assert self.root is not None
+        file = self._file()
         coder: Tokenizer = Bytes() if self.tokenizer is None else HuggingFaceTokens(self.tokenizer)
-        records = _read(self.root)
+        records = _read(file)
         if len(records) <= self.num_val:
-            raise BrokenRecordError(self.root, "length", f"{len(records)} records, of which num_val={self.num_val} are held out: lower it")
+            raise BrokenRecordError(file, "length", f"{len(records)} records, of which num_val={self.num_val} are held out: lower it")
         prompts = [coder.encode(self.prompt.format(instruction=one["instruction"], input=one.get("input") or "")) for one in records]
         answers = [coder.encode(one["output"]) for one in records]
         self.vocab_size = coder.vocab_size

@@ -55,8 +55,18 @@ def test_files_that_cannot_be_used(records, message, tmp_path):
         data(tmp_path, records).setup("fit")
 
 
+def test_a_folder_with_one_file(tmp_path):
+    data(tmp_path)
+    module = InstructionDataModule(tmp_path, num_val=2)
+    module.setup("fit")
+    assert len(module.train_set) == 10
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(WrongRootError, match="has 2 files"):
+        InstructionDataModule(tmp_path).setup("fit")
+
+
 def test_wrong_arguments(tmp_path):
-    with pytest.raises(WrongRootError, match="root=null is no file: give a JSON list"):
+    with pytest.raises(WrongRootError, match="root=null has 0 files: give a JSON list"):
         InstructionDataModule().setup("fit")
     with pytest.raises(ValueError, match=r"it must hold \{instruction\}"):
         data(tmp_path, prompt="answer: ")
