@@ -32,7 +32,7 @@ from lit_methods.datamodules.activations.synthetic import TensorBatches
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.cache import cache_folder, making_folder
 from lit_methods.datamodules.folders import data_path
-from lit_methods.datamodules.text.text import _HuggingFace
+from lit_methods.datamodules.text.text import HuggingFaceTokens
 
 Position = Literal["end", "io", "s1", "s2"]
 
@@ -283,7 +283,7 @@ class IOIActivations(LoaderDataModule):
         """Make the prompts, and run the model if its activations aren't in the cache."""
         if self.train_set is not None:
             return
-        tokenizer: Any = WordTokens() if self.tokenizer is None else _HuggingFace(self.tokenizer)
+        tokenizer: Any = WordTokens() if self.tokenizer is None else HuggingFaceTokens(self.tokenizer)
         rows = self._prompts(tokenizer.encode)
         model = TinyLanguageModel(tokenizer.vocab_size) if self.language_model is None else self.language_model
         model.eval().requires_grad_(False)

@@ -89,7 +89,7 @@ class Bytes:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
 
 
-class _HuggingFace:
+class HuggingFaceTokens:
     """A tokenizer of transformers, without special tokens."""
 
     def __init__(self, path: Path) -> None:
@@ -236,7 +236,7 @@ class TextDataModule(LoaderDataModule):
     def _coder(self, text: str) -> Tokenizer:
         if self.level == "tokenizer":
             assert self.tokenizer is not None
-            return _HuggingFace(self.tokenizer)
+            return HuggingFaceTokens(self.tokenizer)
         return Bytes() if self.level == "byte" else Characters(text)
 
     def _texts(self) -> dict[str, tuple[str, str]]:
