@@ -15,7 +15,7 @@ SIZES = {"io": 4, "s": 4, "pos": 2}
 def test_a_run_and_its_figures_are_the_loop(dtype):
     torch.manual_seed(0)
     options = {"activation": "relu", "penalties": {"l1": 0.2}, "loss": "sum", "renormalize": "after", "aux_coeff": 0.0}
-    module = SparseAutoencoder(16, 40, **options, encoder_init="unit", learning_rate=1e-2).to(dtype)
+    module = SparseAutoencoder(16, 40, **options, encoder_start="decoder", learning_rate=1e-2).to(dtype)
     data = AttributeSumsDataModule(width=16, names=4, num_train=96, num_val=80, batch_size=32)
     data.setup("fit")
     for part in (data.train_set, data.val_set):
