@@ -41,7 +41,7 @@ def sincos_positions(width: int, grid: tuple[int, int]) -> Tensor:
 
 
 def _blocks(width: int, depth: int, heads: int, norm_eps: float) -> nn.ModuleList:
-    norm = partial(nn.LayerNorm, eps=norm_eps)
+    norm: Any = partial(nn.LayerNorm, eps=norm_eps)  # timm calls it, and asks for a class
     return nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
 
 
