@@ -630,7 +630,7 @@ def test_the_ways_to_predict_and_the_last_iterations():
     x, y = tumours()
     x = x / x.max(0)
     for kind in ("naive", "alternating", "exhaustive"):
-        found = SupervisedDictionaryClassifier("feature", "bcd", prediction=kind, max_iter=15, random_state=0).fit(x[:100], y[:100])
+        found = SupervisedDictionaryClassifier("feature", "bcd", prediction=kind, max_iter=4, random_state=0).fit(x[:60], y[:60])
         assert found.predict_proba(x[100:120]).sum(1) == pytest.approx(np.ones(20))
     found = SupervisedDictionaryClassifier(max_iter=7, tol=0).fit(x, y)
     assert found.n_iter_ == 7
