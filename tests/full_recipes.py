@@ -236,5 +236,6 @@ RECIPES: dict[str, Recipe] = {
     "supervised_dictionary_learning_mnist": Recipe(),
     "supervised_dictionary_learning_postings": Recipe(),
     "tcm_cub": Recipe(RANDOM, words=("--data.init_args.classes_per_batch=4",), why=f"4 classes a batch: {SMALL_BATCH}"),
+    "top_afa_gpt2": Recipe(words=("--data.init_args.batch_size=32",), why="batch of 32: a tiny release has few activations"),
 }
 UNTRIED: dict[str, str] = {}  # files that can't be started here, with the reason

@@ -18,6 +18,7 @@ from lit_methods import (
     ProxySoftmax,
     RingTeacher,
     TinyTowers,
+    ViTEncoder,
 )
 from lit_methods.catalog import public_names
 
@@ -39,10 +40,12 @@ def parts(name: str) -> dict[str, Any]:
         "CoPrompt": {"towers": TinyTowers(pretrain_steps=0), "depth": 1},
         "EPGFinetune": {"encoder": PixelMLPEncoder(width=8), "decoder": PixelMLPDecoder(width=8, encoder_width=8), "num_classes": 3},
         "EPGPretrain": {"encoder": PixelMLPEncoder(width=8)},
+        "IJEPA": {"encoder": ViTEncoder(16, 2, width=8, depth=1, heads=2)},
         "MLP": {"widths": [4, 3]},
         "PointSegmentor": {"backbone_3d": Volume()},
         "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},
         "SimMatchV2": {"backbone": nn.Identity(), "num_labelled": 200, "bank_size": 8},
+        "SparseJEPA": {"encoder": ViTEncoder(16, 2, width=8, depth=1, heads=2)},
         "SuperFlow": {"backbone_3d": Volume(), "backbone_2d": PatchStatistics()},
         "MetricLearning": {"network": nn.Identity(), "loss": ProxySoftmax(num_classes=3, embedding_dim=2)},
     }

@@ -40,19 +40,23 @@ _SAE = "--model SparseAutoencoder --model.init_args.activation"
 SETTINGS = {
     "abstopk": [
         "--model.init_args.per_batch true --model.init_args.normalize sample --model.init_args.dead_after 1",
-        f"{_SAE} topk --model.init_args.settings {{k:3}}",
-        f"{_SAE} jumprelu --model.init_args.penalties {{l0:0.01}}",
-        *(f"{_SAE} proximal --model.init_args.settings {{regulariser:{name},lambda_:0.1,k:3}}" for name in PROXIMAL),
+        f'{_SAE} topk --model.init_args.settings {{"k":3}}',
+        f'{_SAE} jumprelu --model.init_args.penalties {{"l0":0.01}}',
+        *(f'{_SAE} proximal --model.init_args.settings {{"regulariser":"{name}","lambda_":0.1,"k":3}}' for name in PROXIMAL),
     ],
     "adawac": [f"--trainer.callbacks.mode {mode}" for mode in ("reweight-only", "pseudo")],
     "adele": ["--trainer.callbacks.rule slices --trainer.callbacks.common_epoch 1", "--trainer.callbacks.eval_interval 1"],
     "conr": ["--trainer.callbacks.variant dense"],
     "dsl_recommendation": ["--trainer.callbacks.interval 2"],
     "dsnot": [
-        "--trainer.callbacks.at_step 2 --trainer.callbacks.initial sparsegpt",
-        "--trainer.callbacks.at_step 2 --trainer.callbacks.pattern 2:4 --trainer.callbacks.initial magnitude",
-        *(f'--trainer.callbacks=[{{"class_path":"lit_methods.callbacks.{name}"}}]' for name in ("Magnitude", "Wanda", "SparseGPT")),
+        "--trainer.callbacks.at_step 1 --trainer.callbacks.initial sparsegpt",
+        "--trainer.callbacks.at_step 1 --trainer.callbacks.pattern 2:4 --trainer.callbacks.initial magnitude",
+        *(
+            f'--trainer.callbacks=[{{"class_path":"lit_methods.callbacks.{name}","init_args":{{"at_step":0}}}}]'
+            for name in ("Magnitude", "Wanda", "SparseGPT")
+        ),
     ],
+    "gba": ["--config configs/gba_topk.yaml"],  # another activation: what a function names is looked up once for each
     "ict": ["--config configs/ct.yaml --model.init_args.metric l1"],
     "issp": ["--trainer.callbacks.pick min_2:4 --trainer.callbacks.prune_iters 4"],
     "masksparsity": ["--trainer.callbacks.criterion threshold", f"{_RESNET} --trainer.callbacks.criterion threshold"],
@@ -65,19 +69,24 @@ SETTINGS = {
     "s2ft": [f"--trainer.callbacks.u_ratio 0.05 --trainer.callbacks.couplings {_COUPLED}"],
     "sara": ["--trainer.callbacks.progressive_steps 2"],
     "slct": ["--model.init_args.network test_reachability.NormedNetwork"],
+    "sparsejepa": ["--model.init_args.mode penalty"],
     "sparse_ift": [
         *(f"--trainer.callbacks.family {family} --trainer.callbacks.interval 2" for family in ("parallel", "factorized", "doped")),
         "--trainer.callbacks.anneal exponential --trainer.callbacks.interval 2 --trainer.callbacks.targets [layers.1]",
         "--trainer.callbacks.family doped --trainer.callbacks.fold_weight_decay true",
         f"{_RESNET} --trainer.callbacks.family parallel --trainer.callbacks.flops_tolerance null",
     ],
+    "top_afa": ["--model.init_args.normalize sample", "--config configs/topk.yaml --model.init_args.activation batchtopk"],
 }
 # functions that no run can reach: name as in reached.py, without the line -> why
 _GRADUAL = "no class prunes gradually; the golden kind training_flops has its formulas, and lit_methods.functional offers them"
 EXCEPTIONS = {
     "callbacks/sparsity/flops.py gradual_training_flops": _GRADUAL,
     "callbacks/sparsity/schedules.py cubic_sparsity": _GRADUAL,
-    "lit_methods/sparse_autoencoders/abstopk/core.py proximal_objective": "what proximal_map makes smallest, in the golden kind prox",
+    **{
+        f"lit_methods/sparse_autoencoders/abstopk/core.py {name}": "of what proximal_map makes smallest, in the golden kind prox"
+        for name in ("proximal_objective", "_l0", "_l1", "_nothing")
+    },
     "lit_methods/consistency_models/metrics.py geman_mcclure": "compared with in the golden kind metric; lit_methods.functional offers it",
 }
 

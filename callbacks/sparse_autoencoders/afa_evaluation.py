@@ -92,7 +92,7 @@ class AFAEvaluation(AutoencoderJudge):
         x = self.judged.normalized(raw) if hasattr(self.judged, "normalized") else raw
         bias = getattr(self.judged, "decoder_bias", None)
         found = zf_metrics(x, code, self.directions, x.new_zeros(x.shape[1]) if bias is None else bias, self.judged.decode(code))
-        layer = torch.zeros(len(x)) if self.layer is None else find_in_batch(batch, self.layer, (), "layer").flatten()[:room]
+        layer = torch.zeros(len(x)) if self.layer is None else find_in_batch(batch, self.layer, ("layer", 1), "layer").flatten()[:room]
         self._rows.append(torch.stack([*(one.double() for one in found), layer.to(x.device).double()], dim=1))
 
     def end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: Split) -> None:

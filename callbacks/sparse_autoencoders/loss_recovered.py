@@ -94,11 +94,12 @@ def spliced_losses(
 
         return replace
 
-    losses = [_loss(model, batch)]
-    for change in (reconstruct, torch.zeros_like):
-        with spliced(model, hook, instead(change), site):
-            losses.append(_loss(model, batch))
-    return SplicedLosses(*(total.double() for total, _ in losses), losses[0][1].double())
+    original, tokens = _loss(model, batch)
+    with spliced(model, hook, instead(reconstruct), site):
+        replaced, _ = _loss(model, batch)
+    with spliced(model, hook, instead(torch.zeros_like), site):
+        zero, _ = _loss(model, batch)
+    return SplicedLosses(original.double(), replaced.double(), zero.double(), tokens.double())
 
 
 class LossRecovered(AutoencoderJudge):
@@ -202,9 +203,10 @@ class LossRecovered(AutoencoderJudge):
     def _measure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
         """(4,) float64: the sums of all ranks."""
         model, text = self._given(trainer, "language_model", "model"), self._given(trainer, "text", "text")
-        site = self._given(trainer, "site", "site") or "output"
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        skip = self.skip_first if self.skip_first is not None else getattr(getattr(data, "hparams", {}), "get", dict().get)("skip_first", 0)
+        site: Site = self._given(trainer, "site", "site") or "output"
+        skip, data = self.skip_first, trainer.datamodule  # type: ignore[attr-defined]
+        if skip is None:
+            skip = 0 if data is None else data.hparams.get("skip_first", 0)
         found, dtype = self.judged, self.directions.dtype
 
         def reconstruct(x: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class LayerwiseCalibrator:
 
     def _check_some(self, count: int) -> None:
         """Raise on all ranks together if none of them has a batch."""
-        device = next(iter(self.layers.values())).weight.device
+        device = rows_of_outputs(plain_module(next(iter(self.layers.values())))).device
         if not int(distributed.sum_over_ranks(torch.tensor(count, device=device))):
             raise ValueError("there are no calibration data: the loader gives no batch, or samples is 0")
 
@@ -168,7 +168,7 @@ class LayerwiseCalibrator:
         counts = torch.stack([own.samples for own in statistics.values()]).tolist()  # one wait for the device
         unseen = [name for name, count in zip(statistics, counts, strict=True) if not count]
         if unseen:
-            way = "leave it out by skip, or give more calibration data"
+            way = "run the whole network (forward), give more calibration data, or skip it"
             raise ValueError(f"{', '.join(unseen[:8])} got no input from the calibration data: {way}")
         activations = sum(call.hidden.numel() * call.hidden.element_size() for call in calls)
         self.held = max(self.held, activations + sum(own.bytes() for own in statistics.values()))

@@ -26,7 +26,7 @@ from lit_methods.callbacks.sparsity.input_statistics import InputStatistics
 from lit_methods.callbacks.sparsity.meter import batch_size
 from lit_methods.callbacks.sparsity.one_shot import check_width, expected_error, parse_pattern
 from lit_methods.callbacks.sparsity.store import Choice, MaskStore, choose_weights, listed
-from lit_methods.callbacks.targets import plain_modules, refuse_sharded
+from lit_methods.callbacks.targets import plain_modules, refuse_lazy, refuse_sharded
 from lit_methods.callbacks.twin import evaluating, observed, training_batches
 from lit_methods.callbacks.wrapping import built_by
 from lit_methods.panels import Curve, Media, Panel, TableMedia, TablePanel
@@ -63,8 +63,8 @@ class PostTrainingPruning(MaskCallback):
 
     Saves: what :class:`MaskCallback` saves, and each layer's figures.
 
-    Refuses: what :class:`MaskCallback` refuses; no calibration data; a layer that gets no input from them; N:M that doesn't divide a
-    layer's inputs; targets that are no linear layers; blocks that don't feed each other.
+    Refuses: what :class:`MaskCallback` refuses; no calibration data; a layer that gets no input from them; lazy layers; N:M that doesn't
+    divide a layer's inputs; targets that are no linear layers; blocks that don't feed each other.
 
     Args:
         sparsity: Share of a layer's weights that goes, in (0, 1). Doesn't matter with a pattern.
@@ -194,6 +194,7 @@ class PostTrainingPruning(MaskCallback):
             with checks.naming(f"{type(self).__name__}: {name}"):
                 check_width(rows_of_outputs(modules[name.rpartition(".")[0]]).shape[1], self.pattern)
         if self.samples:
+            refuse_lazy(pl_module, type(self).__name__)
             self._step_of(pl_module)
 
     def _step_of(self, pl_module: Any) -> str:

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -42,6 +43,7 @@ Site = Literal["output", "input"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 RECIPE = "activations.json"  # beside the shards: what they were harvested from
 VERSION = 1  # of the recipe
+_FORGOTTEN = 3600.0  # seconds after which half a file is one that nobody writes
 _SAMPLED = 4096  # numbers of each weight that its mark is made of
 
 
@@ -353,7 +355,9 @@ def harvest(
 
     room: Tensor | None = None
     for left in root.glob(f".{part}-*.tmp"):  # by a harvest that was killed; they are large
-        left.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process may be writing one just now, and may have finished
+            if time.time() - left.stat().st_mtime > _FORGOTTEN:
+                left.unlink()
     with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), transient=True) as progress:
         task = progress.add_task(f"activations ({part})", total=rows)
         done, number, place = 0, 0, (0, 0)
@@ -520,14 +524,13 @@ class HarvestedActivations(LoaderDataModule):
         }
 
     def _place(self, recipe: dict[str, Any]) -> Path:
-        """The folder of these shards, made if it is missing, with the recipe in it.
+        """The folder of these shards, which may not be there yet.
 
         Raises:
             WrongRootError: It holds something else.
         """
         mark = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
         root = cache_folder() / f"activations-{mark}" if self.root is None else self.root
-        root.mkdir(parents=True, exist_ok=True)
         file = root / RECIPE
         if file.is_file():
             try:
@@ -540,8 +543,6 @@ class HarvestedActivations(LoaderDataModule):
                 raise WrongRootError(f"root={str(root)!r} holds activations of something else ({said}): give another folder, or delete it")
         elif shard_files(root, "train") or shard_files(root, "val"):
             raise WrongRootError(f"root={str(root)!r} holds shards without {RECIPE}: set model=null to read them, or give another folder")
-        else:
-            write_json(file, recipe)
         return root
 
     def prepare_data(self) -> None:
@@ -549,12 +550,15 @@ class HarvestedActivations(LoaderDataModule):
         if self.model is None and self.root is not None:
             return
         model, texts = self._sources()
-        root = self._place(self._recipe(model, texts))
+        recipe = self._recipe(model, texts)
+        root = self._place(recipe)
         wanted: dict[Part, int] = {"train": self.hparams["tokens"], "val": self.hparams["val_tokens"]}
         if all(self._complete(root, part, wanted[part]) for part in texts):
             return
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         before, modes = next((p.device for p in model.parameters()), device), {part: part.training for part in model.modules()}
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(root / RECIPE, recipe)
         model.to(device).eval()
         try:
             for part, read in texts.items():

@@ -88,7 +88,7 @@ def ioi_prompts(count: int, names: Sequence[str] = tuple(NAMES), seed: int = 0) 
         pos, template = int(rng.integers(2)), int(rng.integers(len(TEMPLATES)))
         first, second = (names[s], names[io]) if pos else (names[io], names[s])
         words = {"prefix": PREFIXES, "place": PLACES, "object": OBJECTS}
-        drawn = {name: some[rng.integers(len(some))] for name, some in words.items()}
+        drawn = {name: some[int(rng.integers(len(some)))] for name, some in words.items()}
         found.append(Prompt(TEMPLATES[template].format(first=first, second=second, s=names[s], **drawn), io, s, pos, template))
     return found
 
@@ -167,8 +167,7 @@ class PatchedModel(nn.Module):
 class IOIActivations(LoaderDataModule):
     """A language model's activations at one place of prompts that ask for the indirect object, with the prompts' attributes.
 
-    Batch: {"activation": (B, 32) float32, "io": (B,) int64, "s": (B,) int64, "pos": (B,) int64, "template": (B,) int64, "answer": (B,)
-    int64, "foil": (B,) int64, "place": (B,) int64, "end": (B,) int64, "input_ids": (B, 17) int64}
+    Batch: {"activation": (B, 32) float32, "io": (B,) int64, "s": (B,) int64, "pos": (B,) int64, "template": (B,) int64, "answer": (B,) int64, "foil": (B,) int64, "place": (B,) int64, "end": (B,) int64, "input_ids": (B, L) int64}
 
     The model runs once over all prompts, up to the chosen submodule; what was found is kept in the cache folder, for the same model,
     prompts and site. Names that aren't a single token are left out. ``answer`` and ``foil`` are places of io and s in the list of names,
@@ -199,7 +198,7 @@ class IOIActivations(LoaderDataModule):
 
     Raises:
         ValueError: A value outside its range, too few names that are single tokens, no submodule of that name.
-    """
+    """  # noqa: E501 - a batch is told in one line
 
     subject: PatchedModel
     name_list: list[str]

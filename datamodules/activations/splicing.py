@@ -15,7 +15,8 @@ def _replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value).to(value.dtype)
     if isinstance(value, Mapping):
         key = next(key for key, part in value.items() if first_tensor(part) is not None)
-        copied: Any = type(value)(value)
+        kind: Any = type(value)
+        copied = kind(value)
         copied[key] = _replaced(value[key], change)
         return copied
     place = next(place for place, part in enumerate(value) if first_tensor(part) is not None)

@@ -3,13 +3,13 @@
 ``emscad_v1.csv``, the authors' table, writes flags as ``t`` and ``f``; its common copy ``fake_job_postings.csv`` writes 1 and 0.
 """
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from lit_methods.checks import at_least
+from lit_methods.datamodules.base import Ints
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.matrices.base import Floats, MatrixDataModule, Table
@@ -39,6 +39,15 @@ COLUMNS = (
 TEXTS = ("title", "company_profile", "description", "requirements", "benefits")
 FLAGS = ("telecommuting", "has_company_logo", "has_questions")
 KINDS = ("employment_type", "required_experience", "required_education")
+READ = (*TEXTS, *FLAGS, *KINDS, "fraudulent")
+HONEST = "team customers engineering design product software support office skills experience growth people"
+FRAUD = "earn money home fast wire transfer cash easy daily deposit urgent payments"
+BOTH = "work job position company apply email training hours salary candidate"
+_CHOICES = {
+    "employment_type": ("", "Full-time", "Part-time"),
+    "required_experience": ("", "Entry level", "Associate"),
+    "required_education": ("", "Bachelor's Degree", "High School or equivalent"),
+}
 _TRUTH = {"0": 0, "f": 0, "1": 1, "t": 1}
 _WAY = f"put {' or '.join(FILES)} there, the table of the Employment Scam Aegean Dataset"
 
@@ -54,7 +63,7 @@ class JobPostingsDataModule(MatrixDataModule):
     of them frauds.
 
     Args:
-        root: Folder with ``fake_job_postings.csv`` or ``emscad_v1.csv``. There is no built-in sample: ``lit fake`` writes one.
+        root: Folder with ``fake_job_postings.csv`` or ``emscad_v1.csv``. None: 120 made-up postings.
         num_words: p, the most frequent words that are kept, English stop words left out; fewer where the texts have fewer.
         test_share: Share of the rows that is held out.
         scale: Features are divided by it.
@@ -64,7 +73,7 @@ class JobPostingsDataModule(MatrixDataModule):
 
     Raises:
         ValueError: A number lies outside its range.
-        WrongRootError: ``root`` has no such file, or isn't given.
+        WrongRootError: ``root`` has no such file.
         BrokenRecordError: A row is damaged; the message names it.
     """
 
@@ -89,22 +98,23 @@ class JobPostingsDataModule(MatrixDataModule):
         Raises:
             WrongRootError: It isn't.
         """
-        self._file()
+        if self.root is not None:
+            self._file(self.root)
 
-    def _file(self) -> Path:
-        if self.root is None:
-            raise WrongRootError(f"root=None: there is no built-in sample. Make a folder, {_WAY}, or let lit fake write made-up postings")
-        found = next((self.root / name for name in FILES if (self.root / name).is_file()), None)
+    @staticmethod
+    def _file(root: Path) -> Path:
+        found = next((root / name for name in FILES if (root / name).is_file()), None)
         if found is None:
-            raise WrongRootError(f"root={str(self.root)!r} has no {' and no '.join(FILES)}: {_WAY}, or let lit fake write made-up postings")
+            raise WrongRootError(f"root={str(root)!r} has no {' and no '.join(FILES)}: {_WAY}, or set root=null for made-up postings")
         return found
 
     def tables(self) -> tuple[Table, Table]:
         """Read, split, weigh the words of the training rows."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        file = self._file()
-        texts, flags, kinds, label = read_postings(file)
+        file = Path("made-up postings") if self.root is None else self._file(self.root)
+        made = ((number, [row[name] for name in READ]) for number, row in enumerate(made_postings()))
+        texts, flags, kinds, label = _parsed(file, made) if self.root is None else read_postings(file)
         train, _ = self.split(len(label))
         vectoriser = TfidfVectorizer(max_features=self.num_words, stop_words="english")
         try:
@@ -118,7 +128,10 @@ class JobPostingsDataModule(MatrixDataModule):
         return self.halves(Table(words, label, covariates))
 
 
-def read_postings(path: Path) -> tuple[list[str], Floats, list[list[str]], np.ndarray]:
+Postings = tuple[list[str], Floats, list[list[str]], Ints]
+
+
+def read_postings(path: Path) -> Postings:
     """The table of postings.
 
     Args:
@@ -130,9 +143,12 @@ def read_postings(path: Path) -> tuple[list[str], Floats, list[list[str]], np.nd
     Raises:
         BrokenRecordError: A column is missing, or a flag or label isn't 0 or 1 (``f`` or ``t``); the message names the line.
     """
-    csv.field_size_limit(max(csv.field_size_limit(), 2**24))  # a description may be long
+    return _parsed(path, named_rows(path, READ, _WAY))
+
+
+def _parsed(path: Path, rows: Iterable[tuple[int, list[str]]]) -> Postings:
     texts, flags, kinds, label = [], [], [], []
-    for line, cells in named_rows(path, (*TEXTS, *FLAGS, *KINDS, "fraudulent"), _WAY):
+    for line, cells in rows:
         texts.append(" ".join(cells[: len(TEXTS)]))
         numbers = [*cells[len(TEXTS) : len(TEXTS) + len(FLAGS)], cells[-1]]
         for name, cell in zip((*FLAGS, "fraudulent"), numbers, strict=True):
@@ -146,10 +162,33 @@ def read_postings(path: Path) -> tuple[list[str], Floats, list[list[str]], np.nd
     return texts, np.array(flags), kinds, np.array(label, np.int64)
 
 
-def _one_hot(values: Sequence[str], train: np.ndarray) -> Floats:
+def made_postings(rows: int = 120, seed: int = 0) -> list[dict[str, str]]:
+    """Made-up postings, every fourth of them a fraud: frauds use other words, and have a logo less often.
+
+    Args:
+        rows: Postings.
+        seed: Of the words.
+
+    Returns:
+        Column -> cell of each posting.
+    """
+    rng, found = np.random.default_rng(seed), []
+    for number in range(rows):
+        fraud = int(number % 4 == 0)
+        words = (FRAUD if fraud else HONEST).split() + BOTH.split()
+        row = dict.fromkeys(COLUMNS, "") | {name: " ".join(rng.choice(words, 12)) for name in TEXTS}
+        flags = {"telecommuting": rng.random() < 0.1, "has_company_logo": rng.random() < (0.3 if fraud else 0.8)}
+        flags |= {"has_questions": rng.random() < 0.5, "fraudulent": bool(fraud)}
+        row |= {name: str(int(flag)) for name, flag in flags.items()}
+        row |= {name: str(rng.choice(choices)) for name, choices in _CHOICES.items()}
+        found.append(row | {"job_id": str(number + 1), "location": "US, NY, New York"})
+    return found
+
+
+def _one_hot(values: Sequence[str], train: Ints) -> Floats:
     """(n, k) of 0 and 1: a column for each value but "" of the training rows, in alphabetical order."""
     known = sorted({values[row] for row in train} - {""})
     return np.array([[float(value == one) for one in known] for value in values]).reshape(len(values), len(known))
 
 
-__all__ = ["COLUMNS", "FILES", "JobPostingsDataModule", "read_postings"]
+__all__ = ["COLUMNS", "FILES", "JobPostingsDataModule", "made_postings", "read_postings"]

@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT, TOP, BOTTOM = 1152, 648, 64, 420  # pixels; TOP, BOTTOM: of the masks
+FULL = 276  # pixels of the longest bar
 BACKGROUND, DEAD, POSITIVE, NEGATIVE, TEXT, LINE = (
     (13, 20, 33),
     (24, 34, 52),
@@ -41,7 +42,7 @@ def draw(run: Path) -> Image.Image:
         pen.text((left, TOP - 36), f"{mask.shape[1]} to {mask.shape[0]}", font=large, fill=TEXT)
         for row, (key, colour) in enumerate((("error_before", LINE), ("error", POSITIVE))):
             top, value = BOTTOM + 28 + 62 * row, saved["report"][name][key]
-            pen.rectangle((left, top + 26, left + max(2, round(width * value / longest)), top + 44), fill=colour)
+            pen.rectangle((left, top + 26, left + max(2, round(FULL * value / longest)), top + 44), fill=colour)
             pen.text((left, top - 2), f"{value:.3f}", font=small, fill=TEXT)
     legend = "Mean expected error of a row, per image: of Wanda's mask (grey), and after at most four swaps in each row (orange)."
     pen.text((40, HEIGHT - 34), legend, font=small, fill=TEXT)

@@ -501,6 +501,10 @@ def _constructor_error(text: str) -> str | None:
     """What a constructor of ours said, out of jsonargparse's account of all types that it tried; None for other errors."""
     if not text.startswith("Does not validate against any of the Union subtypes"):
         return None
+    # an object within another one: the inner account is the first error of the outer
+    inner = re.search(r"Errors:\n\s*- (Does not validate against any of the Union subtypes\n.*?Given value: [^\n]*)\n", text, re.DOTALL)
+    if inner is not None:
+        return _constructor_error(inner.group(1))
     said = re.search(
         r"Errors:\n\s*- (?:Problem with given class_path '[^']+':\s*)?(.+?)\n\s*- (?:Expected a|Not a valid)", text, flags=re.DOTALL
     )

@@ -66,7 +66,7 @@ def _check_compressible(out: Path) -> None:
 
 def _pruned(words: list[str], out: Path, compressed: bool) -> tuple[Any, Any, Any]:
     """Module, callbacks and config, once the callbacks have pruned the module."""
-    from lightning.pytorch import LightningModule, Trainer, seed_everything
+    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.utilities.model_helpers import is_overridden
 
     from lit_methods.callbacks.sparsity.post_training import PostTrainingPruning
@@ -74,7 +74,7 @@ def _pruned(words: list[str], out: Path, compressed: bool) -> tuple[Any, Any, An
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning.*")
-    cli, _ = planned(["validate", *words])
+    cli, _ = planned(["validate", *words])  # which seeds as the config says
     config = cli.config["validate"]
     callbacks = [cli.built("callback", section) for section in config.trainer.callbacks or []]
     own = [callback for callback in callbacks if isinstance(callback, PostTrainingPruning)]
@@ -84,7 +84,6 @@ def _pruned(words: list[str], out: Path, compressed: bool) -> tuple[Any, Any, An
         raise CommandError("--compressed is for 2:4 alone: add --trainer.callbacks.pattern 2:4")
     if config.get("data") is None:
         raise CommandError("no calibration data: the config has no data section; add one by --data")
-    seed_everything(config.seed_everything if isinstance(config.seed_everything, int) else 0, verbose=False)
     data = cli.built("data", config.data)
     if hasattr(data, "check_root"):
         data.check_root("fit")
@@ -97,7 +96,7 @@ def _pruned(words: list[str], out: Path, compressed: bool) -> tuple[Any, Any, An
         accelerator=config.trainer.accelerator,
         devices=1,
         precision=config.trainer.precision,
-        callbacks=own,
+        callbacks=[*own],
         limit_val_batches=1,
         limit_test_batches=1,
         limit_predict_batches=1,

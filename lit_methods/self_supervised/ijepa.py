@@ -5,7 +5,7 @@ stretching of the schedules beyond the training (``ipe_scale``), and several con
 """
 
 import copy
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -22,6 +22,9 @@ from lit_methods.self_supervised.jepa import Distance, jepa_loss, jepa_targets, 
 from lit_methods.self_supervised.masks import check_blocks, draw_block_masks
 from lit_methods.self_supervised.networks import ViTPredictor
 from lit_methods.steps import log_global, steps_per_epoch, training_length
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class IJEPA(Evaluated):
@@ -113,15 +116,16 @@ class IJEPA(Evaluated):
         checks.one_of(Distance, distance=distance)
         checks.share(momentum=momentum)
         self.save_hyperparameters(ignore=["encoder"])
-        check_blocks(encoder.grid, target_scale, target_aspect, context_scale, min_keep)  # type: ignore[arg-type]
-        heads = predictor_heads if predictor_heads is not None else getattr(encoder, "heads", 1)
-        self.encoder = encoder
-        self.predictor = ViTPredictor(encoder.grid, encoder.width, predictor_width, predictor_depth, heads)
+        built: Any = encoder  # whose attributes were looked for above
+        check_blocks(built.grid, target_scale, target_aspect, context_scale, min_keep)
+        heads = predictor_heads if predictor_heads is not None else getattr(built, "heads", 1)
+        self.encoder, self._grid = encoder, built.grid
+        self.predictor = ViTPredictor(built.grid, built.width, predictor_width, predictor_depth, heads)
         self.target_encoder = copy.deepcopy(encoder).eval().requires_grad_(False)
         self.eval_loss = MeanMetric()
         self._length = 1  # of the schedules, in optimiser steps
 
-    def train(self, mode: bool = True) -> "IJEPA":
+    def train(self, mode: bool = True) -> "Self":
         """The target encoder always evaluates."""
         super().train(mode)
         self.target_encoder.eval()
@@ -139,7 +143,7 @@ class IJEPA(Evaluated):
             for what in ("sizes", f"places on rank {distributed.rank()}")
         )
         names = ("target_blocks", "target_scale", "target_aspect", "context_scale", "min_keep")
-        masks = draw_block_masks(batch_size, self.encoder.grid, sizes, places, **{name: hp[name] for name in names})
+        masks = draw_block_masks(batch_size, self._grid, sizes, places, **{name: hp[name] for name in names})
         context, targets = (mask.to(self.device, non_blocking=True) for mask in masks)
         return context, targets
 

@@ -5,6 +5,7 @@ fit. The blocks are timm's.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
@@ -52,9 +53,22 @@ def _initialise(network: nn.Module, blocks: nn.ModuleList) -> None:
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    block: Any
     for number, block in enumerate(blocks, start=1):
         for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
             weight.div_((2 * number) ** 0.5)
+
+
+class _Patches(nn.Module):
+    """The projection of patches, under the authors' name ``patch_embed.proj``."""
+
+    def __init__(self, channels: int, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, channels, H, W) -> (B, patches, width)."""
+        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class ViTEncoder(nn.Module):
@@ -92,13 +106,13 @@ class ViTEncoder(nn.Module):
     ) -> None:
         super().__init__()
         checks.at_least(1, image_size=image_size, patch_size=patch_size, channels=channels, depth=depth, heads=heads)
+        checks.at_least(0, norm_eps=norm_eps)
         if image_size % patch_size or width % heads:
             what = f"image_size={image_size} with patch_size={patch_size}, and width={width} with heads={heads}"
             raise ValueError(f"{what}: the second must divide the first")
         side = image_size // patch_size
         self.grid, self.width, self.heads = (side, side), width, heads
-        self.patch_embed = nn.Module()  # the authors' name of the projection: patch_embed.proj
-        self.patch_embed.proj = nn.Conv2d(channels, width, patch_size, patch_size)
+        self.patch_embed = _Patches(channels, patch_size, width)
         self.register_buffer("pos_embed", sincos_positions(width, self.grid).float()[None])
         self.blocks = _blocks(width, depth, heads, norm_eps)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
@@ -116,7 +130,7 @@ class ViTEncoder(nn.Module):
         Returns:
             (B, N, width), or (C * B, n, width), mask after mask.
         """
-        tokens = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        tokens = self.patch_embed(images)
         if tokens.shape[1] != self.pos_embed.shape[1]:
             rows, columns = self.grid
             raise ValueError(f"images {tuple(images.shape)} have {tokens.shape[1]} patches, expected {rows} x {columns}: set image_size")

@@ -17,7 +17,6 @@ dotted path. Penalties work in the same way; their first argument is the code (B
 """
 
 import difflib
-import functools
 import importlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -252,7 +251,6 @@ def resolve(name: str | Callable[..., Any], known: Mapping[str, Callable[..., An
     return function  # type: ignore[no-any-return]
 
 
-@functools.cache
 def named_arguments(function: Callable[..., Any]) -> dict[str, bool]:
     """What a function names behind its first argument: name -> whether it must be given."""
     parameters = list(inspect.signature(function).parameters.values())[1:]

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 Normalization = Literal["none", "sample", "norm_1", "norm_sqrt"]
 LossScale = Literal["mean", "sum", "half_sum"]
-EncoderInit = Literal["kaiming", "unit"]
+EncoderStart = Literal["kaiming", "decoder"]
 DENSE_FROM = 1 / 8  # share of entries from which dense products are taken; on two CPU cores sparse ones were faster at 1/16
 
 
@@ -173,14 +173,14 @@ def project_gradient(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 def initial_weights(
-    width: int, features: int, init: EncoderInit = "kaiming", generator: torch.Generator | None = None
+    width: int, features: int, start: EncoderStart = "kaiming", generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """Encoder and decoder as BatchTopK's code begins: Kaiming-uniform for a (d, h) matrix; the decoder has the same rows at unit norm.
 
     Args:
         width: d.
         features: h.
-        init: ``kaiming``: rows of the encoder have norms of about sqrt(2 d / h). ``unit``: they are the decoder's, of norm 1.
+        start: ``kaiming``: rows of the encoder have norms of about sqrt(2 d / h). ``decoder``: they are the decoder's, of norm 1.
         generator: CPU generator; None: the global one.
 
     Returns:
@@ -189,7 +189,7 @@ def initial_weights(
     bound = math.sqrt(6 / features)
     encoder = torch.empty(width, features).uniform_(-bound, bound, generator=generator).T.contiguous()
     decoder = unit_rows(encoder)
-    return encoder if init == "kaiming" else decoder.clone(), decoder
+    return encoder if start == "kaiming" else decoder.clone(), decoder
 
 
 def standardize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

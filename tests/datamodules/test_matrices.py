@@ -10,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 
 from lit_methods.datamodules import JobPostingsDataModule, PlantedDirectionsDataModule, SemiSyntheticDigitsDataModule, TwoClassDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
-from lit_methods.datamodules.matrices.fake import FRAUD, mnist, postings
+from lit_methods.datamodules.matrices.fake import mnist, postings
 from lit_methods.datamodules.matrices.idx import read_idx, write_idx
-from lit_methods.datamodules.matrices.postings import COLUMNS, FILES, read_postings
+from lit_methods.datamodules.matrices.postings import COLUMNS, FILES, FRAUD, read_postings
 
 
 def ready(data):
@@ -135,6 +135,7 @@ def test_postings_are_words_and_covariates(tmp_path):
     postings(tmp_path)
     data = ready(JobPostingsDataModule(tmp_path, num_words=30))
     batch = data.train_set[0]
+    assert torch.equal(batch["features"], ready(JobPostingsDataModule(num_words=30)).train_set[0]["features"])  # the built-in sample
     assert data.matrix_shape == (96, 30, 3 + 2 + 2 + 2)
     assert len(data.feature_names) == 30
     torch.testing.assert_close(batch["features"].norm(dim=1), torch.ones(96).double())  # TF-IDF rows have norm 1
@@ -176,8 +177,6 @@ def test_both_tables_are_read_alike(tmp_path):
 
 
 def test_broken_postings_are_named(tmp_path):
-    with pytest.raises(WrongRootError, match="root=None: there is no built-in sample"):
-        ready(JobPostingsDataModule())
     with pytest.raises(WrongRootError, match=r"has no fake_job_postings\.csv and no emscad_v1\.csv"):
         JobPostingsDataModule(tmp_path).check_root()
     postings(tmp_path, rows=20)

@@ -4,14 +4,22 @@ from typing import Any
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.callbacks.sparsity.dsnot.core import dsnot_nm, dsnot_unstructured
-from lit_methods.callbacks.sparsity.input_statistics import input_statistics
+from lit_methods.callbacks.sparsity.input_statistics import InputStatistics
 from lit_methods.callbacks.sparsity.one_shot import initial_score, keep_high_scores, magnitude_mask, sparsegpt, wanda_mask
 
 HOW = ("max_cycles", "update_threshold", "variance_power")
 
 
+def statistics_of(case: GoldenCase, hessian: bool = False) -> InputStatistics:
+    samples = case.tensor("in_calibration")
+    found = InputStatistics.of(samples.shape[-1], hessian, dtype=samples.dtype)
+    for sample in samples:  # one call of the layer each
+        found.add(sample)
+    return found
+
+
 def unstructured(case: GoldenCase) -> dict[str, Any]:
-    weight, statistics = case.tensor("in_weight"), input_statistics(case.tensor("in_calibration"))
+    weight, statistics = case.tensor("in_weight"), statistics_of(case)
     score = initial_score(case.hp("initial_method"), weight, statistics)
     first = keep_high_scores(score, case.hp("sparsity"))
     options = {name: case.hp(name) for name in HOW}
@@ -20,7 +28,7 @@ def unstructured(case: GoldenCase) -> dict[str, Any]:
 
 
 def nm(case: GoldenCase) -> dict[str, Any]:
-    weight, statistics = case.tensor("in_weight"), input_statistics(case.tensor("in_calibration"))
+    weight, statistics = case.tensor("in_weight"), statistics_of(case)
     score, pattern = initial_score(case.hp("initial_method"), weight, statistics), (case.hp("n_pruned"), case.hp("m"))
     first = keep_high_scores(score, pattern=pattern)
     last = dsnot_nm(weight, statistics, first, score, pattern, **{name: case.hp(name) for name in HOW})
@@ -28,7 +36,7 @@ def nm(case: GoldenCase) -> dict[str, Any]:
 
 
 def baselines(case: GoldenCase) -> dict[str, Any]:
-    weight, statistics = case.tensor("in_weight"), input_statistics(case.tensor("in_calibration"), hessian=True)
+    weight, statistics = case.tensor("in_weight"), statistics_of(case, hessian=True)
     how = (case.hp("sparsity"), (case.hp("n_pruned"), case.hp("m")) if case.hp("n_pruned") else None)
     damp, block = case.hp("sparsegpt_damp"), case.hp("sparsegpt_blocksize")
     return {

@@ -261,6 +261,12 @@ def test_a_second_fit_begins_its_schedules_anew():
     assert sum(isinstance(callback, GroupSparsity) for callback in trainer.callbacks) == 1
 
 
+def test_a_group_lasso_of_the_users_goes_together_with_the_modules_own():
+    figures = fit(module(), callbacks=[GroupSparsity(["predictor.predictor_embed"], weight=1e3)], log_every_n_steps=1).callback_metrics
+    assert float(figures["group_sparsity/zero_groups"]) == 1
+    assert float(figures["sparsejepa/zero_groups"]) < 1
+
+
 def test_masks_follow_from_the_seed_and_the_step_alone():
     model, other = module(), module(seed=1)
     torch.rand(3)

@@ -147,7 +147,7 @@ def test_normalization_and_its_inverse():
 
 
 def test_the_encoder_begins_as_asked():
-    assert torch.equal(small(encoder_init="unit").encoder, small().decoder)
+    assert torch.equal(small(encoder_start="decoder").encoder, small().decoder)
     norms = small(width=200, features=400).encoder.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(400), rtol=0, atol=0.2)  # sqrt(2 x 200 / 400)
 
@@ -299,17 +299,25 @@ def test_a_killed_run_ends_like_a_whole_one(tmp_path, options):
     assert_state_dicts_equal(resumed, whole)
 
 
+def figures(trainer):
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("sae/val")}
+
+
 def in_two(options):
     module = small(**options)
-    tiny_trainer(devices=2, strategy="ddp", max_steps=4).fit(module, datamodule=mixtures(8))
-    return cloned_state(module)
+    trainer = tiny_trainer(devices=2, strategy="ddp", max_steps=4, limit_val_batches=1.0, val_check_interval=4)
+    trainer.fit(module, datamodule=mixtures(8))
+    return cloned_state(module), figures(trainer)
 
 
 @pytest.mark.parametrize("options", [{"dead_after": 1}, {"normalize": "norm_1", "bias_from_data": True}])
 def test_two_processes_end_like_one(options):
     alone = small(**options)
-    tiny_trainer(max_steps=4).fit(alone, datamodule=mixtures(16))
-    first, second = run_two_processes(in_two, options)
+    trainer = tiny_trainer(max_steps=4, limit_val_batches=1.0, val_check_interval=4)
+    trainer.fit(alone, datamodule=mixtures(16))
+    (first, logged), (second, _) = run_two_processes(in_two, options)
+    assert len(logged) == 4
+    assert logged == pytest.approx(figures(trainer), rel=1e-4, abs=1e-6)
     assert_state_dicts_equal(first, second)
     assert_state_dicts_equal(first, cloned_state(alone), rtol=1e-4, atol=1e-6)
 

@@ -35,8 +35,8 @@ TECHNIQUE = Technique(
     classes=("lit_methods.callbacks.GroupBiasAdaptation",),
     configs=("gba.yaml",),
     golden=("bias_update", "sae_step", "recovery_metrics"),
-    claim="A sparse autoencoder recovers features best when its neurons fire about as often as the features occur, and groups with spread "
-    "targets need not know how often that is.",
+    claim="An autoencoder whose neurons may fire as often as a feature occurs recovers more features than one whose neurons may fire a "
+    "sixteenth as often.",
     summary="Sets the sparsity of an autoencoder by feedback on each neuron's bias, with a target frequency for each group of neurons.",
 )
 
@@ -222,7 +222,7 @@ class GroupBiasAdaptation(FeatureCallback):
                 f"pre_activations={self.pre_activations!r} puts out {given}, and bias={self.bias!r} is {tuple(self._bias.shape)}: name the "
                 f"submodule whose output is (..., {len(self._bias)}) pre-activations"
             )
-        y = y.detach().flatten(0, -2)
+        y = y.detach().reshape(-1, y.shape[-1])
         if not self.includes_bias:
             y = y + self._bias
         firing, peak = firing_statistics(y)

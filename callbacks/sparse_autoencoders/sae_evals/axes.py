@@ -190,6 +190,8 @@ class Subject:
 def approximation(sample: Sample, reference: Reference, reconstruction: Tensor, subject: Subject | None) -> Figures:
     """Squared error as a share of the variance, and, with a subject model, sufficiency and necessity, of features and codes.
 
+    Where attributes have logits of their own, sufficiency and necessity are means over them.
+
     Args:
         sample: What is measured on.
         reference: Codes of the training part.
@@ -207,13 +209,12 @@ def approximation(sample: Sample, reference: Reference, reconstruction: Tensor, 
     figures = {f"error/{name}": (x - found).square().sum() / variance for name, found in sources.items()}
     if subject is None:
         return figures
-    ablated = {head: value.mean() for head, value in subject.differences(centre.expand_as(x)).items()}
+    ablated = subject.differences(centre.expand_as(x))
     for name, found in sources.items():
         replaced, removed = subject.differences(found), subject.differences(centre + x - found)
-        for head, clean in subject.clean.items():
-            end = f"{head}/{name}" if head else name
-            figures[f"sufficiency/{end}"] = core.sufficiency(replaced[head].mean(), clean.mean(), ablated[head])
-            figures[f"necessity/{end}"] = core.necessity(removed[head].mean(), clean.mean(), ablated[head])
+        means = [(clean.mean(), ablated[head].mean(), replaced[head].mean(), removed[head].mean()) for head, clean in subject.clean.items()]
+        figures[f"sufficiency/{name}"] = torch.stack([core.sufficiency(kept, clean, none) for clean, none, kept, _ in means]).mean()
+        figures[f"necessity/{name}"] = torch.stack([core.necessity(left, clean, none) for clean, none, _, left in means]).mean()
     return figures
 
 
@@ -274,8 +275,8 @@ def control(attribute: str, made: Edits, subject: Subject | None) -> Figures:
     for name, edited in made.edited.items():
         figures[f"distance/{attribute}/{name}"] = core.l2_distance(made.target, edited)
         figures[f"weight/{attribute}/{name}"] = made.removed[name].nanmean()
-        if subject is not None and gradient is not None:
-            figures[f"agreement/{attribute}/{name}"] = (subject.predictions(edited, made.keep, attribute) == wanted).float().mean()
+        if subject is not None and wanted is not None and gradient is not None:
+            figures[f"agreement/{attribute}/{name}"] = subject.predictions(edited, made.keep, attribute).eq(wanted).float().mean()
             figures[f"attribution/{attribute}/{name}"] = core.attribution_distance(made.target, edited, gradient)
     return figures
 

@@ -57,7 +57,8 @@ class SupervisedDictionaryEval(AutoencoderJudge):
 
     Runs: in validation and test. Codes and rankings come from the first ``train_batches`` of the training data, all else from the
     evaluation data of all ranks, up to ``max_samples``. Pairs for edits are found among these: without values in common there are none,
-    and a warning says so. The sanity check looks and logs nothing. Metrics are ``sae_evals/<split>_<figure>/<attribute>/<edit>``.
+    and a warning says so. The sanity check looks and logs nothing. Metrics are ``sae_evals/<split>_<figure>/<attribute>/<edit>``;
+    distances beside a subject model, attribution, unions and most weights stand in the tables alone.
     Saves: nothing; all of it is computed anew.
     Refuses: modules without ``encode``, ``decode`` and ``decoder_directions``, autoencoders whose features have no fixed
     direction, batches without the attributes, evaluation without training data.
@@ -92,16 +93,17 @@ class SupervisedDictionaryEval(AutoencoderJudge):
             goal="max",
         ),
         Curve("The monitored edit", ("sae_evals/val_edit", "sae_evals/test_edit")),
-        TablePanel("Edits: agreement against weight removed", "sae_evals/edits", note="High agreement at a small weight is good."),
+        TablePanel(
+            "Edits: agreement against weight removed", "sae_evals/edits", note="High agreement at a small weight, a small distance: good."
+        ),
         Curve("Squared error / variance", ("sae_evals/val_error/*", "sae_evals/test_error/*"), goal="min"),
         Curve(
             "Sufficiency and necessity of reconstructions",
             ("sae_evals/val_sufficiency/*", "sae_evals/val_necessity/*", "sae_evals/test_sufficiency/*", "sae_evals/test_necessity/*"),
             note="1: the reconstruction holds all that the model uses.",
         ),
-        Curve("Distance of edits to the counterfactual", ("sae_evals/val_distance/*", "sae_evals/test_distance/*"), goal="min"),
+        Curve("Weight that edits of the monitored attribute remove", ("sae_evals/val_weight/*", "sae_evals/test_weight/*"), goal="min"),
         Curve("Features that tell a value", ("sae_evals/val_features/*", "sae_evals/test_features/*"), note="F1 above the threshold."),
-        Curve("Features that tell a union of values", ("sae_evals/val_union_features/*", "sae_evals/test_union_features/*")),
         Curve("F1 of each value's best feature", ("sae_evals/val_best_f1/*", "sae_evals/test_best_f1/*"), goal="max"),
         Curve(
             "Logit difference with features of one attribute kept or removed",
@@ -188,7 +190,7 @@ class SupervisedDictionaryEval(AutoencoderJudge):
     def _training(self, trainer: pl.Trainer) -> Iterable[Any]:
         """Batches of the training data of this rank."""
         if trainer.state.fn == "fit":
-            return training_batches(trainer)
+            return training_batches(trainer, "codes come", "train on one, or on a list of batches")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if data is None:
             raise ValueError("the codes come from training data: give validate and test a datamodule that has them, not loaders")
@@ -206,7 +208,7 @@ class SupervisedDictionaryEval(AutoencoderJudge):
                 train = [self._take(batch) for batch in islice(self._training(trainer), self.train_batches)]
                 if not trainer.sanity_checking and train:
                     figures = self._measure(self._subject(trainer, pl_module), _joined(train, pl_module), rows, pl_module)
-                    log_global(pl_module, {f"sae_evals/{split}_{name}": value for name, value in figures.items()})
+                    log_global(pl_module, {f"sae_evals/{split}_{name}": one for name, one in figures.items() if self._logged(name)})
         super().end_evaluation(trainer, pl_module, split)
 
     def _subject(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
@@ -282,6 +284,19 @@ class SupervisedDictionaryEval(AutoencoderJudge):
         self._media = {"sae_evals/edits": _edits_table(figures), **_feature_media(told, (sample.features != 0).float().mean(0))}
         return figures
 
+    def _logged(self, name: str) -> bool:
+        """Whether a figure is logged; all of them stand in the tables."""
+        figure, *rest = name.split("/")
+        if figure == "distance":
+            return self.subject is None
+        if figure not in ("agreement", "weight"):
+            return figure not in ("attribution", "union_features")
+        attribute, edit = rest
+        followed = self.monitored is not None and self.monitored.startswith(f"{attribute}/")
+        if figure == "weight":
+            return followed and edit.startswith(("supervised", "greedy"))
+        return edit not in ("none", "subspace") or (followed and edit == "none")
+
     def dashboard_media(self) -> dict[str, Media]:
         """Tables of edits and features, and the histogram of F1."""
         return self._media
@@ -297,7 +312,7 @@ def _single(codes: core.SupervisedCodes) -> core.SupervisedCodes:
 
 def _edits_table(figures: axes.Figures) -> TableMedia:
     """A row for each attribute and edit, by falling agreement, or by rising distance."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for name, distance in figures.items():
         if name.startswith("distance/"):
             end = name.removeprefix("distance/")

@@ -56,8 +56,8 @@ TECHNIQUE = Technique(
     ),
     golden=("lpgd", "bcd_block", "bcd_filter_fit"),
     claim=(
-        "Where the label depends on a direction of small variance, LPGD with a small weight of the reconstruction predicts held-out rows "
-        "better than a factorisation of the same rank followed by logistic regression."
+        "Where the label depends on a direction of small variance, LPGD with a small xi predicts held-out rows better than an SVD of the "
+        "same rank and then a logistic regression."
     ),
     summary="Finds a dictionary of a data matrix whose atoms reconstruct the rows and predict their label, with covariates beside them.",
 )

@@ -169,9 +169,10 @@ class SparseJEPA(IJEPA):
         self._samples: list[Tensor] = []  # latents of this evaluation's images
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """The group lasso on the maps."""
-        hp = self.hparams
-        return [_MapSparsity(["sparse.maps"], weight=hp["sparsity"], over=(-1,), mode=hp["mode"], step_size=hp["prox_step"])]
+        """The group lasso on the maps. Lightning puts it in the place of others of its kind, so those of the user come along."""
+        hp, callbacks = self.hparams, self.trainer.callbacks  # type: ignore[attr-defined]
+        own = _MapSparsity(["sparse.maps"], weight=hp["sparsity"], over=(-1,), mode=hp["mode"], step_size=hp["prox_step"])
+        return [own, *(other for other in callbacks if isinstance(other, GroupSparsity) and not isinstance(other, _MapSparsity))]
 
     def undecayed(self, name: str, parameter: nn.Parameter) -> bool:
         """The group lasso takes the place of weight decay on the maps."""

@@ -18,7 +18,8 @@ TECHNIQUE = Technique(
     classes=("lit_methods.AbsTopK", "lit_methods.callbacks.SteeringProbe", "lit_methods.callbacks.BidirectionalityMonitor"),
     configs=("abstopk.yaml",),
     golden=("prox", "sae_step", "abstopk_training_step", "jumprelu_step", "dim_steering"),
-    claim="On sums of signed axes, AbsTopK reconstructs better than TopK with the same dictionary size and the same k.",
+    claim="On sums of signed axes, AbsTopK with as many features as axes has a lower normalised error than TopK with the same size and the "
+    "same k.",
     summary="A sparse autoencoder that keeps the k pre-activations of largest magnitude with their signs: one feature codes both poles.",
 )
 

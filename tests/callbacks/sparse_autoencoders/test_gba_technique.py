@@ -256,8 +256,26 @@ def test_a_submodule_that_never_runs_is_refused():
         fit(adaptation(pre_activations="unused"), module)
 
 
+class Restores(pl.Callback):
+    """Puts a state back when fit starts, as Lightning's tuners do."""
+
+    def __init__(self, callback: GroupBiasAdaptation, neurons: int) -> None:
+        figures = {"firing": torch.ones(neurons, dtype=torch.int64), "peak": torch.ones(neurons), "samples": 3, "last_step": 0}
+        self.restore = lambda: callback.load_state_dict(figures)
+
+    def on_fit_start(self, trainer, pl_module):
+        self.restore()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_a_tuner_puts_back_goes_on(first):
+    callback = adaptation()
+    callbacks = [Restores(callback, NEURONS), callback] if first else [callback, Restores(callback, NEURONS)]
+    tiny_trainer(max_steps=2, callbacks=callbacks).fit(Stranger(), loader())
+    assert callback._samples == 3 + 16
+
+
 def test_a_checkpoint_of_another_width_is_refused():
     callback = adaptation()
-    callback.load_state_dict({"firing": torch.ones(5, dtype=torch.int64), "peak": torch.ones(5), "samples": 3, "last_step": 0})
     with pytest.raises(ValueError, match="counts 5 neurons"):
-        fit(callback)
+        tiny_trainer(max_steps=2, callbacks=[Restores(callback, 5), callback]).fit(Stranger(), loader())

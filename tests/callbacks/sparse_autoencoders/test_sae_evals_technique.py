@@ -163,26 +163,37 @@ def measured(module: pl.LightningModule, data: pl.LightningDataModule, callback:
 
 def test_features_that_are_the_true_codes_do_as_well_as_supervised_ones():
     data = AttributeSumsDataModule(**SMALL)
-    callback = SupervisedDictionaryEval(**THREE, autoencoder="sae", monitored="guided_1")
+    callback = SupervisedDictionaryEval(**THREE, autoencoder="sae", monitored="io/guided_1")
     found = measured(Foreign(Dictionary(data)), data, callback)
+    media = callback.dashboard_media()
+    table = {(row[0], row[1]): row[2:] for row in media["sae_evals/edits"].rows}
+    edits = {"none", "supervised", "subspace"} | {f"{kind}_{k}" for kind in ("greedy", "guided") for k in (1, 2, 4)}
+    assert table.keys() == {(attribute, edit) for attribute in ("io", "s", "pos") for edit in edits}
     for attribute in ("io", "s", "pos"):
-        assert found[f"agreement/{attribute}/none"] == 0
+        agreement, weight, attribution, distance = zip(
+            *(table[attribute, edit] for edit in ("none", "greedy_2", "supervised")), strict=True
+        )
+        assert agreement == (0, 1, 1)
+        assert weight[0] == 0
+        assert weight[1] == pytest.approx(weight[2], abs=0.15)
+        assert attribution[1] < 0.3 * attribution[0]
+        assert distance[1] < 0.3 * distance[0]
         for edit in ("supervised", "greedy_2", "greedy_4", "guided_1"):
             assert found[f"agreement/{attribute}/{edit}"] == 1
-        assert found[f"distance/{attribute}/greedy_2"] < 0.3 * found[f"distance/{attribute}/none"]
-        assert found[f"sufficiency/{attribute}/sae"] == pytest.approx(1, abs=0.05)
-        assert found[f"kept/{attribute}"] == pytest.approx(found[f"sufficiency/{attribute}/sae"], abs=0.2)
     assert (found["features/io"], found["features/pos"], found["best_f1/io"]) == (4, 2, pytest.approx(1))
     assert found["error/sae"] < 0.02
     assert found["error/mean_codes"] < 0.2
     assert found["error/mse_codes"] < 0.02
+    assert found["sufficiency/sae"] == pytest.approx(1, abs=0.05)
+    assert found["necessity/sae"] == pytest.approx(1, abs=0.05)
+    assert found["kept/io"] == pytest.approx(1, abs=0.2)
+    assert abs(found["removed/io"]) < 0.7
     assert found["edit"] == 1
-    media = callback.dashboard_media()
+    assert found["agreement/io/none"] == 0
+    assert found["weight/io/greedy_2"] == pytest.approx(table["io", "greedy_2"][1])
+    assert not {"weight/s/greedy_2", "distance/io/greedy_2", "agreement/s/none"} & found.keys()
     assert len(media["sae_evals/features"].rows) == 10
     assert media["sae_evals/f1"].counts[-1] == 10
-    assert {row[1] for row in media["sae_evals/edits"].rows} == {"none", "supervised", "subspace"} | {
-        f"{kind}_{k}" for kind in ("greedy", "guided") for k in (1, 2, 4)
-    }
 
 
 def test_without_a_subject_distances_and_a_joint_attribute():
@@ -341,3 +352,13 @@ def test_two_processes_measure_what_one_does():
     one, both = figures(16), run_two_processes(figures_of_two)
     assert both[0] == both[1]
     assert both[0] == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+def test_training_data_that_are_no_loader_are_refused():
+    data = AttributeSumsDataModule(**SMALL)
+    module = Foreign(Dictionary(data))
+    module.training_step = lambda batch, batch_idx: module.head(batch["rows"]["activation"]).square().mean()
+    with pytest.raises(ValueError, match="SupervisedDictionaryEval: codes come from a training DataLoader, got dict: train on one"):
+        tiny_trainer(max_epochs=1, callbacks=[SupervisedDictionaryEval(**THREE, autoencoder="sae")]).fit(
+            module, {"rows": data.train_dataloader()}, data.val_dataloader()
+        )

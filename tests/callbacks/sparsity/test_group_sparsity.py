@@ -132,6 +132,12 @@ def test_a_second_fit_goes_on():
     assert len(callback.dashboard_media()["group_sparsity/weights"].rows) == 1
 
 
+def test_two_of_them_log_under_names_of_their_own():
+    figures = fit(Classifier(), GroupSparsity(["network.5"], weight=0.0), GroupSparsity(["network.7"], weight=1e3)).callback_metrics
+    assert float(figures["group_sparsity/zero_groups"]) == 0
+    assert float(figures["group_sparsity_2/zero_groups"]) == 1
+
+
 def two():
     model = Classifier()
     callback = GroupSparsity(["network.5"], weight=1.0)
