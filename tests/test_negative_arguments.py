@@ -45,6 +45,7 @@ def parts(name: str) -> dict[str, Any]:
         "PointSegmentor": {"backbone_3d": Volume()},
         "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},
         "SimMatchV2": {"backbone": nn.Identity(), "num_labelled": 200, "bank_size": 8},
+        "SparseAutoencoder": {"settings": {"k": 2}},
         "SparseJEPA": {"encoder": ViTEncoder(16, 2, width=8, depth=1, heads=2)},
         "SuperFlow": {"backbone_3d": Volume(), "backbone_2d": PatchStatistics()},
         "MetricLearning": {"network": nn.Identity(), "loss": ProxySoftmax(num_classes=3, embedding_dim=2)},

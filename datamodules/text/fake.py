@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lit_methods.datamodules.fake import Arguments, Writer, text
+from lit_methods.datamodules.text.instructions import made_instructions
 
 
 def texts(root: Path, words: int = 400) -> None:
@@ -37,9 +38,7 @@ def _text(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 def _instructions(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     """A JSON list of sums."""
-    rng, number = np.random.default_rng(0), int(arguments["num_val"]) + sizes.get("train", 40)
-    pairs = rng.integers(10, size=(number, 2)).tolist()
-    records = [{"instruction": "Add the numbers.", "input": f"{a} {b}", "output": str(a + b)} for a, b in pairs]
+    records = made_instructions(int(arguments["num_val"]) + sizes.get("train", 40))
     text(arguments["root"] / "instructions.json", json.dumps(records))
     return {"root": arguments["root"]}
 

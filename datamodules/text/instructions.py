@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +51,12 @@ class Answers(Samples):
         }
 
 
+def made_instructions(number: int) -> list[dict[str, Any]]:
+    """``number`` sums of two digits as instructions, the same at every call."""
+    pairs = np.random.default_rng(0).integers(10, size=(number, 2)).tolist()
+    return [{"instruction": "Add the numbers.", "input": f"{a} {b}", "output": f"{a + b:02}"} for a, b in pairs]
+
+
 class InstructionDataModule(LoaderDataModule):
     """Instructions with answers, for fine-tuning causal language models.
 
@@ -62,7 +69,7 @@ class InstructionDataModule(LoaderDataModule):
     are for validation and test.
 
     Args:
-        root: File or folder.
+        root: File or folder; None: 200 sums of two digits and ``num_val`` more.
         tokenizer: Folder of a tokenizer of transformers; None: bytes.
         prompt: What stands before the answer; ``{instruction}`` and ``{input}`` are put in.
         max_length: Longest sample, in tokens; what is behind it is cut off.
@@ -100,14 +107,14 @@ class InstructionDataModule(LoaderDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the file."""
-        self._file()
+        if self.root is not None:
+            self._file(self.root)
 
-    def _file(self) -> Path:
-        files = [] if self.root is None else [self.root] if self.root.is_file() else sorted(self.root.glob("*.json"))
+    def _file(self, root: Path) -> Path:
+        files = [root] if root.is_file() else sorted(root.glob("*.json"))
         if len(files) != 1:
-            given = "null" if self.root is None else repr(str(self.root))
             way = "give a JSON list of instructions, such as LLM-Adapters' commonsense_170k.json, or a folder with one"
-            raise WrongRootError(f"root={given} has {len(files)} files: {way}")
+            raise WrongRootError(f"root={str(root)!r} has {len(files)} files: {way}")
         return files[0]
 
     def setup(self, stage: str) -> None:
@@ -119,10 +126,10 @@ class InstructionDataModule(LoaderDataModule):
         """
         if self.vocab_size:
             return
-        file = self._file()
         coder: Tokenizer = Bytes() if self.tokenizer is None else HuggingFaceTokens(self.tokenizer)
-        records = _read(file)
-        if len(records) <= self.num_val:
+        file = None if self.root is None else self._file(self.root)
+        records = made_instructions(200 + self.num_val) if file is None else _read(file)
+        if file is not None and len(records) <= self.num_val:
             raise BrokenRecordError(file, "length", f"{len(records)} records, of which num_val={self.num_val} are held out: lower it")
         prompts = [coder.encode(self.prompt.format(instruction=one["instruction"], input=one.get("input") or "")) for one in records]
         answers = [coder.encode(one["output"]) for one in records]

@@ -194,6 +194,7 @@ class SparseAutoencoder(Evaluated):
         self.settings, self.penalties = dict(settings or {}), dict(penalties or {})
         self._penalties = {name: activations.resolve(name, PENALTIES, "penalty") for name in self.penalties}
         activations.check_settings(activation, {activation: self._activation, **self._penalties}, FOR_PENALTIES, self.settings)
+        checks.at_least(1, "features of a sample", k=self.settings.get("k", 1))
         if features < self.settings.get("k", 1):
             raise ValueError(f"settings has k={self.settings['k']}, and there are {features} features: give a smaller k, or more features")
         self.save_hyperparameters()

@@ -65,9 +65,18 @@ def test_a_folder_with_one_file(tmp_path):
         InstructionDataModule(tmp_path).setup("fit")
 
 
+def test_without_a_root_there_are_sums():
+    module = InstructionDataModule(num_val=3)
+    module.setup("fit")
+    assert (len(module.train_set), len(module.val_set)) == (200, 3)
+    batch = next(iter(module.train_dataloader()))
+    answer = bytes(batch["labels"][0][batch["labels"][0] >= 0].tolist())
+    assert 0 <= int(answer) <= 18
+
+
 def test_wrong_arguments(tmp_path):
-    with pytest.raises(WrongRootError, match="root=null has 0 files: give a JSON list"):
-        InstructionDataModule().setup("fit")
+    with pytest.raises(WrongRootError, match="has 0 files: give a JSON list"):
+        InstructionDataModule(tmp_path).setup("fit")
     with pytest.raises(ValueError, match=r"it must hold \{instruction\}"):
         data(tmp_path, prompt="answer: ")
     with pytest.raises(ValueError, match="max_length is 1"):

@@ -32,7 +32,7 @@ TECHNIQUE = Technique(
     classes=("lit_methods.SparseJEPA", "lit_methods.IJEPA", "lit_methods.ViTEncoder", "lit_methods.callbacks.GroupSparsity"),
     configs=("sparsejepa.yaml", "ijepa.yaml"),
     golden=("jepa_loss", "predictor_forward", "block_size", "schedules", "group_penalty", "position_embedding"),
-    claim="A group lasso on latents that explain groups of the embedding costs I-JEPA's linear probe no accuracy.",
+    claim="On drawn shapes, a linear classifier is more accurate on the features of SparseJEPA than on those of I-JEPA.",
     summary="I-JEPA whose embeddings are explained by latents, each tied to few groups of their numbers by a group lasso.",
 )
 
