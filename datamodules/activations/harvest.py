@@ -499,7 +499,7 @@ class HarvestedActivations(LoaderDataModule):
         text.setup("fit")
         size = getattr(text, "vocab_size", None)
         model = TinyLanguageModel(size or 256, seed=self.seed) if self.model is None else self.model
-        configs = [part.config for part in model.modules() if hasattr(getattr(part, "config", None), "vocab_size")]
+        configs: list[Any] = [part.config for part in model.modules() if hasattr(getattr(part, "config", None), "vocab_size")]
         if size is not None and configs and size > configs[0].vocab_size:
             raise ValueError(f"the text has {size} different tokens, the model {configs[0].vocab_size}: give the text its tokenizer")
         named_module(model, self.hook)
