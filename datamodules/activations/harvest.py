@@ -499,10 +499,9 @@ class HarvestedActivations(LoaderDataModule):
         text.setup("fit")
         size = getattr(text, "vocab_size", None)
         model = TinyLanguageModel(size or 256, seed=self.seed) if self.model is None else self.model
-        known = [getattr(getattr(part, "config", None), "vocab_size", None) for part in model.modules()]
-        sizes = [one for one in known if one is not None]
-        if size is not None and sizes and size > sizes[0]:
-            raise ValueError(f"the text has {size} different tokens, the model {sizes[0]}: give the text its tokenizer")
+        configs: list[Any] = [part.config for part in model.modules() if hasattr(getattr(part, "config", None), "vocab_size")]
+        if size is not None and configs and size > configs[0].vocab_size:
+            raise ValueError(f"the text has {size} different tokens, the model {configs[0].vocab_size}: give the text its tokenizer")
         named_module(model, self.hook)
         found: dict[Part, Texts] = {"train": Texts(text.train_dataloader(), self.seed)}
         if self.hparams["val_tokens"]:
