@@ -219,6 +219,10 @@ LEFT_OUT: dict[str, str] = {
         ("S2FT", "SaRA", "LoRA"),
         "it fine-tunes pretrained models and freezes what it doesn't train; tests/callbacks/fine_tuning has it on transformers and others",
     ),
+    **dict.fromkeys(
+        ("LossRecovered", "SupervisedDictionaryEval"),
+        "it judges sparse autoencoders; tests/callbacks/sparse_autoencoders has it on plain modules with encode and decode",
+    ),
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
     "TemporalVoting": "it votes on point clouds of neighbouring scans",
     "LabelCorrection": "a base class; ADELE is the one that can be attached",

@@ -31,7 +31,7 @@ from lit_methods.datamodules.activations.splicing import spliced
 from lit_methods.datamodules.activations.synthetic import TensorBatches
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.cache import cache_folder, making_folder
-from lit_methods.datamodules.folders import data_path
+from lit_methods.datamodules.folders import data_path, user_path
 from lit_methods.datamodules.text.text import HuggingFaceTokens
 
 Position = Literal["end", "io", "s1", "s2"]
@@ -232,7 +232,7 @@ class IOIActivations(LoaderDataModule):
         self.hparams["tokenizer"] = None if tokenizer is None else str(tokenizer)
         self.language_model, self.hook, self.site = language_model, hook, site
         place = data_path(tokenizer)
-        self.tokenizer = place if place is not None and place.exists() else tokenizer  # else a name on the hub or of a package
+        self.tokenizer = place if place is not None and place.exists() else user_path(tokenizer)  # else a name on the hub or of a package
         self.columns = None if columns is None else (columns[0], columns[1])
         self.position, self.tail = position, tail
 

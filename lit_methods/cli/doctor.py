@@ -4,14 +4,12 @@ import contextlib
 import dataclasses
 import io
 import json
-import logging
 import math
 import os
 import re
 import shutil
 import tempfile
 import textwrap
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from lit_methods.cli.quiet import quiet
 from lit_methods.errors import CommandError
 
 HELP = """\
@@ -107,10 +106,8 @@ def doctor(argv: list[str]) -> int:
         words = ["--config", *words]
     if not any(word.partition("=")[0] in ("--config", "-c", "--model") for word in words):
         raise CommandError("lit doctor needs a config: lit doctor configs/full/tcm_cub.yaml")
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # what libraries say; the JSON goes there
-        warnings.simplefilter("ignore")
-        for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+    loggers = ("lightning.pytorch", "lightning.fabric", "transformers")
+    with quiet(*loggers), contextlib.redirect_stdout(io.StringIO()):  # the JSON goes there
         found = diagnose(words, elsewhere=elsewhere)
     text = json.dumps(dataclasses.asdict(found) | {"missing": len(found.missing)}, indent=2) if as_json else described(found)
     print(text)

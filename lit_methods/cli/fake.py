@@ -161,6 +161,8 @@ def _of_config(name: str, root: Path) -> list[str]:
         paths = [key for key in path_arguments(section.kind) if arguments.get(key) is not None]
         for key in paths:
             given = Path(arguments[key])
+            if key == "tokenizer" and given.is_absolute():  # comes with the model, not with the data
+                continue
             below = given.relative_to("data") if given.parts[:1] == ("data",) else given
             inside = not given.is_absolute() and not str(given).startswith("~")
             arguments[key] = root / (below if inside else given.name)

@@ -1,11 +1,10 @@
 """``lit prune``: prune a trained model once, without training, and write what is left."""
 
-import logging
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
+from lit_methods.cli.quiet import quiet
 from lit_methods.errors import CommandError
 
 HELP = """\
@@ -46,7 +45,8 @@ def prune(argv: list[str]) -> int:
     compressed = "--compressed" in argv
     if compressed:
         _check_compressible(out)
-    module, callbacks, config = _pruned(words, out, compressed)
+    with quiet("lightning.pytorch"):
+        module, callbacks, config = _pruned(words, out, compressed)
     _write(module, callbacks, config, out, compressed)
     return 0
 
@@ -72,8 +72,6 @@ def _pruned(words: list[str], out: Path, compressed: bool) -> tuple[Any, Any, An
     from lit_methods.callbacks.sparsity.post_training import PostTrainingPruning
     from lit_methods.cli.lightning_cli import planned
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning.*")
     cli, _ = planned(["validate", *words])  # which seeds as the config says
     config = cli.config["validate"]
     callbacks = [cli.built("callback", section) for section in config.trainer.callbacks or []]
