@@ -29,6 +29,10 @@ class Weights:
     there: bool
 
 
+class NotThereError(ValueError):
+    """A model or tokenizer that neither a folder, nor the cache, nor the hub has; the message says what to do."""
+
+
 _LEFT_OUT: ContextVar[list[Weights] | None] = ContextVar("left_out", default=None)
 
 
@@ -153,14 +157,15 @@ def fetch(
         blank: Gives the same without weights, for :func:`weights_left_out`; it may read small files. None: ``load`` reads no weights.
 
     Raises:
-        ValueError: The folder holds no such model, the hub can't be reached and the cache has none, or the hub refuses.
+        NotThereError: The folder holds no such model, the hub can't be reached and the cache has none, or the hub refuses.
     """
     from huggingface_hub.errors import HFValidationError
 
     local = Path(name).is_dir()
     if blank is not None and leave_out(given, download or name):
         load = blank
-    reachable = local or (_LEFT_OUT.get() is None and hub_reachable())
+    a_path = str(name).startswith((".", "/", "~"))
+    reachable = local or (not a_path and _LEFT_OUT.get() is None and hub_reachable())
     try:
         with _cache_alone(not reachable):
             return load()
@@ -171,13 +176,13 @@ def fetch(
         if isinstance(error, RuntimeError) and not said.startswith(("No pretrained weights", "Invalid pretrained")):
             raise
         if local:
-            raise ValueError(f"{given} is a folder that can't be read as one of these ({said}): {instead}") from error
-        if isinstance(error, HFValidationError) or str(name).startswith((".", "/", "~")):
-            raise ValueError(f"{given} is neither a folder nor a name on the hub: {instead}") from error
+            raise NotThereError(f"{given} is a folder that can't be read as one of these ({said}): {instead}") from error
+        if isinstance(error, HFValidationError) or a_path:
+            raise NotThereError(f"{given} is neither a folder nor a name on the hub: {instead}") from error
         if reachable:
-            raise ValueError(f"{given}: the hub doesn't give it ({said}): {instead}") from error
+            raise NotThereError(f"{given}: the hub doesn't give it ({said}): {instead}") from error
         source = str(download or name)
-        raise ValueError(
+        raise NotThereError(
             f"{given}: the hub can't be reached (no connection, or HF_HUB_OFFLINE is set), and {source} isn't in its cache: "
             f"run `hf download {source}` where there is a network and copy the cache (HF_HOME), or {instead}"
         ) from error

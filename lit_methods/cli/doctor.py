@@ -19,6 +19,7 @@ import yaml
 
 from lit_methods.cli.quiet import quiet
 from lit_methods.errors import CommandError
+from lit_methods.hub import NotThereError
 
 HELP = """\
 usage: lit doctor <config> [overrides as lit fit takes them] [--json] [--elsewhere]
@@ -199,6 +200,8 @@ def _data(cli: Any, config: Any, processes: int, found: Diagnosis) -> Any:
         if prepares and isinstance(error, FileNotFoundError):
             finding = Finding("data", UNKNOWN, f"the layout is right, and what the run prepares itself isn't there yet: {_short(error)}")
         found.findings.append(finding)
+        if finding.what == "weights":
+            found.findings.append(Finding("data", UNKNOWN, "can't be set up without them"))
         return None
     root = _root_of(section)
     number = len(train) if hasattr(train, "__len__") else None
@@ -465,7 +468,7 @@ def _from_error(what: str, error: Exception) -> Finding:
     while cause is not None:
         if isinstance(cause, ImportError):
             return Finding("libraries", MISSING, _short(cause))
-        if isinstance(cause, FileNotFoundError) and what == "model":
+        if isinstance(cause, NotThereError) or (isinstance(cause, FileNotFoundError) and what == "model"):
             return Finding("weights", MISSING, _short(cause))
         cause = cause.__cause__ or cause.__context__
     return Finding(what, MISSING, _short(error))

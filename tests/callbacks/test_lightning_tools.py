@@ -8,6 +8,7 @@ import importlib
 import pickle
 import traceback
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -392,10 +393,11 @@ def epochs_in_two_processes(names: list[str], path: Path) -> dict[str, tuple[lis
         callbacks = [made(name, folder)]
         with advice_on_figures() as advice:
             trainer = tiny_trainer(max_epochs=2, devices=2, strategy="ddp_find_unused_parameters_true", callbacks=callbacks, **options)
-            module, loader = Notes(), DataLoader(Samples(), 8)
-            trainer.fit(module, val_dataloaders=loader)
+            data = pl.LightningDataModule.from_datasets(Samples(), Samples(), batch_size=8)
+            module = Notes()
+            trainer.fit(module, val_dataloaders=data.val_dataloader())
             figures = dict(trainer.callback_metrics)
-            trainer.validate(module, loader, verbose=False)
+            trainer.validate(module, datamodule=data, verbose=False)
             figures |= trainer.callback_metrics
         seen[name] = (advice, {key: float(figures[key]) for key in module.of_all})
     return seen
@@ -403,7 +405,8 @@ def epochs_in_two_processes(names: list[str], path: Path) -> dict[str, tuple[lis
 
 @pytest.mark.thorough
 def test_figures_of_epochs_are_logged_as_those_of_all_processes(tmp_path: Path) -> None:
-    names = sorted(set(MAKE) - {"DenseToSparse", "TemporalVoting"})  # their data are clouds
+    absent = set() if find_spec("peft") else {"LoRA"}
+    names = sorted(set(MAKE) - {"DenseToSparse", "TemporalVoting"} - absent)  # the first two's data are clouds
     for name in ("ADELE", "LabelCorrection"):
         (tmp_path / name).mkdir()
         correction(tmp_path / name)  # one store for both

@@ -211,7 +211,7 @@ class GroupBiasAdaptation(FeatureCallback):
                 self._update()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._logs:
-            pl_module.log_dict(self._logs)  # figures of all ranks, the same on each
+            pl_module.log_dict(self._logs, batch_size=1)  # figures of all ranks, the same on each
 
     # ---- the feedback ------------------------------------------------------------------------------------------------------------------
 
