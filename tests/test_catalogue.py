@@ -289,7 +289,7 @@ def test_catalogue_entry_is_complete_and_true(slug):
     if not entry.draft:
         assert (configs_folder() / "claims" / f"{slug}.yaml").is_file()
         assert (tests.parent / "docs" / "techniques" / f"{slug}.md").is_file()
-        assert (tests / "trajectory" / f"test_{slug}_trajectory.py").is_file()
+        assert (tests / "trajectory" / f"test_{slug}.py").is_file()
         assert any(slug in path.stem for path in (configs_folder() / "full").glob("*.yaml")), "no full-scale recipe"
     for config in entry.configs:
         assert yaml.safe_load((configs_folder() / config).read_text()), config

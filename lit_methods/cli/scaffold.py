@@ -507,14 +507,14 @@ def _complete(slug: str) -> int:
         Path("configs/full") / f"{slug}.yaml": "full.yaml",
         Path("configs/claims") / f"{slug}.yaml": "claim.yaml",
         Path("docs/techniques") / f"{slug}.md": "docs.md",
-        Path("tests/trajectory") / f"test_{slug}_trajectory.py": "trajectory.py",
+        Path("tests/trajectory") / f"test_{slug}.py": "trajectory.py",
     }
     texts = {path: _template(name, words) for path, name in targets.items()}
     write_all(root, texts, {})
     print("\n".join(f"  {path.as_posix()}" for path in texts))
     print(f"""
 next
-  1. fill them in, and arxiv, claim and summary of the catalogue entry; pytest tests/trajectory/test_{slug}_trajectory.py
+  1. fill them in, and arxiv, claim and summary of the catalogue entry; pytest tests/trajectory/test_{slug}.py
   2. lit claims {slug} --plan, --quick, then without either
   3. take draft=True out of the catalogue entry
   4. python docs/make_gallery.py {slug}; show the picture on the page

@@ -172,7 +172,7 @@ def test_what_a_draft_lacks_is_written_when_it_is_asked_for(bones: Path, capsys:
     before = tree(bones)
     assert main(["new", "quiet_term", "--complete"]) == 0
     new = {"configs/full/quiet_term.yaml", "configs/claims/quiet_term.yaml", "docs/techniques/quiet_term.md"}
-    new.add("tests/trajectory/test_quiet_term_trajectory.py")
+    new.add("tests/trajectory/test_quiet_term.py")
     assert tree(bones).keys() - before.keys() == new
     assert "$" not in "".join((bones / path).read_text() for path in new)
     assert main(["new", "quiet_term", "--complete"]) == 2
