@@ -44,13 +44,23 @@ def _pairs(targets: Tensor, predictions: Tensor, weights: Tensor | None, rows: i
     return _Pairs(near, ~near & ((guess - guess.T).abs() <= window), far, rarity)
 
 
+def _cosines(features: Tensor) -> Tensor:
+    """(M, M) cosines of all pairs of rows."""
+    rows, width = features.shape
+    if width <= 8 * rows:
+        unit = F.normalize(features, dim=1)
+        return unit @ unit.T
+    products = features @ features.T  # long rows: only their products are divided, which needs no copy of them
+    size = products.diagonal().clamp_min(1e-24).sqrt()
+    return products / size / size[:, None]
+
+
 def _contrast(
     features: Tensor, alike: Tensor, negative: Tensor, push: Tensor, temperature: float, extra_positive: int, strict: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each anchor (M,), 0 where it has no negative or no positive; and the numbers of both."""
-    unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
-    similarity = unit @ unit.T / temperature
-    others = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+    similarity = _cosines(features.to(torch.promote_types(features.dtype, torch.float32))) / temperature
+    others = ~torch.eye(len(features), dtype=torch.bool, device=features.device)
     positive = alike & others
     negatives, positives = negative.sum(1), positive.sum(1)
     counted = (negatives > 0) & (positives > 0)
@@ -64,7 +74,7 @@ def _contrast(
         similarity = torch.minimum(similarity, top[:, None])  # entries of a factor 0 only
     denominator = top + (factor * (similarity - top[:, None]).exp()).sum(1).log()  # logsumexp, whose log of a factor 0 would be slow
     if not strict:  # the reference sums exp(P * S) over all columns: every column that is no positive adds exp(0) = 1
-        denominator = torch.logaddexp(denominator, (len(unit) - positives).to(denominator.dtype).log())
+        denominator = torch.logaddexp(denominator, (len(features) - positives).to(denominator.dtype).log())
     pulls = (pulling * (denominator[:, None] - similarity)).sum(1)
     return torch.where(counted, pulls / (positives + extra_positive).clamp(min=1), 0), negatives, positives
 

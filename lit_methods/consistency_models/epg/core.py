@@ -32,7 +32,9 @@ def cosines(query: Tensor, keys: Tensor) -> Tensor:
     """Cosine of each row of (B, C) with each of (M, C): (B, M), in float32 or wider also under autocast."""
     with torch.autocast(query.device.type, enabled=False):
         wide = torch.promote_types(query.dtype, torch.float32)
-        return F.normalize(query.to(wide), dim=1) @ F.normalize(keys.to(wide), dim=1).T
+        query = query.to(wide)
+        size = torch.linalg.vector_norm(query, dim=1, keepdim=True).clamp_min(1e-12)
+        return (query @ F.normalize(keys.to(wide), dim=1).T) / size  # divided behind the product, where there is less to divide
 
 
 def cosine_info_nce(query: Tensor, keys: Tensor, temperature: float | Tensor) -> Tensor:
