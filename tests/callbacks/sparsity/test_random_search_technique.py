@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import assert_state_dicts_equal, kill_and_resume, left_behind, run_two_processes, tiny_trainer
 from lit_methods.callbacks import ExactResume, RandomSearch
-from lit_methods.callbacks.sparsity.channels import apply_plan, node_groups, node_masks, removed_entries
 from lit_methods.callbacks.sparsity.channels import _plan_of as plan_of
+from lit_methods.callbacks.sparsity.channels import apply_plan, node_groups, node_masks, removed_entries
 from lit_methods.callbacks.sparsity.random_search import core
 from lit_methods.callbacks.targets import plain_modules
+from lit_methods.datamodules.loaders import make_loader
 
 
 class Foreign(pl.LightningModule):
@@ -82,7 +83,7 @@ def test_the_masked_network_is_the_cut_one_and_its_parameters_are_counted(fitted
 
 
 def test_the_winner_has_the_lowest_loss_with_the_weights_of_the_start(fitted) -> None:
-    callback, module, trainer = fitted
+    callback, _, trainer = fitted
     start = Foreign()
     batch = next(iter(loader()))
     losses = []
@@ -156,7 +157,9 @@ def test_a_killed_run_ends_the_same_and_does_not_search_again(tmp_path: Path, mo
     searches: list[int] = []
     original = RandomSearch._search
     monkeypatch.setattr(RandomSearch, "_search", lambda self, *args: (searches.append(1), original(self, *args))[1])
-    whole, resumed = kill_and_resume(lambda: (Foreign(), loader(), [search(), ExactResume()]), 6, 3, tmp_path, max_epochs=-1)
+    whole, resumed = kill_and_resume(
+        lambda: (Foreign(), make_loader(loader().dataset, 6, seed=0), [search(), ExactResume()]), 6, 3, tmp_path, max_epochs=-1
+    )
     assert_state_dicts_equal(resumed, whole)
     assert len(searches) == 2, "the whole run and the killed one"
 
