@@ -157,9 +157,12 @@ def test_a_killed_run_ends_the_same_and_does_not_search_again(tmp_path: Path, mo
     searches: list[int] = []
     original = RandomSearch._search
     monkeypatch.setattr(RandomSearch, "_search", lambda self, *args: (searches.append(1), original(self, *args))[1])
-    whole, resumed = kill_and_resume(
-        lambda: (Foreign(), make_loader(loader().dataset, 6, seed=0), [search(), ExactResume()]), 6, 3, tmp_path, max_epochs=-1
-    )
+    data = loader().dataset
+
+    def build() -> Any:
+        return Foreign(), make_loader(data, 6, shuffle=True, seed=0), [search(), ExactResume()]
+
+    whole, resumed = kill_and_resume(build, 6, 3, tmp_path, max_epochs=-1)
     assert_state_dicts_equal(resumed, whole)
     assert len(searches) == 2, "the whole run and the killed one"
 
