@@ -160,7 +160,7 @@ def test_a_killed_run_ends_the_same_and_does_not_search_again(tmp_path: Path, mo
     data = loader().dataset
 
     def build() -> Any:
-        return Foreign(), make_loader(data, 6, shuffle=True, seed=0), [search(), ExactResume()]
+        return Foreign(), make_loader(data, 6, shuffle=True, seed=0, with_epoch=False), [search(), ExactResume()]
 
     whole, resumed = kill_and_resume(build, 6, 3, tmp_path, max_epochs=-1)
     assert_state_dicts_equal(resumed, whole)
