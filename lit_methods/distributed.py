@@ -140,9 +140,14 @@ def broadcast_seed(seed: int | None = None) -> int:
 
 def broadcast_text(text: str) -> str:
     """Rank 0's ``text`` on every rank."""
+    return str(broadcast_object(text))
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's ``value``, anything small that can be pickled, on every rank; tensors in it should be on the CPU."""
     if world_size() == 1:
-        return text
-    told = [text]
+        return value
+    told = [value]
     dist.broadcast_object_list(told, src=0)
     return told[0]
 

@@ -10,7 +10,7 @@ Left out: convolutions with groups other than depthwise ones, norms other than b
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,38 +196,19 @@ def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | No
         ImportError: Torch-Pruning is missing.
         ValueError: There is no batch norm with scale and shift.
     """
-    tp, run = _torch_pruning(), _runner(example_inputs, forward)
-    twin = copy.deepcopy(module).eval()
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in twin.parameters()):
-        twin = twin.float()
-    for parameter in twin.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    names = {id(submodule): name for name, submodule in plain_modules(twin).items()}
+    run = _runner(example_inputs, forward)
+    twin, names, tied = _twin(module)
     norms = {name: norm for name, norm in plain_modules(twin).items() if isinstance(norm, _BatchNorm) and norm.affine}
     if not norms:
         raise ValueError(f"{type(module).__name__} has no batch norm with scale and shift: there are no channels to choose by them")
-    owners: dict[int, set[str]] = {}
-    for name, submodule in plain_modules(twin).items():
-        for parameter in submodule.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(name)
-    tied = set().union(*(several for several in owners.values() if len(several) > 1))
     groups: list[ChannelGroup] = []
     left: dict[str, str] = {}
     with _undisturbed(), torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(twin, example_inputs, forward_fn=lambda net, _: run(net), verbose=False)
+        graph = _traced(twin, example_inputs, run)
         for name, norm in norms.items():
             if name in left or any(name in group.norms for group in groups):
                 continue
-            if norm not in graph.module2node:
-                left[name] = "the forward pass doesn't use it"
-                continue
-            try:
-                members = graph.get_pruning_group(norm, tp.prune_batchnorm_out_channels, list(range(norm.num_features)))
-            except Exception as error:  # whatever a tracer stumbles over, the norm stays
-                left[name] = f"it can't be traced ({type(error).__name__}: {error})"
-                continue
-            found = _read(members, graph, names, norm.num_features, tied)
+            found = _group_of(name, norm, norm.num_features, graph, names, tied)
             if isinstance(found, ChannelGroup):
                 groups.append(found)
             else:
@@ -241,6 +222,88 @@ def channel_groups(module: nn.Module, example_inputs: Any, forward: Forward | No
             if why := differs(twin, every_second, make_plan([group], every_second), run):
                 left |= dict.fromkeys(group.norms, why)
     return [group for group in groups if not left.keys() & set(group.norms)], left
+
+
+def node_groups(module: nn.Module, example_inputs: Any, forward: Forward | None = None) -> tuple[list[ChannelGroup], dict[str, str]]:
+    """The hidden nodes of a network: outputs of linear layers and channels of convolutions that other such layers read.
+
+    The module isn't changed. Every group is tried on a copy: with the weights of every second node masked by :func:`node_masks` it must
+    give the outputs of the copy without these nodes, in eval mode. What fails stays whole: outputs of the network, what a layer norm or the
+    heads of attention mix, grouped convolutions.
+
+    Args:
+        module: Any module, in any mode.
+        example_inputs: What its forward takes: a tensor, a sequence of positional or a dictionary of named arguments.
+        forward: ``forward(module, example_inputs)`` in place of the module's own.
+
+    Returns:
+        Groups in the order of their first layer, and layer -> why its nodes stay.
+
+    Raises:
+        ImportError: Torch-Pruning is missing.
+    """
+    run = _runner(example_inputs, forward)
+    twin, names, tied = _twin(module)
+    groups: list[ChannelGroup] = []
+    left: dict[str, str] = {}
+    layers = {name: layer for name, layer in plain_modules(twin).items() if isinstance(layer, nn.Linear | _ConvNd)}
+    with _undisturbed(), torch.enable_grad():
+        graph = _traced(twin, example_inputs, run) if layers else None
+        for name, layer in layers.items():
+            if is_depthwise(layer) or any(part.module == name and part.side == "out" for group in groups for part in group.parts):
+                continue
+            found = _group_of(name, layer, channel_counts(layer)["out"], graph, names, tied)
+            if isinstance(found, ChannelGroup):
+                groups.append(found)
+            else:
+                left[name] = found[1]
+    with _undisturbed(), torch.no_grad():
+        twin.requires_grad_(False)
+        _shake(twin, run)
+        for group in list(groups):
+            removed = removed_entries([(group, torch.arange(group.channels) % 2 == 0)])
+            masked = copy.deepcopy(twin)
+            weights = dict(masked.named_parameters())
+            for name, mask in node_masks(plain_modules(masked), removed).items():
+                weights[name].data.mul_(mask.to(weights[name].device))
+            if why := _otherwise(run(masked), twin, _plan_of(removed), run, 1e-5):
+                groups.remove(group)
+                left |= {part.module: why for part in group.parts if part.side == "out"}
+    return groups, left
+
+
+def _twin(module: nn.Module) -> tuple[nn.Module, dict[int, str], set[str]]:
+    """A copy to trace, in float32 or wider and eval mode; id of each submodule -> name; names of those that share a parameter."""
+    twin = copy.deepcopy(module).eval()
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in twin.parameters()):
+        twin = twin.float()
+    for parameter in twin.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    owners: dict[int, set[str]] = {}
+    for name, submodule in plain_modules(twin).items():
+        for parameter in submodule.parameters(recurse=False):
+            owners.setdefault(id(parameter), set()).add(name)
+    tied = set().union(*(several for several in owners.values() if len(several) > 1))
+    return twin, {id(submodule): name for name, submodule in plain_modules(twin).items()}, tied
+
+
+def _traced(twin: nn.Module, example_inputs: Any, run: Callable[[nn.Module], list[Tensor]]) -> Any:
+    return _torch_pruning().DependencyGraph().build_dependency(twin, example_inputs, forward_fn=lambda net, _: run(net), verbose=False)
+
+
+def _group_of(
+    name: str, root: nn.Module, channels: int, graph: Any, names: Mapping[int, str], tied: set[str]
+) -> ChannelGroup | tuple[set[str], str]:
+    """The group that the outputs of a layer or norm belong to; or its norms and why it can't be cut."""
+    if root not in graph.module2node:
+        return {name}, "the forward pass doesn't use it"
+    try:
+        cut = graph.get_pruner_of_module(root).prune_out_channels
+        members = graph.get_pruning_group(root, cut, list(range(channels)))
+    except Exception as error:  # whatever a tracer stumbles over, the channels stay
+        return {name}, f"it can't be traced ({type(error).__name__}: {error})"
+    return _read(members, graph, names, channels, tied)
 
 
 def _read(members: Any, graph: Any, names: Mapping[int, str], channels: int, tied: set[str]) -> ChannelGroup | tuple[set[str], str]:
@@ -332,12 +395,19 @@ def differs(module: nn.Module, keep: Mapping[str, Tensor], plan: ChannelPlan, ru
         plan: Plan of those masks.
         run: Module -> its outputs. Gradients must be off.
     """
-    masked, smaller = copy.deepcopy(module), copy.deepcopy(module)
+    masked = copy.deepcopy(module)
     named: dict[str, Any] = dict(plain_modules(masked))
     for name, mask in keep.items():
         for value in (named[name].weight, named[name].bias):
             value.data.masked_fill_(~mask.to(value.device), 0.0)
-    expected = run(masked)
+    return _otherwise(run(masked), module, plan, run)
+
+
+def _otherwise(
+    expected: list[Tensor], module: nn.Module, plan: ChannelPlan, run: Callable[[nn.Module], list[Tensor]], tolerance: float = 1e-4
+) -> str:
+    """How the outputs of a copy that is cut by a plan differ from the expected ones, by more than a share of them; "" if they don't."""
+    smaller = copy.deepcopy(module)
     try:
         apply_plan(smaller, plan)
         found = run(smaller)
@@ -347,7 +417,7 @@ def differs(module: nn.Module, keep: Mapping[str, Tensor], plan: ChannelPlan, ru
         return "its channels are an output of the network"
     for one, other in zip(found, expected, strict=True):
         error_size, size = float((one - other).abs().max()), float(other.abs().max())
-        if not error_size <= 1e-4 * size + 1e-7:
+        if not error_size <= tolerance * size + 1e-7:
             return (
                 f"cutting its channels isn't the same as setting them to 0 (outputs up to {size:.3g} differ by {error_size:.3g}): "
                 "something without a batch norm is added to them, or something behind them doesn't map 0 to 0"
@@ -371,7 +441,7 @@ def make_plan(groups: Sequence[ChannelGroup], keep: Mapping[str, Tensor]) -> Cha
     Raises:
         ValueError: The norms of a group disagree, or a mask has another size or keeps nothing.
     """
-    removed: dict[tuple[str, Side], Tensor] = {}
+    chosen: list[tuple[ChannelGroup, Tensor]] = []
     for group in groups:
         masks = [keep[name].cpu() for name in group.norms if name in keep]
         if not masks:
@@ -381,15 +451,50 @@ def make_plan(groups: Sequence[ChannelGroup], keep: Mapping[str, Tensor]) -> Cha
         if masks[0].shape != (group.channels,) or not masks[0].any():
             kept = f"keeps {int(masks[0].sum())} of {len(masks[0])} channels where the layer has {group.channels}"
             raise ValueError(f"mask of {group.norms[0]!r} {kept}: give one bool a channel, at least one True")
-        if masks[0].all():
-            continue
-        for part in group.parts:
+        chosen.append((group, masks[0]))
+    return _plan_of(removed_entries(chosen))
+
+
+def removed_entries(chosen: Iterable[tuple[ChannelGroup, Tensor]]) -> dict[tuple[str, Side], Tensor]:
+    """Groups with their masks, (C,) bool, True: kept -> what goes of each side of each module: (size,) bool, True: removed."""
+    removed: dict[tuple[str, Side], Tensor] = {}
+    for group, keep in chosen:
+        for part in group.parts if not keep.all() else ():
             gone = removed.setdefault((part.module, part.side), torch.zeros(part.size, dtype=torch.bool))
-            gone[part.offset : part.offset + group.channels * part.block] |= ~masks[0].repeat_interleave(part.block)
+            gone[part.offset : part.offset + group.channels * part.block] |= ~keep.repeat_interleave(part.block)
+    return removed
+
+
+def _plan_of(removed: Mapping[tuple[str, Side], Tensor]) -> ChannelPlan:
     plan: ChannelPlan = {}
     for (name, side), gone in removed.items():
         plan.setdefault(name, {})[side] = {"size": len(gone), "kept": (~gone).nonzero()[:, 0].tolist()}
     return plan
+
+
+def node_masks(modules: Mapping[str, nn.Module], removed: Mapping[tuple[str, Side], Tensor]) -> dict[str, Tensor]:
+    """Masks of the weights that take nodes away: rows of the layers that compute them, columns of those that read them.
+
+    Biases and norms of removed nodes may stay, as nobody reads them any more.
+
+    Args:
+        modules: Name -> module, of all that are cut.
+        removed: As from :func:`removed_entries`.
+
+    Returns:
+        Name of the weight -> bool mask, its shape, on the CPU; of linear layers and convolutions that lose something.
+    """
+    masks: dict[str, Tensor] = {}
+    for (name, side), gone in removed.items():
+        layer = modules[name]
+        if not isinstance(layer, nn.Linear | _ConvNd):
+            continue
+        turned = isinstance(layer, _ConvTransposeNd) and not is_depthwise(layer)
+        dim = int((side == "in") != turned)
+        weight = f"{name}.weight" if name else "weight"
+        mask = masks.setdefault(weight, torch.ones(layer.weight.shape, dtype=torch.bool))
+        mask &= ~gone.view(-1, *[1] * (mask.ndim - 1 - dim))
+    return masks
 
 
 def compose(first: ChannelPlan, second: ChannelPlan) -> ChannelPlan:

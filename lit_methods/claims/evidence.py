@@ -45,9 +45,10 @@ def verdict_line(summary: Summary) -> str:
     if verdict is None:
         gaps = [a - b for a, b in zip(summary["values"][method], summary["values"][baseline], strict=True)]
         return f"{method} - {baseline}: {statistics.fmean(gaps):+.4g}; no verdict: that needs at least 3 seeds"
+    allowed = f", margin {summary['margin']:g}" if summary.get("margin") else ""
     return (
         f"{method} - {baseline}: {verdict['mean']:+.4g}, paired 95 % t-interval [{verdict['low']:+.4g}, {verdict['high']:+.4g}], "
-        f"better in {verdict['better']} of {len(summary['seeds'])} seeds, gate {summary['gate']:g}: {verdict['verdict']}"
+        f"better in {verdict['better']} of {len(summary['seeds'])} seeds, gate {summary['gate']:g}{allowed}: {verdict['verdict']}"
     )
 
 

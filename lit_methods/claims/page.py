@@ -40,7 +40,8 @@ READING = """
   commit it first stood as it was run. No setting is taken out because of its result; one that its file no longer has is marked.
 - **Difference**: method - baseline, paired by seed, with the 95 % interval of the mean after Student's t.
 - **Verdict** in a setting: *holds* if the interval excludes zero on the claimed side and every seed reaches the gate; *does not hold* if it
-  lies on the other side or a certain advantage misses the gate; else *undecided*. Never from fewer than three seeds.
+  lies on the other side or a certain advantage misses the gate; else *undecided*. Never from fewer than three seeds. Where a *margin* is
+  named, the claim is that nothing is lost: minus the margin takes the place of zero.
 - **Verdict over all settings**: *holds everywhere* if it holds in each; *holds in n of m* if it holds in n, at least one; *does not hold*
   if it holds in none and the verdict of at least one is *does not hold*; *undecided* if all are. With one setting run, its own verdict.
 - **The paper's own**: at the paper's scale, on its data. Figures from small data can only show the same direction, never the same size.

@@ -5,7 +5,7 @@ from typing import Any
 
 from lit_methods.errors import suggest
 
-REPLACES = ("claim", "metric", "direction", "gate", "seeds", "seed_keys", "threads", "budget", "differences", "arms", "reports")
+REPLACES = ("claim", "metric", "direction", "gate", "margin", "seeds", "seed_keys", "threads", "budget", "differences", "arms", "reports")
 KEYS = ("data", "real", "config", "set", *REPLACES)
 _OF_THE_FIRST = ("settings", "setting", "data", "real", "tuned", "cost", "paper")  # what a further setting doesn't inherit
 

@@ -15,7 +15,7 @@ UNITS = ("steps", "parameters", "flops")
 KINDS = ("data", "seeds", "tuned", *UNITS)  # of differences that may be declared
 _STAGE_KEYS = ("command", "config", "set", "callbacks", "checkpoint")
 _COMMON = {"source", "metric", "direction", "seeds", "seed_keys", "threads", "budget", "tuned", "differences", "arms", "reports", "cost"}
-_CLAIM_KEYS = _COMMON | {"claim", "method", "baseline", "gate", "paper", "setting", "data", "real", "settings"}
+_CLAIM_KEYS = _COMMON | {"claim", "method", "baseline", "gate", "margin", "paper", "setting", "data", "real", "settings"}
 _COMPARE_KEYS = _COMMON | {"question", "reference"}
 
 
@@ -72,7 +72,8 @@ class Study:
         source: Where the paper says it.
         metric: Name of the logged metric that decides; its last value in an arm's last stage counts.
         higher: Whether larger is better.
-        gate: Advantage that every seed must show.
+        gate: Advantage that every seed must show; below 0 where single seeds may be worse.
+        margin: So much worse still counts as no worse, where the claim is that there is no loss; 0: the method must be better.
         seeds: All arms run with each of them.
         seed_keys: Keys that take the seed, in every stage.
         threads: Torch threads of one run.
@@ -99,6 +100,7 @@ class Study:
     metric: str
     higher: bool
     gate: float
+    margin: float
     seeds: tuple[int, ...]
     seed_keys: tuple[str, ...]
     threads: int
@@ -224,6 +226,8 @@ class _Reader:
         units = (units,) if isinstance(units, str) else tuple(units or ())
         if not units or not set(units) <= set(UNITS):
             raise self.fail(f"budget.unit must be one or several of {', '.join(UNITS)}, got {budget.get('unit')!r}")
+        if (margin := float(self.get("margin", (int, float), 0.0))) < 0:
+            raise self.fail(f"margin must be 0 or more, got {margin}")
         return Study(
             kind=self.kind,
             slug=self.path.stem,
@@ -232,6 +236,7 @@ class _Reader:
             metric=self.get("metric", str),
             higher=direction == "higher",
             gate=float(self.get("gate", (int, float), 0.0)),
+            margin=margin,
             seeds=tuple(seeds),
             seed_keys=tuple(self.get("seed_keys", list, ["seed_everything"])),
             threads=self.get("threads", int, 1),

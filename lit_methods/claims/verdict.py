@@ -44,7 +44,52 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def judge(method: Sequence[float], baseline: Sequence[float], higher: bool = True, gate: float = 0.0) -> Verdict:
+@dataclass(frozen=True)
+class Welch:
+    """Two arms that share no pairs.
+
+    Attributes:
+        mean: Difference of the means, first - second.
+        error: Its standard error.
+        t: Welch's t, their quotient; 0 where both are 0.
+        df: Degrees of freedom after Welch and Satterthwaite; inf where neither arm varies.
+    """
+
+    mean: float
+    error: float
+    t: float
+    df: float
+
+    @property
+    def p(self) -> float:
+        """Two-sided probability of a |t| so large without a difference."""
+        from scipy import stats
+
+        return float(2 * stats.t.sf(abs(self.t), self.df))
+
+
+def welch(first: Sequence[float], second: Sequence[float]) -> Welch:
+    """Welch's test of two arms whose seeds have nothing to do with each other, with unbiased variances.
+
+    Args:
+        first: Values of one arm, two or more.
+        second: Values of the other, two or more.
+
+    Raises:
+        ValueError: Fewer, or one that isn't finite.
+    """
+    if min(len(first), len(second)) < 2 or not all(map(math.isfinite, [*first, *second])):
+        raise ValueError(f"Welch's test needs at least 2 finite values of both arms, got {list(first)} and {list(second)}")
+    mean = statistics.fmean(first) - statistics.fmean(second)
+    parts = [statistics.variance(values) / len(values) for values in (first, second)]
+    error = sum(parts) ** 0.5
+    if not error:
+        return Welch(mean, 0.0, math.copysign(math.inf, mean) if mean else 0.0, math.inf)
+    df = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True))
+    return Welch(mean, error, mean / error, df)
+
+
+def judge(method: Sequence[float], baseline: Sequence[float], higher: bool = True, gate: float = 0.0, margin: float = 0.0) -> Verdict:
     """Decide a claim from paired values, one pair a seed.
 
     Args:
@@ -52,10 +97,11 @@ def judge(method: Sequence[float], baseline: Sequence[float], higher: bool = Tru
         baseline: Values of the baseline, same seeds.
         higher: Whether larger is better.
         gate: The advantage must be at least this in every seed.
+        margin: So much worse still counts as no worse (a test of non-inferiority); 0: the method must be better.
 
     Returns:
-        ``holds`` if the interval lies on the better side of zero and the gate is met; ``does not hold`` if it lies on
-        the other side, or the advantage misses the gate although it is certain; else ``undecided``.
+        ``holds`` if the interval lies on the better side of zero, or of minus the margin, and the gate is met; ``does not hold`` if it
+        lies on the other side, or the advantage misses the gate although it is certain; else ``undecided``.
 
     Raises:
         ValueError: Fewer than three pairs, or a value that isn't finite.
@@ -66,8 +112,8 @@ def judge(method: Sequence[float], baseline: Sequence[float], higher: bool = Tru
     gains = [sign * (a - b) for a, b in zip(method, baseline, strict=True)]
     mean, least, most = t_interval(gains)
     verdict = "undecided"
-    if least > 0 or most < 0:
-        verdict = "holds" if least > 0 and min(gains) >= gate else "does not hold"
+    if least > -margin or most < -margin:
+        verdict = "holds" if least > -margin and min(gains) >= gate else "does not hold"
     low, high = sorted((sign * least, sign * most))
     return Verdict(sign * mean, low, high, sum(gain > 0 for gain in gains), verdict)
 
