@@ -49,6 +49,6 @@ from .sparsity.issp.callback import IterativeSoftShrinkage as IterativeSoftShrin
 from .sparsity.masksparsity.callback import MaskedBNSparsity as MaskedBNSparsity
 from .sparsity.progressive_gradient_flow.callback import NMSparsity as NMSparsity
 from .sparsity.random_pruning import RandomPruning as RandomPruning
-from .sparsity.sparse_model_soups.callback import IMP as IMP
 from .sparsity.sparse_ift.callback import SparseIFT as SparseIFT
+from .sparsity.sparse_model_soups.callback import IMP as IMP
 from .sparsity.sparseland.callback import SparsityReport as SparsityReport

@@ -4,7 +4,6 @@ Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.sparse_model_soup
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -38,8 +37,8 @@ TECHNIQUE = Technique(
     classes=("lit_methods.callbacks.IMP",),
     configs=("sparse_model_soups.yaml",),
     golden=("imp_schedule", "soup", "retrain_lr"),
-    claim="At 90 % sparsity, pruning in three phases with three candidates each, averaged after every phase, reaches a higher accuracy than "
-    "pruning with one candidate that is retrained three times as long.",
+    claim="At 90 % sparsity, pruning in three phases with three candidates each, averaged after every phase, reaches a higher accuracy "
+    "than pruning with one candidate that is retrained three times as long.",
     summary="Prunes in phases; each retrains several copies of the pruned model, which share its mask, and goes on with their average.",
     draft=True,
 )
@@ -282,10 +281,3 @@ class IMP(MaskCallback):
         """With the rates of the dense training, (steps, groups) float64."""
         state = super().state_dict()
         return state | {"rates": torch.tensor(self.rates, dtype=torch.float64)} if state else state
-
-
-def read_masks(path: Path) -> dict[str, Tensor]:
-    """The masks that IMP has left in a checkpoint: parameter name -> bool; {} where there are none."""
-    callbacks = check_readable(path).get("callbacks", {})
-    found = [state for key, state in callbacks.items() if key.startswith("IMP{") and state]
-    return {name: mask.bool() for name, mask in found[0]["masks"].items()} if found else {}

@@ -206,7 +206,7 @@ def uniform_soup(states: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             if value.is_floating_point():
                 wide = value.to(torch.promote_types(value.dtype, torch.float32))
                 sums[name] = sums[name] + wide if name in sums else wide
-    if not number:
+    if number == 0:
         raise ValueError("a soup needs at least one model, got none")
     return {name: (sums[name] / number).to(value.dtype) if name in sums else value.clone() for name, value in first.items()}
 
@@ -222,7 +222,7 @@ def check_alike(first: Mapping[str, Tensor], other: Mapping[str, Tensor], what: 
         name for name, value in first.items() if name in other and (value.shape, value.dtype) != (other[name].shape, other[name].dtype)
     ]
     if names:
-        shown = ", ".join(f"{name} {_shape(first.get(name))} against {_shape(other.get(name))}" for name in names[:3])
+        shown = ", ".join(f"{name} {_shape(other.get(name))} against {_shape(first.get(name))}" for name in names[:3])
         raise ValueError(f"{what} has another architecture than the first: {shown}{', ...' if len(names) > 3 else ''}")
 
 
