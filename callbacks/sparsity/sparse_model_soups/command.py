@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,8 +182,7 @@ def imp_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CommandError: It has none, or several.
     """
-    callbacks = (config.get("trainer") or {}).get("callbacks") or []
-    found = [one for one in (callbacks if isinstance(callbacks, list) else [callbacks]) if one["class_path"].rpartition(".")[2] == "IMP"]
+    found = [one for one in config["trainer"]["callbacks"] if one["class_path"].rpartition(".")[2] == "IMP"]
     if len(found) != 1:
         raise CommandError(
             f"lit soup needs a config with one callback IMP, and this one has {len(found)}: see configs/sparse_model_soups.yaml"
@@ -327,12 +326,14 @@ def _resolved(words: list[str]) -> tuple[dict[str, Any], str]:
     from lit_methods.cli.lightning_cli import planned
     from lit_methods.cli.quiet import quiet
 
-    with quiet("lightning.pytorch"):
+    with quiet("lightning"):
         cli, files = planned(["fit", *words])
     if cli.config["fit"].get("ckpt_path"):
         raise CommandError("lit soup takes no --ckpt_path: give IMP the dense model as start, --trainer.callbacks.start FILE")
     text = cli._parser("fit").dump(cli.config["fit"], skip_none=False, format="yaml")
     config: dict[str, Any] = yaml.safe_load(text)
+    callbacks = config["trainer"].get("callbacks") or []
+    config["trainer"]["callbacks"] = callbacks if isinstance(callbacks, list) else [callbacks]
     if config.get("data") is None:
         raise CommandError("the config has no data section: candidates are scored on its validation data")
     return config, files[0].stem if files else "model"
@@ -607,6 +608,3 @@ def table(manifest: Mapping[str, Any]) -> str:
     """The figures of a finished soup, a line each."""
     head = f"{manifest['settings']['metric']}, batch norms recalibrated everywhere"
     return "\n".join([head, *(f"  {name:28}{value:.4f}" for name, value in manifest["figures"].items())])
-
-
-Noted = Callable[[str, Path], None]
