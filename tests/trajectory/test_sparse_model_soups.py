@@ -33,7 +33,8 @@ def test_a_run_is_the_loop(dtype, schedule):
     wanted = page_loop("sparse_model_soups").train(network, weights, parts["optimizer"], scheduler, batches * 5, 5, 10, 0.8, 2, schedule)
     assert_same_logs(logs, wanted, TOLERANCE[dtype])
     assert_same_state(module.network, network, TOLERANCE[dtype])
-    assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(0.8 * sum(weight.numel() for weight in weights.values()))
+    gone = [int((weight == 0).sum()) for weight in weights.values()]
+    assert sum(gone) == pytest.approx(0.8 * sum(weight.numel() for weight in weights.values()), abs=1)
 
 
 @pytest.mark.parametrize("dtype", both_dtypes, ids=str)
