@@ -278,7 +278,8 @@ class Kitchen:
                 key = differing[0] if differing else sorted(set(masks[name]) ^ set(masks[first]))[0]
                 raise CommandError(
                     f"{name} has another mask than {first} ({key}, {len(differing)} weights in all): their average would lose its zeros\n"
-                    "  candidates must start from the same pruned model; delete the folder of the odd one, and it is done again"
+                    "  candidates must start from the same pruned model: give IMP dense_epochs or start, unless the module comes trained;"
+                    " or delete the folder of the odd one, and it is done again"
                 )
             steps = [contents[one].get("global_step") for one in (first, name)]
             if steps[0] != steps[1] and self.settings["vary"] != "retrain_epochs":
