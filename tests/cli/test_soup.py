@@ -19,6 +19,7 @@ from lit_methods.callbacks.sparsity.sparse_model_soups.core import recalibrating
 from lit_methods.claims.runner import CHILD, Runner
 from lit_methods.cli.main import main
 
+PYTHON = sys.executable
 TESTS = Path(__file__).resolve().parents[1]
 MODULE = """
 import os
@@ -89,6 +90,8 @@ def copied(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     prepare(tmp_path, monkeypatch)
     folder = tmp_path / "runs" / "small-soup" / finished.name
     shutil.copytree(finished, folder)
+    for file in folder.rglob("config.yaml"):  # which name checkpoints by their full paths
+        file.write_text(file.read_text().replace(str(finished), str(folder)))
     manifest = read(folder)
     manifest["finished"] = False
     del manifest["soups"]["phase2/soup"]
@@ -113,6 +116,7 @@ def spoil(file: Path, change: Any) -> None:
 # ---- what comes out --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_each_phase_starts_from_the_mean_of_the_one_before(finished: Path) -> None:
     manifest = read(finished)
     assert manifest["finished"]
@@ -130,6 +134,7 @@ def test_each_phase_starts_from_the_mean_of_the_one_before(finished: Path) -> No
     assert json.loads((finished / "cost.json").read_text())["steps"] == sum(run["steps"] for run in manifest["runs"].values())
 
 
+@pytest.mark.thorough
 def test_a_soup_is_the_mean_with_batch_norms_measured_anew(finished: Path) -> None:
     states = [torch.load(checkpoint(finished, f"phase2/candidate{i}"), weights_only=True)["state_dict"] for i in range(2)]
     assert not torch.equal(states[0]["network.5.weight"], states[1]["network.5.weight"])
@@ -149,6 +154,7 @@ def test_a_soup_is_the_mean_with_batch_norms_measured_anew(finished: Path) -> No
     assert (made["state_dict"]["network.5.weight"] == 0).sum() == (states[0]["network.5.weight"] == 0).sum()
 
 
+@pytest.mark.thorough
 def test_the_soup_is_an_ordinary_checkpoint(finished: Path, tmp_path: Path) -> None:
     words = ["--config", str(finished.parents[2] / "small.yaml"), "--ckpt_path", str(finished / "checkpoints" / "last.ckpt")]
     assert main(["validate", *words, "--run_root", str(tmp_path)]) == 0
@@ -157,6 +163,7 @@ def test_the_soup_is_an_ordinary_checkpoint(finished: Path, tmp_path: Path) -> N
     assert json.loads(logged.read_text().splitlines()[-1])["metrics"]["val_acc"] == pytest.approx(wanted)
 
 
+@pytest.mark.thorough
 def test_a_finished_soup_is_not_run_again(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*WORDS, *BASELINES]) == 0
     said = capsys.readouterr().out
@@ -167,6 +174,7 @@ def test_a_finished_soup_is_not_run_again(finished: Path, capsys: pytest.Capture
 # ---- restart ---------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_what_is_finished_is_kept_and_a_killed_run_goes_on(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = read(copied)
     home = copied / "phase2" / "candidate1"
@@ -184,6 +192,7 @@ def test_what_is_finished_is_kept_and_a_killed_run_goes_on(copied: Path, capsys:
     assert [path.name for path in (home / "run").iterdir()] == [run.name]
 
 
+@pytest.mark.thorough
 def test_other_settings_make_another_soup(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*WORDS, "--soup", "greedy", "--trainer.callbacks.dense_epochs", "0", "--trainer.callbacks.start", str(copied / "dense.ckpt")]
     assert main([*words, "--trainer.callbacks.phases", "1"]) == 0
@@ -209,6 +218,7 @@ def cut_weight(content: dict[str, Any]) -> None:
     content["state_dict"]["network.5.weight"] = content["state_dict"]["network.5.weight"][:4]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -294,6 +304,7 @@ def test_varied_keys_reach_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "not finished: dense" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_merging_after_array_jobs_ends_like_the_command(copied: Path) -> None:
     before = (copied / "phase2" / "soup.ckpt").stat().st_mtime_ns
     assert soup(["--merge", str(copied)]) == 0
@@ -325,4 +336,4 @@ def test_the_first_phase_runs_once_for_all_chains() -> None:
 
 def test_help_is_light() -> None:
     code = "import sys; from lit_methods.cli.main import main; main(['soup', '--help']); assert 'torch' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0
+    assert subprocess.run([PYTHON, "-c", code], check=False, stdout=subprocess.DEVNULL).returncode == 0

@@ -326,7 +326,7 @@ def _resolved(words: list[str]) -> tuple[dict[str, Any], str]:
     from lit_methods.cli.lightning_cli import planned
     from lit_methods.cli.quiet import quiet
 
-    with quiet("lightning"):
+    with quiet("lightning.pytorch", "lightning.fabric"):
         cli, files = planned(["fit", *words])
     if cli.config["fit"].get("ckpt_path"):
         raise CommandError("lit soup takes no --ckpt_path: give IMP the dense model as start, --trainer.callbacks.start FILE")

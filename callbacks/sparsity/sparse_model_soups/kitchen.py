@@ -119,7 +119,7 @@ class Kitchen:
     """
 
     def __init__(self, config: Path, settings: Mapping[str, Any]) -> None:
-        with quiet("lightning"):
+        with quiet("lightning.pytorch", "lightning.fabric"):
             cli, _ = planned(["fit", "--config", str(config)])
             self.config = cli.config["fit"]
             self.settings = settings
@@ -143,7 +143,7 @@ class Kitchen:
         trainer_config = self.config.trainer
         pl.seed_everything(0, verbose=False)
         self.loaders.part = part
-        with quiet("lightning"), warnings.catch_warnings():
+        with quiet("lightning.pytorch", "lightning.fabric"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*val_dataloader")  # shuffled, or few workers
             trainer = pl.Trainer(
                 accelerator=trainer_config.accelerator,
