@@ -147,6 +147,17 @@ from lit_methods.callbacks.sparsity.sparse_ift.core import spectral_gap as spect
 from lit_methods.callbacks.sparsity.sparse_ift.core import wide_width as wide_width
 from lit_methods.callbacks.sparsity.sparse_ift.core import width_factor as width_factor
 from lit_methods.callbacks.sparsity.sparse_ift.surgery import iso_flop_transform as iso_flop_transform
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import diversity as diversity
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import ensemble_probabilities as ensemble_probabilities
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import greedy_selection as greedy_selection
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import masked_state as masked_state
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import nominal_sparsity as nominal_sparsity
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import phase_fraction as phase_fraction
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import pruned_masks as pruned_masks
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import recalibrating as recalibrating
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import relative_norm_drop as relative_norm_drop
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import retrain_rates as retrain_rates
+from lit_methods.callbacks.sparsity.sparse_model_soups.core import uniform_soup as uniform_soup
 from lit_methods.consistency_models.curricula import ct_teacher_decay as ct_teacher_decay
 from lit_methods.consistency_models.curricula import doubling_levels as doubling_levels
 from lit_methods.consistency_models.curricula import doubling_stage_length as doubling_stage_length
@@ -396,6 +407,7 @@ __all__ = [
     "dice_and_hd95",
     "difference_in_means",
     "distillation_loss",
+    "diversity",
     "dmd_loss",
     "doped_rank",
     "doubling_levels",
@@ -415,6 +427,7 @@ __all__ = [
     "effective_rank",
     "ema_update",
     "embedding_consistency",
+    "ensemble_probabilities",
     "exact_counts",
     "exhaustive_codes",
     "expand_blocks",
@@ -451,6 +464,7 @@ __all__ = [
     "gradual_training_flops",
     "grasp_scores",
     "greedy_edit",
+    "greedy_selection",
     "group_maps",
     "group_mean",
     "group_norms",
@@ -505,6 +519,7 @@ __all__ = [
     "magnitude_mask",
     "magnitude_statistics",
     "mask_change",
+    "masked_state",
     "masked_weight",
     "matched_pairs",
     "max_cosine",
@@ -525,6 +540,7 @@ __all__ = [
     "nm_mask",
     "node_edge_loss",
     "node_node_loss",
+    "nominal_sparsity",
     "normalised_weights",
     "normalized_adjacency",
     "nuclear_norm",
@@ -537,6 +553,7 @@ __all__ = [
     "penalty_gradient",
     "perceptual",
     "phase_at",
+    "phase_fraction",
     "pick_below_sample",
     "pick_pruned",
     "pool_pixels",
@@ -555,22 +572,26 @@ __all__ = [
     "prune_channels",
     "pruned_block_means",
     "pruned_count",
+    "pruned_masks",
     "pseudo_huber",
     "psnr_y",
     "random_factors",
     "random_mask",
     "ranking_metrics",
     "rcm_sample",
+    "recalibrating",
     "reconstruct_by_codes",
     "recover_factors",
     "rectified_flow",
     "regression_loss",
+    "relative_norm_drop",
     "remove_norm_scales",
     "removed_weight",
     "repeat_per_context",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
+    "retrain_rates",
     "retrieval_accuracy",
     "retrieval_scores",
     "run_prompted_blocks",
@@ -633,6 +654,7 @@ __all__ = [
     "uncertain_loss",
     "unfuse",
     "uniform_probabilities",
+    "uniform_soup",
     "union_f1",
     "unit_layout",
     "update_codes",

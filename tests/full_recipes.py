@@ -226,6 +226,8 @@ RECIPES: dict[str, Recipe] = {
     "slct_celebahq_dit": LATENTS,
     "sparse_ift_cifar": Recipe(),
     "sparse_ift_imagenet": batch(8),
+    "sparse_model_soups_cifar": batch(16),
+    "sparse_model_soups_imagenet": batch(8),
     "sparseland_resnet50": batch(8),
     "sparsejepa_cifar100": batch(8),
     "superflow_finetune": DOWNSTREAM,

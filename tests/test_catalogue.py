@@ -48,6 +48,7 @@ SHORTENED = {
     "adele": "--trainer.callbacks.common_epoch 1 --trainer.callbacks.confidence 0",
     "gba": "--trainer.callbacks.every_n_steps 2",
     "dsnot": "--trainer.callbacks.at_step 4",
+    "sparse_model_soups": "--trainer.callbacks.dense_epochs 1 --trainer.callbacks.retrain_epochs 1",
     "issp": "--trainer.callbacks.prune_iters 4",
     "rcm": "--model.init_args.pretrain_iterations 1 --model.init_args.tangent_warmup 2",
     "sparseland": "--trainer.callbacks.interval 2",

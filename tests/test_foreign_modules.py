@@ -223,6 +223,7 @@ LEFT_OUT: dict[str, str] = {
         ("LossRecovered", "SupervisedDictionaryEval"),
         "it judges sparse autoencoders; tests/callbacks/sparse_autoencoders has it on plain modules with encode and decode",
     ),
+    "IMP": "its masks are those of RandomPruning; test_sparse_model_soups_technique.py has it on a ResNet and on tied embeddings",
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
     "TemporalVoting": "it votes on point clouds of neighbouring scans",
     "LabelCorrection": "a base class; ADELE is the one that can be attached",

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import reached
 from golden import GOLDEN_DIR, GoldenCase
 from lit_methods.catalog import configs_folder, techniques
 from lit_methods.claims.plan import QUICK_WORDS, stage_words
-from lit_methods.claims.study import read_study
+from lit_methods.claims.runner import CHILD, Runner
+from lit_methods.claims.study import TRAINS, read_study
 from lit_methods.cli.main import main
 from lit_methods.sparse_autoencoders.abstopk.core import PROXIMAL
 from reached import reached_functions
@@ -70,6 +72,10 @@ SETTINGS = {
     "sara": ["--trainer.callbacks.progressive_steps 2"],
     "slct": ["--model.init_args.network test_reachability.NormedNetwork"],
     "sparsejepa": ["--model.init_args.mode penalty"],
+    "sparse_model_soups": [
+        "soup --soup greedy --candidates 2 --trainer.callbacks.dense_epochs 1 --trainer.callbacks.retrain_epochs 1 "
+        "--trainer.callbacks.phases 1",
+    ],
     "sparse_ift": [
         *(f"--trainer.callbacks.family {family} --trainer.callbacks.interval 2" for family in ("parallel", "factorized", "doped")),
         "--trainer.callbacks.anneal exponential --trainer.callbacks.interval 2 --trainer.callbacks.targets [layers.1]",
@@ -137,7 +143,8 @@ def runs(slug: str, root: Path) -> Iterator[Callable[[], None]]:
     yield run("fit", [*configs[0], *fit])
     checkpoints.append(made[-1])
     for setting in SETTINGS.get(slug, ()):
-        yield run("fit", [*([] if setting.startswith("--config") else first), *setting.split(), *fit])
+        command, *words = setting.split() if setting.startswith("soup ") else ["fit", *setting.split()]
+        yield run(command, [*([] if setting.startswith("--config") else first), *words, *fit])
     yield run("test", [*configs[0], *part, "--ckpt_path", checkpoints[0]])
     for config in configs[1:]:
         yield run("fit", [*config, *fit])
@@ -152,7 +159,7 @@ def runs(slug: str, root: Path) -> Iterator[Callable[[], None]]:
     for chain in chains:
         before = ""
         for stage in chain:
-            cut = QUICK_WORDS if stage.command == "fit" else part
+            cut = QUICK_WORDS if stage.command in TRAINS else part
             command, *words = [word.replace("{checkpoint}", before) for word in stage_words(stage, 0, study.seed_keys, cut)]
             place = " ".join([command, *words])
             if place not in done:
@@ -169,8 +176,10 @@ def without_line(name: str) -> str:
 ALL = [pytest.param(slug, marks=[] if slug == "tcm" else pytest.mark.thorough) for slug in sorted(techniques())]
 
 
+@pytest.mark.usefixtures("forked_python")  # `lit soup` starts processes
 @pytest.mark.parametrize("slug", ALL)
-def test_what_the_golden_adapters_call_is_reached_by_a_run(slug: str, tmp_path: Path) -> None:
+def test_what_the_golden_adapters_call_is_reached_by_a_run(slug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner.__init__, "__defaults__", ((sys.executable, *CHILD[1:]),))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

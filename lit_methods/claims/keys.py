@@ -12,7 +12,7 @@ import yaml
 
 from lit_methods.catalog import configs_folder, package_folder, public_names
 from lit_methods.claims.sources import PACKAGES
-from lit_methods.claims.study import Stage, Study
+from lit_methods.claims.study import SOUP_OPTIONS, Stage, Study
 from lit_methods.errors import CommandError, nearest
 
 _SECTIONS = ("model", "data", "trainer", "optimizer", "lr_scheduler")
@@ -46,6 +46,8 @@ def check_keys(study: Study, file: Path, passed: Sequence[str] = ()) -> None:
             place = f"{where}[{index}]" if where in chains else f"{where}.stage"
             for source, keys in ((f"{place}.set", stage.set), (f"seed_keys, in {place}", study.seed_keys), ("the command line", words)):
                 for key in keys:
+                    if stage.command == "soup" and key in SOUP_OPTIONS:
+                        continue
                     if tree is not None and (problem := wrong_key(tree, key)):
                         raise CommandError(f"{file}: {source}: {problem}")
     for arm, keys in study.tuned.items():

@@ -15,7 +15,7 @@ from typing import Any
 from lit_methods.catalog import configs_folder
 from lit_methods.claims.fairness import ResolvedStage, flat
 from lit_methods.claims.keys import config_file
-from lit_methods.claims.study import Stage, Study
+from lit_methods.claims.study import TRAINS, Stage, Study
 from lit_methods.errors import CommandError, suggest
 
 # two training batches, and a validation behind each, whatever the config says: the metric that decides must be there
@@ -62,7 +62,7 @@ class Node:
     @property
     def fits(self) -> bool:
         """Whether it trains."""
-        return self.words[0] == "fit"
+        return self.words[0] in TRAINS
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Runner:
         folder = self.folder(node)
         for name in ("result.json", "missing.json"):
             (folder / name).unlink(missing_ok=True)  # out of date
-        shutil.rmtree(folder / "run", ignore_errors=True)
+        self.clear(folder)
         checkpoint = str(self.root / upstream["checkpoint"]) if upstream and upstream["checkpoint"] else ""
         words = [word.replace("{checkpoint}", checkpoint) for word in node.words] + ["--run_root", str(folder), "--name", "run"]
         with (folder / "output.txt").open("w", encoding="utf-8") as output:
@@ -149,6 +149,10 @@ class Runner:
                 start_new_session=True,  # a group of its own: Ctrl-C reaches it through us, with all its workers
             )
         return _Process(popen, lock, time.monotonic())
+
+    def clear(self, folder: Path) -> None:
+        """What an interrupted stage has left goes, before it starts anew."""
+        shutil.rmtree(folder / "run", ignore_errors=True)
 
     def environment(self, node: Node) -> dict[str, str]:
         """Environment variables of a stage: ours, its threads, and how W&B groups it unless the user has said so."""

@@ -13,6 +13,9 @@ from lit_methods.files import read_yaml
 
 UNITS = ("steps", "parameters", "flops")
 KINDS = ("data", "seeds", "tuned", *UNITS)  # of differences that may be declared
+COMMANDS = ("fit", "soup", "validate", "test")
+TRAINS = ("fit", "soup")
+SOUP_OPTIONS = ("candidates", "vary", "soup", "metric", "bn_fraction")  # keys of a stage that are options of lit soup
 _STAGE_KEYS = ("command", "config", "set", "callbacks", "checkpoint")
 _COMMON = {"source", "metric", "direction", "seeds", "seed_keys", "threads", "budget", "tuned", "differences", "arms", "reports", "cost"}
 _CLAIM_KEYS = _COMMON | {"claim", "method", "baseline", "gate", "margin", "paper", "setting", "data", "real", "settings"}
@@ -24,7 +27,7 @@ class Stage:
     """One ``lit`` command of an arm.
 
     Attributes:
-        command: ``fit``, ``validate`` or ``test``.
+        command: ``fit``, ``soup``, ``validate`` or ``test``.
         configs: Files for ``--config``, below ``configs/``.
         set: Key -> value; ``{checkpoint}`` stands for the last checkpoint of the stages before.
         callbacks: Class names of further callbacks.
@@ -275,8 +278,8 @@ class _Reader:
             raise self.fail(f"{where} must be a mapping with command and config, got {entry!r}")
         self.known(entry, _STAGE_KEYS, where)
         command = entry.get("command", "fit")
-        if command not in ("fit", "validate", "test"):
-            raise self.fail(f"{where}.command must be fit, validate or test, got {command!r}")
+        if command not in COMMANDS:
+            raise self.fail(f"{where}.command must be one of {', '.join(COMMANDS)}, got {command!r}")
         configs = entry["config"] if isinstance(entry["config"], list) else [entry["config"]]
         callbacks = tuple(entry.get("callbacks") or ())
         return Stage(command, tuple(configs), dict(entry.get("set") or {}), callbacks, entry.get("checkpoint") or "")

@@ -1,5 +1,7 @@
 """The ``lit`` command. Nothing heavy is imported before a command needs it."""
 
+import functools
+import importlib
 import os
 import re
 import sys
@@ -18,6 +20,7 @@ Train and evaluate
       lit fit --config base.yaml --config configs/trainer/gpu.yaml --config configs/logger/wandb.yaml
       lit fit --model my_project.MyModule --data my_project.MyData --trainer.max_epochs 3
       lit test --config runs/superflow/<time>/config.yaml --ckpt_path runs/superflow/<time>/checkpoints/last.ckpt
+  soup --config FILE              prune in phases, retrain several candidates of each, average them (Sparse Model Soups)
 
 Look around
   list [--family F] [--json]      techniques that are here; --parts: what one builds with; --configs: what runs
@@ -63,6 +66,7 @@ usage: lit {command} [--config FILE]... [--key value]...
   lit {command} --help-all                 every key of the trainer
 """
 
+OF_TECHNIQUES = {"soup": "lit_methods.callbacks.sparsity.sparse_model_soups.command"}  # command -> module that has it
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -143,7 +147,14 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "new": scaffold.new,
         "fake": fake.fake,
         "doctor": doctor.doctor,
+        **{name: functools.partial(_of_technique, module, name) for name, module in OF_TECHNIQUES.items()},
     }
+
+
+def _of_technique(module: str, name: str, words: list[str]) -> int:
+    """Run a technique's own command, a function of its name; no shared piece imports a technique."""
+    status: int = getattr(importlib.import_module(module), name)(words)
+    return status
 
 
 def _known(error: Exception) -> CommandError | None:

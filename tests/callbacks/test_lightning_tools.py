@@ -201,6 +201,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "DSL": {"density": 0.5, "targets": ["table"], "interval": 2},
     "DynamicSparsity": {"density": 0.5, "interval": 2, **NM},
     "GroupSparsity": NM,
+    "IMP": {"sparsity": 0.5, "phases": 1, "retrain_epochs": 1, **NM},
     "IterativeSoftShrinkage": {"prune_iters": 2, **NM},
     "MaskedBNSparsity": {"stage": "global_sparsity"},
     "NMSparsity": {"n": 2, "m": 4, **NM},
