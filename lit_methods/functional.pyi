@@ -131,6 +131,12 @@ from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import parse_
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import sdgf_schedule as sdgf_schedule
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import sparse_mask as sparse_mask
 from lit_methods.callbacks.sparsity.progressive_gradient_flow.core import to_semi_structured as to_semi_structured
+from lit_methods.callbacks.sparsity.random_search.core import best_so_far as best_so_far
+from lit_methods.callbacks.sparsity.random_search.core import candidate_scores as candidate_scores
+from lit_methods.callbacks.sparsity.random_search.core import effective_parameters as effective_parameters
+from lit_methods.callbacks.sparsity.random_search.core import fewer as fewer
+from lit_methods.callbacks.sparsity.random_search.core import kept_nodes as kept_nodes
+from lit_methods.callbacks.sparsity.random_search.core import random_nodes as random_nodes
 from lit_methods.callbacks.sparsity.schedules import cosine_drop as cosine_drop
 from lit_methods.callbacks.sparsity.schedules import cubic_sparsity as cubic_sparsity
 from lit_methods.callbacks.sparsity.schedules import exponential_drop as exponential_drop
@@ -359,6 +365,7 @@ __all__ = [
     "batched_delta",
     "bcd_step",
     "best_low_rank",
+    "best_so_far",
     "best_threshold",
     "best_values",
     "bias_update",
@@ -366,6 +373,7 @@ __all__ = [
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
+    "candidate_scores",
     "cauchy",
     "certain_loss",
     "clamp_feature",
@@ -424,6 +432,7 @@ __all__ = [
     "edge_edge_loss",
     "edit_arithmetic",
     "edit_subspace",
+    "effective_parameters",
     "effective_rank",
     "ema_update",
     "embedding_consistency",
@@ -445,6 +454,7 @@ __all__ = [
     "fds_update",
     "feature_order",
     "feature_weights",
+    "fewer",
     "finalized_weight",
     "finite_or_zero",
     "firing_statistics",
@@ -496,6 +506,7 @@ __all__ = [
     "keep_largest",
     "keep_masks",
     "kept_masks",
+    "kept_nodes",
     "kept_shares",
     "kl_to_standard_normal",
     "kl_to_teacher",
@@ -577,6 +588,7 @@ __all__ = [
     "psnr_y",
     "random_factors",
     "random_mask",
+    "random_nodes",
     "ranking_metrics",
     "rcm_sample",
     "recalibrating",
