@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_methods import CausalLM, SparseAutoencoder
-from lit_methods.datamodules.activations.harvest import ActivationStream, Texts, harvest
+from lit_methods.datamodules.activations.stream import ActivationStream, Texts, harvest
 from lit_methods.sparse_autoencoders.dictionary import SparseCode, decode
 
 WIDTH, FEATURES, BATCH, K = 576, 9216, 2048, 32

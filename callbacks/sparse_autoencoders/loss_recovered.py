@@ -14,7 +14,7 @@ from lit_methods import checks, distributed
 from lit_methods.callbacks.evaluation.callback import Split
 from lit_methods.callbacks.sparse_autoencoders.judge import AutoencoderJudge
 from lit_methods.callbacks.twin import evaluating
-from lit_methods.datamodules.activations.harvest import Site, call, first_tensor, named_module
+from lit_methods.datamodules.activations.hooked import Site, call, first_tensor, named_module
 from lit_methods.datamodules.activations.splicing import spliced
 from lit_methods.panels import Curve, Panel
 from lit_methods.steps import log_global

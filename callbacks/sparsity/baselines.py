@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lit_methods.arguments import handed_on
 from lit_methods.callbacks.sparsity.input_statistics import InputStatistics
 from lit_methods.callbacks.sparsity.one_shot import magnitude_mask, sparsegpt, wanda_mask
 from lit_methods.callbacks.sparsity.post_training import PostTrainingPruning, Pruned
@@ -43,7 +44,7 @@ class Magnitude(PostTrainingPruning):
         mask_gradients: bool = True,
         mask_optimizer_state: bool = True,
     ) -> None:
-        super().__init__(sparsity, pattern, samples, blocks, forward, at_step, targets, skip, mask_gradients, mask_optimizer_state)
+        super().__init__(**handed_on(PostTrainingPruning, locals()))
 
     def prune_layer(self, name: str, weight: Tensor, statistics: InputStatistics | None) -> Pruned:
         """Keep the largest weights."""

@@ -18,16 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_methods.checks import at_least, literals
-from lit_methods.datamodules.activations.harvest import (
-    Site,
-    TinyLanguageModel,
-    activations,
-    call,
-    first_tensor,
-    named_module,
-    weights_mark,
-)
+from lit_methods.datamodules.activations.harvest import TinyLanguageModel
+from lit_methods.datamodules.activations.hooked import Site, activations, call, first_tensor, named_module
 from lit_methods.datamodules.activations.splicing import spliced
+from lit_methods.datamodules.activations.stream import weights_mark
 from lit_methods.datamodules.activations.synthetic import TensorBatches
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.cache import cache_folder, making_folder

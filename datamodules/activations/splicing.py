@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lit_methods.datamodules.activations.harvest import Site, first_tensor, named_module
+from lit_methods.datamodules.activations.hooked import Site, first_tensor, named_module
 
 
 def _replaced(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

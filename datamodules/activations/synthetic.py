@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_methods.checks import at_least, literals, within
 from lit_methods.datamodules.base import Batches, Ints, LoaderDataModule
+from lit_methods.seeds import own_seed
 
 Coefficients = Literal["uniform", "normal"]
 
@@ -65,7 +66,11 @@ def sparse_codes(
 
 
 class SyntheticActivations(LoaderDataModule):
-    """Base of made activations: drawn once by the seed, features and samples alike; validation and test see other samples of the same."""
+    """Base of made activations: drawn once by the seed, features and samples alike; validation and test see other samples of the same.
+
+    They come from a seed of their own: after ``seed_everything`` with the same number a dictionary that begins with ``torch.randn`` would
+    begin with the true features.
+    """
 
     def __init__(self, num_train: int, num_val: int, batch_size: int, num_workers: int, seed: int) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
@@ -80,7 +85,8 @@ class SyntheticActivations(LoaderDataModule):
         """Draw all samples."""
         if self.train_set is not None:
             return
-        tensors = self.draw(self.num_train + self.num_val, torch.Generator().manual_seed(self.seed))
+        generator = torch.Generator().manual_seed(own_seed(type(self).__name__, self.seed))
+        tensors = self.draw(self.num_train + self.num_val, generator)
         self.train_set = TensorBatches({name: values[: self.num_train] for name, values in tensors.items()})
         self.val_set = self.test_set = TensorBatches({name: values[self.num_train :] for name, values in tensors.items()})
 

@@ -1,6 +1,7 @@
 """Fake job postings (EMSCAD), in either of the two tables that they are given away as: words of the texts, and what else a posting says.
 
-``emscad_v1.csv``, the authors' table, writes flags as ``t`` and ``f``; its common copy ``fake_job_postings.csv`` writes 1 and 0.
+``emscad_v1.csv``, the authors' table, writes flags as ``t`` and ``f``: that is from memory (mem), the file wasn't at hand. Its common copy
+``fake_job_postings.csv`` writes 1 and 0.
 """
 
 from collections.abc import Iterable, Sequence
@@ -141,7 +142,7 @@ def read_postings(path: Path) -> Postings:
         Texts (n), flags (n, 3) of 0 and 1, kinds (n lists of 3 values, "" where there is none) and labels (n,).
 
     Raises:
-        BrokenRecordError: A column is missing, or a flag or label isn't 0 or 1 (``f`` or ``t``); the message names the line.
+        BrokenRecordError: A column is missing, or a flag or label isn't 0 or 1 (``f`` or ``t``, (mem)); the message names the line.
     """
     return _parsed(path, named_rows(path, READ, _WAY))
 

@@ -46,6 +46,11 @@ SHARED = {
     "lidar.projection": "dense_cloud flip_cameras project_points resize_pairs resize_superpixels",
     "lidar.voxels": "voxelize",
     "matrix_factorization.regression": "best_threshold code_columns fit_regression linear_scores",
+    "matrix_factorization.supervised_dictionary_learning.blocks": "bcd_step search_radius update_codes "
+    "update_codes_supervised update_dictionary",
+    "matrix_factorization.supervised_dictionary_learning.lifted": "best_low_rank decayed_step_size lift_factors lpgd_curvature "
+    "lpgd_objective lpgd_step recover_factors svd_factors",
+    "matrix_factorization.supervised_dictionary_learning.objective": "factor_objective random_factors",
     "optim": "seven_sixteenths_cosine warmup_cosine warmup_cosine_rate warmup_then_epoch_cosine",
     "prompting.towers": "run_prompted_blocks",
     "self_supervised.jepa": "jepa_loss jepa_targets repeat_per_context take_patches",

@@ -19,7 +19,7 @@ SOUP_OPTIONS = ("candidates", "vary", "soup", "metric", "bn_fraction")  # keys o
 _STAGE_KEYS = ("command", "config", "set", "callbacks", "checkpoint")
 _COMMON = {"source", "metric", "direction", "seeds", "seed_keys", "threads", "budget", "tuned", "differences", "arms", "reports", "cost"}
 _CLAIM_KEYS = _COMMON | {"claim", "method", "baseline", "gate", "margin", "paper", "setting", "data", "real", "settings"}
-_COMPARE_KEYS = _COMMON | {"question", "reference"}
+_COMPARE_KEYS = _COMMON | {"question", "reference", "over"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Study:
         tuned: Arm -> keys that were chosen by looking at results.
         differences: Arm -> kind -> reason in words.
         reports: Further figures.
+        over: Of a comparison: a reported metric of every arm over which the deciding one is drawn, too; "": it isn't.
         cost: What is timed, or None.
         paper: The paper's own figures, as they stand in the file.
         setting: Name of this setting of a claim; "" where the file has one setting and no name for it.
@@ -121,6 +122,7 @@ class Study:
     data: str = ""
     real: bool | None = None
     first: bool = True
+    over: str = ""
 
     def against(self, arm: str) -> str:
         """The arm that ``arm`` is held against: judged ones against the reference, ablations of a claim against its method."""
@@ -231,6 +233,11 @@ class _Reader:
             raise self.fail(f"budget.unit must be one or several of {', '.join(UNITS)}, got {budget.get('unit')!r}")
         if (margin := float(self.get("margin", (int, float), 0.0))) < 0:
             raise self.fail(f"margin must be 0 or more, got {margin}")
+        reports = tuple(self.report(entry, arms) for entry in self.get("reports", list, []))
+        over = self.get("over", str, "")
+        reported = {report.arm for report in reports if report.metric == over}
+        if over and (lacking := [arm for arm in arms if arm not in reported]):
+            raise self.fail(f"over is {over}, which reports doesn't have of {', '.join(lacking)}: add name, arm and metric there")
         return Study(
             kind=self.kind,
             slug=self.path.stem,
@@ -250,7 +257,8 @@ class _Reader:
             tolerance=float(budget.get("tolerance", 0.0)),
             tuned=self.tuned(arms, (reference, *judged)),
             differences=self.differences(judged, is_claim),
-            reports=tuple(self.report(entry, arms) for entry in self.get("reports", list, [])),
+            reports=reports,
+            over=over,
             cost=self.cost(arms, is_claim),
             paper=dict(self.content.get("paper") or {}),
             setting=self.further or str(self.content.get("setting") or ""),

@@ -133,10 +133,10 @@ def summarise(
 
     Returns:
         ``kind``, ``slug``, ``sentence``, ``source``, ``metric``, ``higher``, ``gate``, ``margin``, ``seeds``, ``reference``, ``judged``,
-        ``units``, ``tolerance``, ``threads``, ``tuned``, ``paper``, and of a claim ``setting``, ``data``, ``real``: as in the file.
-        ``values``: arm -> value for each seed. ``reports``: list of ``name``, ``arm``, ``metric``, ``values``. ``budget``: arm -> for each
-        seed what was measured. ``differences``: arm -> list of ``kind``, ``text``, ``against``, ``reason`` (null where none is declared).
-        ``changes``: further arms -> what their configs set otherwise than the method's. ``seconds``: sum over all ``stages``.
+        ``units``, ``tolerance``, ``threads``, ``tuned``, ``paper``, of a claim ``setting``, ``data``, ``real``, of a comparison ``over``:
+        as in the file. ``values``: arm -> value for each seed. ``reports``: list of ``name``, ``arm``, ``metric``, ``values``. ``budget``:
+        arm -> for each seed what was measured. ``differences``: arm -> list of ``kind``, ``text``, ``against``, ``reason`` (null where none
+        is declared). ``changes``: further arms -> what their configs set otherwise than the method's. ``seconds``: sum over all ``stages``.
         ``intervals``: arm -> mean, low, high of the difference to the reference, from two seeds on. ``verdict``: for a claim with three
         seeds or more, else null. The command adds ``cost``, ``overrides``, of a further setting ``named``
         (:func:`lit_methods.claims.naming.named`), and the facts of :func:`lit_methods.claims.evidence.facts`.
@@ -167,7 +167,7 @@ def summarise(
         verdict = dataclasses.asdict(judge(values[study.judged[0]], values[study.reference], study.higher, study.gate, study.margin))
     further = [arm for arm in study.arms if arm != study.reference and arm not in study.judged]
     fields = ["kind", "slug", "sentence", "source", "metric", "higher", "gate", "margin", "reference", "judged", "units", "tolerance"]
-    fields += ["threads", *(["setting", "data", "real"] if study.kind == "claim" else [])]
+    fields += ["threads", *(["setting", "data", "real"] if study.kind == "claim" else ["over"])]
     return {
         **{name: getattr(study, name) for name in fields},
         "seeds": list(seeds),

@@ -331,7 +331,7 @@ def _conclude_claim(
 
 
 def _conclude_comparison(summary: dict[str, Any], rounds: Any, folder: Path, gpus: list[str]) -> None:
-    from lit_methods.claims.comparison import comparison_plot, comparison_table, step_seconds
+    from lit_methods.claims.comparison import comparison_plot, comparison_table, frontier_plot, step_seconds
     from lit_methods.claims.evidence import differences_lines, facts
 
     summary["cost"] = step_seconds(rounds)
@@ -340,13 +340,17 @@ def _conclude_comparison(summary: dict[str, Any], rounds: Any, folder: Path, gpu
     table = comparison_table(summary)
     print(f"\n{table}\n\n{differences}{summary.get('note', '')}", end="")
     write_json(folder / "compare.json", summary)
-    plot = comparison_plot(summary)
-    write_atomically(folder / "compare.svg", plot)
+    write_atomically(folder / "compare.svg", comparison_plot(summary))
+    plots = ["compare.svg"]
+    if summary["over"]:
+        write_atomically(folder / "frontier.svg", frontier_plot(summary))
+        plots.append("frontier.svg")
     said = f" {summary['note']}" if "note" in summary else ""
     note = f"\nNot the whole task; run with {shlex.join(summary['overrides'])}.{said}\n" if summary["overrides"] else ""
-    text = f"# {summary['sentence']}\n{note}\nMetric: `{summary['metric']}`.\n\n{table}\n\n![plot](compare.svg)\n\n{differences}"
+    text = f"# {summary['sentence']}\n{note}\nMetric: `{summary['metric']}`.\n\n{table}\n\n"
+    text += "".join(f"![plot]({plot})\n\n" for plot in plots) + differences
     write_atomically(folder / "compare.md", text)
-    print(f"{folder}/compare.md, compare.json, compare.svg")
+    print(f"{folder}/compare.md, compare.json, {', '.join(plots)}")
 
 
 def read_record(root: Path, slug: str) -> dict[str, Any] | None:

@@ -228,11 +228,11 @@ def resolve(name: str | Callable[..., Any], known: Mapping[str, Callable[..., An
         what: What it is for, for the message.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or it's nothing that the module can call.
     """
     found = known.get(name, name) if isinstance(name, str) else name
     if not isinstance(found, str):
-        return found
+        return _checked(found, f"{what} {name!r}")
     module, _, last = found.rpartition(".")
     if not module:
         near = difflib.get_close_matches(found, known, n=2)
@@ -246,8 +246,23 @@ def resolve(name: str | Callable[..., Any], known: Mapping[str, Callable[..., An
         raise ValueError(
             f"{what} {found!r} can't be imported ({error}): give package.module.function of a module that Python finds"
         ) from None
-    if not callable(function):
-        raise ValueError(f"{what} {found!r} is a {type(function).__name__}: give a function")
+    return _checked(function, f"{what} {found!r}")
+
+
+def _checked(function: Any, called: str) -> Callable[..., Any]:
+    """The function, if its arguments can be read, which say what it gets."""
+    if not hasattr(function, "__qualname__") or isinstance(function, type) or not callable(function):
+        kind = "class" if isinstance(function, type) else type(function).__name__
+        raise ValueError(f"{called} is a {kind}: give a function, def mine(u): ..., whose u are the pre-activations (B, features)")
+    try:
+        arguments = list(inspect.signature(function).parameters.values())
+    except ValueError:
+        raise ValueError(
+            f"{called} is built into Python or torch, and the names of its arguments can't be read: give a function of your own that calls "
+            f"it, such as def mine(u): return {function.__name__}(u)"
+        ) from None
+    if not arguments or arguments[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
+        raise ValueError(f"{called} has no first argument: it gets (B, features), as in def mine(u): ...")
     return function  # type: ignore[no-any-return]
 
 

@@ -161,4 +161,15 @@ def test_a_comparison_leaves_table_plot_and_json(workplace: Path, capsys: pytest
     assert summary["machine"]["cores"] >= 1
     assert "![plot](compare.svg)" in (folder / "compare.md").read_text()
     assert (folder / "compare.svg").read_text().count("<circle") == 6
+    assert not (folder / "frontier.svg").exists()
     assert not (workplace / "runs/claims/evidence").exists()
+
+
+def test_a_comparison_is_drawn_over_a_second_metric(workplace: Path) -> None:
+    reports = ", ".join(f"{{name: {arm}, arm: {arm}, metric: acc}}" for arm in ("good", "bad"))
+    (workplace / "configs/compare/demo.yaml").write_text(f"{COMPARISON}over: acc\nreports: [{reports}]\n")
+    assert main(["compare", "demo"]) == 0
+    folder = workplace / "runs/claims/compare-demo"
+    assert "![plot](frontier.svg)" in (folder / "compare.md").read_text()
+    assert "acc over acc" in (folder / "frontier.svg").read_text()
+    assert json.loads((folder / "compare.json").read_text())["over"] == "acc"

@@ -1,6 +1,7 @@
 """The evidence page and the comparison's table and plot, from made-up results; and that the committed page is what its records say."""
 
 import copy
+import itertools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -11,7 +12,7 @@ import pytest
 
 from lit_methods.catalog import Technique, configs_folder, published, techniques
 from lit_methods.claims import evidence, page
-from lit_methods.claims.comparison import comparison_plot, comparison_table, ranked, step_seconds, ticks
+from lit_methods.claims.comparison import comparison_plot, comparison_table, frontier, frontier_plot, ranked, step_seconds, ticks
 from lit_methods.claims.forest import Row, advantage, forest_plot
 from lit_methods.claims.records import read_records, verdict_file, verdict_table
 from lit_methods.claims.study import read_settings, read_study
@@ -315,3 +316,39 @@ def test_ticks_are_few_round_and_span_the_values(span: tuple[float, float]) -> N
 
 def test_step_seconds_are_medians_over_all_rounds() -> None:
     assert step_seconds({"a": [{"seconds": [1.0, 9.0]}, {"seconds": [2.0]}], "b": [{"seconds": []}]}) == {"a": 2.0}
+
+
+# ---- the frontier ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_frontier_is_what_no_other_beats_in_both() -> None:
+    points = {"a": (1.0, 0.4), "b": (2.0, 0.1), "c": (3.0, 0.2), "d": (2.0, 0.3), "e": (4.0, 0.1)}
+    assert frontier(points, higher=False) == ["a", "b"]
+    assert frontier(points, higher=True) == ["a"]
+    assert frontier({name: (cost, 1 - value) for name, (cost, value) in points.items()}, higher=True) == ["a", "b"]
+
+
+@pytest.mark.parametrize(("costs", "marks"), [((1.0, 32.0, 70.5), {"1", "10", "100"}), ((0.0, 4.0, 8.0), {"0", "2", "8"})])
+def test_the_frontier_is_drawn_with_both_axes_and_every_arm(costs: tuple[float, ...], marks: set[str]) -> None:
+    arms = dict(zip(("good", "half", "bad"), costs, strict=True))
+    reports = [{"name": arm, "arm": arm, "metric": "size", "values": [cost] * 3} for arm, cost in arms.items()]
+    summary = COMPARISON | {"reports": reports, "over": "size"}
+    root = ElementTree.fromstring(frontier_plot(summary))
+    space = {"s": "http://www.w3.org/2000/svg"}
+    words = [text.text or "" for text in root.findall("s:text", space)]
+    assert marks <= set(words)
+    assert {"size", f"{summary['metric']} over size"} <= set(words)
+    assert len([word for word in words if word.split(":")[0] in arms]) == 3
+    assert len(root.findall("s:circle", space)) == 9, "three seeds of each"
+    places = [float(text.get("y", "nan")) for text in root.findall("s:text", space) if (text.text or "").split(":")[0] in arms]
+    assert all(abs(a - b) >= 17.9 for a, b in itertools.combinations(places, 2)), "names lie apart"
+    diamonds = {path.get("d", "") for path in root.findall("s:path", space) if path.get("class") == "mean"}
+    assert len(diamonds) == 3
+
+
+def test_the_kept_pictures_of_comparisons_are_drawn_from_the_kept_figures() -> None:
+    files = sorted(Path("docs/comparisons").glob("*.json"))
+    assert files
+    for file in files:
+        picture = file.with_name(f"{file.stem}_frontier.svg").read_text(encoding="utf-8")
+        assert picture == frontier_plot(json.loads(file.read_text(encoding="utf-8"))), "python docs/tools/comparison.py"

@@ -85,6 +85,16 @@ def test_a_comparison_judges_every_arm_against_its_reference(tmp_path: Path) -> 
         study(tmp_path, "compare", **content, differences={"steps": {"steps": "for a good reason"}})
 
 
+def test_a_comparison_may_be_drawn_over_a_metric_that_every_arm_reports(tmp_path: Path) -> None:
+    content = {"claim": None, "method": None, "baseline": None, "question": "Which?", "reference": "bad", "over": "size"}
+    reports = [{"name": arm, "arm": arm, "metric": "size"} for arm in ("good", "bad")]
+    assert study(tmp_path, "compare", **content, reports=reports).over == "size"
+    with pytest.raises(CommandError, match="over is size, which reports doesn't have of bad"):
+        study(tmp_path, "compare", **content, reports=reports[:1])
+    with pytest.raises(CommandError, match="over"):
+        study(tmp_path, over="size")
+
+
 def test_stage_words() -> None:
     stage = Stage("fit", ("x.yaml",), {"model.a": "{checkpoint}", "model.b": False, "model.c": None}, ("TemporalVoting",))
     words = stage_words(stage, 3, ["seed_everything"], ["--data.n", "1"])

@@ -9,6 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lit_methods import checks
+from lit_methods.arguments import handed_on
 from lit_methods.callbacks.sparsity.dsnot.core import dsnot_nm, dsnot_unstructured
 from lit_methods.callbacks.sparsity.input_statistics import InputStatistics
 from lit_methods.callbacks.sparsity.one_shot import Method, expected_error, initial_score, keep_high_scores
@@ -101,7 +102,7 @@ class DSnoT(PostTrainingPruning):
         mask_gradients: bool = True,
         mask_optimizer_state: bool = True,
     ) -> None:
-        super().__init__(sparsity, pattern, samples, blocks, forward, at_step, targets, skip, mask_gradients, mask_optimizer_state)
+        super().__init__(**handed_on(PostTrainingPruning, locals()))
         checks.one_of(Method, initial=initial)
         checks.at_least(0, "a whole number", max_cycles=max_cycles)
         checks.at_least(0, update_threshold=update_threshold, variance_power=variance_power)

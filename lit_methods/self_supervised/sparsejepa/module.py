@@ -12,6 +12,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, nn
 
 from lit_methods import checks, distributed
+from lit_methods.arguments import handed_on
 from lit_methods.callbacks.sparsity.group_sparsity import GroupSparsity, Mode, group_norms
 from lit_methods.catalog import Technique
 from lit_methods.evaluated import Part
@@ -143,27 +144,7 @@ class SparseJEPA(IJEPA):
         checks.literals(SparseJEPA, locals())
         checks.at_least(1, groups=groups, latents=latents, map_width=map_width)
         checks.at_least(0, sparse_weight=sparse_weight, kl_weight=kl_weight, sparsity=sparsity, prox_step=prox_step)
-        super().__init__(
-            encoder,
-            predictor_width=predictor_width,
-            predictor_depth=predictor_depth,
-            predictor_heads=predictor_heads,
-            target_blocks=target_blocks,
-            target_scale=target_scale,
-            target_aspect=target_aspect,
-            context_scale=context_scale,
-            min_keep=min_keep,
-            distance=distance,
-            momentum=momentum,
-            learning_rate=learning_rate,
-            start_learning_rate=start_learning_rate,
-            final_learning_rate=final_learning_rate,
-            warmup_epochs=warmup_epochs,
-            weight_decay=weight_decay,
-            final_weight_decay=final_weight_decay,
-            total_steps=total_steps,
-            seed=seed,
-        )
+        super().__init__(**handed_on(IJEPA, locals()))
         self.save_hyperparameters(ignore=["encoder"])
         self.sparse = GroupedAutoencoder(encoder.width, groups, latents, map_width)  # type: ignore[arg-type]
         self._samples: list[Tensor] = []  # latents of this evaluation's images

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lit_methods.arguments import handed_on
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, Panel
 from lit_methods.sparse_autoencoders.dictionary import Code, LossScale, Normalization
@@ -78,21 +79,9 @@ class AbsTopK(SparseAutoencoder):
         learning_rate: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.99),
     ) -> None:
-        super().__init__(
-            width,
-            features,
-            activation="abstopk",
-            settings={"k": k, "per_batch": per_batch},
-            encoder_bias="learned" if encoder_bias else "none",
-            centre=not encoder_bias,
-            normalize=normalize,
-            loss=loss,
-            aux_coeff=aux_coeff,
-            aux_features=aux_features,
-            dead_after=dead_after,
-            learning_rate=learning_rate,
-            betas=betas,
-        )
+        own = {"activation": "abstopk", "settings": {"k": k, "per_batch": per_batch}}
+        bias = {"encoder_bias": "learned" if encoder_bias else "none", "centre": not encoder_bias}
+        super().__init__(**handed_on(SparseAutoencoder, locals(), **own, **bias))
         self.save_hyperparameters("k", "per_batch", "encoder_bias")
 
     @staticmethod

@@ -1,6 +1,7 @@
 """top-AFA: a sparse autoencoder whose code has the norm of its input (arXiv:2503.24277); the maths stand in ``core.py``."""
 
 from lit_methods import checks
+from lit_methods.arguments import handed_on
 from lit_methods.catalog import Technique
 from lit_methods.sparse_autoencoders.dictionary import EncoderStart, Normalization
 from lit_methods.sparse_autoencoders.module import SparseAutoencoder
@@ -69,16 +70,5 @@ class TopAFA(SparseAutoencoder):
         betas: tuple[float, float] = (0.9, 0.99),
     ) -> None:
         checks.at_least(0, afa_coeff=afa_coeff, l1_coeff=l1_coeff)
-        super().__init__(
-            width,
-            features,
-            activation="topafa",
-            penalties={"afa": afa_coeff, **({"l1": l1_coeff} if l1_coeff else {})},
-            encoder_start=encoder_start,
-            normalize=normalize,
-            aux_coeff=aux_coeff,
-            aux_features=aux_features,
-            dead_after=dead_after,
-            learning_rate=learning_rate,
-            betas=betas,
-        )
+        penalties = {"afa": afa_coeff, **({"l1": l1_coeff} if l1_coeff else {})}
+        super().__init__(**handed_on(SparseAutoencoder, locals(), activation="topafa", penalties=penalties))
