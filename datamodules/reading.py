@@ -66,7 +66,7 @@ def file_size(path: Path, field: str = "file", missing: str = INCOMPLETE) -> int
     if not stat.S_ISREG(found.st_mode):
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
         raise BrokenRecordError(path, field, f"is {kind}, expected a file: {missing}")
-    if not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
         raise BrokenRecordError(path, field, f"may not be read by this user: chmod u+r {path}, or ask its owner")
     return found.st_size
 
