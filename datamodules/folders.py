@@ -27,7 +27,9 @@ def listed(folder: Path, pattern: str = "*", endings: Sequence[str] = ()) -> lis
     Raises:
         BrokenRecordError: This user may not read the folder.
     """
-    if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):  # glob would find nothing in it, and say nothing
+    if folder.is_dir() and not os.access(
+        folder, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):  # glob would find nothing in it, and say nothing
         raise BrokenRecordError(folder, "folder", f"may not be read by this user: chmod u+rx {folder}, or ask its owner")
     return sorted(
         path

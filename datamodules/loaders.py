@@ -259,8 +259,8 @@ def make_loader(
             )
         if not drop_last and not training and 0 < samples < world_size:  # on all ranks alike, so that none waits for the others
             raise ValueError(
-                f"{samples} samples of an evaluation can't be dealt to {world_size} processes, as the others would wait for one without any "
-                f"forever: use {samples} processes or fewer (trainer.devices), or more samples"
+                f"{samples} samples of an evaluation can't be dealt to {world_size} processes, and one without any would keep the others "
+                f"waiting: use {samples} processes or fewer (trainer.devices), or more samples"
             )
         if training and not drop_last and 0 < samples % global_batch < world_size:
             whole = samples >= global_batch

@@ -31,6 +31,9 @@ Name = Literal[
 ]
 
 
+_CLASSES = 1_000_000  # more than any set has
+
+
 @dataclass(frozen=True)
 class Split:
     """Images of one part: paths, their labels (N,) int64."""
@@ -113,7 +116,12 @@ def read_split_file(file: Path, images: Path) -> Release:
             raise BrokenRecordError(file, part, "expected a list of [path, label, class name], got none: copy the file again")
         for number, row in enumerate(rows):
             if not (
-                isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and type(row[1]) is int and isinstance(row[2], str)
+                isinstance(row, list)
+                and len(row) == 3
+                and isinstance(row[0], str)
+                and type(row[1]) is int
+                and 0 <= row[1] < _CLASSES
+                and isinstance(row[2], str)
             ):
                 raise BrokenRecordError(file, f"{part}[{number}]", f"expected [path, label, class name], got {str(row)[:80]}")
             if names.setdefault(row[1], row[2]) != row[2]:

@@ -342,7 +342,7 @@ class LatentDataModule(GenerativeDataModule):
         """Whether there are images and no latents yet."""
         assert self.root is not None
         name = self.hparams["name"]
-        return self.images is not None and not (self.root / f"{name}.npy").is_file() and not (self.root / name).is_dir()
+        return self.images is not None and not any(os.path.lexists(self.root / there) for there in (f"{name}.npy", name))
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for latents, or for images that can be encoded."""
@@ -364,7 +364,7 @@ class LatentDataModule(GenerativeDataModule):
             assert self.autoencoder is not None
             target = self.root / f"{hp['name']}.npy"
             encode_folder(self.images, target, self.autoencoder, hp["image_size"], hp["latent_factor"], hp["mirrored"])
-        if not self._statistics.is_file():
+        if not os.path.lexists(self._statistics):
             files = LatentFiles(self.root, hp["name"])
             train = self._split(len(files))[0]
             chunks = (files[train[start : start + CHUNK]] / hp["latent_factor"] for start in range(0, len(train), CHUNK))

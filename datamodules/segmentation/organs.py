@@ -173,6 +173,7 @@ class OrganSlicesDataModule(LoaderDataModule):
         self.lists = {"train": data_path(train_list), "val": data_path(val_list), "test": data_path(test_list)}
         self.num_train, self.num_val, self.spurious, self.noise = num_train, num_val, spurious, noise
         self.class_names = {"generated": GENERATED, "synapse": SYNAPSE, "acdc": ACDC, "camvid": ROAD_USERS}[name]
+        self._shape: tuple[int, ...] | None = None  # of the first slice that was read
         self.save_hyperparameters(ignore=["root", "train_list", "val_list", "test_list"])  # a path would block a strict resume
 
     def check_root(self, stage: str = "fit") -> None:
@@ -249,6 +250,12 @@ class OrganSlicesDataModule(LoaderDataModule):
 
     def _slice(self, files: Sequence[Path], index: int) -> Arrays:
         image, label = _checked(files[index], 2, len(self.class_names))
+        if self.image_size is None:  # then a batch needs one size
+            self._shape = image.shape if self._shape is None else self._shape
+            if image.shape != self._shape:
+                raise BrokenRecordError(
+                    files[index], "size", f"is {image.shape}, others are {self._shape}: set image_size, or leave it out"
+                )
         return {"image": image, "label": label}
 
     def _volume(self, files: Sequence[Path], index: int) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -205,8 +205,8 @@ def test_packed_files_may_not_become_much_larger(tmp_path):
     with pytest.raises(BrokenRecordError, match=r"a\.npz: x: claims 314,.* bytes, but the file has"):
         read_npz(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", x=np.zeros(4))
-    with pytest.raises(BrokenRecordError, match="can't be read as a .npz file"):
-        (tmp_path / "b.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:60])
+    (tmp_path / "b.npz").write_bytes((tmp_path / "b.npz").read_bytes()[:60])
+    with pytest.raises(BrokenRecordError, match=r"can't be read as a \.npz file"):
         read_npz(tmp_path / "b.npz")
 
 
@@ -365,7 +365,7 @@ def test_numbers_after_conversion():
     with np.errstate(over="ignore"), pytest.raises(BrokenRecordError, match=r"a: b: value \[1, 0\] is inf"):
         finite(np.array([[1.0], [1e300]]).astype(np.float32), "a", "b")
     once([1, 2], "a", "b")
-    with pytest.raises(BrokenRecordError, match="the name 3 stands twice|the name '3' stands twice"):
+    with pytest.raises(BrokenRecordError, match=r"the name '3' stands twice"):
         once([3, 1, 3], "a", "b")
 
 
