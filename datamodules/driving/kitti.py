@@ -297,11 +297,11 @@ def read_matrices(path: Path) -> NDArray[np.float64]:
 
 
 def _rigid_alone(matrices: NDArray[np.float64], path: Path, field: str) -> None:
-    """Raise if one of (n, 4, 4) matrices is no rotation with a place that float32 has."""
+    """Raise if one of (n, 4, 4) matrices is no rotation and a place within 100,000 km."""
     with np.errstate(over="ignore", invalid="ignore"):
         rotation = matrices[:, :3, :3]
         error = np.abs(rotation @ rotation.swapaxes(1, 2) - np.eye(3)).max(axis=(1, 2), initial=0)
-        good = (error < _ROUNDED) & np.isfinite(matrices.astype(np.float32)).all(axis=(1, 2))
+        good = (error < _ROUNDED) & (np.abs(matrices) <= 1e8).all(axis=(1, 2))
     if not good.all():
         line = int(np.argmin(good))
         raise BrokenRecordError(path, field, f"motion {line + 1} is no rotation and place in metres: damaged, copy the file again")

@@ -23,6 +23,7 @@ from lit_methods.datamodules.reading import file_size, once, plain_file_name
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 LIDAR = "LIDAR_TOP"
+_ROUNDED = 0.01  # what rounding may take off the square of a quaternion's length
 _CHUNK = 1 << 22  # characters read at a time
 _NUMBERS = frozenset({"rotation", "translation", "camera_intrinsic"})
 _TYPES = {"timestamp": (int, "a whole number of microseconds"), "is_key_frame": (bool, "true or false")}
@@ -313,15 +314,22 @@ def _read_calibrations(path: Path, channels: dict[str, str]) -> _Calibrations:
             raise BrokenRecordError(path, f"row {number}", "camera_intrinsic is empty, expected 3 x 3 numbers: unpack the metadata again")
     once([row[0] for row in rows], path, "token", "token")
     try:
-        rotation = rotation_matrices(np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4))
+        quaternion = np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4)
+        if not (good := _turns(quaternion)).all():
+            raise BrokenRecordError(path, f"row {int(np.argmin(good))}", "rotation is no quaternion of length 1: unpack the metadata again")
+        rotation = rotation_matrices(quaternion)
         translation = np.array([row[3] for row in rows], dtype=np.float64).reshape(-1, 3)
         intrinsic = np.array([row[4] or np.zeros((3, 3)) for row in rows], dtype=np.float64).reshape(-1, 3, 3)
+    except BrokenRecordError:
+        raise
     except (ValueError, TypeError, OverflowError) as problem:
         raise BrokenRecordError(path, "rotation, translation, camera_intrinsic", f"expected 4, 3 and 3x3 numbers ({problem})") from problem
     for name, values in (("rotation", rotation), ("translation", translation), ("camera_intrinsic", intrinsic)):
-        good = _float32(values).reshape(len(rows), -1).all(axis=1)
+        good = _plausible(values).reshape(len(rows), -1).all(axis=1)
         if not good.all():
-            raise BrokenRecordError(path, f"row {int(np.argmin(good))}", f"{name} holds NaN or infinite numbers: unpack the metadata again")
+            raise BrokenRecordError(
+                path, f"row {int(np.argmin(good))}", f"{name} holds NaN, infinite or impossible numbers: unpack the metadata again"
+            )
     return _Calibrations(
         {row[0]: number for number, row in enumerate(rows)}, {row[0]: channels[row[1]] for row in rows}, rotation, translation, intrinsic
     )
@@ -346,7 +354,7 @@ def _read_poses(path: Path, wanted: list[str]) -> tuple[NDArray[np.float64], NDA
     unset = np.isnan(quaternion).any(axis=1) | np.isnan(translation).any(axis=1)
     if unset.any():
         raise BrokenRecordError(path, "token", f"no pose {wanted[int(np.argmax(unset))]!r}, which sample_data.json names (or it holds NaN)")
-    bad = ~_float32(np.concatenate([quaternion, translation], axis=1)).all(axis=1) | ~quaternion.any(axis=1)
+    bad = ~_plausible(translation).all(axis=1) | ~_turns(quaternion)
     if bad.any():
         raise BrokenRecordError(
             path, "rotation", f"the pose {wanted[int(np.argmax(bad))]!r} is no rotation and place: unpack the metadata again"
@@ -362,7 +370,12 @@ def _read_lidarseg(path: Path) -> dict[str, str]:
     return dict(rows)
 
 
-def _float32(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Where values are finite, also as float32, in which points are moved."""
-    with np.errstate(over="ignore"):
-        return np.isfinite(values.astype(np.float32))
+def _turns(quaternions: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which of (n, 4) quaternions are rotations: of length 1, up to rounding."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.abs((quaternions**2).sum(axis=1) - 1) < _ROUNDED
+
+
+def _plausible(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Where metres or pixels are numbers that may be: not NaN, and within 100,000 km."""
+    return np.abs(values) <= 1e8
