@@ -1,5 +1,6 @@
 """Image files, opened in one place with one way to say what is wrong with them, and what is commonly done to images."""
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ INDEX_MODES = ("1", "L", "P", *GREY_16_MODES)
 _GREY_16, _GREY_16_FORMATS = GREY_16_MODES[:-1], ("PNG", "PPM")  # formats without integers of 32 bits
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _COLOURS = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 _STRETCHED = {"L;2": 85, "L;4": 17}  # factors by which Pillow makes 8 bits of grey with 2 and 4 bits
 FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP")  # decoded here; EPS and others start programs of their own
 MAX_PIXELS = 1 << 26  # of an image, 8192 x 8192: three bytes each, twice while it is converted
@@ -49,6 +51,8 @@ def decoding(path: Path, field: str, missing: str) -> Iterator[Image.Image]:
                 raise BrokenRecordError(
                     path, field, f"has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}: cut it into pieces"
                 )
+            if picture.format == "PNG":
+                _check_sums(path)
             yield picture
     except BrokenRecordError:
         raise
@@ -60,6 +64,24 @@ def decoding(path: Path, field: str, missing: str) -> Iterator[Image.Image]:
         ) from problem
     except Exception as problem:  # a broken file makes Pillow raise nearly anything
         raise BrokenRecordError(path, field, f"can't be decoded ({problem}): truncated or no image, copy it again") from problem
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the check sums of a PNG's chunks, which Pillow passes over: it stops when it has all rows, whatever they are made of.
+
+    Raises:
+        ValueError: One differs.
+    """
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            content, stored = file.read(int.from_bytes(head[:4], "big")), file.read(4)
+            if (
+                head[4:] in _PIXEL_CHUNKS
+                and len(stored) == 4
+                and zlib.crc32(content, zlib.crc32(head[4:])) != int.from_bytes(stored, "big")
+            ):
+                raise ValueError(f"the check sum of {head[4:].decode()} is wrong")
 
 
 def as_rgb(picture: Image.Image, path: Path, field: str = "image") -> Image.Image:

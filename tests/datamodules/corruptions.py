@@ -317,7 +317,7 @@ def huge_claim(path: Path) -> None:
             return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
         head = struct.pack(">IIBBBBB", 60000, 60000, 1, 0, 0, 0, 0)
-        packed = zlib.compress(bytes(7501) * 60000, 1)
+        packed = zlib.compress(bytes(7501) * 100, 1)
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", packed) + chunk(b"IEND", b""))
     elif suffix == ".npy":
         path.write_bytes(header_of_npy((1 << 40, 4, 2, 2)) + bytes(64))
@@ -327,8 +327,8 @@ def huge_claim(path: Path) -> None:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in names:
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    member.write(header_of_npy((2, 1 << 16, 1 << 13), "|u1"))
-                    for _ in range(64):
+                    member.write(header_of_npy((320, 1 << 20), "|u1"))
+                    for _ in range(20):
                         member.write(bytes(1 << 24))
     elif suffix == ".h5":
         import h5py
@@ -358,7 +358,7 @@ def huge_claim(path: Path) -> None:
         from scipy.io import loadmat, savemat
 
         stored = {name: value for name, value in loadmat(path).items() if not name.startswith("__")}
-        savemat(path, {name: np.zeros((1 << 15, 1 << 15), np.uint8) for name in stored}, do_compression=True)
+        savemat(path, {name: np.zeros((1 << 15, 10_000), np.uint8) for name in list(stored)[:1]}, do_compression=True)
     else:
         raise Unfit
 
