@@ -52,7 +52,7 @@ def _one_thread(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
 
 def excused(kind: str, file: str) -> bool:
     """Whether data that are other ones than before can't be told from good ones; ``file`` begins with the datamodule's name."""
-    return any(re.fullmatch(kinds, kind) and re.search(files, file) for kinds, files, _ in OTHER_DATA)
+    return any(re.fullmatch(kinds, kind) and re.search(files, file, re.IGNORECASE) for kinds, files, _ in OTHER_DATA)
 
 
 def trials(name: str, arguments: dict[str, Any], root: Path, chosen: Any) -> Iterator[tuple[str, str, Outcome, bool]]:
