@@ -13,7 +13,7 @@ from lit_methods.checks import at_least, one_of, share, within
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
-from lit_methods.datamodules.reading import finite, read_hdf5, read_npz, whole_numbers
+from lit_methods.datamodules.reading import finite, read_hdf5, read_npz, shape_in, whole_numbers
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
 from lit_methods.datamodules.segmentation.camvid import ROAD_USERS, check_camvid, read_camvid
 from lit_methods.datamodules.tables import text_of
@@ -173,7 +173,6 @@ class OrganSlicesDataModule(LoaderDataModule):
         self.lists = {"train": data_path(train_list), "val": data_path(val_list), "test": data_path(test_list)}
         self.num_train, self.num_val, self.spurious, self.noise = num_train, num_val, spurious, noise
         self.class_names = {"generated": GENERATED, "synapse": SYNAPSE, "acdc": ACDC, "camvid": ROAD_USERS}[name]
-        self._shape: tuple[int, ...] | None = None  # of the first slice that was read
         self.save_hyperparameters(ignore=["root", "train_list", "val_list", "test_list"])  # a path would block a strict resume
 
     def check_root(self, stage: str = "fit") -> None:
@@ -239,6 +238,16 @@ class OrganSlicesDataModule(LoaderDataModule):
             raise WrongRootError(
                 f"{folder} has no file *{ending} for the {part} part: give the folder of the prepared {self.name} data; {_WHERE}"
             )
+        return self._one_size(paths) if part == "train" else paths
+
+    def _one_size(self, paths: list[Path]) -> list[Path]:
+        """The training slices, whose sizes are compared by their headers where nothing brings them to one size."""
+        first: tuple[int, ...] | None = None
+        for path in paths if self.image_size is None else ():
+            shape = shape_in(path, "image")
+            first = shape if first is None else first
+            if shape is not None and shape != first:
+                raise BrokenRecordError(path, "size", f"is {shape}, but {paths[0].name} is {first}: set image_size, or leave it out")
         return paths
 
     def _patients(self, paths: Sequence[Path], part: str) -> list[Path]:
@@ -250,12 +259,6 @@ class OrganSlicesDataModule(LoaderDataModule):
 
     def _slice(self, files: Sequence[Path], index: int) -> Arrays:
         image, label = _checked(files[index], 2, len(self.class_names))
-        if self.image_size is None:  # then a batch needs one size
-            self._shape = image.shape if self._shape is None else self._shape
-            if image.shape != self._shape:
-                raise BrokenRecordError(
-                    files[index], "size", f"is {image.shape}, others are {self._shape}: set image_size, or leave it out"
-                )
         return {"image": image, "label": label}
 
     def _volume(self, files: Sequence[Path], index: int) -> tuple[NDArray[Any], NDArray[Any]]:
