@@ -1,10 +1,12 @@
 """One dashboard for every technique: W&B, TensorBoard and a self-contained ``report.html`` from panels that are declared once."""
 
+import contextlib
 import datetime
+import errno
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +22,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.run.loggers import STEP, add_tags, for_wandb, log_artifact, to_tensorboard, write_epoch_once
-from lit_methods.callbacks.run.providers import ask_for_artifacts, ask_for_media, gather_panels, save_tensors, tensors_digest
+from lit_methods.callbacks.run.providers import ProviderError, ask_for_artifacts, ask_for_media, gather_panels, save_tensors, tensors_digest
 from lit_methods.files import write_atomically
 from lit_methods.panels import Curve, Media
 from lit_methods.reports.page import Record, ReportData, Section, Status, read_history, record_line, render_report
-from lit_methods.reports.record import read_notes, run_facts, save_run
+from lit_methods.reports.record import read_config, read_notes, run_facts, save_run
 from lit_methods.runs.folder import run_dir
 from lit_methods.runs.wandb import attempt, has_login, keep_training
 
@@ -62,8 +64,8 @@ class Dashboard(OrderedCallback):
     (``Trainer(log_every_n_steps=...)``) and adds nothing to other steps.
 
     Runs: on rank 0 alone, so ``dashboard_media()`` and ``dashboard_artifacts()`` must not call a collective. Nothing is written during the
-    sanity check, with ``fast_dev_run`` and in ``predict``. A full disk or an unwritable folder gives one warning and never stops the
-    training.
+    sanity check, with ``fast_dev_run`` and in ``predict``. A full disk, an unwritable folder, a broken file in the run's folder, or
+    an error while something is drawn gives one warning and never stops the training.
     Saves: nothing in checkpoints. A run that is resumed in its own folder goes on with that folder's ``metrics.jsonl``; a new run in an old
     folder replaces both files.
     Refuses: panels that are none of ours, media that no panel declares or of another type, artifacts whose name can't be a file's.
@@ -93,6 +95,7 @@ class Dashboard(OrderedCallback):
         self._artifacts: dict[str, str] = {}  # name -> digest of what was kept last
         self._recorder: _Recorder | None = None
         self._active = self._fresh = self._warned = False
+        self._told: set[str] = set()  # kinds of trouble that were told
         self._started = 0.0
 
     # ---- hooks -------------------------------------------------------------------------------------------------------------------------
@@ -126,7 +129,8 @@ class Dashboard(OrderedCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the folder's history where a resumed fit starts, or drop what an earlier run left there."""
         if self._active and self._fresh:
-            self._begin(keep_until=trainer.global_step if trainer.global_step else -1)
+            with self._warned_only():
+                self._begin(keep_until=trainer.global_step if trainer.global_step else -1)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Render where no validation does."""
@@ -169,8 +173,11 @@ class Dashboard(OrderedCallback):
     # ---- history -----------------------------------------------------------------------------------------------------------------------
 
     def _record(self, trainer: pl.Trainer, metrics: dict[str, float], step: int | None) -> None:
-        if not self._active:
-            return
+        if self._active:
+            with self._warned_only():
+                self._keep(trainer, metrics, step)
+
+    def _keep(self, trainer: pl.Trainer, metrics: dict[str, float], step: int | None) -> None:
         values = {name: float(value) for name, value in metrics.items() if name != "epoch"}
         if not values:
             return
@@ -198,13 +205,23 @@ class Dashboard(OrderedCallback):
         self._write(lambda folder: write_atomically(folder / "metrics.jsonl", "".join(map(record_line, self.history))))
 
     def _write(self, write: Callable[[Path], None]) -> None:
-        try:
+        with self._warned_only():
             cast(Path, self.folder).mkdir(parents=True, exist_ok=True)
             write(cast(Path, self.folder))
-        except OSError as error:  # a report isn't worth a training run
-            if not self._warned:
-                rank_zero_warn(f"Dashboard can't write into {self.folder}: {error}. The run goes on, its report is not up to date.")
+
+    @contextlib.contextmanager
+    def _warned_only(self) -> Iterator[None]:
+        """Turn any error into one warning: a report isn't worth a training."""
+        try:
+            yield
+        except Exception as error:
+            self._warn("write", f"Dashboard can't write into {self.folder}: {error if isinstance(error, OSError) else repr(error)}")
             self._warned = True
+
+    def _warn(self, kind: str, what: str) -> None:
+        if kind not in self._told:
+            rank_zero_warn(f"{what}. The run goes on, its report is not up to date.")
+        self._told.add(kind)
 
     # ---- rendering ---------------------------------------------------------------------------------------------------------------------
 
@@ -220,17 +237,24 @@ class Dashboard(OrderedCallback):
         if not self._active:
             return
         if ask:
-            self._sections = [
-                replace(section, media={**section.media, **ask_for_media(provider, section.panels)})
-                for provider, section in zip(self._providers, self._sections, strict=True)
-            ]
+            pairs = zip(self._providers, self._sections, strict=True)
+            self._sections = [replace(section, media={**section.media, **self._media_of(provider, section)}) for provider, section in pairs]
             if media_to_loggers:
-                self._send_media(trainer)
+                with self._warned_only():
+                    self._send_media(trainer)
             self._keep_artifacts(trainer)
         if self.report:
-            data = self._report_data(trainer, pl_module, status, message)
-            self._write(lambda folder: save_run(folder, data))
-            self._write(lambda folder: write_atomically(folder / "report.html", render_report(data)))
+            with self._warned_only():
+                data = self._report_data(trainer, pl_module, status, message)
+                self._write(lambda folder: save_run(folder, data))
+                self._write(lambda folder: write_atomically(folder / "report.html", render_report(data)))
+
+    def _media_of(self, provider: Any, section: Section) -> dict[str, Media]:
+        try:
+            return ask_for_media(provider, section.panels)
+        except ProviderError as error:
+            self._warn(type(provider).__name__, str(error))
+            return {}
 
     def _report_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule, status: Status, message: str) -> ReportData:
         folder = cast(Path, self.folder)
@@ -241,7 +265,11 @@ class Dashboard(OrderedCallback):
         if trainer.state.fn == TrainerFn.FITTING:
             progress = [("Epoch", f"{done:,} of {epochs:,}" if epochs else f"{done:,}"), ("Step", f"{trainer.global_step:,}"), *progress]
         progress.append(("Device", f"{trainer.world_size} x {pl_module.device.type}, {trainer.precision}"))
-        config = folder / "config.yaml"
+        try:
+            kept_facts = run_facts(folder)
+        except Exception as error:  # they are read from files
+            self._warn("facts", str(error))
+            kept_facts = {}
         return ReportData(
             title=self.title or f"{type(pl_module).__name__} · {folder.name}",
             status=status,
@@ -249,7 +277,7 @@ class Dashboard(OrderedCallback):
             history=self.history,
             message=message,
             progress=tuple(progress),
-            config=config.read_text(encoding="utf-8") if config.is_file() else _hyperparameters(pl_module),
+            config=read_config(folder) or _hyperparameters(pl_module),
             checkpoints=tuple(_checkpoints(trainer, folder)),
             notes=read_notes(folder),
             facts={
@@ -258,7 +286,7 @@ class Dashboard(OrderedCallback):
                     "parameters": f"{sum(p.numel() for p in pl_module.parameters()):,}",
                     "trainable": f"{sum(p.numel() for p in pl_module.parameters() if p.requires_grad):,}",
                 },
-                **run_facts(folder),
+                **kept_facts,
             },
         )
 
@@ -293,7 +321,12 @@ class Dashboard(OrderedCallback):
                     to_tensorboard(logger.experiment, key, item, step)
 
     def _keep_artifacts(self, trainer: pl.Trainer) -> None:
-        for name, tensors in ask_for_artifacts(self._artifact_providers).items():
+        try:
+            artifacts = ask_for_artifacts(self._artifact_providers)
+        except ProviderError as error:
+            self._warn("artifacts", str(error))
+            return
+        for name, tensors in artifacts.items():
             digest = tensors_digest(tensors)
             if self._artifacts.get(name) == digest:
                 continue
@@ -324,8 +357,16 @@ def wandb_offline_without_login() -> bool:
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    """Add a line, the whole of it or nothing: on a full disk the lines before it can still be read."""
+    content = text.encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _duration(elapsed: datetime.timedelta) -> str:
