@@ -2,18 +2,22 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
 from lit_methods.errors import CommandError
 from lit_methods.runs.checkpoints import UnreadableCheckpoint, check_readable
-from lit_methods.runs.folder import OWNER, in_use, owner_of
+from lit_methods.runs.folder import OWNER, owner_of
+from lit_methods.runs.lock import hold_run
 
 FINISHED = "finished.json"  # written at the end of a fit that came to its end
 # what says where a run lies and goes on, and not what it does
 _PLACES = ("name", "run_root", "resume", "ckpt_path", "weights_only")
+
+
+_OBJECT = "<object>"  # what can't be compared
 
 
 @dataclass(frozen=True)
@@ -115,19 +119,20 @@ def last_checkpoint(runs: Path) -> Path | None:
     return newest_readable([path for folder in runs.glob("*") if folder.is_dir() for path in checkpoints_of(folder)])
 
 
-def find_restart(runs: Path, config: dict[str, Any], alone: bool = True) -> Restart | None:
+def find_restart(runs: Path, config: dict[str, Any], hold: bool = True) -> Restart | None:
     """The run that ``--resume auto`` goes on with.
 
     Args:
         runs: Folder of all runs of that name.
         config: The resolved config of this start.
-        alone: Leave out runs that another process is writing; False where several processes look at the same time.
+        hold: Hold the run from now on (:func:`hold_run`); False in a process other than the run's first one.
 
     Returns:
         The newest run with the same config that has a readable checkpoint; None when there is none.
 
     Raises:
         Finished: The newest run with the same config has come to its end.
+        RunInUse: Another process is writing it.
     """
     candidates = [folder for folder in runs.glob("*") if (folder / "config.yaml").is_file()]
     for folder in sorted(candidates, key=_last_written, reverse=True):
@@ -137,12 +142,16 @@ def find_restart(runs: Path, config: dict[str, Any], alone: bool = True) -> Rest
             print(f"--resume auto: {folder} is left out, its config differs: {shown}", file=sys.stderr)
         elif (folder / FINISHED).is_file():
             raise Finished(folder)
-        elif alone and in_use(folder):
-            print(f"--resume auto: {folder} is left out, another process is writing it", file=sys.stderr)
         else:
-            checkpoint = newest_readable(checkpoints_of(folder))
+            lock = hold_run(folder) if hold else None  # first of all: another start of this command may be looking at it, too
+            finished = (folder / FINISHED).is_file()  # it was being written until a moment ago
+            checkpoint = None if finished else newest_readable(checkpoints_of(folder))
             if checkpoint is not None:
                 return Restart(folder, checkpoint)
+            if lock is not None:
+                lock.close()
+            if finished:
+                raise Finished(folder)
             print(f"--resume auto: {folder} is left out, it has no checkpoint that can be read", file=sys.stderr)
     return None
 
@@ -159,6 +168,48 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
     keys = [key for key in one if prefix or key not in _PLACES]
     differing = [differing_keys(one[key], other.get(key), f"{prefix}.{key}".lstrip(".")) for key in keys]
     return [key for part in differing for key in part]
+
+
+def differing_arguments(written: dict[str, Any], model: Any) -> list[str]:
+    """How the hyperparameters in a checkpoint differ from a command's model, as ``rate 0.1 there, 0.2 here``.
+
+    Compared are the class and those arguments that both have, as far as they are numbers, texts, lists and dicts. Nothing is imported.
+
+    Args:
+        written: ``hyper_parameters`` of a checkpoint that was loaded with ``weights_only``.
+        model: The ``model`` section of the config.
+    """
+    section = _comparable(model)
+    kind, there = str(section.get("class_path")), written.get("_class_path")
+    given = (section.get("init_args") or {}) | (section.get("dict_kwargs") or {})
+    found = []
+    if isinstance(there, str) and there != kind:
+        ours = there.startswith("lit_methods.") and kind.startswith("lit_methods.")
+        if not (ours and there.rpartition(".")[2] == kind.rpartition(".")[2]):  # files of ours may have moved
+            found.append(f"class {_excerpt(there)} there, {kind} here")
+    for key, value in written.items():
+        here, value = given.get(key), _comparable(value)
+        if key in given and value != here and _OBJECT not in (value, here):
+            found.append(f"{key} {_excerpt(value)} there, {_excerpt(here)} here")
+    return found
+
+
+def _comparable(value: Any) -> Any:
+    """Lists for tuples, dicts for namespaces, and a text for a path; an object of another kind is like every other."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {str(key): _comparable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else _OBJECT
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)  # no control character of a foreign file reaches the terminal
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _read(path: Path) -> Any:
