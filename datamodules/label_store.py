@@ -215,7 +215,7 @@ class LabelStore:
             raise BrokenRecordError(
                 self.folder / "generation.bin",
                 "generation",
-                f"{number}, and the newest corrected labels are {newest}: it is damaged, and no labels are chosen for it. Remove the store's "
+                f"{number}, and the newest corrected labels are {newest}: it is damaged. Remove the store's "
                 "folder: it is made anew from the annotations, and a resumed run writes its checkpoint's corrections into it",
             )
 

@@ -14,7 +14,6 @@ from torchmetrics import MeanMetric
 
 from helpers import Images, assert_state_dicts_equal, cloned_state, small_network, tiny_trainer
 from lit_methods.callbacks import Dashboard, ExactResume
-from lit_methods.callbacks.run.resumed_loop import Place, place_of
 from lit_methods.datamodules.loaders import make_loader
 
 HOOKS = ("on_train_start", "on_train_epoch_end", "on_validation_end", "on_train_end")
