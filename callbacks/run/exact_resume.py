@@ -8,12 +8,14 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lit_methods import distributed
 from lit_methods.callbacks.ordering import OrderedCallback
 from lit_methods.callbacks.run.logged import capture_logged, restore_logged
 from lit_methods.callbacks.run.resumed_loop import place_of, run_resumed
+from lit_methods.callbacks.run.resumed_with import explain_misfit, save_arguments, warn_of_other_arguments
 
 _KEY = "lit_methods.ExactResume"
 
@@ -66,11 +68,15 @@ class ExactResume(OrderedCallback):
     due and the end of the epoch, one of a validation or of the epoch's end some of the figures and schedulers. Here it is done first,
     once, also where nothing but that is left of the run; a validation that was cut off begins anew. (3) Figures: the sums that
     ``self.log`` has gathered, the states of torchmetrics' metrics and the metrics that callbacks monitor are saved and put
-    back, so that the epoch's figures are those of the whole epoch.
+    back, so that the epoch's figures are those of the whole epoch. A run that ``EarlyStopping`` had stopped
+    trains no further epoch.
+
+    It also says where a run goes on with other things than its checkpoint was saved with: arguments of our callbacks that have another
+    value now, and, where weights or optimisers don't fit, the technique that is missing.
 
     Runs: when a checkpoint is saved or loaded, at the start of training, and around validation.
-    Saves: tensors, numbers, strings and lists, about 15 kB per rank and what is logged. A resume with another number of ranks gives a
-    warning and restores neither generators nor figures.
+    Saves: tensors, numbers, strings, lists and dicts, about 15 kB per rank and what is logged. A resume with another number of ranks gives
+    a warning and restores neither generators nor figures.
     Loaders: those of :func:`~lit_methods.datamodules.loaders.make_loader` draw nothing from the global generators. A
     plain ``DataLoader`` draws its workers' seed whenever an iterator is made, which a resume does at other moments.
     Refuses: nothing. Not covered: sums of several CPU threads, which now and then come out in another order (``OMP_NUM_THREADS=1`` is
@@ -92,12 +98,13 @@ class ExactResume(OrderedCallback):
             logged = capture_logged(trainer)
             if trainer.validating and self._logged_before_validation is not None:  # metrics may be half way through the validation
                 logged |= self._logged_before_validation
-            mine = mine | {"logged": logged}
+            mine = mine | {"logged": logged, "should_stop": trainer.should_stop}
         everyone: list[Any] = [mine]
         if distributed.world_size() > 1:
             everyone = [None] * distributed.world_size()
             dist.all_gather_object(everyone, mine)
         checkpoint[_KEY] = everyone
+        save_arguments(trainer, checkpoint)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep this rank's state until training starts."""
@@ -105,6 +112,7 @@ class ExactResume(OrderedCallback):
             return
         run: Callable[[], None] = type(trainer.fit_loop).run.__get__(trainer.fit_loop)
         trainer.fit_loop.run = lambda: self._run(trainer, run)  # type: ignore[method-assign]
+        warn_of_other_arguments(trainer, checkpoint)
         everyone = checkpoint.get(_KEY)
         if everyone is None:
             rank_zero_warn("the checkpoint holds no state of the random number generators: it was saved without ExactResume")
@@ -135,6 +143,9 @@ class ExactResume(OrderedCallback):
             restore_random_state(self._resumed, trainer.strategy.root_device)
             if "logged" in self._resumed:
                 restore_logged(trainer, self._resumed["logged"])
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            spent = any(isinstance(one, EarlyStopping) and one.wait_count >= one.patience for one in callbacks)
+            trainer.should_stop = trainer.should_stop or (spent and self._resumed.get("should_stop", False))
             self._resumed = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -149,6 +160,11 @@ class ExactResume(OrderedCallback):
         if self._before_validation is not None:
             restore_random_state(self._before_validation, trainer.strategy.root_device)
             self._before_validation = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Name the technique that is missing where the checkpoint doesn't fit without it."""
+        explain_misfit(trainer, exception)
+        super().on_exception(trainer, pl_module, exception)
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the run."""

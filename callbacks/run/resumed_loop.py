@@ -27,10 +27,12 @@ class Place(Enum):
 def place_of(loop: _FitLoop) -> Place | None:
     """Where a checkpoint was saved whose counters were just loaded into ``loop``; None: elsewhere, or before the first batch."""
     epoch, batch, validation = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current, loop.epoch_loop.val_loop.batch_progress
-    if not batch.ready == batch.started == batch.processed != 0 or epoch.ready != epoch.started:
+    if epoch.ready != epoch.started or epoch.ready == 0:
         return None
     if epoch.ready == epoch.processed:
         return Place.BETWEEN if epoch.processed == epoch.completed else Place.EPOCH_END
+    if not batch.ready == batch.started == batch.processed != 0:
+        return None
     if batch.completed == batch.ready - 1:
         return Place.BATCH_END
     ended = validation.is_last_batch and validation.current.completed == validation.current.ready

@@ -8,15 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from helpers import Images, assert_state_dicts_equal, cloned_state, small_network, tiny_trainer
 from lit_methods.callbacks import Dashboard, ExactResume
 from lit_methods.datamodules.loaders import make_loader
-
-HOOKS = ("on_train_start", "on_train_epoch_end", "on_validation_end", "on_train_end")
 
 
 class Watched(pl.LightningModule):
@@ -125,6 +123,8 @@ def fit(folder: Path, seed: int, options: dict[str, Any], extra: list[pl.Callbac
     given = {"log_every_n_steps": 1} | options
     module, counts = Watched(given.pop("by_hand", False)), Counts()
     callbacks = [counts, Dashboard(), ExactResume(), *extra]
+    if given.pop("stops", False):
+        callbacks.append(EarlyStopping("val_loss", patience=1, mode="max", min_delta=9.0))
     trainer = tiny_trainer(default_root_dir=folder, callbacks=callbacks, enable_checkpointing=bool(extra), **given)
     trainer.fit(module, datamodule=Data(), ckpt_path=checkpoint, weights_only=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -158,6 +158,7 @@ RUNS = {
     "accumulates": {"max_epochs": 2, "accumulate_grad_batches": 3},
     "accumulates by steps": {"max_steps": 4, "accumulate_grad_batches": 2, "num_sanity_val_steps": 1},
     "without validation": {"max_steps": 8, "limit_val_batches": 0},
+    "stops early": {"max_epochs": 6, "stops": True},
     "by hand": {"max_epochs": 2, "by_hand": True},
     "by hand, by steps": {"max_steps": 12, "by_hand": True},
 }
