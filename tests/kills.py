@@ -208,9 +208,6 @@ def end_of(root: Path) -> dict[str, Any]:
     """What must be equal at the end of the one finished run below ``root``."""
     (marker,) = root.glob(f"*/*/{FINISHED}")
     state = torch.load(marker.parent / FINAL, map_location="cpu", weights_only=True)
-    rows = [json.loads(line) for line in (marker.parent / "metrics.jsonl").read_text().splitlines()]
-    for row in rows:
-        row["metrics"] = {name: value for name, value in row["metrics"].items() if not MEASURED.search(name)}
     ours = {name: value for name, value in state["callbacks"].items() if not name.startswith(("ModelCheckpoint", "RunFolder", "StepCost"))}
     return {
         "weights": state["state_dict"],
@@ -219,9 +216,17 @@ def end_of(root: Path) -> dict[str, Any]:
         "step": state["global_step"],
         "epoch": state["epoch"],
         "batches": state["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"],
-        "rows": [row for row in rows if row["metrics"]],
+        "rows": logged_rows(marker.parent),
         "callbacks": ours,
     }
+
+
+def logged_rows(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a run's ``metrics.jsonl``, without measured times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["metrics"] = {name: value for name, value in row["metrics"].items() if not MEASURED.search(name)}
+    return [row for row in rows if row["metrics"]]
 
 
 def differences(actual: Any, expected: Any, where: str = "") -> list[str]:
