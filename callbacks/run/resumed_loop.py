@@ -48,7 +48,7 @@ def run_resumed(loop: _FitLoop, place: Place, restore: Callable[[], None]) -> No
         restore: Called behind the hooks ``on_train_start``, with the loaders set up and before anything is trained.
     """
     loop.setup_data()
-    if loop.max_batches == 0 or (place is Place.BETWEEN and loop.done):
+    if loop.max_batches == 0 or loop.trainer.limit_train_batches == 0 or (place is Place.BETWEEN and loop.done):
         return
     torch.set_grad_enabled(True)
     epoch = loop.epoch_progress.current
