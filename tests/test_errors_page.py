@@ -336,6 +336,29 @@ def _(_: pytest.MonkeyPatch) -> str:
         os.waitpid(child, 0)
 
 
+CAST = ["--trainer.callbacks+=CAST", "--trainer.callbacks.targets", "[layer]", "--trainer.callbacks.m", "4", "--optimizer", "AdamW"]
+
+
+def run_with_cast() -> Path:
+    """The checkpoint of a run with a technique that regroups what the optimiser holds."""
+    fit("--name", "cast", *CAST, "--trainer.callbacks.n", 2, status=0)
+    (last,) = Path("runs/cast").glob("*/checkpoints/last.ckpt")
+    return last
+
+
+@shows("A technique is missing when a run goes on")
+def _(_: pytest.MonkeyPatch) -> str:
+    return fit("--ckpt_path", run_with_cast(), "--optimizer", "AdamW", status=1)
+
+
+@shows("A technique goes on with another argument")
+def _(_: pytest.MonkeyPatch) -> str:
+    last = run_with_cast()
+    with pytest.warns(UserWarning, match="goes on with other arguments") as said:
+        fit("--ckpt_path", last, *CAST, "--trainer.callbacks.n", 1, status=0)
+    return "\n".join(str(warning.message) for warning in said)
+
+
 @shows("--resume auto starts anew")
 def _(_: pytest.MonkeyPatch) -> str:
     fit("--name", "again", status=0)

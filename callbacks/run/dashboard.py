@@ -21,6 +21,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.run.exact_resume import ExactResume
 from lit_methods.callbacks.run.loggers import STEP, add_tags, for_wandb, log_artifact, to_tensorboard, write_epoch_once
 from lit_methods.callbacks.run.providers import ProviderError, ask_for_artifacts, ask_for_media, gather_panels, save_tensors, tensors_digest
 from lit_methods.files import write_atomically
@@ -66,8 +67,8 @@ class Dashboard(OrderedCallback):
     Runs: on rank 0 alone, so ``dashboard_media()`` and ``dashboard_artifacts()`` must not call a collective. Nothing is written during the
     sanity check, with ``fast_dev_run`` and in ``predict``. A full disk, an unwritable folder, a broken file in the run's folder, or
     an error while something is drawn gives one warning and never stops the training.
-    Saves: nothing in checkpoints. A run that is resumed in its own folder goes on with that folder's ``metrics.jsonl``; a new run in an old
-    folder replaces both files.
+    Saves: beside :class:`ExactResume`, the number of rows in ``metrics.jsonl``. A run that is resumed in its own folder goes on behind
+    these rows, so that none is there twice and none is lost; a new run in an old folder replaces both files.
     Refuses: panels that are none of ours, media that no panel declares or of another type, artifacts whose name can't be a file's.
 
     Args:
@@ -97,6 +98,16 @@ class Dashboard(OrderedCallback):
         self._active = self._fresh = self._warned = False
         self._told: set[str] = set()  # kinds of trouble that were told
         self._started = 0.0
+        self._exact = False  # what is logged behind a checkpoint is logged again after a resume
+        self._rows: int | None = None  # of the history, when the checkpoint was saved with which the run goes on
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of rows of the history."""
+        return {"rows": len(self.history)} if self._active and self._exact else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        self._rows = state_dict.get("rows")
 
     # ---- hooks -------------------------------------------------------------------------------------------------------------------------
 
@@ -117,6 +128,7 @@ class Dashboard(OrderedCallback):
         if folder != self.folder:
             self.folder, self.history, self._fresh, self._artifacts, self._defined = folder, [], True, {}, set()
         self._started = time.monotonic()
+        self._exact = any(isinstance(callback, ExactResume) for callback in callbacks)
         self._providers, self._sections = gather_panels([pl_module, *callbacks])
         self._artifact_providers = [candidate for candidate in (pl_module, *callbacks) if hasattr(candidate, "dashboard_artifacts")]
         for logger in trainer.loggers:
@@ -128,9 +140,9 @@ class Dashboard(OrderedCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the folder's history where a resumed fit starts, or drop what an earlier run left there."""
-        if self._active and self._fresh:
+        if self._active and (self._fresh or self._rows is not None):
             with self._warned_only():
-                self._begin(keep_until=trainer.global_step if trainer.global_step else -1)
+                self._begin(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Render where no validation does."""
@@ -167,7 +179,7 @@ class Dashboard(OrderedCallback):
         if self._recorder is not None:
             trainer.loggers = [logger for logger in trainer.loggers if logger is not self._recorder]
             self._recorder = None
-        self._active = False
+        self._active, self._rows = False, None
         self._providers, self._artifact_providers = [], []
 
     # ---- history -----------------------------------------------------------------------------------------------------------------------
@@ -182,27 +194,39 @@ class Dashboard(OrderedCallback):
         if not values:
             return
         if self._fresh:
-            self._begin(keep_until=None)
+            self._begin(trainer)
         epoch = metrics.get("epoch", trainer.current_epoch)
         record = Record(trainer.global_step if step is None else int(step), int(epoch), values)
         self.history.append(record)
         if self.report:
             self._write(lambda folder: _append(folder / "metrics.jsonl", record_line(record)))
 
-    def _begin(self, keep_until: int | None) -> None:
-        """Take over the folder's history up to a step (None: all of it)."""
+    def _begin(self, trainer: pl.Trainer) -> None:
+        """Take over the folder's history: in fit up to the checkpoint, else all of it."""
         self._fresh = False
         path = cast(Path, self.folder) / "metrics.jsonl"
-        if not self.report or not path.is_file():
-            return
-        try:
-            past = read_history(path)
-        except (OSError, ValueError) as error:
-            rank_zero_warn(f"{error}. The file is kept as {path.name}.broken, the history starts anew.")
-            self._write(lambda folder: os.replace(path, folder / f"{path.name}.broken"))
-            past = []
-        self.history = [record for record in past if keep_until is None or record.step <= keep_until] + self.history
-        self._write(lambda folder: write_atomically(folder / "metrics.jsonl", "".join(map(record_line, self.history))))
+        if self.report and path.is_file():
+            try:
+                self.history = read_history(path)
+            except (OSError, ValueError) as error:
+                rank_zero_warn(f"{error}. The file is kept as {path.name}.broken, the history starts anew.")
+                self._write(lambda folder: os.replace(path, folder / f"{path.name}.broken"))
+                self.history = []
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.history = self._up_to_here(trainer)
+        self._rows = None
+        if self.report and (self.history or path.is_file()):
+            self._write(lambda folder: write_atomically(folder / "metrics.jsonl", "".join(map(record_line, self.history))))
+
+    def _up_to_here(self, trainer: pl.Trainer) -> list[Record]:
+        """The rows that were there when the checkpoint was saved; what came behind it is done again."""
+        if self._rows is not None and self._exact:
+            return self.history[: self._rows]
+        # loggers count batches from 0 where a module steps by hand, else steps
+        done = trainer.global_step
+        if done and not trainer.lightning_module.automatic_optimization:
+            done = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        return [record for record in self.history if record.step < done]
 
     def _write(self, write: Callable[[Path], None]) -> None:
         with self._warned_only():

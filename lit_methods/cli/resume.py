@@ -37,7 +37,9 @@ class Finished(Exception):
 
 
 def newest_readable(checkpoints: list[Path]) -> Path | None:
-    """The newest checkpoint with which a fit can go on; broken ones are named on the standard error.
+    """The newest checkpoint of a run with which a fit can go on; broken ones are named on the standard error.
+
+    Newest is the one of most optimiser steps, and of several of one step that which was written last: a copied folder may have any times.
 
     Args:
         checkpoints: ``.ckpt`` files or folders of sharded ones.
@@ -45,26 +47,36 @@ def newest_readable(checkpoints: list[Path]) -> Path | None:
     Returns:
         None when there is none.
     """
+    found = []
     for path in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        problem = unreadable(path)
-        if problem is None:
-            return path
-        print(f"warning: {path} is left out: {problem}", file=sys.stderr)
-    return None
+        content = _content(path)
+        if isinstance(content, str):
+            print(f"warning: {path} is left out: {content}", file=sys.stderr)
+        else:
+            found.append((content.get("global_step", -1), path))
+    return max(found, key=lambda entry: entry[0])[1] if found else None  # the first of equals
 
 
 def unreadable(path: Path) -> str | None:
     """Why a fit can't go on from ``path``; None when it can. Tensors are mapped, not read."""
-    if path.is_dir():
-        return None if (path / "meta.pt").is_file() else "a folder without meta.pt is no sharded checkpoint"
+    content = _content(path)
+    return content if isinstance(content, str) else None
+
+
+def _content(path: Path) -> dict[str, Any] | str:
+    """What a checkpoint holds, of a sharded one what isn't in its shards; why a fit can't go on from it."""
+    if path.is_dir() and not (path / "meta.pt").is_file():
+        return "a folder without meta.pt is no sharded checkpoint"
     try:
-        content = check_readable(path)
+        content = check_readable(path / "meta.pt" if path.is_dir() else path)
     except UnreadableCheckpoint as error:
+        if path.is_dir():
+            return {}  # Lightning says what is wrong with it
         said = str(error).removeprefix(f"{path}: ").splitlines()[0][:100]
         return f"it can't be read, it is cut off or no checkpoint ({said})"
-    if "loops" not in content or "optimizer_states" not in content:
+    if not path.is_dir() and ("loops" not in content or "optimizer_states" not in content):
         return "it holds weights only"
-    return None
+    return content
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -115,8 +127,11 @@ def _written_by(folder: Path, path: Path) -> bool:
 
 
 def last_checkpoint(runs: Path) -> Path | None:
-    """The newest readable checkpoint of all runs below ``runs``."""
-    return newest_readable([path for folder in runs.glob("*") if folder.is_dir() for path in checkpoints_of(folder)])
+    """The newest readable checkpoint of the run below ``runs`` that was written last and has one."""
+    for folder in sorted((folder for folder in runs.glob("*") if folder.is_dir()), key=_last_written, reverse=True):
+        if (found := newest_readable(checkpoints_of(folder))) is not None:
+            return found
+    return None
 
 
 def find_restart(runs: Path, config: dict[str, Any], hold: bool = True) -> Restart | None:
@@ -221,4 +236,4 @@ def _read(path: Path) -> Any:
 
 def _last_written(folder: Path) -> int:
     files = [folder / "config.yaml", folder / "restarts.jsonl", *(folder / "checkpoints").rglob("*.ckpt"), folder / FINISHED]
-    return max(file.stat().st_mtime_ns for file in files if file.exists())
+    return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)
