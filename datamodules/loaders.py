@@ -229,7 +229,8 @@ def make_loader(
         The loader. ``len()`` is the number of batches of a whole epoch on this rank, also after a resume.
 
     Raises:
-        ValueError: No batch at all would come out, or a training tail can't be dealt to all ranks.
+        ValueError: No batch at all would come out, a training tail can't be dealt to all ranks, or an evaluation has fewer samples than
+            there are processes.
     """
     if trainer is not None:
         rank, world_size = trainer.global_rank, trainer.world_size
@@ -259,6 +260,11 @@ def make_loader(
             raise ValueError(
                 f"no batch comes out of {samples} samples, {reason}: {way if samples else 'look at why the data set is empty'}"
                 f"{', or look at why the data set is so small' if samples else ''}"
+            )
+        if not drop_last and not training and 0 < samples < world_size:  # on all ranks alike, so that none waits for the others
+            raise ValueError(
+                f"{samples} samples of an evaluation can't be dealt to {world_size} processes, and one without any would keep the others "
+                f"waiting: use {samples} processes or fewer (trainer.devices), or more samples"
             )
         if training and not drop_last and 0 < samples % global_batch < world_size:
             whole = samples >= global_batch

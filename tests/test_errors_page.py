@@ -276,6 +276,37 @@ def _(_: pytest.MonkeyPatch) -> str:
     return str(error.value)
 
 
+@shows("A file of the data set may not be read")
+def _(patch: pytest.MonkeyPatch) -> str:
+    from lit_methods.datamodules.vision.semi import read_label_list
+
+    Path("labels.txt").write_text("0\n")
+    patch.setattr(os, "access", lambda *_, **__: False)
+    with pytest.raises(ValueError) as error:
+        read_label_list(Path("labels.txt"), 10)
+    return str(error.value)
+
+
+@shows("A file claims more than it has")
+def _(_: pytest.MonkeyPatch) -> str:
+    from lit_methods.datamodules.reading import read_npy
+
+    head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,)}".ljust(117) + b"\n"
+    Path("x.npy").write_bytes(b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head + bytes(16))
+    with pytest.raises(ValueError) as error:
+        read_npy(Path("x.npy"))
+    return str(error.value)
+
+
+@shows("An evaluation has fewer samples than processes")
+def _(_: pytest.MonkeyPatch) -> str:
+    from lit_methods.datamodules.loaders import make_loader
+
+    with pytest.raises(ValueError) as error:
+        make_loader(range(2), 4, shuffle=False, seed=0, rank=1, world_size=3)
+    return f"error: {error.value}"
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from lit_methods.datamodules.driving.common import read_image, write_bytes
 from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.pictures import open_indices
+from lit_methods.datamodules.reading import plain_file_name
 from lit_methods.import_path import CHILD_PREFIX
 
 _SLIC_SIDE = 512  # longer side at which SLIC runs: training resizes images to 448 columns anyway
@@ -116,7 +117,7 @@ def compute_slic(images: Sequence[tuple[str, Path]], folder: Path, num_superpixe
     """
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    jobs = [(path, folder / f"{token}.png") for token, path in images]
+    jobs = [(path, folder / f"{plain_file_name(token, folder, 'token')}.png") for token, path in images]
     jobs = [job for job in jobs if not job[1].is_file()]
     if not jobs:
         return 0

@@ -516,11 +516,8 @@ def _machine_trouble(error: Exception) -> str | None:
         resume = "a run goes on from its last whole checkpoint with --resume auto"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"the disk or the quota is full ({error.strerror}){file}\n  make room, or give another --run_root; {resume}"
-        if error.errno in (errno.EACCES, errno.EPERM) and error.filename and (place := _not_to_be_read(error.filename)) is not None:
-            return (
-                f"no permission to read {error.filename} ({error.strerror})\n"
-                f"  {place} isn't readable for this user: chmod -R a+rX, or ask who owns it"
-            )
+        if error.errno in (errno.EACCES, errno.EPERM) and (closed := _closed(error.filename)):
+            return f"{closed} may not be read by this user ({error.strerror}){file}\n  chmod u+rX it, or ask its owner"
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             return f"no permission, or no folder to write to ({error.strerror}){file}\n  mend it, or give another --run_root; {resume}"
     if isinstance(error, torch.OutOfMemoryError):
@@ -537,14 +534,15 @@ def _machine_trouble(error: Exception) -> str | None:
     return None
 
 
-def _not_to_be_read(filename: Any) -> Path | None:
-    """The file or the folder on the way to it that this user can't read; None where all can be read, so that writing it failed."""
-    path = Path(os.fsdecode(filename)).absolute()
-    for place in (*reversed(path.parents), path):
-        if not os.access(place, os.X_OK if place != path else os.R_OK) and os.access(place.parent, os.X_OK):
-            if os.path.lexists(place):
-                return place
-            return None
+def _closed(name: Any) -> str | None:
+    """The file, or the folder on the way to it, that is there and that this user may not read; None: writing was the trouble."""
+    if not isinstance(name, str):
+        return None
+    effective = os.access in os.supports_effective_ids
+    for place in (*reversed(Path(name).parents), Path(name)):
+        wanted = os.X_OK if place != Path(name) else os.R_OK
+        if os.path.lexists(place) and not os.access(place, wanted, effective_ids=effective):
+            return str(place)
     return None
 
 

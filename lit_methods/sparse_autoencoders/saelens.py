@@ -10,17 +10,16 @@ with the weights transposed; what differs is folded into the weights, so that co
 
 import importlib
 import inspect
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_methods.catalog import public_names
+from lit_methods.datamodules.reading import read_json, reading
 from lit_methods.files import replacing, write_json
 from lit_methods.runs.checkpoints import check_readable, read_state_dict
 from lit_methods.sparse_autoencoders.activations import ACTIVATIONS, PENALTIES
@@ -155,16 +154,14 @@ def _class_of(path: Path, class_path: str) -> type[SparseAutoencoder]:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: give a folder that sae-lens has written")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"a {type(config).__name__}")
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} can't be read ({error}): it is damaged, fetch it anew") from error
-    try:
-        return config, {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS} can't be read ({error}): it is truncated or damaged, fetch it anew") from error
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} can't be read (a {type(config).__name__}): it is damaged, fetch it anew")
+    with reading(folder / WEIGHTS, "weights", "a file of safetensors", "fetch it anew"):
+        weights = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
+    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{folder / WEIGHTS}: {wrong[0]} holds a NaN or an infinity: it is damaged, fetch it anew")
+    return config, weights
 
 
 def _known(config: Mapping[str, Any], folder: Path) -> tuple[str, int | None]:
