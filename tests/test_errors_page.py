@@ -315,7 +315,7 @@ def _(monkeypatch: pytest.MonkeyPatch) -> str:
     path = Path("x.npy").absolute()
     path.touch()
     access = os.access
-    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != path and access(place, mode))  # root may read everything
+    monkeypatch.setattr(os, "access", lambda place, mode, **_: Path(place) != path and access(place, mode))  # root may read everything
     return f"error: {explain_run_error(PermissionError(errno.EACCES, 'Permission denied', str(path)))}"
 
 
