@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -93,10 +94,13 @@ class RankSampler(DistributedSampler):
     def begin_pass(self) -> None:
         """Settle where the next pass starts: behind what a checkpoint says was taken, else at the first batch."""
         resumed, self._resumed = self._resumed, None
+        here = self._identity()
+        changed = {name: (resumed[name], value) for name, value in here.items() if resumed[name] != value} if resumed else {}
+        said = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+        if changed and resumed is not None and resumed["epoch"] != self.epoch:
+            rank_zero_warn(f"the run goes on with another order of the data than its checkpoint was saved with: {said}")
         if resumed is not None and resumed["epoch"] == self.epoch:
-            here = self._identity()
-            if changed := {name: (resumed[name], value) for name, value in here.items() if resumed[name] != value}:
-                said = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+            if changed:
                 raise ValueError(
                     f"the checkpoint was saved in mid-epoch with another order of the data ({said}): resume with the old values, "
                     "or from a checkpoint of an epoch's end"

@@ -86,9 +86,10 @@ def check_readable(path: Path | str) -> dict[str, Any]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a kill in the middle of a save has left in ``folder``."""
-    for path in folder.glob(".*.ckpt*.tmp"):
-        path.unlink(missing_ok=True)
+    """Delete the temporary files that a kill in the middle of a save has left in ``folder`` and below; nobody else may be writing there."""
+    for path in folder.rglob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
