@@ -403,21 +403,6 @@ def read_hdf5(path: Path, names: Collection[str], field: str = "file", missing: 
     return found
 
 
-def shape_in(path: Path, name: str) -> tuple[int, ...] | None:
-    """The shape of an array in a ``.npz`` or HDF5 file, from its header; None: it can't be read, and its reader will say why."""
-    with contextlib.suppress(Exception):
-        file_size(path)
-        if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as stream:
-                np.lib.format.read_magic(stream)  # type: ignore[arg-type]
-                return np.lib.format.read_array_header_1_0(stream)[0]  # type: ignore[arg-type]
-        import h5py
-
-        with h5py.File(path, "r") as file:
-            return tuple(file[name].shape)
-    return None
-
-
 def read_matlab(path: Path, names: Sequence[str], field: str = "file", missing: str = INCOMPLETE) -> dict[str, Any]:
     """Variables of a MATLAB file, up to version 7.2; their values aren't looked at.
 
@@ -591,7 +576,6 @@ __all__ = [
     "read_text",
     "reading",
     "refuse_bombs",
-    "shape_in",
     "unpacked_size",
     "whole_numbers",
     "whole_tensor",

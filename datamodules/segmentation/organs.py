@@ -13,7 +13,7 @@ from lit_methods.checks import at_least, one_of, share, within
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
-from lit_methods.datamodules.reading import finite, read_hdf5, read_npz, shape_in, whole_numbers
+from lit_methods.datamodules.reading import finite, read_hdf5, read_npz, whole_numbers
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
 from lit_methods.datamodules.segmentation.camvid import ROAD_USERS, check_camvid, read_camvid
 from lit_methods.datamodules.tables import text_of
@@ -241,16 +241,6 @@ class OrganSlicesDataModule(LoaderDataModule):
             raise WrongRootError(
                 f"{folder} has no file *{ending} for the {part} part: give the folder of the prepared {self.name} data; {_WHERE}"
             )
-        return self._one_size(paths) if part == "train" else paths
-
-    def _one_size(self, paths: list[Path]) -> list[Path]:
-        """The training slices, whose sizes are compared by their headers where nothing brings them to one size."""
-        first: tuple[int, ...] | None = None
-        for path in paths if self.image_size is None else ():
-            shape = shape_in(path, "image")
-            first = shape if first is None else first
-            if shape is not None and shape != first:
-                raise BrokenRecordError(path, "size", f"is {shape}, but {paths[0].name} is {first}: set image_size, or leave it out")
         return paths
 
     def _patients(self, paths: Sequence[Path], part: str) -> list[Path]:

@@ -8,6 +8,7 @@ import errno
 import importlib
 import inspect
 import itertools
+import os
 import pickle
 import re
 import sys
@@ -515,6 +516,8 @@ def _machine_trouble(error: Exception) -> str | None:
         resume = "a run goes on from its last whole checkpoint with --resume auto"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"the disk or the quota is full ({error.strerror}){file}\n  make room, or give another --run_root; {resume}"
+        if error.errno in (errno.EACCES, errno.EPERM) and (closed := _closed(error.filename)):
+            return f"{closed} may not be read by this user ({error.strerror}){file}\n  chmod u+rX it, or ask its owner"
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             return f"no permission, or no folder to write to ({error.strerror}){file}\n  mend it, or give another --run_root; {resume}"
     if isinstance(error, torch.OutOfMemoryError):
@@ -528,6 +531,18 @@ def _machine_trouble(error: Exception) -> str | None:
             f"a {died.group(0)}\n  most often the memory ran out (`dmesg` names the killed process): lower num_workers or batch_size,\n"
             "  and in a container give more shared memory (--shm-size); the run goes on from its last checkpoint with --resume auto"
         )
+    return None
+
+
+def _closed(name: Any) -> str | None:
+    """The file, or the folder on the way to it, that is there and that this user may not read; None: writing was the trouble."""
+    if not isinstance(name, str):
+        return None
+    effective = os.access in os.supports_effective_ids
+    for place in (*reversed(Path(name).parents), Path(name)):
+        wanted = os.X_OK if place != Path(name) else os.R_OK
+        if os.path.lexists(place) and not os.access(place, wanted, effective_ids=effective):
+            return str(place)
     return None
 
 
