@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import overload
 
+from lit_methods.datamodules.errors import BrokenRecordError
+
 COMMON = "LIT_METHODS_DATA"  # environment variable: the folder that stands for data/
 _OF_SYSTEMS = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "lost+found"})
 
@@ -21,7 +23,14 @@ def listed(folder: Path, pattern: str = "*", endings: Sequence[str] = ()) -> lis
         folder: An existing folder; its own name may be hidden.
         pattern: As for ``Path.glob``; with ``**/`` the folders on the way count, too.
         endings: Endings in small letters that a file may have, such as ``.png``; none: any.
+
+    Raises:
+        BrokenRecordError: This user may not read the folder.
     """
+    if folder.is_dir() and not os.access(
+        folder, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):  # glob would find nothing in it, and say nothing
+        raise BrokenRecordError(folder, "folder", f"may not be read by this user: chmod u+rx {folder}, or ask its owner")
     return sorted(
         path
         for path in folder.glob(pattern)

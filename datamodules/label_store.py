@@ -45,6 +45,13 @@ def _map(path: Path, size: int, dtype: str) -> NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype=dtype)
 
 
+def _checksum(labels: NDArray[Any]) -> int:
+    found, block = 0, 1 << 24
+    for start in range(0, len(labels), block):
+        found = zlib.crc32(np.ascontiguousarray(labels[start : start + block]).tobytes(), found)
+    return found
+
+
 class LabelWriter:
     """Writes the next generation's labels of some images; made by :meth:`LabelStore.writer`, used as a context."""
 
@@ -85,17 +92,20 @@ class LabelWriter:
 class LabelStore:
     """Original and current labels of every image, by index; any sizes.
 
-    Ranks on one machine, or on a shared file system, use one folder. Opening costs little; it pickles as its folder's name.
+    Ranks on one machine, or on a shared file system, use one folder. It pickles as its folder's name, and opens in a worker process without
+    reading the labels.
 
     Args:
         folder: Made by :meth:`create`.
+        verify: Read the original labels once and compare them with the store's checksum, about a second per gigabyte.
 
     Raises:
         MissingFileError: A file isn't there.
-        BrokenRecordError: A file is truncated or not readable; the message names it.
+        BrokenRecordError: A file is truncated, damaged or not readable, or the number of the generation isn't that of the labels which are
+            there; the message names the file.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, verify: bool = True) -> None:
         self.folder = user_path(folder)
         about = _read_json(self.folder / "store.json")
         format = about.get("format") if isinstance(about, dict) else about
@@ -111,8 +121,16 @@ class LabelStore:
             ) from problem
         self._ends = np.concatenate([[0], self._shapes.prod(axis=1).cumsum()])
         self._original = _map(self.folder / "original.bin", int(self._ends[-1]), self.dtype)
+        if verify and (found := _checksum(self._original)) != self.checksum:
+            raise BrokenRecordError(
+                self.folder / "original.bin",
+                "checksum",
+                f"{found} instead of {self.checksum}: the labels are damaged, remove the store's folder, it is made anew",
+            )
         _map(self.folder / "generation.bin", 1, "<i8")  # says what is wrong with it
         self._number = np.memmap(self.folder / "generation.bin", dtype="<i8", mode="r+", shape=(1,))
+        if verify:
+            self._check_generation()
         self._seen = -1
         self._corrected: dict[int, NDArray[Any]] = {}
 
@@ -127,7 +145,7 @@ class LabelStore:
         """
         folder = user_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = ("store.json", "original.bin", ".*.tmp", "generation.bin", "next", "corrected-*")
+        names = ("store.json", "original.bin", ".*.tmp", "*.part", "generation.bin", "next", "corrected-*")
         earlier = [path for name in names for path in folder.glob(name)]
         if strange := sorted(set(listed(folder)) - set(earlier)):
             raise ValueError(f"{folder} is to hold labels and has {strange[0].name} in it: give an empty or a new folder")
@@ -146,7 +164,7 @@ class LabelStore:
         write_atomically(folder / "generation.bin", np.zeros(1, dtype="<i8").tobytes())
         about = {"format": _FORMAT, "dtype": dtype, "checksum": checksum, "shapes": shapes}
         write_atomically(folder / "store.json", json.dumps(about))  # last: without it there is no store
-        return cls(folder)
+        return cls(folder, verify=False)  # just written
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -156,8 +174,8 @@ class LabelStore:
         return {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open anew."""
-        self.__init__(state["folder"])  # type: ignore[misc]
+        """Open anew; whoever opened it first has read the labels."""
+        self.__init__(state["folder"], verify=False)  # type: ignore[misc]
 
     def shape(self, index: int) -> tuple[int, int]:
         """Height and width of an image's labels."""
@@ -184,6 +202,22 @@ class LabelStore:
         if self.generation != self._seen:
             self._open()
         return sorted(self._corrected)
+
+    def _generations(self) -> list[int]:
+        """Numbers of the generations that are on the disk, in order."""
+        names = [path.name.partition("-")[2] for path in self.folder.glob("corrected-*")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _check_generation(self) -> None:
+        """Refuse a number that isn't that of the newest labels: a damaged one would drop all corrections, or bring older ones back."""
+        number, newest = self.generation, max(self._generations(), default=0)
+        if newest - number not in (0, 1):  # 1: a run ended before it switched to what it had written
+            raise BrokenRecordError(
+                self.folder / "generation.bin",
+                "generation",
+                f"{number}, and the newest corrected labels are {newest}: it is damaged. Remove the store's "
+                "folder: it is made anew from the annotations, and a resumed run writes its checkpoint's corrections into it",
+            )
 
     def _folder_of(self, generation: int) -> Path:
         return self.folder / f"corrected-{generation:08d}"
@@ -259,9 +293,9 @@ class LabelStore:
         os.replace(folder, self._folder_of(number))
         self._number[0] = number
         self._number.flush()
-        for old in self.folder.glob("corrected-*"):
-            if int(old.name.partition("-")[2]) < number - 1:  # a worker may just open the last one
-                shutil.rmtree(old, ignore_errors=True)
+        for old in self._generations():
+            if old < number - 1:  # a worker may just open the last one
+                shutil.rmtree(self._folder_of(old), ignore_errors=True)
         return number
 
     def reset(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -93,10 +94,13 @@ class RankSampler(DistributedSampler):
     def begin_pass(self) -> None:
         """Settle where the next pass starts: behind what a checkpoint says was taken, else at the first batch."""
         resumed, self._resumed = self._resumed, None
+        here = self._identity()
+        changed = {name: (resumed[name], value) for name, value in here.items() if resumed[name] != value} if resumed else {}
+        said = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+        if changed and resumed is not None and resumed["epoch"] != self.epoch:
+            rank_zero_warn(f"the run goes on with another order of the data than its checkpoint was saved with: {said}")
         if resumed is not None and resumed["epoch"] == self.epoch:
-            here = self._identity()
-            if changed := {name: (resumed[name], value) for name, value in here.items() if resumed[name] != value}:
-                said = ", ".join(f"{name} was {old} and is {new}" for name, (old, new) in changed.items())
+            if changed:
                 raise ValueError(
                     f"the checkpoint was saved in mid-epoch with another order of the data ({said}): resume with the old values, "
                     "or from a checkpoint of an epoch's end"
@@ -225,7 +229,8 @@ def make_loader(
         The loader. ``len()`` is the number of batches of a whole epoch on this rank, also after a resume.
 
     Raises:
-        ValueError: No batch at all would come out, or a training tail can't be dealt to all ranks.
+        ValueError: No batch at all would come out, a training tail can't be dealt to all ranks, or an evaluation has fewer samples than
+            there are processes.
     """
     if trainer is not None:
         rank, world_size = trainer.global_rank, trainer.world_size
@@ -255,6 +260,11 @@ def make_loader(
             raise ValueError(
                 f"no batch comes out of {samples} samples, {reason}: {way if samples else 'look at why the data set is empty'}"
                 f"{', or look at why the data set is so small' if samples else ''}"
+            )
+        if not drop_last and not training and 0 < samples < world_size:  # on all ranks alike, so that none waits for the others
+            raise ValueError(
+                f"{samples} samples of an evaluation can't be dealt to {world_size} processes, and one without any would keep the others "
+                f"waiting: use {samples} processes or fewer (trainer.devices), or more samples"
             )
         if training and not drop_last and 0 < samples % global_batch < world_size:
             whole = samples >= global_batch

@@ -1,6 +1,5 @@
 """Image files, opened in one place with one way to say what is wrong with them, and what is commonly done to images."""
 
-import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.reading import INCOMPLETE, file_size
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_16_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")  # the last: PNG with Pillow 10
@@ -22,32 +22,66 @@ INDEX_MODES = ("1", "L", "P", *GREY_16_MODES)
 _GREY_16, _GREY_16_FORMATS = GREY_16_MODES[:-1], ("PNG", "PPM")  # formats without integers of 32 bits
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _COLOURS = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV")
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 _STRETCHED = {"L;2": 85, "L;4": 17}  # factors by which Pillow makes 8 bits of grey with 2 and 4 bits
-# Pillow's ways to say that a file is broken
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, struct.error, zlib.error, Image.DecompressionBombError)
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "PPM", "TIFF", "WEBP")  # decoded here; EPS and others start programs of their own
+MAX_PIXELS = 1 << 26  # of an image, 8192 x 8192: three bytes each, twice while it is converted
 
 
 @contextmanager
-def decoding(path: Path, field: str, missing: str) -> Iterator[None]:
-    """Say of what Pillow raises inside which file it was, and what to do.
+def decoding(path: Path, field: str, missing: str) -> Iterator[Image.Image]:
+    """An image file whose header has been read; what Pillow raises inside is told with the file, and what to do.
 
     Args:
         path: The file that is decoded.
         field: What it is to the data set, for messages.
         missing: What to do where there is no such file, for the message.
 
+    Yields:
+        The picture, whose pixels aren't decoded yet.
+
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: It is truncated or no image.
+        BrokenRecordError: It is no file, truncated, no image of :data:`FORMATS`, or larger than :data:`MAX_PIXELS`.
     """
+    file_size(path, field, missing)
     try:
-        yield
+        with Image.open(path, formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise BrokenRecordError(
+                    path, field, f"has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}: cut it into pieces"
+                )
+            if picture.format == "PNG":
+                _check_sums(path)
+            yield picture
     except BrokenRecordError:
         raise
-    except FileNotFoundError:
+    except FileNotFoundError:  # since a moment ago
         raise MissingFileError(path, field, f"no such file: {missing}") from None
-    except _BROKEN as problem:
+    except Image.UnidentifiedImageError as problem:
+        raise BrokenRecordError(
+            path, field, f"can't be decoded (none of {', '.join(FORMATS)}): truncated or no image, copy it again"
+        ) from problem
+    except Exception as problem:  # a broken file makes Pillow raise nearly anything
         raise BrokenRecordError(path, field, f"can't be decoded ({problem}): truncated or no image, copy it again") from problem
+
+
+def _check_sums(path: Path) -> None:
+    """Compare the check sums of a PNG's chunks, which Pillow passes over: it stops when it has all rows, whatever they are made of.
+
+    Raises:
+        ValueError: One differs.
+    """
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            content, stored = file.read(int.from_bytes(head[:4], "big")), file.read(4)
+            if (
+                head[4:] in _PIXEL_CHUNKS
+                and len(stored) == 4
+                and zlib.crc32(content, zlib.crc32(head[4:])) != int.from_bytes(stored, "big")
+            ):
+                raise ValueError(f"the check sum of {head[4:].decode()} is wrong")
 
 
 def as_rgb(picture: Image.Image, path: Path, field: str = "image") -> Image.Image:
@@ -89,16 +123,16 @@ def open_picture(
     """Decode an image file.
 
     Args:
-        path: File of any format that Pillow reads.
+        path: File of one of :data:`FORMATS`, whatever its ending.
         field: What it is to the data set, for messages.
         missing: What to do where there is no such file, for the message.
         mode: ``RGB``, as :func:`as_rgb` converts; None: as stored. Class indices and the like: :func:`open_indices`.
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: It is truncated or no image, or its mode has no known range; the message names the mode.
+        BrokenRecordError: It is truncated, no image or too large, or its mode has no known range; the message names the mode.
     """
-    with decoding(path, field, missing), Image.open(path) as picture:
+    with decoding(path, field, missing) as picture:
         picture.load()
         return picture.copy() if mode is None else as_rgb(picture, path, field)
 
@@ -119,7 +153,7 @@ def open_indices(path: Path, field: str, missing: str, modes: Sequence[str] = IN
         MissingFileError: There is no such file.
         BrokenRecordError: It is truncated or no image, has several channels or fractions, or a number below 0.
     """
-    with decoding(path, field, missing), Image.open(path) as picture:
+    with decoding(path, field, missing) as picture:
         raw = picture.tile[0][3] if picture.tile else None
         picture.load()
         mode, values = picture.mode, np.array(picture)
@@ -136,6 +170,17 @@ def open_indices(path: Path, field: str, missing: str, modes: Sequence[str] = IN
     if values.size and values.min() < 0:
         raise BrokenRecordError(path, field, f"it has the number {values.min()}: expected 0 and more")
     return values
+
+
+def picture_size(path: Path, field: str = "image", missing: str = INCOMPLETE) -> tuple[int, int]:
+    """Height and width of an image file, from its header alone.
+
+    Raises:
+        MissingFileError: There is no such file.
+        BrokenRecordError: It is no image.
+    """
+    with decoding(path, field, missing) as picture:
+        return picture.height, picture.width
 
 
 def open_listed(paths: Sequence[Path], index: int) -> Image.Image:
@@ -172,10 +217,12 @@ class Prepare:
 
 
 __all__ = [
+    "FORMATS",
     "GREY_16_MODES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "INDEX_MODES",
+    "MAX_PIXELS",
     "Prepare",
     "as_rgb",
     "crop_and_flip",
@@ -183,4 +230,5 @@ __all__ = [
     "open_indices",
     "open_listed",
     "open_picture",
+    "picture_size",
 ]

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.reading import read_text
 
 
 def plain(name: str) -> str:
@@ -69,14 +70,9 @@ def text_of(file: Path, missing: str, field: str = "file") -> str:
 
     Raises:
         MissingFileError: There is no such file.
-        BrokenRecordError: It isn't UTF-8.
+        BrokenRecordError: It isn't UTF-8, no file, or may not be read.
     """
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise MissingFileError(file, field, f"no such file: {missing}") from None
-    except UnicodeDecodeError as problem:
-        raise BrokenRecordError(file, field, f"byte {problem.start} isn't UTF-8 text: truncated or no text, copy it again") from problem
+    return read_text(file, field, missing)
 
 
 def rows_of(file: Path, missing: str, delimiter: str = ",", quoting: int = csv.QUOTE_MINIMAL) -> Iterator[tuple[int, list[str]]]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ def replacing(path: Path) -> Iterator[Path]:
         >>> with replacing(Path("weights.npz")) as partial:  # doctest: +SKIP
         ...     numpy.savez(partial.open("wb"), weight=weight)
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = os.fsdecode(os.fsencode(path.name)[:180])  # a name has 255 bytes at most
+    partial = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # processes of two hosts may have one number
     try:
         yield partial
         os.replace(partial, path)
@@ -39,9 +41,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file or nothing: :func:`replacing` for content that is at hand. Text is written as UTF-8."""
+    r"""Write a whole file or nothing: :func:`replacing` for content that is at hand. Text is written as UTF-8.
+
+    A byte of a file name or an argument that isn't UTF-8, which Python keeps as a lone surrogate, is written as ``\udcff``.
+    """
     with replacing(path) as partial:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:

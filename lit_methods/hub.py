@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _PACKAGE = "package:"  # before the name of an installed package that has a model inside
+_GGUF_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # kind of value -> bytes
+_GGUF_TEXT, _GGUF_ARRAY = 8, 9
 _PATIENCE = 5.0  # seconds for the hub's first answer
 
 
@@ -110,6 +112,72 @@ def place_of(name: str | Path, given: str) -> tuple[str, dict[str, str]]:
     return str(file.parent), {"gguf_file": file.name}
 
 
+def check_gguf(place: str, options: dict[str, str], given: str) -> None:
+    """Walk through the header of a GGUF file: its reader believes what the header claims, and may count for hours.
+
+    Args:
+        place: Folder, as :func:`place_of` gives it.
+        options: The file in it, as :func:`place_of` gives it; without one nothing is done.
+        given: The user's argument and its value, for the message.
+
+    Raises:
+        ValueError: It is truncated, or claims more than the file has.
+    """
+    if "gguf_file" not in options:
+        return
+    file = Path(place) / options["gguf_file"]
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+
+        def number(width: int) -> int:
+            content = stream.read(width)
+            if len(content) < width:
+                raise ValueError("it ends within its header")
+            return int.from_bytes(content, "little")
+
+        def at_most(count: int, width: int, what: str) -> int:
+            if count * width > size - stream.tell():
+                raise ValueError(f"it claims {what} of {count:,} parts, and {size - stream.tell():,} bytes follow")
+            return count
+
+        def skip(kind: int, depth: int = 0) -> None:
+            if kind == _GGUF_TEXT:
+                stream.seek(at_most(number(8), 1, "a text"), 1)
+            elif kind == _GGUF_ARRAY and depth < 4:
+                inner, count = number(4), number(8)
+                width = _GGUF_WIDTHS.get(inner)
+                at_most(count, width or 8, "an array")
+                if width is not None:
+                    stream.seek(count * width, 1)
+                else:
+                    for _ in range(count):
+                        skip(inner, depth + 1)
+            elif kind in _GGUF_WIDTHS:
+                stream.seek(at_most(1, _GGUF_WIDTHS[kind], "a value") * _GGUF_WIDTHS[kind], 1)
+            else:
+                raise ValueError(f"it has a value of an unknown kind, {kind}")
+
+        try:
+            if stream.read(4) != b"GGUF":
+                raise ValueError("it doesn't begin with GGUF")
+            if number(4) >= 1 << 16:  # the other order of bytes, which its reader knows
+                return
+            tensors, values = at_most(number(8), 24, "tensors"), at_most(number(8), 12, "values")
+            for _ in range(values):
+                skip(_GGUF_TEXT)
+                skip(number(4))
+            offsets = []
+            for _ in range(tensors):
+                skip(_GGUF_TEXT)
+                stream.seek(at_most(number(4), 8, "sides") * 8, 1)
+                number(4)
+                offsets.append(number(8))
+            if offsets and max(offsets) >= size - stream.tell():
+                raise ValueError(f"a tensor begins {max(offsets):,} bytes behind the header, and {size - stream.tell():,} follow")
+        except ValueError as error:
+            raise ValueError(f"{given}: {file} can't be read as a GGUF file ({error}): it is truncated or damaged, fetch it anew") from None
+
+
 def hub_reachable() -> bool:
     """Whether the hub answers one short request; False without one where the environment has ``HF_HUB_OFFLINE``."""
     from huggingface_hub import constants
@@ -162,6 +230,8 @@ def fetch(
     from huggingface_hub.errors import HFValidationError
 
     local = Path(name).is_dir()
+    if local and (odd := [file.name for file in Path(name).iterdir() if file.exists() and not (file.is_file() or file.is_dir())]):
+        raise NotThereError(f"{given}: {sorted(odd)[0]} in it is no file, but a named pipe or a device: {instead}")
     if blank is not None and leave_out(given, download or name):
         load = blank
     a_path = str(name).startswith((".", "/", "~"))
@@ -169,7 +239,12 @@ def fetch(
     try:
         with _cache_alone(not reachable):
             return load()
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        damaged = local and not isinstance(
+            error, ImportError | MemoryError | OSError | ValueError | RuntimeError
+        )  # libraries raise anything
+        if not (damaged or isinstance(error, OSError | ValueError | RuntimeError)):
+            raise
         said = str(error).strip().partition("\n")[0]
         if isinstance(error, ValueError) and not local and not isinstance(error, HFValidationError):
             raise

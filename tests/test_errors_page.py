@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import re
+import signal
 import socket
 import sys
 import warnings
@@ -18,7 +19,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_methods.cli.explain import explain_run_error
 from lit_methods.cli.main import main
+from lit_methods.runs.lock import lock_run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
 DEMO = "lightning.pytorch.demos.boring_classes."
@@ -36,6 +39,11 @@ class Wide(BoringModel):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(32, 5)
+
+class Narrow(BoringModel):
+    def __init__(self, width: int = 3):
+        super().__init__()
+        self.save_hyperparameters()
 
 class Exploding(BoringModel):
     def training_step(self, batch, batch_idx):
@@ -123,6 +131,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def _(_: pytest.MonkeyPatch) -> str:
     Path("mine.yaml").write_text("model:\n  class_path: SuperFlow\n  init_args:\n    temprature: 0.1\n")
     return lit("fit", "--config", "mine.yaml", status=2)
+
+
+@shows("A module of your own that has a library's name")
+def _(_: pytest.MonkeyPatch) -> str:
+    Path("yaml.py").write_text("class Mine: pass\n")
+    return fit("--model", "yaml.Mine")
 
 
 @shows("A class that isn't found")
@@ -262,7 +276,47 @@ def _(_: pytest.MonkeyPatch) -> str:
     return str(error.value)
 
 
+@shows("A file of the data set may not be read")
+def _(patch: pytest.MonkeyPatch) -> str:
+    from lit_methods.datamodules.vision.semi import read_label_list
+
+    Path("labels.txt").write_text("0\n")
+    patch.setattr(os, "access", lambda *_, **__: False)
+    with pytest.raises(ValueError) as error:
+        read_label_list(Path("labels.txt"), 10)
+    return str(error.value)
+
+
+@shows("A file claims more than it has")
+def _(_: pytest.MonkeyPatch) -> str:
+    from lit_methods.datamodules.reading import read_npy
+
+    head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,)}".ljust(117) + b"\n"
+    Path("x.npy").write_bytes(b"\x93NUMPY\1\0" + len(head).to_bytes(2, "little") + head + bytes(16))
+    with pytest.raises(ValueError) as error:
+        read_npy(Path("x.npy"))
+    return str(error.value)
+
+
+@shows("An evaluation has fewer samples than processes")
+def _(_: pytest.MonkeyPatch) -> str:
+    from lit_methods.datamodules.loaders import make_loader
+
+    with pytest.raises(ValueError) as error:
+        make_loader(range(2), 4, shuffle=False, seed=0, rank=1, world_size=3)
+    return f"error: {error.value}"
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------------------------
+
+
+@shows("A file that can't be read")
+def _(monkeypatch: pytest.MonkeyPatch) -> str:
+    path = Path("x.npy").absolute()
+    path.touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda place, mode, **_: Path(place) != path and access(place, mode))  # root may read everything
+    return f"error: {explain_run_error(PermissionError(errno.EACCES, 'Permission denied', str(path)))}"
 
 
 @shows("The checkpoint isn't found")
@@ -288,6 +342,54 @@ def _(_: pytest.MonkeyPatch) -> str:
     return fit("--model", "mine.Wide", "--ckpt_path", last, status=1)
 
 
+@shows("The checkpoint was written with other arguments")
+def _(_: pytest.MonkeyPatch) -> str:
+    fit("--name", "three", "--model", "mine.Narrow", status=0)
+    (last,) = Path("runs/three").glob("*/checkpoints/last.ckpt")
+    return fit("--model", "mine.Narrow", "--model.width", 5, "--ckpt_path", last, status=0)
+
+
+@shows("The run is being written by another process")
+def _(_: pytest.MonkeyPatch) -> str:
+    fit("--name", "twice", status=0)
+    (run,) = Path("runs/twice").iterdir()
+    (run / "finished.json").unlink()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, b"+" if lock_run(run) else b"-")
+        signal.pause()
+    try:
+        assert os.read(read, 1) == b"+"
+        return fit("--name", "twice", "--resume", "auto", status=1)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+CAST = ["--trainer.callbacks+=CAST", "--trainer.callbacks.targets", "[layer]", "--trainer.callbacks.m", "4", "--optimizer", "AdamW"]
+
+
+def run_with_cast() -> Path:
+    """The checkpoint of a run with a technique that regroups what the optimiser holds."""
+    fit("--name", "cast", *CAST, "--trainer.callbacks.n", 2, status=0)
+    (last,) = Path("runs/cast").glob("*/checkpoints/last.ckpt")
+    return last
+
+
+@shows("A technique is missing when a run goes on")
+def _(_: pytest.MonkeyPatch) -> str:
+    return fit("--ckpt_path", run_with_cast(), "--optimizer", "AdamW", status=1)
+
+
+@shows("A technique goes on with another argument")
+def _(_: pytest.MonkeyPatch) -> str:
+    last = run_with_cast()
+    with pytest.warns(UserWarning, match="goes on with other arguments") as said:
+        fit("--ckpt_path", last, *CAST, "--trainer.callbacks.n", 1, status=0)
+    return "\n".join(str(warning.message) for warning in said)
+
+
 @shows("--resume auto starts anew")
 def _(_: pytest.MonkeyPatch) -> str:
     fit("--name", "again", status=0)
@@ -295,6 +397,16 @@ def _(_: pytest.MonkeyPatch) -> str:
 
 
 # ---- training --------------------------------------------------------------------------------------------------------------------------
+
+
+@shows("The output can't be written any more")
+def _(_: pytest.MonkeyPatch) -> str:
+    read, write = os.pipe()
+    os.close(read)
+    told = io.StringIO()
+    with os.fdopen(write, "w", buffering=1) as closed, contextlib.redirect_stderr(told), contextlib.redirect_stdout(closed):
+        assert main(["fit", "--config", "base.yaml"]) == 0
+    return told.getvalue()
 
 
 @shows("The loss is NaN")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods.callbacks.targets import plain_parameters
+from lit_methods.datamodules.reading import read_text
 from lit_methods.files import replacing, write_json
 
 FORMAT = "lit-methods delta 1"
@@ -149,12 +150,16 @@ def load_delta(path: Path | str) -> Delta:
                 f"{str(file)!r} does not exist: a delta is a safetensors file and a JSON file of the same name beside it"
             )
     try:
-        about = json.loads(_sidecar(path).read_text(encoding="utf-8"))
+        about = json.loads(read_text(_sidecar(path)))
         tensors = load_file(path)
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} can't be read as a delta ({error}): save it again with save_delta") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{_sidecar(path)} isn't the description of a delta: its format must be {FORMAT!r}")
+    if missing := [key for key in ("entries", "base_sha256", "technique", "notes") if key not in about]:
+        raise ValueError(f"{_sidecar(path)} lacks {', '.join(missing)}: it is damaged, save the delta again with save_delta")
+    if not isinstance(about["entries"], dict) or not all(isinstance(kind, dict) for kind in about["entries"].values()):
+        raise ValueError(f"{_sidecar(path)}: entries must name the shape and dtype of each parameter: save the delta again with save_delta")
     if set(tensors) != {f"{name}.{part}" for name in about["entries"] for part in ("index", "values")}:
         raise ValueError(f"{path} and {_sidecar(path).name} name other parameters: they are of two deltas; save it again")
     entries = {name: Entry(tensors[f"{name}.index"], tensors[f"{name}.values"], **kind) for name, kind in about["entries"].items()}

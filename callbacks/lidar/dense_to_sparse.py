@@ -2,12 +2,14 @@
 
 from typing import Any, ClassVar, Literal
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.lidar.minkunet import VoxelFeatures
 from lit_methods.lidar.superflow import core
+from lit_methods.lidar.superpixels import agree_on_superpixels
 from lit_methods.panels import Curve, Panel
 
 
@@ -58,6 +60,12 @@ class DenseToSparse(LossTerm):
     ) -> None:
         super().__init__([target], weight)
         self.num_superpixels, self.temperature, self.mode, self.view_consistency = num_superpixels, temperature, mode, view_consistency
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Compare with the data's number of superpixels."""
+        if stage == "fit":
+            agree_on_superpixels(trainer, self.num_superpixels, type(self).__name__)
+        super().setup(trainer, pl_module, stage)
 
     def term(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The term and its retrieval accuracy; see :func:`lit_methods.lidar.superflow.core.dense_to_sparse_loss`."""

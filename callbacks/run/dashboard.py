@@ -1,10 +1,12 @@
 """One dashboard for every technique: W&B, TensorBoard and a self-contained ``report.html`` from panels that are declared once."""
 
+import contextlib
 import datetime
+import errno
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +21,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lit_methods.callbacks.ordering import OrderedCallback
+from lit_methods.callbacks.run.exact_resume import ExactResume
 from lit_methods.callbacks.run.loggers import STEP, add_tags, for_wandb, log_artifact, to_tensorboard, write_epoch_once
-from lit_methods.callbacks.run.providers import ask_for_artifacts, ask_for_media, gather_panels, save_tensors, tensors_digest
+from lit_methods.callbacks.run.providers import ProviderError, ask_for_artifacts, ask_for_media, gather_panels, save_tensors, tensors_digest
 from lit_methods.files import write_atomically
 from lit_methods.panels import Curve, Media
 from lit_methods.reports.page import Record, ReportData, Section, Status, read_history, record_line, render_report
-from lit_methods.reports.record import read_notes, run_facts, save_run
+from lit_methods.reports.record import read_config, read_notes, run_facts, save_run
 from lit_methods.runs.folder import run_dir
 from lit_methods.runs.wandb import attempt, has_login, keep_training
 
@@ -62,10 +65,10 @@ class Dashboard(OrderedCallback):
     (``Trainer(log_every_n_steps=...)``) and adds nothing to other steps.
 
     Runs: on rank 0 alone, so ``dashboard_media()`` and ``dashboard_artifacts()`` must not call a collective. Nothing is written during the
-    sanity check, with ``fast_dev_run`` and in ``predict``. A full disk or an unwritable folder gives one warning and never stops the
-    training.
-    Saves: nothing in checkpoints. A run that is resumed in its own folder goes on with that folder's ``metrics.jsonl``; a new run in an old
-    folder replaces both files.
+    sanity check, with ``fast_dev_run`` and in ``predict``. A full disk, an unwritable folder, a broken file in the run's folder, or
+    an error while something is drawn gives one warning and never stops the training.
+    Saves: beside :class:`ExactResume`, the number of rows in ``metrics.jsonl``. A run that is resumed in its own folder goes on behind
+    these rows, so that none is there twice and none is lost; a new run in an old folder replaces both files.
     Refuses: panels that are none of ours, media that no panel declares or of another type, artifacts whose name can't be a file's.
 
     Args:
@@ -93,7 +96,18 @@ class Dashboard(OrderedCallback):
         self._artifacts: dict[str, str] = {}  # name -> digest of what was kept last
         self._recorder: _Recorder | None = None
         self._active = self._fresh = self._warned = False
+        self._told: set[str] = set()  # kinds of trouble that were told
         self._started = 0.0
+        self._exact = False  # what is logged behind a checkpoint is logged again after a resume
+        self._rows: int | None = None  # of the history, when the checkpoint was saved with which the run goes on
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of rows of the history."""
+        return {"rows": len(self.history)} if self._active and self._exact else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep it until training starts."""
+        self._rows = state_dict.get("rows")
 
     # ---- hooks -------------------------------------------------------------------------------------------------------------------------
 
@@ -114,6 +128,7 @@ class Dashboard(OrderedCallback):
         if folder != self.folder:
             self.folder, self.history, self._fresh, self._artifacts, self._defined = folder, [], True, {}, set()
         self._started = time.monotonic()
+        self._exact = any(isinstance(callback, ExactResume) for callback in callbacks)
         self._providers, self._sections = gather_panels([pl_module, *callbacks])
         self._artifact_providers = [candidate for candidate in (pl_module, *callbacks) if hasattr(candidate, "dashboard_artifacts")]
         for logger in trainer.loggers:
@@ -125,8 +140,9 @@ class Dashboard(OrderedCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the folder's history where a resumed fit starts, or drop what an earlier run left there."""
-        if self._active and self._fresh:
-            self._begin(keep_until=trainer.global_step if trainer.global_step else -1)
+        if self._active and (self._fresh or self._rows is not None):
+            with self._warned_only():
+                self._begin(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Render where no validation does."""
@@ -163,48 +179,73 @@ class Dashboard(OrderedCallback):
         if self._recorder is not None:
             trainer.loggers = [logger for logger in trainer.loggers if logger is not self._recorder]
             self._recorder = None
-        self._active = False
+        self._active, self._rows = False, None
         self._providers, self._artifact_providers = [], []
 
     # ---- history -----------------------------------------------------------------------------------------------------------------------
 
     def _record(self, trainer: pl.Trainer, metrics: dict[str, float], step: int | None) -> None:
-        if not self._active:
-            return
+        if self._active:
+            with self._warned_only():
+                self._keep(trainer, metrics, step)
+
+    def _keep(self, trainer: pl.Trainer, metrics: dict[str, float], step: int | None) -> None:
         values = {name: float(value) for name, value in metrics.items() if name != "epoch"}
         if not values:
             return
         if self._fresh:
-            self._begin(keep_until=None)
+            self._begin(trainer)
         epoch = metrics.get("epoch", trainer.current_epoch)
         record = Record(trainer.global_step if step is None else int(step), int(epoch), values)
         self.history.append(record)
         if self.report:
             self._write(lambda folder: _append(folder / "metrics.jsonl", record_line(record)))
 
-    def _begin(self, keep_until: int | None) -> None:
-        """Take over the folder's history up to a step (None: all of it)."""
+    def _begin(self, trainer: pl.Trainer) -> None:
+        """Take over the folder's history: in fit up to the checkpoint, else all of it."""
         self._fresh = False
         path = cast(Path, self.folder) / "metrics.jsonl"
-        if not self.report or not path.is_file():
-            return
-        try:
-            past = read_history(path)
-        except (OSError, ValueError) as error:
-            rank_zero_warn(f"{error}. The file is kept as {path.name}.broken, the history starts anew.")
-            self._write(lambda folder: os.replace(path, folder / f"{path.name}.broken"))
-            past = []
-        self.history = [record for record in past if keep_until is None or record.step <= keep_until] + self.history
-        self._write(lambda folder: write_atomically(folder / "metrics.jsonl", "".join(map(record_line, self.history))))
+        if self.report and path.is_file():
+            try:
+                self.history = read_history(path)
+            except (OSError, ValueError) as error:
+                rank_zero_warn(f"{error}. The file is kept as {path.name}.broken, the history starts anew.")
+                self._write(lambda folder: os.replace(path, folder / f"{path.name}.broken"))
+                self.history = []
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.history = self._up_to_here(trainer)
+        self._rows = None
+        if self.report and (self.history or path.is_file()):
+            self._write(lambda folder: write_atomically(folder / "metrics.jsonl", "".join(map(record_line, self.history))))
+
+    def _up_to_here(self, trainer: pl.Trainer) -> list[Record]:
+        """The rows that were there when the checkpoint was saved; what came behind it is done again."""
+        if self._rows is not None and self._exact:
+            return self.history[: self._rows]
+        # loggers count batches from 0 where a module steps by hand, else steps
+        done = trainer.global_step
+        if done and not trainer.lightning_module.automatic_optimization:
+            done = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        return [record for record in self.history if record.step < done]
 
     def _write(self, write: Callable[[Path], None]) -> None:
-        try:
+        with self._warned_only():
             cast(Path, self.folder).mkdir(parents=True, exist_ok=True)
             write(cast(Path, self.folder))
-        except OSError as error:  # a report isn't worth a training run
-            if not self._warned:
-                rank_zero_warn(f"Dashboard can't write into {self.folder}: {error}. The run goes on, its report is not up to date.")
+
+    @contextlib.contextmanager
+    def _warned_only(self) -> Iterator[None]:
+        """Turn any error into one warning: a report isn't worth a training."""
+        try:
+            yield
+        except Exception as error:
+            self._warn("write", f"Dashboard can't write into {self.folder}: {error if isinstance(error, OSError) else repr(error)}")
             self._warned = True
+
+    def _warn(self, kind: str, what: str) -> None:
+        if kind not in self._told:
+            rank_zero_warn(f"{what}. The run goes on, its report is not up to date.")
+        self._told.add(kind)
 
     # ---- rendering ---------------------------------------------------------------------------------------------------------------------
 
@@ -220,17 +261,24 @@ class Dashboard(OrderedCallback):
         if not self._active:
             return
         if ask:
-            self._sections = [
-                replace(section, media={**section.media, **ask_for_media(provider, section.panels)})
-                for provider, section in zip(self._providers, self._sections, strict=True)
-            ]
+            pairs = zip(self._providers, self._sections, strict=True)
+            self._sections = [replace(section, media={**section.media, **self._media_of(provider, section)}) for provider, section in pairs]
             if media_to_loggers:
-                self._send_media(trainer)
+                with self._warned_only():
+                    self._send_media(trainer)
             self._keep_artifacts(trainer)
         if self.report:
-            data = self._report_data(trainer, pl_module, status, message)
-            self._write(lambda folder: save_run(folder, data))
-            self._write(lambda folder: write_atomically(folder / "report.html", render_report(data)))
+            with self._warned_only():
+                data = self._report_data(trainer, pl_module, status, message)
+                self._write(lambda folder: save_run(folder, data))
+                self._write(lambda folder: write_atomically(folder / "report.html", render_report(data)))
+
+    def _media_of(self, provider: Any, section: Section) -> dict[str, Media]:
+        try:
+            return ask_for_media(provider, section.panels)
+        except ProviderError as error:
+            self._warn(type(provider).__name__, str(error))
+            return {}
 
     def _report_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule, status: Status, message: str) -> ReportData:
         folder = cast(Path, self.folder)
@@ -241,7 +289,11 @@ class Dashboard(OrderedCallback):
         if trainer.state.fn == TrainerFn.FITTING:
             progress = [("Epoch", f"{done:,} of {epochs:,}" if epochs else f"{done:,}"), ("Step", f"{trainer.global_step:,}"), *progress]
         progress.append(("Device", f"{trainer.world_size} x {pl_module.device.type}, {trainer.precision}"))
-        config = folder / "config.yaml"
+        try:
+            kept_facts = run_facts(folder)
+        except Exception as error:  # they are read from files
+            self._warn("facts", str(error))
+            kept_facts = {}
         return ReportData(
             title=self.title or f"{type(pl_module).__name__} · {folder.name}",
             status=status,
@@ -249,7 +301,7 @@ class Dashboard(OrderedCallback):
             history=self.history,
             message=message,
             progress=tuple(progress),
-            config=config.read_text(encoding="utf-8") if config.is_file() else _hyperparameters(pl_module),
+            config=read_config(folder) or _hyperparameters(pl_module),
             checkpoints=tuple(_checkpoints(trainer, folder)),
             notes=read_notes(folder),
             facts={
@@ -258,7 +310,7 @@ class Dashboard(OrderedCallback):
                     "parameters": f"{sum(p.numel() for p in pl_module.parameters()):,}",
                     "trainable": f"{sum(p.numel() for p in pl_module.parameters() if p.requires_grad):,}",
                 },
-                **run_facts(folder),
+                **kept_facts,
             },
         )
 
@@ -293,7 +345,12 @@ class Dashboard(OrderedCallback):
                     to_tensorboard(logger.experiment, key, item, step)
 
     def _keep_artifacts(self, trainer: pl.Trainer) -> None:
-        for name, tensors in ask_for_artifacts(self._artifact_providers).items():
+        try:
+            artifacts = ask_for_artifacts(self._artifact_providers)
+        except ProviderError as error:
+            self._warn("artifacts", str(error))
+            return
+        for name, tensors in artifacts.items():
             digest = tensors_digest(tensors)
             if self._artifacts.get(name) == digest:
                 continue
@@ -324,8 +381,16 @@ def wandb_offline_without_login() -> bool:
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
+    """Add a line, the whole of it or nothing: on a full disk the lines before it can still be read."""
+    content = text.encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _duration(elapsed: datetime.timedelta) -> str:

@@ -1,5 +1,6 @@
 """A run that is asked to leave (SIGTERM, SIGUSR1, Ctrl-C) saves itself behind the current step, and the same command goes on later."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -145,7 +146,8 @@ class Preemption(OrderedCallback):
         if self._received is None:  # only a note: anything more could run in the middle of a collective
             self._received = number
             hurry = " (Ctrl-C again: stop at once)" if number == signal.SIGINT else ""
-            os.write(2, f"\n{self._name} received: saving a checkpoint behind the current step{hurry}\n".encode())
+            with contextlib.suppress(OSError):  # the terminal may be closed, which is how some signals come about
+                os.write(2, f"\n{self._name} received: saving a checkpoint behind the current step{hurry}\n".encode())
 
     @property
     def _name(self) -> str:

@@ -14,6 +14,10 @@ from lit_methods.panels import Curve, Media, Panel
 from lit_methods.reports.page import Section
 
 
+class ProviderError(Exception):
+    """A module or callback couldn't say what it shows; the message names it and what it raised."""
+
+
 def gather_panels(candidates: list[Any]) -> tuple[list[Any], list[Section]]:
     """Those of the modules and callbacks that declare panels, and a section for each; one that only repeats another's curves has none.
 
@@ -53,10 +57,11 @@ def ask_for_media(provider: Any, panels: tuple[Panel, ...]) -> dict[str, Media]:
     Raises:
         TypeError: A panel's medium is of another type than the panel shows.
         ValueError: A key that no panel declares.
+        ProviderError: ``dashboard_media()`` itself raises.
     """
     if not hasattr(provider, "dashboard_media"):
         return {}
-    media: dict[str, Media] = provider.dashboard_media()
+    media: dict[str, Media] = _asked(provider, "dashboard_media")
     declared = {panel.key: panel for panel in panels if not isinstance(panel, Curve)}
     where = f"{type(provider).__name__}.dashboard_media()"
     for key, item in media.items():
@@ -74,11 +79,12 @@ def ask_for_artifacts(providers: list[Any]) -> dict[str, dict[str, Tensor]]:
     Raises:
         TypeError: Something else than a dict of tensors.
         ValueError: A name that can't be a file's, or that two providers use.
+        ProviderError: ``dashboard_artifacts()`` itself raises.
     """
     artifacts: dict[str, dict[str, Tensor]] = {}
     for provider in providers:
         where = f"{type(provider).__name__}.dashboard_artifacts()"
-        for name, tensors in provider.dashboard_artifacts().items():
+        for name, tensors in _asked(provider, "dashboard_artifacts").items():
             if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name, flags=re.ASCII):
                 raise ValueError(f"{where} returned the name {name!r}: use letters, digits, '.', '_' and '-', as it names a file")
             if name in artifacts:
@@ -87,6 +93,13 @@ def ask_for_artifacts(providers: list[Any]) -> dict[str, dict[str, Tensor]]:
                 raise TypeError(f"{where}[{name!r}] must be a dict of tensors, got {type(tensors).__name__}")
             artifacts[name] = tensors
     return artifacts
+
+
+def _asked(provider: Any, method: str) -> dict[str, Any]:
+    try:
+        return getattr(provider, method)()  # type: ignore[no-any-return]
+    except Exception as error:
+        raise ProviderError(f"{type(provider).__name__}.{method}() raised {type(error).__name__}: {error}") from error
 
 
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
@@ -109,4 +122,4 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"{path}: {error}") from error
 
 
-__all__ = ["ask_for_artifacts", "ask_for_media", "gather_panels", "save_tensors", "tensors_digest"]
+__all__ = ["ProviderError", "ask_for_artifacts", "ask_for_media", "gather_panels", "save_tensors", "tensors_digest"]

@@ -15,6 +15,7 @@ from lit_methods import checks
 from lit_methods.callbacks.batch import Key
 from lit_methods.callbacks.evaluation.callback import Split
 from lit_methods.callbacks.sparse_autoencoders.judge import AutoencoderJudge, decoder_directions
+from lit_methods.datamodules.reading import read_npy
 from lit_methods.distributed import gather_rows, sum_over_ranks
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel
 from lit_methods.runs.checkpoints import load_into
@@ -176,10 +177,7 @@ class FeatureRecovery(AutoencoderJudge):
 def _read_array(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"FeatureRecovery: {path} does not exist: give a .npy file of directions, one a row")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} can't be read as a .npy file: {error}") from None
+    return read_npy(path, "directions")
 
 
 def _features(values: Any, what: str, directions: Tensor) -> Tensor:
@@ -188,7 +186,10 @@ def _features(values: Any, what: str, directions: Tensor) -> Tensor:
     if features.ndim != 2 or not len(features) or features.shape[1] != directions.shape[1] or not features.is_floating_point():
         given = f"{tuple(features.shape)} {features.dtype}"
         raise ValueError(f"{what} is {given}: expected numbers (n >= 1, {directions.shape[1]}), as wide as the autoencoder's activations")
-    return features.to(directions)
+    features = features.to(directions)
+    if not features.isfinite().all():
+        raise ValueError(f"{what} holds a NaN or an infinity in {features.dtype}: expected finite directions")
+    return features
 
 
 __all__ = ["FeatureRecovery"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.cache import cache_folder
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path
+from lit_methods.datamodules.reading import read_json
 from lit_methods.datamodules.text.text import TextDataModule
 from lit_methods.files import write_json
 from lit_methods.seeds import own_seed
@@ -188,11 +190,11 @@ class HarvestedActivations(LoaderDataModule):
         mark = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
         root = cache_folder() / f"activations-{mark}" if self.root is None else self.root
         file = root / RECIPE
-        if file.is_file():
+        if os.path.lexists(file):
+            before = read_json(file, "recipe")
             try:
-                before = json.loads(file.read_text(encoding="utf-8"))
                 changed = [name for name, value in recipe.items() if before.get(name) != value]
-            except (ValueError, AttributeError) as error:
+            except AttributeError as error:
                 raise BrokenRecordError(file, "recipe", f"can't be read ({error}): delete it together with the shards") from error
             if changed:
                 said = ", ".join(f"{name} was {before.get(name)} and is {recipe[name]}" for name in changed)

@@ -16,6 +16,7 @@ from lit_methods.datamodules.base import Batches, Ints
 from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import listed
 from lit_methods.datamodules.loaders import RankSampler
+from lit_methods.datamodules.reading import file_size
 from lit_methods.files import replacing
 
 Part = Literal["train", "val"]
@@ -80,13 +81,14 @@ def read_header(file: Path) -> Shard:
     Raises:
         BrokenRecordError: It is truncated, no file of safetensors, or has no matrix of activations.
     """
+    file_size(file, "file", "delete the shards behind it, too, and they are harvested anew")
     try:
         with safe_open(file, "pt") as stream:
             if KEY not in stream.keys():  # noqa: SIM118 (this one is no mapping)
                 raise BrokenRecordError(file, KEY, f"is missing, the file has {', '.join(stream.keys()) or 'nothing'}")
             found = stream.get_slice(KEY)
             shape, kind, notes = list(found.get_shape()), str(found.get_dtype()), json.loads((stream.metadata() or {}).get("notes", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         if isinstance(error, BrokenRecordError):
             raise
         raise BrokenRecordError(

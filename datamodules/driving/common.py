@@ -22,8 +22,9 @@ from torch.utils.data import get_worker_info
 
 from lit_methods import distributed
 from lit_methods.datamodules.base import Samples
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.pictures import as_rgb, decoding
+from lit_methods.datamodules.reading import read_bytes, read_npy
 from lit_methods.files import write_atomically
 
 LABEL_FRACTIONS = (1, 5, 10, 25, 100)
@@ -34,15 +35,11 @@ OnBroken = Literal["error", "skip"]
 
 def _read_array(path: Path, field: str, dtype: DTypeLike, archive: str) -> tuple[NDArray[Any], int]:
     """Flat values of a raw binary file, or the array of an .npy file; and the size in bytes."""
-    try:
-        if path.suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
-            return values, values.nbytes
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise MissingFileError(path, field, f"no such file: the release is incomplete here, unpack its {archive} again") from None
-    except Exception as problem:  # a broken file raises nearly anything
-        raise BrokenRecordError(path, field, f"not a readable .npy array ({problem}): truncated, copy it again") from problem
+    missing = f"the release is incomplete here, unpack its {archive} again"
+    if path.suffix == ".npy":
+        values = read_npy(path, field, missing, kinds="iuf")
+        return values, values.nbytes
+    content = read_bytes(path, field, missing)
     kind = np.dtype(dtype)
     usable = len(content) - len(content) % kind.itemsize
     return np.frombuffer(content[:usable], dtype=kind.newbyteorder("<")), len(content)
@@ -71,9 +68,8 @@ def read_points(path: Path, columns: int) -> Tensor:
         )
     if size == 0:
         raise BrokenRecordError(path, "points", "the scan is empty, at least one point is expected: copy the file again")
-    if values.dtype.kind not in "iuf":
-        raise BrokenRecordError(path, "points", f"holds {values.dtype}, expected numbers: another release?")
-    points = np.ascontiguousarray(values.reshape(-1, columns)[:, :4], dtype=np.float32)
+    with np.errstate(over="ignore"):  # infinite then, and found below
+        points = np.ascontiguousarray(values.reshape(-1, columns)[:, :4], dtype=np.float32)
     if not np.isfinite(points.sum(dtype=np.float64)):  # one pass without a temporary; which row, only when there is one
         finite = np.isfinite(points).all(axis=1)
         row = int(np.argmin(finite))
@@ -161,7 +157,7 @@ def read_image(path: Path, size: tuple[int, int] | int) -> tuple[Tensor, tuple[i
         MissingFileError: There is no such file.
         BrokenRecordError: The file can't be decoded, or its mode has no known range.
     """
-    with decoding(path, "image", "the release is incomplete here, unpack its camera archives again"), Image.open(path) as picture:
+    with decoding(path, "image", "the release is incomplete here, unpack its camera archives again") as picture:
         native = (picture.height, picture.width)
         if isinstance(size, int):
             factor = min(1.0, size / max(native))

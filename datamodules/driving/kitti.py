@@ -33,10 +33,12 @@ from lit_methods.datamodules.driving.common import (
 )
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
+from lit_methods.datamodules.reading import once, plain_file_name
 from lit_methods.datamodules.tables import text_of
 from lit_methods.files import refuse_repeated_keys
 
 Splits = Literal["train", "val", "test"]
+_ROUNDED = 0.05  # what rounding may take off a rotation's orthogonality
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def read_label_map(dataset: str | Path) -> LabelMap:
         text = text_of(path, "give the path of a YAML file")
         refuse_repeated_keys(text, str(path))
         content = yaml.safe_load(text)
-    except yaml.YAMLError as problem:
+    except (yaml.YAMLError, RecursionError) as problem:
         raise BrokenRecordError(path, "keys", f"isn't YAML ({' '.join(str(problem).split())}): truncated or no label map") from problem
     required = {
         "name",
@@ -172,6 +174,7 @@ class KittiFrames:
         owners: list[int] = []
         suffixes = set()
         for number, sequence in enumerate(self.sequences):
+            plain_file_name(sequence, label_map.name, "sequence")
             folder = next((path for name in label_map.scans if (path := self.base / sequence / name).is_dir()), None)
             if folder is None:
                 raise WrongRootError(
@@ -240,6 +243,7 @@ class KittiFrames:
                 if token not in index:
                     raise BrokenRecordError(list_file, f"line {number + 1}", f"names scan {token}, which isn't in {self.base}")
                 found.append(index[token])
+        once(found, list_file, "lines", "scan")
         return found
 
     def _read_poses(self, number: int) -> NDArray[np.float64]:
@@ -288,7 +292,19 @@ def read_matrices(path: Path) -> NDArray[np.float64]:
             raise BrokenRecordError(path, f"line {number + 1}", f"expected 12 numbers ({problem})") from problem
     if not np.isfinite(matrices).all():
         raise BrokenRecordError(path, "poses", "holds NaN or infinite numbers")
+    _rigid_alone(matrices, path, "poses")
     return matrices
+
+
+def _rigid_alone(matrices: NDArray[np.float64], path: Path, field: str) -> None:
+    """Raise if one of (n, 4, 4) matrices is no rotation and a place within 100,000 km."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rotation = matrices[:, :3, :3]
+        error = np.abs(rotation @ rotation.swapaxes(1, 2) - np.eye(3)).max(axis=(1, 2), initial=0)
+        good = (error < _ROUNDED) & (np.abs(matrices) <= 1e8).all(axis=(1, 2))
+    if not good.all():
+        line = int(np.argmin(good))
+        raise BrokenRecordError(path, field, f"motion {line + 1} is no rotation and place in metres: damaged, copy the file again")
 
 
 def read_calibration(path: Path) -> NDArray[np.float64]:
@@ -308,7 +324,9 @@ def read_calibration(path: Path) -> NDArray[np.float64]:
                 raise BrokenRecordError(path, "Tr", f"expected 12 numbers ({problem})") from problem
             if not np.isfinite(values).all():
                 raise BrokenRecordError(path, "Tr", "holds NaN or infinite numbers: copy the file again")
-            return rigid(values[:, :3], values[:, 3])
+            motion = rigid(values[:, :3], values[:, 3])
+            _rigid_alone(motion[None], path, "Tr")
+            return motion
     raise BrokenRecordError(path, "Tr", f"no such line; it has {', '.join(line.partition(':')[0] for line in lines if line.strip())}")
 
 
@@ -399,7 +417,7 @@ class KittiStyleDataModule(DrivingDataModule):
             ValueError: Ids outside 0..num_classes-1, or not a vector of integers.
         """
         self.check_predictions(token, labels)
-        sequence, frame = token.split("/")
+        sequence, frame = (plain_file_name(part, "predictions", "token") for part in token.partition("/")[::2])
         raw = np.array([ids[0] for ids in self.label_map.classes.values()], dtype="<u4")
         path = folder / "sequences" / sequence / "predictions" / f"{frame}.label"
         write_bytes(path, raw[labels.cpu().numpy()].tobytes())

@@ -38,6 +38,7 @@ from lit_methods.datamodules.driving.splits import Split, choose_scenes
 from lit_methods.datamodules.driving.superpixels import compute_slic, read_superpixels
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, user_path
+from lit_methods.datamodules.reading import plain_file_name
 from lit_methods.files import write_json
 from lit_methods.lidar.projection import dense_cloud, flip_cameras, project_points, resize_pairs, resize_superpixels
 
@@ -418,7 +419,8 @@ class NuScenesDataModule(DrivingDataModule):
             ValueError: Ids outside 0..15, or not a vector of integers.
         """
         self.check_predictions(token, labels)
-        path = folder / "lidarseg" / self.predict_split / f"{token}_lidarseg.bin"
+        name = plain_file_name(token, "predictions", "token")
+        path = folder / "lidarseg" / self.predict_split / f"{name}_lidarseg.bin"
         write_bytes(path, (labels + 1).to(torch.uint8).cpu().numpy().tobytes())
         return path
 

@@ -5,6 +5,7 @@ LiDAR sweeps before each key frame, and the poses of all. The result pickles qui
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +17,16 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from lit_methods.datamodules.driving.common import rigid
-from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import listed
+from lit_methods.datamodules.reading import file_size, once, plain_file_name
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_FRONT_LEFT")
 LIDAR = "LIDAR_TOP"
+_ROUNDED = 0.01  # what rounding may take off the square of a quaternion's length
 _CHUNK = 1 << 22  # characters read at a time
-_NO_TEXTS = frozenset({"rotation", "translation", "camera_intrinsic", "timestamp", "is_key_frame"})
+_NUMBERS = frozenset({"rotation", "translation", "camera_intrinsic"})
+_TYPES = {"timestamp": (int, "a whole number of microseconds"), "is_key_frame": (bool, "true or false")}
 Row = dict[str, Any]
 
 
@@ -34,10 +38,10 @@ def read_rows(path: Path) -> Iterator[Row]:
         BrokenRecordError: The file is not a JSON list of objects, or ends too early.
     """
     try:
-        file = path.open(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+        file_size(path, "table", "unpack the metadata again")
+    except MissingFileError:
         raise WrongRootError(f"{path} is missing: unpack the metadata archive of this nuScenes version into {path.parent.parent}") from None
-    with file:
+    with path.open(encoding="utf-8") as file:
         yield from _rows_in(file, path)
 
 
@@ -60,6 +64,8 @@ def _rows_in(file: TextIO, path: Path) -> Iterator[Row]:
             return
         try:
             row, position = decoder.raw_decode(text, position)
+        except RecursionError:
+            raise BrokenRecordError(path, f"row {number}", "lists in lists without end: broken, unpack the metadata again") from None
         except json.JSONDecodeError as problem:
             more = more_of() if len(text) - position < 8 * _CHUNK else ""  # no row is that long
             if not more:
@@ -68,6 +74,8 @@ def _rows_in(file: TextIO, path: Path) -> Iterator[Row]:
                 ) from None
             text, position = text[position:] + more, 0
             continue
+        except ValueError as problem:  # a number of thousands of digits
+            raise BrokenRecordError(path, f"row {number}", f"not valid JSON ({problem}): broken, unpack the metadata again") from None
         if not isinstance(row, dict):
             raise BrokenRecordError(path, f"row {number}", f"expected an object, got {type(row).__name__}")
         yield row
@@ -78,15 +86,15 @@ def read_table(path: Path, *keys: str) -> Iterator[tuple[Any, ...]]:
     """The values of ``keys`` in every row.
 
     Raises:
-        BrokenRecordError: A row lacks a key, or holds no text where a token or a name belongs.
+        BrokenRecordError: A row lacks a key, or holds something else where a token, a name or a time belongs.
     """
-    texts = [key not in _NO_TEXTS for key in keys]
+    types = [(object, "") if key in _NUMBERS else _TYPES.get(key, (str, "a text")) for key in keys]
     for number, row in enumerate(read_rows(path)):
         try:
             values = tuple(row[key] for key in keys)
-            for key, value, text in zip(keys, values, texts, strict=True):
-                if text and not isinstance(value, str):
-                    raise BrokenRecordError(path, f"row {number}", f"{key} is {str(value)[:40]}, expected a text")
+            for key, value, (kind, name) in zip(keys, values, types, strict=True):
+                if (kind is not object and type(value) is not kind) or (kind is int and not -(2**63) <= value < 2**63):
+                    raise BrokenRecordError(path, f"row {number}", f"{key} is {str(value)[:40]}, expected {name}")
             yield values
         except KeyError as missing:
             have = ", ".join(row) or "nothing"
@@ -198,8 +206,14 @@ def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
     """
     folder = tables_folder(root, version)
     scenes = list(read_table(folder / "scene.json", "token", "name"))
-    samples = {token: (scene, stamp) for token, scene, stamp in read_table(folder / "sample.json", "token", "scene_token", "timestamp")}
-    channels = dict(read_table(folder / "sensor.json", "token", "channel"))
+    for place, field in enumerate(("token", "name")):
+        once([row[place] for row in scenes], folder / "scene.json", field, field)
+    rows = list(read_table(folder / "sample.json", "token", "scene_token", "timestamp"))
+    once([token for token, *_ in rows], folder / "sample.json", "token", "token")
+    samples = {token: (scene, stamp) for token, scene, stamp in rows}
+    sensors = list(read_table(folder / "sensor.json", "token", "channel"))
+    once([token for token, _ in sensors], folder / "sensor.json", "token", "token")
+    channels = dict(sensors)
     calibrations = _read_calibrations(folder / "calibrated_sensor.json", channels)
 
     kept_lidar: dict[str, tuple[str, str, bool]] = {}  # LiDAR record -> its predecessor, its sample, whether a key scan
@@ -218,6 +232,8 @@ def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
             kept_lidar[token] = (previous, sample, is_key)
         elif not (is_key and channel in CAMERAS):
             continue
+        if token in details:
+            raise BrokenRecordError(table, f"row {number}", f"the token {token!r} stands in an earlier row, too: unpack the metadata again")
         details[token] = (file, pose, stamp, calibration)
         if is_key:
             if sample not in key_records:
@@ -233,12 +249,14 @@ def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
                 table, f"sample {token}", f"has no key frame of {LIDAR}: the table is incomplete, unpack the metadata again"
             )
     ordered = sorted(samples, key=lambda token: (scene_row[samples[token][0]], samples[token][1]))
-    sweeps = [_previous_sweeps(key_records[token][LIDAR], kept_lidar, num_sweeps) for token in ordered]
+    sweeps = [_previous_sweeps(key_records[token][LIDAR], kept_lidar, num_sweeps, table) for token in ordered]
 
     records: dict[str, int] = {}  # record -> row of the compact arrays
     for token, earlier in zip(ordered, sweeps, strict=True):
         for record in (*key_records[token].values(), *earlier):
             records.setdefault(record, len(records))
+    for record in records:
+        plain_file_name(record, table, "token")
     rotation, translation = _read_poses(folder / "ego_pose.json", [details[record][1] for record in records])
     lidarseg = _read_lidarseg(folder / "lidarseg.json")
     padded = [[records[record] for record in earlier] + [-1] * (num_sweeps - len(earlier)) for earlier in sweeps]
@@ -265,10 +283,13 @@ def read_tables(root: Path, version: str, num_sweeps: int) -> NuScenesTables:
     )
 
 
-def _previous_sweeps(key_scan: str, chain: dict[str, tuple[str, str, bool]], count: int) -> list[str]:
+def _previous_sweeps(key_scan: str, chain: dict[str, tuple[str, str, bool]], count: int, table: Path) -> list[str]:
     found: list[str] = []
-    record = chain[key_scan][0]
+    record, passed = chain[key_scan][0], {key_scan}
     while record in chain and len(found) < count:
+        if record in passed:
+            raise BrokenRecordError(table, "prev", f"leads from {key_scan!r} back to {record!r} in a circle: unpack the metadata again")
+        passed.add(record)
         if not chain[record][2]:
             found.append(record)
         record = chain[record][0]
@@ -289,16 +310,26 @@ def _read_calibrations(path: Path, channels: dict[str, str]) -> _Calibrations:
     for number, (_, sensor, *_rest) in enumerate(rows):
         if sensor not in channels:
             raise BrokenRecordError(path, f"row {number}", f"sensor_token {sensor!r} is in no row of sensor.json")
+        if channels[sensor] in CAMERAS and not _rest[2]:
+            raise BrokenRecordError(path, f"row {number}", "camera_intrinsic is empty, expected 3 x 3 numbers: unpack the metadata again")
+    once([row[0] for row in rows], path, "token", "token")
     try:
-        rotation = rotation_matrices(np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4))
+        quaternion = np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4)
+        if not (good := _turns(quaternion)).all():
+            raise BrokenRecordError(path, f"row {int(np.argmin(good))}", "rotation is no quaternion of length 1: unpack the metadata again")
+        rotation = rotation_matrices(quaternion)
         translation = np.array([row[3] for row in rows], dtype=np.float64).reshape(-1, 3)
         intrinsic = np.array([row[4] or np.zeros((3, 3)) for row in rows], dtype=np.float64).reshape(-1, 3, 3)
-    except (ValueError, TypeError) as problem:
+    except BrokenRecordError:
+        raise
+    except (ValueError, TypeError, OverflowError) as problem:
         raise BrokenRecordError(path, "rotation, translation, camera_intrinsic", f"expected 4, 3 and 3x3 numbers ({problem})") from problem
     for name, values in (("rotation", rotation), ("translation", translation), ("camera_intrinsic", intrinsic)):
-        good = np.isfinite(values).reshape(len(rows), -1).all(axis=1)
+        good = _plausible(values).reshape(len(rows), -1).all(axis=1)
         if not good.all():
-            raise BrokenRecordError(path, f"row {int(np.argmin(good))}", f"{name} holds NaN or infinite numbers: unpack the metadata again")
+            raise BrokenRecordError(
+                path, f"row {int(np.argmin(good))}", f"{name} holds NaN, infinite or impossible numbers: unpack the metadata again"
+            )
     return _Calibrations(
         {row[0]: number for number, row in enumerate(rows)}, {row[0]: channels[row[1]] for row in rows}, rotation, translation, intrinsic
     )
@@ -308,17 +339,22 @@ def _read_poses(path: Path, wanted: list[str]) -> tuple[NDArray[np.float64], NDA
     rows: dict[str, list[int]] = {}
     for row, token in enumerate(wanted):
         rows.setdefault(token, []).append(row)
-    quaternion, translation = np.full((len(wanted), 4), np.nan), np.full((len(wanted), 3), np.nan)
+    quaternion, translation, met = np.full((len(wanted), 4), np.nan), np.full((len(wanted), 3), np.nan), set()
     for number, (token, rotation, shift) in enumerate(read_table(path, "token", "rotation", "translation")):
         if token in rows:
+            if token in met:
+                raise BrokenRecordError(
+                    path, f"row {number}", f"the token {token!r} stands in an earlier row, too: unpack the metadata again"
+                )
+            met.add(token)
             try:
                 quaternion[rows[token]], translation[rows[token]] = rotation, shift
-            except (ValueError, TypeError) as problem:
+            except (ValueError, TypeError, OverflowError) as problem:
                 raise BrokenRecordError(path, f"row {number}", f"rotation and translation must be 4 and 3 numbers ({problem})") from problem
     unset = np.isnan(quaternion).any(axis=1) | np.isnan(translation).any(axis=1)
     if unset.any():
         raise BrokenRecordError(path, "token", f"no pose {wanted[int(np.argmax(unset))]!r}, which sample_data.json names (or it holds NaN)")
-    bad = ~np.isfinite(np.concatenate([quaternion, translation], axis=1)).all(axis=1) | ~quaternion.any(axis=1)
+    bad = ~_plausible(translation).all(axis=1) | ~_turns(quaternion)
     if bad.any():
         raise BrokenRecordError(
             path, "rotation", f"the pose {wanted[int(np.argmax(bad))]!r} is no rotation and place: unpack the metadata again"
@@ -327,4 +363,19 @@ def _read_poses(path: Path, wanted: list[str]) -> tuple[NDArray[np.float64], NDA
 
 
 def _read_lidarseg(path: Path) -> dict[str, str]:
-    return dict(read_table(path, "sample_data_token", "filename")) if path.is_file() else {}
+    if not os.path.lexists(path):
+        return {}
+    rows = list(read_table(path, "sample_data_token", "filename"))
+    once([token for token, _ in rows], path, "sample_data_token", "token")
+    return dict(rows)
+
+
+def _turns(quaternions: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which of (n, 4) quaternions are rotations: of length 1, up to rounding."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.abs((quaternions**2).sum(axis=1) - 1) < _ROUNDED
+
+
+def _plausible(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Where metres or pixels are numbers that may be: not NaN, and within 100,000 km."""
+    return np.abs(values) <= 1e8

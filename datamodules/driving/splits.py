@@ -4,12 +4,13 @@ Sources: the official split of the nuScenes v1.0 release, and the split released
 training scenes back for choosing hyperparameters of the pretraining.
 """
 
-import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.reading import read_json
 
 Split = Literal["train", "val", "test", "slidr600"]
 
@@ -56,11 +57,11 @@ def choose_scenes(names: Sequence[str], split: Split, version: str, root: Path) 
         BrokenRecordError: ``splits.json`` can't be read or names a scene that isn't in the tables.
     """
     own = root / "splits.json"
-    if own.is_file():
+    if os.path.lexists(own):
+        listed = read_json(own, split)
         try:
-            listed = json.loads(own.read_text(encoding="utf-8"))
             wanted = set(listed.get(split, listed.get("train", []) if split == "slidr600" else []))
-        except (ValueError, AttributeError, TypeError) as problem:
+        except (AttributeError, TypeError) as problem:
             raise BrokenRecordError(own, split, f"expected an object of lists of scene names ({problem})") from problem
         if unknown := sorted(wanted - set(names)):
             raise BrokenRecordError(own, split, f"scene {unknown[0]!r} is not in {version}/scene.json")

@@ -24,6 +24,8 @@ from torch import Tensor
 from lit_methods.datamodules.driving.common import read_image, write_bytes
 from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.pictures import open_indices
+from lit_methods.datamodules.reading import plain_file_name
+from lit_methods.import_path import CHILD_PREFIX
 
 _SLIC_SIDE = 512  # longer side at which SLIC runs: training resizes images to 448 columns anyway
 
@@ -115,7 +117,7 @@ def compute_slic(images: Sequence[tuple[str, Path]], folder: Path, num_superpixe
     """
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    jobs = [(path, folder / f"{token}.png") for token, path in images]
+    jobs = [(path, folder / f"{plain_file_name(token, folder, 'token')}.png") for token, path in images]
     jobs = [job for job in jobs if not job[1].is_file()]
     if not jobs:
         return 0
@@ -136,7 +138,7 @@ def compute_slic(images: Sequence[tuple[str, Path]], folder: Path, num_superpixe
 def _in_workers(jobs: list[tuple[Path, Path]], num_superpixels: int, num_processes: int) -> Iterator[None]:
     # Plain child processes, because multiprocessing would run the user's script again in each where it lacks a __main__ guard.
     waiting: queue.SimpleQueue[subprocess.Popen[str]] = queue.SimpleQueue()
-    command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()"]
+    command = [sys.executable, "-c", f"{CHILD_PREFIX}from {__name__} import _serve; _serve()"]
     workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(num_processes)]
     for worker in workers:
         waiting.put(worker)

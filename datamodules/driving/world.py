@@ -36,6 +36,7 @@ from lit_methods.datamodules.driving.layout import make_scene
 from lit_methods.datamodules.driving.nuscenes_writer import Row, Tables, write_tables
 from lit_methods.datamodules.driving.render import GROUND, SKY, Bools, Floats, Hits, Ints, Posed
 from lit_methods.datamodules.driving.street import LIDARSEG_NAMES, Scene
+from lit_methods.import_path import CHILD_PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -436,7 +437,7 @@ def _record_in_workers(root: Path, options: WorldOptions, count: int) -> list[di
         children = []
         for number in range(count):
             job = {"root": str(root), "rows": folder, "options": asdict(options), "scenes": list(range(number, options.scenes, count))}
-            command = [sys.executable, "-c", f"from {__name__} import _work; _work()", json.dumps(job)]
+            command = [sys.executable, "-c", f"{CHILD_PREFIX}from {__name__} import _work; _work()", json.dumps(job)]
             children.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         try:
             messages = [child.communicate()[1] for child in children]

@@ -4,7 +4,6 @@ Nine sets have ``split_zhou_<Set>.json`` with ``train``, ``val`` and ``test``, l
 text files, ImageNet its folders and ``classnames.txt``. The layout is from memory of the authors' description (mem).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_methods.datamodules import reading
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import listed
-from lit_methods.datamodules.tables import text_of
 
 Name = Literal[
     "imagenet",
@@ -30,6 +29,9 @@ Name = Literal[
     "eurosat",
     "ucf101",
 ]
+
+
+_CLASSES = 1_000_000  # more than any set has
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def read_text(file: Path) -> str:
         MissingFileError: There is no such file.
         BrokenRecordError: It isn't UTF-8, or empty.
     """
-    text = text_of(file, "the release is incomplete here, copy it again")
+    text = reading.read_text(file)
     if not text.strip():
         raise BrokenRecordError(file, "file", "it is empty: copy it again")
     return text
@@ -91,10 +93,7 @@ def read_json(file: Path) -> Any:
         MissingFileError: There is no such file.
         BrokenRecordError: It is no JSON.
     """
-    try:
-        return json.loads(read_text(file))
-    except json.JSONDecodeError as problem:
-        raise BrokenRecordError(file, "file", f"isn't JSON ({problem}): it is truncated, copy it again") from problem
+    return reading.read_json(file)
 
 
 def read_split_file(file: Path, images: Path) -> Release:
@@ -117,13 +116,19 @@ def read_split_file(file: Path, images: Path) -> Release:
             raise BrokenRecordError(file, part, "expected a list of [path, label, class name], got none: copy the file again")
         for number, row in enumerate(rows):
             if not (
-                isinstance(row, list) and len(row) == 3 and isinstance(row[0], str) and type(row[1]) is int and isinstance(row[2], str)
+                isinstance(row, list)
+                and len(row) == 3
+                and isinstance(row[0], str)
+                and type(row[1]) is int
+                and 0 <= row[1] < _CLASSES
+                and isinstance(row[2], str)
             ):
                 raise BrokenRecordError(file, f"{part}[{number}]", f"expected [path, label, class name], got {str(row)[:80]}")
             if names.setdefault(row[1], row[2]) != row[2]:
                 raise BrokenRecordError(
                     file, f"{part}[{number}]", f"label {row[1]} is called {row[2]!r} here and {names[row[1]]!r} before: copy the file again"
                 )
+        reading.once([row[0] for row in rows], file, part, "image")
         parts[part] = Split([images / row[0] for row in rows], np.array([row[1] for row in rows], np.int64))
     return _release(names, parts, file)
 
@@ -138,6 +143,7 @@ def _release(names: dict[int, str], parts: dict[str, Split], file: Path) -> Rele
 def read_aircraft(folder: Path) -> Release:
     """FGVCAircraft: ``variants.txt``, ``images_variant_train.txt``, ``images_variant_test.txt`` with image and variant in each line."""
     classes = tuple(line.strip() for line in read_text(folder / "variants.txt").splitlines() if line.strip())
+    reading.once(classes, folder / "variants.txt", "lines", "variant")
     number = {name: label for label, name in enumerate(classes)}
 
     def read(part: str) -> Split:
@@ -149,6 +155,7 @@ def read_aircraft(folder: Path) -> Release:
                 raise BrokenRecordError(file, f"line {place}", f"{name!r} isn't in variants.txt: copy both files again")
             paths.append(folder / "images" / f"{image}.jpg")
             labels.append(number[name])
+        reading.once(list(zip(paths, labels, strict=True)), file, "lines", "row")
         return Split(paths, np.array(labels, np.int64))
 
     return Release(classes, read("train"), read("test"))
@@ -160,6 +167,7 @@ def read_imagenet(folder: Path) -> Release:
     rows = [line.strip().partition(" ") for line in read_text(file).splitlines() if line.strip()]
     if bad := [number for number, (_, _, name) in enumerate(rows, start=1) if not name]:
         raise BrokenRecordError(file, f"line {bad[0]}", "expected a folder and a name")
+    reading.once([own for own, _, _ in rows], file, "lines", "folder")
 
     def read(part: str) -> Split:
         paths: list[Path] = []

@@ -1,7 +1,7 @@
 """Latents of an autoencoder, stored once and standardised: sLCT's data (arXiv:2502.01441)."""
 
 import io
-from collections import OrderedDict
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from lit_methods.checks import at_least, positive
 from lit_methods.consistency_models.latents import DigitAutoencoder, standardise
 from lit_methods.datamodules.base import Batches, Ints
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule, Tensors
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
-from lit_methods.datamodules.pickles import ArraysOnly
+from lit_methods.datamodules.pickles import ArraysOnly, ordered
 from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.reading import file_size, read_npy, refuse_bombs, whole_tensor
 from lit_methods.files import replacing
 
 IMAGE_KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_WAY = "encode the images again"
 CHUNK = 256  # latents, or images to encode, at a time
 
 
@@ -37,7 +39,7 @@ def latent_files(root: Path, name: str) -> list[Path]:
         WrongRootError: There is neither.
     """
     whole = root / f"{name}.npy"
-    files = [whole] if whole.is_file() else listed(root / name, "*.npy")
+    files = [whole] if os.path.lexists(whole) else listed(root / name, "*.npy")
     if not files:
         raise WrongRootError(
             f"root={str(root)!r} has neither {name}.npy nor {name}/*.npy: give images= and autoencoder= to encode them, or root=null "
@@ -74,8 +76,8 @@ class LatentFiles:
         self.whole: NDArray[Any] | None = None
         self.files: list[Path] = []
         self.file = root / f"{name}.npy"
-        if self.file.is_file():
-            self.whole = _load(self.file, mmap_mode="r")
+        if os.path.lexists(self.file):
+            self.whole = read_npy(self.file, "array", _WAY, kinds="iuf", mapped=True)
             if self.whole.ndim != 4:
                 raise BrokenRecordError(
                     self.file, "latents", f"expected an array (N, C, H, W), got {self.whole.shape}: encode the images again"
@@ -93,7 +95,8 @@ class LatentFiles:
         if self.whole is None:
             found = np.stack([_one(self.files[k], self.shape) for k in index])
         else:
-            found = np.asarray(self.whole[np.asarray(index)], dtype=np.float32)
+            with np.errstate(over="ignore"):  # infinite then, and found below
+                found = np.asarray(self.whole[np.asarray(index)], dtype=np.float32)
         good = np.isfinite(found).reshape(len(found), -1).all(1)
         if not good.all():
             wrong = index[int(np.flatnonzero(~good)[0])]
@@ -102,22 +105,22 @@ class LatentFiles:
         return torch.from_numpy(found)
 
 
-def _load(file: Path, **options: Any) -> NDArray[Any]:
-    try:
-        found = np.load(file, **options)
-    except Exception as problem:  # a broken file raises nearly anything
-        raise BrokenRecordError(file, "array", f"can't be read ({problem}): truncated or no .npy file, copy it again") from problem
-    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iuf":
-        raise BrokenRecordError(file, "array", f"holds {getattr(found, 'dtype', 'several arrays')}, expected one array of numbers")
-    return found
-
-
 def _one(file: Path, shape: tuple[int, ...] | None) -> NDArray[np.float32]:
-    found = _load(file)
+    found = read_npy(file, "array", _WAY, kinds="iuf")
     found = found[0] if found.ndim == 4 and len(found) == 1 else found
     if found.ndim != 3 or (shape is not None and found.shape != shape):
         raise BrokenRecordError(file, "latent", f"expected an array {shape or '(C, H, W)'}, got {found.shape}: encode that image again")
-    return found.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return found.astype(np.float32)
+
+
+def _storage(content: bytes) -> Any:
+    refuse_bombs(content)
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def _tensor(storage: Any, *layout: Any) -> Tensor:
+    return whole_tensor(torch._utils._rebuild_tensor_v2(storage, *layout))  # type: ignore[no-any-return]
 
 
 class _Statistics(ArraysOnly):
@@ -126,13 +129,12 @@ class _Statistics(ArraysOnly):
     owner = "file of statistics"
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda content: torch.load(io.BytesIO(content), weights_only=True)
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return torch._utils._rebuild_tensor_v2
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        return super().find_class(module, name)
+        known = {
+            ("torch.storage", "_load_from_bytes"): _storage,
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("collections", "OrderedDict"): ordered,
+        }
+        return known[module, name] if (module, name) in known else super().find_class(module, name)
 
 
 def read_statistics(file: Path, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -145,19 +147,22 @@ def read_statistics(file: Path, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     Raises:
         BrokenRecordError: Anything else; a pickle that asks for code isn't run.
     """
+    missing = "copy it beside the latents, or let prepare_data compute it"
     try:
+        file_size(file, "statistics", missing)
         with file.open("rb") as stream:
             version = np.lib.format.read_magic(stream)
             header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            found = _Statistics(stream).load() if header(stream)[2].hasobject else np.load(file)
-        if isinstance(found, np.ndarray) and found.dtype == object:
+            pickled = header(stream)[2].hasobject
+            found: Any = _Statistics(stream).load() if pickled else read_npy(file, "statistics", missing, "remove it, to have it computed")
+        if pickled:  # an array of one object: the unpickler gives its shell
             found = found.item()
         pair = (found["mean"], found["std"]) if isinstance(found, dict) else (found[0], found[1])
         mean, std = (torch.as_tensor(part, dtype=torch.float32) for part in pair)
         mean, std = mean.reshape(mean.shape[-3:]), std.reshape(std.shape[-3:])
         torch.broadcast_shapes(mean.shape, tuple(shape))
-    except FileNotFoundError:
-        raise MissingFileError(file, "statistics", "no such file: copy it beside the latents, or let prepare_data compute it") from None
+    except BrokenRecordError:
+        raise
     except Exception as problem:
         raise BrokenRecordError(
             file, "statistics", f"no mean and std for latents of {tuple(shape)} ({problem}): remove it, to have it computed"
@@ -337,7 +342,7 @@ class LatentDataModule(GenerativeDataModule):
         """Whether there are images and no latents yet."""
         assert self.root is not None
         name = self.hparams["name"]
-        return self.images is not None and not (self.root / f"{name}.npy").is_file() and not (self.root / name).is_dir()
+        return self.images is not None and not any(os.path.lexists(self.root / there) for there in (f"{name}.npy", name))
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for latents, or for images that can be encoded."""
@@ -359,7 +364,7 @@ class LatentDataModule(GenerativeDataModule):
             assert self.autoencoder is not None
             target = self.root / f"{hp['name']}.npy"
             encode_folder(self.images, target, self.autoencoder, hp["image_size"], hp["latent_factor"], hp["mirrored"])
-        if not self._statistics.is_file():
+        if not os.path.lexists(self._statistics):
             files = LatentFiles(self.root, hp["name"])
             train = self._split(len(files))[0]
             chunks = (files[train[start : start + CHUNK]] / hp["latent_factor"] for start in range(0, len(train), CHUNK))

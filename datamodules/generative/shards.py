@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from lit_methods.datamodules.cache import cache_folder, making_folder
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import counts, data_path, listed
 from lit_methods.datamodules.generative.base import Batch, GenerativeDataModule
+from lit_methods.datamodules.reading import file_size, read_bytes, read_tensors
 
 BLOCK = 512  # bytes; every part of a tar file begins at a multiple of it
 BUILT_IN = 2  # version of the built-in sample
@@ -48,7 +50,7 @@ def read_index(shard: Path, endings: Sequence[str]) -> list[Record]:
     Raises:
         BrokenRecordError: The file is truncated or no tar file, or a sample lacks a part.
     """
-    size, end = shard.stat().st_size, 0
+    size, end = file_size(shard, "file", "fetch it anew"), 0
     found: dict[str, dict[str, Part]] = {}
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -56,9 +58,18 @@ def read_index(shard: Path, endings: Sequence[str]) -> list[Record]:
                 end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                 folder, _, name = member.name.rpartition("/")
                 stem, _, ending = name.partition(".")
+                if member.issparse():
+                    raise BrokenRecordError(
+                        shard, f"member {member.name[:80]!r}", "is sparse: write the file with webdataset or write_shard"
+                    )
                 if member.isfile() and ending and counts(name):  # macOS puts ._<name> beside each file
-                    found.setdefault(f"{folder}/{stem}" if folder else stem, {})[ending] = Part(member.offset_data, member.size)
-    except (tarfile.TarError, OSError, ValueError) as error:
+                    parts = found.setdefault(f"{folder}/{stem}" if folder else stem, {})
+                    if ending in parts:
+                        raise BrokenRecordError(shard, f"sample {stem!r}", f"has two parts {ending}: fetch the file anew")
+                    parts[ending] = Part(member.offset_data, member.size)
+    except BrokenRecordError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise BrokenRecordError(
             shard, "file", f"can't be read as a tar file ({error}): it is truncated or damaged, fetch it anew"
         ) from error
@@ -88,15 +99,13 @@ def read_tensor(record: Record, ending: str) -> Tensor:
 
 
 def _tensor(content: bytes, file: Path, field: str) -> Tensor:
-    try:
-        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BrokenRecordError(file, field, f"can't be read as a tensor ({reason}): write it with torch.save") from error
-    if not isinstance(found, Tensor):
-        raise BrokenRecordError(file, field, f"holds a {type(found).__name__}: save a tensor")
-    if found.is_floating_point() and not found.isfinite().all():
-        raise BrokenRecordError(file, field, "has numbers that aren't finite: leave the sample out")
+    found = read_tensors(content, file, field, "write it with torch.save")
+    if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_complex() or found.is_quantized:
+        kind = f"tensor of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+        raise BrokenRecordError(file, field, f"holds a {kind}: save a tensor of numbers")
+    found = found.float()
+    if not found.isfinite().all():
+        raise BrokenRecordError(file, field, "has numbers that aren't finite in float32: leave the sample out")
     return found
 
 
@@ -174,7 +183,7 @@ class LatentShards(Batches):
     def batch(self, epochs: Ints, index: Ints) -> Batch:
         """Samples as stored; the same in every epoch."""
         records = [self.records[k] for k in index]
-        latents = [read_tensor(record, self.latent).float() for record in records]
+        latents = [read_tensor(record, self.latent) for record in records]
         latents = [latent[0] if latent.ndim == 5 and len(latent) == 1 else latent for latent in latents]
         batch = {"image": self._stacked(records, latents, self.latent) * self.scale}
         if self.embedding is not None:
@@ -276,9 +285,9 @@ class LatentShardsDataModule(GenerativeDataModule):
         null = None
         if self.null_embedding is not None:
             path = self.null_embedding
-            if not path.is_file():
+            if not os.path.lexists(path):
                 raise FileNotFoundError(f"null_embedding={str(path)!r} doesn't exist: give a file that torch.save wrote")
-            null = _tensor(path.read_bytes(), path, "null_embedding")
+            null = _tensor(read_bytes(path, "null_embedding"), path, "null_embedding")
         settings = (hp["latent"], hp["embedding"], hp["tokens"], null, hp["scale"])
         cut = len(records) - hp["num_val"]
         parts = (records[:cut], records[cut:], records[cut : cut + self.num_samples])

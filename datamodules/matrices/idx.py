@@ -1,6 +1,7 @@
 """MNIST's file format: a magic number, the sizes, the bytes."""
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.reading import file_size, unpacked_size
 
 MISSING = "download MNIST's four files again"
 
@@ -24,20 +26,21 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
         MissingFileError: There is no such file.
         BrokenRecordError: It is truncated, or another file.
     """
+    size, head = file_size(path, "file", MISSING), 4 + 4 * dimensions
     try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except FileNotFoundError:
-        raise MissingFileError(path, "file", f"no such file: {MISSING}") from None
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            start = file.read(head)
+            if len(start) < head or start[:4] != bytes((0, 0, 8, dimensions)):
+                raise BrokenRecordError(path, "header", f"it begins with {start[:4].hex()}, not with 000008{dimensions:02x}: {MISSING}")
+            shape = struct.unpack(f">{dimensions}I", start[4:])
+            unpacked_size(math.prod(shape), size, path, "header")
+            data = file.read(math.prod(shape) + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as problem:
         raise BrokenRecordError(path, "file", f"it can't be unpacked ({problem}): {MISSING}") from problem
-    head = 4 + 4 * dimensions
-    if len(data) < head or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise BrokenRecordError(path, "header", f"it begins with {data[:4].hex()}, not with 000008{dimensions:02x}: {MISSING}")
-    shape = struct.unpack(f">{dimensions}I", data[4:head])
-    if len(data) - head != np.prod(shape, dtype=np.int64):
-        raise BrokenRecordError(path, "data", f"{len(data) - head} bytes for an array of {shape}: {MISSING}")
-    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+    if len(data) != math.prod(shape):
+        held = f"more than {len(data) - 1}" if len(data) > math.prod(shape) else len(data)
+        raise BrokenRecordError(path, "data", f"{held} bytes for an array of {shape}: {MISSING}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def write_idx(path: Path, array: NDArray[np.uint8]) -> None:

@@ -14,7 +14,8 @@ from lit_methods.datamodules.base import Ints
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.matrices.base import Floats, MatrixDataModule, Table
-from lit_methods.datamodules.tables import named_rows
+from lit_methods.datamodules.reading import once
+from lit_methods.datamodules.tables import named_rows, rows_of
 
 FILES = ("fake_job_postings.csv", "emscad_v1.csv")
 COLUMNS = (
@@ -144,6 +145,9 @@ def read_postings(path: Path) -> Postings:
     Raises:
         BrokenRecordError: A column is missing, or a flag or label isn't 0 or 1 (``f`` or ``t``, (mem)); the message names the line.
     """
+    header = next((cells for _, cells in rows_of(path, _WAY)), [])
+    if "job_id" in header:  # some copies leave it out
+        once([cells[0] for _, cells in named_rows(path, ("job_id",), _WAY)], path, "job_id", "posting")
     return _parsed(path, named_rows(path, READ, _WAY))
 
 

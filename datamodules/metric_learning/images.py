@@ -1,6 +1,6 @@
 """CUB-200-2011, Cars-196, Stanford Online Products and iNaturalist 2018 for retrieval: training and test classes are disjoint."""
 
-import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.metric_learning.base import RetrievalDataModule
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, Prepare, open_listed
+from lit_methods.datamodules.reading import once, read_json, read_matlab, whole_numbers
 from lit_methods.datamodules.tables import find_columns, plain, text_of
 from lit_methods.datamodules.vision.base import LabelledImages
 
@@ -53,10 +54,9 @@ def _lines(file: Path, fields: int) -> list[list[str]]:
 
 
 def _number(word: str, file: Path, place: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise BrokenRecordError(file, place, f"expected an integer, got {word!r}") from None
+    if not word.isascii() or not word.isdigit() or len(word) > 18:
+        raise BrokenRecordError(file, place, f"expected an integer, got {word[:40]!r}")
+    return int(word)
 
 
 def _halves(paths: list[Path], labels: NDArray[np.int64], last_train: int) -> tuple[ImageList, ImageList]:
@@ -70,8 +70,12 @@ def _halves(paths: list[Path], labels: NDArray[np.int64], last_train: int) -> tu
 def read_cub(root: Path) -> tuple[ImageList, ImageList]:
     """``images.txt`` and ``image_class_labels.txt``; classes 1 to 100 train."""
     names, classes = root / "images.txt", root / "image_class_labels.txt"
-    paths = {row[0]: root / "images" / row[1] for row in _lines(names, 2)}
-    labels = {row[0]: _number(row[1], classes, f"line {number}") for number, row in enumerate(_lines(classes, 2), start=1)}
+    rows, marks = _lines(names, 2), _lines(classes, 2)
+    once([row[0] for row in rows], names, "lines", "image id")
+    once([row[1] for row in rows], names, "lines", "image")
+    once([row[0] for row in marks], classes, "lines", "image id")
+    paths = {row[0]: root / "images" / row[1] for row in rows}
+    labels = {row[0]: _number(row[1], classes, f"line {number}") for number, row in enumerate(marks, start=1)}
     if wrong := [key for key, label in labels.items() if not 1 <= label <= 200]:
         raise BrokenRecordError(classes, f"image {wrong[0]}", f"class {labels[wrong[0]]} isn't in 1..200: unpack the release again")
     if odd := sorted(paths.keys() ^ labels.keys()):
@@ -81,18 +85,21 @@ def read_cub(root: Path) -> tuple[ImageList, ImageList]:
 
 def read_cars(root: Path) -> tuple[ImageList, ImageList]:
     """``cars_annos.mat``; classes 1 to 98 train."""
-    from scipy.io import loadmat
-
     file = root / "cars_annos.mat"
+    found = read_matlab(file, ("annotations",), "annotations")
     try:
-        rows = loadmat(file, squeeze_me=True)["annotations"]
-        paths, labels = [root / str(name) for name in rows["relative_im_path"]], rows["class"].astype(np.int64)
+        rows = found["annotations"].reshape(-1)
+        names, stored = ([one[field].item() for one in rows] for field in ("relative_im_path", "class"))
+        paths, labels = [root / str(name) for name in names], whole_numbers(np.array(stored), file, "class")
+    except BrokenRecordError:
+        raise
     except Exception as problem:  # a broken .mat raises nearly anything
         raise BrokenRecordError(
             file, "annotations", f"can't be read ({type(problem).__name__}: {problem}): copy the file again"
         ) from problem
     if not labels.ndim or not len(labels) or not 1 <= labels.min() <= labels.max() <= 196:
         raise BrokenRecordError(file, "class", f"expected one class of 1..196 an image, got {labels}: copy the file again")
+    once(paths, file, "relative_im_path", "image")
     return _halves(paths, labels, 98)
 
 
@@ -105,6 +112,7 @@ def read_sop(root: Path) -> tuple[ImageList, ImageList]:
         if not rows:
             raise BrokenRecordError(file, "lines", "there is no image: unpack the release again")
         labels = [_number(row[place["class_id"]], file, f"line {number}") for number, row in enumerate(rows, start=2)]
+        once([row[place["path"]] for row in rows], file, "path", "image")
         return ImageList([root / row[place["path"]] for row in rows], np.array(labels, np.int64))
 
     return read(root / "Ebay_train.txt"), read(root / "Ebay_test.txt")
@@ -114,9 +122,9 @@ def read_inat(root: Path) -> tuple[ImageList, ImageList]:
     """Lists of images, one path a line, in ``Inat_dataset_splits``; the class: the folder, or the category in ``train2018.json``."""
     table = root / "train2018.json"
     category: dict[str, int] = {}
-    if table.is_file():
+    if os.path.lexists(table):
+        content = read_json(table, "annotations")
         try:
-            content = json.loads(table.read_text(encoding="utf-8"))
             own = {one["image_id"]: one["category_id"] for one in content["annotations"]}
             category = {one["file_name"]: own[one["id"]] for one in content["images"]}
         except (KeyError, TypeError, ValueError) as problem:
@@ -124,6 +132,7 @@ def read_inat(root: Path) -> tuple[ImageList, ImageList]:
 
     def read(file: Path) -> ImageList:
         names = [row[0] for row in _lines(file, 1)]
+        once(names, file, "lines", "image")
         kinds = [str(category.get(name, Path(name).parent)) for name in names]
         return ImageList([root / name for name in names], np.unique(kinds, return_inverse=True)[1].astype(np.int64))
 

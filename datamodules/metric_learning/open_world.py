@@ -92,7 +92,7 @@ class OpenWorldDataModule(RetrievalDataModule):
         if source == "digits":
             within(f"[1, {10 - num_train_classes}]", "unseen classes, as there are ten digits in all,", num_val_classes=num_val_classes)
             within("[1, 174]", "samples, as the rarest digit has 174,", per_class=per_class)
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)
 
     def setup(self, stage: str) -> None:
         """Draw all samples."""

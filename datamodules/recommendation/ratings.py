@@ -16,6 +16,7 @@ from lit_methods.checks import at_least, literals, within
 from lit_methods.datamodules.base import Batches, LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
+from lit_methods.datamodules.reading import read_bytes
 from lit_methods.datamodules.tables import find_columns, is_header, plain
 
 Format = Literal["auto", "movielens", "lastfm", "lightgcn"]
@@ -77,7 +78,9 @@ def read_rows(file: Path, layout: _Layout, rated: bool = False) -> tuple[Ints, I
         BrokenRecordError: A column is missing; a line that isn't numbers, has too few columns, or a negative id; the message names file and
             line.
     """
-    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    text = read_bytes(file, "lines").decode("utf-8-sig", errors="replace")  # names of things may be in any encoding
+    if "\0" in text:
+        raise BrokenRecordError(file, "lines", "it has NUL bytes: UTF-16, which is to be converted to UTF-8, or damaged; download it again")
     first, line = next(((number, line) for number, line in enumerate(io.StringIO(text)) if line.strip()), (0, ""))
     cells = line.split(layout.separator)
     named = is_header(cells)

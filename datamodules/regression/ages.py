@@ -12,6 +12,7 @@ from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import crop_and_flip, open_picture
+from lit_methods.datamodules.reading import once
 from lit_methods.datamodules.regression.base import RegressionDataModule, RegressionSamples, Reweighting
 from lit_methods.datamodules.tables import named_rows
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight
@@ -49,6 +50,7 @@ def read_ages(file: Path) -> dict[str, tuple[list[str], NDArray[np.float32]]]:
         found[split][0].append(path)
         found[split][1].append(age)
     for split, (paths, _) in found.items():
+        once(paths, file, "path", "image")
         if not paths:
             raise BrokenRecordError(file, "split", f"there is no row of the split {split}: copy the file again")
     return {split: (paths, np.array(ages, np.float32)) for split, (paths, ages) in found.items()}

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import Samples
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import GREY_16_MODES, IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
+from lit_methods.datamodules.reading import once, read_npy
 from lit_methods.datamodules.regression.base import RegressionDataModule, Reweighting
 from lit_methods.datamodules.tables import find_columns, rows_of
 from lit_methods.tasks.imbalanced_regression.weights import Kernel, Reweight, smoothing_kernel
@@ -83,6 +84,7 @@ def read_list(file: Path) -> list[tuple[Path, Path]]:
         found.append((file.parent.joinpath(*parts[0]), file.parent.joinpath(*parts[1])))
     if not found:
         raise BrokenRecordError(file, "lines", "there are none: copy the file again")
+    once([image for image, _ in found], file, "lines", "image")
     return found
 
 
@@ -279,16 +281,10 @@ def read_mask(file: Path, images: int) -> NDArray[np.bool_]:
         MissingFileError: There is no such file.
         BrokenRecordError: It can't be read, or has another shape.
     """
-    try:
-        mask = np.load(file, allow_pickle=False)
-    except FileNotFoundError:
-        raise MissingFileError(file, "file", "no such file: copy it from nyud2-dir of the benchmark's data") from None
-    except Exception as problem:  # a broken file raises nearly anything
-        raise BrokenRecordError(file, "mask", f"can't be read ({problem}): copy the file again") from problem
-    shape = getattr(mask, "shape", None)  # an archive of several arrays has none
-    if shape != (images, HEIGHT, WIDTH):
-        raise BrokenRecordError(file, "mask", f"expected {(images, HEIGHT, WIDTH)} for the images of nyu2_test.csv, got {shape}")
-    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+    mask = read_npy(file, "mask", "copy it from nyud2-dir of the benchmark's data")
+    if mask.shape != (images, HEIGHT, WIDTH):
+        raise BrokenRecordError(file, "mask", f"expected {(images, HEIGHT, WIDTH)} for the images of nyu2_test.csv, got {mask.shape}")
+    if not np.isin(mask, (0, 1)).all():
         raise BrokenRecordError(file, "mask", f"expected 0 and 1, got {mask.dtype} with other values: copy the file again")
     return mask.astype(bool)
 

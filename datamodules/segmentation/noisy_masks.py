@@ -18,7 +18,8 @@ from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, 
 from lit_methods.datamodules.folders import data_path, user_path
 from lit_methods.datamodules.label_store import LabelStore
 from lit_methods.datamodules.loaders import ResumableLoader
-from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture
+from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD, open_indices, open_picture, picture_size
+from lit_methods.datamodules.reading import once
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, resize
 from lit_methods.datamodules.segmentation.camvid import ROAD_USERS, check_camvid, read_camvid
 from lit_methods.datamodules.segmentation.coins import COINS, coin_tiles
@@ -297,6 +298,7 @@ class NoisyMasksDataModule(LoaderDataModule):
             names[part] = [line.split()[0] for line in text_of(path, "", part).splitlines() if line.strip()]
             if not names[part]:
                 raise BrokenRecordError(path, part, "the list is empty")
+            once(names[part], path, part, "image")
         images = [[root / "JPEGImages" / f"{name}.jpg" for name in names[part]] for part in ("train", "val")]
         noisy = [masks / f"{name}.png" for name in names["train"]]
         truth = [root / "SegmentationClass" / f"{name}.png" for name in names["val"]]
@@ -305,12 +307,11 @@ class NoisyMasksDataModule(LoaderDataModule):
             self.clean_labels = partial(
                 _read_of, [self.clean / f"{name}.png" for name in names["train"]], partial(read_mask, classes=classes)
             )
-        held_out = partial(
-            _labelled, partial(_read_of, images[1], read_picture), partial(_read_of, truth, partial(read_mask, classes=classes))
-        )
+        held_out = partial(_pair_of_files, list(zip(images[1], truth, strict=True)), classes)
         self.val_set = SegmentationSamples(len(truth), held_out, partial(_normalised, None))
         self.test_set = self.val_set
-        return partial(_read_of, images[0], read_picture), len(noisy), (read_mask(path, classes) for path in noisy)
+        pairs = zip(images[0], noisy, strict=True)
+        return partial(_read_of, images[0], read_picture), len(noisy), (_fitting_mask(image, mask, classes) for image, mask in pairs)
 
     def training_image(self, index: int) -> Tensor:
         """(C, H, W) as stored."""
@@ -335,8 +336,26 @@ def _pair(images: NDArray[Any], labels: NDArray[Any], index: int) -> Arrays:
     return {"image": images[index], "label": labels[index]}
 
 
-def _labelled(image: Callable[[int], NDArray[Any]], label: Callable[[int], NDArray[Any]], index: int) -> Arrays:
-    return {"image": image(index), "label": label(index)}
+def _pair_of_files(files: list[tuple[Path, Path]], classes: int, index: int) -> Arrays:
+    image, mask = files[index]
+    return {"image": read_picture(image), "label": _fitting_mask(image, mask, classes)}
+
+
+def _fitting_mask(image: Path, path: Path, classes: int) -> NDArray[np.uint8]:
+    """A mask that has the size of its image.
+
+    Raises:
+        BrokenRecordError: Another size: stretched, its classes would lie on other pixels.
+    """
+    mask, size = read_mask(path, classes), picture_size(image, missing="the list names it; unpack VOC 2012 again")
+    if mask.shape != size:
+        raise BrokenRecordError(
+            path,
+            "size",
+            f"is {mask.shape[1]} x {mask.shape[0]} pixels, its image {size[1]} x {size[0]}: they don't belong together, make the mask at "
+            "the size of the image",
+        )
+    return mask
 
 
 def _with_labels(image: Callable[[int], NDArray[Any]], store: LabelStore, index: int) -> Arrays:

@@ -13,6 +13,7 @@ from lit_methods.checks import at_least, one_of, share, within
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
+from lit_methods.datamodules.reading import finite, read_hdf5, read_npz, whole_numbers
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
 from lit_methods.datamodules.segmentation.camvid import ROAD_USERS, check_camvid, read_camvid
 from lit_methods.datamodules.tables import text_of
@@ -74,40 +75,21 @@ def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         BrokenRecordError: It can't be read, lacks a field, or the fields don't fit.
         ImportError: h5py isn't installed.
     """
-    if not path.is_file():
-        raise MissingFileError(path, "file", "it is in the list and not there: unpack the data again, or correct the list")
-    fields: dict[str, Any] = {}
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                fields = {name: arrays[name] for name in ("image", "label") if name in arrays.files}
-        except Exception as error:  # a zip file can be broken in many ways
-            raise BrokenRecordError(path, "file", f"not a readable .npz file ({error}): copy it again") from error
-    else:
-        try:
-            import h5py
-        except ImportError as error:
-            raise ImportError(f"{path.name} is an HDF5 file, which needs h5py: pip install 'lit-methods[segmentation]'") from error
-        try:
-            with h5py.File(path, "r") as arrays:
-                fields = {name: arrays[name][()] for name in ("image", "label") if name in arrays}
-        except Exception as error:  # h5py raises nearly anything
-            raise BrokenRecordError(path, "file", f"not a readable HDF5 file ({error}): copy it again") from error
+    missing = "it is in the list and not there: unpack the data again, or correct the list"
+    read = read_npz if path.suffix == ".npz" else read_hdf5
+    fields = read(path, ("image", "label"), "file", missing)
     for name in ("image", "label"):
         if name not in fields:
             raise BrokenRecordError(path, name, f"the file has {sorted(fields) or 'neither image nor label'}: expected image and label")
-    image, label = np.asarray(fields["image"]), np.asarray(fields["label"])
+    image, label = fields["image"], fields["label"]
     if image.shape != label.shape or image.ndim not in (2, 3):
         raise BrokenRecordError(path, "label", f"image is {image.shape} and label {label.shape}: expected one shape, (H, W) or (S, H, W)")
-    if image.dtype.kind not in "biuf" or label.dtype.kind not in "biuf":
-        raise BrokenRecordError(path, "image", f"image is {image.dtype} and label {label.dtype}: expected numbers")
-    if not np.isfinite(image).all():
-        raise BrokenRecordError(path, "image", "it has values that aren't finite: prepare the file again")
-    with np.errstate(invalid="ignore"):
-        whole = label.astype(np.uint8)
-    if (whole != label).any():
+    with np.errstate(over="ignore"):
+        image = finite(image.astype(np.float32), path, "image")
+    whole = whole_numbers(label, path, "label")
+    if whole.size and not 0 <= whole.min() <= whole.max() <= 255:
         raise BrokenRecordError(path, "label", "it has values that are no whole number of 0 to 255: prepare the file again")
-    return image.astype(np.float32), whole
+    return image, whole.astype(np.uint8)
 
 
 def _checked(path: Path, dims: int, classes: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
@@ -233,9 +215,12 @@ class OrganSlicesDataModule(LoaderDataModule):
         files = [
             self._files(part, folder, endings[part != "train"]) for part, folder in (("train", slices), ("val", volumes), ("test", volumes))
         ]
-        self.train_set = SegmentationSamples(len(files[0]), partial(self._slice, files[0]), self._transform, self.views, seed=self.seed)
+        classes, transform = len(self.class_names), partial(_transform, self.augment, self.image_size)
+        self.train_set = SegmentationSamples(
+            len(files[0]), _Slices(files[0], classes, self.image_size is not None), transform, self.views, seed=self.seed
+        )
         self.val_set, self.test_set = (
-            Volumes([path.name.split(".")[0] for path in part], partial(self._volume, part)) for part in files[1:]
+            Volumes([path.name.split(".")[0] for path in part], partial(_volume, part, classes, self.image_size)) for part in files[1:]
         )
 
     def _files(self, part: str, folder: Path, ending: str) -> list[Path]:
@@ -265,19 +250,6 @@ class OrganSlicesDataModule(LoaderDataModule):
         chosen = set(numbers[round(ends[0] * len(numbers)) : round(ends[1] * len(numbers))])
         return [path for path, found in patient.items() if found and int(found[1]) in chosen]
 
-    def _slice(self, files: Sequence[Path], index: int) -> Arrays:
-        image, label = _checked(files[index], 2, len(self.class_names))
-        return {"image": image, "label": label}
-
-    def _volume(self, files: Sequence[Path], index: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        image, label = _checked(files[index], 3, len(self.class_names))
-        return (image if self.image_size is None else resize({"image": image}, (self.image_size, self.image_size))["image"]), label
-
-    def _transform(self, sample: Arrays, rng: np.random.Generator) -> Arrays:
-        if self.augment:
-            sample = flip_or_rotate(sample, rng)
-        return sample if self.image_size is None else resize(sample, (self.image_size, self.image_size))
-
     def _in_memory(self, train: _Volumes, val: _Volumes, test: _Volumes) -> None:
         """Volumes, each with its labels, as single slices; those of the test whole."""
         images, truth = train[0].reshape(-1, SIDE, SIDE), train[1].reshape(-1, SIDE, SIDE)
@@ -285,17 +257,53 @@ class OrganSlicesDataModule(LoaderDataModule):
         labels = add_spurious(truth, self.spurious, self.seed)
         dense = truth.reshape(len(truth), -1).max(1) > 0
         self.train_set = SegmentationSamples(
-            len(images), partial(_row, images, labels), self._transform, self.views, extra={"dense": dense}, seed=self.seed
+            len(images),
+            partial(_row, images, labels),
+            partial(_transform, self.augment, self.image_size),
+            self.views,
+            extra={"dense": dense},
+            seed=self.seed,
         )
-        self.val_set = SegmentationSamples(len(held_out), partial(_row, held_out, held_out_labels), self._fit_size)
+        self.val_set = SegmentationSamples(len(held_out), partial(_row, held_out, held_out_labels), partial(_fit_size, self.image_size))
         volumes, volume_labels = test
-        if self.image_size is not None:
-            volumes = resize({"image": volumes}, (self.image_size, self.image_size))["image"]
+        volumes = _fit_size(self.image_size, {"image": volumes})["image"]
         names = [f"{self.name} {number}" for number in range(len(volumes))]
         self.test_set = Volumes(names, partial(_pair, volumes, volume_labels))
 
-    def _fit_size(self, sample: Arrays, rng: np.random.Generator) -> Arrays:
-        return sample if self.image_size is None else resize(sample, (self.image_size, self.image_size))
+
+# No methods of the datamodule: a spawned loader worker gets the data set pickled, and with a method would come the
+# datamodule, its trainer, and a module that callbacks stand around.
+
+
+class _Slices:
+    """Reads slices: index -> arrays. Where they aren't resized, a batch needs one size, that of the first one that is read."""
+
+    def __init__(self, files: Sequence[Path], classes: int, resized: bool) -> None:
+        self.files, self.classes, self.resized = files, classes, resized
+        self.shape: tuple[int, ...] | None = None
+
+    def __call__(self, index: int) -> Arrays:
+        image, label = _checked(self.files[index], 2, self.classes)
+        if not self.resized:
+            self.shape = image.shape if self.shape is None else self.shape
+            if image.shape != self.shape:
+                raise BrokenRecordError(
+                    self.files[index], "size", f"is {image.shape}, others are {self.shape}: set image_size, or leave it out"
+                )
+        return {"image": image, "label": label}
+
+
+def _volume(files: Sequence[Path], classes: int, image_size: int | None, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    image, label = _checked(files[index], 3, classes)
+    return _fit_size(image_size, {"image": image})["image"], label
+
+
+def _transform(augment: bool, image_size: int | None, sample: Arrays, rng: np.random.Generator) -> Arrays:
+    return _fit_size(image_size, flip_or_rotate(sample, rng) if augment else sample)
+
+
+def _fit_size(image_size: int | None, sample: Arrays, rng: np.random.Generator | None = None) -> Arrays:
+    return sample if image_size is None else resize(sample, (image_size, image_size))
 
 
 def _row(images: NDArray[Any], labels: NDArray[Any], index: int) -> Arrays:

@@ -1,6 +1,5 @@
 """Instructions and answers for fine-tuning: the loss counts the answer alone."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from torch import Tensor
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
-from lit_methods.datamodules.folders import data_path, user_path
+from lit_methods.datamodules.folders import data_path, listed, user_path
+from lit_methods.datamodules.reading import read_json
 from lit_methods.datamodules.text.text import Bytes, HuggingFaceTokens, Ints, Tokenizer
 
 IGNORED = -100  # label of what doesn't count
@@ -111,7 +111,7 @@ class InstructionDataModule(LoaderDataModule):
             self._file(self.root)
 
     def _file(self, root: Path) -> Path:
-        files = [root] if root.is_file() else sorted(root.glob("*.json"))
+        files = [root] if root.is_file() else listed(root, "*.json")
         if len(files) != 1:
             way = "give a JSON list of instructions, such as LLM-Adapters' commonsense_170k.json, or a folder with one"
             raise WrongRootError(f"root={str(root)!r} has {len(files)} files: {way}")
@@ -140,10 +140,7 @@ class InstructionDataModule(LoaderDataModule):
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BrokenRecordError(file, "JSON", f"can't be read ({error})") from error
+    records = read_json(file, "JSON")
     if not isinstance(records, list):
         raise BrokenRecordError(file, "JSON", f"is a {type(records).__name__}, expected a list of records")
     for number, record in enumerate(records):

@@ -1,6 +1,6 @@
 """Windows of tokens out of text files, token files, or a small made-up language."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,7 +13,8 @@ from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed, user_path
-from lit_methods.hub import fetch, place_of
+from lit_methods.datamodules.reading import file_size, read_json, read_text
+from lit_methods.hub import check_gguf, fetch, place_of
 
 Level = Literal["char", "byte", "tokenizer"]
 SPLITS = {"train": ("train",), "val": ("valid", "validation", "val"), "test": ("test",)}
@@ -99,8 +100,9 @@ class HuggingFaceTokens:
             raise ImportError('TextDataModule(level="tokenizer") needs transformers: pip install "lit-methods[transformers]"') from error
         given = f"tokenizer={str(path)!r}"
         place, options = place_of(path, given)
+        check_gguf(place, options, given)
         self._inner: Any = fetch(
-            lambda: AutoTokenizer.from_pretrained(place, **options),
+            lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options),
             place,
             given=given,
             instead="give the folder of a tokenizer of transformers (tokenizer.json or the files of its kind)",
@@ -266,9 +268,11 @@ class TextDataModule(LoaderDataModule):
     def _token_files(self, root: Path) -> dict[str, tuple[str, NDArray[Any]]]:
         """Split -> (file, mapped tokens)."""
         try:
-            meta = json.loads((root / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json(root / "meta.json")
             kind, self.vocab_size = str(meta.get("dtype", "uint16")), int(meta["vocab_size"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except BrokenRecordError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise BrokenRecordError(
                 root / "meta.json", "vocab_size", f'{error!r}: expected {{"vocab_size": 32000, "dtype": "uint16"}}'
             ) from error
@@ -278,9 +282,9 @@ class TextDataModule(LoaderDataModule):
             raise BrokenRecordError(root / "meta.json", "dtype", f"{kind!r}, expected 'uint16' or 'uint32'")
         found: dict[str, tuple[str, NDArray[Any]]] = {}
         for name, words in SPLITS.items():
-            files = [root / f"{word}.bin" for word in words if (root / f"{word}.bin").is_file()]
+            files = [root / f"{word}.bin" for word in words if os.path.lexists(root / f"{word}.bin")]
             if files:
-                size = files[0].stat().st_size
+                size = file_size(files[0])
                 if size == 0 or size % np.dtype(kind).itemsize:
                     raise BrokenRecordError(files[0], "size", f"{size} bytes are no whole number of {kind} tokens: the file is truncated")
                 found[name] = (str(files[0]), np.memmap(files[0], dtype=np.dtype(kind).newbyteorder("<"), mode="r"))
@@ -291,9 +295,13 @@ class TextDataModule(LoaderDataModule):
 
 def _read(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise BrokenRecordError(file, f"byte {error.start}", "is no UTF-8: convert the file, or give token files") from error
+        text = read_text(file, "text", "give a text file, or a folder of them")
+    except BrokenRecordError as error:
+        if not isinstance(error.__cause__, UnicodeDecodeError):
+            raise
+        raise BrokenRecordError(
+            file, f"byte {error.__cause__.start}", "is no UTF-8: convert the file, or give token files"
+        ) from error.__cause__
     if not text:
         raise BrokenRecordError(file, "text", "the file is empty")
     return text

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from lit_methods.checks import one_of
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pickles import ArraysOnly
 from lit_methods.datamodules.pictures import Prepare
+from lit_methods.datamodules.reading import once, read_bytes
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages, fixed_split
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
@@ -48,10 +49,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         MissingFileError: There is no such file.
         BrokenRecordError: The file is truncated, or something else than CIFAR's dictionaries of arrays.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise MissingFileError(path, "file", "no such file: the release is incomplete here, unpack its archive again") from None
+    content = read_bytes(path, "file", "the release is incomplete here, unpack its archive again")
     try:
         found = _CIFARFile(io.BytesIO(content), encoding="latin1").load()
     except Exception as problem:  # a broken pickle raises nearly anything
@@ -87,7 +85,16 @@ def images_and_labels(batch: dict[str, Any], source: Path | str, label_field: st
             raise BrokenRecordError(
                 source, field, f"the field is missing, the file has {', '.join(batch) or 'none'}: no file of this data set"
             )
-    data, labels = np.asarray(batch["data"]), np.asarray(batch[label_field])
+    data, stored = batch["data"], batch[label_field]
+    if not isinstance(data, np.ndarray) or not isinstance(stored, list | tuple | np.ndarray):
+        kinds = f"{type(data).__name__} and {type(stored).__name__}"
+        raise BrokenRecordError(source, "data", f"expected an array and a list of labels, got {kinds}: copy the file again")
+    if not isinstance(stored, np.ndarray) and not all(isinstance(one, int | np.integer) for one in stored):
+        raise BrokenRecordError(source, label_field, f"expected {len(data)} integers, one an image: copy the file again")
+    try:
+        labels = np.asarray(stored)
+    except OverflowError:  # beyond 64 bits
+        labels = np.empty(0)
     if data.ndim != 2 or data.shape[1:] != (3072,) or data.dtype != np.uint8 or not len(data):
         raise BrokenRecordError(source, "data", f"expected (n, 3072) uint8 with n >= 1, got {data.shape} {data.dtype}: copy the file again")
     if labels.shape != data.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
@@ -124,15 +131,19 @@ def read_release(root: Path, name: Name) -> tuple[Arrays, Arrays, tuple[str, ...
     meta_file, meta_field = _META[name]
     meta = read_pickle(folder / meta_file)
     classes = 10 if name == "cifar10" else 100
-    if len(meta.get(meta_field, ())) != classes:
-        raise BrokenRecordError(folder / meta_file, meta_field, f"expected {classes} names, got {len(meta.get(meta_field, ()))}")
+    names = meta.get(meta_field, [])
+    names = names.reshape(-1).tolist() if isinstance(names, np.ndarray) else list(names) if isinstance(names, tuple) else names
+    if not isinstance(names, list) or not all(isinstance(name, str | bytes) for name in names) or len(names) != classes:
+        held = len(names) if isinstance(names, list) else type(names).__name__
+        raise BrokenRecordError(folder / meta_file, meta_field, f"expected {classes} names, got {held}")
+    once(names, folder / meta_file, meta_field)
 
     def read(file: str) -> Arrays:
         return images_and_labels(read_pickle(folder / file), folder / file, _LABELS[name], classes)
 
     parts = [read(file) for file in _TRAIN[name]]
     images, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return (images, labels), read(_TEST[name]), tuple(_text(one) for one in meta[meta_field])
+    return (images, labels), read(_TEST[name]), tuple(map(_text, names))
 
 
 @functools.cache

@@ -43,7 +43,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     text = text_of(path, "give a list of folder names, or null to take the folders of train/", "class_list")
     try:
         names = json.loads(text) if text.lstrip().startswith("[") else [line.split()[0] for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as problem:
+    except (ValueError, RecursionError) as problem:
         raise BrokenRecordError(path, "class_list", f"begins like a JSON list and isn't one ({problem})") from problem
     if not names or len(set(map(str, names))) < len(names):
         raise BrokenRecordError(

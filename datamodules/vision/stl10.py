@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import Prepare
+from lit_methods.datamodules.reading import file_size, once, read_bytes
 from lit_methods.datamodules.tables import text_of
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
@@ -31,9 +32,7 @@ def read_images(path: Path) -> Pixels:
         MissingFileError: There is no such file.
         BrokenRecordError: The file isn't a whole number of images.
     """
-    if not path.is_file():
-        raise MissingFileError(path, "file", "no such file: unpack stl10_binary.tar.gz again")
-    size = path.stat().st_size
+    size = file_size(path, "file", "unpack stl10_binary.tar.gz again")
     if not size or size % _BYTES:
         raise BrokenRecordError(path, "images", f"{size} bytes are no whole number of images of {_BYTES}: truncated, copy the file again")
     mapped: Pixels = np.memmap(path, np.uint8, "r", shape=(size // _BYTES, 3, _SIDE, _SIDE))
@@ -47,9 +46,7 @@ def read_labels(path: Path, count: int) -> NDArray[np.int64]:
         MissingFileError: There is no such file.
         BrokenRecordError: Another number of labels than images, or a label out of range.
     """
-    if not path.is_file():
-        raise MissingFileError(path, "file", "no such file: unpack stl10_binary.tar.gz again")
-    found = np.frombuffer(path.read_bytes(), np.uint8).astype(np.int64) - 1
+    found = np.frombuffer(read_bytes(path, "file", "unpack stl10_binary.tar.gz again"), np.uint8).astype(np.int64) - 1
     if len(found) != count:
         raise BrokenRecordError(path, "labels", f"{len(found)} labels for {count} images: copy the file again")
     if not 0 <= found.min() <= found.max() < 10:
@@ -121,6 +118,7 @@ class STL10DataModule(ClassificationDataModule):
             self.class_names = tuple(text_of(names, "unpack stl10_binary.tar.gz again").split())
             if len(self.class_names) != 10:
                 raise BrokenRecordError(names, "names", f"expected 10 classes, got {len(self.class_names)}")
+            once(self.class_names, names, "names")
             train, test = (
                 (images := read_images(folder / f"{part}_X.bin"), read_labels(folder / f"{part}_y.bin", len(images)))
                 for part in ("train", "test")

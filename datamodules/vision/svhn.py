@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.pictures import Prepare
+from lit_methods.datamodules.reading import read_matlab, whole_numbers
 from lit_methods.datamodules.vision.base import ClassificationDataModule, LabelledImages
 from lit_methods.datamodules.vision.shapes import KINDS, draw_shapes
 
@@ -28,21 +29,10 @@ def read_digits(path: Path) -> Arrays:
         MissingFileError: There is no such file.
         BrokenRecordError: The file is truncated, or its arrays are others.
     """
-    from scipy.io import loadmat
-
-    if not path.is_file():
-        raise MissingFileError(path, "file", "no such file: download the cropped digits (format 2) of SVHN again")
-    try:
-        found = loadmat(str(path), variable_names=["X", "y"])
-    except Exception as problem:  # a broken file raises nearly anything
-        reason = str(problem) or type(problem).__name__
-        raise BrokenRecordError(path, "file", f"it can't be read ({reason}): truncated or no MATLAB file of SVHN") from problem
+    found = read_matlab(path, ("X", "y"), "file", "download the cropped digits (format 2) of SVHN again")
     if not {"X", "y"} <= set(found):
         raise BrokenRecordError(path, "arrays", "it has no X and y: download the cropped digits (format 2), not the full numbers")
-    images, stored = found["X"], found["y"].reshape(-1)
-    if stored.dtype.kind not in "iuf" or not (stored == np.floor(stored)).all():
-        raise BrokenRecordError(path, "y", f"expected whole numbers, got {stored.dtype}: {stored[:3].tolist()}, ...")
-    labels = stored.astype(np.int64)
+    images, labels = np.asarray(found["X"]), whole_numbers(found["y"], path, "y").reshape(-1)
     if images.ndim != 4 or images.shape[:3] != (32, 32, 3) or images.dtype != np.uint8:
         raise BrokenRecordError(path, "X", f"expected (32, 32, 3, N) uint8, got {images.shape} {images.dtype}")
     if len(labels) != images.shape[3] or not len(labels):

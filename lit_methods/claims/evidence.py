@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_methods.claims.plan import library_versions
+from lit_methods.git import git
 
 Summary = Mapping[str, Any]
 
@@ -95,13 +96,9 @@ def facts(checkout: Path | None, slug: str, gpus: Sequence[str]) -> dict[str, An
 
 def git_commit(checkout: Path) -> dict[str, Any] | None:
     """``commit`` and ``dirty`` (tracked files changed, the evidence itself left out); None without git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs/evidence*")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changed)}
+        changed = git(checkout, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs/evidence*", timeout=30)
+        return {"commit": git(checkout, "rev-parse", "HEAD").strip(), "dirty": bool(changed.strip())}
     except (OSError, subprocess.SubprocessError):
         return None
 

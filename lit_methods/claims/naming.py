@@ -10,6 +10,7 @@ import yaml
 from lit_methods.claims.keys import config_file
 from lit_methods.claims.settings import SettingError, content_of, listed
 from lit_methods.errors import CommandError
+from lit_methods.git import git
 
 _WORDS = ("claim", "source", "data", "real")  # what says nothing about how a setting is run and judged
 
@@ -31,20 +32,20 @@ def named(file: Path, name: str) -> dict[str, str] | None:
     """
     folder = file.resolve().parent
     try:
-        top = Path(_git(folder, "rev-parse", "--show-toplevel").strip())
+        top = Path(git(folder, "rev-parse", "--show-toplevel").strip())
         path = file.resolve().relative_to(top).as_posix()
-        if subprocess.run(["git", "-C", str(top), "check-ignore", "-q", path], check=False, timeout=60).returncode == 0:
+        if _ignored(top, path):
             return None  # an installed package in a project's own environment
         present = yaml.safe_load(file.read_text(encoding="utf-8"))
         overlays = [config_file(f"configs/{config}") for config in listed(present["settings"][name].get("config") or [])]
         paths = [path, *(one.resolve().relative_to(top).as_posix() for one in overlays if one and one.resolve().is_relative_to(top))]
         now = _decisive([(top / one).read_text(encoding="utf-8") for one in paths], name)
-        if sorted(_git(top, "ls-files", "-z", "--", *paths).split("\0")[:-1]) != sorted(paths) or _at(top, "HEAD", paths, name) != now:
+        if sorted(git(top, "ls-files", "-z", "--", *paths).split("\0")[:-1]) != sorted(paths) or _at(top, "HEAD", paths, name) != now:
             raise CommandError(
                 f"{file}: settings.{name} isn't committed as it stands: commit it before it runs, so that its result can't choose it\n"
                 f"  git add {' '.join(paths)} && git commit; or try it with --quick"
             )
-        lines = _git(top, "log", "--topo-order", "--reverse", "--format=%H %cs", "--", *paths).splitlines()
+        lines = git(top, "log", "--topo-order", "--reverse", "--format=%H %cs", "--", *paths).splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
     for commit, date in (line.split() for line in lines):
@@ -53,13 +54,17 @@ def named(file: Path, name: str) -> dict[str, str] | None:
     return None
 
 
-def _git(folder: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=60).stdout
+def _ignored(top: Path, path: str) -> bool:
+    try:
+        git(top, "check-ignore", "-q", path)
+    except subprocess.CalledProcessError:
+        return False
+    return True
 
 
 def _at(top: Path, commit: str, paths: Sequence[str], name: str) -> Any:
     try:
-        return _decisive([_git(top, "show", f"{commit}:{path}") for path in paths], name)
+        return _decisive([git(top, "show", f"{commit}:{path}") for path in paths], name)
     except (subprocess.CalledProcessError, yaml.YAMLError, KeyError, TypeError, AttributeError, SettingError):
         return None  # one of the files wasn't there, or wasn't such a claim
 

@@ -3,12 +3,15 @@
 Only consulted after the parser has refused something, so it can't reject what the parser accepts.
 """
 
+import contextlib
 import errno
 import importlib
 import inspect
 import itertools
+import os
 import pickle
 import re
+import sys
 import textwrap
 import traceback
 import typing
@@ -29,7 +32,8 @@ from torch.optim import Optimizer
 from lit_methods.callbacks.run.finite import NonFiniteError
 from lit_methods.catalog import PACKAGES, installed_names, package_folder, public_names
 from lit_methods.errors import CommandError, nearest, suggest
-from lit_methods.runs.checkpoints import UnreadableCheckpoint
+from lit_methods.files import shown
+from lit_methods.runs.checkpoints import UnreadableCheckpoint, check_readable
 
 # What a class_path at these keys must be a subclass of.
 _BASES: dict[str, tuple[type, ...]] = {
@@ -117,6 +121,9 @@ def _from_file(path: Path) -> Entry:
 
 def _from_node(node: yaml.Node, path: Path) -> Entry:
     where = f"{path}, line {node.start_mark.line + 1}"
+    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise Wrong(f"{where}: {tag[:80]!r} isn't read: a config holds plain values, lists and mappings, and builds no objects by tags")
     if isinstance(node, yaml.MappingNode):
         pairs = {str(key.value): _from_node(value, path) for key, value in node.value}
         for key, _ in node.value:  # a mapping below its key: the key's line is what the reader looks for
@@ -218,7 +225,7 @@ def _check_root(tree: Entry, keys: set[str], message: str) -> None:
     if model is None or model.value in (None, {}) or (from_words and "class_path" not in model.value):
         raise Wrong(
             "no model given\n  with a config: --config configs/<name>.yaml (`lit list` shows what is there)\n"
-            "  or a class: --model SuperFlow, --model my_project.MyModule"
+            "  or a class: --model SuperFlow, --model my_project.MyModule" + _written_by(tree)
         )
     for path, bases in _BASES.items():
         section: Entry | None = tree
@@ -232,6 +239,23 @@ def _check_root(tree: Entry, keys: set[str], message: str) -> None:
                 continue  # "simple", "advanced"
             _check_class(item, path, bases, message)
     _check_scalars(tree, keys, message)
+
+
+def _written_by(tree: Entry) -> str:
+    """A line on what wrote the checkpoint that is given without a model: it names a class, which is for the user to give."""
+    given = next((str(tree.value[key].value) for key in ("ckpt_path", "resume") if key in tree.value), "")
+    path = Path(given).expanduser()
+    if not path.is_file():
+        return ""
+    lines = "\n  a checkpoint holds weights, and the class that it names isn't taken from it"
+    config = next((folder / "config.yaml" for folder in path.resolve().parents[:3] if (folder / "config.yaml").is_file()), None)
+    if config is not None:
+        return f"{lines}; its run's config: --config {shown(config)}"
+    with contextlib.suppress(UnreadableCheckpoint, AttributeError):
+        name = str(check_readable(path).get("hyper_parameters", {}).get("_class_path", ""))
+        if re.fullmatch(r"[\w.]{1,200}", name):
+            lines += f"; it was written by {name}: --model {name}"
+    return lines
 
 
 def _check_class(entry: Entry, path: str, bases: tuple[type, ...], message: str) -> None:
@@ -355,13 +379,24 @@ def _resolve(name: Entry, path: str, bases: tuple[type, ...]) -> Any:
         except (ImportError, AttributeError, ValueError):
             reason = f"{path}: can't import {given!r}{name.place}\n  {type(error).__name__}: {error}"
             here = "" if _missing_library(error, module_name) else f"\n  dotted paths start from the current folder: {Path.cwd()}"
-            raise Wrong(reason + here) from error
+            raise Wrong(reason + (_shadowed(module_name) or here)) from error
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise Wrong(f"{path}: importing {module_name} failed{name.place}\n  {last.filename}, line {last.lineno}: {error!r}") from error
     if not hasattr(module, attribute):
-        raise Wrong(f"{path}: {module_name} has no {attribute!r}{name.place}" + suggest(attribute, dir(module)))
+        near = _shadowed(module_name) or suggest(attribute, dir(module))
+        raise Wrong(f"{path}: {module_name} has no {attribute!r}{name.place}{near}")
     return getattr(module, attribute)
+
+
+def _shadowed(module_name: str) -> str:
+    """A line for a module of the current folder that isn't looked at, since a library has its name; "" where there is none."""
+    top = module_name.partition(".")[0]
+    mine = next((Path.cwd() / name for name in (f"{top}.py", top) if (Path.cwd() / name).exists()), None)
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if mine is None or file is None or Path(file).resolve().is_relative_to(mine.resolve()):
+        return ""
+    return f"\n  {mine} isn't looked at: {file} has the same name, and libraries come first: rename yours"
 
 
 def _missing_library(error: ImportError, module_name: str) -> bool:
@@ -481,6 +516,8 @@ def _machine_trouble(error: Exception) -> str | None:
         resume = "a run goes on from its last whole checkpoint with --resume auto"
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return f"the disk or the quota is full ({error.strerror}){file}\n  make room, or give another --run_root; {resume}"
+        if error.errno in (errno.EACCES, errno.EPERM) and (closed := _closed(error.filename)):
+            return f"{closed} may not be read by this user ({error.strerror}){file}\n  chmod u+rX it, or ask its owner"
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
             return f"no permission, or no folder to write to ({error.strerror}){file}\n  mend it, or give another --run_root; {resume}"
     if isinstance(error, torch.OutOfMemoryError):
@@ -494,6 +531,18 @@ def _machine_trouble(error: Exception) -> str | None:
             f"a {died.group(0)}\n  most often the memory ran out (`dmesg` names the killed process): lower num_workers or batch_size,\n"
             "  and in a container give more shared memory (--shm-size); the run goes on from its last checkpoint with --resume auto"
         )
+    return None
+
+
+def _closed(name: Any) -> str | None:
+    """The file, or the folder on the way to it, that is there and that this user may not read; None: writing was the trouble."""
+    if not isinstance(name, str):
+        return None
+    effective = os.access in os.supports_effective_ids
+    for place in (*reversed(Path(name).parents), Path(name)):
+        wanted = os.X_OK if place != Path(name) else os.R_OK
+        if os.path.lexists(place) and not os.access(place, wanted, effective_ids=effective):
+            return str(place)
     return None
 
 

@@ -2,9 +2,7 @@
 
 import importlib
 import inspect
-import os
 import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from lit_methods.cli.commands import Parser, parsed
 from lit_methods.cli.config_files import find_config, shipped_configs
 from lit_methods.errors import CommandError, suggest
 from lit_methods.files import refuse_repeated_keys
+from lit_methods.import_path import add_current_folder
 
 SIZES = ("num_users", "num_items", "text_width", "channels", "width")  # numbers of a model that its data must have
 ON_A_LAPTOP = (
@@ -129,8 +128,7 @@ def _class_of(name: str) -> type | None:
     package = package or installed_names().get(name, "")
     if not package:
         return None
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    add_current_folder()
     try:
         found = getattr(importlib.import_module(package), last, None)
     except ModuleNotFoundError:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 import warnings
@@ -27,11 +28,23 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_methods.catalog import installed_names
 from lit_methods.cli.config_files import mentioned_files, refuse_repeated, resolve_config_arguments
-from lit_methods.cli.resume import FINISHED, Finished, Restart, checkpoints_of, find_restart, last_checkpoint, newest_readable
+from lit_methods.cli.resume import (
+    FINISHED,
+    Finished,
+    Restart,
+    checkpoints_of,
+    differing_arguments,
+    find_restart,
+    last_checkpoint,
+    newest_readable,
+)
 from lit_methods.errors import CommandError
+from lit_methods.files import write_atomically
 from lit_methods.hub import weights_left_out
+from lit_methods.import_path import add_current_folder
 from lit_methods.runs.checkpoints import AtomicCheckpointIO, check_readable, remove_leftovers
-from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, safe_name
+from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, forget_told, is_first, safe_name, told_by_first
+from lit_methods.runs.lock import RunLock, hold_run
 from lit_methods.runs.wandb import finish_runs, open_runs
 
 
@@ -46,6 +59,7 @@ class LitCLI(LightningCLI):
     def __init__(self, args: list[str], config_files: list[Path]) -> None:
         self.args, self.config_files = args, config_files
         self.run_folder: Path | None = None
+        self.lock: RunLock | None = None
         self.auto = False  # --resume auto
         self.restart: Restart | None = None
         self.started = time.monotonic()
@@ -100,14 +114,22 @@ class LitCLI(LightningCLI):
             raise CommandError(f"checkpoint {path!r} not found\n  give the path of a .ckpt file: runs/<name>/<time>/checkpoints/last.ckpt")
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning's reading of hyperparameters, with an error that names a broken file."""
+        """Say where a checkpoint was written with other arguments than these, which count.
+
+        Lightning lays the checkpoint's class and arguments over the command's and imports what they name. Here nothing of a checkpoint
+        gets into the config, and no name in it is imported.
+        """
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
         if path and Path(path).is_file():
             if config.get("weights_only") is False:
                 return  # the user trusts the file, and Lightning reads it with weights_only here
-            check_readable(path)
-        super()._parse_ckpt_path()
+            written = check_readable(path).get("hyper_parameters")
+            differing = differing_arguments(written, config.model) if isinstance(written, dict) else []
+            if differing and os.environ.get("LOCAL_RANK", "0") == "0":
+                more = f", and {len(differing) - 3} more" if len(differing) > 3 else ""
+                print(f"note: {path} was written with other arguments, and those of this command count:", file=sys.stderr)
+                print(f"  {'; '.join(differing[:3])}{more}", file=sys.stderr)
 
     @staticmethod
     def _resumed(given: str, runs: Path) -> str:
@@ -131,6 +153,10 @@ class LitCLI(LightningCLI):
             os.environ[RUN_FOLDER_VARIABLE] = str(self.run_folder)
         else:
             self.run_folder = self._new_folder(Path(config.run_root), config.name)
+        if is_first():
+            self.lock = hold_run(self.run_folder)
+            if self.restart is not None and self.lock is not None:
+                self.lock.close()  # find_restart has taken it, too
         config.trainer.default_root_dir = str(self.run_folder)
         if not config.trainer.barebones:
             config.trainer.logger = self._redirected(config.trainer.logger)
@@ -148,17 +174,31 @@ class LitCLI(LightningCLI):
         super().instantiate_classes()
 
     def _restart(self, runs: Path) -> Restart | None:
-        """What ``--resume auto`` goes on with. All processes look for themselves, before any of them writes."""
+        """What ``--resume auto`` goes on with. The first process looks and tells the others."""
         first = os.environ.get(RUN_FOLDER_VARIABLE) if os.environ.get("LOCAL_RANK", "0") != "0" else None
         if first is not None:  # started by the first process, which has chosen
             checkpoint = newest_readable(checkpoints_of(Path(first)))
             return None if checkpoint is None else Restart(Path(first), checkpoint)
-        several = int(os.environ.get("WORLD_SIZE", "1")) > 1 or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-        try:
-            return find_restart(runs, self.resolved_config, alone=not several)
-        except Finished as finished:
-            print(f"--resume auto: {_short(finished.folder)} has finished, nothing is left to do (without --resume it is run anew)")
-            raise SystemExit(0) from finished
+
+        def choose() -> str:
+            try:
+                found = find_restart(runs, self.resolved_config, hold=is_first())
+            except Finished as finished:
+                return json.dumps({"finished": str(finished.folder)})
+            except CommandError as error:
+                return json.dumps({"refused": str(error), "code": error.exit_code})
+            except OSError as error:
+                return json.dumps({"refused": f"--resume auto can't look at the runs in {runs}: {error}", "code": 1})
+            return json.dumps({} if found is None else {"folder": str(found.folder), "checkpoint": str(found.checkpoint)})
+
+        told = json.loads(told_by_first(runs, "restart", choose))
+        if "refused" in told:
+            raise CommandError(told["refused"], exit_code=told["code"])
+        if "finished" in told:
+            folder = _short(Path(told["finished"]))
+            print(f"--resume auto: {folder} has finished, nothing is left to do (without --resume it is run anew)")
+            raise SystemExit(0)
+        return Restart(Path(told["folder"]), Path(told["checkpoint"])) if told else None
 
     @staticmethod
     def _new_folder(root: Path, name: str) -> Path:
@@ -244,7 +284,7 @@ class LitCLI(LightningCLI):
                 )
 
         if self.restart is not None and self.trainer.is_global_zero:
-            remove_leftovers(self.restart.folder / "checkpoints")
+            remove_leftovers(self.restart.folder)
             print(f"goes on from {_short(self.restart.checkpoint)}", flush=True)
 
     before_validate = before_test = before_predict = before_fit
@@ -256,7 +296,7 @@ class LitCLI(LightningCLI):
         if self.trainer.is_global_zero and self.run_folder is not None:
             if self.subcommand == "fit" and (self.run_folder / "environment.json").is_file():
                 said = {"step": self.trainer.global_step, "epoch": self.trainer.current_epoch, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-                (self.run_folder / FINISHED).write_text(json.dumps(said) + "\n", encoding="utf-8")
+                write_atomically(self.run_folder / FINISHED, json.dumps(said) + "\n")
             print_summary(self.trainer, self.run_folder, time.monotonic() - self.started)
 
     after_validate = after_test = after_predict = after_fit
@@ -356,6 +396,22 @@ def _show_help(argv: list[str], files: list[Path]) -> int:
     return 0
 
 
+def _leave(cli: LitCLI, failed: bool) -> None:
+    """Let go of the run's folder, and take one away whose run failed before its first batch: it holds nothing but its start."""
+    folder: Path = cli.run_folder  # type: ignore[assignment]
+    callbacks = getattr(getattr(cli, "trainer", None), "callbacks", [])
+    began = any(isinstance(callback, RunFolder) and callback.began for callback in callbacks)
+    if failed and not began and cli.lock is not None and cli.restart is None:
+        shutil.rmtree(folder, ignore_errors=True)
+    if cli.auto and began:
+        forget_told(folder.parent, "restart")
+    if cli.lock is not None:
+        cli.lock.close()
+    for empty in (folder, folder.parent):
+        with contextlib.suppress(OSError):  # it holds something, or is gone
+            empty.rmdir()
+
+
 class PlannedCLI(LitCLI):
     """A command that is parsed and not run: no folder is made, nothing is built until :meth:`built` is asked for it."""
 
@@ -403,10 +459,18 @@ def planned(argv: list[str]) -> tuple[PlannedCLI, list[Path]]:
     return cli, files
 
 
+def _refuse_other_encodings(texts: list[str]) -> None:
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python keeps bytes that it can't decode
+            raise CommandError(
+                f"{text!r} isn't UTF-8, which configs and reports are written in: give the file or folder another name, or start elsewhere"
+            )
+
+
 def _prepared(argv: list[str]) -> tuple[list[str], list[Path]]:
     """Arguments with full paths of configs, and these; the classes that they name are imported."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` does: a user's own classes by dotted path
+    _refuse_other_encodings([*argv, os.getcwd()])
+    add_current_folder()
     argv = [re.sub(r"^--[a-z_-]+(?=$|=)", lambda key: "--" + key[0][2:].replace("-", "_"), word) for word in argv]  # --run-root
     argv, files = resolve_config_arguments(argv)
     mentioned = mentioned_files(argv, files)
@@ -440,6 +504,12 @@ def run(argv: list[str]) -> int:
         from lit_methods.cli.explain import explain
 
         raise CommandError(explain(str(error), cli, argv, files)) from error
+    except FileNotFoundError as error:
+        folder, file = getattr(cli, "run_folder", None), Path(os.fsdecode(error.filename or ""))
+        if folder is None or not file.is_relative_to(folder) or file.parent.exists():
+            raise
+        what = f"{_short(folder)} was deleted under way, or a folder in it: {error.strerror}: {file}"
+        raise CommandError(f"{what}\n  nothing can go on without its folder: start the run again", exit_code=1) from error
     except SystemExit as stop:
         trainer = getattr(cli, "trainer", None)
         if trainer is not None and isinstance(stop, SIGTERMException):
@@ -456,9 +526,6 @@ def run(argv: list[str]) -> int:
     finally:
         finish_runs(getattr(getattr(cli, "trainer", None), "loggers", ()), failed)
         os.environ.pop(RUN_FOLDER_VARIABLE, None)
-        folder = getattr(cli, "run_folder", None)
-        if folder is not None:  # nothing was run
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
-                folder.parent.rmdir()
+        if getattr(cli, "run_folder", None) is not None:
+            _leave(cli, failed)
     return 0

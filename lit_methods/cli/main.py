@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from lit_methods import __version__
+from lit_methods.cli.output import steady_output
 from lit_methods.errors import CommandError, suggest
 
 HELP = """\
@@ -68,6 +69,7 @@ usage: lit {command} [--config FILE]... [--key value]...
 
 OF_TECHNIQUES = {"soup": "lit_methods.callbacks.sparsity.sparse_model_soups.command"}  # command -> module that has it
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
+LONG_COMMANDS = ("claims", "compare", "prune")
 
 
 def main(argv: list[str] | None = None, tell: Callable[[Exception], None] | None = None) -> int:
@@ -84,11 +86,14 @@ def main(argv: list[str] | None = None, tell: Callable[[Exception], None] | None
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or os.environ.get("LIT_METHODS_DEBUG", "") not in ("", "0")
     words = [_at_home(word) for word in words if word != "--debug"]
+    with steady_output(tell=bool(words) and words[0] in (*RUN_COMMANDS, *LONG_COMMANDS) and os.environ.get("LOCAL_RANK", "0") == "0"):
+        return _run(words, debug, tell)
+
+
+def _run(words: list[str], debug: bool, tell: Callable[[Exception], None] | None) -> int:
+    """Run the command, with mistakes as short messages; its exit status."""
     try:
         return _dispatch(words)
-    except BrokenPipeError:  # `lit list | head`
-        sys.stderr.close()
-        return 0
     except SystemExit as stop:  # the parser after --print_config and --model.help; Lightning after Ctrl-C
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:
@@ -169,4 +174,7 @@ def _known(error: Exception) -> CommandError | None:
 
 
 if __name__ == "__main__":
+    from lit_methods.import_path import current_folder_last
+
+    current_folder_last()
     raise SystemExit(main())

@@ -171,7 +171,7 @@ def _save_tokenizer(config: Any, folder: Path) -> None:
     from lit_methods.hub import place_of
 
     place, options = place_of(given, f"tokenizer={str(given)!r}")
-    AutoTokenizer.from_pretrained(place, **options).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options).save_pretrained(folder)
 
 
 def _description(callback: Any) -> dict[str, Any]:

@@ -2,18 +2,22 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
 
 from lit_methods.errors import CommandError
 from lit_methods.runs.checkpoints import UnreadableCheckpoint, check_readable
-from lit_methods.runs.folder import OWNER, in_use, owner_of
+from lit_methods.runs.folder import OWNER, owner_of
+from lit_methods.runs.lock import hold_run
 
 FINISHED = "finished.json"  # written at the end of a fit that came to its end
 # what says where a run lies and goes on, and not what it does
 _PLACES = ("name", "run_root", "resume", "ckpt_path", "weights_only")
+
+
+_OBJECT = "<object>"  # what can't be compared
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,9 @@ class Finished(Exception):
 
 
 def newest_readable(checkpoints: list[Path]) -> Path | None:
-    """The newest checkpoint with which a fit can go on; broken ones are named on the standard error.
+    """The newest checkpoint of a run with which a fit can go on; broken ones are named on the standard error.
+
+    Newest is the one of most optimiser steps, and of several of one step that which was written last: a copied folder may have any times.
 
     Args:
         checkpoints: ``.ckpt`` files or folders of sharded ones.
@@ -41,26 +47,36 @@ def newest_readable(checkpoints: list[Path]) -> Path | None:
     Returns:
         None when there is none.
     """
+    found = []
     for path in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        problem = unreadable(path)
-        if problem is None:
-            return path
-        print(f"warning: {path} is left out: {problem}", file=sys.stderr)
-    return None
+        content = _content(path)
+        if isinstance(content, str):
+            print(f"warning: {path} is left out: {content}", file=sys.stderr)
+        else:
+            found.append((content.get("global_step", -1), path))
+    return max(found, key=lambda entry: entry[0])[1] if found else None  # the first of equals
 
 
 def unreadable(path: Path) -> str | None:
     """Why a fit can't go on from ``path``; None when it can. Tensors are mapped, not read."""
-    if path.is_dir():
-        return None if (path / "meta.pt").is_file() else "a folder without meta.pt is no sharded checkpoint"
+    content = _content(path)
+    return content if isinstance(content, str) else None
+
+
+def _content(path: Path) -> dict[str, Any] | str:
+    """What a checkpoint holds, of a sharded one what isn't in its shards; why a fit can't go on from it."""
+    if path.is_dir() and not (path / "meta.pt").is_file():
+        return "a folder without meta.pt is no sharded checkpoint"
     try:
-        content = check_readable(path)
+        content = check_readable(path / "meta.pt" if path.is_dir() else path)
     except UnreadableCheckpoint as error:
+        if path.is_dir():
+            return {}  # Lightning says what is wrong with it
         said = str(error).removeprefix(f"{path}: ").splitlines()[0][:100]
         return f"it can't be read, it is cut off or no checkpoint ({said})"
-    if "loops" not in content or "optimizer_states" not in content:
+    if not path.is_dir() and ("loops" not in content or "optimizer_states" not in content):
         return "it holds weights only"
-    return None
+    return content
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -111,23 +127,27 @@ def _written_by(folder: Path, path: Path) -> bool:
 
 
 def last_checkpoint(runs: Path) -> Path | None:
-    """The newest readable checkpoint of all runs below ``runs``."""
-    return newest_readable([path for folder in runs.glob("*") if folder.is_dir() for path in checkpoints_of(folder)])
+    """The newest readable checkpoint of the run below ``runs`` that was written last and has one."""
+    for folder in sorted((folder for folder in runs.glob("*") if folder.is_dir()), key=_last_written, reverse=True):
+        if (found := newest_readable(checkpoints_of(folder))) is not None:
+            return found
+    return None
 
 
-def find_restart(runs: Path, config: dict[str, Any], alone: bool = True) -> Restart | None:
+def find_restart(runs: Path, config: dict[str, Any], hold: bool = True) -> Restart | None:
     """The run that ``--resume auto`` goes on with.
 
     Args:
         runs: Folder of all runs of that name.
         config: The resolved config of this start.
-        alone: Leave out runs that another process is writing; False where several processes look at the same time.
+        hold: Hold the run from now on (:func:`hold_run`); False in a process other than the run's first one.
 
     Returns:
         The newest run with the same config that has a readable checkpoint; None when there is none.
 
     Raises:
         Finished: The newest run with the same config has come to its end.
+        RunInUse: Another process is writing it.
     """
     candidates = [folder for folder in runs.glob("*") if (folder / "config.yaml").is_file()]
     for folder in sorted(candidates, key=_last_written, reverse=True):
@@ -137,12 +157,16 @@ def find_restart(runs: Path, config: dict[str, Any], alone: bool = True) -> Rest
             print(f"--resume auto: {folder} is left out, its config differs: {shown}", file=sys.stderr)
         elif (folder / FINISHED).is_file():
             raise Finished(folder)
-        elif alone and in_use(folder):
-            print(f"--resume auto: {folder} is left out, another process is writing it", file=sys.stderr)
         else:
-            checkpoint = newest_readable(checkpoints_of(folder))
+            lock = hold_run(folder) if hold else None  # first of all: another start of this command may be looking at it, too
+            finished = (folder / FINISHED).is_file()  # it was being written until a moment ago
+            checkpoint = None if finished else newest_readable(checkpoints_of(folder))
             if checkpoint is not None:
                 return Restart(folder, checkpoint)
+            if lock is not None:
+                lock.close()
+            if finished:
+                raise Finished(folder)
             print(f"--resume auto: {folder} is left out, it has no checkpoint that can be read", file=sys.stderr)
     return None
 
@@ -161,6 +185,48 @@ def differing_keys(one: Any, other: Any, prefix: str = "") -> list[str]:
     return [key for part in differing for key in part]
 
 
+def differing_arguments(written: dict[str, Any], model: Any) -> list[str]:
+    """How the hyperparameters in a checkpoint differ from a command's model, as ``rate 0.1 there, 0.2 here``.
+
+    Compared are the class and those arguments that both have, as far as they are numbers, texts, lists and dicts. Nothing is imported.
+
+    Args:
+        written: ``hyper_parameters`` of a checkpoint that was loaded with ``weights_only``.
+        model: The ``model`` section of the config.
+    """
+    section = _comparable(model)
+    kind, there = str(section.get("class_path")), written.get("_class_path")
+    given = (section.get("init_args") or {}) | (section.get("dict_kwargs") or {})
+    found = []
+    if isinstance(there, str) and there != kind:
+        ours = there.startswith("lit_methods.") and kind.startswith("lit_methods.")
+        if not (ours and there.rpartition(".")[2] == kind.rpartition(".")[2]):  # files of ours may have moved
+            found.append(f"class {_excerpt(there)} there, {kind} here")
+    for key, value in written.items():
+        here, value = given.get(key), _comparable(value)
+        if key in given and value != here and _OBJECT not in (value, here):
+            found.append(f"{key} {_excerpt(value)} there, {_excerpt(here)} here")
+    return found
+
+
+def _comparable(value: Any) -> Any:
+    """Lists for tuples, dicts for namespaces, and a text for a path; an object of another kind is like every other."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {str(key): _comparable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    if isinstance(value, PurePath):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else _OBJECT
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)  # no control character of a foreign file reaches the terminal
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _read(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -170,4 +236,4 @@ def _read(path: Path) -> Any:
 
 def _last_written(folder: Path) -> int:
     files = [folder / "config.yaml", folder / "restarts.jsonl", *(folder / "checkpoints").rglob("*.ckpt"), folder / FINISHED]
-    return max(file.stat().st_mtime_ns for file in files if file.exists())
+    return max((file.stat().st_mtime_ns for file in files if file.exists()), default=0)

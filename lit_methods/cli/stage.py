@@ -16,6 +16,11 @@ import tempfile
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    from lit_methods.import_path import current_folder_last
+
+    current_folder_last()  # before a library is imported
+
 import yaml
 
 from lit_methods.claims.sources import imported_sources

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_methods import checks
 from lit_methods.hub import leave_out, timm_network
+from lit_methods.runs.checkpoints import read_weights
 
 _DINOV2 = {
     "small": "vit_small_patch14_dinov2.lvd142m",
@@ -28,7 +29,7 @@ class DINOv2(nn.Module):
 
     Raises:
         FileNotFoundError: ``weights`` is no file.
-        ValueError: An argument outside its range, or the released weights can't be had.
+        ValueError: An argument outside its range, the released weights can't be had, or the file can't be read or holds other weights.
     """
 
     stride = 14
@@ -48,7 +49,13 @@ class DINOv2(nn.Module):
                 raise FileNotFoundError(f"{given} is no file: give a timm state dict of {_DINOV2[size]}, or null to download it")
             import timm  # imports torchvision: only where it is used
 
-            self.vit = timm.create_model(_DINOV2[size], pretrained=True, pretrained_cfg_overlay={"file": str(weights)}, **sizes)
+            # read here, since timm unpickles files in some of its versions; timm fits names and positions to the network
+            own = {"state_dict": read_weights(Path(str(weights))), "file": None}
+            try:
+                self.vit = timm.create_model(_DINOV2[size], pretrained=True, pretrained_cfg_overlay=own, **sizes)
+            except (RuntimeError, KeyError, AttributeError) as error:
+                said = " ".join(str(error).split())[:300]
+                raise ValueError(f"{given} holds other weights than those of {_DINOV2[size]}, in timm's names: {said}") from error
         else:
             instead = "give weights, a file with timm's state dict"
             self.vit = timm_network(_DINOV2[size], weights is None, "weights=null, the released ones", instead, **sizes)

@@ -309,14 +309,14 @@ class CLIPTowers(TwoTowers):
                 blank=blank,
             )
 
-        config = read(transformers.AutoConfig)
+        config = read(transformers.AutoConfig, trust_remote_code=False)
         if config.model_type != "clip":
             raise ValueError(f"path={str(path)!r} holds a {config.model_type!r} model: give one of type 'clip'")
         image, text = config.vision_config, config.text_config
         kinds = {image.hidden_act, text.hidden_act}
         if len(kinds) > 1 or not kinds <= {"quick_gelu", "gelu"}:
             raise ValueError(f"path={str(path)!r} has the activations {sorted(kinds)}: quick_gelu or gelu in both towers is known here")
-        tokenizer = read(transformers.AutoTokenizer)
+        tokenizer = read(transformers.AutoTokenizer, trust_remote_code=False)
         sizes = TowerSizes(
             image_size=image.image_size, patch_size=image.patch_size, image_width=image.hidden_size, image_layers=image.num_hidden_layers,
             image_heads=image.num_attention_heads, text_width=text.hidden_size, text_layers=text.num_hidden_layers,

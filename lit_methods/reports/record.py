@@ -163,7 +163,7 @@ def load_run(folder: Path, media: bool = True) -> ReportData:
         raise FileNotFoundError(f"{folder} is no run's folder: it holds none of {RECORD}, {HISTORY}, config.yaml")
     history = read_history(folder / HISTORY) if (folder / HISTORY).is_file() else []
     notes = _text(folder / NOTES)
-    config = _text(folder / "config.yaml")
+    config = read_config(folder)
     path = folder / RECORD
     if not path.is_file():
         facts = run_facts(folder)
@@ -283,6 +283,11 @@ def _facts(path: Path) -> dict[str, str]:
 def read_notes(folder: Path) -> str:
     """The user's own notes about a run, ``notes.md``, as text; "" without them."""
     return _text(folder / NOTES)
+
+
+def read_config(folder: Path) -> str:
+    """A run's resolved config as text; bytes that aren't UTF-8 are replaced; "" without one."""
+    return _text(folder / "config.yaml")
 
 
 def _text(path: Path) -> str:

@@ -11,6 +11,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from lit_methods.compiled import names_in, plain_name, plain_names
+from lit_methods.datamodules.reading import file_size, reading, refuse_bombs
 from lit_methods.errors import suggest
 from lit_methods.files import replacing
 from lit_methods.hub import leave_out
@@ -74,6 +75,8 @@ def check_readable(path: Path | str) -> dict[str, Any]:
         UnreadableCheckpoint: It is cut off, no checkpoint, or holds objects of other kinds.
     """
     try:
+        file_size(Path(path), "checkpoint", "give another one")  # a named pipe would be waited for
+        refuse_bombs(Path(path))
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UnreadableCheckpoint(f"{path}: {error}") from error
@@ -83,9 +86,10 @@ def check_readable(path: Path | str) -> dict[str, Any]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files that a kill in the middle of a save has left in ``folder``."""
-    for path in folder.glob(".*.ckpt*.tmp"):
-        path.unlink(missing_ok=True)
+    """Delete the temporary files that a kill in the middle of a save has left in ``folder`` and below; nobody else may be writing there."""
+    for path in folder.rglob(".*.tmp"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -131,11 +135,14 @@ def read_state_dict(path: Path | str, prefix: str = "", plain: bool = True) -> d
     if path.is_dir():
         first = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
         raise IsADirectoryError(f"{path} is a folder, as sharded strategies write them\n  first: {first}")
-    if not path.is_file():
+    if os.path.lexists(path):
+        file_size(path, "checkpoint", "give the path of a checkpoint")
+    else:
         near = [str(near) for near in path.parent.glob("*.ckpt")] if path.parent.is_dir() else []
         example = "" if near else ": give the path of a checkpoint, such as runs/<name>/<time>/checkpoints/last.ckpt"
         raise FileNotFoundError(f"{path} does not exist{example}{suggest(str(path), near)}")
     try:
+        refuse_bombs(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
@@ -156,6 +163,21 @@ def read_state_dict(path: Path | str, prefix: str = "", plain: bool = True) -> d
         heads = sorted({f"{name.partition('.')[0]}." for name in state})
         raise PrefixError(f"{path} has no weights under {prefix!r}; it has {', '.join(heads[:12]) or 'none at all'}")
     return chosen
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A plain state dict in a file of safetensors or of ``torch.save``, on the CPU; nothing in the file is executed.
+
+    Raises:
+        OSError: No such file.
+        ValueError: It can't be read, or holds other things than tensors.
+    """
+    if path.suffix != ".safetensors":
+        return read_state_dict(path)
+    from safetensors.torch import load_file
+
+    with reading(path, "weights", "a file of safetensors", missing="give the path of a file of weights"):
+        return load_file(path)
 
 
 def load_into(module: nn.Module, path: Path | str, prefix: str = "") -> None:

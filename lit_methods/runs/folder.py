@@ -8,21 +8,29 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 import lit_methods
 from lit_methods.distributed import broadcast_text, rank, world_size
+from lit_methods.errors import CommandError
 from lit_methods.files import write_atomically, write_json
+from lit_methods.git import git
+from lit_methods.runs.lock import RunLock, hold_run
+from lit_methods.runs.lock import in_use as in_use
+from lit_methods.runs.lock import lock_run as lock_run
 
 # Set by the first process of a run for the ones that it starts, which must write to the same folder.
 RUN_FOLDER_VARIABLE = "LIT_METHODS_RUN_FOLDER"
+WAIT = datetime.timedelta(minutes=5)  # for what the first process says
 OWNER = "lit_methods_run"  # key of a checkpoint: the run that wrote it
 
 
@@ -73,13 +81,12 @@ def agree_on_run_folder(root: Path, name: str) -> Path:
     environment = os.environ
     if world_size() > 1:
         return Path(broadcast_text(str(claim_run_folder(root, name)) if rank() == 0 else ""))
-    if environment.get("LOCAL_RANK", "0") != "0" and RUN_FOLDER_VARIABLE in environment:
+    if _started_by_first():
         return Path(environment[RUN_FOLDER_VARIABLE])
-    if "TORCHELASTIC_RUN_ID" in environment and int(environment.get("WORLD_SIZE", "1")) > 1:
-        return _agree_under_torchrun(root, name)
-    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-        parts = [environment["SLURM_JOB_ID"], environment.get("SLURM_STEP_ID", ""), environment.get("SLURM_RESTART_COUNT", "")]
-        folder = (root / safe_name(name) / "-".join(["slurm", *filter(None, parts)])).resolve()
+    if _under_torchrun():
+        return Path(_told_by_store("run_folder", lambda: str(claim_run_folder(root, name))))
+    if _under_slurm():
+        folder = (root / safe_name(name) / f"slurm-{_slurm_start()}").resolve()
         if environment["SLURM_PROCID"] == "0":
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
@@ -89,73 +96,103 @@ def agree_on_run_folder(root: Path, name: str) -> Path:
     return folder
 
 
-def _agree_under_torchrun(root: Path, name: str) -> Path:
-    environment = os.environ
-    store = torch.distributed.TCPStore(
-        environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=datetime.timedelta(minutes=5)
-    )
-    key = f"lit_methods/{environment['TORCHELASTIC_RUN_ID']}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}/run_folder"
-    if environment["RANK"] == "0":
-        folder = claim_run_folder(root, name)
-        store.set(key, str(folder))
-        return folder
-    return Path(store.get(key).decode())  # waits for rank 0
+def is_first() -> bool:
+    """Whether this process is the first one of its run, which makes the run's folder and holds its lock.
 
-
-def lock_run(folder: Path) -> IO[str] | None:
-    """Hold the run in ``folder`` as long as this process lives or the file that is returned is open.
-
-    The lock is the process's own: loader workers don't inherit it, so it goes with the process even if they outlive it.
-
-    Returns:
-        None where another process holds it, or where the file system knows no locks.
+    Told from the process group where there is one, else from what Lightning, torchrun and SLURM set in the environment.
     """
-    try:
-        import fcntl
-
-        file = open(folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115  (open as long as the run)
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        return None
-    return file
+    if world_size() > 1:
+        return rank() == 0
+    if _under_torchrun():
+        return os.environ["RANK"] == "0"
+    if _under_slurm():
+        return os.environ["SLURM_PROCID"] == "0"
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")) == "0"
 
 
-def in_use(folder: Path) -> bool:
-    """Whether another process holds the run in ``folder``; False where that can't be known."""
-    if not (folder / ".lock").is_file():
-        return False
-    try:
-        import fcntl
+def told_by_first(runs: Path, topic: str, choose: Callable[[], str]) -> str:
+    """What the first process of a run chooses, in every process of it, before they are a group.
 
-        with open(folder / ".lock", "a", encoding="utf-8") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return True
-    except (ImportError, OSError):
-        return False
-    return False
+    Under torchrun they talk through its store, under SLURM through a file in ``runs``, which all nodes see. Processes of which nothing is
+    known choose for themselves.
+
+    Args:
+        runs: Folder of all runs of the name.
+        topic: What is chosen; a file name.
+        choose: Called in the first process alone, where it may take or refuse a lock. It must not raise: its text tells the others.
+    """
+    if world_size() > 1:
+        return broadcast_text(choose() if rank() == 0 else "")
+    if _under_torchrun():
+        return _told_by_store(topic, choose)
+    if not _under_slurm():
+        return choose()
+    file = runs / f".slurm-{_slurm_start()}.{topic}"
+    if is_first():
+        runs.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text := choose())
+        return text
+    deadline = time.monotonic() + WAIT.total_seconds()
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise CommandError(f"the job's first task hasn't written {file}: all nodes must see the same --run_root", exit_code=1)
+        time.sleep(0.2)
+    return file.read_text(encoding="utf-8")
+
+
+def forget_told(runs: Path, topic: str) -> None:
+    """Delete the file through which a choice was told, when all processes of the run have read it."""
+    if _under_slurm() and is_first():
+        (runs / f".slurm-{_slurm_start()}.{topic}").unlink(missing_ok=True)
+
+
+def _started_by_first() -> bool:
+    """Whether Lightning's launcher has started this process: it names the folder."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and RUN_FOLDER_VARIABLE in os.environ
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _under_slurm() -> bool:
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def _slurm_start() -> str:
+    """Job, step and restart, which all tasks know."""
+    parts = [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_STEP_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")]
+    return "-".join(filter(None, parts))
+
+
+def _told_by_store(topic: str, choose: Callable[[], str]) -> str:
+    environment = os.environ
+    store = torch.distributed.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=WAIT)
+    key = f"lit_methods/{environment['TORCHELASTIC_RUN_ID']}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}/{topic}"
+    if environment["RANK"] == "0":
+        text = choose()
+        store.set(key, text)
+        return text
+    return store.get(key).decode()  # type: ignore[no-any-return]  # waits for rank 0
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Commit, branch and uncommitted changes of the git checkout that holds ``folder``; None outside a checkout.
 
     Returns:
-        ``commit`` (40 hex digits), ``branch``, ``dirty`` (tracked files changed), ``changes`` (one line per changed file).
+        ``commit`` (40 hex digits), ``branch``, ``dirty`` (tracked files changed; None where that can't be told), ``changes`` (one line per
+        changed file).
     """
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
     try:
-        commit = git("rev-parse", "--verify", "HEAD")
-        changes = git("diff", "--stat=120", "HEAD").splitlines()
-        return {"commit": commit, "branch": git("rev-parse", "--abbrev-ref", "HEAD"), "dirty": bool(changes), "changes": changes[-50:]}
+        commit = git(folder, "rev-parse", "--verify", "HEAD", timeout=10).strip()
+        branch = git(folder, "rev-parse", "--abbrev-ref", "HEAD", timeout=10).strip()
     except (OSError, subprocess.SubprocessError):  # no git, no checkout, or no commit yet
         return None
+    try:
+        changes = git(folder, "diff", "--stat=120", "HEAD", timeout=10).strip().splitlines()
+    except (OSError, subprocess.SubprocessError):  # it takes too long, or would run a program of the checkout's
+        return {"commit": commit, "branch": branch, "dirty": None, "changes": []}
+    return {"commit": commit, "branch": branch, "dirty": bool(changes), "changes": changes[-50:]}
 
 
 def environment_state(trainer: pl.Trainer) -> dict[str, Any]:
@@ -186,8 +223,9 @@ class RunFolder(pl.Callback):
 
     Runs: in ``setup``, on rank 0. Writes ``config.yaml`` (resolved config), ``git.json`` (absent outside a git checkout) and
     ``environment.json``; sends every ``ModelCheckpoint`` without a ``dirpath`` to ``checkpoints/``; logs the config and,
-    under ``git``, commit, branch and ``dirty`` to every logger. Saves: the run's name in checkpoints. The ``lit`` command adds it; in
-    Python give it to the ``Trainer`` like any callback.
+    under ``git``, commit, branch and ``dirty`` to every logger. Holds the folder as long as the run lasts (:mod:`lit_methods.runs.lock`).
+    Saves: the run's name in checkpoints. Refuses: a folder that another process is writing (``RunInUse``). The ``lit`` command adds it;
+    in Python give it to the ``Trainer`` like any callback.
 
     Args:
         folder: The run's own folder, from :func:`claim_run_folder`.
@@ -201,8 +239,10 @@ class RunFolder(pl.Callback):
         self.folder = Path(folder)
         self.config = config
         self.restart_from = restart_from
-        self._lock: IO[str] | None = None
+        self.began = False  # a batch was reached: what is in the folder says something
+        self._lock: RunLock | None = None
         self._written = False
+        self._stage = "fit"
         self._logged: dict[str, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -210,33 +250,41 @@ class RunFolder(pl.Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str(self.folder / "checkpoints")
-        if self._written or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock is None:
+            self._lock = hold_run(self.folder)
+        if self._written:
             return
         self._written = True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_run(self.folder)
-        git = git_state(Path.cwd())
+        state = git_state(Path.cwd())
         if self.restart_from is not None:
-            line = json.dumps({"from": str(self.restart_from), "environment": environment_state(trainer), "git": git})
+            line = json.dumps({"from": str(self.restart_from), "environment": environment_state(trainer), "git": state})
             with open(self.folder / "restarts.jsonl", "a", encoding="utf-8") as file:
                 file.write(line + "\n")
             return
         write_json(self.folder / "environment.json", environment_state(trainer))
-        if git is not None:
-            write_json(self.folder / "git.json", git)
+        self._stage = str(getattr(stage, "value", stage))
+        if state is not None:
+            write_json(self.folder / "git.json", state)
         logged = dict(self.config or {})
-        if git is not None:
-            logged["git"] = {key: git[key] for key in ("commit", "branch", "dirty")}
+        if state is not None:
+            logged["git"] = {key: state[key] for key in ("commit", "branch", "dirty")}
         self._logged = logged
         for logger in trainer.loggers if logged else ():
             logger.log_hyperparams(logged)
         if self.config is not None:
-            text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-            path = self.folder / "config.yaml"
-            write_atomically(path, f"# lit {getattr(stage, 'value', stage)} --config {path}\n{text}")
+            text = self._write_config()
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("config", f"```yaml\n{text}\n```")
+
+    def _write_config(self) -> str:
+        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        path = self.folder / "config.yaml"
+        write_atomically(path, f"# lit {self._stage} --config {path}\n{text}")
+        return text
 
     def _log_again(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put sections of the config back that hyperparameters of the same name (``model``, ``data``) have overwritten in the loggers.
@@ -255,9 +303,22 @@ class RunFolder(pl.Callback):
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _log_again
 
+    def _begin(self, *_: Any) -> None:
+        self.began = True
+
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _begin
+
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Name the run in its checkpoints, which may lie elsewhere, beside those of other runs."""
+        """Name the run in its checkpoints, which may lie elsewhere, beside those of other runs; mend a folder that was deleted."""
         checkpoint[OWNER] = owner_of(self.folder)
+        if self._lock is not None and not self.folder.exists():
+            rank_zero_warn(f"{self.folder} was deleted under way: it is made anew, with checkpoints from now on")
+            self.folder.mkdir(parents=True)
+            hold_run(self.folder)
+            self._lock.close()  # that of the folder that is gone
+            write_json(self.folder / "environment.json", environment_state(trainer))
+            if self.config is not None:
+                self._write_config()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the folder."""

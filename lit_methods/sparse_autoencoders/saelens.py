@@ -8,18 +8,21 @@ with the weights transposed; what differs is folded into the weights, so that co
 - a fixed bias that decides alone who is active (``gba``) is their JumpReLU with a threshold of minus the bias.
 """
 
-import json
+import importlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lit_methods.catalog import public_names
+from lit_methods.datamodules.reading import read_json, reading
 from lit_methods.files import replacing, write_json
-from lit_methods.runs.checkpoints import read_state_dict
+from lit_methods.runs.checkpoints import check_readable, read_state_dict
+from lit_methods.sparse_autoencoders.activations import ACTIVATIONS, PENALTIES
 from lit_methods.sparse_autoencoders.module import SparseAutoencoder
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -123,7 +126,26 @@ def from_checkpoint(checkpoint: Path | str) -> SparseAutoencoder:
     weights = read_state_dict(path, plain=False)
     if not {"decoder", "decoder_bias", "num_batches_not_active"} <= set(weights):
         raise ValueError(f"{path} is no checkpoint of a SparseAutoencoder: its weights are {', '.join(list(weights)[:4])}, ...")
-    return SparseAutoencoder.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()  # type: ignore[no-any-return]
+    content = check_readable(path)
+    written: dict[str, Any] = content.get("hyper_parameters", {})
+    kind = _class_of(path, str(written.get("_class_path", "lit_methods.SparseAutoencoder")))
+    arguments = {name: value for name, value in written.items() if name in inspect.signature(kind).parameters}
+    named = [arguments["activation"]] if "activation" in arguments else []
+    if own := [name for name in (*named, *(arguments.get("penalties") or {})) if name not in {**ACTIVATIONS, **PENALTIES}]:
+        raise ValueError(f"{path} names {own[0]!r}, a function of one's own: none is imported out of a checkpoint, and sae-lens has none")
+    module = kind(**arguments)
+    module.load_state_dict(content["state_dict"])
+    return module.eval()
+
+
+def _class_of(path: Path, class_path: str) -> type[SparseAutoencoder]:
+    """A class of ours that a checkpoint names; nothing else that it names is imported."""
+    name = class_path.rpartition(".")[2]
+    home = public_names().get(name)
+    kind = getattr(importlib.import_module(home), name) if home is not None and class_path.startswith("lit_methods.") else None
+    if not (isinstance(kind, type) and issubclass(kind, SparseAutoencoder)):
+        raise ValueError(f"{path} was written by {class_path[:80]!r}, which is no autoencoder of lit_methods: call save_saelens in Python")
+    return kind
 
 
 # ---- theirs to ours --------------------------------------------------------------------------------------------------------------------
@@ -132,16 +154,14 @@ def from_checkpoint(checkpoint: Path | str) -> SparseAutoencoder:
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing := [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}: give a folder that sae-lens has written")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"a {type(config).__name__}")
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} can't be read ({error}): it is damaged, fetch it anew") from error
-    try:
-        return config, {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{folder / WEIGHTS} can't be read ({error}): it is truncated or damaged, fetch it anew") from error
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} can't be read (a {type(config).__name__}): it is damaged, fetch it anew")
+    with reading(folder / WEIGHTS, "weights", "a file of safetensors", "fetch it anew"):
+        weights = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
+    if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{folder / WEIGHTS}: {wrong[0]} holds a NaN or an infinity: it is damaged, fetch it anew")
+    return config, weights
 
 
 def _known(config: Mapping[str, Any], folder: Path) -> tuple[str, int | None]:

@@ -46,6 +46,21 @@ def test_a_slash_in_the_file_name_makes_a_subfolder(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "digits") == newest
 
 
+def test_the_newest_checkpoint_is_that_of_most_steps_whatever_the_times_say(tmp_path: Path) -> None:
+    folder, config = make_run(tmp_path / "digits", "one")
+    save(folder / "checkpoints" / "early.ckpt", at=90, global_step=4)  # copied last
+    save(folder / "checkpoints" / "at-step.ckpt", at=10, global_step=12)
+    newest = save(folder / "checkpoints" / "last.ckpt", at=11, global_step=12)
+    (folder / "checkpoints" / "broken.ckpt").write_bytes(b"PK")
+    os.utime(folder / "checkpoints" / "broken.ckpt", (NOW + 95, NOW + 95))
+    restart = find_restart(tmp_path / "digits", config)
+    assert restart is not None
+    assert restart.checkpoint == newest
+    other, _ = make_run(tmp_path / "digits", "two", at=100)
+    later = save(other / "checkpoints" / "last.ckpt", at=101, global_step=2)
+    assert last_checkpoint(tmp_path / "digits") == later, "of several runs the one that was written last"
+
+
 def test_a_shared_dirpath_holds_checkpoints_of_several_runs(tmp_path: Path) -> None:
     runs, scratch = tmp_path / "digits", tmp_path / "scratch"
     first, config = make_run(runs, "one", dirpath=scratch)

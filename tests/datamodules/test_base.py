@@ -2,21 +2,26 @@
 
 import ast
 import inspect
+import pickle
 import re
 import textwrap
 import warnings
+from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.utilities import _log_hyperparams
 from small_roots import ROOTS
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from helpers import tiny_trainer
 from lit_methods import datamodules
+from lit_methods.callbacks.wrapping import attach
 from lit_methods.datamodules.base import Batches, LoaderDataModule
 
 SMALL = {
@@ -206,6 +211,58 @@ class Seeded(BoringModel):
 
     def training_step(self, batch, batch_idx):
         return self.layer(torch.zeros(1, 32)).sum()
+
+
+def built(name, root):
+    """One of the cases of :func:`test_overfitting_a_few_batches_works_with_every_datamodule`."""
+    if name in ROOTS:
+        ROOTS[name][0](root)
+        return ROOTS[name][1](root)
+    arguments = SMALL.get(name, {})
+    return getattr(datamodules, name)(**(arguments | ({"data": datamodules.DigitsDataModule()} if "data" in arguments else {})))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "kitti", "nuscenes", "nuscenes segmented"])
+def test_what_a_spawned_worker_gets_can_be_pickled(name, tmp_path):
+    """As on macOS and Windows, and with ``multiprocessing_context: spawn``, also while a callback stands around a method of the module."""
+    data, module = built(name, tmp_path / "root"), Takes()
+    attach(module, lambda output, batch: output)
+    data.trainer = tiny_trainer()
+    data.trainer.strategy._lightning_module, data.trainer.datamodule = module, data
+    data.prepare_data()
+    data.setup("fit")
+    loaders = data.train_dataloader()
+    for loader in [loaders] if hasattr(loaders, "dataset") else tree_leaves(loaders.iterables):
+        dataset, _, _ = pickle.loads(ForkingPickler.dumps((loader.dataset, loader.collate_fn, loader.worker_init_fn)))
+        sampler = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+        positions = next(iter(sampler))
+        fetched = [
+            one.__getitems__(positions) if hasattr(one, "__getitems__") else [one[position] for position in positions]
+            for one in (loader.dataset, dataset)
+        ]
+        for one, other in zip(*map(tree_leaves, fetched), strict=True):
+            if isinstance(one, Tensor):
+                torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+class Contrary(BoringModel):
+    """A module that has every argument of some data, with other values."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.save_hyperparameters({key: f"not {value!r}" for key, value in arguments.items()})
+
+
+@pytest.mark.parametrize("name", [*NAMES, "kitti", "nuscenes", "nuscenes segmented"])
+def test_no_argument_of_data_collides_with_the_modules(name, tmp_path):
+    data = built(name, tmp_path / "root")
+    module = Contrary(**data.hparams)
+    trainer = tiny_trainer(logger=CSVLogger(tmp_path / "logs"))
+    data.trainer = trainer
+    trainer.strategy._lightning_module, trainer.datamodule = module, data
+    _log_hyperparams(trainer)  # raises where the two differ
+    logged = trainer.loggers[0].experiment.hparams
+    assert {key: logged[key] for key in data.hparams} == {key: module.hparams[key] for key in data.hparams}
 
 
 def test_module_and_data_may_have_two_seeds(tmp_path):

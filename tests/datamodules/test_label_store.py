@@ -113,6 +113,48 @@ def test_missing_and_unreadable_parts_are_named(store):
         LabelStore(store.folder / "nowhere")
 
 
+def test_what_systems_and_kills_leave_in_the_folder_blocks_no_start(store):
+    for name in (".DS_Store", "._original.bin", "Thumbs.db", "original.bin.part", ".original.bin.4711.tmp"):
+        (store.folder / name).write_bytes(b"x")
+    (store.folder / "next").mkdir()
+    (store.folder / "next" / "shard-00000.bin").write_bytes(b"half")
+    again = LabelStore.create(store.folder, annotations())
+    assert again.changed() == []
+    assert not (store.folder / "original.bin.part").exists()
+    (store.folder / "corrected-backup").mkdir()  # somebody's copy
+    assert correct(again, {1: np.zeros((2, 2))}) == 1
+    assert LabelStore(store.folder).changed() == [1]
+
+
+def test_damaged_labels_are_refused_by_their_checksum(store):
+    path = store.folder / "original.bin"
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BrokenRecordError, match=r"original\.bin: checksum: \d+ instead of \d+: .*remove the store's folder"):
+        LabelStore(store.folder)
+    assert len(pickle.loads(pickle.dumps(store))) == 3, "a worker doesn't read everything again"
+
+
+@pytest.mark.parametrize("content", [b"", b"\x03\x00", b"\x00" * 8, b"\xff" * 8, b"\x01" + b"\x00" * 7])
+def test_a_damaged_generation_is_never_taken_as_no_corrections(store, content):
+    for value in (1, 2, 3):
+        correct(store, {0: np.full((3, 4), value)})
+    (store.folder / "generation.bin").write_bytes(content)
+    with pytest.raises(BrokenRecordError, match=r"generation\.bin: .*(emove the store's folder)"):
+        LabelStore(store.folder)
+
+
+def test_a_generation_that_was_written_and_not_switched_to_is_not_read(store):
+    correct(store, {0: np.full((3, 4), 1)})
+    correct(store, {0: np.full((3, 4), 2)})
+    (store.folder / "generation.bin").write_bytes(np.array([1], "<i8").tobytes())  # a kill between rename and switch
+    again = LabelStore(store.folder)
+    assert (again.current(0) == 1).all()
+    assert correct(again, {1: np.zeros((2, 2))}) == 2
+    assert again.changed() == [1]
+
+
 def test_wrong_labels_are_refused(store):
     for labels, problem in ((np.zeros((4, 3)), r"\(4, 3\)"), (np.full((3, 4), 256), "from 256 to 256"), (np.full((3, 4), -1), "-1")):
         with pytest.raises(ValueError, match=problem), store.writer(0) as writer:

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from helpers import Killed, run_two_processes, tiny_trainer
 from lit_methods import distributed
 from lit_methods.callbacks.run.exact_resume import ExactResume
+from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.loaders import RankSampler, ResumableLoader, make_loader
 
 
@@ -264,6 +265,26 @@ def test_two_ranks_see_what_one_process_sees_also_after_a_resume(tmp_path: Path)
     assert [a + b for a, b in zip(first, second, strict=True)] == alone.seen[:3]
     first, second = run_two_processes(fit_on_this_rank, -1, None, tmp_path / "a.ckpt")
     assert [a + b for a, b in zip(first, second, strict=True)] == alone.seen[3:]
+
+
+class OneSample(LoaderDataModule):
+    def __init__(self) -> None:
+        super().__init__(batch_size=2, num_workers=0, seed=0)
+        self.train_set, self.val_set = Draws(8), Draws(1)
+
+
+def refused_on_this_rank(stage: str) -> str:
+    trainer = tiny_trainer(max_epochs=1, devices=2, strategy="ddp")
+    with pytest.raises(ValueError) as error:
+        getattr(trainer, stage)(Recorder(), datamodule=OneSample())
+    return str(error.value)
+
+
+def test_fewer_evaluation_samples_than_processes_are_refused_and_nobody_waits() -> None:
+    for stage in ("validate", "fit"):
+        first, second = run_two_processes(refused_on_this_rank, stage, timeout=60)
+        assert first == second
+        assert "1 samples of an evaluation can't be dealt to 2 processes" in first
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:

@@ -179,3 +179,15 @@ def test_indices_as_tensors_keep_their_kind(tmp_path):
     Image.fromarray(np.full((2, 2), 300, np.uint16)).save(tmp_path / "a.png")
     assert open_indices(tmp_path / "a.png", "ids", "").max() == 300
     assert read_superpixels(tmp_path / "a.png", (2, 2), 301).dtype == torch.int64
+
+
+def test_a_png_whose_check_sum_is_wrong_is_broken(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 30, 3), dtype=np.uint8)).save(path, compress_level=0)
+    content = bytearray(path.read_bytes())
+    content[900:1100] = bytes(200)  # within rows that are stored as they are: nothing in them looks wrong
+    path.write_bytes(content)
+    with pytest.raises(BrokenRecordError, match=r"a\.png: image: can't be decoded \(the check sum of IDAT is wrong\)"):
+        open_picture(path)
+    with pytest.raises(BrokenRecordError, match="check sum"):
+        open_indices(path, "mask", "missing")

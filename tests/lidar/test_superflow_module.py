@@ -2,9 +2,11 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 pytest.importorskip("spconv", reason="spconv is not installed: pip install 'lit-methods[lidar]'")
@@ -12,8 +14,10 @@ from lightning.pytorch import seed_everything
 
 from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, run_two_processes, tiny_trainer
 from lit_methods import DINOv2, MinkUNet, PatchStatistics, SuperFlow
+from lit_methods.callbacks import DenseToSparse
 from lit_methods.datamodules import NuScenesDataModule
 from lit_methods.lidar.minkunet import VoxelFeatures
+from lit_methods.lidar.superpixels import agree_on_superpixels
 
 
 def data(root: Path, **kwargs) -> NuScenesDataModule:
@@ -202,3 +206,37 @@ def test_dinov2_reads_a_local_file(tmp_path):
     assert_state_dicts_equal(
         DINOv2("small", weights=tmp_path / "vits.pth", image_size=(28, 28)).vit.state_dict(), original.vit.state_dict()
     )
+
+
+def test_dinov2_reads_its_file_itself_and_runs_nothing_in_it(tmp_path, monkeypatch):
+    import timm.models
+
+    def unpickling(*_, **__):
+        raise AssertionError("some versions of timm read this with pickle")
+
+    monkeypatch.setattr(timm.models._builder, "load_state_dict", unpickling)
+    original = DINOv2("small", weights="random", image_size=(28, 28))
+    for name, write in (("a.pth", torch.save), ("a.safetensors", save_file)):
+        write(original.vit.state_dict(), tmp_path / name)
+        found = DINOv2("small", weights=tmp_path / name, image_size=(28, 28))
+        assert_state_dicts_equal(found.vit.state_dict(), original.vit.state_dict())
+    (tmp_path / "a.pth").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.pth can't be read as a checkpoint|a\.pth holds more than tensors"):
+        DINOv2("small", weights=tmp_path / "a.pth", image_size=(28, 28))
+    assert not Path("ran").exists()
+    torch.save({"another.weight": torch.ones(2)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"weights='.*a\.pth' holds other weights than those of vit_small_patch14_dinov2"):
+        DINOv2("small", weights=tmp_path / "a.pth", image_size=(28, 28))
+
+
+def test_data_and_method_agree_on_the_number_of_superpixels():
+    trainer = SimpleNamespace(datamodule=NuScenesDataModule(superpixels="slic"))
+    flow = SuperFlow(small_unet(), PatchStatistics(8), embed_dim=8)
+    flow._trainer = trainer
+    with pytest.raises(ValueError, match="num_superpixels is 17 of SuperFlow and 150 of NuScenesDataModule"):
+        flow.setup("fit")
+    with pytest.raises(ValueError, match="17 of DenseToSparse and 150"):
+        DenseToSparse().setup(trainer, flow, "fit")
+    agree_on_superpixels(trainer, 150, "SuperFlow")
+    agree_on_superpixels(SimpleNamespace(datamodule=None), 17, "SuperFlow")

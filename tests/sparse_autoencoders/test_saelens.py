@@ -13,7 +13,7 @@ from lit_methods import SparseAutoencoder
 from lit_methods.cli.commands import export
 from lit_methods.datamodules.loaders import make_loader
 from lit_methods.errors import CommandError
-from lit_methods.sparse_autoencoders.saelens import CONFIG, WEIGHTS, load_saelens, save_saelens
+from lit_methods.sparse_autoencoders.saelens import CONFIG, WEIGHTS, from_checkpoint, load_saelens, save_saelens
 
 WIDTH, FEATURES = 6, 20
 
@@ -163,3 +163,29 @@ def test_a_checkpoint_is_exported_by_the_command(tmp_path, capsys):
     torch.save({"state_dict": {"weight": x}}, tmp_path / "other.ckpt")
     with pytest.raises(CommandError, match="is no checkpoint of a SparseAutoencoder: its weights are weight"):
         export([str(tmp_path / "other.ckpt"), str(tmp_path / "new"), "--format", "sae-lens"])
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"activation": "evil_sae.function"},
+        {"penalties": {"evil_sae.function": 1.0}},
+        {"_class_path": "evil_sae.Autoencoder", "_instantiator": "evil_sae.build"},
+        {"_class_path": "lit_methods.ImageClassifier"},
+    ],
+    ids=str,
+)
+def test_nothing_that_a_checkpoint_names_is_imported(tmp_path, monkeypatch, named):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "evil_sae.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    sae = made()
+    content = {"state_dict": sae.state_dict(), "hyper_parameters": dict(sae.hparams) | named}
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"evil_sae|ImageClassifier"):
+        from_checkpoint(tmp_path / "last.ckpt")
+    assert not (tmp_path / "ran").exists()
+    content["hyper_parameters"] = dict(sae.hparams) | {"_class_path": "lit_methods.SparseAutoencoder", "_instantiator": "evil_sae.build"}
+    torch.save(content, tmp_path / "last.ckpt")
+    assert torch.equal(from_checkpoint(tmp_path / "last.ckpt").decoder, sae.decoder)
+    assert not (tmp_path / "ran").exists()

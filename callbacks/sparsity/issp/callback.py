@@ -320,8 +320,9 @@ class IterativeSoftShrinkage(MaskCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._spare:
             self._probe_switch(trainer, pl_module)
-        step, every = max(self._steps, default=0), trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if not self._picks.last or not every or trainer.global_step % every or step == self._window[0]:
+        step = max(self._steps, default=0)
+        accumulates = pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()
+        if not self._picks.last or not logs_now(pl_module) or accumulates or step == self._window[0]:
             return
         total = int(self._flips)  # waits for the device, on logged steps alone
         values = {**self._magnitudes(), "mask_flips": (total - self._window[1]) * 100 / (step - self._window[0])}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_methods import checks
 from lit_methods.callbacks.sparsity.masks import keep_largest
+from lit_methods.datamodules.reading import read_npz, read_tensors
 
 Penalty = Literal["l1", "l2", "smooth_l1", "bounded_l2"]
 Criterion = Literal["threshold", "ot", "ratio", "global_ratio"]
@@ -204,10 +205,11 @@ def load_masks(path: Path | str) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"mask={str(path)!r} does not exist: give a .npz or .pt file of keep masks, or a checkpoint")
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        found = {name: torch.from_numpy(array) for name, array in read_npz(path, field="masks").items()}
     elif path.suffix == ".pt":
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = read_tensors(path, path, "masks")
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} holds a {type(found).__name__}, expected name of the batch norm -> bool")
     else:
         raise ValueError(f"{path} is no file of masks: give .npz or .pt (name of the batch norm -> bool), or a checkpoint (.ckpt)")
     for name, mask in found.items():

@@ -142,7 +142,7 @@ class NMSparsity(LatentCallback):
     optimisation every optimiser's steps count. Masks come from the weights that the optimiser holds, whatever the precision; all DDP ranks
     have the same. ``EMATeacher`` averages latent weights, and its copy masks its own average, so that it is N:M, too.
 
-    Saves: what :class:`LatentCallback` saves, first sparse step, decay and last masks.
+    Saves: what :class:`LatentCallback` saves, first sparse step, decay, last masks and the phase.
 
     Refuses: what :class:`LatentCallback` refuses, and patterns that don't fit a weight.
 
@@ -232,6 +232,7 @@ class NMSparsity(LatentCallback):
         self._layers: dict[str, _Layer] = {}
         self._flows: dict[tuple[int, int], _Flow] = {}
         self._first_step: int | None = None  # t0
+        self._in_phase = False  # that of a checkpoint
         self._decay: float | None = None
         self._history = MaskHistory("last")  # at the ends of epochs
         self._spent, self._batches = 0.0, 0  # FLOPs so far, in dense batches
@@ -331,13 +332,15 @@ class NMSparsity(LatentCallback):
         return any([flow.set(core.phase_at(now, since, self.recipe, *pattern, **epochs)) for pattern, flow in self._flows.items()])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Settle the decay, and set the phase that the run starts or goes on with."""
+        """Settle the decay, and set the phase that the run starts with."""
         self._decay = self._decay if self.decay is None else self.decay
         if self._decay is None and self.recipe in ("mdgf_exp", "mdgf_linear"):
             steps = training_length(pl_module, what="NMSparsity's choice of decay", instead="decay")
             self._decay = (math.log(100) if self.recipe == "mdgf_exp" else 1.0) / (0.6 * steps)
             rank_zero_info(f"NMSparsity: decay {self._decay:.6g} per optimiser step")
-        self._follow(trainer)
+        if not self._in_phase:
+            self._follow(trainer)
+        self._in_phase = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Set beta and pattern."""
@@ -423,11 +426,16 @@ class NMSparsity(LatentCallback):
 
     def state(self) -> dict[str, Any]:
         """Latent weights and what the schedule and the logs need."""
-        return super().state() | self._history.state(previous="last")
+        phases = [[flow.phase.name, flow.phase.beta, flow.phase.n, flow.phase.m] for flow in self._flows.values()]
+        return super().state() | self._history.state(previous="last") | {"phases": phases}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The masks of the last epoch."""
+        """The masks of the last epoch, and the phase of the last batch, which a validation that is still due sees."""
         self._history.load(state, {name: layer.latent for name, layer in self._layers.items()}, previous="last")
+        phases = state.get("phases", [])
+        self._in_phase = len(phases) == len(self._flows)
+        for flow, (name, beta, n, m) in zip(self._flows.values(), phases, strict=False) if self._in_phase else ():
+            flow.set(Phase(name, beta, n, m))
 
     def leave(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave an ordinary module; state and masks stay readable."""

@@ -159,7 +159,7 @@ class SparsityReport(OrderedCallback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Count the FLOPs of this batch; at the first one, those of a sample. Guards 2 and 3, now and then."""
-        if self._due(trainer) and self._checked != trainer.global_step:
+        if self._due(trainer) and self._checked != trainer.fit_loop.epoch_loop._batches_that_stepped:
             self._check(trainer, pl_module)
         if not takes_iterator(pl_module):
             self._spend(trainer, pl_module, batch)
@@ -294,12 +294,13 @@ class SparsityReport(OrderedCallback):
 
     def _due(self, trainer: pl.Trainer) -> bool:
         watches = self._watching and self._findings.by_mask and self.mask_check_every_n > 0
-        return watches and trainer.global_step % self.mask_check_every_n == 0
+        stepped: int = trainer.fit_loop.epoch_loop._batches_that_stepped  # global_step counts each of several optimisers
+        return watches and stepped % self.mask_check_every_n == 0
 
     @torch.no_grad()
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Guards 2 and 3, on weights as the next forward pass will use them and on the optimisers' state."""
-        self._checked = trainer.global_step
+        self._checked = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._observe(trainer, pl_module)  # masks that are made anew in every forward pass have moved since the last event
         findings, network = self._findings, self._findings.network
         last, parameters = findings.history.last, plain_parameters(pl_module)

@@ -15,6 +15,7 @@ from lit_methods.frozen import Frozen
 from lit_methods.lidar import pictures
 from lit_methods.lidar.minkunet import VoxelFeatures
 from lit_methods.lidar.superflow import core
+from lit_methods.lidar.superpixels import agree_on_superpixels
 from lit_methods.optim import adamw_one_cycle
 from lit_methods.panels import CloudPanel, Curve, ImagePanel, Media, Panel
 
@@ -136,6 +137,11 @@ class SuperFlow(LightningModule):
         self.head_3d = nn.Linear(int(backbone_3d.out_channels), embed_dim)  # type: ignore[arg-type]
         self.head_2d = nn.Conv2d(int(backbone_2d.embed_dim), embed_dim, kernel_size=1)  # type: ignore[arg-type]
         self._media: dict[str, Media] = {}
+
+    def setup(self, stage: str) -> None:
+        """Compare with the data's number of superpixels."""
+        if stage != "predict" and self.hparams["contrast"] != "pixel":
+            agree_on_superpixels(self._trainer, self.hparams["num_superpixels"], type(self).__name__)
 
     # --------------------------------------------------------------------------------------------------------------------- embeddings
 

@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 
 from lit_methods import checks
 from lit_methods.evaluated import Evaluated, Part
-from lit_methods.hub import fetch, place_of
+from lit_methods.hub import check_gguf, fetch, place_of
 from lit_methods.optim import scheduled, warmup_cosine
 from lit_methods.panels import Curve, Panel
 from lit_methods.runs.checkpoints import load_into
@@ -62,13 +62,14 @@ def causal_model(name_or_path: str | None, config: Mapping[str, Any] | None) -> 
     if name_or_path is not None:
         given = f"name_or_path={name_or_path!r}"
         place, options = place_of(name_or_path, given)
+        check_gguf(place, options, given)
         return fetch(
-            lambda: transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options),
+            lambda: transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=False, **options),
             place,
             given=given,
             instead="give the folder of a causal language model (config.json and weights)",
             blank=lambda: transformers.AutoModelForCausalLM.from_config(
-                transformers.AutoConfig.from_pretrained(place, **options), dtype=torch.float32
+                transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, **options), dtype=torch.float32
             ),
         )
     assert config is not None

@@ -1,6 +1,9 @@
 """The Dashboard on real runs: what it gathers, records, renders, sends to the loggers, and what it leaves alone."""
 
 import os
+import re
+import resource
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +16,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from helpers import tiny_trainer
-from lit_methods.callbacks.run.dashboard import Dashboard, wandb_offline_without_login
+from lit_methods.callbacks.run.dashboard import Dashboard, _append, wandb_offline_without_login
 from lit_methods.callbacks.run.providers import ask_for_media, gather_panels
 from lit_methods.panels import (
     CloudMedia,
@@ -28,7 +31,7 @@ from lit_methods.panels import (
     TableMedia,
     TablePanel,
 )
-from lit_methods.reports.page import read_history
+from lit_methods.reports.page import Record, read_history, record_line
 
 STEPS = 16  # BoringModel: 64 samples in batches of one; limited to 8 batches in each of two epochs
 
@@ -310,3 +313,61 @@ def test_tensorboard_gets_pictures_and_histograms(tmp_path: Path) -> None:
         assert steps == sorted(set(steps)) or name == "hp_metric", f"{name} is written twice"  # hp_metric: TensorBoard's own place holder
     epoch_ends = [(event.step, event.value) for event in events.Scalars("epoch") if event.step in (7, 15)]
     assert epoch_ends == [(7, 0), (15, 1)]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("environment.json", b"{broken", "environment.json"),
+        ("environment.json", b"[" * 100_000, "environment.json|recursion"),
+        ("git.json", b"[1, 2]", "git.json"),
+        ("git.json", b'"\xff"', "git.json"),
+        ("config.yaml", "model: caf\u00e9\n".encode("latin-1"), ""),
+        ("notes.md", b"\xff\xfe\x00", ""),
+        ("metrics.jsonl", b'{"step": \xff\n{}\n', "metrics.jsonl.broken"),
+        ("report.json/x", b"a folder in its place", "Dashboard can't write into"),
+    ],
+)
+def test_a_broken_file_in_the_folder_is_one_warning(file: str, content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer, _ = fit(tmp_path)
+    assert trainer.global_step == STEPS
+    ours = [str(warning.message) for warning in caught if re.search(r"The run goes on|history starts anew", str(warning.message))]
+    assert len(ours) == bool(said), ours
+    assert not said or re.search(said, ours[0])
+    if file != "report.json/x":
+        assert 'class="pill finished"' in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_module_that_cannot_show_itself_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shown, "dashboard_media", lambda self: {}["colours"])
+    with pytest.warns(UserWarning, match=r"Shown.dashboard_media\(\) raised KeyError: 'colours'. The run goes on") as caught:
+        trainer, _ = fit(tmp_path)
+    assert trainer.global_step == STEPS
+    assert sum("dashboard_media" in str(warning.message) for warning in caught) == 1
+    assert "from the callback" in (tmp_path / "report.html").read_text(encoding="utf-8"), "the others are shown"
+
+
+def test_a_page_that_cannot_be_drawn_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_methods.callbacks.run.dashboard.render_report", lambda data: 1 / 0)
+    with pytest.warns(UserWarning, match="ZeroDivisionError") as caught:
+        trainer, _ = fit(tmp_path)
+    assert trainer.global_step == STEPS
+    assert sum("ZeroDivisionError" in str(warning.message) for warning in caught) == 1
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_those_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    _append(path, record_line(Record(1, 0, {"loss": 1.0})))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            _append(path, record_line(Record(2, 0, {"loss": 1.0})))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    _append(path, record_line(Record(3, 0, {"loss": 1.0})))
+    assert [record.step for record in read_history(path)] == [1, 3]

@@ -235,6 +235,14 @@ def test_two_optimisers_count_their_own_steps():
     assert callback.store.density() == pytest.approx(1 - sum(pruned_count(math.prod(s), 0.7) for s in SHAPES.values()) / 1292)
 
 
+def test_figures_are_computed_at_the_batches_that_are_logged_also_with_two_optimisers(monkeypatch):
+    callback, looked = shrinkage(prune_iters=8), []
+    whole = IterativeSoftShrinkage._magnitudes
+    monkeypatch.setattr(IterativeSoftShrinkage, "_magnitudes", lambda self: looked.append(max(self._steps)) or whole(self))
+    fit(callback, TwoOptimisers(), steps=16, log_every_n_steps=4)
+    assert looked == [4, 8]
+
+
 def test_weights_come_back_under_soft_shrinkage():
     callback = shrinkage(ratio=0.99, prune_iters=12)
     fit(callback, steps=12)
