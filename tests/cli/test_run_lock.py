@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from faults import MID, start
 from lit_methods.cli.main import main
@@ -200,6 +201,16 @@ def test_slurm_tasks_hear_what_the_first_one_chose(tmp_path: Path, monkeypatch: 
         monkeypatch.delenv(name, raising=False)
     assert told_by_first(tmp_path, "restart", lambda: "this one") == "this one"
     monkeypatch.setenv("SLURM_PROCID", "1")
+    assert told_by_first(tmp_path, "restart", lambda: pytest.fail("it chooses nothing")) == "this one"
+
+
+def test_processes_of_torchrun_hear_it_through_its_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": "0"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert told_by_first(tmp_path, "restart", lambda: "this one") == "this one"
+    monkeypatch.setenv("RANK", "1")
     assert told_by_first(tmp_path, "restart", lambda: pytest.fail("it chooses nothing")) == "this one"
 
 
