@@ -30,6 +30,7 @@ from lit_methods.runs.lock import lock_run as lock_run
 
 # Set by the first process of a run for the ones that it starts, which must write to the same folder.
 RUN_FOLDER_VARIABLE = "LIT_METHODS_RUN_FOLDER"
+_RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")  # of other launchers
 WAIT = datetime.timedelta(minutes=5)  # for what the first process says
 OWNER = "lit_methods_run"  # key of a checkpoint: the run that wrote it
 
@@ -107,7 +108,7 @@ def is_first() -> bool:
         return os.environ["RANK"] == "0"
     if _under_slurm():
         return os.environ["SLURM_PROCID"] == "0"
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")) == "0"
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
 
 
 def told_by_first(runs: Path, topic: str, choose: Callable[[], str]) -> str:

@@ -217,7 +217,10 @@ def sources() -> list[Path]:
 def test_no_reader_of_ours_builds_objects() -> None:
     """What runs code out of data: YAML's other loaders, unguarded pickles, ``eval``. The unpickler that refuses all classes is allowed."""
     for path in sources():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        if not re.search(r"yaml\.|pickle|torch\.load|np\.load|\beval\(|\bexec\(", text):
+            continue  # parsing all sources takes seconds
+        for node in ast.walk(ast.parse(text)):
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from faults import MID, start
 from lit_methods.cli.main import main
 from lit_methods.cli.resume import unreadable
 from lit_methods.files import replacing
 from lit_methods.runs import lock
-from lit_methods.runs.folder import RunFolder, told_by_first
+from lit_methods.runs.folder import RunFolder, is_first, told_by_first
 from lit_methods.runs.lock import LOCK, RunInUse, hold_run, in_use, lock_run
 
 TINY = [
@@ -201,6 +202,30 @@ def test_slurm_tasks_hear_what_the_first_one_chose(tmp_path: Path, monkeypatch: 
     assert told_by_first(tmp_path, "restart", lambda: "this one") == "this one"
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert told_by_first(tmp_path, "restart", lambda: pytest.fail("it chooses nothing")) == "this one"
+
+
+def test_processes_of_torchrun_hear_it_through_its_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    settings = {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "RANK": "0"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    assert told_by_first(tmp_path, "restart", lambda: "this one") == "this one"
+    monkeypatch.setenv("RANK", "1")
+    assert told_by_first(tmp_path, "restart", lambda: pytest.fail("it chooses nothing")) == "this one"
+
+
+def test_who_is_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert is_first()
+    others = [{"LOCAL_RANK": "1"}, {"NODE_RANK": "1"}, {"OMPI_COMM_WORLD_RANK": "3"}, {"SLURM_PROCID": "2", "SLURM_NTASKS": "4"}]
+    for settings in (*others, {"TORCHELASTIC_RUN_ID": "a", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}):
+        with monkeypatch.context() as context:
+            for name, value in settings.items():
+                context.setenv(name, value)
+            assert not is_first(), settings
+    monkeypatch.setenv("SLURM_PROCID", "2")  # one task of a job, started by itself
+    assert is_first()
 
 
 def test_two_starts_of_one_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
