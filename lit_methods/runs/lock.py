@@ -58,6 +58,12 @@ class RunLock:
             self._file.close()
         self._file, self.holders = file, self.holders + 1
 
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Let go of the folder, where nobody else in this process holds it. The file goes first, while no other process can hold it."""
         if not self.mine or self.holders == 0:

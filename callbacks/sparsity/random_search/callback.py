@@ -136,7 +136,7 @@ class RandomSearch(MaskCallback):
     @property
     def sparsity_card(self) -> SparsityCard:
         """What kind of sparsity this is."""
-        criterion = "random" if self.mode == "random" or self.score in ("loss", "accuracy") else "gradient"
+        criterion: Literal["random", "gradient"] = "random" if self.mode == "random" or self.score in ("loss", "accuracy") else "gradient"
         return SparsityCard(
             stage="before", regime="sparse_to_sparse", mask="static", layerwise="uniform", criterion=criterion, cost="static"
         )
