@@ -23,8 +23,8 @@ test-all: .venv/installed  ## what `make test` leaves out, but for the slow ones
 test-slow: .venv/installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-test-faults: .venv/installed  ## kill runs at random points, and compare what they end with; about ten minutes
-	$(BIN)/python -m pytest -m slow tests/test_faults.py -s
+test-faults: .venv/installed  ## kill runs at random and at named points, and compare what they end with; about an hour
+	$(BIN)/python -m pytest -m slow tests/test_faults.py tests/test_kills.py -s
 
 lint: .venv/installed
 	$(BIN)/ruff check .

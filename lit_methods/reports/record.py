@@ -227,7 +227,7 @@ def _load_medium(folder: Path, key: str, entry: Any, record: Path) -> Media:
 def _read_image(path: Path, entry: dict[str, Any]) -> ImageMedia:
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:  # others start programs of their own
         return ImageMedia(np.array(image.convert("RGB")), entry["alt"])
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lit_methods.catalog import public_names
-from lit_methods.datamodules.reading import read_json, reading
+from lit_methods.datamodules.reading import file_size, read_json
 from lit_methods.files import replacing, write_json
 from lit_methods.runs.checkpoints import check_readable, read_state_dict
 from lit_methods.sparse_autoencoders.activations import ACTIVATIONS, PENALTIES
@@ -157,8 +158,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} can't be read (a {type(config).__name__}): it is damaged, fetch it anew")
-    with reading(folder / WEIGHTS, "weights", "a file of safetensors", "fetch it anew"):
+    file_size(folder / WEIGHTS, "weights")
+    try:
         weights = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder / WEIGHTS} can't be read ({error}): it is truncated or damaged, fetch it anew") from error
     if wrong := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{folder / WEIGHTS}: {wrong[0]} holds a NaN or an infinity: it is damaged, fetch it anew")
     return config, weights
