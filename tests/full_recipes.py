@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +160,32 @@ LATENTS = Recipe(
     needs=("diffusers",),
 )
 
+FEW_BLOCKS = Recipe(
+    words=(
+        "--data.init_args.batch_size=2",
+        "--data.init_args.image_size=128",
+        *(f"--model.init_args.{part}.init_args.{size}" for part in ("encoder", "decoder") for size in ("image_size=128", "depth=2")),
+    ),
+    why="batch of 2, images of 128 pixels, 2 blocks in the encoder and 2 in the decoder: the network takes gigabytes",
+)
+
 RECIPES: dict[str, Recipe] = {
     "abstopk_gpt2": Recipe(words=("--data.init_args.batch_size=64",), why="batch of 64: a step of 4,096 takes seconds on two cores"),
     "adawac_acdc": Recipe(RANDOM, needs=("h5py",)),
     "adawac_synapse": Recipe(RANDOM, needs=("h5py",)),
     "adele_voc": Recipe(
         RANDOM,
-        words=("--data.init_args.batch_size=1",),
-        why="batch of 1: ten crops of 448 pixels at three scales took more than the 23 GB of this machine",
+        words=("--data.init_args.batch_size=2", "--data.init_args.crop=96"),
+        why="batch of 2, crops of 96 pixels: ten of 448 at three scales took more than the 23 GB of this machine",
     ),
-    "cast_llama2_7b": Recipe({"/models/llama-2-7b": "{work}/llama"}, prepare=llama, needs=("transformers",), meta=True),
+    "cast_llama2_7b": Recipe(
+        {"/models/llama-2-7b": "{work}/llama"},
+        words=("--trainer.accumulate_grad_batches=2", "--data.init_args.block_size=256"),
+        why="2 sequences of 256 tokens a step: 32 of 4,096 take minutes on two cores, for the 32,000 words of the vocabulary",
+        prepare=llama,
+        needs=("transformers",),
+        meta=True,
+    ),
     "conr_agedb": batch(8),
     "conr_imdb_wiki": batch(8),
     "conr_nyud2": Recipe(RANDOM),
@@ -180,8 +196,8 @@ RECIPES: dict[str, Recipe] = {
     "dsl_recommendation_multvae": Recipe(),
     "dsl_recommendation_neumf": Recipe(),
     "dsnot_llama": Recipe({"/models/llama-7b": "{work}/llama"}, prepare=llama, needs=("transformers",)),
-    "epg_consistency_imagenet256": batch(2),
-    "epg_denoise_imagenet256": batch(2),
+    "epg_consistency_imagenet256": FEW_BLOCKS,
+    "epg_denoise_imagenet256": FEW_BLOCKS,
     "epg_pretrain_imagenet256": batch(4),
     "gba_qwen": Recipe(words=("--data.init_args.batch_size=16",), why="batch of 16: 66,000 neurons take seconds on two cores"),
     "ict_cifar10": Recipe(words=("--data.init_args.batch_size=4", "--data.init_args.val_batch_size=4"), why=f"batches of 4: {SMALL_BATCH}"),
@@ -223,7 +239,16 @@ RECIPES: dict[str, Recipe] = {
         why=f"num_labelled 150: that many the tiny list has, and the module refuses another number; batch of 2 + 10: {SMALL_BATCH}",
     ),
     "slct_celebahq": LATENTS,
-    "slct_celebahq_dit": LATENTS,
+    "slct_celebahq_dit": replace(
+        LATENTS,
+        words=(
+            "--data.init_args.batch_size=2",
+            "--data.init_args.val_batch_size=4",
+            "--data.init_args.num_samples=4",
+            "--model.init_args.network.init_args.config.num_layers=2",
+        ),
+        why="batch of 2, 4 samples, 2 blocks: the network takes minutes a step on two cores",
+    ),
     "sparse_ift_cifar": Recipe(),
     "sparse_ift_imagenet": batch(8),
     "sparse_model_soups_cifar": batch(16),
