@@ -158,7 +158,7 @@ class Retriever(Evaluated):
         return queries, documents, ranking
 
     def collection_figures(self, queries: Encoded, documents: Encoded) -> dict[str, float]:
-        """Further figures of all queries and documents."""
+        """Further figures of all queries and documents; what the dashboard shows of them goes into ``_media``."""
         return {}
 
     def _log_evaluation(self, part: Part) -> None:

@@ -86,11 +86,22 @@ def ranking_figures(ranking: Ranking, judgements: Ints) -> dict[str, float]:
         names = documents[documents >= 0].tolist()
         missed = [grade for name, grade in grades.items() if name not in set(names)]
         target = torch.tensor([grades.get(name, 0) for name in names] + [0] * max(0, 100 - len(names)) + missed)
-        place = -torch.arange(len(target), dtype=torch.float32)  # what wasn't found lies behind all that was, and behind rank 100
+        place = torch.arange(len(target), 0, -1, dtype=torch.float32)  # what wasn't found lies behind all that was, and behind rank 100
         sums["ndcg_at_10"] += float(retrieval_normalized_dcg(place, target, top_k=10))
         sums["mrr_at_10"] += float(retrieval_reciprocal_rank(place, target > 0, top_k=10))
         sums["recall_at_100"] += float(retrieval_recall(place, target > 0, top_k=100))
     return {name: total / judged for name, total in sums.items()} if judged else {}
+
+
+def expected_products(queries: Any, documents: Any) -> float:
+    """Expected number of products of a query and a document: sum_j p_q(j) p_d(j), with p the shares of rows in which j isn't 0.
+
+    Args:
+        queries: (Q, V) sparse matrix in rows, without stored zeros.
+        documents: (N, V) of the same kind.
+    """
+    shares = [np.bincount(rows.indices, minlength=rows.shape[1]) / rows.shape[0] for rows in (queries, documents)]
+    return float(shares[0] @ shares[1])
 
 
 def write_trec_run(path: Path, ranking: Ranking, query_names: Sequence[str], document_names: Sequence[str], tag: str) -> None:
@@ -135,4 +146,4 @@ def trec_figures(run: Mapping[str, Mapping[str, float]], judgements: Mapping[str
     return {ours: sum(figures.get(name, 0.0) for figures in found.values()) / len(judged) for name, ours in names.items()}
 
 
-__all__ = ["MEASURES", "Ranking", "rank_documents", "ranking_figures", "trec_figures", "write_trec_run"]
+__all__ = ["MEASURES", "Ranking", "expected_products", "rank_documents", "ranking_figures", "trec_figures", "write_trec_run"]

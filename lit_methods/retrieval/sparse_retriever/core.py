@@ -59,20 +59,6 @@ def query_weights(token_ids: Tensor, idf: Tensor, special_ids: Tensor | Sequence
     return occurs.index_fill(1, specials, 0.0) * idf.relu()
 
 
-def idf_of_counts(counts: Tensor, documents: int) -> Tensor:
-    """ln(1 + (N - n + 0.5) / (n + 0.5)) of tokens that n of N documents contain; 1 for tokens that none contains.
-
-    Args:
-        counts: (V,) n, integers in [0, N].
-        documents: N.
-
-    Returns:
-        (V,) float32; > 0.
-    """
-    n = counts.double()
-    return torch.where(counts > 0, torch.log1p((documents - n + 0.5) / (n + 0.5)), 1.0).float()
-
-
 def flops_penalty(weights: Tensor, docs_per_query: int = 1, l0_threshold: int | None = None, idf: Tensor | None = None) -> Tensor:
     """FLOPS: sum over slots g and tokens j of (mean over queries of |w_gj|)^2; with IDF, of w / idf in the place of w.
 
@@ -140,16 +126,6 @@ def ensemble_scores(
         return scale * torch.stack([(s - low) / width for s, low, width in zip(each, lows, ranges, strict=True)]).mean(dim=0)
 
 
-def retrieval_flops(queries: Tensor, documents: Tensor) -> Tensor:
-    """Expected number of products of a query and a document: sum_j p_q(j) p_d(j), with p the shares of rows in which j isn't 0.
-
-    Args:
-        queries: (Q, V).
-        documents: (N, V).
-    """
-    return (queries != 0).double().mean(dim=0) @ (documents != 0).double().mean(dim=0)
-
-
 __all__ = [
-    "document_weights", "ensemble_scores", "flops_penalty", "idf_of_counts", "quadratic_ramp", "query_weights", "retrieval_flops",
+    "document_weights", "ensemble_scores", "flops_penalty", "quadratic_ramp", "query_weights",
 ]  # fmt: skip

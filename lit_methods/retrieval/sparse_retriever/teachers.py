@@ -12,6 +12,7 @@ from lit_methods.hub import fetch, place_of
 from lit_methods.retrieval.base import Retriever, batch_fields
 from lit_methods.retrieval.dense import Pooling, pooled
 from lit_methods.retrieval.networks import MaskedLM
+from lit_methods.retrieval.sparse_retriever.core import document_weights
 from lit_methods.runs.checkpoints import load_into
 
 
@@ -111,8 +112,7 @@ class TextTeacher(Teacher):
         ids, mask = tokens["input_ids"], tokens["attention_mask"]
         if self.kind == "dense":
             return pooled(self.model(input_ids=ids, attention_mask=mask).last_hidden_state, mask, self.pooling)
-        logits = self.model(ids, mask).float() * mask[..., None]
-        return logits.amax(dim=1).relu().log1p().index_fill(1, self.specials, 0.0)  # type: ignore[arg-type]
+        return document_weights(self.model(ids, mask), mask).index_fill(1, self.specials, 0.0)  # type: ignore[arg-type]
 
 
 __all__ = ["RetrieverTeacher", "Teacher", "TextTeacher"]
