@@ -134,14 +134,14 @@ class SearchDataModule(CollectionDataModule):
     with ``texts`` the lists ``query_text`` and ``document_text``. Batches of an evaluation mix queries and documents evenly:
     {"input_ids": (B, L) int64, "attention_mask": (B, L) int64, "is_query": (B,) bool, "index": (B,) int64, "judgements": (J, 3) int64}.
 
-    ``root`` is a folder with ``corpus.jsonl`` (``_id``, ``title``, ``text`` in each line), ``queries.jsonl`` and ``qrels/<split>.tsv``,
-    as BEIR's sets and MS MARCO are given; or with ``doc-text.trec``, ``query-text.trec`` and ``qrels``, as Vaswani is. A document is its title,
-    a blank and its text. Everything is held in memory: 8.8 million passages take about 4 GB.
+    ``root`` is a folder with ``corpus.jsonl`` (``_id``, ``title``, ``text`` in each line), ``queries.jsonl`` and
+    ``qrels/<split>.tsv``, as BEIR's sets and MS MARCO are given; or with ``doc-text.trec``, ``query-text.trec`` and ``qrels``, as Vaswani
+    is. A document is its title, a blank and its text. Everything is held in memory.
 
-    Training examples, by ``train_from``: ``titles``: a document's title is the query, its text the document; ``judgements``: queries with
+    Training examples, by ``train_from``. ``titles``: a document's title is the query, its text the document. ``judgements``: queries with
     the documents that are relevant for them in the training split; other documents of a query are drawn at random. ``examples`` takes a
-    file in their place, with lines ``{"query": text, "pos": text, "negs": [texts]}`` or ``{"query": text, "docs": [texts], "scores":
-    [numbers]}``.
+    file in their place, with lines ``{"query": text, "pos": text, "negs": [texts]}`` or
+    ``{"query": text, "docs": [texts], "scores": [numbers]}``.
 
     Args:
         root: Folder in one of these layouts.
@@ -150,7 +150,7 @@ class SearchDataModule(CollectionDataModule):
         train_split: Name of the judgements for training.
         val_split: Name of those for validation; where there are none, validation is the test.
         test_split: Name of those for test.
-        train_share: Share of the test's queries that are for training instead, in data without a training split; they are drawn by the seed.
+        train_share: Share of the test's queries that are for training, where the data have no training split; drawn by the seed.
         tokenizer: Folder or hub name of a tokenizer of transformers, or ``package:<name>``; None: the most frequent words of the documents.
         vocab_size: V of the words.
         docs_per_query: G, documents of a training query.

@@ -29,12 +29,13 @@ class RetrieverTeacher(Teacher):
 
     Args:
         retriever: As it was trained, such as ``DenseRetriever`` or a siamese ``SparseRetriever``.
-        checkpoint: Its checkpoint.
+        checkpoint: Its checkpoint; None: the weights that it is built with.
     """
 
-    def __init__(self, retriever: Retriever, checkpoint: Path) -> None:
+    def __init__(self, retriever: Retriever, checkpoint: Path | None = None) -> None:
         super().__init__()
-        load_into(retriever, checkpoint)
+        if checkpoint is not None:
+            load_into(retriever, checkpoint)
         self.model = Frozen(retriever)
 
     def encode(self, batch: dict[str, Any], queries: bool) -> Tensor:
