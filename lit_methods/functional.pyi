@@ -256,6 +256,17 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.retrieval.idf import count_documents as count_documents
+from lit_methods.retrieval.idf import idf_of_counts as idf_of_counts
+from lit_methods.retrieval.ranking import margin_mse as margin_mse
+from lit_methods.retrieval.ranking import pair_scores as pair_scores
+from lit_methods.retrieval.ranking import ranking_info_nce as ranking_info_nce
+from lit_methods.retrieval.ranking import ranking_kl as ranking_kl
+from lit_methods.retrieval.sparse_retriever.core import document_weights as document_weights
+from lit_methods.retrieval.sparse_retriever.core import ensemble_scores as ensemble_scores
+from lit_methods.retrieval.sparse_retriever.core import flops_penalty as flops_penalty
+from lit_methods.retrieval.sparse_retriever.core import quadratic_ramp as quadratic_ramp
+from lit_methods.retrieval.sparse_retriever.core import query_weights as query_weights
 from lit_methods.self_supervised.jepa import jepa_loss as jepa_loss
 from lit_methods.self_supervised.jepa import jepa_targets as jepa_targets
 from lit_methods.self_supervised.jepa import repeat_per_context as repeat_per_context
@@ -377,6 +388,7 @@ __all__ = [
     "cosine_drop",
     "cosine_info_nce",
     "cosine_logits",
+    "count_documents",
     "couple",
     "critic_loss",
     "ct_teacher_decay",
@@ -397,6 +409,7 @@ __all__ = [
     "difference_in_means",
     "distillation_loss",
     "dmd_loss",
+    "document_weights",
     "doped_rank",
     "doubling_levels",
     "doubling_stage_length",
@@ -415,6 +428,7 @@ __all__ = [
     "effective_rank",
     "ema_update",
     "embedding_consistency",
+    "ensemble_scores",
     "exact_counts",
     "exhaustive_codes",
     "expand_blocks",
@@ -441,6 +455,7 @@ __all__ = [
     "fit_scaling_law",
     "fitting_pattern",
     "flip_cameras",
+    "flops_penalty",
     "flow_factor",
     "folded_frobenius",
     "frechet_distance",
@@ -463,6 +478,7 @@ __all__ = [
     "harmonic_mean",
     "has_foreground",
     "heun_step",
+    "idf_of_counts",
     "info_nce",
     "initial_score",
     "input_statistics",
@@ -504,6 +520,7 @@ __all__ = [
     "lpgd_step",
     "magnitude_mask",
     "magnitude_statistics",
+    "margin_mse",
     "mask_change",
     "masked_weight",
     "matched_pairs",
@@ -531,6 +548,7 @@ __all__ = [
     "opis",
     "opposite_pairs",
     "ot_threshold",
+    "pair_scores",
     "parallel_branches",
     "parse_pattern",
     "parse_pick",
@@ -557,8 +575,12 @@ __all__ = [
     "pruned_count",
     "pseudo_huber",
     "psnr_y",
+    "quadratic_ramp",
+    "query_weights",
     "random_factors",
     "random_mask",
+    "ranking_info_nce",
+    "ranking_kl",
     "ranking_metrics",
     "rcm_sample",
     "reconstruct_by_codes",

@@ -189,6 +189,7 @@ class CollectionDataModule(LoaderDataModule):
             for start in range(0, len(texts), 1000):
                 some = [texts[place] for place in range(start, min(start + 1000, len(texts)))]
                 counts += count_documents(self.vocabulary.encode(some, self.lengths.document), size)
+            counts[self.vocabulary.special_ids] = 0  # whose value is 1, as in the released table
             self._idf = torch.from_numpy(idf_of_counts(counts, len(texts)))
         return self._idf
 

@@ -185,16 +185,20 @@ class Retriever(Evaluated):
         if found is None:
             rank_zero_warn("no run file is written: the data have no query or no document")
             return
-        queries, documents, self.ranking = found
+        self.write_run(*found)
+
+    def write_run(self, queries: Encoded, documents: Encoded, ranking: Ranking) -> None:
+        """Write TREC's run file of a prediction; called on every rank."""
+        self.ranking = ranking
         data = getattr(self.trainer, "datamodule", None)
         names = [
             getattr(data, name, None) or [str(number) for number in range(int(encoded.numbers.max()) + 1)]
             for name, encoded in (("query_names", queries), ("document_names", documents))
         ]
+        folder = run_dir(self.trainer)
         if rank() == 0:
-            folder = run_dir(self.trainer)
             folder.mkdir(parents=True, exist_ok=True)
-            write_trec_run(folder / "run.trec", self.ranking, names[0], names[1], type(self).__name__)
+            write_trec_run(folder / "run.trec", ranking, names[0], names[1], type(self).__name__)
 
     # ---- optimiser ---------------------------------------------------------------------------------------------------------------------
 
