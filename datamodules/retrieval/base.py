@@ -56,20 +56,35 @@ class TrainingExamples(Samples):
         """One example, as an epoch sees it."""
         raise NotImplementedError
 
-    def at(self, epoch: int, index: int) -> Example:
-        """One example, before its texts are cut into tokens."""
-        return self.example(epoch, index)
-
-    def collate(self, examples: list[Example]) -> dict[str, Any]:
-        """A batch."""
+    def at(self, epoch: int, index: int) -> dict[str, Any]:
+        """One example, padded to the longest lengths: ``query_ids``, ``query_mask`` (Q,), ``document_ids``, ``document_mask`` (G, L)."""
+        example, lengths = self.example(epoch, index), self.lengths
+        query, documents = (
+            self.vocabulary.encode(*part) for part in (([example.query], lengths.query), (example.documents, lengths.document))
+        )
         padding = next(iter(self.vocabulary.special_ids), 0)
-        queries, documents = [one.query for one in examples], [text for one in examples for text in one.documents]
-        query_ids, query_mask = padded(self.vocabulary.encode(queries, self.lengths.query), padding)
-        ids, mask = padded(self.vocabulary.encode(documents, self.lengths.document), padding)
-        batch: dict[str, Any] = {"query_ids": query_ids, "query_mask": query_mask, "document_ids": ids, "document_mask": mask}
-        if examples[0].scores is not None:
-            batch["scores"] = torch.tensor([one.scores for one in examples], dtype=torch.float32)
-        return batch | ({"query_text": queries, "document_text": documents} if self.lengths.texts else {})
+        query_ids, query_mask = padded(query, padding, lengths.query)
+        ids, mask = padded(documents, padding, lengths.document)
+        sample: dict[str, Any] = {"query_ids": query_ids[0], "query_mask": query_mask[0], "document_ids": ids, "document_mask": mask}
+        if example.scores is not None:
+            sample["scores"] = torch.tensor(example.scores, dtype=torch.float32)
+        return sample | ({"query_text": example.query, "document_text": example.documents} if lengths.texts else {})
+
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch, cut to its longest query and document; documents of a query stand one behind the other."""
+        batch: dict[str, Any] = {}
+        for name in samples[0]:
+            if name.endswith("_text"):
+                found = [sample[name] for sample in samples]
+                batch[name] = found if name == "query_text" else [text for texts in found for text in texts]
+            else:
+                batch[name] = torch.stack([sample[name] for sample in samples])
+        for part in ("query", "document"):
+            names = [f"{part}_ids", f"{part}_mask"]
+            longest = int(batch[names[1]].sum(dim=-1).max())
+            batch |= {name: batch[name].flatten(0, -2)[:, :longest] if part == "document" else batch[name][:, :longest] for name in names}
+        return batch
 
 
 class EncodedTexts(Samples):
@@ -105,31 +120,23 @@ class EncodedTexts(Samples):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def at(self, epoch: int, index: int) -> tuple[bool, int, Any]:
-        """Whether it is a query, its number, its text."""
+    def at(self, epoch: int, index: int) -> dict[str, Tensor]:
+        """One text, padded to the longest length: ``input_ids``, ``attention_mask`` (L,), ``is_query`` and ``index``."""
         is_query, number = bool(self.is_query[index]), int(self.numbers[index])
-        return is_query, number, (self.queries if is_query else self.documents)[number]
+        text = (self.queries if is_query else self.documents)[number]
+        rows = self.vocabulary.encode([text], self.lengths.query if is_query else self.lengths.document)
+        ids, mask = padded(rows, next(iter(self.vocabulary.special_ids), 0), max(self.lengths.query, self.lengths.document))
+        return {"input_ids": ids[0], "attention_mask": mask[0], "is_query": torch.tensor(is_query), "index": torch.tensor(number)}
 
-    def collate(self, samples: list[tuple[bool, int, Any]]) -> dict[str, Tensor]:
-        """A batch."""
-        rows: list[list[int]] = [[]] * len(samples)
-        for queries in (True, False):
-            places = [place for place, sample in enumerate(samples) if sample[0] == queries]
-            if places:
-                limit = self.lengths.query if queries else self.lengths.document
-                for place, tokens in zip(places, self.vocabulary.encode([samples[p][2] for p in places], limit), strict=True):
-                    rows[place] = tokens
-        ids, mask = padded(rows, next(iter(self.vocabulary.special_ids), 0))
-        numbers = [number for is_query, number, _ in samples if is_query]
+    def collate(self, samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A batch, cut to its longest text, with the judgements of its queries."""
+        batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+        longest = int(batch["attention_mask"].sum(dim=1).max())
+        batch |= {name: batch[name][:, :longest] for name in ("input_ids", "attention_mask")}
+        numbers = batch["index"][batch["is_query"]].numpy()
         ends = [np.searchsorted(self._judgements[:, 0], numbers, side=side) for side in ("left", "right")]
         own = [self._judgements[first:last] for first, last in zip(*ends, strict=True)]
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "is_query": torch.tensor([sample[0] for sample in samples]),
-            "index": torch.tensor([sample[1] for sample in samples]),
-            "judgements": torch.from_numpy(np.concatenate([*own, np.zeros((0, 3), np.int64)])),
-        }
+        return batch | {"judgements": torch.from_numpy(np.concatenate([*own, np.zeros((0, 3), np.int64)]))}
 
 
 class Documents(Sequence[str]):

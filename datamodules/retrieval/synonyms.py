@@ -87,7 +87,7 @@ class SynonymSearchDataModule(CollectionDataModule):
         )
         at_least(8, "documents", num_documents=num_documents)
         self.save_hyperparameters()
-        self.num_documents, self.lengths = num_documents, Lengths(64, 64)
+        self.num_documents, self.lengths = num_documents, Lengths(20, 20)
 
     def setup(self, stage: str) -> None:
         """Draw everything."""

@@ -89,11 +89,19 @@ class WordPieces:
         return [ids or [self.special_ids[0] if self.special_ids else 0] for ids in found]
 
 
-def padded(rows: Sequence[Sequence[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """Rows of tokens as (B, L) int64, L the longest, and their mask (B, L) int64."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=padding)
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+def padded(rows: Sequence[Sequence[int]], padding: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of tokens as (B, L) int64 and their mask (B, L) int64.
+
+    Args:
+        rows: Tokens of each text.
+        padding: Token behind shorter ones.
+        length: L; None: the longest row.
+    """
+    width = max(map(len, rows)) if length is None else length
+    ids, mask = torch.full((len(rows), width), padding), torch.zeros(len(rows), width, dtype=torch.int64)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
+    return ids, mask
 
 
 __all__ = ["Vocabulary", "WordPieces", "Words", "padded"]
