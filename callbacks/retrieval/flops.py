@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_methods import checks
+from lit_methods.callbacks.batch import rows_of
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.panels import Curve, Panel
 from lit_methods.retrieval.sparse_retriever.core import flops_penalty, quadratic_ramp
@@ -22,10 +23,10 @@ class FLOPSRegularizer(LossTerm):
 
     Saves: nothing; lambda follows from ``trainer.global_step``.
 
-    Refuses: what :class:`LossTerm` refuses; outputs that aren't (N, V); numbers of rows that ``docs_per_query`` doesn't divide.
+    Refuses: what :class:`LossTerm` refuses; outputs that aren't tensors; numbers of rows that ``docs_per_query`` doesn't divide.
 
     Args:
-        targets: ``fnmatch`` patterns on names of submodules whose output is (N, V), such as ``encoder.head``.
+        targets: ``fnmatch`` patterns on names of submodules whose output is (N, V), such as ``encoder.head``; others are flattened to it.
         weight: lambda.
         ramp_steps: T, optimiser steps; 0: lambda from the start.
         docs_per_query: Rows that belong together, each with a mean of its own; 1 where the order of rows means nothing.
@@ -63,11 +64,7 @@ class FLOPSRegularizer(LossTerm):
         """Sum of the penalties of the targets."""
         penalties, lengths = [], []
         for target, calls in inputs["feature_calls"].items():
-            wrong = next((call for call in calls if not isinstance(call, Tensor) or call.ndim != 2), None)
-            if wrong is not None:
-                shape = tuple(wrong.shape) if isinstance(wrong, Tensor) else type(wrong).__name__
-                raise ValueError(f"the output of {target} is {shape}: name in targets a submodule whose output is (N, V)")
-            rows = self.gather(torch.cat(calls))
+            rows = self.gather(rows_of({target: calls}, target, "targets"))
             penalties.append(flops_penalty(rows, self.docs_per_query, self.l0_threshold))
             lengths.append((rows.detach() != 0).sum(dim=1).float().mean())
         logs = {"length": torch.stack(lengths).mean(), "lambda": torch.tensor(self.factor(inputs["step"]))}
