@@ -340,6 +340,8 @@ def test_two_processes_end_like_one():
     for other, seen in (first, second):
         assert seen == pytest.approx(figures, rel=1e-5)
         for name, value in whole.items():
+            if name.endswith("in_proj_bias"):  # attention doesn't depend on the keys' bias: Adam makes steps of its rounding errors
+                value, other[name] = (np.delete(part, slice(8, 16)) for part in (value, other[name]))
             np.testing.assert_allclose(other[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
 
 

@@ -212,7 +212,8 @@ class SparseRetriever(Retriever):
         if tokens is not None and len(tokens) > len(self.idf):
             raise ValueError(f"the data have {len(tokens)} tokens and the network {len(self.idf)}: set its vocab_size to {len(tokens)}")
         if hp["special_token_ids"] is None and data is not None:
-            self.special_ids = torch.tensor(list(getattr(data, "special_ids", ())), dtype=torch.int64, device=self.device)
+            unused = range(len(tokens or self.idf), len(self.idf))  # of the network's vocabulary: no text has them
+            self.special_ids = torch.tensor([*getattr(data, "special_ids", ()), *unused], dtype=torch.int64, device=self.device)
         if hp["siamese"] or hp["idf_mode"] == "none" or bool(self.idf_known):
             return
         table = getattr(data, "idf", None)
