@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import listed
 from lit_methods.datamodules.tables import plain
+from lit_methods.datamodules.text.text import made_up_text
 
 Ints = NDArray[np.int64]
 OnBroken = Literal["raise", "skip"]
@@ -99,6 +100,18 @@ class Collection:
     def document(self, number: int) -> str:
         """Title, a blank, and text, as BEIR has it."""
         return f"{self.titles[number]} {self.bodies[number]}".strip()
+
+
+def made_collection(documents: int = 60, splits: Sequence[str] = ("train", "dev", "test")) -> Collection:
+    """Documents of three sentences of a small grammar; the first is the title, and the second, as a question, is a query for it."""
+    lines = made_up_text(3 * documents).splitlines()
+    titles, first, second = (lines[place::3] for place in range(3))
+    bodies = [" ".join(both) for both in zip(first, second, strict=True)]
+    names, asked = ([f"{letter}{k}" for k in range(documents)] for letter in "dq")
+    numbers = np.arange(documents)
+    judgements = np.stack([numbers, numbers, np.ones_like(numbers)], axis=1)
+    each = {split: judgements[place :: len(splits)] for place, split in enumerate(splits)}
+    return Collection(names, Texts(titles), Texts(bodies), asked, Texts(line.rstrip(".") + "?" for line in first), each)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------------------------
@@ -324,4 +337,17 @@ def read_collection(root: Path, broken: Broken) -> Collection:
     raise WrongRootError(f"root={str(root)!r} is no collection: give a folder with {LAYOUTS}")
 
 
-__all__ = ["Broken", "Collection", "OnBroken", "Texts", "lines_of", "read_beir", "read_collection", "read_trec", "records_of"]
+__all__ = [
+    "Broken", "Collection", "OnBroken", "Texts", "lines_of", "made_collection", "read_beir", "read_collection", "read_trec", "records_of",
+]  # fmt: skip
+    "Broken",
+    "Collection",
+    "OnBroken",
+    "Texts",
+    "lines_of",
+    "made_collection",
+    "read_beir",
+    "read_collection",
+    "read_trec",
+    "records_of",
+]

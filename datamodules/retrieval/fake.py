@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from lit_methods.datamodules.fake import Arguments, Writer, text
+from lit_methods.datamodules.retrieval.collection import made_collection
 from lit_methods.datamodules.text.text import made_up_text
 
 
 def beir(root: Path, documents: int = 40, splits: tuple[str, ...] = ("train", "dev", "test")) -> None:
-    """``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``: a document's second sentence is its query."""
-    lines = made_up_text(3 * documents).splitlines()
-    records = [{"_id": f"d{k}", "title": lines[3 * k], "text": " ".join(lines[3 * k + 1 : 3 * k + 3])} for k in range(documents)]
-    queries = [{"_id": f"q{k}", "text": lines[3 * k + 1].rstrip(".") + "?"} for k in range(documents)]
-    text(root / "corpus.jsonl", *map(json.dumps, records))
-    text(root / "queries.jsonl", *map(json.dumps, queries))
-    for place, split in enumerate(splits):
-        rows = [f"q{k}\td{k}\t1" for k in range(place, documents, len(splits))]
+    """``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv`` of the built-in collection."""
+    made = made_collection(documents, splits)
+    records = zip(made.document_names, made.titles, made.bodies, strict=True)
+    text(root / "corpus.jsonl", *(json.dumps({"_id": name, "title": title, "text": body}) for name, title, body in records))
+    queries = zip(made.query_names, made.queries, strict=True)
+    text(root / "queries.jsonl", *(json.dumps({"_id": name, "text": query}) for name, query in queries))
+    for split, judged in made.judgements.items():
+        rows = [f"{made.query_names[query]}\t{made.document_names[document]}\t{grade}" for query, document, grade in judged.tolist()]
         text(root / "qrels" / f"{split}.tsv", "query-id\tcorpus-id\tscore", *rows)
 
 

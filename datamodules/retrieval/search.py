@@ -10,7 +10,16 @@ from lit_methods.checks import at_least, literals, within
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.retrieval.base import CollectionDataModule, Documents, EncodedTexts, Example, Lengths, TrainingExamples
-from lit_methods.datamodules.retrieval.collection import LAYOUTS, Broken, Collection, OnBroken, Texts, read_collection, records_of
+from lit_methods.datamodules.retrieval.collection import (
+    LAYOUTS,
+    Broken,
+    Collection,
+    OnBroken,
+    Texts,
+    made_collection,
+    read_collection,
+    records_of,
+)
 from lit_methods.datamodules.retrieval.tokens import Vocabulary, WordPieces, Words
 
 Ints = NDArray[np.int64]
@@ -144,7 +153,7 @@ class SearchDataModule(CollectionDataModule):
     ``{"query": text, "docs": [texts], "scores": [numbers]}``.
 
     Args:
-        root: Folder in one of these layouts.
+        root: Folder in one of these layouts; None: 60 documents of a small grammar, with no download.
         examples: File of training examples; None: they come from the collection.
         train_from: ``titles`` or ``judgements``.
         train_split: Name of the judgements for training.
@@ -214,9 +223,7 @@ class SearchDataModule(CollectionDataModule):
         Raises:
             WrongRootError: There is no such collection.
         """
-        if self.root is None:
-            raise WrongRootError(f"root=None: there is no built-in collection of texts, give a folder with {LAYOUTS}")
-        if not any((self.root / name).is_file() for name in ("corpus.jsonl", "doc-text.trec")):
+        if self.root is not None and not any((self.root / name).is_file() for name in ("corpus.jsonl", "doc-text.trec")):
             raise WrongRootError(f"root={str(self.root)!r} is no collection: give a folder with {LAYOUTS}")
 
     def setup(self, stage: str) -> None:
@@ -229,9 +236,8 @@ class SearchDataModule(CollectionDataModule):
         if self.collection is not None:
             return
         self.check_root(stage)
-        assert self.root is not None
         broken = Broken(self.on_broken)
-        collection = read_collection(self.root, broken)
+        collection = made_collection() if self.root is None else read_collection(self.root, broken)
         documents = self.all_documents = Documents(collection)
         self.vocabulary = Words(documents, self.vocab_size) if self.tokenizer is None else WordPieces(self.tokenizer)
         self.document_names, self.query_names = collection.document_names, collection.query_names
@@ -257,7 +263,6 @@ class SearchDataModule(CollectionDataModule):
         """Part -> judgements: validation and test stand in for each other."""
         found = {part: collection.judgements[name] for part, name in self.splits.items() if name in collection.judgements}
         if not found:
-            assert self.root is not None
             names = ", ".join(collection.judgements) or "none"
             raise WrongRootError(
                 f"root={str(self.root)!r} has judgements {names}, and the splits are {', '.join(self.splits.values())}: give files "

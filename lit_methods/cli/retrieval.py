@@ -213,11 +213,10 @@ def encode(argv: list[str]) -> int:
     out = Path(options.out).expanduser()
     if out.exists():
         raise CommandError(f"{out} exists: choose another name")
-    from lit_methods.retrieval.sparse_retriever.exports import save_sentence_transformers, write_anserini, write_opensearch
-    from lit_methods.retrieval.sparse_retriever.module import SparseRetriever
+    from lit_methods.retrieval.exports import save_sentence_transformers, write_anserini, write_opensearch
 
     found = encode_all(options.what)
-    if not isinstance(found.module, SparseRetriever):
+    if not found.module.sparse:
         raise CommandError(f"{options.what} has a {type(found.module).__name__}: only the vectors of a SparseRetriever have such a form")
     out.parent.mkdir(parents=True, exist_ok=True)
     if options.format == "anserini":

@@ -83,8 +83,8 @@ def test_files_that_are_not_there_or_hold_nothing_are_errors(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(BrokenRecordError, match=problem):
             read_collection(tmp_path, Broken("skip"))
-    with pytest.raises(WrongRootError, match="there is no built-in collection"):
-        SearchDataModule().check_root()
+    with pytest.raises(WrongRootError, match="is no collection"):
+        SearchDataModule(tmp_path / "none").check_root()
     beir(tmp_path, 9)
     with pytest.raises(WrongRootError, match="has judgements dev, test, train, and the splits are a, b, c"):
         SearchDataModule(tmp_path, train_split="a", val_split="b", test_split="c").setup("fit")

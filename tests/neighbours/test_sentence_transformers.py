@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory):
     "options", [{}, {"double_log": True}, {"idf_mode": "penalty"}, {"idf_mode": "none", "query_weight": 3.0}, {"siamese": True}], ids=str
 )
 def test_scores_are_equal(options, tokenizer, tmp_path):
-    from lit_methods.retrieval.sparse_retriever.exports import save_sentence_transformers
+    from lit_methods.retrieval.exports import save_sentence_transformers
 
     torch.manual_seed(0)
     module = SparseRetriever(

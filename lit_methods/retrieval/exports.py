@@ -11,7 +11,6 @@ from lit_methods.datamodules.cache import making_folder
 from lit_methods.files import replacing, write_json
 from lit_methods.retrieval.base import Encoded
 from lit_methods.retrieval.networks import MaskedLM
-from lit_methods.retrieval.sparse_retriever.module import SparseRetriever
 
 QUANTISED = 100.0  # Anserini's impacts are whole numbers: weights times this
 
@@ -24,7 +23,7 @@ def named_weights(encoded: Encoded, tokens: Sequence[str]) -> Iterator[tuple[int
         yield number, {tokens[j]: float(x) for j, x in zip(rows.indices[own].tolist(), rows.data[own].tolist(), strict=True)}
 
 
-def write_anserini(folder: Path, retriever: SparseRetriever, queries: Encoded, documents: Encoded, data: Any) -> None:
+def write_anserini(folder: Path, retriever: Any, queries: Encoded, documents: Encoded, data: Any) -> None:
     """``documents.jsonl`` for Anserini's JsonVectorCollection, and ``topics.tsv`` of its pre-tokenised queries.
 
     Impacts are the weights times the query's table, times 100, rounded: a query is its tokens, each once, and its score is that of the
@@ -32,7 +31,7 @@ def write_anserini(folder: Path, retriever: SparseRetriever, queries: Encoded, d
 
     Args:
         folder: Is made; must not exist.
-        retriever: Its table of query weights is multiplied in.
+        retriever: A ``SparseRetriever``; its table of query weights is multiplied in.
         queries: As the retriever encoded them.
         documents: Likewise.
         data: Has ``tokens``, ``document_names`` and ``query_names``.
@@ -67,12 +66,12 @@ def write_opensearch(path: Path, documents: Encoded, data: Any, index: str = "do
             file.write(json.dumps({name: {token: round(weight, 6) for token, weight in weights.items()}}, ensure_ascii=False) + "\n")
 
 
-def save_sentence_transformers(folder: Path, retriever: SparseRetriever, tokenizer: Any) -> None:
+def save_sentence_transformers(folder: Path, retriever: Any, tokenizer: Any) -> None:
     """A folder that ``sentence_transformers.SparseEncoder`` loads; its scores are those of the retriever.
 
     Args:
         folder: Is made; must not exist.
-        retriever: With a ``MaskedLM`` as its network.
+        retriever: A ``SparseRetriever`` with a ``MaskedLM`` as its network.
         tokenizer: Of transformers, that of its data.
 
     Raises:
