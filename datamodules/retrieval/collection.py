@@ -340,14 +340,3 @@ def read_collection(root: Path, broken: Broken) -> Collection:
 __all__ = [
     "Broken", "Collection", "OnBroken", "Texts", "lines_of", "made_collection", "read_beir", "read_collection", "read_trec", "records_of",
 ]  # fmt: skip
-    "Broken",
-    "Collection",
-    "OnBroken",
-    "Texts",
-    "lines_of",
-    "made_collection",
-    "read_beir",
-    "read_collection",
-    "read_trec",
-    "records_of",
-]
