@@ -22,6 +22,7 @@ from .noisy_labels.adele.callback import ADELE as ADELE
 from .noisy_labels.adele.consistency import MultiScaleConsistency as MultiScaleConsistency
 from .noisy_labels.label_correction import LabelCorrection as LabelCorrection
 from .prompting.two_tower_consistency import TwoTowerConsistency as TwoTowerConsistency
+from .retrieval.flops import FLOPSRegularizer as FLOPSRegularizer
 from .run.dashboard import Dashboard as Dashboard
 from .run.exact_resume import ExactResume as ExactResume
 from .run.finite import FiniteGuard as FiniteGuard

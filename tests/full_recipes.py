@@ -131,6 +131,18 @@ def wan(work: Path) -> None:
     torch.save(network.state_dict(), work / "wan.pth")
 
 
+def masked_language_models(work: Path) -> None:
+    """A BERT of one layer with a tokenizer of some words."""
+    import transformers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "this", "these", "fox", "sees", "the", "near", "river", "."]
+    (work / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=len(words), **sizes))
+    model.save_pretrained(work / "bert")
+    transformers.BertTokenizerFast(str(work / "vocab.txt"), model_max_length=256).save_pretrained(work / "bert")
+
+
 # ---- the table -------------------------------------------------------------------------------------------------------------------------
 
 RANDOM = {"pretrained: true": "pretrained: false"}  # of timm
@@ -250,6 +262,18 @@ RECIPES: dict[str, Recipe] = {
         why="batch of 2, 4 samples, 2 blocks: the network takes minutes a step on two cores",
     ),
     "sparse_ift_cifar": Recipe(),
+    "sparse_retriever_msmarco": Recipe(
+        {"/models/co-condenser-marco": "{work}/bert"}, prepare=masked_language_models, needs=("transformers",)
+    ),
+    "sparse_retriever_pretrain": Recipe(
+        {
+            "/models/distilbert-base-uncased": "{work}/bert",
+            "/models/gte-large-en-v1.5": "{work}/bert",
+            "/models/opensearch-neural-sparse-encoding-v1": "{work}/bert",
+        },
+        prepare=masked_language_models,
+        needs=("transformers",),
+    ),
     "sparse_ift_imagenet": batch(8),
     "sparse_model_soups_cifar": batch(16),
     "sparse_model_soups_imagenet": batch(8),

@@ -11,12 +11,14 @@ import pytest
 from torch import nn
 
 from lit_methods import (
+    DenseRetriever,
     DINOv2,
     PatchStatistics,
     PixelMLPDecoder,
     PixelMLPEncoder,
     ProxySoftmax,
     RingTeacher,
+    SmallTextEncoder,
     TinyTowers,
     ViTEncoder,
 )
@@ -25,7 +27,16 @@ from lit_methods.catalog import public_names
 # what may be negative: labels, seeds, positions of a distribution or a line, values that fill a place
 MAY_BE = {"ignore_index", "seed", "p_mean", "time_mean", "null_condition", "c_slope", "c_intercept", "fill", "pixel_mean"}
 OTHERS = {  # files, other libraries
-    *("CLIPTowers", "DiffusersAutoencoder", "DiffusersNetwork", "DiffusersUNet", "ScriptedFeatures", "DINOv2", "TimmNetwork"),
+    *(
+        "CLIPTowers",
+        "DiffusersAutoencoder",
+        "DiffusersNetwork",
+        "DiffusersUNet",
+        "ScriptedFeatures",
+        "DINOv2",
+        "TimmNetwork",
+        "TextTeacher",
+    ),
 }
 
 
@@ -38,14 +49,18 @@ def parts(name: str) -> dict[str, Any]:
     special: dict[str, dict[str, Any]] = {
         "CausalLM": {"config": {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}},
         "CoPrompt": {"towers": TinyTowers(pretrain_steps=0), "depth": 1},
+        "DenseRetriever": {"network": SmallTextEncoder(4, width=4)},
         "EPGFinetune": {"encoder": PixelMLPEncoder(width=8), "decoder": PixelMLPDecoder(width=8, encoder_width=8), "num_classes": 3},
         "EPGPretrain": {"encoder": PixelMLPEncoder(width=8)},
         "IJEPA": {"encoder": ViTEncoder(16, 2, width=8, depth=1, heads=2)},
+        "MaskedLM": {"config": {"model_type": "bert", "vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}},
         "MLP": {"widths": [4, 3]},
         "PointSegmentor": {"backbone_3d": Volume()},
         "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},
+        "RetrieverTeacher": {"retriever": DenseRetriever(SmallTextEncoder(4, width=4))},
         "SimMatchV2": {"backbone": nn.Identity(), "num_labelled": 200, "bank_size": 8},
         "SparseAutoencoder": {"settings": {"k": 2}},
+        "SparseRetriever": {"network": SmallTextEncoder(4, width=4)},
         "SparseJEPA": {"encoder": ViTEncoder(16, 2, width=8, depth=1, heads=2)},
         "SuperFlow": {"backbone_3d": Volume(), "backbone_2d": PatchStatistics()},
         "MetricLearning": {"network": nn.Identity(), "loss": ProxySoftmax(num_classes=3, embedding_dim=2)},

@@ -70,6 +70,9 @@ SETTINGS = {
     "rcm": [_WAN, "--config configs/rcm.yaml --model.init_args.consistency dcm --model.init_args.pretrain_iterations 0"],
     "s2ft": [f"--trainer.callbacks.u_ratio 0.05 --trainer.callbacks.couplings {_COUPLED}"],
     "sara": ["--trainer.callbacks.progressive_steps 2"],
+    "sparse_retriever": [
+        "--config configs/sparse_retriever_distill.yaml --model.init_args.loss margin_mse --model.init_args.in_batch_negatives false"
+    ],
     "slct": ["--model.init_args.network test_reachability.NormedNetwork"],
     "sparsejepa": ["--model.init_args.mode penalty"],
     "sparse_model_soups": [

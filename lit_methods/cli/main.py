@@ -41,6 +41,9 @@ Files
   cp <config> <dest>              copy a shipped config to edit
   export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors)
   prune --config FILE <out>       prune a trained model once, as DSnoT, Wanda, ... in the config say; a Hugging Face folder or a state dict
+  idf <corpus.jsonl> <out>        table of inverse document frequencies of a corpus, by several processes
+  encode <config>=<ckpt> <out>    documents of a sparse retriever for Anserini or OpenSearch, or the model for sentence-transformers
+  search <config>=<ckpt>... --out index a collection by each retriever, query it, measure it, beside BM25
   new <slug> --form term          skeleton of a technique (term, callback, module) or datamodule, here or in a package of yours
 
 Any command: --help. `lit fit --help` for the keys of a run. --debug shows full tracebacks. lit --version
@@ -137,7 +140,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, doctor, fake, prune, report, scaffold
+    from lit_methods.cli import claims, commands, dashboard, doctor, fake, prune, report, retrieval, scaffold
 
     return {
         "claims": claims.claims,
@@ -149,6 +152,9 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "cp": commands.copy,
         "export": commands.export,
         "prune": prune.prune,
+        "idf": retrieval.idf,
+        "encode": retrieval.encode,
+        "search": retrieval.search,
         "new": scaffold.new,
         "fake": fake.fake,
         "doctor": doctor.doctor,

@@ -17,6 +17,7 @@ from lit_methods.datamodules.generative import fake as generative
 from lit_methods.datamodules.metric_learning.fake import LAYOUTS as RETRIEVAL
 from lit_methods.datamodules.recommendation import fake as recommendation
 from lit_methods.datamodules.regression import fake as regression
+from lit_methods.datamodules.retrieval import fake as collections
 from lit_methods.datamodules.segmentation import fake as segmentation
 from lit_methods.datamodules.superres import fake as superres
 from lit_methods.datamodules.text import fake as corpora
@@ -102,6 +103,8 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "ages": (ages, lambda root: D.AgeDataModule(root, image_size=16)),
     "depths": (depths, lambda root: D.NYUD2DataModule(root)),
     "sentences": (sentences, lambda root: D.SentencePairsDataModule(root)),
+    "collection": (partial(collections.beir, documents=9), lambda root: D.SearchDataModule(root)),
+    "collection of TREC": (partial(collections.trec, documents=9), lambda root: D.SearchDataModule(root, train_from="judgements")),
     "texts": (partial(corpora.texts, words=20), lambda root: D.TextDataModule(root, block_size=8)),
     "tokens": (corpora.tokens, lambda root: D.TextDataModule(root, block_size=8)),
     "super-resolution": (

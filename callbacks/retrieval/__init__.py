@@ -1,0 +1,1 @@
+"""Callbacks for encoders of texts that are searched."""

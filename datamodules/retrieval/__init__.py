@@ -1,0 +1,1 @@
+"""Collections that are searched: documents, queries, and judgements of what is relevant."""
