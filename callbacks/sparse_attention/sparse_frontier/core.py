@@ -246,11 +246,11 @@ def block_sparsity(blocks: int, top: int) -> float:
 
 
 def blocks_for_sparsity(blocks: int, sparsity: float) -> int:
-    """The most blocks, 3 at least, with which :func:`block_sparsity` reaches ``sparsity``; at most ``blocks``."""
+    """The fewest blocks, 3 at least, whose :func:`block_sparsity` doesn't exceed ``sparsity``; at most ``blocks``."""
     low, high = min(3, blocks), blocks
     while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if block_sparsity(blocks, middle) >= sparsity else (low, middle - 1)
+        middle = (low + high) // 2
+        low, high = (low, middle) if block_sparsity(blocks, middle) <= sparsity else (middle + 1, high)
     return low
 
 
