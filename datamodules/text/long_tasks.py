@@ -17,6 +17,7 @@ from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path, user_path
+from lit_methods.datamodules.text.instructions import Answers
 from lit_methods.datamodules.text.text import Bytes, HuggingFaceTokens, Tokenizer
 
 LongTask = Literal[
@@ -239,13 +240,26 @@ class LongTexts(Samples):
         coder: Text to tokens.
         seed: Sample i is drawn from seed + i.
         records: For questions about documents.
+        answered: Whether the answer stands behind the prompt, to be learned.
 
     Raises:
         ValueError: Not even the shortest text fits; when a sample is made.
     """
 
-    def __init__(self, task: str, samples: int, length: int, coder: Tokenizer, seed: int, records: Sequence[dict[str, Any]] = ()) -> None:
-        self.task, self.samples, self.length, self.coder, self.seed, self.records = task, samples, length, coder, seed, records
+    def __init__(
+        self,
+        task: str,
+        samples: int,
+        length: int,
+        coder: Tokenizer,
+        seed: int,
+        records: Sequence[dict[str, Any]] = (),
+        answered: bool = False,
+    ) -> None:
+        self.task, self.samples, self.length, self.coder, self.seed = task, samples, length, coder, seed
+        self.records, self.answered = records, answered
+        if answered:
+            self.collate = Answers.collate
 
     def __len__(self) -> int:
         return self.samples
@@ -272,6 +286,9 @@ class LongTexts(Samples):
             middle = (low + high) // 2
             found = self._made(index, middle)
             low, high, best = (middle, high, found) if len(found[0]) <= self.length else (low, middle, best)
+        if self.answered:
+            answer = self.coder.encode(f"<answer>{best[1]}</answer>")
+            return Answers([best[0]], [answer], len(best[0]) + len(answer)).at(0, 0)
         return {"prompt_ids": torch.from_numpy(best[0]), "task": self.task, "answer": best[1]}
 
     @staticmethod
@@ -289,11 +306,12 @@ class LongTexts(Samples):
 
 
 class LongTasksDataModule(LoaderDataModule):
-    """Questions about long texts, of The Sparse Frontier's nine kinds, made to a length; for evaluation alone.
+    """Questions about long texts, of The Sparse Frontier's nine kinds, made to a length.
 
     Batch: {"prompt_ids": (B, L) int64, "prompt_mask": (B, L) int64, "task": a list of B names, "answer": a list of B texts}
 
-    Prompts are filled up at their front, where the mask is 0. Six kinds are made: ``ruler_niah``, ``ruler_vt``, ``ruler_cwe``,
+    Prompts are filled up at their front, where the mask is 0. In training a batch is ``input_ids`` and ``labels`` (B, L) int64, with the
+    answer behind the prompt; labels are the tokens that follow, -100 in the prompt. Six kinds are made: ``ruler_niah``, ``ruler_vt``, ``ruler_cwe``,
     ``story_retrieval``, ``story_multihop``, ``story_filtering``. ``squad_f1``, ``quality`` and ``toefl`` read ``root``: a file
     ``<task>.jsonl`` with ``{"document": ..., "question": ..., "answer": ..., "choices": [...]}`` a line, ``choices`` where the answer is
     a letter.
@@ -302,11 +320,12 @@ class LongTasksDataModule(LoaderDataModule):
         task: Kind of question.
         length: Most tokens of a prompt; prompts have 95 to 100 % of it.
         tokenizer: Folder of a tokenizer of transformers, or ``package:<name>``; None: bytes.
-        samples: Questions.
+        samples: Questions of an evaluation.
+        num_train: Questions of an epoch of training.
         root: Folder with documents; for the three kinds that read them.
         batch_size: Questions per process and step.
         num_workers: Processes that make texts.
-        seed: Sample i is drawn from seed + i.
+        seed: Question i is drawn from seed + i; in training from seed + 1,000,000 + i.
 
     Attributes:
         vocab_size: Number of different tokens, after ``setup``.
@@ -321,6 +340,7 @@ class LongTasksDataModule(LoaderDataModule):
         length: int = 4096,
         tokenizer: Path | None = None,
         samples: int = 100,
+        num_train: int = 1000,
         root: Path | None = None,
         batch_size: int = 1,
         num_workers: int = 0,
@@ -328,13 +348,13 @@ class LongTasksDataModule(LoaderDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         one_of(LongTask, task=task)
-        at_least(1, length=length, samples=samples)
+        at_least(1, length=length, samples=samples, num_train=num_train)
         if task in DOCUMENT_TASKS and root is None:
             raise ValueError(
                 f"task={task!r} asks about documents: give root, a folder with {task}.jsonl, or take a made kind, such as ruler_niah"
             )
         self.save_hyperparameters()
-        self.task, self.length, self.samples = task, length, samples
+        self.task, self.length, self.samples, self.num_train = task, length, samples, num_train
         self.tokenizer, self.root, self.vocab_size = user_path(tokenizer), data_path(root), 0
         self.coder: Tokenizer | None = None
 
@@ -353,6 +373,8 @@ class LongTasksDataModule(LoaderDataModule):
         self.coder = Bytes() if self.tokenizer is None else HuggingFaceTokens(self.tokenizer)
         self.vocab_size = self.coder.vocab_size
         documents = [] if self.task not in DOCUMENT_TASKS or self.root is None else read_documents(self.root / f"{self.task}.jsonl")
+        train_seed = self.seed + 1_000_000
+        self.train_set = LongTexts(self.task, self.num_train, self.length, self.coder, train_seed, documents, answered=True)
         self.test_set = self.val_set = LongTexts(self.task, self.samples, self.length, self.coder, self.seed, documents)
 
     def decode(self, tokens: Tensor) -> list[str]:

@@ -53,7 +53,7 @@ class TokenTasks(Samples):
         task = self.tasks[rng.integers(len(self.tasks))]
         pairs = (self.lengths[rng.integers(len(self.lengths))] - self.questions) // 2
         repeats = 1 if task == "retrieval" else REPEATS
-        known = rng.permutation(self.keys)[: pairs // repeats]
+        known, others = np.split(rng.permutation(self.keys)[: pairs // repeats + pairs % repeats], [pairs // repeats])
         answer = rng.integers(self.values, size=len(known))
         if task == "counting":  # one value stands in a quarter of the pairs, the others are even
             key = rng.integers(self.keys, size=pairs)
@@ -64,6 +64,7 @@ class TokenTasks(Samples):
             key, value = np.repeat(known, repeats), np.repeat(answer, repeats)
             if repeats > 1:  # one of three values of a key is another one
                 value[::repeats] = rng.integers(self.values, size=len(known))
+            key, value = np.concatenate([key, others]), np.concatenate([value, rng.integers(self.values, size=len(others))])  # never asked
             order = rng.permutation(len(key))
             key, value = key[order], value[order]
             pick = rng.integers(len(known), size=self.questions)
