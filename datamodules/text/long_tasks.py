@@ -312,9 +312,9 @@ class LongTasksDataModule(LoaderDataModule):
 
     Prompts are filled up at their front, where the mask is 0. In training a batch is ``input_ids`` and ``labels`` (B, L) int64, with the
     answer behind the prompt; labels are the tokens that follow, -100 in the prompt. Six kinds are made: ``ruler_niah``, ``ruler_vt``,
-    ``ruler_cwe``, ``story_retrieval``, ``story_multihop``, ``story_filtering``. ``squad_f1``, ``quality`` and ``toefl`` read ``root``: a file
-    ``<task>.jsonl`` with ``{"document": ..., "question": ..., "answer": ..., "choices": [...]}`` a line, ``choices`` where the answer is
-    a letter.
+    ``ruler_cwe``, ``story_retrieval``, ``story_multihop``, ``story_filtering``. ``squad_f1``, ``quality`` and ``toefl`` read ``root``: a
+    file ``<task>.jsonl`` with ``{"document": ..., "question": ..., "answer": ..., "choices": [...]}`` a line, ``choices`` where the answer
+    is a letter.
 
     Args:
         task: Kind of question.
