@@ -311,8 +311,8 @@ class LongTasksDataModule(LoaderDataModule):
     Batch: {"input_ids": (B, L) int64, "labels": (B, L) int64}
 
     In training the answer stands behind the prompt; labels are the tokens that follow, -100 in the prompt. In validation, test and predict
-    a batch is ``prompt_ids`` and ``prompt_mask`` (B, L) int64, filled up at their front, where the mask is 0, and lists of B texts, ``task``
-    and ``answer``.
+    a batch is ``prompt_ids`` and ``prompt_mask`` (B, L) int64, filled up at their front, where the mask is 0, and lists of B texts,
+    ``task`` and ``answer``.
 
     Six kinds are made: ``ruler_niah``, ``ruler_vt``, ``ruler_cwe``, ``story_retrieval``, ``story_multihop``, ``story_filtering``.
     ``squad_f1``, ``quality`` and ``toefl`` read ``root``: a file ``<task>.jsonl`` with ``{"document": ..., "question": ..., "answer": ...,
