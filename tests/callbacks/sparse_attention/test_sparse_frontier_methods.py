@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 
 CALL = AttentionCall(0, 8**-0.5)
 LLAMA = {
-    "model_type": "llama", "vocab_size": 82, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "model_type": "llama", "vocab_size": 586, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
 
@@ -291,7 +291,7 @@ def test_runs_are_collected(tmp_path: Any) -> None:
         run.test(model, data(), verbose=False)
     found = {one["method"]: one for one in report.read_records(tmp_path)}
     assert found.keys() == {"dense", "Quest", "BlockSparse"}
-    shape = core.ModelShape(2, 32, 4, 2, 8, 64, 82)
+    shape = core.ModelShape(2, 32, 4, 2, 8, 64, 586)
     assert report.model_shape(model) == shape
     assert found["dense"]["prefill_flops"] == core.prefill_flops(shape, 68, batch=2)
     assert found["dense"]["decode_memory"] == core.decode_weights(shape) + core.decode_cache(shape, 68, batch=2)
