@@ -13,13 +13,13 @@ from trajectories import TOLERANCE, assert_same_logs, assert_same_state, both_dt
 pytest.importorskip("transformers")
 
 LLAMA = {
-    "model_type": "llama", "vocab_size": 2314, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "model_type": "llama", "vocab_size": 772, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "attn_implementation": "eager",
 }  # fmt: skip
 METHODS = {
     "dense": None,
     "vertical_slash": VerticalSlash(6, 64, 16),
-    "flexprefill": FlexPrefill(0.3, 64, 16),
+    "flexprefill": FlexPrefill(0.1, 64, 16),
     "block_sparse": BlockSparse(8, 3),
     "snapkv": SnapKV(20, 8, 5, 8, 2),
     "ada_snapkv": AdaSnapKV(20, 8, 5, 8, 2),
@@ -29,7 +29,7 @@ METHODS = {
 
 @pytest.mark.parametrize("dtype", both_dtypes, ids=str)
 def test_a_run_is_the_loop(dtype):
-    data = TokenTasksDataModule(length=260, keys=256, questions=4, num_train=12, num_val=4, batch_size=4)
+    data = TokenTasksDataModule(length=260, keys=256, values=2, questions=4, num_train=12, num_val=4, batch_size=4)
     data.setup("fit")
     batches, (texts,) = list(data.train_dataloader()), list(data.val_dataloader())
     loop, start = page_loop("sparse_frontier"), LongContextLM(4, config=LLAMA, learning_rate=0.02, warmup_share=0, final_share=1).to(dtype)

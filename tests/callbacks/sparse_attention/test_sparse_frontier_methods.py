@@ -199,7 +199,7 @@ def trainer(*callbacks: pl.Callback, **more: Any) -> pl.Trainer:
     return pl.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **more})
 
 
-def tested(method: SparseAttention | None, model: LongContextLM, **more: Any) -> dict[str, float]:
+def figures_of(method: SparseAttention | None, model: LongContextLM, **more: Any) -> dict[str, float]:
     run = trainer(SparseAttentionCallback(method, **more))
     run.test(model, data(), verbose=False)
     return {name: float(value) for name, value in run.callback_metrics.items()}
@@ -211,21 +211,21 @@ def test_methods_act_where_they_should() -> None:
     plain = trainer()
     plain.test(model, data(), verbose=False)
     loss = float(plain.callback_metrics["language/test_loss"])
-    full = tested(None, model)
+    full = figures_of(None, model)
     assert full["language/test_loss"] == pytest.approx(loss, abs=1e-6)
     assert full["sparse_frontier/test_prefill_sparsity"] == full["sparse_frontier/test_decode_sparsity"] == 0
     for method, place in (
         (BlockSparse(8, 3), "prefill"), (SnapKV(16, 8, 3, 8, 2), "decode"), (AdaSnapKV(16, 8, 3, 8, 2), "decode"), (Quest(4, 16), "decode"),
     ):  # fmt: skip
-        found = tested(method, model)
+        found = figures_of(method, model)
         other = {"prefill": "decode", "decode": "prefill"}[place]
         assert abs(found["language/test_loss"] - loss) > 1e-4, method
         assert found[f"sparse_frontier/test_{place}_sparsity"] > 0.3
         assert found[f"sparse_frontier/test_{other}_sparsity"] == 0
-        dense = tested(copy.deepcopy(method), model, implementation="dense")
+        dense = figures_of(copy.deepcopy(method), model, implementation="dense")
         assert found["language/test_loss"] == pytest.approx(dense["language/test_loss"], abs=1e-5)
-        assert tested(method, model, during=["validate"])["language/test_loss"] == pytest.approx(loss, abs=1e-6)
-    assert tested(Quest(4, 16), model, targets=["*.1.self_attn"])["sparse_frontier/test_decode_sparsity"] > 0.3
+        assert figures_of(method, model, during=["validate"])["language/test_loss"] == pytest.approx(loss, abs=1e-6)
+    assert figures_of(Quest(4, 16), model, targets=["*.1.self_attn"])["sparse_frontier/test_decode_sparsity"] > 0.3
     again = trainer()
     again.test(model, data(), verbose=False)
     assert float(again.callback_metrics["language/test_loss"]) == loss, "nothing stays behind"
