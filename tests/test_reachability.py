@@ -35,7 +35,7 @@ _WAN = (
 )
 _COUPLED = '[{"consumer":"network.blocks.*.down","producers":["network.blocks.*.up","network.blocks.*.gate"]}]'
 _RESNET = "--model.init_args.network CifarResNet18 --model.init_args.network.in_channels 1 --model.init_args.network.width_factor 0.0625"
-_CUT = '"capacity":16,"window":8,"kernel":3,"local":4,"prefix":2'
+_CUT = '"capacity":8,"window":8,"kernel":3,"local":2,"prefix":1'
 _LONG_TASKS = {
     "ruler_niah": 2000, "ruler_vt": 2500, "ruler_cwe": 6000, "story_retrieval": 4000, "story_multihop": 2000, "story_filtering": 2000,
 }  # fmt: skip
