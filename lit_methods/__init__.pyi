@@ -58,6 +58,7 @@ from .tasks.imbalanced_regression.module import ImbalancedRegression as Imbalanc
 from .tasks.imbalanced_regression.networks import DenseFeatures as DenseFeatures
 from .tasks.imbalanced_regression.networks import SentencePairEncoder as SentencePairEncoder
 from .tasks.language.causal_lm import CausalLM as CausalLM
+from .tasks.language.long_context import LongContextLM as LongContextLM
 from .tasks.metric_learning.losses import ProxySoftmax as ProxySoftmax
 from .tasks.metric_learning.module import MetricLearning as MetricLearning
 from .tasks.metric_learning.opis import OPIS as OPIS
