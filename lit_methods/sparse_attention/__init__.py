@@ -1,0 +1,1 @@
+"""Attention that leaves out what hardly matters."""
