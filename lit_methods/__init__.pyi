@@ -45,6 +45,10 @@ from .semi.simmatchv2.propagation_probe import PropagationProbe as PropagationPr
 from .sparse_autoencoders.abstopk.module import AbsTopK as AbsTopK
 from .sparse_autoencoders.module import SparseAutoencoder as SparseAutoencoder
 from .sparse_autoencoders.top_afa.module import TopAFA as TopAFA
+from .sparse_attention.sparsed.callback import SlidingWindow as SlidingWindow
+from .sparse_attention.sparsed.callback import SparseD as SparseD
+from .sparse_attention.sparsed.callback import SparseDAttention as SparseDAttention
+from .sparse_attention.sparsed.callback import StreamingLLM as StreamingLLM
 from .tasks.diffusion.noise_prediction import DiffusersUNet as DiffusersUNet
 from .tasks.diffusion.noise_prediction import NoisePrediction as NoisePrediction
 from .tasks.imbalanced_regression.metrics import ShotMetrics as ShotMetrics
@@ -52,6 +56,7 @@ from .tasks.imbalanced_regression.module import ImbalancedRegression as Imbalanc
 from .tasks.imbalanced_regression.networks import DenseFeatures as DenseFeatures
 from .tasks.imbalanced_regression.networks import SentencePairEncoder as SentencePairEncoder
 from .tasks.language.causal_lm import CausalLM as CausalLM
+from .tasks.language.masked_diffusion import MaskedDiffusionLM as MaskedDiffusionLM
 from .tasks.metric_learning.losses import ProxySoftmax as ProxySoftmax
 from .tasks.metric_learning.module import MetricLearning as MetricLearning
 from .tasks.metric_learning.opis import OPIS as OPIS

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.sparse_attention.sparsed.core import attention_block_mask, selection_step, sparsed_pattern, step_modes
-from lit_methods.tasks.language.denoising import llada_generate, transfer_counts
+from lit_methods.tasks.language.denoising import DenoisingStep, llada_generate, transfer_counts
 
 
 def block_selection(case: GoldenCase) -> dict[str, Tensor]:
@@ -24,9 +24,9 @@ def llada_sampler(case: GoldenCase) -> dict[str, Tensor]:
     def denoiser(tokens: Tensor) -> Tensor:
         return token[tokens] + position[: tokens.shape[1]] + context[tokens].mean(1, keepdim=True)
 
-    def announce(step: int, whole: int, tokens: Tensor) -> None:
-        steps.append(step)
-        seen.append(tokens[0])
+    def announce(step: DenoisingStep) -> None:
+        steps.append(step.index)
+        seen.append(step.tokens[0])
 
     sizes = (case.hp("mask_id"), case.hp("gen_length"), case.hp("block_length"), case.hp("steps"))
     found = llada_generate(denoiser, prompt, *sizes, announce=announce)

@@ -121,7 +121,7 @@ def attention_block_mask(attention: Tensor, block_size: int, share: float) -> Te
     return top_blocks(pooled_scores(attention, block_size), share)
 
 
-def select_blocks(q: Tensor, k: Tensor, block_size: int, share: float, at_once: int = 2**26) -> Tensor:
+def select_blocks(q: Tensor, k: Tensor, block_size: int, share: float, scale: float | None = None, at_once: int = 2**26) -> Tensor:
     """:func:`attention_block_mask` of softmax(q k^T / sqrt(d)), without all weights in memory at a time.
 
     Args:
@@ -129,6 +129,7 @@ def select_blocks(q: Tensor, k: Tensor, block_size: int, share: float, at_once: 
         k: (B, H, K, d) keys, as many heads as queries.
         block_size: b >= 1.
         share: rho in [0, 1].
+        scale: Factor of the products; None: 1 / sqrt(d).
         at_once: Attention weights in memory at a time; at least those of one block of queries.
 
     Returns:
@@ -139,8 +140,8 @@ def select_blocks(q: Tensor, k: Tensor, block_size: int, share: float, at_once: 
         q, keys = q.to(wide), k.to(wide).transpose(-2, -1)
         of_a_query = max(1, q.shape[0] * q.shape[1] * k.shape[2])
         rows = max(1, at_once // (of_a_query * block_size)) * block_size
-        scale = math.sqrt(q.shape[-1])
-        chosen = [attention_block_mask((part @ keys / scale).softmax(-1), block_size, share) for part in q.split(rows, dim=2)]
+        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        chosen = [attention_block_mask((part @ keys * factor).softmax(-1), block_size, share) for part in q.split(rows, dim=2)]
         return torch.cat(chosen, dim=2)
 
 
@@ -156,7 +157,9 @@ def first_generation_block(tokens: int, new_tokens: int, block_size: int) -> int
     return min(whole, number_of_blocks(tokens, block_size) - 1)
 
 
-def sparsed_pattern(q: Tensor, k: Tensor, block_size: int, share: float, new_tokens: int, isolate_prompt: bool = False) -> tuple[Tensor, int]:
+def sparsed_pattern(
+    q: Tensor, k: Tensor, block_size: int, share: float, new_tokens: int, isolate_prompt: bool = False, scale: float | None = None
+) -> tuple[Tensor, int]:
     """The blocks of keys that each head and block of queries attends to from the next step on.
 
     Keys of the answer are chosen among themselves, with a softmax over them alone, so that those of a long prompt can't crowd them out.
@@ -169,6 +172,7 @@ def sparsed_pattern(q: Tensor, k: Tensor, block_size: int, share: float, new_tok
         new_tokens: Tokens of the answer, at the end of the T.
         isolate_prompt: Choose the prompt's keys among themselves, too, as the paper's text says. False, as the authors' code: the best of
             all keys are chosen and those in the answer dropped, so a query may keep fewer blocks of the prompt than ``share`` says.
+        scale: Factor of the products; None: 1 / sqrt(d).
 
     Returns:
         (B, H, n, n) bool mask of blocks, True: kept; and the first block of the answer.
@@ -184,10 +188,35 @@ def sparsed_pattern(q: Tensor, k: Tensor, block_size: int, share: float, new_tok
     first = first_generation_block(q.shape[2], new_tokens, block_size)
     border = first * block_size
     if isolate_prompt:
-        prompt = [select_blocks(q, k[:, :, :border], block_size, share)] if first else []
+        prompt = [select_blocks(q, k[:, :, :border], block_size, share, scale)] if first else []
     else:
-        prompt = [select_blocks(q, k, block_size, share)[..., :first]]
-    return torch.cat([*prompt, select_blocks(q, k[:, :, border:], block_size, share)], dim=-1), first
+        prompt = [select_blocks(q, k, block_size, share, scale)[..., :first]]
+    return torch.cat([*prompt, select_blocks(q, k[:, :, border:], block_size, share, scale)], dim=-1), first
+
+
+# ---- patterns that don't look at the text ----------------------------------------------------------------------------------------------
+
+
+def window_pattern(blocks: int, share: float, sinks: int = 0) -> Tensor:
+    """Each block of queries keeps its neighbours, as many as SparseD keeps of all: a sliding window; with sinks, StreamingLLM.
+
+    At the ends the window is moved inwards, so that all keep equally many.
+
+    Args:
+        blocks: n, blocks of the text, >= 1.
+        share: rho in [0, 1]; :func:`blocks_to_keep` of it are kept, sinks included.
+        sinks: First blocks that everybody keeps, out of that number; the window takes what is left.
+
+    Returns:
+        (n, n) bool, True: kept.
+    """
+    keep = blocks_to_keep(blocks, share)
+    place = torch.arange(blocks)
+    sinks = min(sinks, keep - 1)  # the window keeps one at least, so that a query sees itself
+    window = keep - sinks
+    start = (place - window // 2).clamp(min=sinks, max=blocks - window)
+    inside = (place >= start[:, None]) & (place < start[:, None] + window)
+    return inside | (place < sinks)
 
 
 # ---- what a pattern is like ------------------------------------------------------------------------------------------------------------
@@ -228,4 +257,5 @@ __all__ = [
     "selection_step",
     "sparsed_pattern",
     "step_modes",
+    "window_pattern",
 ]

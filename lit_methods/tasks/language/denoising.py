@@ -8,7 +8,7 @@ Dream's, predicts the token that follows: put :func:`shifted_right` behind it.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,29 @@ from torch import Tensor
 
 from lit_methods import checks
 
-Denoiser = Callable[[Tensor], Tensor]
-Announce = Callable[[int, int, Tensor], None]  # (step, steps, tokens that go into the model)
 Confidence = Literal["maskgit_plus", "topk_margin", "entropy"]
 LEAST_RATE = 1e-3  # of masking: the weight 1 / p stays finite (mem)
+
+
+
+class DenoisingStep(NamedTuple):
+    """A run of the model in a generation.
+
+    Attributes:
+        index: Its number, from 0.
+        steps: How many there are in all.
+        tokens: (B, L) int64, what goes into the model: prompt, and answer with its masks.
+        new_tokens: Tokens of the answer, at the end.
+    """
+
+    index: int
+    steps: int
+    tokens: Tensor
+    new_tokens: int
+
+
+Denoiser = Callable[[Tensor], Tensor]
+Announce = Callable[[DenoisingStep], None]
 
 # ---- the objective ---------------------------------------------------------------------------------------------------------------------
 
@@ -221,7 +240,7 @@ def llada_generate(
         steps: S, runs of the model in all; a multiple of the number of blocks.
         temperature: 0: the likeliest token; else Gumbel noise in float64.
         generator: For temperatures above 0.
-        announce: Called with step, steps and the model's input before each run of the model.
+        announce: Called before each run of the model.
 
     Returns:
         (B, P + new_tokens) int64.
@@ -238,7 +257,7 @@ def llada_generate(
         counts = transfer_counts(tokens[:, begin:end] == mask_token, each)
         for i in range(each):
             if announce is not None:
-                announce(i + block * each, steps, tokens)
+                announce(DenoisingStep(i + block * each, steps, tokens, new_tokens))
             logits = denoiser(tokens)
             masked = tokens == mask_token
             noise = None if temperature == 0 or generator is None else _uniform(logits, generator)
@@ -283,7 +302,7 @@ def dream_generate(
         confidence: Which tokens go first, as in :func:`token_confidence`.
         last_time: t at the end, in (0, 1).
         generator: For temperatures above 0.
-        announce: Called with step, steps and the model's input before each run of the model.
+        announce: Called before each run of the model.
 
     Returns:
         (B, P + new_tokens) int64.
@@ -299,7 +318,7 @@ def dream_generate(
     times = torch.linspace(1, last_time, steps + 1, dtype=torch.float64).tolist()
     for i in range(steps):
         if announce is not None:
-            announce(i, steps, tokens)
+            announce(DenoisingStep(i, steps, tokens, new_tokens))
         logits = denoiser(tokens)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         masked = tokens == mask_token
@@ -318,6 +337,7 @@ def dream_generate(
 
 
 __all__ = [
+    "DenoisingStep",
     "dream_generate",
     "gumbel_scores",
     "llada_generate",

@@ -1,1 +1,0 @@
-"""Attention that leaves out what hardly matters."""
