@@ -1,0 +1,1 @@
+"""Attention over some of the keys: which keys, the product over these alone, and its place in a model."""
