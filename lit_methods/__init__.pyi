@@ -42,13 +42,13 @@ from .semi.fixmatch import FixMatch as FixMatch
 from .semi.shrinkmatch.module import ShrinkMatch as ShrinkMatch
 from .semi.simmatchv2.module import SimMatchV2 as SimMatchV2
 from .semi.simmatchv2.propagation_probe import PropagationProbe as PropagationProbe
-from .sparse_autoencoders.abstopk.module import AbsTopK as AbsTopK
-from .sparse_autoencoders.module import SparseAutoencoder as SparseAutoencoder
-from .sparse_autoencoders.top_afa.module import TopAFA as TopAFA
 from .sparse_attention.sparsed.callback import SlidingWindow as SlidingWindow
 from .sparse_attention.sparsed.callback import SparseD as SparseD
 from .sparse_attention.sparsed.callback import SparseDAttention as SparseDAttention
 from .sparse_attention.sparsed.callback import StreamingLLM as StreamingLLM
+from .sparse_autoencoders.abstopk.module import AbsTopK as AbsTopK
+from .sparse_autoencoders.module import SparseAutoencoder as SparseAutoencoder
+from .sparse_autoencoders.top_afa.module import TopAFA as TopAFA
 from .tasks.diffusion.noise_prediction import DiffusersUNet as DiffusersUNet
 from .tasks.diffusion.noise_prediction import NoisePrediction as NoisePrediction
 from .tasks.imbalanced_regression.metrics import ShotMetrics as ShotMetrics

@@ -281,6 +281,15 @@ from lit_methods.semi.simmatchv2.core import finite_or_zero as finite_or_zero
 from lit_methods.semi.simmatchv2.core import node_edge_loss as node_edge_loss
 from lit_methods.semi.simmatchv2.core import node_node_loss as node_node_loss
 from lit_methods.semi.simmatchv2.core import propagate as propagate
+from lit_methods.sparse_attention.sparsed.core import attention_block_mask as attention_block_mask
+from lit_methods.sparse_attention.sparsed.core import blocks_to_keep as blocks_to_keep
+from lit_methods.sparse_attention.sparsed.core import first_generation_block as first_generation_block
+from lit_methods.sparse_attention.sparsed.core import pattern_similarity as pattern_similarity
+from lit_methods.sparse_attention.sparsed.core import select_blocks as select_blocks
+from lit_methods.sparse_attention.sparsed.core import selection_step as selection_step
+from lit_methods.sparse_attention.sparsed.core import sparsed_pattern as sparsed_pattern
+from lit_methods.sparse_attention.sparsed.core import step_modes as step_modes
+from lit_methods.sparse_attention.sparsed.core import window_pattern as window_pattern
 from lit_methods.sparse_autoencoders.abstopk.core import ablate_direction as ablate_direction
 from lit_methods.sparse_autoencoders.abstopk.core import add_direction as add_direction
 from lit_methods.sparse_autoencoders.abstopk.core import clamp_feature as clamp_feature
@@ -303,6 +312,12 @@ from lit_methods.tasks.imbalanced_regression.losses import regression_loss as re
 from lit_methods.tasks.imbalanced_regression.metrics import shot_metrics as shot_metrics
 from lit_methods.tasks.imbalanced_regression.weights import label_weights as label_weights
 from lit_methods.tasks.language.causal_lm import token_losses as token_losses
+from lit_methods.tasks.language.denoising import dream_generate as dream_generate
+from lit_methods.tasks.language.denoising import llada_generate as llada_generate
+from lit_methods.tasks.language.denoising import mask_tokens as mask_tokens
+from lit_methods.tasks.language.denoising import masked_diffusion_loss as masked_diffusion_loss
+from lit_methods.tasks.language.denoising import masking_rates as masking_rates
+from lit_methods.tasks.language.denoising import shifted_right as shifted_right
 from lit_methods.tasks.language.scaling_law import fit_scaling_law as fit_scaling_law
 from lit_methods.tasks.metric_learning.losses import proxy_softmax as proxy_softmax
 from lit_methods.tasks.metric_learning.opis import calibration_range as calibration_range
@@ -338,6 +353,7 @@ __all__ = [
     "alternating_codes",
     "annealed_beta",
     "ast_momentum",
+    "attention_block_mask",
     "attention_with_tangent",
     "attribute_sums",
     "attribution_distance",
@@ -352,6 +368,7 @@ __all__ = [
     "best_values",
     "bias_update",
     "block_size",
+    "blocks_to_keep",
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
@@ -402,6 +419,7 @@ __all__ = [
     "doubling_stage_length",
     "draw_block_masks",
     "draw_sample",
+    "dream_generate",
     "drop_below_threshold",
     "drop_smallest",
     "dsnot_nm",
@@ -435,6 +453,7 @@ __all__ = [
     "finalized_weight",
     "finite_or_zero",
     "firing_statistics",
+    "first_generation_block",
     "first_patches",
     "fit_iou_curve",
     "fit_regression",
@@ -493,6 +512,7 @@ __all__ = [
     "linear_decay",
     "linear_probe",
     "linear_scores",
+    "llada_generate",
     "load_delta",
     "load_masks",
     "load_pruned",
@@ -505,7 +525,10 @@ __all__ = [
     "magnitude_mask",
     "magnitude_statistics",
     "mask_change",
+    "mask_tokens",
+    "masked_diffusion_loss",
     "masked_weight",
+    "masking_rates",
     "matched_pairs",
     "max_cosine",
     "mean_codes",
@@ -534,6 +557,7 @@ __all__ = [
     "parallel_branches",
     "parse_pattern",
     "parse_pick",
+    "pattern_similarity",
     "penalty_gradient",
     "perceptual",
     "phase_at",
@@ -584,12 +608,15 @@ __all__ = [
     "sdgf_schedule",
     "search_radius",
     "segmentation_losses",
+    "select_blocks",
     "select_units",
+    "selection_step",
     "sentence_index",
     "sentence_table",
     "seven_sixteenths_cosine",
     "share_above",
     "shift_time",
+    "shifted_right",
     "shot_metrics",
     "shrink",
     "shrink_ratio",
@@ -605,11 +632,13 @@ __all__ = [
     "sparse_gradient",
     "sparse_mask",
     "sparse_terms",
+    "sparsed_pattern",
     "sparsegpt",
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
     "steer_by_clamping",
+    "step_modes",
     "still_small",
     "sufficiency",
     "superflow_losses",
@@ -650,5 +679,6 @@ __all__ = [
     "warmup_then_epoch_cosine",
     "wide_width",
     "width_factor",
+    "window_pattern",
     "zf_metrics",
 ]

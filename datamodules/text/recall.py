@@ -8,13 +8,11 @@ from lit_methods.datamodules.activations.synthetic import TensorBatches
 from lit_methods.datamodules.base import LoaderDataModule
 
 
-def recall_sequences(
-    count: int, pairs: int, queries: int, keys: int, values: int, generator: torch.Generator, filler: int = 0
-) -> Tensor:
+def recall_sequences(count: int, pairs: int, queries: int, keys: int, values: int, generator: torch.Generator, filler: int = 0) -> Tensor:
     """Sequences that can only be finished by looking keys up.
 
-    Each is: pairs of a key and its value, in any order; ``filler`` pairs with a key token that no question has; the keys that are asked for;
-    their values, in the order of the questions. Keys of a sequence are different, values needn't be.
+    Each is: pairs of a key and its value, in any order; ``filler`` pairs with a key token that no question has; the keys that are asked
+    for; their values, in the order of the questions. Keys of a sequence are different, values needn't be.
 
     Args:
         count: Sequences N.

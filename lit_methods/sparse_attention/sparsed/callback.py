@@ -19,7 +19,6 @@ from lit_methods.sparse_attention.attention import AttentionSwap, attention_laye
 from lit_methods.sparse_attention.blocks import Implementation, KeptBlocks
 from lit_methods.sparse_attention.method import AttentionCall, SparseAttention
 from lit_methods.sparse_attention.sparsed.core import (
-    blocks_to_keep,
     kept_share,
     number_of_blocks,
     pattern_similarity,
@@ -95,15 +94,16 @@ class BlockPattern(SparseAttention):
 class SparseD(BlockPattern):
     """SparseD: full attention in the first steps, then a pattern per head that the queries and keys of one step decide.
 
-    Steps before int(S skip) + 1 attend to everything, and so does that one, whose queries and keys choose the blocks; all later steps attend to
-    these blocks, with their own queries, keys and values.
+    Steps before int(S skip) + 1 attend to everything, and so does that one, whose queries and keys choose the blocks; all later steps
+    attend to these blocks, with their own queries, keys and values.
 
     Args:
         skip: Share of the steps that the pattern waits for.
-        select: rho, share of the blocks that each block of queries keeps: of the prompt's, and of the answer's. The paper: 0.3 for long texts,
-            0.5 for short ones.
+        select: rho, share of the blocks that each block of queries keeps: of the prompt's, and of the answer's. The paper: 0.3 for long
+            texts, 0.5 for short ones.
         block_size: Tokens of a block. The paper: 128 for long texts, 32 for short ones.
-        isolate_prompt: Choose the prompt's blocks among themselves, as the paper's text says; false, as the authors' code, lets the answer's
+        isolate_prompt: Choose the prompt's blocks among themselves, as the paper's text says; false, as the authors' code, lets the
+        answer's
             blocks crowd them out.
 
     Raises:
@@ -178,11 +178,11 @@ class StreamingLLM(SlidingWindow):
 class SparseDAttention(EvaluationCallback):
     """Generates with sparse attention: SparseD, or a baseline, takes the place of attention while a denoiser writes, and nowhere else.
 
-    The module is asked for ``generate(prompt, ...)``, and for a method ``on_denoise_step(step)`` that it calls before each run of its model;
-    ``MaskedDiffusionLM`` has both. Its attention layers must be transformers' or have the slot ``attention_function``.
+    The module is asked for ``generate(prompt, ...)``, and for a method ``on_denoise_step(step)`` that it calls before each run of its
+    model; ``MaskedDiffusionLM`` has both. Its attention layers must be transformers' or have the slot ``attention_function``.
 
-    Runs: around each ``generate``, in validation, test and prediction; training and the loss see full attention. With ``compare`` each text of
-    an evaluation is generated a second time with full attention.
+    Runs: around each ``generate``, in validation, test and prediction; training and the loss see full attention. With ``compare`` each
+    text of an evaluation is generated a second time with full attention.
 
     Saves: nothing; patterns live as long as a generation.
 
@@ -200,7 +200,11 @@ class SparseDAttention(EvaluationCallback):
 
     panels: ClassVar[tuple[Panel, ...]] = (
         ImagePanel("Blocks that each head keeps", "sparsed/pattern", note="A row per layer, a square per head: queries down, keys across."),
-        Curve("Similarity of patterns (Jaccard)", ("sparsed/val_similarity", "sparsed/val_head_similarity"), note="Of a head over the steps, and of two heads."),
+        Curve(
+            "Similarity of patterns (Jaccard)",
+            ("sparsed/val_similarity", "sparsed/val_head_similarity"),
+            note="Of a head over the steps, and of two heads.",
+        ),
         Curve("Kept blocks, computed pairs (share)", ("sparsed/val_kept", "sparsed/val_computed")),
         Curve("Tokens as with full attention (share)", ("sparsed/val_agreement",), goal="max"),
         Curve("Seconds per denoising step", ("sparsed/val_step_seconds", "sparsed/val_full_step_seconds"), goal="min"),
@@ -322,7 +326,9 @@ class SparseDAttention(EvaluationCallback):
         """Log the means over all generations of all ranks."""
         figures = {}
         for name in FIGURES:  # the same names on all ranks
-            total, number = sum_over_ranks(self._sums.get(name, torch.zeros(2, dtype=torch.float64)).to(pl_module.device, torch.float32)).unbind()
+            total, number = sum_over_ranks(
+                self._sums.get(name, torch.zeros(2, dtype=torch.float64)).to(pl_module.device, torch.float32)
+            ).unbind()
             if number > 0:
                 figures[f"sparsed/{split}_{name}"] = total / number
         log_global(pl_module, figures)
@@ -333,7 +339,9 @@ class SparseDAttention(EvaluationCallback):
         if self._picture is None:
             return {}
         pixels = self._picture.numpy().astype(np.uint8)
-        return {"sparsed/pattern": ImageMedia(pixels, alt="Blocks of keys (across) that each block of queries (down) keeps, by layer and head")}
+        return {
+            "sparsed/pattern": ImageMedia(pixels, alt="Blocks of keys (across) that each block of queries (down) keeps, by layer and head")
+        }
 
 
 FIGURES = ("agreement", "computed", "full_step_seconds", "head_similarity", "kept", "similarity", "step_seconds")

@@ -27,7 +27,7 @@ _LLADA_NAMES = {
     r"^model\.transformer\.ff_out\.": "lm_head.",
     r"^model\.transformer\.blocks\.(\d+)\.attn_norm\.": r"model.layers.\1.input_layernorm.",
     r"^model\.transformer\.blocks\.(\d+)\.ff_norm\.": r"model.layers.\1.post_attention_layernorm.",
-    r"^model\.transformer\.blocks\.(\d+)\.([qkv])_proj\.": r"model.layers.\1.self_attn.\2_proj.",
+    **{rf"^model\.transformer\.blocks\.(\d+)\.{one}_proj\.": rf"model.layers.\1.self_attn.{one}_proj." for one in "qkv"},
     r"^model\.transformer\.blocks\.(\d+)\.attn_out\.": r"model.layers.\1.self_attn.o_proj.",
     r"^model\.transformer\.blocks\.(\d+)\.ff_proj\.": r"model.layers.\1.mlp.gate_proj.",
     r"^model\.transformer\.blocks\.(\d+)\.up_proj\.": r"model.layers.\1.mlp.up_proj.",
@@ -53,7 +53,8 @@ def denoising_model(name_or_path: str | None, config: Mapping[str, Any] | None) 
     """A masked language model of transformers, or a causal one without its causal mask, in float32.
 
     Args:
-        name_or_path: Folder with ``config.json`` and weights, a name that transformers finds, or ``package:<name>`` for the one in an installed
+        name_or_path: Folder with ``config.json`` and weights, a name that transformers finds, or ``package:<name>`` for the one in an
+        installed
             package. Folders of LLaDA (``model_type: llada``) and Dream (``Dream``) are read into transformers' LLaMA and Qwen2; code that
             comes with a model is never run.
         config: Instead: ``model_type`` and the arguments of its configuration, for random weights.
@@ -79,10 +80,16 @@ def denoising_model(name_or_path: str | None, config: Mapping[str, Any] | None) 
         kind = settings.pop("model_type", None)
         if kind not in masked and kind not in causal:
             raise ValueError(f"config.model_type is {kind!r}: give a masked or causal model of transformers, such as modernbert or llama")
-        wanted = transformers.AutoConfig.for_model(kind, **settings)
         auto = transformers.AutoModelForMaskedLM if kind in masked else transformers.AutoModelForCausalLM
-        _without_causal_mask(wanted)
-        return _denoiser(auto.from_config(wanted, dtype=torch.float32), wanted, kind in causal and kind not in masked, shift=False)
+        try:
+            wanted = transformers.AutoConfig.for_model(kind, **settings)
+            _without_causal_mask(wanted)
+            model = auto.from_config(wanted, dtype=torch.float32)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"config is {dict(config)}, which transformers can't build: {error}. Numbers of special tokens must lie below vocab_size"
+            ) from error
+        return _denoiser(model, wanted, kind in causal and kind not in masked, shift=False)
     assert name_or_path is not None
     given = f"name_or_path={name_or_path!r}"
     place, options = place_of(name_or_path, given)
@@ -99,13 +106,15 @@ def denoising_model(name_or_path: str | None, config: Mapping[str, Any] | None) 
         raise ValueError(f"{given} is a {wanted.model_type}: {instead}")
     _without_causal_mask(wanted)
     auto = transformers.AutoModelForMaskedLM if wanted.model_type in masked else transformers.AutoModelForCausalLM
-    model = fetch(
-        lambda: auto.from_pretrained(place, dtype=torch.float32, **options),
+    model, report = fetch(
+        lambda: auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True, **options),
         place,
         given=given,
         instead=instead,
-        blank=lambda: auto.from_config(wanted, dtype=torch.float32),
+        blank=lambda: (auto.from_config(wanted, dtype=torch.float32), {"missing_keys": ()}),
     )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{given} lacks {len(missing)} of the model's weights, such as {missing[0]}: {instead}")
     return _denoiser(model, wanted, wanted.model_type in causal and wanted.model_type not in masked, shift=kind == "Dream")
 
 
@@ -122,7 +131,9 @@ def _foreign_config(transformers: Any, folder: Path, kind: str, given: str) -> t
     """Configuration for transformers, and how the names of the weights change."""
     said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if kind == "Dream":
-        kept = {name: value for name, value in said.items() if name not in ("model_type", "architectures", "auto_map", "transformers_version")}
+        kept = {
+            name: value for name, value in said.items() if name not in ("model_type", "architectures", "auto_map", "transformers_version")
+        }
         return transformers.AutoConfig.for_model("qwen2", **kept), {}
     missing = [name for name in ("d_model", "mlp_hidden_size", "n_layers", "n_heads") if not isinstance(said.get(name), int)]
     if missing:
@@ -162,8 +173,8 @@ def _refuse_causal(model: Any, config: Any) -> None:
         import transformers
 
         raise RuntimeError(
-            f"transformers {transformers.__version__} keeps a {config.model_type} causal, and a denoiser must see both sides: give a masked "
-            "language model (such as modernbert), or another causal one (such as llama), or upgrade transformers"
+            f"transformers {transformers.__version__} keeps a {config.model_type} causal, and a denoiser must see both sides: give a "
+            "masked language model (such as modernbert), or another causal one (such as llama), or upgrade transformers"
         )
 
 

@@ -1,7 +1,7 @@
 """Masked diffusion of tokens as pure functions: LLaDA's noise and objective, and the loops of LLaDA and Dream that turn masks into text.
 
-Papers: LLaDA, arXiv:2502.09992 (mem), and Dream, arXiv:2508.15487 (mem). LLaDA's loop is tested by golden vectors of SparseD's authors' code
-(INV-WZQ/SparseD@52155b4 models/LLaDA/generate.py); Dream's is written from a description and has no vectors.
+Papers: LLaDA, arXiv:2502.09992 (mem), and Dream, arXiv:2508.15487 (mem). LLaDA's loop is tested by golden vectors of SparseD's authors'
+code (INV-WZQ/SparseD@52155b4 models/LLaDA/generate.py); Dream's is written from a description and has no vectors.
 
 A denoiser is any function (B, L) tokens -> (B, L, V) logits of what stands at each position. One that was adapted from a causal model, as
 Dream's, predicts the token that follows: put :func:`shifted_right` behind it.
@@ -18,7 +18,6 @@ from lit_methods import checks
 
 Confidence = Literal["maskgit_plus", "topk_margin", "entropy"]
 LEAST_RATE = 1e-3  # of masking: the weight 1 / p stays finite (mem)
-
 
 
 class DenoisingStep(NamedTuple):
@@ -44,7 +43,7 @@ Announce = Callable[[DenoisingStep], None]
 
 
 def masking_rates(uniform: Tensor) -> Tensor:
-    """p = (1 - eps) t + eps with eps = 1e-3: how likely each token of a sequence is masked.
+    """P = (1 - eps) t + eps with eps = 1e-3: how likely each token of a sequence is masked.
 
     Args:
         uniform: (B,) t in [0, 1).
@@ -289,7 +288,10 @@ def dream_generate(
     generator: torch.Generator | None = None,
     announce: Announce | None = None,
 ) -> Tensor:
-    """Dream's sampling: the whole answer at once, t from 1 down to ``last_time``; of the masks left int(n (1 - s / t)) go, the rest at the end.
+    """Dream's sampling: the whole answer at once, the surest tokens first.
+
+    t falls from 1 to ``last_time`` in equal steps. A step from t to s reveals int(n (1 - s / t)) of the n masks that are left, the last
+    step all of them.
 
     Args:
         denoiser: (B, L) int64 -> (B, L, V) logits of what stands at each position; around Dream's own model, :func:`shifted_right`.

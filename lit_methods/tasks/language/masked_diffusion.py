@@ -39,18 +39,19 @@ SHOWN = 8  # rows of the table of answers
 class MaskedDiffusionLM(Evaluated):
     """Trains a masked diffusion language model, and generates by denoising: the answer starts as masks, and each step reveals some.
 
-    The loss is LLaDA's: with t uniform in (0, 1) for each sequence, every token becomes a mask with probability p = t (at least 0.001), and the
-    cross-entropies of the masked tokens count 1 / p. It bounds the negative log-likelihood of a token.
+    The loss is LLaDA's: with t uniform in (0, 1) for each sequence, every token becomes a mask with probability p = t (at least 0.001),
+    and the cross-entropies of the masked tokens count 1 / p. It bounds the negative log-likelihood of a token.
 
     Runs: batches, such as those of ``TextDataModule``, have ``input_ids`` (B, L) int64; other keys aren't looked at. The last
     ``answer_length`` tokens are the answer: validation and test generate it from what stands before it and log the share of its tokens that
     come out as in the data. ``predict`` generates too, and writes ``generated.jsonl`` into the run's folder, with text where the datamodule
-    can decode tokens. Before each run of the model in a generation the method ``on_denoise_step`` is called, which callbacks may stand around.
+    can decode tokens. Before each run of the model in a generation the method ``on_denoise_step`` is called, which callbacks may stand
+    around.
 
     Saves: the model.
 
-    Refuses: data that have the mask among their tokens, or more tokens than the model; answers that leave no prompt or, with ``llada``, that
-    are no whole number of blocks; a schedule in a training without an end.
+    Refuses: data that have the mask among their tokens, or more tokens than the model; answers that leave no prompt or, with ``llada``,
+    that are no whole number of blocks; a schedule in a training without an end.
 
     Args:
         name_or_path: Folder (or name) of a masked or causal model of transformers, or of LLaDA or Dream; loaded in float32, causal ones
@@ -148,7 +149,9 @@ class MaskedDiffusionLM(Evaluated):
         own: int = self.model.config.vocab_size  # type: ignore[union-attr,assignment]
         if size is not None and size > own - self._free_mask:
             also = " and one for the mask" if self._free_mask else ""
-            raise ValueError(f"the data have {size} different tokens, the model {own}: set config.vocab_size to {size + self._free_mask}{also}")
+            raise ValueError(
+                f"the data have {size} different tokens, the model {own}: set config.vocab_size to {size + self._free_mask}{also}"
+            )
 
     # ---- the objective
 
@@ -160,7 +163,9 @@ class MaskedDiffusionLM(Evaluated):
         """
         start = tokens.shape[1] - self.hparams["answer_length"]
         if start < 1:
-            raise ValueError(f"answer_length is {self.hparams['answer_length']}, and the sequences have {tokens.shape[1]} tokens: set it lower")
+            raise ValueError(
+                f"answer_length is {self.hparams['answer_length']}, and the sequences have {tokens.shape[1]} tokens: set it lower"
+            )
         return int(start)
 
     def _loss(self, tokens: Tensor, rates: Tensor, uniform: Tensor) -> Tensor:

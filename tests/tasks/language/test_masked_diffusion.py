@@ -28,6 +28,8 @@ from lit_methods.tasks.language.denoising import (
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
 LLAMA = {"model_type": "llama", "vocab_size": 49, **SIZES}
+SPECIAL = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+MODERNBERT = {"model_type": "modernbert", "vocab_size": 49, **SPECIAL, **SIZES}
 
 
 def model(**kwargs):
@@ -190,7 +192,7 @@ def test_loss_falls_and_answers_are_measured():
     assert all(len(answer) == 8 for _, answer, _ in table.rows)
 
 
-@pytest.mark.parametrize("config", [LLAMA, {"model_type": "modernbert", "vocab_size": 49, **SIZES}, {"model_type": "bert", "vocab_size": 49, **SIZES}])
+@pytest.mark.parametrize("config", [LLAMA, MODERNBERT, {"model_type": "bert", "vocab_size": 49, **SIZES}])
 def test_the_model_sees_both_sides(config):
     module = model(config=config).eval()
     tokens = torch.randint(0, 48, (1, 10), generator=torch.Generator().manual_seed(0))
@@ -226,6 +228,7 @@ def test_bf16_and_accumulation_train():
     ("kwargs", "message"),
     [
         ({"config": None}, "give one of them"),
+        ({"config": {"model_type": "modernbert", "vocab_size": 49}}, "config is {.*vocab_size.*}, which transformers can't build: "),
         ({"config": {"model_type": "vit"}}, "config.model_type is 'vit'"),
         ({"mask_token": 49}, re.escape("mask_token is 49: give one of the model's tokens in [0, 49)")),
         ({"steps": 3, "block_length": 2}, "give a multiple of the 2 blocks"),
@@ -239,7 +242,7 @@ def test_bad_arguments_are_named(kwargs, message):
 
 
 def test_data_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="the data have 48 different tokens, the model 48: set config.vocab_size to 49"):
+    with pytest.raises(ValueError, match=r"the data have 48 different tokens, the model 48: set config.vocab_size to 49"):
         tiny_trainer(max_steps=1).fit(model(config=LLAMA | {"vocab_size": 48}), datamodule=data())
     with pytest.raises(ValueError, match="answer_length is 16, and the sequences have 16 tokens: set it lower"):
         tiny_trainer(max_steps=1).validate(model(answer_length=16, steps=16), datamodule=data())
@@ -273,7 +276,9 @@ def llada_folder(folder, network):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {"model_type": "llada", "d_model": 16, "mlp_hidden_size": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "vocab_size": 40}
     config |= {"embedding_size": 49, "mask_token_id": 41, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_sequence_length": 64}
-    (folder / "config.json").write_text(json.dumps({**config, "weight_tying": False, "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "weight_tying": False, "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}})
+    )
 
 
 def test_a_folder_of_llada_is_read_without_its_code(tmp_path):
@@ -285,8 +290,11 @@ def test_a_folder_of_llada_is_read_without_its_code(tmp_path):
     tokens = torch.randint(0, 40, (2, 12))
     with torch.no_grad():
         assert torch.equal(read(tokens), made(tokens))
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"n_layers": 2', '"n_layers": 3'))
+    with pytest.raises(ValueError, match=r"lacks 9 of the model's weights, such as model.layers.2"):
+        model(config=None, name_or_path=str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llada"}')
-    with pytest.raises(ValueError, match="config.json of a LLaDA has no d_model"):
+    with pytest.raises(ValueError, match=r"config.json of a LLaDA has no d_model"):
         model(config=None, name_or_path=str(tmp_path))
 
 
@@ -294,7 +302,9 @@ def test_a_folder_of_dream_shifts_its_logits(tmp_path):
     made = model(config={"model_type": "qwen2", "vocab_size": 49, "num_key_value_heads": 1, **SIZES}, shift=True).eval()
     made.model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": 40}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": 40})
+    )
     read = model(config=None, name_or_path=str(tmp_path)).eval()
     assert read.shift
     assert read.mask_token == 40
