@@ -28,7 +28,7 @@ from .segmentation.noisy_masks import NoisyMasksDataModule as NoisyMasksDataModu
 from .segmentation.organs import OrganSlicesDataModule as OrganSlicesDataModule
 from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule
 from .text.instructions import InstructionDataModule as InstructionDataModule
-from .text.recall import KeyValueRecallDataModule as KeyValueRecallDataModule
+from .text.repeated import RepeatedTextDataModule as RepeatedTextDataModule
 from .text.text import TextDataModule as TextDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule

@@ -43,5 +43,5 @@ def _instructions(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, A
     return {"root": arguments["root"]}
 
 
-FAKES: dict[str, Writer] = {"InstructionDataModule": _instructions, "TextDataModule": _text}
+FAKES: dict[str, Writer] = {"InstructionDataModule": _instructions, "RepeatedTextDataModule": _text, "TextDataModule": _text}
 __all__ = ["FAKES", "texts", "tokens"]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from helpers import left_behind, run_two_processes, tiny_trainer
 from lit_methods import SlidingWindow, SparseD, SparseDAttention, StreamingLLM
 from lit_methods.callbacks import ExactResume
-from lit_methods.datamodules import KeyValueRecallDataModule
+from lit_methods.datamodules import RepeatedTextDataModule
 from lit_methods.sparse_attention.blocks import masked_attention
 from lit_methods.tasks.language.denoising import llada_generate
 
@@ -22,7 +22,7 @@ LLAMA = {"model_type": "llama", "num_key_value_heads": 2, "max_position_embeddin
 
 
 def data(**kwargs):
-    return KeyValueRecallDataModule(**({"pairs": 8, "queries": 8, "num_train": 32, "num_val": 8, "batch_size": 4} | kwargs))
+    return RepeatedTextDataModule(**({"block_size": 32, "repeated": 8, "batch_size": 4} | kwargs))
 
 
 def model(**kwargs):
@@ -35,7 +35,7 @@ def model(**kwargs):
 
 def validated(callback, module=None, **trainer):
     module = model() if module is None else module
-    found = tiny_trainer(callbacks=[callback], limit_val_batches=1.0, **trainer)
+    found = tiny_trainer(callbacks=[callback], limit_val_batches=2, **trainer)
     found.validate(module, datamodule=data(), verbose=False)
     return {name.partition("val_")[2]: float(value) for name, value in found.callback_metrics.items() if name.startswith("sparsed/")}
 
@@ -242,7 +242,7 @@ def two():
 
 
 def test_two_processes_log_what_one_does():
-    one = tiny_trainer(callbacks=[SparseDAttention(SparseD(block_size=4))], limit_val_batches=1.0)
+    one = tiny_trainer(callbacks=[SparseDAttention(SparseD(block_size=4))], limit_val_batches=2)
     one.validate(model(), datamodule=data(batch_size=4), verbose=False)
     first, second = run_two_processes(two)
     assert first == second

@@ -6,11 +6,12 @@ import time
 
 import pytest
 import torch
+from full_recipes import llada_folder
 
 from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, tiny_trainer
 from lit_methods.callbacks import ExactResume
 from lit_methods.callbacks.run.progress import ThroughputProgressBar
-from lit_methods.datamodules import KeyValueRecallDataModule, TextDataModule
+from lit_methods.datamodules import RepeatedTextDataModule, TextDataModule
 from lit_methods.tasks.language.denoising import (
     DenoisingStep,
     dream_generate,
@@ -41,7 +42,7 @@ def model(**kwargs):
 
 
 def data(**kwargs):
-    return KeyValueRecallDataModule(**({"pairs": 4, "queries": 4, "num_train": 64, "num_val": 16, "batch_size": 8} | kwargs))
+    return RepeatedTextDataModule(**({"block_size": 16, "repeated": 4, "batch_size": 8} | kwargs))
 
 
 # ---- the objective
@@ -249,36 +250,6 @@ def test_data_that_do_not_fit_are_refused():
 
 
 # ---- folders
-
-
-def llada_folder(folder, network):
-    """The folder of a LLaDA with a network's weights."""
-    from safetensors.torch import save_file
-
-    names = {
-        "model.embed_tokens.": "model.transformer.wte.",
-        "model.norm.": "model.transformer.ln_f.",
-        "lm_head.": "model.transformer.ff_out.",
-        "model.layers.": "model.transformer.blocks.",
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ff_norm",
-        "self_attn.o_proj": "attn_out",
-        "self_attn.": "",
-        "mlp.gate_proj": "ff_proj",
-        "mlp.up_proj": "up_proj",
-        "mlp.down_proj": "ff_out",
-    }
-    weights = {}
-    for name, value in network.state_dict().items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        weights[name] = value.contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = {"model_type": "llada", "d_model": 16, "mlp_hidden_size": 32, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "vocab_size": 40}
-    config |= {"embedding_size": 49, "mask_token_id": 41, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "max_sequence_length": 64}
-    (folder / "config.json").write_text(
-        json.dumps({**config, "weight_tying": False, "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"}})
-    )
 
 
 def test_a_folder_of_llada_is_read_without_its_code(tmp_path):
