@@ -14,6 +14,7 @@ from lit_methods import SlidingWindow, SparseD, SparseDAttention, StreamingLLM
 from lit_methods.callbacks import ExactResume
 from lit_methods.datamodules import RepeatedTextDataModule
 from lit_methods.sparse_attention.blocks import masked_attention
+from lit_methods.sparse_attention.method import SparseAttention
 from lit_methods.tasks.language.denoising import llada_generate
 
 SIZES = {"vocab_size": 49, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -211,6 +212,32 @@ def test_dream_and_bf16():
     assert validated(SparseDAttention(SparseD(block_size=4)), model(), precision="bf16-mixed")["computed"] < 1
 
 
+class Silent(Denoiser):
+    """Doesn't say which step comes next."""
+
+    def generate(self, prompt):
+        return llada_generate(self, prompt, 48, 8, 8, 8)
+
+
+class Drawing(Denoiser):
+    """Draws from the global generator."""
+
+    def on_denoise_step(self, step):
+        torch.rand(1)
+
+
+def test_looking_changes_no_random_numbers():
+    after = []
+    for compare in (False, True):
+        torch.manual_seed(0)
+        module = Drawing()
+        tiny_trainer(callbacks=[SparseDAttention(SparseD(block_size=4), compare=compare)]).validate(
+            module, datamodule=data(), verbose=False
+        )
+        after.append(torch.rand(1))
+    assert torch.equal(*after)
+
+
 class Bare(pl.LightningModule):
     """Doesn't denoise."""
 
@@ -223,6 +250,10 @@ def test_what_does_not_fit_is_refused():
         tiny_trainer(callbacks=[SparseDAttention()]).validate(Bare(), loader(), verbose=False)
     with pytest.raises(ValueError, match=r"SparseDAttention: .*no attention layer called \['layer.7'\]"):
         validated(SparseDAttention(targets=["layer.7"]), Denoiser())
+    with pytest.raises(ValueError, match="SparseDAttention: generate of Silent never called on_denoise_step"):
+        validated(SparseDAttention(SparseD(block_size=4), compare=False), Silent())
+    with pytest.raises(ValueError, match="method is a SparseAttention, which leaves denoising dense"):
+        SparseDAttention(SparseAttention())
     with pytest.raises(ValueError, match="targets is the string"):
         SparseDAttention(targets="attention")
     with pytest.raises(ValueError, match="select is 2"):

@@ -69,10 +69,11 @@ class BlockPattern(SparseAttention):
         self.watch = False
         self.masks: dict[tuple[int, int], Tensor] = {}
         self.last_masks: dict[tuple[int, int], Tensor] = {}
+        self._kept: dict[tuple[int, int], KeptBlocks] = {}
 
     def start(self) -> None:
         """Forget the patterns."""
-        self.masks, self.last_masks = {}, {}
+        self.masks, self.last_masks, self._kept = {}, {}, {}
 
     def begin_step(self, index: int, steps: int, new_tokens: int) -> None:
         """Say which step comes next. The first one begins a generation, and forgets the patterns of the one before.
@@ -88,7 +89,9 @@ class BlockPattern(SparseAttention):
 
     def kept(self, key: tuple[int, int]) -> KeptBlocks:
         """The pattern of a layer, as attention takes it."""
-        return KeptBlocks.from_mask(self.masks[key], self.block_size, causal=False)
+        if key not in self._kept:
+            self._kept[key] = KeptBlocks.from_mask(self.masks[key], self.block_size, causal=False)
+        return self._kept[key]
 
 
 class SparseD(BlockPattern):
@@ -220,10 +223,15 @@ class SparseDAttention(EvaluationCallback):
         checks.literals(SparseDAttention, locals())
         checks.patterns(targets=targets)
         self.method: SparseAttention = SparseD() if method is None else method
+        if type(self.method).denoise is SparseAttention.denoise:
+            raise ValueError(
+                f"method is a {type(self.method).__name__}, which leaves denoising dense: give SparseD, SlidingWindow or StreamingLLM"
+            )
         self.targets, self.compare = targets, compare
         self.swap = AttentionSwap(self.method, implementation)
         self._module: pl.LightningModule | None = None
         self._split: Split | None = None
+        self._steps, self._new_tokens = 0, 0
         self._sums: dict[str, Tensor] = {}
         self._picture: Tensor | None = None
 
@@ -255,7 +263,7 @@ class SparseDAttention(EvaluationCallback):
         if self._module is not None:
             detach(self._module, self._generate, "generate")
             detach(self._module, self._step, "on_denoise_step")
-        self._module = None
+        self._module = self._split = None
 
     def _step(self, call: Callable[..., Any], step: Any) -> Any:
         if isinstance(self.method, BlockPattern):
@@ -268,32 +276,41 @@ class SparseDAttention(EvaluationCallback):
         module = self._module
         assert module is not None
         compared = self.compare and self._split is not None
-        full = None
-        if compared:
-            randoms = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
-            states = [generator.get_state() for generator in randoms]
-            began = self._now(module)
-            full = call(*args, **kwargs)
-            self._add("full_step_seconds", (self._now(module) - began) / self._steps)
-            for generator, state in zip(randoms, states, strict=True):
-                generator.set_state(state)
         if isinstance(self.method, BlockPattern):
             self.method.watch = compared
-        self.swap.reset()
-        with checks.naming("SparseDAttention"), self.swap.attach(module, self.targets):
-            began = self._now(module)
-            found = call(*args, **kwargs)
-            seconds = (self._now(module) - began) / self._steps
-            if self._split is not None:
-                self._add("step_seconds", seconds)
-                self._measure(found, full)
+        with checks.naming("SparseDAttention"):
+            full, seconds = self._timed(module, call, args, kwargs, looking=True) if compared else (None, 0.0)
+            self.swap.reset()
+            with self.swap.attach(module, self.targets):
+                found, own_seconds = self._timed(module, call, args, kwargs)
+                if self._split is not None:
+                    self._add("step_seconds", own_seconds)
+                    self._measure(found, full)
+        if full is not None:
+            self._add("full_step_seconds", seconds)
         return found
 
-    @staticmethod
-    def _now(module: pl.LightningModule) -> float:
-        if module.device.type == "cuda":
-            torch.cuda.synchronize(module.device)
-        return time.perf_counter()
+    def _timed(
+        self, module: pl.LightningModule, call: Callable[..., Any], args: Any, kwargs: Any, looking: bool = False
+    ) -> tuple[Any, float]:
+        """What a generation gives, and seconds per step. ``looking``: all generators are as before, so that nobody notices it."""
+        cuda = [module.device] if module.device.type == "cuda" else []
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)] if looking else []
+        states = [generator.get_state() for generator in given]
+        self._steps = 0
+        with torch.random.fork_rng(devices=cuda, enabled=looking):
+            for device in cuda:
+                torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            found = call(*args, **kwargs)
+            for device in cuda:
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - began
+        for generator, state in zip(given, states, strict=True):
+            generator.set_state(state)
+        if self._steps == 0:
+            raise ValueError(f"generate of {type(module).__name__} never called on_denoise_step, which says which step comes next")
+        return found, seconds / self._steps
 
     # ---- figures
 

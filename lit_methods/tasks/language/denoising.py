@@ -261,7 +261,8 @@ def llada_generate(
             masked = tokens == mask_token
             noise = None if temperature == 0 or generator is None else _uniform(logits, generator)
             chosen = gumbel_scores(logits, temperature, noise).argmax(-1)
-            confidence = token_confidence(logits.double().softmax(-1), chosen, "maskgit_plus")
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            confidence = token_confidence(logits.to(wide).softmax(-1), chosen, "maskgit_plus")
             confidence[:, end:] = -torch.inf
             tokens = reveal(tokens, chosen, confidence.masked_fill(~masked, -torch.inf), counts[:, i])
     return tokens
