@@ -12,6 +12,11 @@ of trained values, within 2 %. In one run, in turns:
   rounds, and their quartiles. Time matters on an idle machine alone; bytes don't depend on it.
 
 Arms whose library isn't installed are left out, and named.
+
+``sparse_attention``: reading 4,096 and 16,384 tokens by Block-Sparse and by Vertical-Slash, the choice of keys included, beside
+``scaled_dot_product_attention``, at budgets whose measured density (computed pairs / causal pairs) is nearest to 0.1 and 0.2; and a step of
+decoding by Quest with a tenth of the cache beside one with all of it. Two query heads share one head of keys of width 64 (eight and two in
+decoding), float32. Queries and keys agree by their distance, a little less the further they are apart, and some keys are wanted by all.
 """
 
 import argparse
@@ -162,9 +167,121 @@ def show_fine_tuning(figures: dict[str, dict[str, Any]]) -> None:
         print('LoRA was left out: pip install "lit-methods[peft]"')
 
 
+# ---- sparse attention ------------------------------------------------------------------------------------------------------------------
+
+LENGTHS, DENSITIES, WIDTH = (4096, 16_384), (0.1, 0.2), 64
+
+
+def made_attention(heads: int, kv_heads: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as a trained model might have them: noise, rotary positions, and keys that all queries want."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, own, length, WIDTH, generator=generator) for own in (heads, kv_heads, kv_heads))
+    angles = torch.arange(length)[:, None] * 10_000.0 ** (-torch.arange(WIDTH // 2) / (WIDTH // 2))
+    turned = torch.cat([angles.cos(), angles.sin()], -1)  # of one vector: products depend on distances alone
+    wanted = torch.randn(WIDTH, generator=generator)
+    k[:, :, torch.randperm(length, generator=generator)[: length // 200]] += 0.5 * wanted
+    return q + turned + 0.5 * wanted, k + turned, v
+
+
+def nearest(density: float, build: Callable[[int], Any], budgets: list[int], q: Tensor, k: Tensor) -> tuple[Any, int, float]:
+    """The method whose density is nearest to ``density``, its budget and its density."""
+    from lit_methods.sparse_attention.blocks import all_pairs
+    from lit_methods.sparse_attention.method import AttentionCall
+
+    found = []
+    for budget in budgets:
+        method = build(budget)
+        kept = method.prefill(q, k, AttentionCall(0, WIDTH**-0.5))
+        share = float(kept.pairs(q.shape[2], q.shape[2]).mean()) / all_pairs(q.shape[2], q.shape[2], True)
+        found.append((abs(share - density), budget, share, method))
+        if share > 1.5 * density:
+            break
+    _, budget, share, method = min(found, key=lambda one: one[:2])
+    return method, budget, share
+
+
+@torch.no_grad()
+def sparse_attention(rounds: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Arm -> figures."""
+    from lit_methods.callbacks import BlockSparse, Quest, VerticalSlash
+    from lit_methods.sparse_attention.blocks import block_attention, token_attention
+    from lit_methods.sparse_attention.method import AttentionCall
+
+    call = AttentionCall(0, WIDTH**-0.5)
+    kinds: dict[str, tuple[str, Callable[[], Tensor], float, int]] = {}  # arm -> beside which, what runs, density, budget
+
+    for length in LENGTHS:
+        q, k, v = made_attention(2, 1, length)
+        full = f"{length:,} tokens, full attention"
+        kinds[full] = (
+            full,
+            lambda q=q, k=k, v=v: nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),  # type: ignore[misc]
+            1.0,
+            length,
+        )
+        for density in DENSITIES:
+            blocks = length // 16
+            choices = {
+                "Block-Sparse": (lambda top: BlockSparse(16, top), list(range(max(3, blocks // 40), blocks // 6, max(1, blocks // 256)))),
+                "Vertical-Slash": (
+                    lambda budget: VerticalSlash(budget, budget),
+                    [64, 80, 96, 112, 128, 164, 200, 240, 280, 315, 360, 400, 448, 512, 576, 672, 768, 1024, 1536],
+                ),
+            }
+            for name, (build, budgets) in choices.items():
+                method, budget, share = nearest(density, build, budgets, q, k)
+
+                def prefill(method: Any = method, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+                    return block_attention(q, k, v, method.prefill(q, k, call), call.scale)
+
+                kinds[f"{length:,} tokens, {name} {density}"] = (full, prefill, share, budget)
+        q, k, v = made_attention(8, 2, length)
+        full = f"{length:,} tokens, a step with the whole cache"
+        kinds[full] = (
+            full,
+            lambda q=q, k=k, v=v: nn.functional.scaled_dot_product_attention(q[:, :, -1:], k, v, enable_gqa=True),  # type: ignore[misc]
+            1.0,
+            length,
+        )
+        quest = Quest(16, length // 160 * 16)
+        quest.compress(q[:, :, :-1], k[:, :, :-1], call)
+
+        def decode(quest: Any = quest, q: Tensor = q[:, :, -1:], k: Tensor = k, v: Tensor = v) -> Tensor:
+            return token_attention(q, k, v, quest.decode(q, k, call), call.scale)
+
+        kinds[f"{length:,} tokens, a step with Quest"] = (full, decode, (quest.budget + 16) / length, quest.budget)
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(rounds + 1):  # the first is warm-up
+        for name in list(kinds)[:: 1 if number % 2 == 0 else -1]:
+            repeats = 20 if "a step" in name else 1
+            start = time.perf_counter()
+            for _ in range(repeats):
+                kinds[name][1]()
+            if number:
+                times[name].append((time.perf_counter() - start) / repeats)
+    figures: dict[str, dict[str, Any]] = {}
+    for name, (beside, _, share, budget) in kinds.items():
+        ratios = [full / own for own, full in zip(times[name], times[beside], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+        figures[name] = {"seconds": statistics.median(times[name]), "density": share, "budget": budget}
+        figures[name] |= {"speed_up": middle, "speed_up_low": low, "speed_up_high": high}
+    return figures
+
+
+def show_sparse_attention(figures: dict[str, dict[str, Any]]) -> None:
+    """Print the table."""
+    print(f"{'':46}{'density':>8}{'budget':>8}{'ms':>10}  speed-up [quartiles]")
+    for name, own in figures.items():
+        ratio = f"{own['speed_up']:.2f} [{own['speed_up_low']:.2f}, {own['speed_up_high']:.2f}]"
+        print(f"{name:46}{own['density']:>8.3f}{own['budget']:>8}{own['seconds'] * 1e3:>10.2f}  {ratio}")
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------------------------
 
-SECTIONS: dict[str, tuple[Callable[[int, int], Any], Callable[[Any], None]]] = {"fine_tuning": (fine_tuning, show_fine_tuning)}
+SECTIONS: dict[str, tuple[Callable[[int, int], Any], Callable[[Any], None]]] = {
+    "fine_tuning": (fine_tuning, show_fine_tuning),
+    "sparse_attention": (sparse_attention, show_sparse_attention),
+}
 
 
 def main() -> None:

@@ -28,6 +28,14 @@ from .run.finite import FiniteGuard as FiniteGuard
 from .run.preemption import Preemption as Preemption
 from .run.progress import ThroughputProgressBar as ThroughputProgressBar
 from .run.step_cost import StepCost as StepCost
+from .sparse_attention.sparse_frontier.callback import SparseAttentionCallback as SparseAttentionCallback
+from .sparse_attention.sparse_frontier.methods import AdaSnapKV as AdaSnapKV
+from .sparse_attention.sparse_frontier.methods import BlockSparse as BlockSparse
+from .sparse_attention.sparse_frontier.methods import FlexPrefill as FlexPrefill
+from .sparse_attention.sparse_frontier.methods import Quest as Quest
+from .sparse_attention.sparse_frontier.methods import SnapKV as SnapKV
+from .sparse_attention.sparse_frontier.methods import VerticalSlash as VerticalSlash
+from .sparse_attention.sparse_frontier.report import IsoCostReport as IsoCostReport
 from .sparse_autoencoders.afa_evaluation import AFAEvaluation as AFAEvaluation
 from .sparse_autoencoders.bidirectionality import BidirectionalityMonitor as BidirectionalityMonitor
 from .sparse_autoencoders.feature_recovery import FeatureRecovery as FeatureRecovery

@@ -56,6 +56,7 @@ from .tasks.imbalanced_regression.module import ImbalancedRegression as Imbalanc
 from .tasks.imbalanced_regression.networks import DenseFeatures as DenseFeatures
 from .tasks.imbalanced_regression.networks import SentencePairEncoder as SentencePairEncoder
 from .tasks.language.causal_lm import CausalLM as CausalLM
+from .tasks.language.long_context import LongContextLM as LongContextLM
 from .tasks.language.masked_diffusion import MaskedDiffusionLM as MaskedDiffusionLM
 from .tasks.metric_learning.losses import ProxySoftmax as ProxySoftmax
 from .tasks.metric_learning.module import MetricLearning as MetricLearning

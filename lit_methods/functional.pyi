@@ -40,6 +40,33 @@ from lit_methods.callbacks.noisy_labels.adele.core import corrected_labels as co
 from lit_methods.callbacks.noisy_labels.adele.core import fit_iou_curve as fit_iou_curve
 from lit_methods.callbacks.noisy_labels.adele.core import merged_labels as merged_labels
 from lit_methods.callbacks.noisy_labels.adele.core import multiscale_consistency as multiscale_consistency
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import ada_snapkv as ada_snapkv
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import attention_flops as attention_flops
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import block_sparse as block_sparse
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import block_sparsity as block_sparsity
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import blocks_for_sparsity as blocks_for_sparsity
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import cell_sparsity as cell_sparsity
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import chosen_blocks as chosen_blocks
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import decode_cache as decode_cache
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import decode_weights as decode_weights
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import fit_score_law as fit_score_law
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import flexprefill as flexprefill
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import held_out_fit as held_out_fit
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import largest_safe_sparsity as largest_safe_sparsity
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import page_bounds as page_bounds
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import page_tokens as page_tokens
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import pareto_front as pareto_front
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import prefill_flops as prefill_flops
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import quest_overhead as quest_overhead
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import quest_pages as quest_pages
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import relative_error as relative_error
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import slash_blocks as slash_blocks
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import slash_sums as slash_sums
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import snapkv as snapkv
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import token_index as token_index
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import vertical_slash as vertical_slash
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import vertical_slash_overhead as vertical_slash_overhead
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import window_attention as window_attention
 from lit_methods.callbacks.sparse_autoencoders.gba.core import bias_update as bias_update
 from lit_methods.callbacks.sparse_autoencoders.gba.core import firing_statistics as firing_statistics
 from lit_methods.callbacks.sparse_autoencoders.gba.core import neuron_groups as neuron_groups
@@ -343,6 +370,7 @@ from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
 __all__ = [
     "ablate_direction",
     "activity_counts",
+    "ada_snapkv",
     "adam_update_",
     "adapter_features",
     "adaptive_c",
@@ -354,6 +382,7 @@ __all__ = [
     "annealed_beta",
     "ast_momentum",
     "attention_block_mask",
+    "attention_flops",
     "attention_with_tangent",
     "attribute_sums",
     "attribution_distance",
@@ -368,12 +397,17 @@ __all__ = [
     "best_values",
     "bias_update",
     "block_size",
+    "block_sparse",
+    "block_sparsity",
+    "blocks_for_sparsity",
     "blocks_to_keep",
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
     "cauchy",
+    "cell_sparsity",
     "certain_loss",
+    "chosen_blocks",
     "clamp_feature",
     "class_counts",
     "class_iou",
@@ -403,6 +437,8 @@ __all__ = [
     "decay_share",
     "decayed_momentum",
     "decayed_step_size",
+    "decode_cache",
+    "decode_weights",
     "decoder_coherence",
     "denoise_sample",
     "denoising_loss",
@@ -458,7 +494,9 @@ __all__ = [
     "fit_iou_curve",
     "fit_regression",
     "fit_scaling_law",
+    "fit_score_law",
     "fitting_pattern",
+    "flexprefill",
     "flip_cameras",
     "flow_factor",
     "folded_frobenius",
@@ -481,6 +519,7 @@ __all__ = [
     "half_life_decay",
     "harmonic_mean",
     "has_foreground",
+    "held_out_fit",
     "heun_step",
     "info_nce",
     "initial_score",
@@ -506,6 +545,7 @@ __all__ = [
     "kl_to_teacher",
     "l2_distance",
     "label_weights",
+    "largest_safe_sparsity",
     "layer_density",
     "lift_factors",
     "lightgcn_loss",
@@ -554,7 +594,10 @@ __all__ = [
     "opis",
     "opposite_pairs",
     "ot_threshold",
+    "page_bounds",
+    "page_tokens",
     "parallel_branches",
+    "pareto_front",
     "parse_pattern",
     "parse_pick",
     "pattern_similarity",
@@ -569,6 +612,7 @@ __all__ = [
     "power_exponent",
     "precision_recall",
     "predict_probability",
+    "prefill_flops",
     "pretrain_levels",
     "pretrain_loss",
     "project_points",
@@ -581,6 +625,8 @@ __all__ = [
     "pruned_count",
     "pseudo_huber",
     "psnr_y",
+    "quest_overhead",
+    "quest_pages",
     "random_factors",
     "random_mask",
     "ranking_metrics",
@@ -589,6 +635,7 @@ __all__ = [
     "recover_factors",
     "rectified_flow",
     "regression_loss",
+    "relative_error",
     "remove_norm_scales",
     "removed_weight",
     "repeat_per_context",
@@ -625,9 +672,12 @@ __all__ = [
     "sign_counts",
     "simulate",
     "sincos_positions",
+    "slash_blocks",
+    "slash_sums",
     "slct_loss",
     "sliced_wasserstein",
     "small_weights",
+    "snapkv",
     "snip_scores",
     "sparse_gradient",
     "sparse_mask",
@@ -653,6 +703,7 @@ __all__ = [
     "threshold_of",
     "to_batch_rows",
     "to_semi_structured",
+    "token_index",
     "token_losses",
     "topafa",
     "training_flops",
@@ -671,6 +722,8 @@ __all__ = [
     "update_sample_weights",
     "value_order",
     "velocity_tangent",
+    "vertical_slash",
+    "vertical_slash_overhead",
     "voxelize",
     "wanda_mask",
     "warmup_cosine",
@@ -679,6 +732,7 @@ __all__ = [
     "warmup_then_epoch_cosine",
     "wide_width",
     "width_factor",
+    "window_attention",
     "window_pattern",
     "zf_metrics",
 ]

@@ -9,6 +9,7 @@ import numpy as np
 
 from lit_methods.datamodules.fake import Arguments, Writer, text
 from lit_methods.datamodules.text.instructions import made_instructions
+from lit_methods.datamodules.text.long_tasks import DOCUMENT_TASKS
 
 
 def texts(root: Path, words: int = 400) -> None:
@@ -43,5 +44,21 @@ def _instructions(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, A
     return {"root": arguments["root"]}
 
 
-FAKES: dict[str, Writer] = {"InstructionDataModule": _instructions, "RepeatedTextDataModule": _text, "TextDataModule": _text}
+def _long_tasks(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Questions about short documents, with two choices where the kind has letters."""
+    for task in DOCUMENT_TASKS:
+        records = []
+        for number in range(sizes.get("train", 8)):
+            record = {"document": f"In house {number} lives a cat.", "question": f"Who lives in house {number}?", "answer": "a cat"}
+            records.append(record if task == "squad_f1" else {**record, "choices": ["a dog", "a cat"], "answer": "B"})
+        text(arguments["root"] / f"{task}.jsonl", "\n".join(json.dumps(record) for record in records))
+    return {"root": arguments["root"]}
+
+
+FAKES: dict[str, Writer] = {
+    "InstructionDataModule": _instructions,
+    "LongTasksDataModule": _long_tasks,
+    "RepeatedTextDataModule": _text,
+    "TextDataModule": _text,
+}
 __all__ = ["FAKES", "texts", "tokens"]

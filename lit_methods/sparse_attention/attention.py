@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_methods.sparse_attention.blocks import Implementation, all_pairs, block_attention, token_attention
+from lit_methods.sparse_attention.blocks import Implementation, KeptBlocks, all_pairs, block_attention, token_attention
 from lit_methods.sparse_attention.method import AttentionCall, SparseAttention
 
 NAME = "lit_methods_sparse"
 PHASES = ("prefill", "decode", "denoise")
+_SHOWN = 64  # steps of decoding that a picture shows
 _SLOT = "attention_function"
 _MARK = "_lit_methods_attention"
 _REFUSED = {"softcap": "capped scores", "s_aux": "attention sinks as parameters", "position_bias": "a bias of positions"}
@@ -59,7 +60,8 @@ class AttentionSwap:
     queries that look both ways are denoising. Padding before or behind the text is cut off before a method is asked.
 
     With :meth:`attach` it begins, with :meth:`detach` the model is as before. Between them :attr:`kept` and :attr:`full` count pairs of
-    query and key, by place. Gradients flow as through any attention; weights of attention aren't returned.
+    query and key, by place, and :attr:`shown` holds what was chosen last for the first layer and sample, for :meth:`picture`. Gradients
+    flow as through any attention; weights of attention aren't returned.
 
     Refuses, when the model runs: several new tokens at once on a cache, masks that are more than padding, dropout of attention, capped
     scores and the like.
@@ -80,6 +82,8 @@ class AttentionSwap:
         """Count from 0."""
         self.kept: dict[str, float | Tensor] = dict.fromkeys(PHASES, 0.0)
         self.full: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self.longest = 0  # most keys of a call
+        self.shown: dict[str, list[tuple[KeptBlocks | Tensor | None, int]]] = {phase: [] for phase in PHASES}
 
     def sparsity(self, phase: str) -> float | None:
         """1 - computed / all pairs of a place; None if nothing was computed there."""
@@ -184,16 +188,19 @@ class AttentionSwap:
         causal = phase != "denoise"
         full = heads * (m if phase == "decode" else all_pairs(n, m, causal))
         self.full[phase] += full
+        self.longest = max(self.longest, m)
         if phase == "decode":
             index = self._kept_tokens(m, call)
             if index is None:
                 index = self.method.decode(q, k, call)
+            self._show(phase, index, m, call)
             if index is None:
                 self.kept[phase] = self.kept[phase] + full
                 return _dense(q, k, v, call.scale, causal=False)
             self.kept[phase] = self.kept[phase] + (index >= 0).sum() * (q.shape[1] // index.shape[1])
             return token_attention(q, k, v, index, call.scale)
         kept = self.method.prefill(q, k, call) if causal else self.method.denoise(q, k, call)
+        self._show(phase, kept, m, call)
         if kept is None:
             self.kept[phase] = self.kept[phase] + full
             found = _dense(q, k, v, call.scale, causal)
@@ -206,6 +213,35 @@ class AttentionSwap:
             if index is not None:
                 self._cut[call.key] = index, m
         return found
+
+    def _show(self, phase: str, kept: KeptBlocks | Tensor | None, keys: int, call: AttentionCall) -> None:
+        if call.key != (0, 0):
+            return
+        if phase == "decode":
+            row = None if kept is None else kept[0].cpu()  # type: ignore[index]
+            self.shown[phase] = [*self.shown[phase][-_SHOWN + 1 :], (row, keys)]
+        else:
+            self.shown = {name: [] for name in PHASES}
+            if isinstance(kept, KeptBlocks):
+                columns = None if kept.columns is None else kept.columns[:1]
+                kept = KeptBlocks(kept.starts[:1], kept.query_block, kept.width, kept.causal, columns)
+            self.shown[phase] = [(kept, keys)]
+
+    def picture(self, phase: str) -> Tensor | None:
+        """(H, rows, keys) bool: what the first layer's heads kept of the last text, or in the last steps of decoding; None: nothing ran."""
+        shown = self.shown[phase]
+        if not shown:
+            return None
+        if phase == "decode":
+            most = shown[-1][1]
+            rows = [torch.ones(1, keys, dtype=torch.bool) if index is None else _marked(index, keys) for index, keys in shown]  # type: ignore[arg-type]
+            heads = max(len(row) for row in rows)
+            return torch.stack([torch.nn.functional.pad(row.expand(heads, -1), (0, most - row.shape[1])) for row in rows], 1)
+        kept, keys = shown[0]
+        if isinstance(kept, KeptBlocks):
+            return kept.mask(keys, keys)[0].cpu()
+        full = torch.ones(1, keys, keys, dtype=torch.bool)
+        return full.tril() if phase == "prefill" else full
 
     def _kept_tokens(self, keys: int, call: AttentionCall) -> Tensor | None:
         """What compression has left, and what came since."""
@@ -258,6 +294,12 @@ class AttentionSwap:
             ]
         self._checked = mask, causal, parts
         return parts
+
+
+def _marked(index: Tensor, keys: int) -> Tensor:
+    """(H, K) places, negative: none -> (H, keys) bool."""
+    marks = torch.zeros(len(index), keys + 1, dtype=torch.bool)
+    return marks.scatter_(1, torch.where(index >= 0, index, keys), True)[:, :keys]
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:

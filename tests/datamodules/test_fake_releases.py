@@ -35,6 +35,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         for name in ("scribblekitti", "semanticposs", "semanticstf", "synlidar", "rellis3d", "daps3d", "synth4d")
     ),
     ("KittiStyleDataModule", {"mode": "semi_supervised", "label_fraction": 25}),
+    ("LongTasksDataModule", {"task": "quality"}),
     ("NuScenesDataModule", {"mode": "segment", "version": "v1.0-mini"}),
     ("NuScenesDataModule", {"mode": "semi_supervised", "label_fraction": 1, "neighbours": 1}),
     ("OrganSlicesDataModule", {"name": "synapse"}),

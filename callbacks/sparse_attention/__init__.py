@@ -1,0 +1,1 @@
+"""Callbacks that put sparse attention into models."""
