@@ -88,12 +88,16 @@ class ThroughputProgressBar(RichProgressBar):
     def on_denoise_step(self, index: int, steps: int) -> None:
         """Show how far a generation by denoising has come, beside the batches of an evaluation or a prediction.
 
+        Plain lines leave it out while a model trains.
+
         Args:
             index: Step that comes next, from 0.
             steps: How many there are.
         """
         if self.plain:
-            if self._shown and time.monotonic() - self._line_at >= self.log_seconds:
+            trainer = getattr(self, "_trainer", None)
+            training = trainer is not None and trainer.state.fn == "fit"
+            if self._shown and not training and time.monotonic() - self._line_at >= self.log_seconds:
                 print(f"denoising step {index + 1}/{steps}", flush=True)
                 self._line_at = time.monotonic()
         elif self.progress is not None:
