@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from helpers import left_behind, run_two_processes, tiny_trainer
 from lit_methods import SlidingWindow, SparseD, SparseDAttention, StreamingLLM
-from lit_methods.callbacks import ExactResume
 from lit_methods.datamodules import RepeatedTextDataModule
+from lit_methods.datamodules.text.text import made_up_text
 from lit_methods.sparse_attention.blocks import masked_attention
 from lit_methods.sparse_attention.method import SparseAttention
 from lit_methods.tasks.language.denoising import llada_generate
@@ -264,18 +264,19 @@ def test_what_does_not_fit_is_refused():
         SparseDAttention(implementation="other")
 
 
-def two():
-    trainer = tiny_trainer(
-        callbacks=[SparseDAttention(SparseD(block_size=4)), ExactResume()], devices=2, strategy="ddp", limit_val_batches=1.0
-    )
-    trainer.validate(model(), datamodule=data(batch_size=2), verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items() if "seconds" not in name}
+def measured(root, **trainer):
+    found = tiny_trainer(callbacks=[SparseDAttention(SparseD(block_size=4))], limit_val_batches=1.0, **trainer)
+    found.validate(model(), datamodule=data(root=root, batch_size=4 // trainer.get("devices", 1)), verbose=False)
+    return {name: float(value) for name, value in found.callback_metrics.items() if "seconds" not in name}
 
 
-def test_two_processes_log_what_one_does():
-    one = tiny_trainer(callbacks=[SparseDAttention(SparseD(block_size=4))], limit_val_batches=2)
-    one.validate(model(), datamodule=data(batch_size=4), verbose=False)
-    first, second = run_two_processes(two)
-    assert first == second
-    for name in ("agreement", "computed", "kept", "similarity", "head_similarity"):
-        assert first[f"sparsed/val_{name}"] == pytest.approx(float(one.callback_metrics[f"sparsed/val_{name}"]), abs=1e-5), name
+def two(root):
+    return measured(root, devices=2, strategy="ddp")
+
+
+def test_two_processes_log_what_one_does(tmp_path):
+    (tmp_path / "text.txt").write_text(made_up_text(400)[:4000])  # 8 texts for validation
+    one = measured(tmp_path / "text.txt")
+    first, second = run_two_processes(two, tmp_path / "text.txt")
+    assert first == second == pytest.approx(one, abs=1e-5)
+    assert {f"sparsed/val_{name}" for name in ("agreement", "computed", "kept", "similarity", "head_similarity")} <= set(one)

@@ -148,7 +148,7 @@ class MaskedDiffusionLM(Evaluated):
         size = getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None)
         own: int = self.model.config.vocab_size  # type: ignore[union-attr,assignment]
         if size is not None and size > own - self._free_mask:
-            also = " and one for the mask" if self._free_mask else ""
+            also = ", the mask included" if self._free_mask else ""
             raise ValueError(
                 f"the data have {size} different tokens, the model {own}: set config.vocab_size to {size + self._free_mask}{also}"
             )
