@@ -80,11 +80,11 @@ def denoising_model(name_or_path: str | None, config: Mapping[str, Any] | None) 
         kind = settings.pop("model_type", None)
         if kind not in masked and kind not in causal:
             raise ValueError(f"config.model_type is {kind!r}: give a masked or causal model of transformers, such as modernbert or llama")
-        auto = transformers.AutoModelForMaskedLM if kind in masked else transformers.AutoModelForCausalLM
+        kind_of_model: Any = transformers.AutoModelForMaskedLM if kind in masked else transformers.AutoModelForCausalLM
         try:
             wanted = transformers.AutoConfig.for_model(kind, **settings)
             _without_causal_mask(wanted)
-            model = auto.from_config(wanted, dtype=torch.float32)
+            model = kind_of_model.from_config(wanted, dtype=torch.float32)
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"config is {dict(config)}, which transformers can't build: {error}. Numbers of special tokens must lie below vocab_size"
@@ -92,7 +92,8 @@ def denoising_model(name_or_path: str | None, config: Mapping[str, Any] | None) 
         return _denoiser(model, wanted, kind in causal and kind not in masked, shift=False)
     assert name_or_path is not None
     given = f"name_or_path={name_or_path!r}"
-    place, options = place_of(name_or_path, given)
+    place, found = place_of(name_or_path, given)
+    options: dict[str, Any] = dict(found)
     instead = "give the folder of a masked or causal language model (config.json and weights)"
     kind = _kind(place)
     if kind in ("llada", "Dream"):
@@ -105,7 +106,7 @@ def denoising_model(name_or_path: str | None, config: Mapping[str, Any] | None) 
     if wanted.model_type not in masked and wanted.model_type not in causal:
         raise ValueError(f"{given} is a {wanted.model_type}: {instead}")
     _without_causal_mask(wanted)
-    auto = transformers.AutoModelForMaskedLM if wanted.model_type in masked else transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForMaskedLM if wanted.model_type in masked else transformers.AutoModelForCausalLM
     model, report = fetch(
         lambda: auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True, **options),
         place,

@@ -8,7 +8,8 @@ Dream's, predicts the token that follows: put :func:`shifted_right` behind it.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ Confidence = Literal["maskgit_plus", "topk_margin", "entropy"]
 LEAST_RATE = 1e-3  # of masking: the weight 1 / p stays finite (mem)
 
 
-class DenoisingStep(NamedTuple):
+@dataclass(frozen=True)
+class DenoisingStep:
     """A run of the model in a generation.
 
     Attributes:
