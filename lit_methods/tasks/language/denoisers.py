@@ -75,16 +75,19 @@ def denoising_model(name_or_path: str | None, config: Mapping[str, Any] | None) 
         )
     masked = transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    def auto(kind: str) -> Any:
+        return transformers.AutoModelForMaskedLM if kind in masked else transformers.AutoModelForCausalLM
+
     if config is not None:
         settings = dict(config)
         kind = settings.pop("model_type", None)
         if kind not in masked and kind not in causal:
             raise ValueError(f"config.model_type is {kind!r}: give a masked or causal model of transformers, such as modernbert or llama")
-        kind_of_model: Any = transformers.AutoModelForMaskedLM if kind in masked else transformers.AutoModelForCausalLM
         try:
             wanted = transformers.AutoConfig.for_model(kind, **settings)
             _without_causal_mask(wanted)
-            model = kind_of_model.from_config(wanted, dtype=torch.float32)
+            model = auto(kind).from_config(wanted, dtype=torch.float32)
         except (AssertionError, TypeError, ValueError) as error:
             raise ValueError(
                 f"config is {dict(config)}, which transformers can't build: {error}. Numbers of special tokens must lie below vocab_size"
@@ -106,13 +109,12 @@ def denoising_model(name_or_path: str | None, config: Mapping[str, Any] | None) 
     if wanted.model_type not in masked and wanted.model_type not in causal:
         raise ValueError(f"{given} is a {wanted.model_type}: {instead}")
     _without_causal_mask(wanted)
-    auto: Any = transformers.AutoModelForMaskedLM if wanted.model_type in masked else transformers.AutoModelForCausalLM
     model, report = fetch(
-        lambda: auto.from_pretrained(place, dtype=torch.float32, output_loading_info=True, **options),
+        lambda: auto(wanted.model_type).from_pretrained(place, dtype=torch.float32, output_loading_info=True, **options),
         place,
         given=given,
         instead=instead,
-        blank=lambda: (auto.from_config(wanted, dtype=torch.float32), {"missing_keys": ()}),
+        blank=lambda: (auto(wanted.model_type).from_config(wanted, dtype=torch.float32), {"missing_keys": ()}),
     )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{given} lacks {len(missing)} of the model's weights, such as {missing[0]}: {instead}")
