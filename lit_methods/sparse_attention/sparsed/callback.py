@@ -120,7 +120,13 @@ class SparseD(BlockPattern):
         self._modes: list[int] = [0]
 
     def begin_step(self, index: int, steps: int, new_tokens: int) -> None:
-        """See the base."""
+        """Say which step comes next; the first one also makes the schedule of all.
+
+        Args:
+            index: i in [0, S).
+            steps: S.
+            new_tokens: Tokens of the answer, at the end of the text.
+        """
         super().begin_step(index, steps, new_tokens)
         if index == 0:
             self._modes = step_modes(steps, self.skip).tolist()
