@@ -27,6 +27,7 @@ class Recipe:
         prepare: Writes the weights that stand in for released ones.
         first: Arguments of a run whose checkpoint this one starts from; it is put in place of ``{first}``.
         needs: Libraries without which it is left out.
+        evaluated: It is for ``lit test`` alone: a test is run, nothing is trained.
         meta: It is too large for this machine: the whole network goes up to the first step on the meta device, and what is run is the
             file with a smaller network (``replaced``).
     """
@@ -38,6 +39,7 @@ class Recipe:
     first: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     meta: bool = False
+    evaluated: bool = False
 
 
 # ---- stand-ins for released weights ----------------------------------------------------------------------------------------------------
@@ -303,6 +305,17 @@ RECIPES: dict[str, Recipe] = {
     ),
     "slct_celebahq": LATENTS,
     "slct_celebahq_dit": LATENTS,
+    "sparse_frontier_qwen": Recipe(
+        {
+            "name_or_path: /models/qwen2.5-7b-instruct": "name_or_path: {work}/llama",
+            "tokenizer: /models/qwen2.5-7b-instruct": "tokenizer: null",
+        },
+        words=("--data.init_args.length=2048", "--data.init_args.samples=2", "--model.init_args.max_new_tokens=8"),
+        why="2 prompts of 2,048 bytes, replies of 8: 16,384 tokens take minutes on two cores",
+        prepare=lambda work: llama(work, vocab_size=256),
+        needs=("transformers",),
+        evaluated=True,
+    ),
     "sparse_ift_cifar": Recipe(),
     "sparse_ift_imagenet": batch(8),
     "sparseland_resnet50": batch(8),

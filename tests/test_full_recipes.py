@@ -89,6 +89,10 @@ def start(name: str, work: Path) -> None:
         run(["fit", "--config", str(file), *laptop, *recipe.words, *recipe.first, *words], work, env)
         first = only_run(work / "before" / name) / "checkpoints" / "last.ckpt"
     file = written(name, recipe, work, first=first)
+    if recipe.evaluated:
+        said = run(["test", "--config", str(file), *laptop, *recipe.words], work, env)
+        assert (only_run(work / "runs" / name) / "metrics.jsonl").is_file(), said[-1000:]
+        return
     limits = ["--trainer.limit_val_batches=1"]
     steps = ["--trainer.max_steps=2", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
     keep = ["--trainer.callbacks.save_top_k=-1", "--trainer.callbacks.save_last=true"]

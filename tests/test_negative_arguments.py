@@ -37,6 +37,7 @@ def parts(name: str) -> dict[str, Any]:
     """Arguments that must be given: of one class, or by their names."""
     special: dict[str, dict[str, Any]] = {
         "CausalLM": {"config": {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}},
+        "LongContextLM": {"config": {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}},
         "CoPrompt": {"towers": TinyTowers(pretrain_steps=0), "depth": 1},
         "EPGFinetune": {"encoder": PixelMLPEncoder(width=8), "decoder": PixelMLPDecoder(width=8, encoder_width=8), "num_classes": 3},
         "EPGPretrain": {"encoder": PixelMLPEncoder(width=8)},

@@ -308,13 +308,15 @@ class LongTexts(Samples):
 class LongTasksDataModule(LoaderDataModule):
     """Questions about long texts, of The Sparse Frontier's nine kinds, made to a length.
 
-    Batch: {"prompt_ids": (B, L) int64, "prompt_mask": (B, L) int64, "task": a list of B names, "answer": a list of B texts}
+    Batch: {"input_ids": (B, L) int64, "labels": (B, L) int64}
 
-    Prompts are filled up at their front, where the mask is 0. In training a batch is ``input_ids`` and ``labels`` (B, L) int64, with the
-    answer behind the prompt; labels are the tokens that follow, -100 in the prompt. Six kinds are made: ``ruler_niah``, ``ruler_vt``, ``ruler_cwe``,
-    ``story_retrieval``, ``story_multihop``, ``story_filtering``. ``squad_f1``, ``quality`` and ``toefl`` read ``root``: a file
-    ``<task>.jsonl`` with ``{"document": ..., "question": ..., "answer": ..., "choices": [...]}`` a line, ``choices`` where the answer is
-    a letter.
+    In training the answer stands behind the prompt; labels are the tokens that follow, -100 in the prompt. In validation, test and predict
+    a batch is ``prompt_ids`` and ``prompt_mask`` (B, L) int64, filled up at their front, where the mask is 0, and lists of B texts,
+    ``task`` and ``answer``.
+
+    Six kinds are made: ``ruler_niah``, ``ruler_vt``, ``ruler_cwe``, ``story_retrieval``, ``story_multihop``, ``story_filtering``.
+    ``squad_f1``, ``quality`` and ``toefl`` read ``root``: a file ``<task>.jsonl`` with ``{"document": ..., "question": ..., "answer": ...,
+    "choices": [...]}`` a line, ``choices`` where the answer is a letter.
 
     Args:
         task: Kind of question.

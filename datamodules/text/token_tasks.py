@@ -24,8 +24,8 @@ class TokenTasks(Samples):
         samples: How many.
         lengths: Each sample has one of these lengths, the questions included.
         questions: Tokens that ask.
-        keys: Different keys; tokens 2 to keys + 1.
-        values: Different values; the tokens behind the keys.
+        keys: Different keys K; as questions tokens 2 to K + 1.
+        values: Different values V; as answers the V tokens behind the keys. Facts are the K V tokens behind these.
         seed: Decides everything, with epoch and index.
         fresh: Whether an epoch has other samples than the one before.
     """
@@ -51,11 +51,11 @@ class TokenTasks(Samples):
         """One sample."""
         rng = np.random.default_rng([self.seed, epoch if self.fresh else 0, index])
         task = self.tasks[rng.integers(len(self.tasks))]
-        pairs = (self.lengths[rng.integers(len(self.lengths))] - self.questions) // 2
+        pairs = self.lengths[rng.integers(len(self.lengths))] - self.questions
         repeats = 1 if task == "retrieval" else REPEATS
         known, others = np.split(rng.permutation(self.keys)[: pairs // repeats + pairs % repeats], [pairs // repeats])
         answer = rng.integers(self.values, size=len(known))
-        if task == "counting":  # one value stands in a quarter of the pairs, the others are even
+        if task == "counting":  # one value stands in a quarter of the facts, the others are even
             key = rng.integers(self.keys, size=pairs)
             often = rng.integers(self.values)
             value = np.where(rng.random(pairs) < 0.25, often, rng.integers(self.values, size=pairs))
@@ -69,7 +69,7 @@ class TokenTasks(Samples):
             key, value = key[order], value[order]
             pick = rng.integers(len(known), size=self.questions)
             ask, wanted = known[pick] + 2, answer[pick] + self.keys + 2
-        text = np.stack([key + 2, value + self.keys + 2], 1).ravel()
+        text = 2 + self.keys + self.values + key * self.values + value
         tokens = np.concatenate([text, ask])
         labels = np.concatenate([np.full(len(text), IGNORED), wanted])
         return {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels)}
@@ -96,11 +96,11 @@ class TokenTasksDataModule(LoaderDataModule):
 
     Batch: {"input_ids": (B, L) int64, "labels": (B, L) int64, "attention_mask": (B, L) int64}
 
-    A text is pairs of a key and a value; questions are the tokens at its end, and the label there is the answer. All other labels are
-    -100. Shorter texts are filled up at their front with token 0, where the mask is 0.
+    A text is facts, each a token that stands for a key and a value; questions are the tokens at its end, and the label there is the answer.
+    All other labels are -100. Shorter texts are filled up at their front with token 0, where the mask is 0.
 
     - ``retrieval``: each key stands there once; a question is a key, the answer its value. As The Sparse Frontier's needles.
-    - ``majority``: each key stands in three pairs, two of them with the same value, which is the answer.
+    - ``majority``: each key stands in three facts, two of them with the same value, which is the answer.
     - ``counting``: a question is token 1, the answer the most common value. As its common words.
 
     Args:
@@ -129,12 +129,12 @@ class TokenTasksDataModule(LoaderDataModule):
         self,
         tasks: Sequence[Task] = TASKS,
         eval_task: Task | None = None,
-        length: int = 128,
+        length: int = 68,
         train_lengths: Sequence[int] | None = None,
-        questions: int = 32,
+        questions: int = 16,
         eval_questions: int = 4,
         keys: int = 64,
-        values: int = 16,
+        values: int = 8,
         num_train: int = 3200,
         num_val: int = 200,
         batch_size: int = 32,
@@ -150,14 +150,14 @@ class TokenTasksDataModule(LoaderDataModule):
         at_least(2, "tokens", keys=keys, values=values)
         for asked, places in ((questions, lengths), (eval_questions, (length,))):
             for own in places:
-                pairs = (own - asked) // 2
-                if pairs < REPEATS or (own - asked) % 2 or pairs > keys:
+                if not REPEATS <= own - asked <= keys:
                     raise ValueError(
-                        f"a text of {own} tokens with {asked} questions leaves {own - asked} for pairs: give an even number from "
-                        f"{2 * REPEATS} to {2 * keys}, twice the keys"
+                        f"a text of {own} tokens with {asked} questions leaves {own - asked} for facts: it must be {REPEATS} to {keys}, "
+                        "the number of keys"
                     )
         self.save_hyperparameters()
-        self.tasks, self.eval_tasks, self.vocab_size = tuple(tasks), tuple(tasks) if eval_task is None else (eval_task,), keys + values + 2
+        self.tasks, self.eval_tasks = tuple(tasks), tuple(tasks) if eval_task is None else (eval_task,)
+        self.vocab_size = 2 + keys + values + keys * values
         self.length, self.lengths, self.questions, self.eval_questions = length, lengths, questions, eval_questions
         self.keys, self.values, self.num_train, self.num_val = keys, values, num_train, num_val
 

@@ -328,6 +328,9 @@ def _dispatch(
         raise ValueError(
             f"{type(module).__name__} drops attention weights ({dropout}): sparse attention can't; set the dropout to 0, or evaluate"
         )
+    window = kwargs.get("sliding_window")
+    if window is not None and key.shape[2] > window:
+        raise ValueError(f"{type(module).__name__} sees a window of {window} keys and there are {key.shape[2]}: leave this layer out")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     found = swap.attention(query, key, value, layer, scale, causal, attention_mask)

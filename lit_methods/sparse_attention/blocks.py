@@ -205,7 +205,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, kept: KeptBlocks, scale: float | N
     columns, singles = _front(columns, keys)
     padded = F.pad(q, (0, 0, 0, blocks * size - length)).reshape(batch * heads * blocks, size, width)
     flat_k, flat_v = k.reshape(-1, width), v.reshape(-1, v.shape[3])
-    result = v.new_empty(len(padded), size, v.shape[3])
+    result = v.new_zeros(len(padded), size, v.shape[3])
     step = torch.arange(kept.width, device=q.device)
     inside = torch.arange(size, device=q.device)
     for rows, most_ranges, most_singles in _chunks(ranges * kept.width + singles, ranges, singles, width, q.is_cuda):
@@ -236,21 +236,17 @@ def _front(entries: Tensor, keys: int) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(totals: Tensor, ranges: Tensor, singles: Tensor, width: int, cuda: bool) -> Iterator[tuple[Tensor, int, int]]:
-    """Rows that are computed together, and the largest numbers of ranges and of single keys among them; rows without a key, too."""
+    """Rows that are computed together, and the largest numbers of ranges and of single keys among them; rows without a key are left out."""
     order = totals.argsort()
-    limit = (_CHUNK_DEVICE if cuda else _CHUNK) // max(width, 1)
     counts = totals[order].tolist()
-    first = 0
+    limit = (_CHUNK_DEVICE if cuda else _CHUNK) // width
+    first = counts.count(0)
     while first < len(counts):
         last = first + 1
         while last < len(counts) and counts[last] * (last + 1 - first) <= limit:
             last += 1
         rows = order[first:last]
-        most_ranges = int(ranges[rows].max())
-        most_singles = int(singles[rows].max())
-        if most_ranges + most_singles == 0:
-            most_singles, most_ranges = (0, 1) if ranges.numel() else (0, 0)
-        yield rows, most_ranges, most_singles
+        yield rows, int(ranges[rows].max()), int(singles[rows].max())
         first = last
 
 

@@ -76,6 +76,13 @@ def test_only_kept_keys_are_read() -> None:
     assert not found[:, :, 32:48].any()
 
 
+def test_blocks_without_a_key_give_nothing() -> None:
+    q = drawn(1, 2, 20, 4)
+    kept = KeptBlocks.from_mask(torch.zeros(1, 1, 3, 3, dtype=torch.bool), 8, causal=True)
+    assert not block_attention(q, q, q, kept).any()
+    assert not kept.pairs(20, 20).any()
+
+
 def test_gradients_reach_queries_keys_and_values() -> None:
     values = [drawn(2, heads, 40, 8, seed=heads).requires_grad_() for heads in (4, 2, 2)]
     kept = some_blocks(4, 40, True, True)

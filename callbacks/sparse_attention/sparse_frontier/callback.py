@@ -18,6 +18,7 @@ from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
 from lit_methods.sparse_attention.attention import PHASES
 from lit_methods.sparse_attention.blocks import Implementation
 from lit_methods.sparse_attention.method import SparseAttention
+from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="sparse_frontier",
@@ -76,8 +77,8 @@ class SparseAttentionCallback(AttentionCallback):
         ImagePanel("Keys that are kept", "sparse_frontier/kept", note="First layer, first text: a row is a query, a column a key."),
         Curve(
             "Pairs of query and key that aren't computed",
-            tuple(f"sparse_frontier/{part}_{phase}_sparsity" for part in ("val", "test") for phase in PHASES),
-            note="As a share of those of full attention.",
+            tuple(f"sparse_frontier/{part}_{phase}_sparsity" for part in ("val", "test") for phase in (*PHASES, "executed")),
+            note="As a share of those of full attention; executed: in whole blocks and cells, as a kernel computes a prefill.",
         ),
     )
 
@@ -103,6 +104,12 @@ class SparseAttentionCallback(AttentionCallback):
         """Log, and keep what the dashboard shows."""
         found = super().log_sparsities(pl_module, part)
         if self.swap is not None:
+            noted = torch.stack(
+                [torch.zeros(2, dtype=torch.float64), *(torch.stack([one, torch.ones_like(one)]) for one in self._executed())]
+            )
+            total, count = distributed.sum_over_ranks(noted.cpu().sum(0)).tolist()
+            if count:
+                log_global(pl_module, {f"{self.prefix}/{part}_executed_sparsity": total / count})
             self.longest = int(distributed.gather_rows(torch.tensor([self.swap.longest]), with_grad=False).max())
             pictures = {phase: self.swap.picture(phase) for phase in PHASES}
             phase = next((own for own in ("decode", *PHASES) if pictures[own] is not None and found.get(own, 0) != 0), "prefill")
@@ -111,6 +118,9 @@ class SparseAttentionCallback(AttentionCallback):
                 name = type(self.method).__name__
                 self._media = {"sparse_frontier/kept": ImageMedia(kept_picture(picture), f"Keys that {name} keeps, one square per head")}
         return found
+
+    def _executed(self) -> list[Tensor]:
+        return [one.double() for one in getattr(self.method, "executed", [])]
 
     def dashboard_media(self) -> dict[str, Media]:
         """Which keys the heads of the first layer saw."""

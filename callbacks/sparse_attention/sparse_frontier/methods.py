@@ -15,7 +15,18 @@ from lit_methods.sparse_attention.method import AttentionCall, SparseAttention
 
 
 class FrontierMethod(SparseAttention):
-    """Base of the six: what the choice itself costs."""
+    """Base of the six: what is executed, and what the choice itself costs.
+
+    Attributes:
+        executed: 1 - executed / all pairs of each prefill, as the authors count: whole cells or blocks, mean of the heads.
+    """
+
+    def __init__(self) -> None:
+        self.executed: list[Tensor] = []
+
+    def start(self) -> None:
+        """Count anew."""
+        self.executed = []
 
     def prefill_overhead(self, shape: core.ModelShape, length: int, batch: int) -> float:
         """Operations of choosing, in the prefill of ``batch`` texts."""
@@ -26,7 +37,21 @@ class FrontierMethod(SparseAttention):
         return 0.0
 
 
-class VerticalSlash(FrontierMethod):
+class _Slashes(FrontierMethod):
+    """What VerticalSlash and FlexPrefill share."""
+
+    def choose(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Keys and distances."""
+        raise NotImplementedError
+
+    def prefill(self, q: Tensor, k: Tensor, call: AttentionCall) -> KeptBlocks:
+        """Ranges of 64 keys, and single ones."""
+        kept = core.slash_blocks(*self.choose(q, k, call.scale), q.shape[2])
+        self.executed.append(core.cell_sparsity(kept, q.shape[2]).mean())
+        return kept
+
+
+class VerticalSlash(_Slashes):
     """Prefill: the keys, and the distances of query to key, that get most attention of the last queries; decoding is dense.
 
     Args:
@@ -39,21 +64,22 @@ class VerticalSlash(FrontierMethod):
     """
 
     def __init__(self, verticals: int = 315, slashes: int = 315, window: int = 256) -> None:
+        super().__init__()
         checks.at_least(core.FIRST, "keys: the first 4 are always kept", verticals=verticals)
         checks.at_least(core.CELL, "distances: 0 to 63 are always kept", slashes=slashes)
         checks.at_least(1, "queries", window=window)
         self.verticals, self.slashes, self.window = verticals, slashes, window
 
-    def prefill(self, q: Tensor, k: Tensor, call: AttentionCall) -> KeptBlocks:
-        """Ranges of 64 keys, and single ones."""
-        return core.slash_blocks(*core.vertical_slash(q, k, self.verticals, self.slashes, self.window, call.scale), q.shape[2])
+    def choose(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """The same numbers for each head."""
+        return core.vertical_slash(q, k, self.verticals, self.slashes, self.window, scale)
 
     def prefill_overhead(self, shape: core.ModelShape, length: int, batch: int) -> float:
         """By the paper's formula."""
         return core.vertical_slash_overhead(shape, length, self.window, self.verticals, self.slashes, batch)
 
 
-class FlexPrefill(FrontierMethod):
+class FlexPrefill(_Slashes):
     """Prefill: as VerticalSlash, but each head and text takes as many keys and distances as it needs.
 
     Args:
@@ -66,14 +92,15 @@ class FlexPrefill(FrontierMethod):
     """
 
     def __init__(self, alpha: float = 0.0, min_budget: int = 315, window: int = 256) -> None:
+        super().__init__()
         checks.share(alpha=alpha)
         checks.at_least(core.CELL, "distances: 0 to 63 are always kept", min_budget=min_budget)
         checks.at_least(1, "queries", window=window)
         self.alpha, self.min_budget, self.window = alpha, min_budget, window
 
-    def prefill(self, q: Tensor, k: Tensor, call: AttentionCall) -> KeptBlocks:
-        """Ranges of 64 keys, and single ones."""
-        return core.slash_blocks(*core.flexprefill(q, k, self.alpha, self.min_budget, self.window, call.scale), q.shape[2])
+    def choose(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """More for some heads than for others."""
+        return core.flexprefill(q, k, self.alpha, self.min_budget, self.window, scale)
 
     def prefill_overhead(self, shape: core.ModelShape, length: int, batch: int) -> float:
         """By the paper's formula for VerticalSlash, with the least budget: what a text takes isn't known before."""
@@ -86,19 +113,25 @@ class BlockSparse(FrontierMethod):
     Args:
         block: Tokens of a block.
         top: Blocks of keys for a block of queries: itself, the one before it, and the first always among them.
+        sparsity: Instead of ``top``, as a share of the pairs of blocks in [0, 1): for each text as few blocks as don't exceed it.
 
     Raises:
-        ValueError: A number below 1 or 3.
+        ValueError: A value outside its range.
     """
 
-    def __init__(self, block: int = 16, top: int = 53) -> None:
+    def __init__(self, block: int = 16, top: int = 53, sparsity: float | None = None) -> None:
+        super().__init__()
         checks.at_least(1, "tokens", block=block)
         checks.at_least(3, "blocks: the first, the last and the one before it are always kept", top=top)
-        self.block, self.top = block, top
+        checks.within("[0, 1)", "a share of the pairs", sparsity=sparsity)
+        self.block, self.top, self.sparsity = block, top, sparsity
 
     def prefill(self, q: Tensor, k: Tensor, call: AttentionCall) -> KeptBlocks:
         """Blocks on a grid."""
-        return core.chosen_blocks(core.block_sparse(q, k, self.block, self.top), self.block, q.shape[2])
+        blocks = -(-q.shape[2] // self.block)
+        top = self.top if self.sparsity is None else core.blocks_for_sparsity(blocks, self.sparsity)
+        self.executed.append(torch.tensor(core.block_sparsity(blocks, top), dtype=torch.float64))
+        return core.chosen_blocks(core.block_sparse(q, k, self.block, top), self.block, q.shape[2])
 
 
 class SnapKV(FrontierMethod):
@@ -116,6 +149,7 @@ class SnapKV(FrontierMethod):
     """
 
     def __init__(self, capacity: int = 1638, window: int = 256, kernel: int = 21, local: int = 128, prefix: int = 4) -> None:
+        super().__init__()
         checks.at_least(1, window=window, kernel=kernel)
         checks.at_least(0, "keys", local=local, prefix=prefix)
         if kernel % 2 == 0:
@@ -173,6 +207,7 @@ class Quest(FrontierMethod):
     """
 
     def __init__(self, page: int = 16, budget: int = 1632, share: bool = True) -> None:
+        super().__init__()
         checks.at_least(1, "tokens", page=page)
         if budget < page or budget % page:
             raise ValueError(f"budget is {budget}: it must be a multiple of page={page}, and at least one page")
@@ -181,6 +216,7 @@ class Quest(FrontierMethod):
 
     def start(self) -> None:
         """Forget all pages."""
+        super().start()
         self._bounds = {}
 
     def compress(self, q: Tensor, k: Tensor, call: AttentionCall) -> None:

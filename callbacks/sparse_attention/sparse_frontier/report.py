@@ -181,7 +181,8 @@ class IsoCostReport(OrderedCallback):
             raise ValueError(f"metric={self.metric!r} isn't logged: there are {', '.join(sorted(figures)) or 'none'}")
         sparsity = {phase: float(figures.get(f"{callback.prefix}/{part}_{phase}_sparsity", 0.0)) for phase in ("prefill", "decode")}
         shape, length, method = model_shape(pl_module), max(callback.longest, 1), callback.method
-        prefill = core.prefill_flops(shape, length, 1 - sparsity["prefill"], self.batch)
+        executed = float(figures.get(f"{callback.prefix}/{part}_executed_sparsity", sparsity["prefill"]))
+        prefill = core.prefill_flops(shape, length, 1 - executed, self.batch)
         decode = core.decode_weights(shape) + core.decode_cache(shape, length, 1 - sparsity["decode"], self.batch)
         if isinstance(method, FrontierMethod):
             prefill += method.prefill_overhead(shape, length, self.batch)
