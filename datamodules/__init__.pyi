@@ -31,6 +31,7 @@ from .segmentation.organs import OrganSlicesDataModule as OrganSlicesDataModule
 from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule
 from .text.instructions import InstructionDataModule as InstructionDataModule
 from .text.long_tasks import LongTasksDataModule as LongTasksDataModule
+from .text.repeated import RepeatedTextDataModule as RepeatedTextDataModule
 from .text.text import TextDataModule as TextDataModule
 from .text.token_tasks import TokenTasksDataModule as TokenTasksDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule

@@ -48,6 +48,10 @@ from .semi.fixmatch import FixMatch as FixMatch
 from .semi.shrinkmatch.module import ShrinkMatch as ShrinkMatch
 from .semi.simmatchv2.module import SimMatchV2 as SimMatchV2
 from .semi.simmatchv2.propagation_probe import PropagationProbe as PropagationProbe
+from .sparse_attention.sparsed.callback import SlidingWindow as SlidingWindow
+from .sparse_attention.sparsed.callback import SparseD as SparseD
+from .sparse_attention.sparsed.callback import SparseDAttention as SparseDAttention
+from .sparse_attention.sparsed.callback import StreamingLLM as StreamingLLM
 from .sparse_autoencoders.abstopk.module import AbsTopK as AbsTopK
 from .sparse_autoencoders.module import SparseAutoencoder as SparseAutoencoder
 from .sparse_autoencoders.top_afa.module import TopAFA as TopAFA
@@ -59,6 +63,7 @@ from .tasks.imbalanced_regression.networks import DenseFeatures as DenseFeatures
 from .tasks.imbalanced_regression.networks import SentencePairEncoder as SentencePairEncoder
 from .tasks.language.causal_lm import CausalLM as CausalLM
 from .tasks.language.long_context import LongContextLM as LongContextLM
+from .tasks.language.masked_diffusion import MaskedDiffusionLM as MaskedDiffusionLM
 from .tasks.metric_learning.losses import ProxySoftmax as ProxySoftmax
 from .tasks.metric_learning.module import MetricLearning as MetricLearning
 from .tasks.metric_learning.opis import OPIS as OPIS

@@ -336,6 +336,15 @@ from lit_methods.semi.simmatchv2.core import finite_or_zero as finite_or_zero
 from lit_methods.semi.simmatchv2.core import node_edge_loss as node_edge_loss
 from lit_methods.semi.simmatchv2.core import node_node_loss as node_node_loss
 from lit_methods.semi.simmatchv2.core import propagate as propagate
+from lit_methods.sparse_attention.sparsed.core import attention_block_mask as attention_block_mask
+from lit_methods.sparse_attention.sparsed.core import blocks_to_keep as blocks_to_keep
+from lit_methods.sparse_attention.sparsed.core import first_generation_block as first_generation_block
+from lit_methods.sparse_attention.sparsed.core import pattern_similarity as pattern_similarity
+from lit_methods.sparse_attention.sparsed.core import select_blocks as select_blocks
+from lit_methods.sparse_attention.sparsed.core import selection_step as selection_step
+from lit_methods.sparse_attention.sparsed.core import sparsed_pattern as sparsed_pattern
+from lit_methods.sparse_attention.sparsed.core import step_modes as step_modes
+from lit_methods.sparse_attention.sparsed.core import window_pattern as window_pattern
 from lit_methods.sparse_autoencoders.abstopk.core import ablate_direction as ablate_direction
 from lit_methods.sparse_autoencoders.abstopk.core import add_direction as add_direction
 from lit_methods.sparse_autoencoders.abstopk.core import clamp_feature as clamp_feature
@@ -358,6 +367,12 @@ from lit_methods.tasks.imbalanced_regression.losses import regression_loss as re
 from lit_methods.tasks.imbalanced_regression.metrics import shot_metrics as shot_metrics
 from lit_methods.tasks.imbalanced_regression.weights import label_weights as label_weights
 from lit_methods.tasks.language.causal_lm import token_losses as token_losses
+from lit_methods.tasks.language.denoising import dream_generate as dream_generate
+from lit_methods.tasks.language.denoising import llada_generate as llada_generate
+from lit_methods.tasks.language.denoising import mask_tokens as mask_tokens
+from lit_methods.tasks.language.denoising import masked_diffusion_loss as masked_diffusion_loss
+from lit_methods.tasks.language.denoising import masking_rates as masking_rates
+from lit_methods.tasks.language.denoising import shifted_right as shifted_right
 from lit_methods.tasks.language.scaling_law import fit_scaling_law as fit_scaling_law
 from lit_methods.tasks.metric_learning.losses import proxy_softmax as proxy_softmax
 from lit_methods.tasks.metric_learning.opis import calibration_range as calibration_range
@@ -394,6 +409,7 @@ __all__ = [
     "alternating_codes",
     "annealed_beta",
     "ast_momentum",
+    "attention_block_mask",
     "attention_flops",
     "attention_with_tangent",
     "attribute_sums",
@@ -413,6 +429,7 @@ __all__ = [
     "block_sparse",
     "block_sparsity",
     "blocks_for_sparsity",
+    "blocks_to_keep",
     "blockwise_attention",
     "boundary_scalings",
     "calibration_range",
@@ -471,6 +488,7 @@ __all__ = [
     "doubling_stage_length",
     "draw_block_masks",
     "draw_sample",
+    "dream_generate",
     "drop_below_threshold",
     "drop_smallest",
     "dsnot_nm",
@@ -508,6 +526,7 @@ __all__ = [
     "finalized_weight",
     "finite_or_zero",
     "firing_statistics",
+    "first_generation_block",
     "first_patches",
     "fit_iou_curve",
     "fit_regression",
@@ -574,6 +593,7 @@ __all__ = [
     "linear_decay",
     "linear_probe",
     "linear_scores",
+    "llada_generate",
     "load_delta",
     "load_masks",
     "load_pruned",
@@ -587,8 +607,11 @@ __all__ = [
     "magnitude_statistics",
     "margin_mse",
     "mask_change",
+    "mask_tokens",
+    "masked_diffusion_loss",
     "masked_state",
     "masked_weight",
+    "masking_rates",
     "matched_pairs",
     "max_cosine",
     "mean_codes",
@@ -622,6 +645,7 @@ __all__ = [
     "pareto_front",
     "parse_pattern",
     "parse_pick",
+    "pattern_similarity",
     "penalty_gradient",
     "perceptual",
     "phase_at",
@@ -686,12 +710,15 @@ __all__ = [
     "sdgf_schedule",
     "search_radius",
     "segmentation_losses",
+    "select_blocks",
     "select_units",
+    "selection_step",
     "sentence_index",
     "sentence_table",
     "seven_sixteenths_cosine",
     "share_above",
     "shift_time",
+    "shifted_right",
     "shot_metrics",
     "shrink",
     "shrink_ratio",
@@ -710,11 +737,13 @@ __all__ = [
     "sparse_gradient",
     "sparse_mask",
     "sparse_terms",
+    "sparsed_pattern",
     "sparsegpt",
     "spectral_gap",
     "square_root_levels",
     "ssim_y",
     "steer_by_clamping",
+    "step_modes",
     "still_small",
     "sufficiency",
     "superflow_losses",
@@ -760,5 +789,6 @@ __all__ = [
     "wide_width",
     "width_factor",
     "window_attention",
+    "window_pattern",
     "zf_metrics",
 ]

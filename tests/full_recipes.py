@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 LAPTOP = ("accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", "precision=32-true", "log_every_n_steps=1")
+FEW_STEPS = ("--model.init_args.steps=4", "--model.init_args.answer_length=32")
 SMALL_BATCH = "the network takes seconds an image on two cores"
 
 
@@ -113,6 +114,70 @@ def llama(work: Path, **sizes: int) -> None:
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = transformers.LlamaConfig(**(LLAMA2_7B | small | sizes))
     transformers.LlamaForCausalLM(config).save_pretrained(work / "llama")
+
+
+def llada_folder(folder: Path, network: Any) -> None:
+    """The folder of a LLaDA with the weights of one of transformers' LLaMA."""
+    from safetensors.torch import save_file
+
+    names = {
+        "model.embed_tokens.": "model.transformer.wte.",
+        "model.norm.": "model.transformer.ln_f.",
+        "lm_head.": "model.transformer.ff_out.",
+        "model.layers.": "model.transformer.blocks.",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ff_norm",
+        "self_attn.o_proj": "attn_out",
+        "self_attn.": "",
+        "mlp.gate_proj": "ff_proj",
+        "mlp.up_proj": "up_proj",
+        "mlp.down_proj": "ff_out",
+    }
+    weights = {}
+    for name, value in network.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        weights[name] = value.contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = network.config
+    said = {
+        "model_type": "llada",
+        "auto_map": {"AutoModel": "modeling_llada.LLaDAModelLM"},
+        "d_model": theirs.hidden_size,
+        "mlp_hidden_size": theirs.intermediate_size,
+        "n_layers": theirs.num_hidden_layers,
+        "n_heads": theirs.num_attention_heads,
+        "n_kv_heads": theirs.num_key_value_heads,
+        "embedding_size": theirs.vocab_size,
+        "vocab_size": theirs.vocab_size - 8,
+        "mask_token_id": theirs.vocab_size - 8,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": theirs.rms_norm_eps,
+        "max_sequence_length": theirs.max_position_embeddings,
+        "weight_tying": False,
+    }
+    (folder / "config.json").write_text(json.dumps(said))
+
+
+def llada(work: Path) -> None:
+    """A LLaDA with random weights, and for few tokens."""
+    import transformers
+
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (work / "llada").mkdir()
+    llada_folder(work / "llada", transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, max_position_embeddings=4096)))
+
+
+def dream(work: Path) -> None:
+    """A Dream with random weights, and for few tokens."""
+    import transformers
+
+    sizes = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Qwen2Config(**sizes, num_key_value_heads=1, max_position_embeddings=16384)
+    transformers.Qwen2ForCausalLM(config).save_pretrained(work / "dream")
+    said = json.loads((work / "dream" / "config.json").read_text())
+    said |= {"model_type": "Dream", "architectures": ["DreamModel"], "mask_token_id": 52}
+    (work / "dream" / "config.json").write_text(json.dumps(said))
 
 
 def gpt2(work: Path) -> None:
@@ -232,6 +297,20 @@ RECIPES: dict[str, Recipe] = {
         why="another threshold: random weights are larger",
         prepare=unet,
         needs=("diffusers",),
+    ),
+    "sparsed_llada": Recipe(
+        {"/models/llada-1.5": "{work}/llada"},
+        words=(*FEW_STEPS, "--model.init_args.block_length=16"),
+        why="answers of 32 tokens in 4 steps: 128 runs on 4,096 tokens take minutes on two cores",
+        prepare=llada,
+        needs=("transformers",),
+    ),
+    "sparsed_dream": Recipe(
+        {"/models/dream-7b-instruct": "{work}/dream"},
+        words=(*FEW_STEPS, "--data.init_args.block_size=2048"),
+        why="answers of 32 tokens in 4 steps, texts of 2,048: attention over 16,384 tokens takes minutes on two cores",
+        prepare=dream,
+        needs=("transformers",),
     ),
     "sae_evals_ioi": Recipe(
         {"name_or_path: /models/gpt2": "name_or_path: {work}/gpt2"},

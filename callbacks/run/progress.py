@@ -85,6 +85,27 @@ class ThroughputProgressBar(RichProgressBar):
         if self._shown and self.plain and trainer.global_step != self._line_step:
             self._print_line(trainer, pl_module)
 
+    def on_denoise_step(self, index: int, steps: int) -> None:
+        """Show how far a generation by denoising has come, beside the batches of an evaluation or a prediction.
+
+        Plain lines leave it out while a model trains.
+
+        Args:
+            index: Step that comes next, from 0.
+            steps: How many there are.
+        """
+        if self.plain:
+            trainer = getattr(self, "_trainer", None)
+            training = trainer is not None and trainer.state.fn == "fit"
+            if self._shown and not training and time.monotonic() - self._line_at >= self.log_seconds:
+                print(f"denoising step {index + 1}/{steps}", flush=True)
+                self._line_at = time.monotonic()
+        elif self.progress is not None:
+            shown = (self.predict_progress_bar_id, self.test_progress_bar_id, self.val_progress_bar_id, self.val_sanity_progress_bar_id)
+            for number in (one for one in shown if one is not None and one in self.progress.task_ids):
+                kind = self.progress.tasks[self.progress.task_ids.index(number)].description.partition(", step")[0]
+                self.progress.update(number, description=f"{kind}, step {index + 1}/{steps}")
+
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """Loss, metrics logged with ``prog_bar=True``, monitored metrics and throughput; at most 0.25 s old."""
         if time.monotonic() - self._read_at < 0.25:

@@ -55,5 +55,10 @@ def _long_tasks(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any
     return {"root": arguments["root"]}
 
 
-FAKES: dict[str, Writer] = {"InstructionDataModule": _instructions, "LongTasksDataModule": _long_tasks, "TextDataModule": _text}
+FAKES: dict[str, Writer] = {
+    "InstructionDataModule": _instructions,
+    "LongTasksDataModule": _long_tasks,
+    "RepeatedTextDataModule": _text,
+    "TextDataModule": _text,
+}
 __all__ = ["FAKES", "texts", "tokens"]

@@ -57,12 +57,15 @@ def made_up_text(sentences: int, seed: int = 0) -> str:
 
 
 class Tokenizer(Protocol):
-    """Text -> tokens."""
+    """Text -> tokens, and back."""
 
     vocab_size: int
 
     def encode(self, text: str) -> Ints:
         """(T,) int64."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text; tokens that are none of its own, such as a mask, become U+FFFD."""
 
 
 class Characters:
@@ -79,6 +82,10 @@ class Characters:
         place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
         return np.where(self._codes[place] == codes, place + 1, 0)
 
+    def decode(self, tokens: list[int]) -> str:
+        """Text; other tokens become U+FFFD."""
+        return "".join(self.characters[token if token < self.vocab_size else 0] for token in tokens)
+
 
 class Bytes:
     """One token a byte of UTF-8."""
@@ -88,6 +95,10 @@ class Bytes:
     def encode(self, text: str) -> Ints:
         """(T,) int64."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text; bytes that are no UTF-8, and other tokens, become U+FFFD."""
+        return bytes(token if token < self.vocab_size else 0xFF for token in tokens).decode("utf-8", errors="replace")
 
 
 class HuggingFaceTokens:
@@ -112,6 +123,11 @@ class HuggingFaceTokens:
     def encode(self, text: str) -> Ints:
         """(T,) int64."""
         return np.array(self._inner(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Text; other tokens become U+FFFD."""
+        known = [self._inner.convert_ids_to_tokens(token) if token < self.vocab_size else "\ufffd" for token in tokens]
+        return str(self._inner.convert_tokens_to_string(known))
 
 
 class Windows(Samples):
@@ -205,6 +221,7 @@ class TextDataModule(LoaderDataModule):
         self.root = data_path(root)
         self.level, self.tokenizer, self.block_size = level, user_path(tokenizer), block_size
         self.vocab_size = 0
+        self.coder: Tokenizer | None = None
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the file or folder."""
@@ -226,14 +243,18 @@ class TextDataModule(LoaderDataModule):
         else:
             texts = self._texts()
             sample = texts.get("train") or next(iter(texts.values()))
-            coder = self._coder(sample[1])
-            self.vocab_size = coder.vocab_size
-            found = {name: (file, coder.encode(text)) for name, (file, text) in texts.items()}
+            self.coder = self._coder(sample[1])
+            self.vocab_size = self.coder.vocab_size
+            found = {name: (file, self.coder.encode(text)) for name, (file, text) in texts.items()}
         for name, other in (("val", "test"), ("test", "val")):
             if name not in found and other in found:
                 found[name] = found[other]
         for name, (file, tokens) in found.items():
             setattr(self, f"{name}_set", Windows(tokens, self.block_size, name, file, self.vocab_size))
+
+    def decode(self, tokens: list[int]) -> str | None:
+        """Text of tokens, after ``setup``; None: the data are token files, whose tokenizer isn't known."""
+        return None if self.coder is None else self.coder.decode(tokens)
 
     def _coder(self, text: str) -> Tokenizer:
         if self.level == "tokenizer":

@@ -66,6 +66,7 @@ SHARED = {
     "tasks.imbalanced_regression.metrics": "shot_metrics",
     "tasks.imbalanced_regression.weights": "label_weights",
     "tasks.language.causal_lm": "token_losses",
+    "tasks.language.denoising": "dream_generate llada_generate mask_tokens masked_diffusion_loss masking_rates shifted_right",
     "tasks.language.scaling_law": "fit_scaling_law",
     "tasks.metric_learning.losses": "proxy_softmax",
     "tasks.metric_learning.opis": "calibration_range opis retrieval_scores",
