@@ -71,8 +71,8 @@ def solve_lower(
 ) -> Solution:
     """Minimise a strongly convex function to an accuracy, by FISTA or by gradient descent.
 
-    The step is 1 / L. It ends with the first step whose gradient has ||p|| / (stop_factor * mu) < epsilon; then, for a ``stop_factor`` of 1,
-    ||x - x*|| <= epsilon.
+    The step is 1 / L. It ends with the first step whose gradient has ||p|| / (stop_factor * mu) < epsilon; then, for a ``stop_factor`` of
+    1, ||x - x*|| <= epsilon.
 
     Args:
         gradient: x -> gradient of the function.
@@ -85,8 +85,8 @@ def solve_lower(
         max_iterations: At most so many.
     """
     step, q = 1 / smoothness, min(mu / smoothness, 1.0)
-    before, t, iterations = x, 0.0, 0
-    for iterations in range(max_iterations):
+    before, t, iterations, accurate = x, 0.0, -1, False
+    while not accurate and iterations + 1 < max_iterations:
         point = x
         if momentum and q < 1:  # with q = 1 one step is exact
             root = 1 - q * t * t
@@ -94,15 +94,14 @@ def solve_lower(
             point = x + (t - 1) * (1 - following * q) / (following * (1 - q)) * (x - before)
             t = following
         p = gradient(point)
-        before, x = x, point - step * p
-        if float(torch.linalg.vector_norm(p)) / (stop_factor * mu) < epsilon:
-            break
+        accurate = float(torch.linalg.vector_norm(p)) / (stop_factor * mu) < epsilon
+        before, x, iterations = x, point - step * p, iterations + 1
     return Solution(x, iterations)
 
 
 @torch.no_grad()
 def conjugate_gradient(product: Gradient, right: Tensor, delta: float, max_iterations: int = 2000) -> Solution:
-    """q with ||A q - right|| <= delta, from 0; scalar products in float64.
+    """Solve A q = right to ||A q - right|| <= delta, from 0; scalar products in float64.
 
     Args:
         product: v -> A v, A symmetric and positive definite.
@@ -127,7 +126,7 @@ def conjugate_gradient(product: Gradient, right: Tensor, delta: float, max_itera
 
 
 def hessian_product(problem: BilevelProblem, x: Tensor, theta: Tensor) -> Gradient:
-    """v -> (d^2 h / dx^2) v at (x, theta)."""
+    """The map v -> (d^2 h / dx^2) v at (x, theta)."""
     with torch.enable_grad():
         free = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(problem.lower(free, theta.detach()), free, create_graph=True)

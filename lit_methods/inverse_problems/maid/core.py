@@ -83,7 +83,7 @@ class Solver:
 def error_bound(
     b_norm: float, slope: float, mu: float, epsilon: float, delta: float, l_b: float = 0.0, l_inverse: float = 0.0, l_g: float = 1.0
 ) -> float:
-    """omega = c epsilon + ||B|| / mu delta + L_B / mu epsilon^2, c = L_g ||B|| / mu + L_inv ||grad g|| ||B|| + L_B / mu ||grad g||.
+    """The bound c epsilon + ||B|| / mu delta + L_B / mu epsilon^2, c = L_g ||B|| / mu + L_inv ||grad g|| ||B|| + L_B / mu ||grad g||.
 
     Args:
         b_norm: ||B||.
