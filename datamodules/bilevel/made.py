@@ -1,5 +1,6 @@
-"""Bilevel problems for training hyperparameters: quadratics, logistic regression of digits, noisy images. Built in, no download."""
+"""Bilevel problems for training hyperparameters: quadratics, logistic regression of digits, noisy images; built in, but for Kodak's."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from lit_methods import checks
 from lit_methods.datamodules.base import LoaderDataModule, Whole
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.folders import data_path, listed
+from lit_methods.datamodules.pictures import open_picture
 from lit_methods.seeds import own_seed
 
 Batch = dict[str, Tensor]
@@ -147,9 +151,11 @@ class NoisyImagesDataModule(BilevelDataModule):
     """Images with normal noise, and without, for denoisers whose parameters are learned; other images for validation and test.
 
     Args:
+        root: Folder of PNG files, such as Kodak's 24; null: images by ``name``. Sorted by name, the first ones are for training; of each the
+            middle counts, in grey.
         name: ``blocks``: made, piecewise constant; ``photographs``: tiles of scikit-image's camera and astronaut, grey.
         size: Pixels of a side.
-        number: Images to train with, and as many for evaluation.
+        number: Images to train with, and as many for evaluation; with ``root`` what is left over, up to as many.
         noise: Standard deviation, where pixels are in [0, 1].
         steps_per_epoch: Upper iterations between two validations.
         num_workers: Processes that read data.
@@ -158,6 +164,7 @@ class NoisyImagesDataModule(BilevelDataModule):
 
     def __init__(
         self,
+        root: Path | None = None,
         name: Literal["blocks", "photographs"] = "blocks",
         size: int = 32,
         number: int = 4,
@@ -171,15 +178,29 @@ class NoisyImagesDataModule(BilevelDataModule):
         checks.at_least(8, "pixels", size=size)
         checks.at_least(1, number=number)
         checks.at_least(0, noise=noise)
-        self.name, self.size, self.number, self.noise = name, size, number, noise
+        self.root, self.name, self.size, self.number, self.noise = data_path(root), name, size, number, noise
 
     def problems(self, generator: torch.Generator) -> tuple[Batch, Batch]:
         """Two halves of the images."""
-        clean = (self._blocks if self.name == "blocks" else self._photographs)(generator)
+        clean = self._read(self.root) if self.root else (self._blocks if self.name == "blocks" else self._photographs)(generator)
         noisy = clean + self.noise * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
         halves = zip(noisy.split(self.number), clean.split(self.number), strict=True)
         train, held = ({"noisy": one, "clean": other} for one, other in halves)
         return train, held
+
+    def _read(self, root: Path) -> Tensor:
+        files = listed(root, endings=(".png",)) if root.is_dir() else []
+        if len(files) <= self.number:
+            raise MissingFileError(root, "PNG files", f"there are {len(files)}: give a folder with more than number = {self.number}")
+        tiles = []
+        for file in files[: 2 * self.number]:
+            grey = np.asarray(open_picture(file, "image", "copy the release again").convert("L"))
+            top, left = ((side - self.size) // 2 for side in grey.shape)
+            if min(top, left) < 0:
+                size = f"{grey.shape[1]} x {grey.shape[0]} pixels are fewer than size = {self.size}"
+                raise BrokenRecordError(file, "size", f"{size}: lower it, or leave the file out")
+            tiles.append(torch.from_numpy(grey[top : top + self.size, left : left + self.size] / 255.0))
+        return torch.stack(tiles)[:, None]
 
     def _blocks(self, generator: torch.Generator) -> Tensor:
         images = torch.zeros(2 * self.number, 1, self.size, self.size, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Bilevel learning of hyperparameters by MAID or HOAG (arXiv:2308.10098), one iteration of the upper level per step.
 
-Maths and origin: :mod:`lit_methods.inverse_problems.maid.core`; problems: :mod:`lit_methods.inverse_problems.problems`. Left out: derivative
-free solvers, and hyperparameters of somebody else's module.
+Maths and origin: :mod:`lit_methods.inverse_problems.maid.core`; problems: :mod:`lit_methods.inverse_problems.problems`. Left out:
+solvers without derivatives, and hyperparameters of somebody else's module.
 """
 
 from typing import Any, ClassVar, Literal
@@ -30,7 +30,8 @@ TECHNIQUE = Technique(
     classes=("lit_methods.BilevelLearning",),
     configs=("maid.yaml", "maid_weight_decay.yaml", "maid_tv.yaml", "maid_experts.yaml"),
     golden=("hypergrad", "backtrack", "solve"),
-    claim="At a budget of lower iterations, MAID that begins with an accuracy of 0.1 ends nearer to the optimum than with a fixed accuracy of 0.001.",
+    claim="At the same budget of lower iterations, MAID that begins with an accuracy of 0.1 ends nearer to the optimum than with a fixed "
+    "accuracy of 0.001.",
     summary="Learns hyperparameters through the solution of a lower problem, with solvers only as accurate as each decision needs.",
 )
 
@@ -40,8 +41,9 @@ Method = Literal["maid", "hoag"]
 class BilevelLearning(LightningModule):
     """Learns the hyperparameters theta of a lower problem, whose solution an upper loss judges.
 
-    ``maid`` solves both levels only as accurately as a decision needs: it refuses gradients whose error may be as large as they are, takes a
-    step where the loss surely falls, and lets the accuracy fall again afterwards. ``fixed_accuracy`` is its baseline, ``hoag`` another one.
+    ``maid`` solves both levels only as accurately as a decision needs: it refuses gradients whose error may be as large as they are, takes
+    a step where the loss surely falls, and lets the accuracy fall again afterwards. ``fixed_accuracy`` is its baseline, ``hoag`` another
+    one.
     One training step is one iteration over the whole data.
 
     Runs: a training batch is the whole problem, the same each time; ``problem`` says which keys it has. All is computed in float64 without
