@@ -151,8 +151,8 @@ class NoisyImagesDataModule(BilevelDataModule):
     """Images with normal noise, and without, for denoisers whose parameters are learned; other images for validation and test.
 
     Args:
-        root: Folder of PNG files, such as Kodak's 24; null: images by ``name``. Sorted by name, the first ones are for training; of each the
-            middle counts, in grey.
+        root: Folder of PNG files, such as Kodak's 24; null: images by ``name``. Sorted by name, the first ones are for training; of each
+            the middle counts, in grey.
         name: ``blocks``: made, piecewise constant; ``photographs``: tiles of scikit-image's camera and astronaut, grey.
         size: Pixels of a side.
         number: Images to train with, and as many for evaluation; with ``root`` what is left over, up to as many.

@@ -170,7 +170,7 @@ class BilevelLearning(LightningModule):
             batch: What a training batch will be.
         """
         theta, x = self._make(batch).start()
-        self.theta, self.x = torch.nn.Parameter(theta.to(self.device), requires_grad=False), x.to(self.device)
+        self.theta, self.x = torch.nn.Parameter(theta.to(self.device)), x.to(self.device)
 
     def _make(self, batch: dict[str, Tensor]) -> Problem:
         return make_problem(self.problem, batch, self.filters, self.seed)
@@ -199,7 +199,7 @@ class BilevelLearning(LightningModule):
                     f"the checkpoint's {name} is {tuple(saved.shape)}, this problem needs {tuple(own.shape)}: give the same data"
                 )
             value = saved.to(self.device, copy=True)
-            setattr(self, name, torch.nn.Parameter(value, requires_grad=False) if name == "theta" else value)
+            setattr(self, name, torch.nn.Parameter(value) if name == "theta" else value)
         kept, controller = checkpoint["bilevel"], self.controller
         if ("generator" in kept) != isinstance(controller, MAIDController):
             raise ValueError("the checkpoint is of the other method: give the same, maid or hoag")
@@ -255,7 +255,7 @@ class BilevelLearning(LightningModule):
         }
         if isinstance(state, MAIDState):
             figures["delta"] = state.delta
-        self.log_dict({f"bilevel/{name}": float(value) for name, value in figures.items()})
+        self.log_dict({f"bilevel/{name}": float(value) for name, value in figures.items()}, batch_size=1)
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
 
