@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1152, 648, 90, 1112, 110, 560  # pixels
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1152, 648, 90, 1090, 110, 560  # pixels
 BACKGROUND, GRID, TEXT = (13, 20, 33), (90, 104, 130), (214, 222, 235)
 LOSS, EPSILON = (250, 176, 70), (125, 180, 240)
 

@@ -292,7 +292,7 @@ class BilevelLearning(LightningModule):
         if "clean" in batch:
             figures["psnr"] = -10 * (x - batch["clean"].double()).square().mean().log10()
             self._draw(torch.stack([batch["noisy"][0, 0].double(), x[0, 0], batch["clean"][0, 0].double()]))
-        log_global(self, {f"bilevel/{stage}_{name}": value for name, value in figures.items()})
+        log_global(self, {f"bilevel/{stage}_{name}": value for name, value in figures.items()}, batch_size=1)
 
     def _draw(self, images: Tensor) -> None:
         pixels = (images.clamp(0, 1) * 255).round().byte().cpu()
