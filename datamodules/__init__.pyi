@@ -3,6 +3,9 @@ from .activations.ioi import IOIActivations as IOIActivations
 from .activations.patches import ImagePatchesDataModule as ImagePatchesDataModule
 from .activations.synthetic import AttributeSumsDataModule as AttributeSumsDataModule
 from .activations.synthetic import SparseMixturesDataModule as SparseMixturesDataModule
+from .bilevel.made import NoisyImagesDataModule as NoisyImagesDataModule
+from .bilevel.made import QuadraticBilevelDataModule as QuadraticBilevelDataModule
+from .bilevel.made import WeightDecayDataModule as WeightDecayDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .fewshot.images import FewShotDataModule as FewShotDataModule

@@ -78,6 +78,32 @@ class Batches(Samples):
         return self.batch(epochs, index)
 
 
+def _only(found: list[Any]) -> Any:
+    return found[0]
+
+
+class Whole(Samples):
+    """One batch, again and again: each sample is all of it, in the same order.
+
+    Args:
+        batch: All data.
+        times: Samples, which are the iterations of an epoch.
+    """
+
+    collate = staticmethod(_only)
+    batch_size = 1
+
+    def __init__(self, batch: dict[str, Tensor], times: int) -> None:
+        self._batch, self._times = batch, times
+
+    def __len__(self) -> int:
+        return self._times
+
+    def at(self, epoch: int, index: int) -> dict[str, Tensor]:
+        """All of it."""
+        return dict(self._batch)
+
+
 class LoaderDataModule(pl.LightningDataModule):
     """Base of the datamodules: ``setup`` of a subclass reads the data, the loaders of all parts are made here.
 
@@ -205,6 +231,21 @@ class LoaderDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> Any:
         """Shuffled, resumable; a last incomplete batch is dropped unless it is the only one."""
         return self.loader(self.data_of("train"), training=True)
+
+    def whole_loader(self) -> Any:
+        """A training loader of a :class:`Whole` data set, the same on every rank."""
+        return make_loader(
+            self.data_of("train"),
+            1,
+            shuffle=False,
+            training=True,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            collate_fn=_only,
+            rank=0,
+            world_size=1,
+            pin_memory=torch.cuda.is_available(),
+        )
 
     def val_dataloader(self) -> Any:
         """In order, every sample once, never augmented."""

@@ -23,6 +23,7 @@ from .consistency_models.rcm.wan import WanTransformer as WanTransformer
 from .consistency_models.slct.core import NonScalingLayerNorm as NonScalingLayerNorm
 from .consistency_models.slct.module import SLCT as SLCT
 from .datamodules.label_store import LabelStore as LabelStore
+from .inverse_problems.maid.module import BilevelLearning as BilevelLearning
 from .lidar.minkunet import MinkUNet as MinkUNet
 from .lidar.segmentor import PointSegmentor as PointSegmentor
 from .lidar.superflow import SuperFlow as SuperFlow

@@ -194,6 +194,21 @@ def adamw_one_cycle(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+class Iterations(torch.optim.Optimizer):
+    """Counts iterations as optimiser steps, so that ``max_steps`` and checkpoints work; the closure does all the work.
+
+    Args:
+        parameters: What the closure moves, in place and without gradients.
+    """
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> Any:
+        """Run the iteration."""
+        return closure()
+
+
 def repoint(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
     """Let a scheduler, and those inside it, see another optimiser."""
     if getattr(scheduler, "optimizer", None) is old:

@@ -283,6 +283,9 @@ RECIPES: dict[str, Recipe] = {
     "ict_imagenet64": batch(2),
     "issp_edsr": batch(1),
     "issp_swin2sr": Recipe(words=("--data.init_args.batch_size=1",), why=f"batch of 1: {SMALL_BATCH}", needs=("transformers",)),
+    "maid_experts_kodak": Recipe(
+        words=("--data.init_args.size=16", "--data.init_args.number=2"), why="2 images of 16 pixels: a solve of 20 large ones takes minutes"
+    ),
     "masksparsity_cifar": MASKED,
     "masksparsity_imagenet": MASKED,
     "progressive_gradient_flow_vit": batch(4),

@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_methods.checks import at_least, positive, within
-from lit_methods.datamodules.base import Batches, Ints, LoaderDataModule, Samples
-from lit_methods.datamodules.loaders import make_loader
+from lit_methods.datamodules.base import Batches, Ints, LoaderDataModule, Whole
 
 Floats = NDArray[np.float64]
 
@@ -59,32 +58,6 @@ class Rows(Batches):
         """The rows of these indices."""
         rows = torch.from_numpy(index)
         return {name: values[rows] for name, values in self._batch.items()}
-
-
-def _only(found: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return found[0]
-
-
-class WholeMatrix(Samples):
-    """The whole matrix, again and again: each sample is all rows, in the same order.
-
-    Args:
-        table: The rows.
-        times: Samples, which are the iterations of an epoch.
-    """
-
-    collate = staticmethod(_only)
-    batch_size = 1
-
-    def __init__(self, table: Table, times: int) -> None:
-        self._batch, self._times = as_batch(table), times
-
-    def __len__(self) -> int:
-        return self._times
-
-    def at(self, epoch: int, index: int) -> dict[str, Tensor]:
-        """All rows."""
-        return dict(self._batch)
 
 
 class MatrixDataModule(LoaderDataModule):
@@ -147,24 +120,12 @@ class MatrixDataModule(LoaderDataModule):
             return
         train, held = (Table(table.features / self.scale, table.label, table.covariates) for table in self.tables())
         self.matrix_shape = (*train.features.shape, train.covariates.shape[1])  # type: ignore[assignment]
-        self.train_set = WholeMatrix(train, self.steps_per_epoch)
+        self.train_set = Whole(as_batch(train), self.steps_per_epoch)
         self.val_set = self.test_set = Rows(held)
 
     def train_dataloader(self) -> Any:
         """The whole matrix on every rank, ``steps_per_epoch`` times."""
-        return make_loader(
-            self.data_of("train"),
-            1,
-            shuffle=False,
-            training=True,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            collate_fn=_only,
-            rank=0,
-            world_size=1,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return self.whole_loader()
 
 
-__all__ = ["MatrixDataModule", "Rows", "Table", "WholeMatrix", "no_covariates"]
+__all__ = ["MatrixDataModule", "Rows", "Table", "no_covariates"]

@@ -10,25 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_methods.distributed import gather_rows
+from lit_methods.optim import Iterations
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
 from lit_methods.steps import log_global
 
 Columns = tuple[Tensor, Tensor, Tensor]  # (p, n) data, (1, n) labels, (q, n) covariates
-
-
-class Iterations(Optimizer):
-    """Counts iterations as optimiser steps, so that ``max_steps`` and checkpoints work; the closure does all the work.
-
-    Args:
-        parameters: What the closure moves, in place and without gradients.
-    """
-
-    def __init__(self, parameters: Any) -> None:
-        super().__init__(parameters, {"lr": 0.0})
-
-    def step(self, closure: Any = None) -> Any:
-        """Run the iteration."""
-        return closure()
 
 
 class MatrixClassifier(LightningModule):
@@ -327,4 +313,4 @@ def _colours(values: NDArray[Any]) -> NDArray[np.uint8]:
     return np.asarray(np.round(255 * np.stack([red, fade, blue], axis=-1)), np.uint8)
 
 
-__all__ = ["Iterations", "MatrixClassifier", "atom_picture"]
+__all__ = ["MatrixClassifier", "atom_picture"]

@@ -1,0 +1,1 @@
+"""Inverse problems, and bilevel learning of what regularises them."""
