@@ -246,6 +246,10 @@ from lit_methods.consistency_models.slct.core import early_diffusion_loss as ear
 from lit_methods.consistency_models.slct.core import is_early as is_early
 from lit_methods.consistency_models.slct.core import remove_norm_scales as remove_norm_scales
 from lit_methods.consistency_models.slct.core import slct_loss as slct_loss
+from lit_methods.inverse_problems.maid.core import backtrack as backtrack
+from lit_methods.inverse_problems.maid.core import error_bound as error_bound
+from lit_methods.inverse_problems.maid.core import hypergradient as hypergradient
+from lit_methods.inverse_problems.maid.core import probe_constants as probe_constants
 from lit_methods.lidar.contrast import effective_rank as effective_rank
 from lit_methods.lidar.contrast import group_mean as group_mean
 from lit_methods.lidar.contrast import info_nce as info_nce
@@ -414,6 +418,7 @@ __all__ = [
     "attention_with_tangent",
     "attribute_sums",
     "attribution_distance",
+    "backtrack",
     "band_slopes",
     "base_hash",
     "base_scaling",
@@ -505,6 +510,7 @@ __all__ = [
     "embedding_consistency",
     "ensemble_probabilities",
     "ensemble_scores",
+    "error_bound",
     "exact_counts",
     "exhaustive_codes",
     "expand_blocks",
@@ -560,6 +566,7 @@ __all__ = [
     "has_foreground",
     "held_out_fit",
     "heun_step",
+    "hypergradient",
     "idf_of_counts",
     "info_nce",
     "initial_score",
@@ -661,6 +668,7 @@ __all__ = [
     "prefill_flops",
     "pretrain_levels",
     "pretrain_loss",
+    "probe_constants",
     "project_points",
     "propagate",
     "proximal_map",
