@@ -344,7 +344,7 @@ RECIPES: dict[str, Recipe] = {
             "--model.init_args.network.init_args.config.num_layers=2",
         ),
         why="batch of 2, 4 samples, 2 blocks: the network takes minutes a step on two cores",
-    "slct_celebahq_dit": LATENTS,
+    ),
     "sparse_frontier_qwen": Recipe(
         {
             "name_or_path: /models/qwen2.5-7b-instruct": "name_or_path: {work}/llama",

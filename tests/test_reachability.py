@@ -71,6 +71,7 @@ SETTINGS = {
         "--trainer.callbacks.rate 0.5",
     ],
     "random_pruning": [f"--trainer.callbacks.method {method}" for method in ("snip", "grasp")],
+    "random_search": ["--trainer.callbacks.space weight"],
     "rcm": [_WAN, "--config configs/rcm.yaml --model.init_args.consistency dcm --model.init_args.pretrain_iterations 0"],
     "s2ft": [f"--trainer.callbacks.u_ratio 0.05 --trainer.callbacks.couplings {_COUPLED}"],
     "sara": ["--trainer.callbacks.progressive_steps 2"],
@@ -82,6 +83,7 @@ SETTINGS = {
     "sparse_model_soups": [
         "soup --soup greedy --candidates 2 --trainer.callbacks.dense_epochs 1 --trainer.callbacks.retrain_epochs 1 "
         "--trainer.callbacks.phases 1",
+    ],
     "sparse_frontier": [
         *(
             f'--trainer.callbacks.init_args.method {{"class_path":"lit_methods.callbacks.{name}","init_args":{{{values}}}}}'
@@ -121,6 +123,7 @@ EXCEPTIONS = {
         f"lit_methods/tasks/language/answers.py {name}": "of squad_f1, whose documents are read from files; in the golden kind score"
         for name in ("word_overlap", "_words")
     },
+    "lit_methods/claims/verdict.py welch": "compares runs that have ended; the page of random search shows it",
     "lit_methods/consistency_models/metrics.py geman_mcclure": "compared with in the golden kind metric; lit_methods.functional offers it",
 }
 
