@@ -315,8 +315,10 @@ def _read_calibrations(path: Path, channels: dict[str, str]) -> _Calibrations:
     once([row[0] for row in rows], path, "token", "token")
     try:
         quaternion = np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4)
-        if not (good := _turns(quaternion)).all():
-            raise BrokenRecordError(path, f"row {int(np.argmin(good))}", "rotation is no quaternion of length 1: unpack the metadata again")
+        if not (turns := _turns(quaternion)).all():
+            raise BrokenRecordError(
+                path, f"row {int(np.argmin(turns))}", "rotation is no quaternion of length 1: unpack the metadata again"
+            )
         rotation = rotation_matrices(quaternion)
         translation = np.array([row[3] for row in rows], dtype=np.float64).reshape(-1, 3)
         intrinsic = np.array([row[4] or np.zeros((3, 3)) for row in rows], dtype=np.float64).reshape(-1, 3, 3)

@@ -118,7 +118,7 @@ class WrittenExamples(TrainingExamples):
             if not numbers or len(scores) != len(texts):
                 broken.say(file, f"{place}, scores", f"expected {len(texts)} finite numbers, one for each document")
                 return None
-            order = sorted(range(len(texts)), key=lambda k: -scores[k])  # the best one is the positive
+            order = sorted(range(len(texts)), key=[-float(x) for x in scores].__getitem__)  # the best one is the positive
             texts, scores = [texts[k] for k in order], [float(scores[k]) for k in order]
         return query, texts, scores
 

@@ -259,7 +259,7 @@ class LongTexts(Samples):
         self.task, self.samples, self.length, self.coder, self.seed = task, samples, length, coder, seed
         self.records, self.answered = records, answered
         if answered:
-            self.collate = Answers.collate
+            self.collate = Answers.collate  # type: ignore[method-assign]
 
     def __len__(self) -> int:
         return self.samples

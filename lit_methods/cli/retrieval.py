@@ -81,7 +81,8 @@ def count_corpus(
     Returns:
         Documents N, counts (V,), and what was wrong with the lines that were left out.
     """
-    total, counts, wrong = 0, 0, []
+    total, counts = 0, 0
+    wrong: list[Any] = []
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tokenizer, max_length)) if workers > 1 else None
     try:
         if pool is None:
@@ -150,7 +151,7 @@ def idf(argv: list[str]) -> int:
         raise CommandError(f"{corpus} has no document that can be read", exit_code=1)
     out.parent.mkdir(parents=True, exist_ok=True)
     counts[vocabulary.special_ids] = 0  # whose value is 1, as in the released table
-    write_idf(out, tokens, idf_of_counts(counts, number))
+    write_idf(out, tokens, idf_of_counts(counts, number).tolist())
     left = f"; {len(wrong)} lines are left out, the first: {wrong[0]}" if wrong else ""
     print(f"{out}: {int((counts > 0).sum()):,} of {len(tokens):,} tokens occur in {number:,} documents{left}")
     return 0

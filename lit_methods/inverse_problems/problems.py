@@ -206,7 +206,12 @@ def make_problem(name: Name, batch: Batch, filters: int = 10, seed: int = 0) -> 
     """The problem of a batch."""
     if name == "experts":
         return FieldOfExperts(batch, filters, seed)
-    return {"quadratic": Quadratic, "weight_decay": WeightDecay, "tv": TotalVariation}[name](batch)
+    made: dict[str, type[Quadratic] | type[WeightDecay] | type[TotalVariation]] = {
+        "quadratic": Quadratic,
+        "weight_decay": WeightDecay,
+        "tv": TotalVariation,
+    }
+    return made[name](batch)
 
 
 __all__ = ["BilevelProblem", "FieldOfExperts", "Problem", "Quadratic", "TotalVariation", "WeightDecay", "make_problem"]

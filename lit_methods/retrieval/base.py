@@ -118,13 +118,13 @@ class Retriever(Evaluated):
         numbers, row, column, values = (gather_rows(one, with_grad=False) for one in mine)
         if not len(numbers):
             return None
-        numbers, keep = np.unique(numbers.numpy(), return_index=True)
+        found, keep = np.unique(numbers.numpy(), return_index=True)
         if not self.sparse:
-            return Encoded(numbers, values.numpy()[keep])
+            return Encoded(found, values.numpy()[keep])
         from scipy.sparse import csr_matrix
 
-        place = np.searchsorted(numbers, row.numpy())
-        return Encoded(numbers, csr_matrix((values.numpy(), (place, column.numpy())), shape=(len(numbers), self.vector_size)))
+        place = np.searchsorted(found, row.numpy())
+        return Encoded(found, csr_matrix((values.numpy(), (place, column.numpy())), shape=(len(found), self.vector_size)))
 
     @property
     def vector_size(self) -> int:

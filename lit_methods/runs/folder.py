@@ -307,7 +307,8 @@ class RunFolder(pl.Callback):
     def _begin(self, *_: Any) -> None:
         self.began = True
 
-    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _begin
+    on_train_batch_start = on_validation_batch_start = _begin  # type: ignore[assignment]
+    on_test_batch_start = on_predict_batch_start = _begin  # type: ignore[assignment]
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Name the run in its checkpoints, which may lie elsewhere, beside those of other runs; mend a folder that was deleted."""

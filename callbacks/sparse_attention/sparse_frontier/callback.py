@@ -138,8 +138,8 @@ def kept_picture(kept: Tensor, heads: int = _HEADS) -> Any:
         (h, w, 3) uint8; large masks are averaged over their neighbours.
     """
     shares = kept[:heads].float()[None]
-    size = [min(_LARGEST_PICTURE, side) for side in shares.shape[2:]]
-    shares = torch.nn.functional.adaptive_avg_pool2d(shares, size)[0]
+    rows, keys = (min(_LARGEST_PICTURE, side) for side in shares.shape[2:])
+    shares = torch.nn.functional.adaptive_avg_pool2d(shares, (rows, keys))[0]
     grow = [max(1, _LARGEST_PICTURE // side) for side in shares.shape[1:]]
     shares = shares.repeat_interleave(min(grow[0], 8), 1).repeat_interleave(min(grow[1], 8), 2)
     tiles = torch.nn.functional.pad(shares, (0, 6, 0, 0), value=-1.0)

@@ -466,7 +466,7 @@ def pareto_front(costs: ArrayLike, scores: ArrayLike) -> NDArray[np.bool_]:
     cost, score = np.asarray(costs, float), np.asarray(scores, float)
     no_worse = (cost[None] <= cost[:, None]) & (score[None] >= score[:, None])
     better = (cost[None] < cost[:, None]) | (score[None] > score[:, None])
-    return ~(no_worse & better).any(1)
+    return np.asarray(~(no_worse & better).any(1))
 
 
 def relative_error(dense: ArrayLike, sparse: ArrayLike) -> NDArray[np.float64]:
@@ -567,7 +567,8 @@ def held_out_fit(sizes: ArrayLike, lengths: ArrayLike, compressions: ArrayLike, 
     test = arrays[by] == arrays[by].max()
     if test.all():
         raise ValueError(f"all points have the same {by}: none can be held out")
-    law = fit_score_law(*(own[~test] for own in arrays.values()), score[~test])
+    size, length, compression = (own[~test] for own in arrays.values())
+    law = fit_score_law(size, length, compression, score[~test])
     test &= score > 0
     wanted, guess = np.log(score[test]), np.log(law.predict(*(own[test] for own in arrays.values())))
     spread = np.square(wanted - wanted.mean()).sum()
