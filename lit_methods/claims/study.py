@@ -13,7 +13,7 @@ from lit_methods.files import read_yaml
 
 UNITS = ("steps", "parameters", "flops")
 KINDS = ("data", "seeds", "tuned", *UNITS)  # of differences that may be declared
-COMMANDS = ("fit", "soup", "validate", "test")
+COMMANDS = ("soup", "fit", "validate", "test")
 TRAINS = ("fit", "soup")
 SOUP_OPTIONS = ("candidates", "vary", "soup", "metric", "bn_fraction")  # keys of a stage that are options of lit soup
 _STAGE_KEYS = ("command", "config", "set", "callbacks", "checkpoint")
@@ -287,7 +287,7 @@ class _Reader:
         self.known(entry, _STAGE_KEYS, where)
         command = entry.get("command", "fit")
         if command not in COMMANDS:
-            raise self.fail(f"{where}.command must be one of {', '.join(COMMANDS)}, got {command!r}")
+            raise self.fail(f"{where}.command must be {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}, got {command!r}")
         configs = entry["config"] if isinstance(entry["config"], list) else [entry["config"]]
         callbacks = tuple(entry.get("callbacks") or ())
         return Stage(command, tuple(configs), dict(entry.get("set") or {}), callbacks, entry.get("checkpoint") or "")

@@ -128,9 +128,10 @@ def test_each_phase_starts_from_the_mean_of_the_one_before(finished: Path) -> No
     assert manifest["runs"]["imp_longer/phase2"]["steps"] == 2 * manifest["runs"]["phase2/candidate0"]["steps"] == 6
     assert len({run["seed"] for run in manifest["runs"].values()}) == 5
     metrics = json.loads((finished / "metrics.jsonl").read_text())["metrics"]
-    assert {f"sparse_model_soups/{name}" for name in ("soup", "dense", "ensemble", "imp", "imp_longer", "imp_reprune", "imp_avg")} <= set(
-        metrics
-    )
+    assert {
+        f"sparse_model_soups/{name}"
+        for name in ("soup", "dense", "ensemble", "ece", "mce", "worst_class_accuracy", "imp", "imp_longer", "imp_reprune", "imp_avg")
+    } <= set(metrics)
     assert json.loads((finished / "cost.json").read_text())["steps"] == sum(run["steps"] for run in manifest["runs"].values())
 
 

@@ -40,7 +40,6 @@ TECHNIQUE = Technique(
     claim="At 90 % sparsity, pruning in three phases with three candidates each, averaged after every phase, reaches a higher accuracy "
     "than pruning with one candidate that is retrained three times as long.",
     summary="Prunes in phases; each retrains several copies of the pruned model, which share its mask, and goes on with their average.",
-    draft=True,
 )
 
 

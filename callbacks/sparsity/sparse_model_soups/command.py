@@ -584,6 +584,7 @@ def figures_of(manifest: Mapping[str, Any], rounds: Sequence[Sequence[Soup]]) ->
         "mean_candidate": sum(values) / len(values),
         "sparsity": last["sparsity"],
         **{name: last[name] for name in ("ensemble", "agreement") if last.get(name) is not None},
+        **last["reliability"],
         **last["diversity"],
     }
     if "dense" in soups:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
 from lit_methods.callbacks.batch import inputs_and_labels, logits_of, require_logits
 from lit_methods.callbacks.sparsity.sparse_model_soups.core import (
@@ -208,7 +209,7 @@ class Kitchen:
 
         Returns:
             ``value``, ``candidates`` (name -> value), ``selected`` (names), ``sparsity``, ``ensemble``, ``agreement`` (null where no
-            logits are found), ``diversity``.
+            logits are found), ``diversity``, ``reliability`` (empty without logits).
 
         Raises:
             CommandError: The models don't belong together: masks, architecture or number of steps differ; or a file can't be read.
@@ -247,6 +248,7 @@ class Kitchen:
             "selected": [names[place] for place in chosen],
             "sparsity": gone / sum(kept.numel() for kept in mask.values()),
             **self._ensemble([one for _, one in scored], logits),
+            "reliability": self._reliability(logits),
             "diversity": self._diversity(states),
         }
 
@@ -294,6 +296,21 @@ class Kitchen:
         trained = [name for name in plain_names(dict(self.module.named_parameters())) if name in states[0]]
         vectors = torch.stack([torch.cat([state[name].flatten().float() for name in trained]) for state in states])
         return {name: float(value) for name, value in diversity(vectors).items()}
+
+    @staticmethod
+    def _reliability(soup: Logits) -> dict[str, float]:
+        """Expected and largest calibration error in 15 bins, and the accuracy of the class that is recognised worst."""
+        if soup.why or not soup.logits:
+            return {}
+        logits, labels = torch.cat(soup.logits), torch.cat(soup.labels)
+        classes, chances = logits.shape[1], logits.softmax(dim=1)
+        ece, mce = (float(multiclass_calibration_error(chances, labels, classes, n_bins=15, norm=norm)) for norm in ("l1", "max"))
+        present = torch.bincount(labels, minlength=classes) > 0
+        return {
+            "ece": ece,
+            "mce": mce,
+            "worst_class_accuracy": float(multiclass_accuracy(logits, labels, classes, average=None)[present].min()),
+        }
 
     @staticmethod
     def _ensemble(models: Sequence[Logits], soup: Logits) -> dict[str, float | None]:
