@@ -84,6 +84,10 @@ def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     image, label = fields["image"], fields["label"]
     if image.shape != label.shape or image.ndim not in (2, 3):
         raise BrokenRecordError(path, "label", f"image is {image.shape} and label {label.shape}: expected one shape, (H, W) or (S, H, W)")
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise BrokenRecordError(path, "image", "it has values that aren't finite: prepare the file again")
+    if label.dtype.kind == "f" and (np.floor(label) != label).any():
+        raise BrokenRecordError(path, "label", "it has values that are no whole number of 0 to 255: prepare the file again")
     with np.errstate(over="ignore"):
         image = finite(image.astype(np.float32), path, "image")
     whole = whole_numbers(label, path, "label")
