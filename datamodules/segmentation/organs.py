@@ -13,7 +13,7 @@ from lit_methods.checks import at_least, one_of, share, within
 from lit_methods.datamodules.base import LoaderDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.folders import data_path, listed
-from lit_methods.datamodules.reading import finite, read_hdf5, read_npz, whole_numbers
+from lit_methods.datamodules.reading import finite, once, read_hdf5, read_npz, whole_numbers
 from lit_methods.datamodules.segmentation.base import Arrays, SegmentationSamples, Volumes, flip_or_rotate, resize
 from lit_methods.datamodules.segmentation.camvid import ROAD_USERS, check_camvid, read_camvid
 from lit_methods.datamodules.tables import text_of
@@ -84,6 +84,10 @@ def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     image, label = fields["image"], fields["label"]
     if image.shape != label.shape or image.ndim not in (2, 3):
         raise BrokenRecordError(path, "label", f"image is {image.shape} and label {label.shape}: expected one shape, (H, W) or (S, H, W)")
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        raise BrokenRecordError(path, "image", "it has values that aren't finite: prepare the file again")
+    if label.dtype.kind == "f" and (np.floor(label) != label).any():
+        raise BrokenRecordError(path, "label", "it has values that are no whole number of 0 to 255: prepare the file again")
     with np.errstate(over="ignore"):
         image = finite(image.astype(np.float32), path, "image")
     whole = whole_numbers(label, path, "label")
@@ -230,6 +234,7 @@ class OrganSlicesDataModule(LoaderDataModule):
             names = [line.strip() for line in content.splitlines() if line.strip()]
             if not names:
                 raise BrokenRecordError(names_file, f"{part}_list", "the list is empty: give names, one a line")
+            once(names, names_file, f"{part}_list")
             paths = [folder / (name if name.endswith(ending) else f"{name}{ending}") for name in names]
             if missing := [path for path in paths if not path.is_file()]:
                 raise MissingFileError(missing[0], "file", f"one of {len(missing)} that {names_file} names and that aren't there")

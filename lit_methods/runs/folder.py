@@ -304,11 +304,21 @@ class RunFolder(pl.Callback):
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _log_again
 
-    def _begin(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note that the run has begun."""
         self.began = True
 
-    on_train_batch_start = on_validation_batch_start = _begin  # type: ignore[assignment]
-    on_test_batch_start = on_predict_batch_start = _begin  # type: ignore[assignment]
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note that the run has begun."""
+        self.began = True
+
+    def on_test_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note that the run has begun."""
+        self.began = True
+
+    def on_predict_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Note that the run has begun."""
+        self.began = True
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Name the run in its checkpoints, which may lie elsewhere, beside those of other runs; mend a folder that was deleted."""

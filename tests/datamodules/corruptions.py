@@ -468,6 +468,7 @@ class Outcome:
             return True
         known = self.error in ("BrokenRecordError", "MissingFileError", "WrongRootError", "ValueError", "RuntimeError")
         named = path.name in self.message or path.stem in self.message or str(path.parent) in self.message
+        named = named or self.error == "MissingFileError"  # what a broken list names
         return self.kind == "error" and known and (named or "the list" in self.message)  # a file that a broken list names
 
 
@@ -534,8 +535,10 @@ class Broken:
         self.before, self.there = self.path.read_bytes(), set(self.root.rglob("*"))
         try:
             self.break_it(self.path)
-        except BaseException:
+        except BaseException as error:
             self.__exit__()
+            if isinstance(error, TypeError):  # arrays of other things than numbers
+                raise Unfit from error
             raise
 
     def __exit__(self, *_: object) -> None:

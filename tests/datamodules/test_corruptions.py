@@ -36,6 +36,7 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
         r"\.(npy|npz|h5|safetensors)$|^(Instruction|SentencePairs|Ratings|Text)",
         "more of the same is data: rows have no ids",
     ),
+    ("missing|without key", r"^Text.*\.txt$", "every word is data, and a corpus may have fewer parts"),
     ("truncated", r"^Text.*\.txt$|^Ratings", "a text may end within a word, a rating within a number"),
 ]
 
