@@ -48,7 +48,8 @@ def queries_and_keys(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
     module.load_state_dict(torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
     data = TokenTasksDataModule(**config["data"]["init_args"])
     data.setup("test")
-    tokens = torch.cat([data.test_set[index]["input_ids"] for index in range(TOKENS)])[None, :TOKENS]
+    texts = -(-TOKENS // data.length)
+    tokens = torch.cat([data.test_set[index]["input_ids"] for index in range(texts)])[None, :TOKENS]
     with torch.no_grad(), AttentionSwap(Listener()).attach(module):
         module.eval()(tokens)
     return seen[0], seen[1]

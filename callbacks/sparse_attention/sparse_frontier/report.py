@@ -230,9 +230,8 @@ def draw(records: Sequence[Record]) -> dict[str, Media]:
     media["isocost/tasks"] = ImageMedia(
         scatter(by_task, "sparsity", "score", joined=True), f"Score against sparsity, {len(by_task)} curves"
     )
-    if by_length:
-        alt = f"Relative error against length, {len(by_length)} curves"
-        media["isocost/lengths"] = ImageMedia(scatter(by_length, "tokens", "relative error", log=True, joined=True), alt)
+    alt = f"Relative error against length, {len(by_length)} curves"
+    media["isocost/lengths"] = ImageMedia(scatter(by_length, "tokens", "relative error", log=True, joined=True), alt)
     columns = ("method", "task", "length", "parameters", "prefill sparsity", "decode sparsity", "score", "relative error", *COSTS)
     rows = [
         (
@@ -242,9 +241,7 @@ def draw(records: Sequence[Record]) -> dict[str, Media]:
         for one, error in zip(records, errors(records), strict=True)
     ]  # fmt: skip
     media["isocost/runs"] = TableMedia(columns, tuple(rows))
-    law = _law(records)
-    if law:
-        media["isocost/law"] = TableMedia(("method", "constant", "size", "length", "compression", "runs", "R2 held out"), tuple(law))
+    media["isocost/law"] = TableMedia(("method", "constant", "size", "length", "compression", "runs", "R2 held out"), tuple(_law(records)))
     return media
 
 
