@@ -152,5 +152,5 @@ def test_a_package_may_have_a_models_folder(tmp_path, monkeypatch):
     assert place_of("package:some_encoder", "x") == (str(tmp_path / "some_encoder" / "model"), {})
     (tmp_path / "some_encoder" / "other").mkdir()
     (tmp_path / "some_encoder" / "other" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="the package has 0 files ending in .gguf"):
+    with pytest.raises(ValueError, match=r"the package has 0 files ending in \.gguf"):
         place_of("package:some_encoder", "x")
