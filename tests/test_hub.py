@@ -142,3 +142,15 @@ def test_gguf_files_that_arent_there_are_told(package, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'reading GGUF needs transformers and gguf and accelerate: pip install "lit-methods\[gguf\]"'):
         place_of(package / "small.gguf", "x")
+
+
+def test_a_package_may_have_a_models_folder(tmp_path, monkeypatch):
+    (tmp_path / "some_encoder" / "model").mkdir(parents=True)
+    (tmp_path / "some_encoder" / "__init__.py").touch()
+    (tmp_path / "some_encoder" / "model" / "config.json").write_text("{}")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert place_of("package:some_encoder", "x") == (str(tmp_path / "some_encoder" / "model"), {})
+    (tmp_path / "some_encoder" / "other").mkdir()
+    (tmp_path / "some_encoder" / "other" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"the package has 0 files ending in \.gguf"):
+        place_of("package:some_encoder", "x")
