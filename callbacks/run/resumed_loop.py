@@ -8,6 +8,7 @@ first, once.
 
 from collections.abc import Callable
 from enum import Enum
+from typing import Any
 
 import torch
 from lightning.pytorch.loops.fit_loop import RestartStage, _FitLoop
@@ -26,7 +27,9 @@ class Place(Enum):
 
 def place_of(loop: _FitLoop) -> Place | None:
     """Where a checkpoint was saved whose counters were just loaded into ``loop``; None: elsewhere, or before the first batch."""
-    epoch, batch, validation = loop.epoch_progress.current, loop.epoch_loop.batch_progress.current, loop.epoch_loop.val_loop.batch_progress
+    epoch: Any = loop.epoch_progress.current
+    batch: Any = loop.epoch_loop.batch_progress.current
+    validation = loop.epoch_loop.val_loop.batch_progress
     if epoch.ready != epoch.started or epoch.ready == 0:
         return None
     if epoch.ready == epoch.processed:
@@ -51,7 +54,7 @@ def run_resumed(loop: _FitLoop, place: Place, restore: Callable[[], None]) -> No
     if loop.max_batches == 0 or loop.trainer.limit_train_batches == 0 or (place is Place.BETWEEN and loop.done):
         return
     torch.set_grad_enabled(True)
-    epoch = loop.epoch_progress.current
+    epoch: Any = loop.epoch_progress.current
     if place is Place.EPOCH_END:
         epoch.completed = epoch.processed  # on_train_start sees the epoch that comes next
     loop.on_run_start()
