@@ -154,7 +154,7 @@ def open_indices(path: Path, field: str, missing: str, modes: Sequence[str] = IN
         BrokenRecordError: It is truncated or no image, has several channels or fractions, or a number below 0.
     """
     with decoding(path, field, missing) as picture:
-        tiles: Any = getattr(picture, "tile", None)
+        tiles: Any = getattr(picture, "tile", None)  # what is in the file, of which opened pictures alone know
         raw = tiles[0][3] if tiles else None
         picture.load()
         mode, values = picture.mode, np.array(picture)

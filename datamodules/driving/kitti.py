@@ -235,9 +235,14 @@ class KittiFrames:
         """
         content = text_of(list_file, f"get it from {self.label_map.get}, or name whole sequences (train_sequences, val_sequences)", "split")
         index = {self.token(frame): frame for frame in range(len(self))}
-        found = []
+        found: list[int] = []
+        columns = len(next((line.split() for line in content.splitlines() if line.strip()), []))
+        if not columns:
+            raise BrokenRecordError(list_file, "split", "the list is empty: copy it again")
         for number, line in enumerate(content.splitlines()):
             if line.strip():
+                if len(line.split()) != columns:
+                    raise BrokenRecordError(list_file, f"line {number + 1}", f"is {line[:60]!r}, unlike the first: copy it again")
                 parts = Path(line.split()[0]).parts or ("",)
                 token = f"{parts[0]}/{Path(parts[-1]).stem}"
                 if token not in index:

@@ -327,10 +327,10 @@ def _read_calibrations(path: Path, channels: dict[str, str]) -> _Calibrations:
     except (ValueError, TypeError, OverflowError) as problem:
         raise BrokenRecordError(path, "rotation, translation, camera_intrinsic", f"expected 4, 3 and 3x3 numbers ({problem})") from problem
     for name, values in (("rotation", rotation), ("translation", translation), ("camera_intrinsic", intrinsic)):
-        good = _plausible(values).reshape(len(rows), -1).all(axis=1)
-        if not good.all():
+        plausible = _plausible(values).reshape(len(rows), -1).all(axis=1)
+        if not plausible.all():
             raise BrokenRecordError(
-                path, f"row {int(np.argmin(good))}", f"{name} holds NaN, infinite or impossible numbers: unpack the metadata again"
+                path, f"row {int(np.argmin(plausible))}", f"{name} holds NaN, infinite or impossible numbers: unpack the metadata again"
             )
     return _Calibrations(
         {row[0]: number for number, row in enumerate(rows)}, {row[0]: channels[row[1]] for row in rows}, rotation, translation, intrinsic

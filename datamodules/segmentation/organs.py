@@ -77,7 +77,12 @@ def read_record(path: Path) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """
     missing = "it is in the list and not there: unpack the data again, or correct the list"
     read = read_npz if path.suffix == ".npz" else read_hdf5
-    fields = read(path, ("image", "label"), "file", missing)
+    try:
+        fields = read(path, ("image", "label"), "file", missing)
+    except BrokenRecordError as error:
+        if error.field != "file" or not error.problem.startswith("can't be read as"):
+            raise
+        raise BrokenRecordError(path, "file", f"not a readable {path.suffix} file, it {error.problem}") from error
     for name in ("image", "label"):
         if name not in fields:
             raise BrokenRecordError(path, name, f"the file has {sorted(fields) or 'neither image nor label'}: expected image and label")

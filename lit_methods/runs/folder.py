@@ -304,19 +304,19 @@ class RunFolder(pl.Callback):
 
     on_train_start = on_validation_start = on_test_start = on_predict_start = _log_again
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Note that the run has begun."""
         self.began = True
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Note that the run has begun."""
         self.began = True
 
-    def on_test_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Note that the run has begun."""
         self.began = True
 
-    def on_predict_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Note that the run has begun."""
         self.began = True
 

@@ -37,6 +37,7 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
         "more of the same is data: rows have no ids",
     ),
     ("missing|without key", r"^Text.*\.txt$", "every word is data, and a corpus may have fewer parts"),
+    ("truncated", r"^Kitti.*\.lst$", "the last word of a line names the labels, which go by the name of the scan"),
     ("truncated", r"^Text.*\.txt$|^Ratings", "a text may end within a word, a rating within a number"),
 ]
 
