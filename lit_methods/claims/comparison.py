@@ -171,9 +171,9 @@ def frontier_plot(summary: Summary) -> str:
     for arm in by_height:
         heights.append(max(y(means[arm][1]), heights[-1] + 18 if heights else top))
     over = max(0.0, heights[-1] - bottom)
-    heights = [height - over if over else height for height in heights]
-    for index in range(len(heights) - 2, -1, -1):
-        heights[index] = min(heights[index], heights[index + 1] - 18)
+    heights = [place - over if over else place for place in heights]
+    for row in reversed(range(len(heights) - 1)):
+        heights[row] = min(heights[row], heights[row + 1] - 18)
     for arm, place in zip(by_height, heights, strict=True):
         cx, cy = x(means[arm][0]), y(means[arm][1])
         parts.append(f'<path class="leader" d="M{cx:.1f} {cy:.1f}L{right + 12} {place:.1f}h10"/>')
