@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -87,8 +87,11 @@ class Preemption(OrderedCallback):
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run."""
+        """Forget an earlier run, and stand behind all callbacks but those that save: what they do at the end of a step belongs to it."""
         super().setup(trainer, pl_module, stage)
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        place = next((index for index, callback in enumerate(others) if isinstance(callback, Checkpoint)), len(others))
+        trainer.callbacks = [*others[:place], self, *others[place:]]  # type: ignore[attr-defined]
         self._forget()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
