@@ -120,7 +120,7 @@ def read_split_file(file: Path, images: Path) -> Release:
                 and len(row) == 3
                 and isinstance(row[0], str)
                 and type(row[1]) is int
-                and 0 <= row[1] < _CLASSES
+                and abs(row[1]) < _CLASSES
                 and isinstance(row[2], str)
             ):
                 raise BrokenRecordError(file, f"{part}[{number}]", f"expected [path, label, class name], got {str(row)[:80]}")

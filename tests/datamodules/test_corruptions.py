@@ -30,6 +30,7 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
     ("nan", r"\.label$", "the upper half of a label is the number of an instance, which isn't read"),
     ("missing", IN_FOLDERS, "files are those that lie in the folder: a release may have fewer"),
     ("other size", r"\.(jpe?g|png)$", "photographs have any size"),
+    ("other size", r"cars_annos\.mat$", "the last image is gone: a release may have fewer"),
     ("other size", r"^LatentData.*celeba_256\.npy$", "all latents lie in one array, which has any size"),
     (
         "repeated rows",
