@@ -246,7 +246,7 @@ def test_data_that_do_not_fit_are_refused():
     text = data()
     text.setup("fit")
     size = text.vocab_size
-    with pytest.raises(ValueError, match=f"the data have {size} different tokens, .* vocab_size to {size + 1}, the mask"):
+    with pytest.raises(ValueError, match=f"the data have {size} different tokens, .*vocab_size to {size + 1}, the mask"):
         tiny_trainer(max_steps=1).fit(model(config=LLAMA | {"vocab_size": size}), datamodule=data())
     with pytest.raises(ValueError, match="answer_length is 16, and the sequences have 16 tokens: set it lower"):
         tiny_trainer(max_steps=1).validate(model(answer_length=16, steps=16), datamodule=data())
