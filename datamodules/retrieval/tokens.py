@@ -78,7 +78,7 @@ class WordPieces:
             instead="give the folder of a tokenizer of transformers (tokenizer.json), or null for the words of the documents",
         )
         size = len(self.inner)
-        self.tokens = [str(token) for token in self.inner.convert_ids_to_tokens(range(size))]
+        self.tokens = [str(token) for token in self.inner.convert_ids_to_tokens(list(range(size)))]
         padding = self.inner.pad_token_id
         others = [number for number in self.inner.all_special_ids if number != padding]
         self.special_ids = ([] if padding is None else [padding]) + sorted(set(others))

@@ -33,7 +33,8 @@ def _count(lines: list[tuple[int, bytes]], file: str, on_broken: str) -> tuple[i
     from lit_methods.datamodules.errors import BrokenRecordError
     from lit_methods.retrieval.idf import count_documents
 
-    texts, wrong = [], []
+    texts: list[str] = []
+    wrong: list[str] = []
     for number, line in lines:
         try:
             record = json.loads(line)

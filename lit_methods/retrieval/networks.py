@@ -81,12 +81,13 @@ class SmallTextEncoder(MaskedLanguageEncoder):
             length = input_ids.shape[1]
             if length > self.max_length:
                 raise ValueError(f"texts have {length} tokens and max_length is {self.max_length}: cut them, or raise max_length")
-            states = states + self.encoder["positions"].weight[:length]
+            states = states + self.encoder["positions"](torch.arange(length, device=input_ids.device))
         return self.encoder["layers"](states, src_key_padding_mask=attention_mask == 0)  # type: ignore[no-any-return]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, L) int64 tokens and (B, L) mask, 1 for tokens -> (B, L, V) logits."""
-        return F.linear(self.hidden(input_ids, attention_mask), self.encoder["words"].weight, self.bias)
+        words: Any = self.encoder["words"]
+        return F.linear(self.hidden(input_ids, attention_mask), words.weight, self.bias)
 
 
 class MaskedLM(MaskedLanguageEncoder):
