@@ -82,7 +82,8 @@ def count_corpus(
     Returns:
         Documents N, counts (V,), and what was wrong with the lines that were left out.
     """
-    total, counts, wrong = 0, 0, []
+    total, counts = 0, 0
+    wrong: list[str] = []
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tokenizer, max_length)) if workers > 1 else None
     try:
         if pool is None:
