@@ -105,11 +105,12 @@ class WrittenExamples(TrainingExamples):
         if not isinstance(query, str) or not query.strip():
             broken.say(file, f"{place}, query", f"{query!r}, expected text")
             return None
+        scores: Any = None
         if "docs" in record:
             texts, scores = record["docs"], record.get("scores")
         else:
             positive = record.get("pos")
-            texts, scores = [*(positive if isinstance(positive, list) else [positive])[:1], *(record.get("negs") or [])], None
+            texts = [*(positive if isinstance(positive, list) else [positive])[:1], *(record.get("negs") or [])]
         if not isinstance(texts, list) or not texts or any(not isinstance(text, str) or not text.strip() for text in texts):
             broken.say(file, f"{place}, {'docs' if 'docs' in record else 'pos, negs'}", "expected texts that aren't empty")
             return None

@@ -33,7 +33,8 @@ def _count(lines: list[tuple[int, bytes]], file: str, on_broken: str) -> tuple[i
     from lit_methods.datamodules.errors import BrokenRecordError
     from lit_methods.retrieval.idf import count_documents
 
-    texts, wrong = [], []
+    texts: list[str] = []
+    wrong: list[str] = []
     for number, line in lines:
         try:
             record = json.loads(line)
@@ -82,7 +83,7 @@ def count_corpus(
         Documents N, counts (V,), and what was wrong with the lines that were left out.
     """
     total, counts = 0, 0
-    wrong: list[Any] = []
+    wrong: list[str] = []
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(tokenizer, max_length)) if workers > 1 else None
     try:
         if pool is None:
@@ -151,7 +152,7 @@ def idf(argv: list[str]) -> int:
         raise CommandError(f"{corpus} has no document that can be read", exit_code=1)
     out.parent.mkdir(parents=True, exist_ok=True)
     counts[vocabulary.special_ids] = 0  # whose value is 1, as in the released table
-    write_idf(out, tokens, idf_of_counts(counts, number).tolist())
+    write_idf(out, tokens, idf_of_counts(counts, number))
     left = f"; {len(wrong)} lines are left out, the first: {wrong[0]}" if wrong else ""
     print(f"{out}: {int((counts > 0).sum()):,} of {len(tokens):,} tokens occur in {number:,} documents{left}")
     return 0

@@ -118,13 +118,15 @@ class Retriever(Evaluated):
         numbers, row, column, values = (gather_rows(one, with_grad=False) for one in mine)
         if not len(numbers):
             return None
-        found, keep = np.unique(numbers.numpy(), return_index=True)
+        names, keep = np.unique(numbers.numpy(), return_index=True)
         if not self.sparse:
-            return Encoded(found, values.numpy()[keep])
+            return Encoded(names, values.numpy()[keep])
         from scipy.sparse import csr_matrix
 
-        place = np.searchsorted(found, row.numpy())
-        return Encoded(found, csr_matrix((values.numpy(), (place, column.numpy())), shape=(len(found), self.vector_size)))
+        # samplers of others give some texts twice, which would add up
+        cells, first = np.unique(np.searchsorted(names, row.numpy()) * self.vector_size + column.numpy(), return_index=True)
+        places = np.divmod(cells, self.vector_size)
+        return Encoded(names, csr_matrix((values.numpy()[first], places), shape=(len(names), self.vector_size)))
 
     @property
     def vector_size(self) -> int:

@@ -66,9 +66,9 @@ def read_idf(path: Path, tokens: Sequence[str]) -> NDArray[np.float32]:
     return np.array([table.get(token, 1.0) for token in tokens], dtype=np.float32)
 
 
-def write_idf(path: Path, tokens: Sequence[str], idf: Sequence[float]) -> None:
+def write_idf(path: Path, tokens: Sequence[str], idf: NDArray[np.float32]) -> None:
     """Write a table that :func:`read_idf` reads: token -> value."""
-    write_json(path, dict(zip(tokens, (round(float(value), 6) for value in idf), strict=True)))
+    write_json(path, dict(zip(tokens, (round(value, 6) for value in idf.tolist()), strict=True)))
 
 
 __all__ = ["count_documents", "idf_of_counts", "read_idf", "write_idf"]

@@ -81,8 +81,7 @@ class SmallTextEncoder(MaskedLanguageEncoder):
             length = input_ids.shape[1]
             if length > self.max_length:
                 raise ValueError(f"texts have {length} tokens and max_length is {self.max_length}: cut them, or raise max_length")
-            positions: Any = self.encoder["positions"]
-            states = states + positions.weight[:length]
+            states = states + self.encoder["positions"](torch.arange(length, device=input_ids.device))
         return self.encoder["layers"](states, src_key_padding_mask=attention_mask == 0)  # type: ignore[no-any-return]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
