@@ -466,7 +466,8 @@ def pareto_front(costs: ArrayLike, scores: ArrayLike) -> NDArray[np.bool_]:
     cost, score = np.asarray(costs, float), np.asarray(scores, float)
     no_worse = (cost[None] <= cost[:, None]) & (score[None] >= score[:, None])
     better = (cost[None] < cost[:, None]) | (score[None] > score[:, None])
-    return np.asarray(~(no_worse & better).any(1))
+    beaten: NDArray[np.bool_] = np.any(no_worse & better, axis=1)
+    return np.logical_not(beaten)
 
 
 def relative_error(dense: ArrayLike, sparse: ArrayLike) -> NDArray[np.float64]:
@@ -567,10 +568,10 @@ def held_out_fit(sizes: ArrayLike, lengths: ArrayLike, compressions: ArrayLike, 
     test = arrays[by] == arrays[by].max()
     if test.all():
         raise ValueError(f"all points have the same {by}: none can be held out")
-    size, length, compression = (own[~test] for own in arrays.values())
-    law = fit_score_law(size, length, compression, score[~test])
+    law = fit_score_law(arrays["size"][~test], arrays["length"][~test], arrays["compression"][~test], score[~test])
     test &= score > 0
-    wanted, guess = np.log(score[test]), np.log(law.predict(*(own[test] for own in arrays.values())))
+    guess = np.log(law.predict(arrays["size"][test], arrays["length"][test], arrays["compression"][test]))
+    wanted = np.log(score[test])
     spread = np.square(wanted - wanted.mean()).sum()
     return float("nan") if spread == 0 else float(1 - np.square(wanted - guess).sum() / spread)
 
