@@ -154,7 +154,7 @@ def open_indices(path: Path, field: str, missing: str, modes: Sequence[str] = IN
         BrokenRecordError: It is truncated or no image, has several channels or fractions, or a number below 0.
     """
     with decoding(path, field, missing) as picture:
-        raw = picture.tile[0][3] if picture.tile else None
+        raw = picture.tile[0][3] if picture.tile else None  # type: ignore[attr-defined]
         picture.load()
         mode, values = picture.mode, np.array(picture)
     if mode not in modes:
