@@ -254,8 +254,22 @@ class MAIDSettings:
 
 
 @dataclass
-class MAIDState:
-    """What changes during a run; numbers alone, fit for a checkpoint.
+class Numbers:
+    """Numbers that change during a run, fit for a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of them."""
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        for name in asdict(self):
+            setattr(self, name, state[name])
+
+
+@dataclass
+class MAIDState(Numbers):
+    """What changes during a run of MAID.
 
     Attributes:
         epsilon: Accuracy of the lower solves.
@@ -278,15 +292,6 @@ class MAIDState:
     lower_iterations: int = 0
     cg_iterations: int = 0
     failures: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it."""
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        for name in asdict(self):
-            setattr(self, name, state[name])
 
 
 class Iteration(NamedTuple):

@@ -1,13 +1,13 @@
 """HOAG, what MAID is compared with: hypergradients whose accuracy follows a schedule (Pedregosa 2016, as MAID's paper uses it)."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lit_methods.inverse_problems.bilevel import BilevelProblem
-from lit_methods.inverse_problems.maid.core import Hypergradient, Iteration, Search, Solver, hypergradient
+from lit_methods.inverse_problems.maid.core import Hypergradient, Iteration, Numbers, Search, Solver, hypergradient
 
 Schedule = Literal["geometric", "quadratic", "cubic"]
 
@@ -20,7 +20,7 @@ def scheduled_accuracy(start: float, iteration: int, schedule: Schedule) -> floa
 
 
 @dataclass
-class HOAGState:
+class HOAGState(Numbers):
     """What changes during a run.
 
     Attributes:
@@ -44,15 +44,6 @@ class HOAGState:
     lower_iterations: int = 0
     cg_iterations: int = 0
     failures: int = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """All of it."""
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back."""
-        for name in asdict(self):
-            setattr(self, name, state[name])
 
 
 @dataclass
