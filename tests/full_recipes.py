@@ -291,6 +291,7 @@ RECIPES: dict[str, Recipe] = {
     "progressive_gradient_flow_vit": batch(4),
     "random_pruning_cifar": Recipe(),
     "random_pruning_imagenet": batch(8),
+    "random_search_cifar": Recipe(),
     "rcm_wan1b": Recipe({"/data/wan/wan2.1_t2v_1.3b.pth": "{work}/wan.pth", **SMALL_WAN}, prepare=wan, meta=True),
     "s2ft_llama3_8b": Recipe(
         {"tokenizer: /models/llama-3-8b": "tokenizer: null", "/models/llama-3-8b": "{work}/llama"}, prepare=llama, needs=("transformers",)

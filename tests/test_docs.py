@@ -472,7 +472,7 @@ def test_lists_are_extended_and_not_replaced(config: Path) -> None:
 
 def test_the_head_of_a_config_names_its_command() -> None:
     for config in RUNNABLE:
-        named = re.findall(r"^#\s+lit (?:fit|test) --config (\S+)", config.read_text(encoding="utf-8"), flags=re.M)
+        named = re.findall(r"^#\s+lit (?:fit|test|soup) --config (\S+)", config.read_text(encoding="utf-8"), flags=re.M)
         assert named, f"{page_id(config)} doesn't say how it is run"
         assert set(named) == {page_id(config)}
 

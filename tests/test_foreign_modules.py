@@ -223,6 +223,12 @@ LEFT_OUT: dict[str, str] = {
         ("LossRecovered", "SupervisedDictionaryEval"),
         "it judges sparse autoencoders; tests/callbacks/sparse_autoencoders has it on plain modules with encode and decode",
     ),
+    "RandomSearch": "its masks are those of RandomPruning; test_random_search_technique.py has it on residual convolutions",
+    "FLOPSRegularizer": "it thins out sparse vectors of texts; tests/retrieval has it on a module that isn't ours",
+    **dict.fromkeys(
+        ("SparseAttentionCallback", "IsoCostReport"),
+        "it takes attention layers of transformers; tests/sparse_attention has it on BERT, GPT-2, LLaMA and ViT",
+    ),
     "IMP": "its masks are those of RandomPruning; test_sparse_model_soups_technique.py has it on a ResNet and on tied embeddings",
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
     "TemporalVoting": "it votes on point clouds of neighbouring scans",

@@ -48,6 +48,9 @@ def parts(name: str) -> dict[str, Any]:
     """Arguments that must be given: of one class, or by their names."""
     special: dict[str, dict[str, Any]] = {
         "CausalLM": {"config": {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}},
+        "MaskedDiffusionLM": {
+            "config": {"model_type": "bert", "vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        },
         "LongContextLM": {"config": {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}},
         "CoPrompt": {"towers": TinyTowers(pretrain_steps=0), "depth": 1},
         "DenseRetriever": {"network": SmallTextEncoder(4, width=4)},

@@ -62,6 +62,8 @@ class BilevelDataModule(LoaderDataModule):
 class QuadraticBilevelDataModule(BilevelDataModule):
     """A quadratic in both levels, whose optimum is known.
 
+    Batch: {"A1": (K, N) float64, "A2": (K, N) float64, "A3": (K, M) float64, "b1": (K) float64, "b2": (K) float64}
+
     A1, A2 and A3 are uniform in [0, 1), b1 = A1 x + noise and b2 = A2 x + A3 theta + noise for normal x and theta.
 
     Args:
@@ -106,6 +108,8 @@ class QuadraticBilevelDataModule(BilevelDataModule):
 class WeightDecayDataModule(BilevelDataModule):
     """Digits for a logistic regression whose weight decays are learned: rows to fit, rows to choose decays by, and rows to test.
 
+    Batch: {"features": (N, P) float64, "label": (N) int64, "val_features": (M, P) float64, "val_label": (M) int64}
+
     scikit-learn's 1,797 real digits of 8 x 8 pixels, or its 569 samples of breast tissue (30 features, 2 classes), standardised by the rows
     to fit.
 
@@ -149,6 +153,8 @@ class WeightDecayDataModule(BilevelDataModule):
 
 class NoisyImagesDataModule(BilevelDataModule):
     """Images with normal noise, and without, for denoisers whose parameters are learned; other images for validation and test.
+
+    Batch: {"noisy": (N, 1, H, W) float64, "clean": (N, 1, H, W) float64}
 
     Args:
         root: Folder of PNG files, such as Kodak's 24; null: images by ``name``. Sorted by name, the first ones are for training; of each

@@ -231,6 +231,10 @@ class _Reader:
         units = (units,) if isinstance(units, str) else tuple(units or ())
         if not units or not set(units) <= set(UNITS):
             raise self.fail(f"budget.unit must be one or several of {', '.join(UNITS)}, got {budget.get('unit')!r}")
+        paper = dict(self.content.get("paper") or {})
+        self.known(paper, ("headline", "method", "baseline", "unit", "note", "memory"), "paper")
+        if paper and not isinstance(paper.get("headline"), str):
+            raise self.fail("paper needs a headline: what the paper measured")
         if (margin := float(self.get("margin", (int, float), 0.0))) < 0:
             raise self.fail(f"margin must be 0 or more, got {margin}")
         reports = tuple(self.report(entry, arms) for entry in self.get("reports", list, []))
@@ -260,7 +264,7 @@ class _Reader:
             reports=reports,
             over=over,
             cost=self.cost(arms, is_claim),
-            paper=dict(self.content.get("paper") or {}),
+            paper=paper,
             setting=self.further or str(self.content.get("setting") or ""),
             data=self.get("data", str, ""),
             real=self.real(),

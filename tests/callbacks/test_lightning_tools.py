@@ -69,6 +69,12 @@ class Dictionary(nn.Module):
         return code @ self.get_buffer("decoder_directions")
 
 
+class Slot(nn.Module):
+    """Where an attention layer of one's own takes another function."""
+
+    attention_function: Any = None
+
+
 class Pictures(pl.LightningModule):
     """A small network with two heads, a text tower, an embedding, a momentum branch, a dictionary and a vector of biases."""
 
@@ -88,7 +94,7 @@ class Pictures(pl.LightningModule):
         self.table = nn.Embedding(CLASSES, 8)
         self.register_buffer("words", torch.randn(CLASSES, 6))
         self.teacher = copy.deepcopy(self.head).requires_grad_(False)
-        self.dictionary = Dictionary()
+        self.dictionary, self.attention = Dictionary(), Slot()
         self.register_buffer("thresholds", torch.zeros(8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,6 +213,9 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "MaskedBNSparsity": {"stage": "global_sparsity"},
     "NMSparsity": {"n": 2, "m": 4, **NM},
     "RandomPruning": {"density": 0.5, **NM},
+    "RandomSearch": {"candidates": 2, "space": "weight", **NM},
+    "SparseAttentionCallback": {},
+    "IsoCostReport": {},
     "Magnitude": NM,
     "Wanda": {"samples": 8, "forward": "point_logits", **NM},
     "SparseGPT": {"samples": 8, "forward": "point_logits", **NM},
@@ -381,7 +390,8 @@ def test_every_public_callback_has_an_entry() -> None:
 
 LOG_AT_THE_END_OF_EPOCHS = {
     "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
-    "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "Reliability", "SampleQuality", "SparseGPT",
+    "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "RandomSearch", "Reliability", "SampleQuality",
+    "SparseGPT",
     "SparseIFT", "SparsityReport", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
 }  # fmt: skip
 

@@ -79,7 +79,13 @@ def paths_of(value: Any) -> list[str]:
     return [value] if isinstance(value, str) and value.startswith("data/") else []
 
 
-@pytest.mark.parametrize("file", sorted((configs_folder() / "full").glob("*.yaml")), ids=lambda file: file.stem)
+def with_data() -> list[Path]:
+    """Full configs that read something; the data of the others are made, unless a root is given."""
+    files = sorted((configs_folder() / "full").glob("*.yaml"))
+    return [file for file in files if paths_of(yaml.safe_load(file.read_text(encoding="utf-8")))]
+
+
+@pytest.mark.parametrize("file", with_data(), ids=lambda file: file.stem)
 def test_every_path_of_data_in_a_full_config_is_written(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fake", f"configs/full/{file.name}", "there"]) == 0
     assert "LIT_METHODS_DATA=there" in capsys.readouterr().out

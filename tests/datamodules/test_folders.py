@@ -83,7 +83,7 @@ def made(name, **paths):
     more = dict(MORE.get(name, {}))
     if name == "SemiSupervisedDataModule":
         more["data"] = datamodules.DigitsDataModule()
-    if "tokenizer" in paths and name == "TextDataModule":
+    if "tokenizer" in paths and name in ("TextDataModule", "RepeatedTextDataModule"):
         more["level"] = "tokenizer"
     return getattr(datamodules, name)(**(more | paths))
 

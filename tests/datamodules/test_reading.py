@@ -99,7 +99,7 @@ def test_files_that_another_user_may_not_read(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.txt").chmod(0)
     own = os.geteuid()
-    for parent in [tmp_path, *tmp_path.parents[:2]]:
+    for parent in [tmp_path, *tmp_path.parents[:3]]:
         parent.chmod(0o755)
     (tmp_path / "closed").chmod(0)
     try:

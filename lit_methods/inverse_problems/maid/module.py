@@ -90,7 +90,7 @@ class BilevelLearning(LightningModule):
         Curve("Error of the gradient over its length", ("bilevel/error_ratio",), note="Below 1 it surely points down."),
         Curve("Step", ("bilevel/step",), note="0: no step was found."),
         Curve("Iterations so far", ("bilevel/lower_iterations", "bilevel/cg_iterations"), note="What the method is to save."),
-        ImagePanel("Denoised", "bilevel/pictures", note="Noisy, denoised, clean."),
+        ImagePanel("Hyperparameters, or a denoised image", "bilevel/pictures", note="Noisy, denoised, clean; else theta, blue to red."),
     )
 
     def __init__(
@@ -291,14 +291,20 @@ class BilevelLearning(LightningModule):
             figures["accuracy"] = right.double().mean()
         if "clean" in batch:
             figures["psnr"] = -10 * (x - batch["clean"].double()).square().mean().log10()
-            self._draw(torch.stack([batch["noisy"][0, 0].double(), x[0, 0], batch["clean"][0, 0].double()]))
+            images = torch.stack([batch["noisy"][0, 0].double(), x[0, 0], batch["clean"][0, 0].double()])
+            self._draw((images.clamp(0, 1) * 255)[..., None].expand(-1, -1, -1, 3), "an image with noise, denoised, and without noise")
+        else:
+            theta = self.theta.detach().flatten()
+            shares = 0.5 + theta / (2 * theta.abs().max().clamp(min=1e-12))
+            self._draw(255 * torch.stack([shares, 1 - (2 * shares - 1).abs(), 1 - shares], -1)[None, None], "hyperparameters, one a column")
         log_global(self, {f"bilevel/{stage}_{name}": value for name, value in figures.items()}, batch_size=1)
 
-    def _draw(self, images: Tensor) -> None:
-        pixels = (images.clamp(0, 1) * 255).round().byte().cpu()
-        row = torch.cat(list(pixels), dim=1)[..., None].expand(-1, -1, 3).numpy().copy()
-        self._media = {"bilevel/pictures": ImageMedia(row, "an image with noise, denoised, and without noise")}
+    def _draw(self, images: Tensor, words: str) -> None:
+        """(n, h, w, 3) in 0..255, side by side, at least 48 pixels high."""
+        row = torch.cat(list(images.round().byte().cpu()), dim=1)
+        scale = max(1, 48 // len(row))
+        self._media = {"bilevel/pictures": ImageMedia(row.repeat_interleave(scale, 0).repeat_interleave(scale, 1).numpy().copy(), words)}
 
     def dashboard_media(self) -> dict[str, Media]:
-        """Denoised images."""
+        """Denoised images, or the hyperparameters."""
         return self._media
