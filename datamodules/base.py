@@ -232,13 +232,13 @@ class LoaderDataModule(pl.LightningDataModule):
         """Shuffled, resumable; a last incomplete batch is dropped unless it is the only one."""
         return self.loader(self.data_of("train"), training=True)
 
-    def whole_loader(self) -> Any:
-        """A training loader of a :class:`Whole` data set, the same on every rank."""
+    def whole_loader(self, part: str = "train") -> Any:
+        """A loader of a :class:`Whole` data set, the same on every rank."""
         return make_loader(
-            self.data_of("train"),
+            self.data_of(part),
             1,
             shuffle=False,
-            training=True,
+            training=part == "train",
             seed=self.seed,
             num_workers=self.num_workers,
             collate_fn=_only,

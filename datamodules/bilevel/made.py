@@ -58,6 +58,18 @@ class BilevelDataModule(LoaderDataModule):
         """The whole problem on every rank."""
         return self.whole_loader()
 
+    def val_dataloader(self) -> Any:
+        """The whole problem of validation on every rank."""
+        return self.whole_loader("val")
+
+    def test_dataloader(self) -> Any:
+        """The same."""
+        return self.whole_loader("test")
+
+    def predict_dataloader(self) -> Any:
+        """The same."""
+        return self.whole_loader("test")
+
 
 class QuadraticBilevelDataModule(BilevelDataModule):
     """A quadratic in both levels, whose optimum is known.

@@ -77,7 +77,8 @@ def stl10(root: Path, train: int = 20, test: int = 10, unlabelled: int = 7) -> N
 
 def _cifar(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     files = 5 if arguments["name"] == "cifar10" else 1
-    cifar(arguments["root"], arguments["name"], max(40 if files == 5 else 200, -(-sizes.get("images", 0) // files)))
+    images = max(sizes.get("images", 0), 2 * (arguments.get("val_size") or 0))
+    cifar(arguments["root"], arguments["name"], max(40 if files == 5 else 200, -(-images // files)))
     return {"root": arguments["root"]}
 
 

@@ -24,7 +24,7 @@ from lit_methods.callbacks.sparsity.card import SparsityCard
 from lit_methods.callbacks.sparsity.channels import ChannelGroup, node_groups, node_masks, removed_entries
 from lit_methods.callbacks.sparsity.masks import random_mask
 from lit_methods.callbacks.sparsity.random_search import core
-from lit_methods.callbacks.targets import plain_modules, plain_parameters
+from lit_methods.callbacks.targets import plain_modules, plain_parameters, refuse_lazy
 from lit_methods.callbacks.twin import independent_copy, training_batches
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
@@ -148,6 +148,8 @@ class RandomSearch(MaskCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Choose the weights, and refuse what can't work."""
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self._draws:
+            self.when_built(pl_module, lambda: refuse_lazy(pl_module, "RandomSearch"))
         if stage == "fit" and self._draws and (self.space == "node" or self.mode == "search"):
             self.when_built(pl_module, lambda: require_logits(pl_module, self.logits, "RandomSearch"))
 

@@ -106,9 +106,8 @@ class SparseD(BlockPattern):
         select: rho, share of the blocks that each block of queries keeps: of the prompt's, and of the answer's. The paper: 0.3 for long
             texts, 0.5 for short ones.
         block_size: Tokens of a block. The paper: 128 for long texts, 32 for short ones.
-        isolate_prompt: Choose the prompt's blocks among themselves, as the paper's text says; false, as the authors' code, lets the
-        answer's
-            blocks crowd them out.
+        isolate_prompt: Choose the prompt's blocks among themselves, as the paper's text says; false, as the authors' code, lets those of
+            the answer crowd them out.
 
     Raises:
         ValueError: A number outside its range.
