@@ -350,8 +350,8 @@ REFUSED |= {("MaskedBNSparsity", tool): "no batch norm of Pictures can be pruned
 REFUSED |= {  # it reports on another callback
     ("IsoCostReport", tool): "there is no SparseAttentionCallback to report on"
     for tool in (
-        "alone", "learning_rate_finder", "tuner", "batch_size_finder", "dataloader_iter", "lazy_layers", "no_logging", "barebones", "pickled",
-        "weight_norm", "pruned",
+        "alone", "learning_rate_finder", "tuner", "batch_size_finder", "dataloader_iter", "lazy_layers", "no_logging", "barebones",
+        "pickled", "weight_norm", "pruned",
     )
 }  # fmt: skip
 REFUSED["ThroughputProgressBar", "barebones"] = "Trainer was configured with `enable_progress_bar=False`"  # Lightning itself
