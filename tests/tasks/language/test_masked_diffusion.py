@@ -213,7 +213,8 @@ def test_predict_generates_and_writes(tmp_path):
 
 
 def test_a_killed_run_ends_like_a_whole_one(tmp_path):
-    kill_and_resume(lambda: (model(), data(), [ExactResume()]), 6, 3, tmp_path)
+    whole, resumed = kill_and_resume(lambda: (model(), data(), [ExactResume()]), 6, 3, tmp_path)
+    assert_state_dicts_equal(resumed, whole)
 
 
 def test_bf16_and_accumulation_train():
