@@ -65,7 +65,7 @@ def one_search(case: GoldenCase) -> dict[str, Any]:
         case.tensor("in_theta"),
         x,
         case.tensor("in_hypergrad"),
-        case.hp("g_old") if "hp_g_old" in case.arrays else float(case.arrays["in_g_old"]),
+        float(case.arrays["in_g_old"]),
         float(torch.linalg.vector_norm(upper_gradient(problem, x)[1])),
         case.hp("epsilon"),
         case.hp("beta"),

@@ -150,8 +150,8 @@ class RandomSearch(MaskCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and self._draws:
             self.when_built(pl_module, lambda: refuse_lazy(pl_module, "RandomSearch"))
-        if stage == "fit" and self._draws and (self.space == "node" or self.mode == "search"):
-            self.when_built(pl_module, lambda: require_logits(pl_module, self.logits, "RandomSearch"))
+            if self.space == "node" or self.mode == "search":
+                self.when_built(pl_module, lambda: require_logits(pl_module, self.logits, "RandomSearch"))
 
     # ---- the search --------------------------------------------------------------------------------------------------------------------
 
