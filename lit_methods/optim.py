@@ -151,6 +151,27 @@ def cosine_to_the_end(
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def adamw_by_shares(module: LightningModule) -> OptimizerLRSchedulerConfig:
+    """AdamW of what is trained, with warm-up and cosine per step, by hyperparameters that are called as usual.
+
+    Args:
+        module: Its ``hparams`` have ``learning_rate``, ``betas``, ``eps``, ``weight_decay``, and as shares of all steps or of the rate
+            ``warmup_share`` and ``final_share``; 0 and 1: a constant rate.
+
+    Raises:
+        ValueError: The training has no end, and the schedule needs one.
+    """
+    hp = module.hparams
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=hp["learning_rate"], betas=tuple(hp["betas"]), eps=hp["eps"], weight_decay=hp["weight_decay"]
+    )
+    if hp["warmup_share"] == 0 and hp["final_share"] == 1:
+        return scheduled(optimizer, lambda step: 1.0)
+    total = training_length(module, what="the schedule of warmup_share and final_share", instead=None)
+    return scheduled(optimizer, lambda step: warmup_cosine(step, total, round(hp["warmup_share"] * total), hp["final_share"]))
+
+
 def adamw_one_cycle(
     module: LightningModule,
     *,

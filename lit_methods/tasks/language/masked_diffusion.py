@@ -12,12 +12,12 @@ from torchmetrics import MeanMetric
 from lit_methods import checks
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.files import write_atomically
-from lit_methods.optim import scheduled, warmup_cosine
+from lit_methods.optim import adamw_by_shares
 from lit_methods.panels import Curve, Panel, TableMedia, TablePanel
 from lit_methods.runs.checkpoints import load_into
 from lit_methods.runs.folder import run_dir
 from lit_methods.seeds import own_seed
-from lit_methods.steps import log_global, training_length
+from lit_methods.steps import log_global
 from lit_methods.tasks.language.denoisers import denoising_model
 from lit_methods.tasks.language.denoising import (
     Confidence,
@@ -272,15 +272,7 @@ class MaskedDiffusionLM(Evaluated):
         Raises:
             ValueError: The training has no end, and the schedule needs one.
         """
-        hp = self.hparams
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=hp["learning_rate"], betas=tuple(hp["betas"]), eps=hp["eps"], weight_decay=hp["weight_decay"]
-        )
-        if hp["warmup_share"] == 0 and hp["final_share"] == 1:
-            return scheduled(optimizer, lambda step: 1.0)
-        total = training_length(self, what="the schedule of warmup_share and final_share", instead=None)
-        return scheduled(optimizer, lambda step: warmup_cosine(step, total, round(hp["warmup_share"] * total), hp["final_share"]))
+        return adamw_by_shares(self)
 
 
 __all__ = ["MaskedDiffusionLM"]
