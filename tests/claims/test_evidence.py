@@ -350,5 +350,7 @@ def test_the_kept_pictures_of_comparisons_are_drawn_from_the_kept_figures() -> N
     files = sorted(Path("docs/comparisons").glob("*.json"))
     assert files
     for file in files:
-        picture = file.with_name(f"{file.stem}_frontier.svg").read_text(encoding="utf-8")
-        assert picture == frontier_plot(json.loads(file.read_text(encoding="utf-8"))), "python docs/tools/comparison.py"
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        name, drawn = ("_frontier.svg", frontier_plot) if summary["over"] else (".svg", comparison_plot)
+        picture = file.with_name(f"{file.stem}{name}").read_text(encoding="utf-8")
+        assert picture == drawn(summary), "python docs/tools/comparison.py"
