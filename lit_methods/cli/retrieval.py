@@ -173,8 +173,14 @@ class System:
     ranking: Any
 
 
-def encode_all(what: str, overrides: Sequence[str] = ()) -> System:
-    """Build the retriever of ``config`` or ``config=checkpoint`` and let it encode the test's queries and documents."""
+def encode_all(what: str, overrides: Sequence[str] = (), texts: bool = True) -> System:
+    """Build the retriever of ``config`` or ``config=checkpoint`` and let it encode the test's queries and documents.
+
+    Args:
+        what: The config, with its checkpoint or without one.
+        overrides: Further words of the command.
+        texts: Encode them; False: the retriever is only set up for its data, and there are no vectors.
+    """
     from lightning.pytorch import Trainer
 
     from lit_methods.cli.lightning_cli import planned
@@ -194,8 +200,11 @@ def encode_all(what: str, overrides: Sequence[str] = ()) -> System:
         trainer = Trainer(
             accelerator=parts.trainer.accelerator, devices=1, precision=parts.trainer.precision, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+            limit_predict_batches=None if texts else 0,
         )  # fmt: skip
         trainer.predict(module, datamodule=data, ckpt_path=checkpoint or None, return_predictions=False)
+    if not texts:
+        kept["found"] = (None, None)
     if "found" not in kept:
         raise CommandError(f"{config}: its data have no query or no document to encode", exit_code=1)
     return System(Path(config).parent.parent.name if Path(config).stem == "config" else Path(config).stem, module, data, *kept["found"])
@@ -217,7 +226,8 @@ def encode(argv: list[str]) -> int:
         raise CommandError(f"{out} exists: choose another name")
     from lit_methods.retrieval.exports import save_sentence_transformers, write_anserini, write_opensearch
 
-    found = encode_all(options.what)
+    of_model = options.format == "sentence-transformers"
+    found = encode_all(options.what, texts=not of_model)
     if not found.module.sparse:
         raise CommandError(f"{options.what} has a {type(found.module).__name__}: only the vectors of a SparseRetriever have such a form")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +243,7 @@ def encode(argv: list[str]) -> int:
             save_sentence_transformers(out, found.module, tokenizer)
         except ValueError as error:
             raise CommandError(str(error)) from error
-    print(f"{out}: {len(found.documents.numbers):,} documents, {options.format}")
+    print(f"{out}: {'the model' if of_model else f'{len(found.documents.numbers):,} documents'}, {options.format}")
     return 0
 
 
