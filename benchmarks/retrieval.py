@@ -22,8 +22,6 @@ from typing import Any
 
 import yaml
 
-MAX_LENGTH = 128  # tokens of a document
-
 
 def configs(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Name -> config of the models that are trained here."""
@@ -31,7 +29,7 @@ def configs(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "class_path": "SearchDataModule",
         "init_args": {
             "root": str(options.root.resolve()), "on_broken": "skip", "tokenizer": options.model, "train_from": "titles",
-            "max_length": MAX_LENGTH, "batch_size": options.batch_size, "seed": options.seed,
+            "max_length": options.max_length, "batch_size": options.batch_size, "seed": options.seed,
         },
     }  # fmt: skip
     common = {
@@ -56,6 +54,7 @@ def checkpoint(folder: Path, name: str) -> Path:
 
 def train_theirs(start: Path, out: Path, options: argparse.Namespace) -> None:
     """sentence-transformers' sparse training from the folder that `lit encode` wrote."""
+    import pyarrow
     from datasets import Dataset
     from sentence_transformers import SparseEncoder, SparseEncoderTrainer, SparseEncoderTrainingArguments
     from sentence_transformers.sparse_encoder.losses import SparseMultipleNegativesRankingLoss, SpladeLoss
@@ -63,7 +62,7 @@ def train_theirs(start: Path, out: Path, options: argparse.Namespace) -> None:
     records = [json.loads(line) for line in (options.root / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
     pairs = [(record["title"], record["text"]) for record in records if record["title"] and record["text"]]
     model = SparseEncoder(str(start), device="cpu")
-    model.max_seq_length = MAX_LENGTH
+    model.max_seq_length = options.max_length
     ranking = SparseMultipleNegativesRankingLoss(model)
     loss = SpladeLoss(model, ranking, document_regularizer_weight=options.flops_weight, use_document_regularizer_only=True)
     arguments = SparseEncoderTrainingArguments(
@@ -71,8 +70,9 @@ def train_theirs(start: Path, out: Path, options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate, weight_decay=0.01, warmup_steps=options.steps // 10, seed=options.seed, save_strategy="no",
         report_to=[], use_cpu=True, router_mapping={"query": "query", "document": "document"}, max_grad_norm=0.0,
     )  # fmt: skip
-    table = {"query": [pair[0] for pair in pairs], "document": [pair[1] for pair in pairs]}
-    SparseEncoderTrainer(model, arguments, train_dataset=Dataset.from_dict(table), loss=loss).train()
+    table = pyarrow.table({"query": [pair[0] for pair in pairs], "document": [pair[1] for pair in pairs]})
+    data = Dataset(table, fingerprint="titles")  # named, as some versions of dill and pyarrow can't hash a table together
+    SparseEncoderTrainer(model, arguments, train_dataset=data, loss=loss).train()
     model.save_pretrained(str(out))
 
 
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a document")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--flops-weight", type=float, default=0.003)
     parser.add_argument("--seed", type=int, default=0)

@@ -204,7 +204,7 @@ def encode_all(what: str, overrides: Sequence[str] = (), texts: bool = True) -> 
         )  # fmt: skip
         trainer.predict(module, datamodule=data, ckpt_path=checkpoint or None, return_predictions=False)
     if not texts:
-        kept["found"] = (None, None)
+        kept["found"] = (None, None, None)
     if "found" not in kept:
         raise CommandError(f"{config}: its data have no query or no document to encode", exit_code=1)
     return System(Path(config).parent.parent.name if Path(config).stem == "config" else Path(config).stem, module, data, *kept["found"])
