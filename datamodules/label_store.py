@@ -8,6 +8,7 @@ sees all of it or nothing of it; readers, persistent workers too, look at the me
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -97,7 +98,8 @@ class LabelStore:
 
     Args:
         folder: Made by :meth:`create`.
-        verify: Read the original labels once and compare them with the store's checksum, about a second per gigabyte.
+        verify: Read the original labels once and compare them with the store's checksum, about a second per gigabyte. Where the newest
+            corrected labels can't be read and those before them can, go back to these with a warning that names both.
 
     Raises:
         MissingFileError: A file isn't there.
@@ -209,7 +211,10 @@ class LabelStore:
         return sorted(int(name) for name in names if name.isdigit())
 
     def _check_generation(self) -> None:
-        """Refuse a number that isn't that of the newest labels: a damaged one would drop all corrections, or bring older ones back."""
+        """Refuse a number that isn't that of the newest labels: a damaged one would drop all corrections, or bring older ones back.
+
+        Where the number is right and its labels can't be read, go back to those before it, with a warning.
+        """
         number, newest = self.generation, max(self._generations(), default=0)
         if newest - number not in (0, 1):  # 1: a run ended before it switched to what it had written
             raise BrokenRecordError(
@@ -218,6 +223,19 @@ class LabelStore:
                 f"{number}, and the newest corrected labels are {newest}: it is damaged. Remove the store's "
                 "folder: it is made anew from the annotations, and a resumed run writes its checkpoint's corrections into it",
             )
+        if number > 1 and (problem := self._problem(number)) is not None and self._problem(number - 1) is None:
+            bad, good = self._folder_of(number), self._folder_of(number - 1)
+            warnings.warn(f"{bad} can't be read, so the labels are those of {good}, the correction before it: {problem}", stacklevel=3)
+            self._number[0] = number - 1  # every process reads the same labels
+            self._number.flush()
+
+    def _problem(self, generation: int) -> Exception | None:
+        """Why the labels of a generation can't be read; None where they can."""
+        try:
+            self._read(self._folder_of(generation))
+        except (BrokenRecordError, MissingFileError) as problem:
+            return problem
+        return None
 
     def _folder_of(self, generation: int) -> Path:
         return self.folder / f"corrected-{generation:08d}"

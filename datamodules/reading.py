@@ -37,6 +37,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _TUPLES = 8  # levels of tuples in tuples that a checkpoint may have; a hundred would take for ever to compare
+_LARGEST = float(np.finfo(np.float32).max)
 _NUMBERS = {"b": "bools", "i": "integers", "u": "integers", "f": "real numbers"}
 
 
@@ -223,6 +224,11 @@ def whole_numbers(values: Any, file: Path | str, field: str) -> NDArray[np.int64
         wrong = stored[found != stored].reshape(-1)[0]
         raise BrokenRecordError(file, field, f"expected whole numbers, got {wrong}: {AGAIN}")
     return found
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value out of JSON is a number, and one that 32 bits can hold: neither NaN, nor infinite, nor 1e300."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def finite(values: NDArray[Any], file: Path | str, field: str, way: str = AGAIN) -> NDArray[Any]:
@@ -564,6 +570,7 @@ __all__ = [
     "INCOMPLETE",
     "file_size",
     "finite",
+    "is_finite",
     "once",
     "plain_file_name",
     "read_bytes",

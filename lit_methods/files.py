@@ -1,14 +1,20 @@
 """Files that are whole or not there, and YAML in which every key counts."""
 
 import contextlib
+import functools
 import json
 import os
+import re
 import secrets
+import socket
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+_PARTIAL = re.compile(r"\..+\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp")  # names of `replacing`
 
 
 @contextlib.contextmanager
@@ -31,13 +37,49 @@ def replacing(path: Path) -> Iterator[Path]:
         ...     numpy.savez(partial.open("wb"), weight=weight)
     """
     name = os.fsdecode(os.fsencode(path.name)[:180])  # a name has 255 bytes at most
-    partial = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # processes of two hosts may have one number
+    partial = path.with_name(f".{name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield partial
         os.replace(partial, path)
     finally:
         with contextlib.suppress(OSError):  # what went wrong before is what counts
             partial.unlink(missing_ok=True)
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight hex digits for the host and its numbering of processes: containers of one host may each have their own."""
+    try:
+        processes = os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        processes = ""
+    return f"{zlib.crc32(f'{socket.gethostname()} {processes}'.encode(errors='replace')):08x}"
+
+
+def remove_dead(folder: Path) -> None:
+    """Delete the temporary files of :func:`replacing` that processes of this machine left in ``folder`` and were killed.
+
+    Others may be writing there: what a living process, one of another machine, or another program has written stays. Looked at are the
+    folder and those in it, since a metric's ``/`` in the name of a checkpoint makes one. A folder that can't be read is left as it is.
+    """
+    for path in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        name = _PARTIAL.fullmatch(path.name)
+        if name is not None and name["machine"] == _machine() and not path.is_symlink() and _has_ended(int(name["pid"])):
+            with contextlib.suppress(OSError):  # another start was faster, or it is another user's
+                path.unlink()
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether no process of this machine has the number; False where that can't be told."""
+    if os.name == "nt":  # a signal 0 isn't a question there
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

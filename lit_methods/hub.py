@@ -243,15 +243,15 @@ def fetch(
         with _cache_alone(not reachable):
             return load()
     except Exception as error:
-        damaged = local and not isinstance(
-            error, ImportError | MemoryError | OSError | ValueError | RuntimeError
-        )  # libraries raise anything
+        damaged = local and (  # libraries raise anything
+            isinstance(error, RecursionError) or not isinstance(error, ImportError | MemoryError | OSError | ValueError | RuntimeError)
+        )
         if not (damaged or isinstance(error, OSError | ValueError | RuntimeError)):
             raise
         said = str(error).strip().partition("\n")[0]
         if isinstance(error, ValueError) and not local and not isinstance(error, HFValidationError):
             raise
-        if isinstance(error, RuntimeError) and not said.startswith(("No pretrained weights", "Invalid pretrained")):
+        if isinstance(error, RuntimeError) and not damaged and not said.startswith(("No pretrained weights", "Invalid pretrained")):
             raise
         if local:
             raise NotThereError(f"{given} is a folder that can't be read as one of these ({said}): {instead}") from error

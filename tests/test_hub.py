@@ -1,6 +1,7 @@
 """Pretrained models without a network: one message at once, with the argument, the model and the way out."""
 
 import importlib.util
+import json
 import time
 from pathlib import Path
 
@@ -89,6 +90,13 @@ def test_an_empty_folder_and_a_missing_one_are_named(offline, tmp_path):
         CausalLM(str(tmp_path / "model"))
     with pytest.raises(ValueError, match=r"name_or_path='\./missing' is neither a folder nor a name on the hub: give the folder"):
         CausalLM("./missing")
+
+
+def test_a_folder_with_lists_without_end_is_named(tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"tokenizer='.*' is a folder that can't be read as one of these \(maximum recursion depth"):
+        fetch(lambda: json.loads((tmp_path / "tokenizer.json").read_text()), tmp_path, given=f"tokenizer='{tmp_path}'", instead="-")
 
 
 def test_a_local_model_needs_no_hub(offline, tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -285,9 +284,11 @@ class LatentShardsDataModule(GenerativeDataModule):
         null = None
         if self.null_embedding is not None:
             path = self.null_embedding
-            if not os.path.lexists(path):
-                raise FileNotFoundError(f"null_embedding={str(path)!r} doesn't exist: give a file that torch.save wrote")
-            null = _tensor(read_bytes(path, "null_embedding"), path, "null_embedding")
+            null = _tensor(read_bytes(path, "null_embedding", "give a file that torch.save wrote"), path, "null_embedding")
+            prompt = None if hp["embedding"] is None else read_tensor(records[0], hp["embedding"])
+            if prompt is not None and prompt.ndim > 1 and null.ndim > 1 and prompt.shape[-1] != null.shape[-1]:
+                widths = f"is {null.shape[-1]} wide, and the prompts {prompt.shape[-1]}"
+                raise BrokenRecordError(path, "null_embedding", f"{widths}: encode the negative prompt as the prompts were")
         settings = (hp["latent"], hp["embedding"], hp["tokens"], null, hp["scale"])
         cut = len(records) - hp["num_val"]
         parts = (records[:cut], records[cut:], records[cut : cut + self.num_samples])

@@ -12,8 +12,9 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import listed
+from lit_methods.datamodules.reading import file_size, read_text
 from lit_methods.datamodules.tables import plain
 from lit_methods.datamodules.text.text import made_up_text
 
@@ -122,12 +123,10 @@ def lines_of(file: Path, broken: Broken) -> Iterator[tuple[int, str]]:
 
     Raises:
         MissingFileError: There is no such file.
+        BrokenRecordError: It is no file, or may not be read.
     """
-    try:
-        handle = file.open("rb")
-    except FileNotFoundError:
-        raise MissingFileError(file, "file", "no such file: unpack the data set again") from None
-    with handle:
+    file_size(file, "file", "unpack the data set again")
+    with file.open("rb") as handle:
         for number, raw in enumerate(handle, start=1):
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -143,7 +142,7 @@ def records_of(file: Path, broken: Broken) -> Iterator[tuple[int, dict[str, Any]
     for number, text in lines_of(file, broken):
         try:
             record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
             broken.say(file, f"line {number}", f"is no JSON ({error}): the file is damaged, or has more than one object in a line")
             continue
         if not isinstance(record, dict):
@@ -208,8 +207,8 @@ class _Judgements:
                 self._broken.say(
                     file, f"{place}, document", f"{document!r} is no document of the collection: download both again, or skip it"
                 )
-            elif value != worth:
-                self._broken.say(file, f"{place}, score", f"{grade!r}, expected a whole number")
+            elif value != worth or abs(worth) >= 1 << 31:
+                self._broken.say(file, f"{place}, score", f"{grade[:40]!r}, expected a whole number of 32 bits")
             else:
                 pair = self._queries[query], self._documents[document]
                 if found.setdefault(pair, worth) != worth:
@@ -268,10 +267,7 @@ def read_beir(root: Path, broken: Broken) -> Collection:
 
 def _tagged(file: Path, outer: str, name: str, broken: Broken) -> Iterator[tuple[str, str]]:
     """Name and text of the elements of a TREC file; ``name`` is the tag of the name."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="strict")
-    except UnicodeDecodeError as error:
-        raise BrokenRecordError(file, f"byte {error.start}", "isn't UTF-8: convert the file") from error
+    text = read_text(file)
     known: set[str] = set()
     for match in re.finditer(rf"<{outer}>(.*?)(</{outer}>|(?=<{outer}>)|\Z)", text, flags=re.S | re.I):
         line = text.count("\n", 0, match.start()) + 1

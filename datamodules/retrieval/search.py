@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from lit_methods.checks import at_least, literals, within
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path
+from lit_methods.datamodules.reading import is_finite
 from lit_methods.datamodules.retrieval.base import CollectionDataModule, Documents, EncodedTexts, Example, Lengths, TrainingExamples
 from lit_methods.datamodules.retrieval.collection import (
     LAYOUTS,
@@ -115,7 +116,7 @@ class WrittenExamples(TrainingExamples):
             broken.say(file, f"{place}, {'docs' if 'docs' in record else 'pos, negs'}", "expected texts that aren't empty")
             return None
         if scores is not None:
-            numbers = isinstance(scores, list) and all(isinstance(x, int | float) and np.isfinite(x) for x in scores)
+            numbers = isinstance(scores, list) and all(map(is_finite, scores))
             if not numbers or len(scores) != len(texts):
                 broken.say(file, f"{place}, scores", f"expected {len(texts)} finite numbers, one for each document")
                 return None

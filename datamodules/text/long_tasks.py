@@ -17,6 +17,7 @@ from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import data_path, user_path
+from lit_methods.datamodules.reading import read_text
 from lit_methods.datamodules.text.instructions import Answers
 from lit_methods.datamodules.text.text import Bytes, HuggingFaceTokens, Tokenizer
 
@@ -187,20 +188,22 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     """Questions about documents, one JSON object a line: ``document``, ``question``, ``answer``, and ``choices`` where there are some.
 
     Raises:
-        BrokenRecordError: A line without one of them.
+        BrokenRecordError: A line without one of them, or no line at all.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise BrokenRecordError(path, f"line {number}", f"no JSON: {error}") from error
         for key in ("document", "question", "answer"):
             if not isinstance(record, dict) or not isinstance(record.get(key), str):
                 raise BrokenRecordError(path, f"line {number}", f"it needs a text under {key!r}")
         records.append(record)
+    if not records:
+        raise BrokenRecordError(path, "lines", "the file has no question: copy it again")
     return records
 
 

@@ -1,14 +1,13 @@
 """Inverse document frequencies: counted, computed, and as a JSON file: token -> value. Imports no torch."""
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
+from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.reading import is_finite, read_json
 from lit_methods.files import write_json
 
 
@@ -50,16 +49,11 @@ def read_idf(path: Path, tokens: Sequence[str]) -> NDArray[np.float32]:
         MissingFileError: There is no such file.
         BrokenRecordError: It is no such table, or has no token of the vocabulary.
     """
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingFileError(path, "file", "no such file: make the table by `lit idf`") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BrokenRecordError(path, "JSON", f"can't be read ({error}): make the table by `lit idf`") from error
+    table = read_json(path, "JSON", "make the table by `lit idf`")
     if not isinstance(table, dict):
         raise BrokenRecordError(path, "JSON", f"is a {type(table).__name__}, expected an object: token -> value")
     for token, value in table.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_finite(value):
             raise BrokenRecordError(path, f"token {token!r}", f"{value!r}, expected a finite number")
     if not any(token in table for token in tokens):
         raise BrokenRecordError(path, "tokens", f"none of its {len(table)} is in the vocabulary: make the table with the same tokenizer")

@@ -1,6 +1,7 @@
 """One folder per run: never overwritten, the same for every logger, agreed on by all processes."""
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -22,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 import lit_methods
 from lit_methods.distributed import broadcast_text, rank, world_size
 from lit_methods.errors import CommandError
-from lit_methods.files import write_atomically, write_json
+from lit_methods.files import remove_dead, write_atomically, write_json
 from lit_methods.git import git
 from lit_methods.runs.lock import RunLock, hold_run
 from lit_methods.runs.lock import in_use as in_use
@@ -30,7 +31,11 @@ from lit_methods.runs.lock import lock_run as lock_run
 
 # Set by the first process of a run for the ones that it starts, which must write to the same folder.
 RUN_FOLDER_VARIABLE = "LIT_METHODS_RUN_FOLDER"
-_RANKS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JSM_NAMESPACE_RANK")  # of other launchers
+_RANKS = (  # of other launchers
+    *("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK"),
+    *("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "JSM_NAMESPACE_RANK"),
+)
+_SERVED: list[torch.distributed.TCPStore] = []  # a store ends with the last object that names it
 WAIT = datetime.timedelta(minutes=5)  # for what the first process says
 OWNER = "lit_methods_run"  # key of a checkpoint: the run that wrote it
 
@@ -76,7 +81,9 @@ def agree_on_run_folder(root: Path, name: str) -> Path:
     - Where the processes are a group already, rank 0 tells the others.
     - Processes started by Lightning itself read it from the environment variable ``LIT_METHODS_RUN_FOLDER``.
     - Under torchrun, rank 0 tells the others through torchrun's own store.
-    - Under SLURM with several tasks it is named after job, step and restart, which all nodes know.
+    - Under SLURM with several tasks, under LSF and OpenMPI it is named after the start (job, step, restart), which all nodes know.
+    - Processes that were given ``RANK``, or ``NODE_RANK`` and ``LOCAL_RANK``, by hand or by Kubeflow hear it from the first one, through a
+      store at ``MASTER_ADDR`` and ``MASTER_PORT``.
     - Else a new folder is claimed and the environment variable set, for processes that are started later.
     """
     environment = os.environ
@@ -86,11 +93,15 @@ def agree_on_run_folder(root: Path, name: str) -> Path:
         return Path(environment[RUN_FOLDER_VARIABLE])
     if _under_torchrun():
         return Path(_told_by_store("run_folder", lambda: str(claim_run_folder(root, name))))
-    if _under_slurm():
-        folder = (root / safe_name(name) / f"slurm-{_slurm_start()}").resolve()
-        if environment["SLURM_PROCID"] == "0":
+    if (start := _named_start()) is not None:
+        folder = (root / safe_name(name) / start).resolve()
+        if is_first():
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
+        return folder
+    if _under_hand():
+        folder = Path(_told_by_store("run_folder", lambda: str(claim_run_folder(root, name))))
+        environment[RUN_FOLDER_VARIABLE] = str(folder)  # for the processes that Lightning starts on this node
         return folder
     folder = claim_run_folder(root, name)
     environment[RUN_FOLDER_VARIABLE] = str(folder)
@@ -100,7 +111,7 @@ def agree_on_run_folder(root: Path, name: str) -> Path:
 def is_first() -> bool:
     """Whether this process is the first one of its run, which makes the run's folder and holds its lock.
 
-    Told from the process group where there is one, else from what Lightning, torchrun and SLURM set in the environment.
+    Told from the process group where there is one, else from what Lightning and the launchers set in the environment.
     """
     if world_size() > 1:
         return rank() == 0
@@ -114,8 +125,8 @@ def is_first() -> bool:
 def told_by_first(runs: Path, topic: str, choose: Callable[[], str]) -> str:
     """What the first process of a run chooses, in every process of it, before they are a group.
 
-    Under torchrun they talk through its store, under SLURM through a file in ``runs``, which all nodes see. Processes of which nothing is
-    known choose for themselves.
+    Under torchrun they talk through its store, with ranks given by hand or by Kubeflow through one at ``MASTER_ADDR`` and ``MASTER_PORT``,
+    under SLURM, LSF and OpenMPI through a file in ``runs``, which all nodes see. Processes of which nothing is known choose for themselves.
 
     Args:
         runs: Folder of all runs of the name.
@@ -124,11 +135,12 @@ def told_by_first(runs: Path, topic: str, choose: Callable[[], str]) -> str:
     """
     if world_size() > 1:
         return broadcast_text(choose() if rank() == 0 else "")
-    if _under_torchrun():
+    start = _named_start()
+    if _under_torchrun() or (start is None and _under_hand()):
         return _told_by_store(topic, choose)
-    if not _under_slurm():
+    if start is None:
         return choose()
-    file = runs / f".slurm-{_slurm_start()}.{topic}"
+    file = runs / f".{start}.{topic}"
     if is_first():
         runs.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text := choose())
@@ -143,8 +155,8 @@ def told_by_first(runs: Path, topic: str, choose: Callable[[], str]) -> str:
 
 def forget_told(runs: Path, topic: str) -> None:
     """Delete the file through which a choice was told, when all processes of the run have read it."""
-    if _under_slurm() and is_first():
-        (runs / f".slurm-{_slurm_start()}.{topic}").unlink(missing_ok=True)
+    if (start := _named_start()) is not None and is_first():
+        (runs / f".{start}.{topic}").unlink(missing_ok=True)
 
 
 def _started_by_first() -> bool:
@@ -160,21 +172,51 @@ def _under_slurm() -> bool:
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
-def _slurm_start() -> str:
-    """Job, step and restart, which all tasks know."""
-    parts = [os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_STEP_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "")]
-    return "-".join(filter(None, parts))
+def _named_start() -> str | None:
+    """A name of this start of the run that all of its processes know: SLURM's job, step and restart, or the one of LSF or OpenMPI.
+
+    OpenMPI without mpi4py is left out: Lightning doesn't see it then, and each process trains by itself.
+    """
+    environment = os.environ
+    if _under_slurm():
+        parts = [environment["SLURM_JOB_ID"], environment.get("SLURM_STEP_ID", ""), environment.get("SLURM_RESTART_COUNT", "")]
+        return f"slurm-{'-'.join(filter(None, parts))}"
+    lsf = int(environment.get("JSM_NAMESPACE_SIZE", "1")) > 1
+    mpi = int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("mpi4py") is not None
+    given = [environment.get("LSB_JOBID"), environment.get("PMIX_NAMESPACE")]
+    return safe_name("-".join(["lsf" if lsf else "mpi", *filter(None, given)])) if (lsf or mpi) and any(given) else None
+
+
+def _under_hand() -> bool:
+    """Whether several processes were started that find each other at an address, by a user or by Kubeflow.
+
+    Lightning leaves the same variables behind in a process that has started others; there the run's folder is named, too.
+    """
+    environment = os.environ
+    several = int(environment.get("WORLD_SIZE", "1")) > 1 and any(name in environment for name in _RANKS)
+    return several and {"MASTER_ADDR", "MASTER_PORT"} <= set(environment) and RUN_FOLDER_VARIABLE not in environment
 
 
 def _told_by_store(topic: str, choose: Callable[[], str]) -> str:
-    environment = os.environ
-    store = torch.distributed.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=WAIT)
-    key = f"lit_methods/{environment['TORCHELASTIC_RUN_ID']}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}/{topic}"
-    if environment["RANK"] == "0":
-        text = choose()
-        store.set(key, text)
-        return text
-    return store.get(key).decode()  # type: ignore[no-any-return]  # waits for rank 0
+    environment, hand = os.environ, not _under_torchrun()
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    # by hand the first process serves, and PyTorch's process group takes the same server later; torchrun's agent has one
+    serves = hand and is_first()
+    try:
+        store = torch.distributed.TCPStore(address, port, is_master=serves, timeout=WAIT, wait_for_workers=False, multi_tenant=hand)
+        key = f"lit_methods/{environment.get('TORCHELASTIC_RUN_ID', '')}/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}/{topic}"
+        if not is_first():
+            return store.get(key).decode()  # type: ignore[no-any-return]  # waits for the first process
+    except torch.distributed.DistError as error:
+        if serves or not hand:
+            raise
+        first = f"the first process (rank 0) doesn't answer at {address}:{port}, the MASTER_ADDR and MASTER_PORT that were given"
+        raise CommandError(f"{first}\n  look at what it says, and whether this machine reaches it", exit_code=1) from error
+    if serves:
+        _SERVED.append(store)
+    text = choose()
+    store.set(key, text)
+    return text
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
@@ -223,7 +265,8 @@ class RunFolder(pl.Callback):
     """Keeps everything that belongs to a run in one folder, whatever the loggers.
 
     Runs: in ``setup``, on rank 0. Writes ``config.yaml`` (resolved config), ``git.json`` (absent outside a git checkout) and
-    ``environment.json``; sends every ``ModelCheckpoint`` without a ``dirpath`` to ``checkpoints/``; logs the config and,
+    ``environment.json``; sends every ``ModelCheckpoint`` without a ``dirpath`` to ``checkpoints/``, and clears a ``dirpath`` of what a
+    killed run had half written there; logs the config and,
     under ``git``, commit, branch and ``dirty`` to every logger. Holds the folder as long as the run lasts (:mod:`lit_methods.runs.lock`).
     Saves: the run's name in checkpoints. Refuses: a folder that another process is writing (``RunInUse``). The ``lit`` command adds it;
     in Python give it to the ``Trainer`` like any callback.
@@ -259,6 +302,9 @@ class RunFolder(pl.Callback):
         if self._written:
             return
         self._written = True
+        for place in (getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks):
+            if place is not None and "://" not in str(place):
+                remove_dead(Path(place))  # several runs may share it: what a killed one was writing
         state = git_state(Path.cwd())
         if self.restart_from is not None:
             line = json.dumps({"from": str(self.restart_from), "environment": environment_state(trainer), "git": state})

@@ -1,10 +1,13 @@
 """One folder per run: what it holds, that nothing is overwritten, and who agrees on it."""
 
+import datetime
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,19 @@ from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 import lit_methods
-from helpers import HANGS, run_two_processes, tiny_trainer
+from helpers import HANGS, run_python, run_two_processes, tiny_trainer
 from lit_methods.cli.explain import explain_run_error
 from lit_methods.cli.main import main
-from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, claim_run_folder, git_state, run_dir
+from lit_methods.errors import CommandError
+from lit_methods.runs.folder import (
+    RUN_FOLDER_VARIABLE,
+    RunFolder,
+    agree_on_run_folder,
+    claim_run_folder,
+    git_state,
+    run_dir,
+    told_by_first,
+)
 
 
 def test_two_runs_in_one_second_get_two_folders(tmp_path: Path) -> None:
@@ -117,6 +129,108 @@ def test_slurm_tasks_agree_without_talking(tmp_path: Path, monkeypatch: pytest.M
         agree_on_run_folder(tmp_path, "run")
 
 
+LAUNCHERS = {  # what a rank is given: a user's own ranks, Kubeflow's, the main processes of two nodes that a user starts
+    "by hand": lambda rank: {"NODE_RANK": "0", "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
+    "Kubeflow": lambda rank: {"RANK": str(rank), "WORLD_SIZE": "2"},
+    "two nodes": lambda rank: {"NODE_RANK": str(rank), "WORLD_SIZE": "4"},
+}
+AGREE = """
+import sys
+from pathlib import Path
+import torch
+from lit_methods.runs.folder import agree_on_run_folder, is_first, told_by_first
+root, first = Path(sys.argv[1]), is_first()
+told = told_by_first(root / "run", "restart", lambda: f"chosen by {first}")
+print(first, told, agree_on_run_folder(root, "run"))
+torch.distributed.init_process_group("gloo", rank=int(not first), world_size=2)  # as Lightning does later, at the same address
+torch.distributed.barrier()
+"""
+
+
+def without_launchers() -> dict[str, str]:
+    """The environment as a terminal has it."""
+    heads = ("LOCAL_RANK", "MASTER_", "WORLD_", "NODE_", "SLURM", "RANK", RUN_FOLDER_VARIABLE)
+    return {key: value for key, value in os.environ.items() if not key.startswith(heads)}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ranks_that_were_given_hear_the_first_ones_choice(launcher: str, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = without_launchers() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    with ThreadPoolExecutor() as pool:
+        ranks = [common | LAUNCHERS[launcher](rank) for rank in (1, 0)]
+        other, first = pool.map(lambda given: run_python(["-c", AGREE, tmp_path], env=given), ranks)
+    assert (first.returncode, other.returncode) == (0, 0), other.stderr + first.stderr
+    (folder,) = (tmp_path / "run").iterdir()
+    assert first.stdout.split("\n")[0] == f"True chosen by True {folder}"
+    assert other.stdout.split("\n")[0] == f"False chosen by True {folder}"
+
+
+def test_a_first_process_that_does_not_answer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.environ", without_launchers())
+    monkeypatch.setattr("lit_methods.runs.folder.WAIT", datetime.timedelta(seconds=1))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CommandError, match=rf"rank 0\) doesn't answer at 127\.0\.0\.1:{port}"):
+        agree_on_run_folder(tmp_path, "run")
+
+
+@pytest.mark.parametrize(
+    ("job", "ranks", "name"),
+    [
+        ({"LSB_JOBID": "12", "PMIX_NAMESPACE": "7", "JSM_NAMESPACE_SIZE": "2"}, "JSM_NAMESPACE_RANK", "lsf-12-7"),
+        ({"PMIX_NAMESPACE": "prterun-node1-99@1", "OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_RANK", "mpi-prterun-node1-99-1"),
+    ],
+)
+def test_processes_of_lsf_and_openmpi_agree_without_talking(
+    job: dict[str, str], ranks: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.environ", without_launchers())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # mpi4py is there
+    for key, value in (job | {ranks: "0"}).items():
+        monkeypatch.setenv(key, value)
+    assert told_by_first(tmp_path / "run", "restart", lambda: "this one") == "this one"
+    folder = agree_on_run_folder(tmp_path, "run")
+    assert folder == tmp_path / "run" / name
+    assert folder.is_dir()
+    monkeypatch.setenv(ranks, "1")
+    assert told_by_first(tmp_path / "run", "restart", lambda: pytest.fail("it chooses nothing")) == "this one"
+    assert agree_on_run_folder(tmp_path, "run") == folder
+
+
+def test_what_a_killed_run_left_in_a_shared_checkpoint_folder_goes(tmp_path: Path) -> None:
+    """Only ours, only of a dead process of this machine: others may be saving there."""
+    shared = tmp_path / "shared"
+    (shared / "epoch=0-val").mkdir(parents=True)
+    code = "import os, pathlib, sys; from lit_methods.files import replacing; blocks = [replacing(pathlib.Path(p)) for p in sys.argv[1:]]\n"
+    code += "for block in blocks: block.__enter__().write_text('half')\nos._exit(9)"
+    killed = [shared / "last.ckpt", shared / "epoch=0-val" / "loss=1.ckpt"]
+    subprocess.run([sys.executable, "-c", code, *map(str, killed)], check=False, timeout=HANGS)
+    left = {path.name for path in shared.rglob(".*.tmp")}
+    assert len(left) == 2
+    dead = next(shared.glob(".last.ckpt.*.tmp")).name
+    machine, pid, rest = dead.removeprefix(".last.ckpt.").split("-")
+    stay = {
+        f".last.ckpt.{int(machine, 16) ^ 1:08x}-{pid}-{rest}",  # of another machine
+        f".last.ckpt.{machine}-{os.getpid()}-{rest}",  # of a process that lives
+        f".last.ckpt.{pid}-{rest}",  # of another program
+        ".rsync.tmp",
+        "notes.tmp",
+    }
+    for name in stay:
+        (shared / name).write_text("not ours to delete")
+    save = ModelCheckpoint(dirpath=shared, filename="{step}")
+    tiny_trainer(callbacks=[RunFolder(tmp_path / "run"), save], enable_checkpointing=True, max_steps=1).fit(
+        BoringModel(), BoringDataModule()
+    )
+    assert {path.name for path in shared.rglob("*") if path.is_file()} == stay | {"step=1.ckpt"}
+
+
 def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     """Also that a run stays in one folder with Lightning's own launcher, which starts the command a second time."""
     demo = "lightning.pytorch.demos.boring_classes."
@@ -131,12 +245,15 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     }
     for key, value in trainer.items():
         words += [f"--trainer.{key}", value]
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith(("LOCAL_RANK", "MASTER_", "WORLD_", "NODE_", "SLURM"))
-    }
     command = [sys.executable, "-m", "lit_methods", "fit", *words]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=HANGS, check=False
+        command,
+        cwd=tmp_path,
+        env=without_launchers() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANGS,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs" / "pair").iterdir()

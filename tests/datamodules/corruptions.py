@@ -25,7 +25,7 @@ from lit_methods import datamodules
 
 SECONDS, MEMORY = 10.0, 1 << 30  # what a trial may take
 PICTURES = (".png", ".jpg", ".jpeg")
-TEXTS = (".txt", ".csv", ".tsv", ".json", ".dat", ".data", ".inter", ".train", ".test", ".lst")
+TEXTS = (".txt", ".csv", ".tsv", ".json", ".dat", ".data", ".inter", ".train", ".test", ".lst", ".jsonl", ".trec")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 30 20\n(x) show\nshowpage\n%%EOF\n"
 
 
@@ -34,7 +34,7 @@ class Unfit(Exception):
 
 
 def is_text(path: Path) -> bool:
-    return path.suffix.lower() in TEXTS
+    return path.suffix.lower() in TEXTS or path.name == "qrels"
 
 
 def header_of_npy(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
@@ -79,6 +79,11 @@ def rewritten(path: Path, change: Callable[[dict[str, np.ndarray]], dict[str, An
             notes = stream.metadata()
         changed = change({name: tensor.float().numpy() for name, tensor in load_file(path).items()})
         save_file({name: torch.tensor(value) for name, value in changed.items()}, path, notes)
+    elif path.suffix == ".pt":
+        found = change({"tensor": torch.load(path, weights_only=True).float().numpy()})
+        if not found or next(iter(found.values())).dtype.kind not in "biufc":
+            raise Unfit
+        torch.save(torch.tensor(next(iter(found.values()))), path)
     elif path.suffix == ".tar":
         import tarfile
 
@@ -230,6 +235,9 @@ def without_key(path: Path) -> None:
             raise Unfit
         del first[next(iter(first))]
         path.write_text(json.dumps(content))
+    elif path.suffix == ".jsonl":
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        path.write_text("".join(json.dumps(dict(list(record.items())[1:])) + "\n" for record in records), encoding="utf-8")
     elif is_text(path):
         lines = path.read_text(encoding="utf-8").splitlines()
         for sign in ("\t", "::", ",", " "):
@@ -466,7 +474,7 @@ class Outcome:
             return False
         if self.kind == "equal":
             return True
-        known = self.error in ("BrokenRecordError", "MissingFileError", "WrongRootError", "ValueError", "RuntimeError")
+        known = self.error in ("BrokenRecordError", "MissingFileError", "WrongRootError", "NotThereError", "ValueError", "RuntimeError")
         named = path.name in self.message or path.stem in self.message or str(path.parent) in self.message
         named = named or self.error == "MissingFileError"  # what a broken list names
         return self.kind == "error" and known and (named or "the list" in self.message)  # a file that a broken list names

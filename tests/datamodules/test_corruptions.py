@@ -5,7 +5,7 @@ What can't be told from other data is let through, and listed in ``OTHER_DATA`` 
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,69 @@ import numpy as np
 import pytest
 import torch
 from corruptions import KINDS, Broken, Outcome, Unfit, read_all, representatives, trial
-from test_fake_releases import CASES, written
+from test_fake_releases import CASES, WITH_ROOT, written
 
 from lit_methods import datamodules
 from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.fake import path_arguments, text, write_fake
+from lit_methods.datamodules.retrieval.fake import trec
+from lit_methods.datamodules.vision.fake import cifar
 
 IDS = [f"{name}-{'-'.join(map(str, arguments.values()))}" for name, arguments in CASES]
+Given = dict[str, Any]
+
+
+def _with_label_list(root: Path) -> Given:
+    cifar(root, number=2)
+    text(root / "labels.txt", "0", "3")
+    data = datamodules.CIFARDataModule(root)
+    return {"data": data, "label_list": root / "labels.txt", "batch_size": 1, "ratio": 1}
+
+
+def _with_tokenizer(root: Path) -> Given:
+    folder = write_fake(datamodules.IOIActivations, None, tokenizer=root / "tokenizer")["tokenizer"]
+    return written("TextDataModule", {"level": "byte"}, root) | {"level": "tokenizer", "tokenizer": folder, "block_size": 16}
+
+
+def _trec(root: Path) -> Given:
+    trec(root)
+    return {"root": root, "train_from": "judgements", "train_share": 0.5, "batch_size": 4}
+
+
+# arguments that name files beside a release, and a layout that no argument asks for: datamodule, which of the files, who writes them
+FURTHER: dict[str, tuple[str, str, Callable[[Path], Given]]] = {
+    "descriptions": ("FewShotDataModule", r"^words", lambda root: written("FewShotDataModule", {"descriptions": "words.json"}, root)),
+    "class_list": (
+        "GenerativeImageNetDataModule",
+        r"^classes",
+        lambda root: written("GenerativeImageNetDataModule", {"class_list": "classes.txt"}, root),
+    ),
+    "null_embedding": (
+        "LatentShardsDataModule",
+        r"^negative",
+        lambda root: written("LatentShardsDataModule", {"null_embedding": "negative.pt"}, root),
+    ),
+    "masks clean": (
+        "NoisyMasksDataModule",
+        r"^masks",
+        lambda root: (given := written("NoisyMasksDataModule", {"masks": "masks"}, root)) | {"clean": given["masks"]},
+    ),
+    "val_list test_list": (
+        "OrganSlicesDataModule",
+        r"^(val|test)\.txt",
+        lambda root: written("OrganSlicesDataModule", {"name": "acdc", "val_list": "val.txt", "test_list": "test.txt"}, root),
+    ),
+    "superpixel_root": (
+        "NuScenesDataModule",
+        r"^superpixels",
+        lambda root: written("NuScenesDataModule", {"superpixel_root": "superpixels"}, root),
+    ),
+    "examples": ("SearchDataModule", r"^examples", lambda root: written("SearchDataModule", {"examples": "examples.jsonl"}, root)),
+    "(a collection of TREC)": ("SearchDataModule", r"", _trec),
+    "label_list": ("SemiSupervisedDataModule", r"^labels", _with_label_list),
+    "tokenizer": ("TextDataModule", r"^tokenizer/", _with_tokenizer),
+}
+NOT_READ = {"cache", "labels_folder", "images"}  # written by us; encoded once by a network of the user's
 VALUES = r"\.(bin|label|npy|npz|h5|mat|jpe?g|tar|safetensors|pth)$|_batch(_\d)?$|/(train|test)$|ubyte$|\.txt$"
 IN_FOLDERS = (
     r"^(Generative)?ImageNet|^Harvested|^Kitti.*(bin|npy)$|^LatentData.*\.npy$|^Organ|^SuperRes|^FewShot.*imagenet.*JPEG$|^Semi.*JPEG$"
@@ -34,9 +91,13 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
     ("other size", r"^LatentData.*celeba_256\.npy$", "all latents lie in one array, which has any size"),
     (
         "repeated rows",
-        r"\.(npy|npz|h5|safetensors)$|^(Instruction|SentencePairs|Ratings|Text)",
+        r"\.(npy|npz|h5|safetensors)$|^(Instruction|SentencePairs|Ratings|Text)|examples\.jsonl$",
         "more of the same is data: rows have no ids",
     ),
+    ("repeated rows", r"negative\.pt$", "a prompt has any number of tokens"),
+    ("nan|1e300|huge claim", r"quality\.jsonl$", "its numbers are words of sentences"),
+    ("huge claim", r"examples\.jsonl$", "a score may be any number that 32 bits hold"),
+    ("missing", r"^Search.*qrels/(dev|test)\.tsv$", "where there are no judgements of one split, those of the other stand in for them"),
     ("missing|without key", r"^Text.*\.txt$", "every word is data, and a corpus may have fewer parts"),
     ("truncated", r"^Kitti.*\.lst$", "the last word of a line names the labels, which go by the name of the scan"),
     ("truncated", r"^Text.*\.txt$|^Ratings", "a text may end within a word, a rating within a number"),
@@ -58,9 +119,11 @@ def excused(kind: str, file: str) -> bool:
     return any(re.fullmatch(kinds, kind) and re.search(files, file, re.IGNORECASE) for kinds, files, _ in OTHER_DATA)
 
 
-def trials(name: str, arguments: dict[str, Any], root: Path, chosen: Any) -> Iterator[tuple[str, str, Outcome, bool]]:
+def trials(
+    name: str, arguments: dict[str, Any], root: Path, chosen: Any, write: Callable[[Path], Given] | None = None
+) -> Iterator[tuple[str, str, Outcome, bool]]:
     """Kind, file, outcome and whether it is right, of all trials of a release that ``chosen(kind, file)`` wants."""
-    given = written(name, arguments, root)
+    given = written(name, arguments, root) if write is None else write(root)
     before = read_all(name, given)
     assert read_all(name, given) == before, "the same twice"
     for path in representatives(root):
@@ -95,6 +158,26 @@ def test_every_corruption_is_told(name: str, arguments: dict[str, Any], tmp_path
     wrong = [(kind, file, outcome.kind, outcome.error, outcome.message[:160]) for kind, file, outcome, right in found if not right]
     assert len(found) > 8
     assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", FURTHER)
+def test_every_corruption_of_further_files_is_told(which: str, tmp_path: Path, record_property: Any) -> None:
+    name, files, write = FURTHER[which]
+    found = list(trials(name, {}, tmp_path / "root", lambda kind, file: re.search(files, file) is not None, write))
+    record_property("tried", len(found))
+    wrong = [(kind, file, outcome.kind, outcome.error, outcome.message[:160]) for kind, file, outcome, right in found if not right]
+    assert len(found) > 8
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_every_argument_that_names_a_file_is_broken_by_these_tests() -> None:
+    """So that a datamodule, or a file that it takes, can't come without them."""
+    assert {name for name, _ in CASES} == set(WITH_ROOT)
+    files = {argument for name in datamodules.__all__ for argument in path_arguments(getattr(datamodules, name))}
+    tried = {key for _, arguments in CASES for key in arguments if key in files}
+    tried |= {argument for arguments in FURTHER for argument in arguments.split()}
+    assert files - tried - NOT_READ == {"root"}
 
 
 SAMPLE = [  # less than the tenth part: each kind, and each way of reading

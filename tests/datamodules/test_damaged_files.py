@@ -136,6 +136,7 @@ SPOILT = [  # root, file, how it is spoilt, what the message says
     ("latents", "latent_celeba_256/000000001.npy", lambda p: npy(p, np.full((4, 2, 2), "a")), r"array: holds <U1, expected one array"),
     ("latents", "latent_celeba_256_stat.npy", lambda p: npy(p, np.full((2, 4, 1, 1), np.nan)), r"statistics: .* must be finite"),
     ("shards", "negative.pt", lambda p: torch.save(torch.full((3, 4), np.nan), p), r"null_embedding: has numbers that aren't finite"),
+    ("shards", "negative.pt", lambda p: torch.save(torch.ones(3, 5), p), r"null_embedding: is 5 wide, and the prompts 4"),
     ("shards", "negative.pt", lambda p: torch.save([1], p), r"null_embedding: holds a list"),
     ("kitti", "sequences/00/calib.txt", lambda p: replaced(p, "Tr: 0.0", "Tr: nan"), r"Tr: holds NaN or infinite numbers"),
     ("kitti", "sequences/08/poses.txt", lambda p: replaced(p, "0.000000000000e+00", "inf"), r"poses: holds NaN or infinite numbers"),

@@ -19,6 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {  # less to read in a test
     "GenerativeImageNetDataModule": {"image_size": 32},
     "ImageNetDataModule": {"image_size": 32},
     "LatentDataModule": {"image_size": 64, "num_val": 4},
+    "LongTasksDataModule": {"length": 2048, "samples": 4, "num_train": 4},
     "NoisyMasksDataModule": {"crop": 32},
     "NuScenesDataModule": {"image_size": (32, 64)},
     "RetrievalImagesDataModule": {"image_size": 32, "classes_per_batch": 4},

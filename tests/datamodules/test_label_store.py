@@ -1,13 +1,14 @@
 """The label store: generations, shards, broken files, workers that live on, checkpoints."""
 
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
 from lit_methods.datamodules.label_store import LabelStore
 
 
@@ -153,6 +154,27 @@ def test_a_generation_that_was_written_and_not_switched_to_is_not_read(store):
     assert (again.current(0) == 1).all()
     assert correct(again, {1: np.zeros((2, 2))}) == 2
     assert again.changed() == [1]
+
+
+@pytest.mark.parametrize("name", ["shards.json", "shard-00000.json", "shard-00000.bin"])
+def test_labels_that_can_not_be_read_give_way_to_those_before_them(store, name):
+    for value in (1, 2, 3):
+        correct(store, {0: np.full((3, 4), value)})
+    path = store.folder / "corrected-00000003" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=rf"corrected-00000003 can't be read, .*corrected-00000002.*{name}"):
+        again = LabelStore(store.folder)
+    assert (again.current(0) == 2).all()
+    assert again.generation == store.generation == 2, "every process reads the same"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (LabelStore(store.folder).current(0) == 2).all(), "it is said once"
+    assert correct(again, {0: np.full((3, 4), 4)}) == 3
+    assert (again.current(0) == 4).all()
+    for generation in (2, 3):
+        (store.folder / f"corrected-0000000{generation}" / name).unlink()
+    with pytest.raises(MissingFileError, match=name):  # neither of them
+        LabelStore(store.folder).current(0)
 
 
 def test_wrong_labels_are_refused(store):

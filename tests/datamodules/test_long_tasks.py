@@ -102,6 +102,10 @@ def test_documents_are_read(tmp_path: Path) -> None:
     (tmp_path / "quality.jsonl").write_text('{"document": "a"}')
     with pytest.raises(BrokenRecordError, match="line 1"):
         LongTasksDataModule(task="quality", root=tmp_path).setup("test")
+    for content, problem in ((b"", "no question"), (b'{"document": "caf\xe9"}', "isn't UTF-8"), (b"[" * 100_000, "line 1: no JSON")):
+        (tmp_path / "quality.jsonl").write_bytes(content)
+        with pytest.raises(BrokenRecordError, match=rf"quality\.jsonl: .*{problem}"):
+            LongTasksDataModule(task="quality", root=tmp_path).setup("test")
     with pytest.raises(WrongRootError, match=r"toefl\.jsonl"):
         LongTasksDataModule(task="toefl", root=tmp_path).check_root("test")
     short = LongTasksDataModule(length=50)

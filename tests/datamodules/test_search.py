@@ -41,6 +41,8 @@ BAD = {  # file, line, what stands there, what the message says behind the file
     "an unknown document": ("qrels/test.tsv", 2, "q2\tnowhere\t1", "line 2, document: 'nowhere' is no document"),
     "an unknown query": ("qrels/test.tsv", 2, "nobody\td2\t1", "line 2, query: 'nobody' is no query"),
     "a grade in words": ("qrels/test.tsv", 2, "q2\td2\tyes", "line 2, score: 'yes', expected a whole number"),
+    "a grade without end": ("qrels/test.tsv", 2, "q2\td2\t1e300", "line 2, score: '1e300', expected a whole number of 32 bits"),
+    "digits without end": ("corpus.jsonl", 3, '{"_id": "d2", "text": ' + "1" * 5000 + "}", "line 3: is no JSON"),
     "half a grade": ("qrels/test.tsv", 2, "q2\td2\t0.5", "line 2, score: '0.5'"),
     "too few columns": ("qrels/test.tsv", 2, "q2 d2 1", "line 2: has 1 columns"),
     "two grades": ("qrels/test.tsv", 3, "q2\td2\t0", "line 3, score: q2 d2 is graded 1"),
@@ -120,12 +122,26 @@ def test_trec_and_beir_give_the_same_kind_of_collection(tmp_path):
         read_collection(tmp_path, Broken())
 
 
+@pytest.mark.parametrize("name", ["qrels/train.tsv", "examples.jsonl"])
+def test_what_is_no_file_is_not_waited_for(name, tmp_path):
+    beir(tmp_path, 9)
+    examples(tmp_path / "examples.jsonl", 6)
+    (tmp_path / name).unlink()
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / name)
+        with pytest.raises(BrokenRecordError, match=rf"{name}: file: is a (named pipe|folder), expected a file"):
+            SearchDataModule(tmp_path, tmp_path / "examples.jsonl").setup("fit")
+        (tmp_path / name).unlink() if make is os.mkfifo else (tmp_path / name).rmdir()
+
+
 BAD_EXAMPLES = {
     '{"query": " ", "pos": "x"}': "line 2, query: ' ', expected text",
     '{"query": "a"}': "line 2, pos, negs: expected texts",
     '{"query": "a", "pos": "b", "negs": [""]}': "line 2, pos, negs: expected texts",
     '{"query": "a", "docs": ["b", "c"], "scores": [1]}': "line 2, scores: expected 2 finite numbers",
     '{"query": "a", "docs": ["b", "c"], "scores": [1, NaN]}': "line 2, scores: expected 2 finite numbers",
+    '{"query": "a", "docs": ["b", "c"], "scores": [1, 1e300]}': "line 2, scores: expected 2 finite numbers",
+    '{"query": "a", "docs": ["b", "c"], "scores": [1, 1' + "0" * 30 + "0" * 30 + "]}": "line 2, scores: expected 2 finite numbers",
     '{"query": "a", "docs": ["b"], "scores": [1]}': "line 2, docs: has 1 documents, and docs_per_query is 2",
 }
 

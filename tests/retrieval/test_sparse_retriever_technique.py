@@ -132,7 +132,13 @@ def test_idf_is_that_of_the_formula_and_survives_a_file(tmp_path):
     assert idf[0] == idf[4] == 1
     write_idf(tmp_path / "idf.json", list("abcde"), idf)
     np.testing.assert_allclose(read_idf(tmp_path / "idf.json", ["c", "x", "b"]), [idf[2], 1, idf[1]], atol=1e-6)
-    for text, problem in (("[1]", "is a list"), ('{"a": "x"}', "token 'a': 'x'"), ("{", "can't be read"), ('{"z": 1}', "none of its 1")):
+    for text, problem in (
+        ("[1]", "is a list"),
+        ('{"a": "x"}', "token 'a': 'x'"),
+        ("{", "can't be read"),
+        ('{"a": 1e300}', "token 'a': 1e\\+300"),
+        ('{"z": 1}', "none of its 1"),
+    ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=problem):
             read_idf(tmp_path / "bad.json", ["a"])
