@@ -49,6 +49,34 @@ class VectorTrunk(ImageTrunk):
         return self.layers(image)[:, :, None, None]  # type: ignore[no-any-return]
 
 
+class SmallMapTrunk(ImageTrunk):
+    """Two convolutions with group norm, which halve the image once, for small images.
+
+    Args:
+        in_channels: c of the images.
+        channels: C of the maps, a multiple of 4.
+    """
+
+    def __init__(self, in_channels: int = 1, channels: int = 32) -> None:
+        super().__init__()
+        at_least(1, in_channels=in_channels)
+        if channels < 4 or channels % 4:
+            raise ValueError(f"channels is {channels}: give a multiple of 4, which its groups divide")
+        self.channels = channels
+        self.layers = nn.Sequential(
+            nn.Conv2d(in_channels, channels, 3, padding=1),
+            nn.GroupNorm(4, channels),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1),
+            nn.GroupNorm(4, channels),
+            nn.ReLU(),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, c, H, W) images -> (B, C, H / 2, W / 2)."""
+        return self.layers(image)  # type: ignore[no-any-return]
+
+
 class ResNetTrunk(ImageTrunk):
     """A residual network of torchvision or timm through its last stage.
 
@@ -240,6 +268,7 @@ class ResidualCompositor(Compositor):
     def __init__(self, channels: int = 64, text_width: int = 16, hidden: int = 128) -> None:
         super().__init__()
         at_least(1, channels=channels, text_width=text_width, hidden=hidden)
+        self.channels, self.text_width = channels, text_width
         self.layers = nn.Sequential(nn.Linear(channels + text_width, hidden), nn.ReLU(), nn.Linear(hidden, channels))
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
@@ -323,6 +352,7 @@ class ContentStyleCompositor(Compositor):
         at_least(1, channels=channels, text_width=text_width, heads=heads)
         if channels % heads:
             raise ValueError(f"channels is {channels} and heads {heads}: give a number of heads that divides the channels")
+        self.channels, self.text_width = channels, text_width
         self.first, self.second = (TextAttention(channels, text_width, heads) for _ in range(2))
         self.weights = nn.Parameter(torch.ones(2))
         zeros = torch.zeros(channels)
@@ -350,5 +380,5 @@ class ContentStyleCompositor(Compositor):
 
 __all__ = [
     "Compositor", "ContentStyleCompositor", "EmbeddedWords", "EqualLinear", "ImageTrunk", "LSTMText", "ResNetTrunk", "ResidualCompositor",
-    "TextAttention", "TextVectors", "TransformerText", "VectorTrunk",
+    "SmallMapTrunk", "TextAttention", "TextVectors", "TransformerText", "VectorTrunk",
 ]  # fmt: skip
