@@ -28,8 +28,8 @@ class UncertaintyRegularizer(LossTerm):
 
     Saves: nothing; gamma and the noise follow from epoch, step and batch.
 
-    Refuses: what :class:`LossTerm` refuses; queries and targets of different shapes; one call of a submodule for both; a training without an
-    end.
+    Refuses: what :class:`LossTerm` refuses; queries and targets of different shapes; one call of a submodule for both; a training without
+    an end.
 
     Args:
         query: ``fnmatch`` pattern of the submodule that puts out queries (B, D), in the order of the targets; it must match one.

@@ -73,8 +73,8 @@ def augment_targets(
 ) -> AugmentedTargets:
     """Targets under noise of their own statistics: alpha * (f - mean) / sqrt(var + eps) + beta, all over the dimensions of a sample.
 
-    alpha = ``alpha_scale`` * (1 + std * ``alpha_noise``) and beta = ``beta_scale`` * (mean + std * ``beta_noise``), with the sample's mean and
-    unbiased standard deviation. The gradient reaches the features through their standardised form alone; what comes out isn't normalised.
+    alpha = ``alpha_scale`` * (1 + std * ``alpha_noise``) and beta = ``beta_scale`` * (mean + std * ``beta_noise``), with the sample's mean
+    and unbiased standard deviation. The gradient reaches the features through their standardised form alone; the result isn't normalised.
 
     Args:
         features: (B, D) floating point, D >= 2.
@@ -127,7 +127,7 @@ def composed_info_nce(queries: Tensor, targets: Tensor) -> Tensor:
 
 
 def coarse_weight(progress: float, gamma_0: float = 1.0) -> float:
-    """gamma = exp(-gamma_0 * progress): weight of the loss on augmented targets.
+    """Gamma = exp(-gamma_0 * progress): weight of the loss on augmented targets.
 
     Args:
         progress: Epochs (or steps) done / planned.
@@ -137,7 +137,7 @@ def coarse_weight(progress: float, gamma_0: float = 1.0) -> float:
 
 
 def uncertainty_loss(queries: Tensor, targets: Tensor, augmented: Tensor, gamma: float) -> UncertaintyLoss:
-    """gamma * L_u + (1 - gamma) * InfoNCE(queries, targets), with L_u = (exp(-s) * InfoNCE(queries, augmented) + s) / 2.
+    """Gamma * L_u + (1 - gamma) * InfoNCE(queries, targets), with L_u = (exp(-s) * InfoNCE(queries, augmented) + s) / 2.
 
     s is the unbiased standard deviation of all B * D numbers of ``augmented``, with gradient.
 

@@ -80,8 +80,8 @@ class ComposedRetrieval(Evaluated):
     The loss is gamma L_u + (1 - gamma) InfoNCE(f_q, f_t) with L_u = (exp(-s) InfoNCE(f_q, f') + s) / 2, s the deviation of all of f', and
     gamma = exp(-gamma_0 epoch / epochs): coarse first, fine later.
 
-    Runs: a batch has ``reference`` and ``target`` (B, c, H, W), ``text_ids`` and ``text_mask`` (B, L). Validation and test rank all images of
-    a category for each of its queries, a query's own image last, on all ranks' features; figures over categories are means.
+    Runs: a batch has ``reference`` and ``target`` (B, c, H, W), ``text_ids`` and ``text_mask`` (B, L). Validation and test rank all images
+    of a category for each of its queries, a query's own image last, on all ranks' features; figures over categories are means.
     Saves: the networks. gamma and the noise follow from epoch, step, batch and rank.
     Refuses: parts whose widths don't fit; a vocabulary smaller than the data's; ``regularised`` in a training without an end.
 

@@ -50,30 +50,28 @@ class VectorTrunk(ImageTrunk):
 
 
 class SmallMapTrunk(ImageTrunk):
-    """Two convolutions with group norm, which halve the image once, for small images.
+    """Three convolutions, of which two halve the image, and a batch norm, for small images.
 
     Args:
         in_channels: c of the images.
-        channels: C of the maps, a multiple of 4.
+        channels: C of the maps.
     """
 
     def __init__(self, in_channels: int = 1, channels: int = 32) -> None:
         super().__init__()
-        at_least(1, in_channels=in_channels)
-        if channels < 4 or channels % 4:
-            raise ValueError(f"channels is {channels}: give a multiple of 4, which its groups divide")
+        at_least(1, in_channels=in_channels, channels=channels)
         self.channels = channels
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, padding=1),
-            nn.GroupNorm(4, channels),
             nn.ReLU(),
             nn.Conv2d(channels, channels, 3, stride=2, padding=1),
-            nn.GroupNorm(4, channels),
             nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, stride=2, padding=1),
+            nn.BatchNorm2d(channels),
         )
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, c, H, W) images -> (B, C, H / 2, W / 2)."""
+        """(B, c, H, W) images -> (B, C, H / 4, W / 4)."""
         return self.layers(image)  # type: ignore[no-any-return]
 
 
@@ -317,7 +315,7 @@ class TextAttention(nn.Module):
         self.out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, h, w) map and (B, T) vectors -> (B, C, h, w), and the attention (B, heads, h w, h w), rows that look, columns looked at."""
+        """(B, C, h, w) map and (B, T) vectors -> (B, C, h, w), and the attention (B, heads, h w, h w): rows look at columns."""
         batch, channels, height, width = image.shape
 
         def by_head(x: Tensor) -> Tensor:
