@@ -52,6 +52,7 @@ TECHNIQUE = Technique(
         "lit_methods.EmbeddedWords",
         "lit_methods.ContentStyleCompositor",
         "lit_methods.ResidualCompositor",
+        "lit_methods.datamodules.FashionRetrievalDataModule",
         "lit_methods.datamodules.ShiftedClassesDataModule",
     ),
     configs=("cir_uncertainty.yaml", "cir_uncertainty_cosmo.yaml"),
