@@ -23,6 +23,7 @@ from .noisy_labels.adele.consistency import MultiScaleConsistency as MultiScaleC
 from .noisy_labels.label_correction import LabelCorrection as LabelCorrection
 from .prompting.two_tower_consistency import TwoTowerConsistency as TwoTowerConsistency
 from .retrieval.flops import FLOPSRegularizer as FLOPSRegularizer
+from .retrieval.uncertainty import UncertaintyRegularizer as UncertaintyRegularizer
 from .run.dashboard import Dashboard as Dashboard
 from .run.exact_resume import ExactResume as ExactResume
 from .run.finite import FiniteGuard as FiniteGuard

@@ -27,7 +27,9 @@ from .regression.ages import AgeDataModule as AgeDataModule
 from .regression.bars import BarsDataModule as BarsDataModule
 from .regression.nyud2 import NYUD2DataModule as NYUD2DataModule
 from .regression.sentences import SentencePairsDataModule as SentencePairsDataModule
+from .retrieval.fashion import FashionRetrievalDataModule as FashionRetrievalDataModule
 from .retrieval.search import SearchDataModule as SearchDataModule
+from .retrieval.shifted_classes import ShiftedClassesDataModule as ShiftedClassesDataModule
 from .retrieval.synonyms import SynonymSearchDataModule as SynonymSearchDataModule
 from .segmentation.noisy_masks import NoisyMasksDataModule as NoisyMasksDataModule
 from .segmentation.organs import OrganSlicesDataModule as OrganSlicesDataModule

@@ -35,6 +35,15 @@ from .matrix_factorization.two_stage import TwoStageClassifier as TwoStageClassi
 from .prompting.coprompt.module import CoPrompt as CoPrompt
 from .prompting.tiny import TinyTowers as TinyTowers
 from .prompting.towers import CLIPTowers as CLIPTowers
+from .retrieval.cir_uncertainty.module import ComposedRetrieval as ComposedRetrieval
+from .retrieval.cir_uncertainty.networks import ContentStyleCompositor as ContentStyleCompositor
+from .retrieval.cir_uncertainty.networks import EmbeddedWords as EmbeddedWords
+from .retrieval.cir_uncertainty.networks import LSTMText as LSTMText
+from .retrieval.cir_uncertainty.networks import ResidualCompositor as ResidualCompositor
+from .retrieval.cir_uncertainty.networks import ResNetTrunk as ResNetTrunk
+from .retrieval.cir_uncertainty.networks import SmallMapTrunk as SmallMapTrunk
+from .retrieval.cir_uncertainty.networks import TransformerText as TransformerText
+from .retrieval.cir_uncertainty.networks import VectorTrunk as VectorTrunk
 from .retrieval.dense import DenseRetriever as DenseRetriever
 from .retrieval.networks import MaskedLM as MaskedLM
 from .retrieval.networks import SmallTextEncoder as SmallTextEncoder

@@ -304,6 +304,15 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.retrieval.cir_uncertainty.core import augment_targets as augment_targets
+from lit_methods.retrieval.cir_uncertainty.core import best_of_gallery as best_of_gallery
+from lit_methods.retrieval.cir_uncertainty.core import coarse_weight as coarse_weight
+from lit_methods.retrieval.cir_uncertainty.core import composed_info_nce as composed_info_nce
+from lit_methods.retrieval.cir_uncertainty.core import gaussian_targets as gaussian_targets
+from lit_methods.retrieval.cir_uncertainty.core import on_sphere as on_sphere
+from lit_methods.retrieval.cir_uncertainty.core import precision_at as precision_at
+from lit_methods.retrieval.cir_uncertainty.core import recall_at as recall_at
+from lit_methods.retrieval.cir_uncertainty.core import uncertainty_loss as uncertainty_loss
 from lit_methods.retrieval.idf import count_documents as count_documents
 from lit_methods.retrieval.idf import idf_of_counts as idf_of_counts
 from lit_methods.retrieval.ranking import margin_mse as margin_mse
@@ -418,6 +427,7 @@ __all__ = [
     "attention_with_tangent",
     "attribute_sums",
     "attribution_distance",
+    "augment_targets",
     "backtrack",
     "band_slopes",
     "base_hash",
@@ -426,6 +436,7 @@ __all__ = [
     "batched_delta",
     "bcd_step",
     "best_low_rank",
+    "best_of_gallery",
     "best_so_far",
     "best_threshold",
     "best_values",
@@ -446,8 +457,10 @@ __all__ = [
     "clamp_feature",
     "class_counts",
     "class_iou",
+    "coarse_weight",
     "code_columns",
     "code_weights",
+    "composed_info_nce",
     "concept_score",
     "conr_dense_loss",
     "conr_loss",
@@ -548,6 +561,7 @@ __all__ = [
     "fuse",
     "fused_weight",
     "gaussian_kl",
+    "gaussian_targets",
     "geman_mcclure",
     "gradual_training_flops",
     "grasp_scores",
@@ -642,6 +656,7 @@ __all__ = [
     "normalised_weights",
     "normalized_adjacency",
     "nuclear_norm",
+    "on_sphere",
     "opis",
     "opposite_pairs",
     "ot_threshold",
@@ -663,6 +678,7 @@ __all__ = [
     "pool_points",
     "power_decay",
     "power_exponent",
+    "precision_at",
     "precision_recall",
     "predict_probability",
     "prefill_flops",
@@ -692,6 +708,7 @@ __all__ = [
     "ranking_metrics",
     "rcm_sample",
     "recalibrating",
+    "recall_at",
     "reconstruct_by_codes",
     "recover_factors",
     "rectified_flow",
@@ -774,6 +791,7 @@ __all__ = [
     "trigflow",
     "two_signed_share",
     "uncertain_loss",
+    "uncertainty_loss",
     "unfuse",
     "uniform_probabilities",
     "uniform_soup",

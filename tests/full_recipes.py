@@ -269,6 +269,22 @@ RECIPES: dict[str, Recipe] = {
     "conr_imdb_wiki": batch(8),
     "conr_nyud2": Recipe(RANDOM),
     "conr_sts_b": Recipe(),
+    **{
+        f"cir_uncertainty_{name}": Recipe(
+            {
+                "/models/roberta-base": "{work}/bert",
+                "pretrained: true": "pretrained: false",
+                "channels: 2048": "channels: 512",
+                "name: resnet50": "name: resnet18",
+                "image_size: 224": "image_size: 64",
+            },
+            words=("--data.init_args.batch_size=4", "--data.init_args.eval_batch_size=8"),
+            why="ResNet-18 on images of 64 pixels, batch of 4: the network takes seconds an image on two cores",
+            prepare=masked_language_models,
+            needs=("transformers",),
+        )
+        for name in ("fashioniq", "shoes", "fashion200k")
+    },
     "coprompt_eurosat": CLIP,
     "coprompt_imagenet": CLIP,
     "dsl_recommendation_lightgcn": Recipe(),

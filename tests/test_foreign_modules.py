@@ -225,6 +225,7 @@ LEFT_OUT: dict[str, str] = {
     ),
     "RandomSearch": "its masks are those of RandomPruning; test_random_search_technique.py has it on residual convolutions",
     "FLOPSRegularizer": "it thins out sparse vectors of texts; tests/retrieval has it on a module that isn't ours",
+    "UncertaintyRegularizer": "it takes queries and targets of one shape; tests/retrieval has it on modules that aren't ours",
     **dict.fromkeys(
         ("SparseAttentionCallback", "IsoCostReport"),
         "it takes attention layers of transformers; tests/sparse_attention has it on BERT, GPT-2, LLaMA and ViT",

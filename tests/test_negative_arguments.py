@@ -13,13 +13,16 @@ from torch import nn
 from lit_methods import (
     DenseRetriever,
     DINOv2,
+    EmbeddedWords,
     PatchStatistics,
     PixelMLPDecoder,
     PixelMLPEncoder,
     ProxySoftmax,
+    ResidualCompositor,
     RingTeacher,
     SmallTextEncoder,
     TinyTowers,
+    VectorTrunk,
     ViTEncoder,
 )
 from lit_methods.catalog import public_names
@@ -53,15 +56,24 @@ def parts(name: str) -> dict[str, Any]:
         },
         "LongContextLM": {"config": {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}},
         "CoPrompt": {"towers": TinyTowers(pretrain_steps=0), "depth": 1},
+        "ComposedRetrieval": {
+            "image_encoder": VectorTrunk(),
+            "text_encoder": EmbeddedWords(6),
+            "compositor": ResidualCompositor(),
+        },
         "DenseRetriever": {"network": SmallTextEncoder(4, width=4)},
         "EPGFinetune": {"encoder": PixelMLPEncoder(width=8), "decoder": PixelMLPDecoder(width=8, encoder_width=8), "num_classes": 3},
         "EPGPretrain": {"encoder": PixelMLPEncoder(width=8)},
         "IJEPA": {"encoder": ViTEncoder(16, 2, width=8, depth=1, heads=2)},
         "MaskedLM": {"config": {"model_type": "bert", "vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}},
+        "TransformerText": {
+            "config": {"model_type": "bert", "vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+        },
         "MLP": {"widths": [4, 3]},
         "PointSegmentor": {"backbone_3d": Volume()},
         "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},
         "RetrieverTeacher": {"retriever": DenseRetriever(SmallTextEncoder(4, width=4))},
+        "ResNetTrunk": {"pretrained": False, "name": "resnet18"},
         "SimMatchV2": {"backbone": nn.Identity(), "num_labelled": 200, "bank_size": 8},
         "SparseAutoencoder": {"settings": {"k": 2}},
         "SparseRetriever": {"network": SmallTextEncoder(4, width=4)},

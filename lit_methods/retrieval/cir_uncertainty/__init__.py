@@ -1,0 +1,1 @@
+"""Composed image retrieval with uncertainty: ``core.py`` has the maths, ``networks.py`` the parts, ``module.py`` the training."""
