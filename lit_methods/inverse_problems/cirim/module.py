@@ -36,9 +36,9 @@ class CIRIM(Reconstruction):
     """Reconstructs accelerated multi-coil MRI by cascades of recurrent inference machines.
 
     A recurrent inference machine is a small recurrent network that sees an image x beside the gradient of its likelihood,
-    A^H (A x - y) with A x = M F(S_c x), and adds to x what it makes of both, in T steps. CIRIM chains K of them with weights of their own and
-    a cell whose channels remember themselves alone; each begins with the image and the hidden states of the one before. ``cascades: 1`` is
-    IRIM, with ``cell: gru`` RIM.
+    A^H (A x - y) with A x = M F(S_c x), and adds to x what it makes of both, in T steps. CIRIM chains K of them with weights of their
+    own and a cell whose channels remember themselves alone; each begins with the image and the hidden states of the one before.
+    ``cascades: 1`` is IRIM, with ``cell: gru`` RIM.
 
     Runs: batches have ``kspace`` and ``maps`` (B, C, H, W, 2) float32, ``mask`` (B, 1, H, W, 1) bool, and to train and measure ``target``
     (B, H, W, 2), of which the magnitude counts; ``volume`` (B,) and ``maximum`` (B,), the volume's index and largest magnitude, make the

@@ -105,10 +105,8 @@ class VarNetNetwork(nn.Module):
         estimate, images = kspace, [sense_combine(kspace, maps, self.fourier)]
         for number, unet in enumerate(self.unets):
             model = fft2c(sense_expand(unet(images[-1]), maps), self.fourier)
-            if len(self.dc_weights):
-                estimate = estimate - self.dc_weights[number] * (mask * (estimate - kspace)) - model
-            else:
-                estimate = model
+            explicit = len(self.dc_weights) > 0
+            estimate = estimate - self.dc_weights[number] * (mask * (estimate - kspace)) - model if explicit else model
             images.append(sense_combine(estimate, maps, self.fourier))
         return torch.stack(images[1:])[:, None]
 
