@@ -168,7 +168,7 @@ def test_every_model_trains(name: str) -> None:
     trainer = tiny_trainer(max_steps=3, precision="bf16-mixed", limit_val_batches=2)
     trainer.fit(module, datamodule=scans(num_train=6))
     still = [key for key, value in module.state_dict().items() if torch.equal(value, before[key])]
-    still = [key for key in still if not key.endswith(("cascades.0.dc_weight", "dc_weights.0"))]  # the first begins with y itself: k - y = 0
+    still = [key for key in still if not key.endswith(("cascades.0.dc_weight", "dc_weights.0"))]  # begins with y: k - y = 0
     assert not still, f"never trained: {still}"
     logged = trainer.callback_metrics
     assert all(bool(value.isfinite()) for value in logged.values())
