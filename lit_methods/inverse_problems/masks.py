@@ -132,7 +132,7 @@ def make_mask(kind: Kind, shape: tuple[int, int], acceleration: float, centre: f
     Args:
         kind: ``gaussian_2d``, ``poisson``: single samples; ``gaussian_1d``, ``equispaced``, ``random``: whole columns.
         shape: (H, W).
-        acceleration: About H W / measured, >= 1.
+        acceleration: About H W / measured, >= 1; 1 measures all.
         centre: Fully measured middle: half-axes of an ellipse as shares of H and W (2-D; the paper's 0.02), or a share of the columns (1-D;
             fastMRI's 0.08 at 4x and 0.04 at 8x), in [0, 1].
         rng: Source of chance.
@@ -143,6 +143,8 @@ def make_mask(kind: Kind, shape: tuple[int, int], acceleration: float, centre: f
     checks.one_of(Kind, kind=kind)
     checks.within("[1, inf)", acceleration=acceleration)
     checks.share(centre=centre)
+    if acceleration == 1:
+        return np.ones(shape, bool)
     return _KINDS[kind](shape, acceleration, centre, rng)
 
 

@@ -213,6 +213,7 @@ def test_masks(kind: str) -> None:
     if kind == "poisson":  # denser inside, and neighbours are rare outside
         assert masks[0][16:48, 12:36].mean() > 1.5 * masks[0][:8].mean()
         assert (masks[0][:8, 1:] & masks[0][:8, :-1]).mean() < 0.02
+    assert make_mask(kind, shape, 1, 0.0, np.random.default_rng(0)).all()  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="acceleration is 0"):
         make_mask(kind, shape, 0.5, centre, np.random.default_rng(0))  # type: ignore[arg-type]
 

@@ -18,7 +18,8 @@ def test_a_run_is_the_loop(consistency, dtype):
     data = PhantomScansDataModule(size=16, coils=2, num_train=8, num_val=2, batch_size=2)
     data.setup("fit")
     batches = [
-        {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()} for batch in data.train_dataloader()
+        {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        for batch in data.train_dataloader()
     ]
     network = copy.deepcopy(module.network)
     network_before = copy.deepcopy(network.state_dict())
