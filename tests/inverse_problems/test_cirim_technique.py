@@ -195,6 +195,10 @@ def test_figures_are_those_of_volumes() -> None:
     assert float(logged["mri/val_nmse"]) == pytest.approx(nmse, rel=1e-5)
     assert logged["mri/val_psnr"] == logged["mri/val_zero_filled_psnr"]
     assert float(logged["mri/val_ssim"]) < 1
+    unnamed = [{name: value for name, value in batch.items() if name not in ("volume", "maximum")}] * 2
+    trainer.validate(module, torch.utils.data.DataLoader(unnamed, batch_size=None), verbose=False)  # type: ignore[arg-type]
+    each = [10 * np.log10(truth[k].max() ** 2 / ((image[k] - truth[k]) ** 2).mean()) for k in range(3)]
+    assert float(trainer.callback_metrics["mri/val_psnr"]) == pytest.approx(np.mean(each), rel=1e-5)
 
 
 def test_a_killed_run_ends_like_the_whole(tmp_path: Path) -> None:
@@ -242,6 +246,10 @@ def test_mistakes_are_named() -> None:
         module.training_step(batch | {"mask": batch["mask"][..., :3, :]}, 0)
     with pytest.raises(ValueError, match="no maps"):
         module.training_step({name: value for name, value in batch.items() if name != "maps"}, 0)
+    with pytest.raises(ValueError, match="no target"):
+        module.training_step({name: value for name, value in batch.items() if name != "target"}, 0)
+    full = batch | {"kspace": batch["kspace"] + ~batch["mask"]}  # beyond the mask nothing counts
+    assert torch.equal(module.measured(full)[0], batch["kspace"])
     with pytest.raises(ValueError, match="has nothing to train"):
         tiny_trainer(max_steps=1).fit(ZeroFilledReconstruction(), datamodule=scans())
     with pytest.raises(ValueError, match="give an odd number"):

@@ -98,20 +98,20 @@ class Reconstruction(Evaluated):
             raise ValueError(f"{type(self).__name__} has nothing to train: use lit validate, lit test or lit predict")
 
     @staticmethod
-    def measured(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """K-space, coil maps and mask of a batch.
+    def measured(batch: Mapping[str, Any], *others: str) -> tuple[Tensor, Tensor, Tensor]:
+        """K-space, which is set to 0 where the mask is false, coil maps and mask of a batch.
 
         Raises:
             ValueError: One is missing, or the shapes don't fit.
         """
-        names = ("kspace", "maps", "mask")
+        names = ("kspace", "maps", "mask", *others)
         if missing := [name for name in names if name not in batch]:
             raise ValueError(
                 f"the batch has {sorted(batch)}, but no {', '.join(missing)}: use a datamodule of MRI, such as PhantomScansDataModule"
             )
-        kspace, maps, mask = (batch[name] for name in names)
+        kspace, maps, mask = (batch[name] for name in names[:3])
         check_shapes(kspace, maps, mask)
-        return kspace, maps, mask
+        return kspace * mask, maps, mask
 
     def forward(self, kspace: Tensor, maps: Tensor, mask: Tensor) -> Tensor:
         """The reconstruction, (B, H, W, 2)."""
@@ -121,7 +121,7 @@ class Reconstruction(Evaluated):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch."""
-        predictions = self.network(*self.measured(batch))
+        predictions = self.network(*self.measured(batch, "target"))
         if self.accumulate:
             loss, each = accumulated_loss(predictions, batch["target"], self.loss, self.cascade_weights, self.per_sample)
             figures = {f"mri/loss_cascade/{number}": value for number, value in enumerate(each)}
@@ -148,7 +148,7 @@ class Reconstruction(Evaluated):
     # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
 
     def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        kspace, maps, mask = self.measured(batch)
+        kspace, maps, mask = self.measured(batch, "target")
         started = time.perf_counter()
         image = self(kspace, maps, mask).float()
         if image.is_cuda:
@@ -156,7 +156,7 @@ class Reconstruction(Evaluated):
         self._seconds.append((time.perf_counter() - started) / len(image))
         zero_filled, target = sense_combine(kspace, maps, self.fourier), magnitude(batch["target"])
         found = [self._scaled(magnitude(x), target) for x in (image, zero_filled)]
-        volume = batch.get("volume", torch.arange(len(image), device=image.device))
+        volume = batch["volume"] if "volume" in batch else self._unnamed(len(image))
         largest = batch.get("maximum", target.amax((1, 2))).clamp(min=1e-12)
         columns = [volume.to(target), torch.full_like(largest, target[0].numel()), target.square().sum((1, 2)), largest]
         for x in found:
@@ -165,6 +165,11 @@ class Reconstruction(Evaluated):
         self._rows.append(torch.stack(columns, 1))
         if batch_idx == 0:
             self._draw(target[0], *(x[0] for x in found))
+
+    def _unnamed(self, number: int) -> Tensor:
+        """Negative names for slices that are volumes of their own, no two alike on all ranks."""
+        before = sum(map(len, self._rows))
+        return -1 - self.global_rank - self.trainer.world_size * torch.arange(before, before + number, device=self.device)
 
     def _scaled(self, image: Tensor, target: Tensor) -> Tensor:
         if not self.rescale:
