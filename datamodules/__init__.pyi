@@ -22,6 +22,10 @@ from .matrices.postings import JobPostingsDataModule as JobPostingsDataModule
 from .matrices.two_classes import TwoClassDataModule as TwoClassDataModule
 from .metric_learning.images import RetrievalImagesDataModule as RetrievalImagesDataModule
 from .metric_learning.open_world import OpenWorldDataModule as OpenWorldDataModule
+from .mri.files import CC359DataModule as CC359DataModule
+from .mri.files import FastMRIDataModule as FastMRIDataModule
+from .mri.files import StanfordKneeDataModule as StanfordKneeDataModule
+from .mri.phantoms import PhantomScansDataModule as PhantomScansDataModule
 from .recommendation.ratings import RatingsDataModule as RatingsDataModule
 from .regression.ages import AgeDataModule as AgeDataModule
 from .regression.bars import BarsDataModule as BarsDataModule

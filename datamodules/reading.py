@@ -352,7 +352,14 @@ def read_npz(
     return found
 
 
-def read_hdf5(path: Path, names: Collection[str], field: str = "file", missing: str = INCOMPLETE) -> dict[str, NDArray[Any]]:
+def read_hdf5(
+    path: Path,
+    names: Collection[str],
+    field: str = "file",
+    missing: str = INCOMPLETE,
+    kinds: str = "biuf",
+    part: Any = (),
+) -> dict[str, NDArray[Any]]:
     """Data sets of numbers at the top of an HDF5 file; their values aren't looked at.
 
     Args:
@@ -360,6 +367,8 @@ def read_hdf5(path: Path, names: Collection[str], field: str = "file", missing: 
         names: Data sets that are wanted.
         field: What the file is to the data set, for messages.
         missing: What to do where there is no such file, for the message.
+        kinds: NumPy's kinds of dtypes that are allowed; ``c`` is complex.
+        part: Index of what is wanted of each, such as a slice's number; (): all.
 
     Returns:
         Name -> array, of those that the file has.
@@ -368,8 +377,23 @@ def read_hdf5(path: Path, names: Collection[str], field: str = "file", missing: 
         ImportError: h5py isn't installed.
         MissingFileError: There is no such file.
         BrokenRecordError: It is no HDF5 file; a data set lies in another file (external, virtual, or behind a link), wasn't written whole,
-            holds no numbers, or claims more than the file can hold.
+            holds no numbers, claims more than the file can hold, or has no such part.
     """
+    with _hdf5(path, names, field, missing, kinds) as found:
+        return {name: data[part] for name, data in found.items()}
+
+
+def hdf5_shapes(
+    path: Path, names: Collection[str], field: str = "file", missing: str = INCOMPLETE, kinds: str = "biuf"
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of data sets at the top of an HDF5 file, with the arguments and errors of :func:`read_hdf5`, without reading values."""
+    with _hdf5(path, names, field, missing, kinds) as found:
+        return {name: tuple(data.shape) for name, data in found.items()}
+
+
+@contextlib.contextmanager
+def _hdf5(path: Path, names: Collection[str], field: str, missing: str, kinds: str) -> Iterator[dict[str, Any]]:
+    """The data sets of an open file."""
     try:
         import h5py
     except ImportError as error:
@@ -388,7 +412,7 @@ def read_hdf5(path: Path, names: Collection[str], field: str = "file", missing: 
                 raise BrokenRecordError(path, name, f"is a {type(data).__name__} without values, expected a data set: {AGAIN}")
             if data.is_virtual or data.external:
                 raise BrokenRecordError(path, name, "takes its values from other files: copy the data into the file")
-            if data.dtype.kind not in "biuf":
+            if data.dtype.kind not in kinds:
                 raise BrokenRecordError(path, name, f"holds {data.dtype}, expected numbers: {AGAIN}")
             stored = data.id.get_storage_size()
             if data.chunks is None and stored != data.nbytes:
@@ -405,8 +429,8 @@ def read_hdf5(path: Path, names: Collection[str], field: str = "file", missing: 
                         name,
                         f"has {data.id.get_num_chunks()} of {parts} parts, and zeros elsewhere: it wasn't written whole, {AGAIN}",
                     )
-            found[name] = data[()]
-    return found
+            found[name] = data
+        yield found
 
 
 def read_matlab(path: Path, names: Sequence[str], field: str = "file", missing: str = INCOMPLETE) -> dict[str, Any]:
@@ -571,6 +595,7 @@ __all__ = [
     "file_size",
     "finite",
     "is_finite",
+    "hdf5_shapes",
     "once",
     "plain_file_name",
     "read_bytes",

@@ -23,6 +23,11 @@ from .consistency_models.rcm.wan import WanTransformer as WanTransformer
 from .consistency_models.slct.core import NonScalingLayerNorm as NonScalingLayerNorm
 from .consistency_models.slct.module import SLCT as SLCT
 from .datamodules.label_store import LabelStore as LabelStore
+from .inverse_problems.cirim.baselines import CompressedSensing as CompressedSensing
+from .inverse_problems.cirim.baselines import EndToEndVarNet as EndToEndVarNet
+from .inverse_problems.cirim.baselines import UNetReconstruction as UNetReconstruction
+from .inverse_problems.cirim.baselines import ZeroFilledReconstruction as ZeroFilledReconstruction
+from .inverse_problems.cirim.module import CIRIM as CIRIM
 from .inverse_problems.maid.module import BilevelLearning as BilevelLearning
 from .lidar.minkunet import MinkUNet as MinkUNet
 from .lidar.segmentor import PointSegmentor as PointSegmentor

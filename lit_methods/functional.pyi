@@ -246,10 +246,31 @@ from lit_methods.consistency_models.slct.core import early_diffusion_loss as ear
 from lit_methods.consistency_models.slct.core import is_early as is_early
 from lit_methods.consistency_models.slct.core import remove_norm_scales as remove_norm_scales
 from lit_methods.consistency_models.slct.core import slct_loss as slct_loss
+from lit_methods.inverse_problems.cirim.core import accumulated_loss as accumulated_loss
+from lit_methods.inverse_problems.cirim.core import consistency_residual as consistency_residual
+from lit_methods.inverse_problems.cirim.core import explicit_consistency as explicit_consistency
+from lit_methods.inverse_problems.cirim.core import indrnn_cell as indrnn_cell
+from lit_methods.inverse_problems.cirim.core import log_likelihood_gradient as log_likelihood_gradient
+from lit_methods.inverse_problems.cirim.core import normalised_magnitude as normalised_magnitude
 from lit_methods.inverse_problems.maid.core import backtrack as backtrack
 from lit_methods.inverse_problems.maid.core import error_bound as error_bound
 from lit_methods.inverse_problems.maid.core import hypergradient as hypergradient
 from lit_methods.inverse_problems.maid.core import probe_constants as probe_constants
+from lit_methods.inverse_problems.mri import complex_product as complex_product
+from lit_methods.inverse_problems.mri import estimate_maps as estimate_maps
+from lit_methods.inverse_problems.mri import fft2c as fft2c
+from lit_methods.inverse_problems.mri import ifft2c as ifft2c
+from lit_methods.inverse_problems.mri import normalise_maps as normalise_maps
+from lit_methods.inverse_problems.mri import sense_combine as sense_combine
+from lit_methods.inverse_problems.mri import sense_expand as sense_expand
+from lit_methods.inverse_problems.mri import sense_reduce as sense_reduce
+from lit_methods.inverse_problems.operators import as_operator as as_operator
+from lit_methods.inverse_problems.operators import bicubic_matrix as bicubic_matrix
+from lit_methods.inverse_problems.operators import check_adjoint as check_adjoint
+from lit_methods.inverse_problems.operators import gaussian_kernel as gaussian_kernel
+from lit_methods.inverse_problems.operators import least_squares as least_squares
+from lit_methods.inverse_problems.operators import motion_kernel as motion_kernel
+from lit_methods.inverse_problems.operators import squared_norm as squared_norm
 from lit_methods.lidar.contrast import effective_rank as effective_rank
 from lit_methods.lidar.contrast import group_mean as group_mean
 from lit_methods.lidar.contrast import info_nce as info_nce
@@ -410,6 +431,7 @@ from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
 
 __all__ = [
     "ablate_direction",
+    "accumulated_loss",
     "activity_counts",
     "ada_snapkv",
     "adam_update_",
@@ -421,6 +443,7 @@ __all__ = [
     "align",
     "alternating_codes",
     "annealed_beta",
+    "as_operator",
     "ast_momentum",
     "attention_block_mask",
     "attention_flops",
@@ -441,6 +464,7 @@ __all__ = [
     "best_threshold",
     "best_values",
     "bias_update",
+    "bicubic_matrix",
     "block_size",
     "block_sparse",
     "block_sparsity",
@@ -453,6 +477,7 @@ __all__ = [
     "cauchy",
     "cell_sparsity",
     "certain_loss",
+    "check_adjoint",
     "chosen_blocks",
     "clamp_feature",
     "class_counts",
@@ -460,12 +485,14 @@ __all__ = [
     "coarse_weight",
     "code_columns",
     "code_weights",
+    "complex_product",
     "composed_info_nce",
     "concept_score",
     "conr_dense_loss",
     "conr_loss",
     "consistency_function",
     "consistency_pair_loss",
+    "consistency_residual",
     "consistency_temperature",
     "consistency_tuning_loss",
     "contribution",
@@ -524,10 +551,12 @@ __all__ = [
     "ensemble_probabilities",
     "ensemble_scores",
     "error_bound",
+    "estimate_maps",
     "exact_counts",
     "exhaustive_codes",
     "expand_blocks",
     "expected_error",
+    "explicit_consistency",
     "exponential_drop",
     "f1_scores",
     "factor_objective",
@@ -542,6 +571,7 @@ __all__ = [
     "feature_order",
     "feature_weights",
     "fewer",
+    "fft2c",
     "finalized_weight",
     "finite_or_zero",
     "firing_statistics",
@@ -560,6 +590,7 @@ __all__ = [
     "frechet_distance",
     "fuse",
     "fused_weight",
+    "gaussian_kernel",
     "gaussian_kl",
     "gaussian_targets",
     "geman_mcclure",
@@ -582,6 +613,8 @@ __all__ = [
     "heun_step",
     "hypergradient",
     "idf_of_counts",
+    "ifft2c",
+    "indrnn_cell",
     "info_nce",
     "initial_score",
     "input_statistics",
@@ -609,6 +642,7 @@ __all__ = [
     "label_weights",
     "largest_safe_sparsity",
     "layer_density",
+    "least_squares",
     "lift_factors",
     "lightgcn_loss",
     "linear_decay",
@@ -618,6 +652,7 @@ __all__ = [
     "load_delta",
     "load_masks",
     "load_pruned",
+    "log_likelihood_gradient",
     "lognormal_probabilities",
     "look_up_pairs",
     "lovasz_softmax",
@@ -637,6 +672,7 @@ __all__ = [
     "max_cosine",
     "mean_codes",
     "merged_labels",
+    "motion_kernel",
     "moving_marginal",
     "mse_codes",
     "multi_information",
@@ -653,6 +689,8 @@ __all__ = [
     "node_edge_loss",
     "node_node_loss",
     "nominal_sparsity",
+    "normalise_maps",
+    "normalised_magnitude",
     "normalised_weights",
     "normalized_adjacency",
     "nuclear_norm",
@@ -738,6 +776,9 @@ __all__ = [
     "select_blocks",
     "select_units",
     "selection_step",
+    "sense_combine",
+    "sense_expand",
+    "sense_reduce",
     "sentence_index",
     "sentence_table",
     "seven_sixteenths_cosine",
@@ -766,6 +807,7 @@ __all__ = [
     "sparsegpt",
     "spectral_gap",
     "square_root_levels",
+    "squared_norm",
     "ssim_y",
     "steer_by_clamping",
     "step_modes",

@@ -285,6 +285,10 @@ RECIPES: dict[str, Recipe] = {
         )
         for name in ("fashioniq", "shoes", "fashion200k")
     },
+    "cirim_cc359": Recipe(needs=("h5py",)),
+    "cirim_fastmri_brain": Recipe(needs=("h5py",)),
+    "cirim_fastmri_knee": Recipe(needs=("h5py",)),
+    "cirim_stanford_knee": Recipe(needs=("h5py",)),
     "coprompt_eurosat": CLIP,
     "coprompt_imagenet": CLIP,
     "dsl_recommendation_lightgcn": Recipe(),

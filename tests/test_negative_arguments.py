@@ -32,6 +32,7 @@ MAY_BE = {"ignore_index", "seed", "p_mean", "time_mean", "null_condition", "c_sl
 OTHERS = {  # files, other libraries
     *(
         "CLIPTowers",
+        "CompressedSensing",
         "DiffusersAutoencoder",
         "DiffusersNetwork",
         "DiffusersUNet",

@@ -52,6 +52,7 @@ SETTINGS = {
     ],
     "adawac": [f"--trainer.callbacks.mode {mode}" for mode in ("reweight-only", "pseudo")],
     "adele": ["--trainer.callbacks.rule slices --trainer.callbacks.common_epoch 1", "--trainer.callbacks.eval_interval 1"],
+    "cirim": ["--model.init_args.consistency explicit"],
     "conr": ["--trainer.callbacks.variant dense"],
     "dsl_recommendation": ["--trainer.callbacks.interval 2"],
     "dsnot": [

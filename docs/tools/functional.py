@@ -41,6 +41,8 @@ SHARED = {
     "consistency_models.rcm.attention_jvp": "attention_with_tangent blockwise_attention",
     "consistency_models.rcm.trigflow": "rectified_flow shift_time trig_time trigflow",
     "consistency_models.sampling": "denoise_sample multistep_sample",
+    "inverse_problems.mri": "complex_product estimate_maps fft2c ifft2c normalise_maps sense_combine sense_expand sense_reduce",
+    "inverse_problems.operators": "as_operator bicubic_matrix check_adjoint gaussian_kernel least_squares motion_kernel squared_norm",
     "lidar.contrast": "effective_rank group_mean info_nce retrieval_accuracy",
     "lidar.point_losses": "lovasz_softmax segmentation_losses",
     "lidar.projection": "dense_cloud flip_cameras project_points resize_pairs resize_superpixels",

@@ -80,6 +80,7 @@ NOT_READ = {"cache", "labels_folder", "images"}  # written by us; encoded once b
 VALUES = r"\.(bin|label|npy|npz|h5|mat|jpe?g|tar|safetensors|pth)$|_batch(_\d)?$|/(train|test)$|ubyte$|\.txt$"
 IN_FOLDERS = (
     r"^(Generative)?ImageNet|^Harvested|^Kitti.*(bin|npy)$|^LatentData.*\.npy$|^Organ|^SuperRes|^FewShot.*imagenet.*JPEG$|^Semi.*JPEG$"
+    r"|^FastMRI|^CC359|^StanfordKnee"
 )
 OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules and files, why nobody can tell it from other data
     ("zeroed", VALUES, "a block of zeros is black pixels, silence, class 0: these formats have no check sum of their values"),

@@ -1,0 +1,1 @@
+"""Magnetic resonance imaging: multi-coil k-space, coil maps and masks."""
