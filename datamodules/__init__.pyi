@@ -27,6 +27,8 @@ from .regression.ages import AgeDataModule as AgeDataModule
 from .regression.bars import BarsDataModule as BarsDataModule
 from .regression.nyud2 import NYUD2DataModule as NYUD2DataModule
 from .regression.sentences import SentencePairsDataModule as SentencePairsDataModule
+from .restoration.images import RestorationDataModule as RestorationDataModule
+from .restoration.mixture import MixtureDataModule as MixtureDataModule
 from .retrieval.search import SearchDataModule as SearchDataModule
 from .retrieval.synonyms import SynonymSearchDataModule as SynonymSearchDataModule
 from .segmentation.noisy_masks import NoisyMasksDataModule as NoisyMasksDataModule

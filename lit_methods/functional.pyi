@@ -251,6 +251,7 @@ from lit_methods.inverse_problems.flair.core import alpha_at as alpha_at
 from lit_methods.inverse_problems.flair.core import calibrated_weights as calibrated_weights
 from lit_methods.inverse_problems.flair.core import fit_data as fit_data
 from lit_methods.inverse_problems.flair.core import flair_solve as flair_solve
+from lit_methods.inverse_problems.flair.core import flow_matching_error as flow_matching_error
 from lit_methods.inverse_problems.flair.core import guided_velocity as guided_velocity
 from lit_methods.inverse_problems.flair.core import largest_pull as largest_pull
 from lit_methods.inverse_problems.flair.core import nearest_time as nearest_time
@@ -562,6 +563,7 @@ __all__ = [
     "flip_cameras",
     "flops_penalty",
     "flow_factor",
+    "flow_matching_error",
     "folded_frobenius",
     "frechet_distance",
     "fuse",

@@ -36,7 +36,9 @@ def fitted(image: Image.Image, size: int, fit: Fit, path: Path) -> Image.Image:
     if fit == "resize":
         return adm_crop(image, size)
     if min(image.size) < size:
-        raise BrokenRecordError(path, "size", f"{image.width} x {image.height} pixels are fewer than image_size={size}: lower it, or use resize")
+        raise BrokenRecordError(
+            path, "size", f"{image.width} x {image.height} pixels are fewer than image_size={size}: lower it, or use resize"
+        )
     if fit == "whole":
         return image.crop((0, 0, image.width // size * size, image.height // size * size))
     left, top = (image.width - size) // 2, (image.height - size) // 2
@@ -126,7 +128,9 @@ class RestorationDataModule(LoaderDataModule):
     def check_root(self, stage: str = "fit") -> None:
         """Look for image files."""
         if self.root is not None and not any(self._files(part) for part in ("train", "val", "test")):
-            raise WrongRootError(f"root={str(self.root)!r} holds no images ({', '.join(ENDINGS)}), nor do train, val, test in it: give a folder")
+            raise WrongRootError(
+                f"root={str(self.root)!r} holds no image files, nor do train, val, test in it: give a folder of PNG or JPEG files"
+            )
 
     def _files(self, part: str) -> list[Path]:
         assert self.root is not None

@@ -1,11 +1,13 @@
 """What FLAIR is compared with, on the same problem, prior and noise: RED-diff on the flow, FlowDPS, FlowChef, DPS.
 
-All of them are solvers of :class:`~lit_methods.inverse_problems.flair.core.Problem`. The last three follow the flow's ODE from noise and
-correct it by the data: FlowDPS (arXiv:2503.08136), FlowChef (arXiv:2412.00100), DPS (arXiv:2209.14687) on the flow. Written from their
-equations as FLAIR's paper has them; numbers such as ``eta`` are not verified (?).
+The last three follow the flow's ODE from noise and correct it by the data: FlowDPS (arXiv:2503.08136), FlowChef (arXiv:2412.00100), DPS
+(arXiv:2209.14687) on the flow. They take ``steps``, ``lr_data`` and ``data_steps`` of the settings; of DPS ``lr_data`` is the length of a
+step along the gradient of the distance, and ``data_steps`` doesn't count. Written from their equations in FLAIR's setting; that details are
+the authors' is not verified (?). All solve a :class:`~lit_methods.inverse_problems.flair.core.Problem`.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,26 +27,9 @@ from lit_methods.inverse_problems.flair.core import (
 )
 
 
-@dataclass(frozen=True)
-class SamplerSettings:
-    """How the ODE is followed and corrected.
-
-    Attributes:
-        steps: Times, from 1 down to 0 in equal steps.
-        lr_data: Learning rate of the steps on the data; of DPS the length of its normalised step.
-        data_steps: Steps on the data at each time; DPS takes one.
-        eta: Share of fresh noise in FlowDPS's noise, 0 to 1.
-    """
-
-    steps: int = 50
-    lr_data: float = 0.1
-    data_steps: int = 3
-    eta: float = 0.5
-
-
 def red_diff(problem: Problem, mu: Tensor, noises: Noises, weight: float, settings: FlairSettings, watch: Watch) -> Tensor:
     """RED-diff on the flow: fresh noise at each time, constant weight, one gradient step on data and regulariser together."""
-    constant = replace(settings, alpha="0", joint=True, tied=False)
+    constant = replace(settings, alpha="none", joint=True, tied=False)
     return flair_solve(problem, mu, noises, [weight] * settings.steps, constant, watch)
 
 
@@ -55,10 +40,10 @@ def _watch(watch: Watch, problem: Problem, t: float, clean: Tensor, steps: int) 
 
 def _times(steps: int) -> list[tuple[float, float]]:
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64).tolist()
-    return list(zip(times[:-1], times[1:], strict=True))
+    return list(pairwise(times))
 
 
-def flow_dps(problem: Problem, noises: Noises, settings: SamplerSettings, watch: Watch) -> Tensor:
+def flow_dps(problem: Problem, noises: Noises, settings: FlairSettings, eta: float, watch: Watch) -> Tensor:
     """FlowDPS: the clean prediction goes a few steps towards the data, and is mixed again with predicted and fresh noise."""
     x = noises(0)
     for number, (t, after) in enumerate(_times(settings.steps), 1):
@@ -67,13 +52,13 @@ def flow_dps(problem: Problem, noises: Noises, settings: SamplerSettings, watch:
         clean, start = predicted_clean(x, v, t), predicted_noise(x, v, t)
         for _ in range(settings.data_steps):
             clean = clean - settings.lr_data * data_gradient(clean, problem.y, problem.predict)[1]
-        mixed = (1 - settings.eta) ** 0.5 * start + settings.eta**0.5 * noises(number)
+        mixed = (1 - eta) ** 0.5 * start + eta**0.5 * noises(number)
         x = (1 - after) * clean + after * mixed
         _watch(watch, problem, t, clean, settings.data_steps)
     return x
 
 
-def flow_chef(problem: Problem, noises: Noises, settings: SamplerSettings, watch: Watch) -> Tensor:
+def flow_chef(problem: Problem, noises: Noises, settings: FlairSettings, watch: Watch) -> Tensor:
     """FlowChef: the data's gradient at the clean prediction moves x_t itself, as if the model were the identity; then a step of the ODE."""
     x = noises(0)
     for t, after in _times(settings.steps):
@@ -86,7 +71,7 @@ def flow_chef(problem: Problem, noises: Noises, settings: SamplerSettings, watch
     return x
 
 
-def dps(problem: Problem, noises: Noises, settings: SamplerSettings, watch: Watch) -> Tensor:
+def dps(problem: Problem, noises: Noises, settings: FlairSettings, watch: Watch) -> Tensor:
     """DPS: a step of the ODE, less the gradient of |A(D(x0(x_t))) - y| through the model; the one method that differentiates it."""
     x = noises(0)
     for t, after in _times(settings.steps):

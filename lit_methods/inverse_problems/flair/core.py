@@ -15,7 +15,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Alpha = Literal["1-t", "0.9(1-t)", "0.5(1-t)", "(1-t)^2", "sqrt(1-t)", "t", "tsqrt", "tcbrt", "sine", "0"]
+from lit_methods import checks
+
+Alpha = Literal["1-t", "0.9(1-t)", "0.5(1-t)", "(1-t)^2", "sqrt(1-t)", "t", "tsqrt", "tcbrt", "sine", "none"]
 Direction = Literal["v", "sigma", "sigma2"]
 Velocity = Callable[[Tensor, float], Tensor]
 Predict = Callable[[Tensor], Tensor]
@@ -31,8 +33,13 @@ _ALPHAS: dict[str, Callable[[float], float]] = {
     "tsqrt": math.sqrt,
     "tcbrt": lambda t: t ** (1 / 3),
     "sine": lambda t: math.sin(math.pi * t / 2),
-    "0": lambda t: 0.0,
+    "none": lambda t: 0.0,
 }
+
+
+def flow_matching_error(velocity: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+    """(B,) mean square of velocity - (x1 - x0), each (B, ...): the loss of flow matching, and at one time a point of the error curve."""
+    return (velocity - (x1 - x0)).square().flatten(1).mean(1)
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ def weight_at(weights: Tensor, times: Tensor) -> Tensor:
 
 
 def largest_pull(weights: Tensor, ts_min: float = 0.18) -> Tensor:
-    """max w(t) / t over the times of the error curve that are at least ``ts_min``.
+    """The largest w(t) / t over the times of the error curve that are at least ``ts_min``.
 
     v - u = (mu - x0) / t, where x0 is the model's prediction, so a step moves mu towards x0 by the share w(t) / t: above 2 it diverges.
 
@@ -113,7 +120,7 @@ def alpha_at(t: float, mode: Alpha = "1-t") -> float:
     Args:
         t: In [0, 1].
         mode: ``1-t`` as in the paper; its multiples ``0.9(1-t)`` and ``0.5(1-t)``, ``(1-t)^2``, ``sqrt(1-t)``; ``t``, ``tsqrt``, ``tcbrt``
-            (its roots), ``sine``: sin(pi t / 2); ``0``: fresh noise alone.
+            (its roots), ``sine``: sin(pi t / 2); ``none``: fresh noise alone.
 
     Returns:
         In [0, 1].
@@ -299,7 +306,7 @@ class FlairSettings:
     Attributes:
         steps: Times, n.
         ts_min: Below this time the model isn't asked.
-        alpha: Share of the kept prediction in the noise, see :func:`alpha_at`; ``0``: without DTA.
+        alpha: Share of the kept prediction in the noise, see :func:`alpha_at`; ``none``: without DTA.
         mode: See :func:`regulariser_direction`.
         lr_reg: Learning rate of the regulariser.
         lr_data: Learning rate of the data term.
@@ -323,6 +330,14 @@ class FlairSettings:
     tied: bool = True
     joint: bool = False
     lr_projection: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.one_of(Alpha, alpha=self.alpha)
+        checks.one_of(Direction, mode=self.mode)
+        checks.at_least(1, steps=self.steps)
+        checks.within("[0, 1)", "a time", ts_min=self.ts_min)
+        checks.at_least(0, data_steps=self.data_steps, tolerance=self.tolerance, likelihood_weight=self.likelihood_weight)
+        checks.at_least(0, lr_reg=self.lr_reg, lr_data=self.lr_data, lr_projection=self.lr_projection)
 
 
 class Problem(NamedTuple):
@@ -374,7 +389,7 @@ def root_mean_square(values: Tensor) -> Tensor:
 
 
 def soft_projection(mu: Tensor, problem: Problem, learning_rate: float) -> Tensor:
-    """mu - lr (mu - mu_p), where mu_p has what was measured in the place of what mu says there."""
+    """A step mu - lr (mu - mu_p), where mu_p has what was measured in the place of what mu says there."""
     if problem.project is None:
         raise ValueError("lr_projection needs a problem with project: give the latents of x - A+ A x + A+ y")
     with torch.no_grad():
@@ -438,6 +453,7 @@ __all__ = [
     "calibrated_weights",
     "fit_data",
     "flair_solve",
+    "flow_matching_error",
     "guided_velocity",
     "largest_pull",
     "nearest_time",
