@@ -87,7 +87,7 @@ class RestorationDataModule(LoaderDataModule):
 
     Batch: {"image": (B, C, S, S) float32 in [-1, 1], "index": (B,) int64, "name": list of B strings}
 
-    ``root: null``: 1,797 digits, smoothly enlarged: all but the last 300 for training, 100 for validation, which calibrates, 200 for testing.
+    ``root: null``: 1,797 digits, smoothly enlarged: all but the last 300 for training, 100 for validation, which calibrates, 200 to test.
     Else ``root`` has images itself, which every evaluation sees, or folders ``train``, ``val`` and ``test`` of them, or both.
 
     Args:

@@ -22,6 +22,7 @@ from lit_methods.catalog import Technique
 from lit_methods.distributed import gather_rows
 from lit_methods.evaluated import Part
 from lit_methods.files import replacing, write_atomically
+from lit_methods.frozen import Frozen
 from lit_methods.inverse_problems.flair.core import FlairSettings, largest_pull, time_grid
 from lit_methods.inverse_problems.flair.matching import FlowMatchingModule
 from lit_methods.inverse_problems.flair.solver import FlowInverseSolver, Method, Restored, Weighting
@@ -35,7 +36,7 @@ TECHNIQUE = Technique(
     family="inverse_problems",
     form="module",
     classes=("lit_methods.FLAIR", "lit_methods.FlowMatchingModule", "lit_methods.SD3Flow", "lit_methods.datamodules.RestorationDataModule"),
-    configs=("flair.yaml",),
+    configs=("flair.yaml", "flair_mixture.yaml"),
     golden=("calib", "step", "data_term", "solve"),
     claim="With a prior whose velocity is exact, FLAIR restores vectors from six of their sixteen coordinates more closely than it does "
     "without its deterministic trajectory adjustment.",
@@ -43,7 +44,7 @@ TECHNIQUE = Technique(
 )
 
 _DEFAULT = FlairSettings()
-_FIGURES = ("error", "residual", "psnr", "ssim", "seconds")
+_FIGURES = ("error", "start_error", "residual", "psnr", "ssim", "seconds")
 _STRIP, _SHOWN = 8, 8  # times and images in the pictures
 
 
@@ -62,8 +63,8 @@ class FLAIR(FlowMatchingModule):
 
     Saves: the network, and the curve of errors, from which the weights follow.
 
-    Refuses: images outside [-1, 1]; an operator whose adjoint isn't one; restoring with calibrated weights that nobody measured. Warns where
-    a step would overshoot.
+    Refuses: images outside [-1, 1]; an operator whose adjoint isn't one; restoring with calibrated weights that nobody measured. Warns
+    where a step would overshoot.
 
     Args:
         prior: Flow model: ``LatentFlow``, ``SD3Flow``, ``GaussianMixtureFlow``.
@@ -73,14 +74,16 @@ class FLAIR(FlowMatchingModule):
         noise: Standard deviation of what is added to A x.
         degraded: The images of ``predict`` are measurements already, such as small or blurred ones; of an inpainting's what is masked
             doesn't count. Without it they are degraded first.
-        weighting: w(t): ``calibrated``; ``linear``: ``weight`` t; ``constant``: ``weight``.
-        weight: See ``weighting``; RED-diff takes it in any case.
+        weighting: w(t): ``calibrated``; ``linear``: ``weight`` t; ``constant``: ``weight`` times ``ts_min``, RED-diff's.
+        weight: The largest w(t) / t of ``linear`` and ``constant``.
         weights: File (.npy) of a curve of errors at linspace(1, 0, N), or of weights, if its name has ``reg_weight`` in it.
         calibration_times: N of the curve that is measured: so many passes of the model in validation.
         reg_shift: Added to calibrated weights of mean 1; null: the last one is taken off.
         regularizer_weight: Factor of calibrated weights; null: such that w(t) / t is at most 1.
         start: mu begins at E(A+ y), ``pseudo_inverse``, or at ``noise``.
         eta: Share of fresh noise in FlowDPS.
+        features: Network of images (B, C, H, W) -> (B, D); ``test`` then logs the Frechet distance of restored and clean images in its
+            features, for two images and more. Null: none.
         val_images: Images that each validation restores.
         output: Folder for what ``predict`` restores, as PNG with a table. Images that are there are not restored again.
         learning_rate: AdamW's, for a prior that is trained.
@@ -118,6 +121,7 @@ class FLAIR(FlowMatchingModule):
         regularizer_weight: float | None = 0.5,
         start: Literal["pseudo_inverse", "noise"] = "pseudo_inverse",
         eta: float = 0.5,
+        features: nn.Module | None = None,
         val_images: int = 8,
         output: Path | None = None,
         learning_rate: float = 1e-3,
@@ -132,7 +136,8 @@ class FLAIR(FlowMatchingModule):
                 self.prior, operator, settings, method, weighting, weight, weights, calibration_times, reg_shift, regularizer_weight, start,
                 eta, seed,
             )  # fmt: skip
-        self.save_hyperparameters(ignore=["prior", "operator", "settings", "weights", "output"])
+        self.save_hyperparameters(ignore=["prior", "operator", "settings", "features", "weights", "output"])
+        self.features = None if features is None else Frozen(features)
         self.noise, self.degraded, self.val_images = noise, degraded, val_images
         self.output = None if output is None else Path(output).expanduser()
         self._forget()
@@ -144,6 +149,7 @@ class FLAIR(FlowMatchingModule):
         self._errors: list[Tensor] = []  # (B, 1 + N) number and error of each image
         self._kept: list[tuple[list[int], Tensor]] = []  # numbers and images that validation restores
         self._rows: list[Tensor] = []  # (B, 1 + figures)
+        self._features: list[Tensor] = []  # (B, 1 + 2 D) number, features of restored and clean images
         self._times: list[Tensor] = []  # (B, times, 4)
         self._shown: tuple[Tensor, Restored] | None = None
         self._checked = False
@@ -203,10 +209,20 @@ class FLAIR(FlowMatchingModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Degrade and restore a batch."""
         with torch.inference_mode(False), torch.no_grad():
-            self._restore(*self._read(batch, batch_idx))
+            images, numbers = self._read(batch, batch_idx)
+            restored = self._restore(images, numbers).images
+            if self.features is not None:
+                pair = [self.features(part.clamp(-1, 1).float()).double() for part in (restored, images)]
+                self._features.append(torch.cat([pair[0].new_tensor(numbers)[:, None], *pair], 1))
 
     def on_test_epoch_end(self) -> None:
         """Log figures over all images of all ranks."""
+        if self.features is not None:
+            from lit_methods.consistency_models.evaluation import frechet_distance
+
+            width = gather_rows(torch.tensor([[self._features[0].shape[1] if self._features else 0]], device=self.device)).max()
+            restored, clean = _in_order(self._features, int(width), self.device)[:, 1:].chunk(2, 1)
+            log_global(self, {"flair/test_frechet": frechet_distance(restored, clean)})
         self._log("test")
 
     def _restore(self, images: Tensor, numbers: list[int]) -> Restored:
@@ -221,8 +237,11 @@ class FLAIR(FlowMatchingModule):
         return found
 
     def _figures(self, found: Restored, clean: Tensor) -> Tensor:
-        """(B, 5) float64: squared distance to the clean image, residual, PSNR and SSIM of images cut to [-1, 1], seconds."""
-        gap = (found.images.double() - clean.double()).flatten(1).square()
+        """(B, 6) float64: squared distance of restored image and of the start to the clean one, residual, PSNR, SSIM, seconds."""
+
+        def distance(images: Tensor) -> Tensor:
+            return (images.double() - clean.double()).flatten(1).square().sum(1)
+
         cut = found.images.clamp(-1, 1) if self.prior.bounded else found.images
         psnr = -10 * ((cut.double() - clean.double()).flatten(1).square().mean(1).clamp(min=1e-12) / 4).log10()
         ssim = torch.full_like(psnr, torch.nan)
@@ -230,7 +249,17 @@ class FLAIR(FlowMatchingModule):
             from torchmetrics.functional.image import structural_similarity_index_measure
 
             ssim = structural_similarity_index_measure(cut.float(), clean.float(), data_range=2.0, reduction="none").double()  # type: ignore[union-attr]
-        return torch.stack([gap.sum(1), found.residual.double(), psnr, ssim.reshape(-1), torch.full_like(psnr, found.seconds)], 1)
+        return torch.stack(
+            [
+                distance(found.images),
+                distance(found.start),
+                found.residual.double(),
+                psnr,
+                ssim.reshape(-1),
+                torch.full_like(psnr, found.seconds),
+            ],
+            1,
+        )
 
     def _log(self, part: Part) -> None:
         rows = _in_order(self._rows, 1 + len(_FIGURES), self.device)
@@ -292,9 +321,8 @@ class FLAIR(FlowMatchingModule):
             index = torch.tensor(numbers, device=images.device)
             if not chosen:
                 return {"image": images, "index": index, "name": names, "residual": images.new_zeros(0)}
-            y = self._measure(images, numbers, self.degraded)
-            found = self.solver.restore(y, numbers)
-            figures = self._figures(found, images if found.images.shape == images.shape and not self.degraded else found.images)
+            found = self.solver.restore(self._measure(images, numbers, self.degraded), numbers)
+            figures = self._figures(found, found.images if self.degraded else images)
             if self.output is not None:
                 for name, image, row in zip(names, found.images, figures.tolist(), strict=True):
                     self._write(name, image, dict(zip(_FIGURES, row, strict=True)))
@@ -306,7 +334,7 @@ class FLAIR(FlowMatchingModule):
             return
         self.trainer.strategy.barrier()
         if self.trainer.is_global_zero:
-            kept = ["residual", "seconds"] if self.degraded else list(_FIGURES)
+            kept = ["residual", "seconds"] if self.degraded else [name for name in _FIGURES if name != "start_error"]
             said = io.StringIO()
             table = csv.writer(said, lineterminator="\n")
             table.writerow(["name", *kept])

@@ -46,8 +46,8 @@ class FlowPrior(nn.Module):
 class GaussianMixtureFlow(FlowPrior):
     """The exact velocity of equally likely isotropic Gaussians, for trials: nothing is trained.
 
-    With var_t = (1 - t)^2 s^2 + t^2 and r = x - (1 - t) m_k, component k has the weight softmax(-|r|^2 / 2 var_t), E[x0] = m_k + (1 - t) s^2
-    / var_t r and E[x1] = t / var_t r. ``MixtureDataModule`` draws from it.
+    With var_t = (1 - t)^2 s^2 + t^2 and r = x - (1 - t) m_k, component k has the weight softmax(-|r|^2 / 2 var_t), E[x0] = m_k + (1 - t)
+    s^2 / var_t r and E[x1] = t / var_t r. ``MixtureDataModule`` draws from it.
 
     Args:
         components: Gaussians.

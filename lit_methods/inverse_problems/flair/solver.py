@@ -69,8 +69,8 @@ class FlowInverseSolver(nn.Module):
         operator: A: a ``LinearOperator``, or one of deepinv's.
         settings: FLAIR's; the samplers take ``steps``, ``lr_data`` and ``data_steps``.
         method: ``flair``; ``red_diff``, ``flow_dps``, ``flow_chef``, ``dps``: baselines.
-        weighting: w(t): ``calibrated``: from the error curve. ``linear``: ``weight`` t. ``constant``: ``weight``, which RED-diff takes in
-            any case.
+        weighting: w(t): ``calibrated``: from the error curve. ``linear``: ``weight`` t. ``constant``: ``weight`` times ``ts_min``, which
+            RED-diff takes in any case; so w(t) / t is at most ``weight``.
         weight: See ``weighting``.
         weights: NumPy file (.npy) of N numbers at linspace(1, 0, N) in the place of the measured curve: weights, if its name has
             ``reg_weight`` in it, else mean squared errors of the model.
@@ -113,6 +113,11 @@ class FlowInverseSolver(nn.Module):
         self.direct = weights is not None and "reg_weight" in Path(weights).name
         self.register_buffer("error", torch.zeros(calibration_times, dtype=torch.float64))
 
+    @property
+    def constant_weight(self) -> float:
+        """The weight of RED-diff."""
+        return self.weight * self.settings.ts_min
+
     # ---- weights -------------------------------------------------------------------------------------------------------------------------
 
     @property
@@ -128,7 +133,7 @@ class FlowInverseSolver(nn.Module):
         """
         times = torch.linspace(1, 0, len(self.error), dtype=torch.float64)
         if self.weighting != "calibrated":
-            return self.weight * (times if self.weighting == "linear" else torch.ones_like(times))
+            return self.weight * times if self.weighting == "linear" else torch.full_like(times, self.constant_weight)
         if not self.calibrated:
             raise RuntimeError(
                 "the weights aren't calibrated: give --ckpt_path of a run of `lit fit`, whose validation measures them, weights= a file, "
@@ -214,7 +219,7 @@ class FlowInverseSolver(nn.Module):
         if self.method == "flair":
             mu = flair_solve(problem, mu, noises, self.schedule(), s, traces.append)
         elif self.method == "red_diff":
-            mu = red_diff(problem, mu, noises, self.weight, s, traces.append)
+            mu = red_diff(problem, mu, noises, self.constant_weight, s, traces.append)
         elif self.method == "flow_dps":
             mu = flow_dps(problem, noises, s, self.eta, traces.append)
         else:
