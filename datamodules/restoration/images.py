@@ -17,6 +17,7 @@ from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.restoration.mixture import Indexed
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+FOLDERS = {"train": ("train", "DIV2K_train_HR"), "val": ("val", "DIV2K_valid_HR"), "test": ("test", "val", "DIV2K_valid_HR")}
 Fit = Literal["resize", "crop", "whole"]
 
 
@@ -88,7 +89,8 @@ class RestorationDataModule(LoaderDataModule):
     Batch: {"image": (B, C, S, S) float32 in [-1, 1], "index": (B,) int64, "name": list of B strings}
 
     ``root: null``: 1,797 digits, smoothly enlarged: all but the last 300 for training, 100 for validation, which calibrates, 200 to test.
-    Else ``root`` has images itself, which every evaluation sees, or folders ``train``, ``val`` and ``test`` of them, or both.
+    Else ``root`` has images itself, which every evaluation sees, such as FFHQ's ``00000``; or folders of them: ``train``, ``val`` and
+    ``test``, or ``DIV2K_train_HR`` and ``DIV2K_valid_HR``.
 
     Args:
         root: Folder of PNG, JPEG, WebP, BMP or TIFF files; None: digits.
@@ -134,10 +136,8 @@ class RestorationDataModule(LoaderDataModule):
 
     def _files(self, part: str) -> list[Path]:
         assert self.root is not None
-        for folder in (self.root / part, self.root):
-            if folder.is_dir() and (folder != self.root or part != "train") and (files := listed(folder, endings=ENDINGS)):
-                return files
-        return []
+        folders = [self.root / name for name in FOLDERS[part]] + ([] if part == "train" else [self.root])
+        return next((files for folder in folders if folder.is_dir() and (files := listed(folder, endings=ENDINGS))), [])
 
     def setup(self, stage: str) -> None:
         """List the files, or make the digits."""

@@ -50,7 +50,8 @@ class FlowMatchingModule(LightningModule):
         self.prior, self.seed = prior, seed
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.automatic_optimization = prior.trainable
-        self.register_buffer("counter", torch.zeros(1), persistent=False)  # what the iterations of a frozen prior are counted on
+        if not prior.trainable:  # iterations are counted on it, and DDP asks for one
+            self.counter = nn.Parameter(torch.zeros(1))
 
     def images(self, batch: Any, check: bool = True) -> Tensor:
         """The batch's images.
@@ -99,7 +100,7 @@ class FlowMatchingModule(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; without weights, the count of the iterations."""
         if not self.automatic_optimization:
-            return Iterations([self.get_buffer("counter")])
+            return Iterations([self.counter])
         trained = [parameter for parameter in self.prior.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay)
 

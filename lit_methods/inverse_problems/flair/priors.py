@@ -294,7 +294,7 @@ class SD3Flow(FlowPrior):
                 blank=lambda: tiny.from_config(tiny.load_config(tiny_autoencoder)).to(dtype),
             )
         self.tiny = tiny_autoencoder is not None
-        self.transformer, self.autoencoder = Frozen(transformer), Frozen(autoencoder)
+        self.transformer, self.autoencoder = Frozen(transformer.to(dtype)), Frozen(autoencoder.to(dtype))
         # unconditional first, as the branches are put together
         self.register_buffer("text", torch.cat([embeddings[1], embeddings[0]]).to(dtype), persistent=False)
         self.register_buffer("pooled", torch.cat([embeddings[3], embeddings[2]]).to(dtype), persistent=False)

@@ -37,7 +37,8 @@ def noise_of(owner: str, seed: int, numbers: list[int], shape: tuple[int, ...], 
 
     So an image gets the same noise in any batch, on any rank and device.
     """
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(own_seed(f"{owner} {number}", seed))) for number in numbers]
+    generators = [torch.Generator().manual_seed(own_seed(f"{owner} {number}", seed)) for number in numbers]
+    rows = [torch.randn(shape, generator=generator, dtype=torch.float32) for generator in generators]  # the same in any precision
     return torch.stack(rows).to(like) if rows else like.new_empty(0, *shape)
 
 
