@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_methods import checks
 from lit_methods.datamodules.restoration.mixture import mixture_means
 from lit_methods.frozen import Frozen
-from lit_methods.hub import fetch
+from lit_methods.hub import NotThereError, fetch
 from lit_methods.inverse_problems.flair.core import guided_velocity
 
 
@@ -261,6 +261,10 @@ class SD3Flow(FlowPrior):
         dtype = getattr(torch, precision)
         self.guidance = guidance
         given, instead = f"name_or_path={name_or_path!r}", "give the folder of a copy in diffusers' layout"
+        if name_or_path.startswith((".", "/", "~")):
+            name_or_path = str(Path(name_or_path).expanduser())
+            if not Path(name_or_path).is_dir():
+                raise NotThereError(f"{given} is no folder: {instead}")
         without: dict[str, Any] = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
 
         def blank() -> Any:
