@@ -252,6 +252,21 @@ from lit_methods.inverse_problems.cirim.core import explicit_consistency as expl
 from lit_methods.inverse_problems.cirim.core import indrnn_cell as indrnn_cell
 from lit_methods.inverse_problems.cirim.core import log_likelihood_gradient as log_likelihood_gradient
 from lit_methods.inverse_problems.cirim.core import normalised_magnitude as normalised_magnitude
+from lit_methods.inverse_problems.flair.core import adjusted_noise as adjusted_noise
+from lit_methods.inverse_problems.flair.core import alpha_at as alpha_at
+from lit_methods.inverse_problems.flair.core import calibrated_weights as calibrated_weights
+from lit_methods.inverse_problems.flair.core import fit_data as fit_data
+from lit_methods.inverse_problems.flair.core import flair_solve as flair_solve
+from lit_methods.inverse_problems.flair.core import flow_matching_error as flow_matching_error
+from lit_methods.inverse_problems.flair.core import guided_velocity as guided_velocity
+from lit_methods.inverse_problems.flair.core import largest_pull as largest_pull
+from lit_methods.inverse_problems.flair.core import nearest_time as nearest_time
+from lit_methods.inverse_problems.flair.core import predicted_clean as predicted_clean
+from lit_methods.inverse_problems.flair.core import predicted_noise as predicted_noise
+from lit_methods.inverse_problems.flair.core import regulariser_direction as regulariser_direction
+from lit_methods.inverse_problems.flair.core import regulariser_step as regulariser_step
+from lit_methods.inverse_problems.flair.core import time_grid as time_grid
+from lit_methods.inverse_problems.flair.core import weight_at as weight_at
 from lit_methods.inverse_problems.maid.core import backtrack as backtrack
 from lit_methods.inverse_problems.maid.core import error_bound as error_bound
 from lit_methods.inverse_problems.maid.core import hypergradient as hypergradient
@@ -439,8 +454,10 @@ __all__ = [
     "adaptive_c",
     "adawac_loss",
     "add_direction",
+    "adjusted_noise",
     "afa_loss",
     "align",
+    "alpha_at",
     "alternating_codes",
     "annealed_beta",
     "as_operator",
@@ -472,6 +489,7 @@ __all__ = [
     "blocks_to_keep",
     "blockwise_attention",
     "boundary_scalings",
+    "calibrated_weights",
     "calibration_range",
     "candidate_scores",
     "cauchy",
@@ -577,15 +595,18 @@ __all__ = [
     "firing_statistics",
     "first_generation_block",
     "first_patches",
+    "fit_data",
     "fit_iou_curve",
     "fit_regression",
     "fit_scaling_law",
     "fit_score_law",
     "fitting_pattern",
+    "flair_solve",
     "flexprefill",
     "flip_cameras",
     "flops_penalty",
     "flow_factor",
+    "flow_matching_error",
     "folded_frobenius",
     "frechet_distance",
     "fuse",
@@ -606,6 +627,7 @@ __all__ = [
     "grow",
     "grow_penalty",
     "guided_edit",
+    "guided_velocity",
     "half_life_decay",
     "harmonic_mean",
     "has_foreground",
@@ -640,6 +662,7 @@ __all__ = [
     "kl_to_teacher",
     "l2_distance",
     "label_weights",
+    "largest_pull",
     "largest_safe_sparsity",
     "layer_density",
     "least_squares",
@@ -681,6 +704,7 @@ __all__ = [
     "multistep_sample",
     "nearest_level",
     "nearest_neighbours",
+    "nearest_time",
     "necessity",
     "neighbour_labels",
     "neumf_loss",
@@ -719,6 +743,8 @@ __all__ = [
     "precision_at",
     "precision_recall",
     "predict_probability",
+    "predicted_clean",
+    "predicted_noise",
     "prefill_flops",
     "pretrain_levels",
     "pretrain_loss",
@@ -751,6 +777,8 @@ __all__ = [
     "recover_factors",
     "rectified_flow",
     "regression_loss",
+    "regulariser_direction",
+    "regulariser_step",
     "relative_error",
     "relative_norm_drop",
     "remove_norm_scales",
@@ -823,6 +851,7 @@ __all__ = [
     "temporal_vote",
     "threshold_mask",
     "threshold_of",
+    "time_grid",
     "to_batch_rows",
     "to_semi_structured",
     "token_index",
@@ -854,6 +883,7 @@ __all__ = [
     "warmup_cosine_rate",
     "warmup_decay",
     "warmup_then_epoch_cosine",
+    "weight_at",
     "wide_width",
     "width_factor",
     "window_attention",

@@ -92,6 +92,36 @@ class _Features(torch.nn.Module):
         return torch.nn.functional.adaptive_avg_pool2d(images.float(), 4).flatten(1)
 
 
+def sd3(work: Path) -> None:
+    """Stable Diffusion 3 with small parts and random weights, as diffusers saves it, without T5; and an ``AutoencoderTiny``."""
+    import diffusers
+    import transformers
+
+    folder = work / "sd3"
+    folder.mkdir()
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 8}
+    config = transformers.CLIPTextConfig(vocab_size=len(words), eos_token_id=len(words) - 1, bos_token_id=len(words) - 2, **text)
+    encoders = [transformers.CLIPTextModelWithProjection(config) for _ in range(2)]
+    sizes = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
+    transformer = diffusers.SD3Transformer2DModel(
+        in_channels=4, out_channels=4, joint_attention_dim=16, pooled_projection_dim=16, pos_embed_max_size=16, sample_size=8, **sizes
+    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4, scaling_factor=1.5, shift_factor=0.1, **blocks
+    )
+    diffusers.StableDiffusion3Pipeline(
+        transformer, diffusers.FlowMatchEulerDiscreteScheduler(), vae, encoders[0], tokenizer, encoders[1], tokenizer, None, None
+    ).save_pretrained(folder)
+    widths = {"encoder_block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}
+    diffusers.AutoencoderTiny(latent_channels=4, **widths).save_pretrained(work / "taesd3")
+
+
 def unet(work: Path) -> None:
     """A U-Net of Stable Diffusion's kind with few channels and random weights, for the prompts of the tiny release."""
     import diffusers
@@ -303,6 +333,21 @@ RECIPES: dict[str, Recipe] = {
     "ict_imagenet64": batch(2),
     "issp_edsr": batch(1),
     "issp_swin2sr": Recipe(words=("--data.init_args.batch_size=1",), why=f"batch of 1: {SMALL_BATCH}", needs=("transformers",)),
+    "flair_sd3": Recipe(
+        {"stabilityai/stable-diffusion-3-medium-diffusers": "{work}/sd3", "madebyollin/taesd3": "{work}/taesd3"},
+        words=(
+            "--model.init_args.prior.init_args.t5=false",
+            "--model.init_args.prior.init_args.precision=float32",
+            "--data.init_args.image_size=64",
+            "--model.init_args.operator.init_args.size=[64,64]",
+            "--model.init_args.settings.steps=2",
+            "--model.init_args.calibration_times=4",
+            "--model.init_args.val_images=1",
+        ),
+        why="images of 64 pixels, 2 times, 4 points of the error curve, no third text encoder: 768 pixels take minutes on two cores",
+        prepare=sd3,
+        needs=("diffusers", "transformers"),
+    ),
     "maid_experts_kodak": Recipe(
         words=("--data.init_args.size=16", "--data.init_args.number=2"), why="2 images of 16 pixels: a solve of 20 large ones takes minutes"
     ),

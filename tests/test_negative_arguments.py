@@ -14,21 +14,26 @@ from lit_methods import (
     DenseRetriever,
     DINOv2,
     EmbeddedWords,
+    GaussianMixtureFlow,
     PatchStatistics,
     PixelMLPDecoder,
     PixelMLPEncoder,
     ProxySoftmax,
     ResidualCompositor,
     RingTeacher,
+    ScatteredInpainting,
     SmallTextEncoder,
     TinyTowers,
     VectorTrunk,
     ViTEncoder,
 )
 from lit_methods.catalog import public_names
+from lit_methods.inverse_problems.flair.core import FlairSettings
 
 # what may be negative: labels, seeds, positions of a distribution or a line, values that fill a place
-MAY_BE = {"ignore_index", "seed", "p_mean", "time_mean", "null_condition", "c_slope", "c_intercept", "fill", "pixel_mean"}
+MAY_BE = {
+    "ignore_index", "seed", "p_mean", "time_mean", "null_condition", "c_slope", "c_intercept", "fill", "pixel_mean", "shift", "reg_shift",
+}  # fmt: skip
 OTHERS = {  # files, other libraries
     *(
         "CLIPTowers",
@@ -38,6 +43,8 @@ OTHERS = {  # files, other libraries
         "DiffusersUNet",
         "ScriptedFeatures",
         "DINOv2",
+        "MaskFileInpainting",
+        "SD3Flow",
         "TimmNetwork",
         "TextTeacher",
     ),
@@ -63,8 +70,17 @@ def parts(name: str) -> dict[str, Any]:
             "compositor": ResidualCompositor(),
         },
         "DenseRetriever": {"network": SmallTextEncoder(4, width=4)},
+        "BicubicDownsampling": {"size": [8, 8]},
+        "BoxInpainting": {"size": [8, 8]},
         "EPGFinetune": {"encoder": PixelMLPEncoder(width=8), "decoder": PixelMLPDecoder(width=8, encoder_width=8), "num_classes": 3},
         "EPGPretrain": {"encoder": PixelMLPEncoder(width=8)},
+        "FLAIR": {"prior": GaussianMixtureFlow(), "operator": ScatteredInpainting([4, 4], 6)},
+        "FlowInverseSolver": {
+            "prior": GaussianMixtureFlow(),
+            "operator": ScatteredInpainting([4, 4], 6),
+            "settings": FlairSettings(),
+        },
+        "FlowMatchingModule": {"prior": GaussianMixtureFlow()},
         "IJEPA": {"encoder": ViTEncoder(16, 2, width=8, depth=1, heads=2)},
         "MaskedLM": {"config": {"model_type": "bert", "vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}},
         "TransformerText": {
@@ -73,8 +89,10 @@ def parts(name: str) -> dict[str, Any]:
         "MLP": {"widths": [4, 3]},
         "PointSegmentor": {"backbone_3d": Volume()},
         "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},
+        "RandomProjection": {"shape": [1, 2, 2]},
         "RetrieverTeacher": {"retriever": DenseRetriever(SmallTextEncoder(4, width=4))},
         "ResNetTrunk": {"pretrained": False, "name": "resnet18"},
+        "ScatteredInpainting": {"size": [8, 8]},
         "SimMatchV2": {"backbone": nn.Identity(), "num_labelled": 200, "bank_size": 8},
         "SparseAutoencoder": {"settings": {"k": 2}},
         "SparseRetriever": {"network": SmallTextEncoder(4, width=4)},

@@ -151,6 +151,7 @@ NOT_COUNTED = {
     "coprompt_eurosat",
     "coprompt_imagenet",
     "dsnot_llama",
+    "flair_sd3",
     "maid_experts_kodak",
     "s2ft_llama3_8b",
     "sara_sd15",

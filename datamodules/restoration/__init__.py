@@ -1,0 +1,1 @@
+"""Images and vectors that are to be restored."""

@@ -1,0 +1,21 @@
+"""A tiny folder of images."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lit_methods.datamodules.fake import Arguments, Writer, picture, smooth
+
+
+def _images(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    side = arguments["image_size"]
+    for part, number in (("train", 4), ("val", 4), ("test", 4)):
+        for index in range(number):
+            picture(arguments["root"] / part / f"{index:05d}.png", smooth(rng, (side + 8, side + 4)))
+    return {"root": arguments["root"]}
+
+
+FAKES: dict[str, Writer] = {"RestorationDataModule": _images}
+__all__ = ["FAKES"]
