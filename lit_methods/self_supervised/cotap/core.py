@@ -77,9 +77,8 @@ def _negatives_and_positives(t: Tensor, s: Tensor, tau: float) -> tuple[Tensor, 
     pn, pp, half = 0 * u, F.pad(pp, (0, size - n)), 1
     while half < size:
         blocks = [part.unflatten(0, (-1, 2, half)) for part in (keys, u, v, moments, pp)]
-        (left_keys, _, _, left_moments, left_pp), (right_keys, right_u, right_v, _, right_pp) = zip(
-            *(x.unbind(1) for x in blocks), strict=True
-        )
+        sides = zip(*(x.unbind(1) for x in blocks), strict=True)
+        (left_keys, _, _, left_moments, left_pp), (right_keys, right_u, right_v, _, right_pp) = sides
         thresholds = torch.cat([right_keys, right_keys - tau], dim=1)
         sums = _beyond(left_keys, left_moments, thresholds).unflatten(1, (2, half))  # (pairs, 2, half, 6)
         above, reached = (right_v[..., None] * sums[:, k, :, :3] - sums[:, k, :, 3:] for k in (0, 1))  # sum of (t_i - t_j) u_j^k
@@ -386,8 +385,8 @@ def object_filter(
     """A block of a vision transformer, then attention of its tokens to object prototypes by the weights of the same block.
 
     A patch asks with its 3 x 3 neighbourhood (zeros outside): the logit of prototype m is the sum over the places of the neighbourhood of
-    query times key, times M^-0.5 (not the head's width^-0.5), and its value is the mean over its places. The class token asks means of keys.
-    Both then go through the block's MLP. What comes out is LN([block's token, filtered token]).
+    query times key, times M^-0.5 (not the head's width^-0.5), and its value is the mean over its places. The class token asks means of
+    keys. Both then go through the block's MLP. What comes out is LN([block's token, filtered token]).
 
     Args:
         tokens: (B, 1 + N, d), the class token first.
