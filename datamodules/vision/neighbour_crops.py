@@ -175,8 +175,8 @@ class NeighbourCropsDataModule(LoaderDataModule):
     ``train``, and ``num_val`` of ``val2017`` and of ``val``.
 
     Args:
-        root: COCO's folder: ``train2017`` and ``val2017`` with images, ``stuffthingmaps`` with their masks. None: 400 built-in scenes of
-            textured shapes for training, 72 pixels wide, for both streams.
+        root: COCO's folder: ``train2017`` and ``val2017`` with images, ``stuffthingmaps`` with their masks. None: built-in scenes of textured
+            shapes, 72 pixels wide, for both streams.
         cls_root: ImageNet's folder: ``train/<class>`` and ``val/<class>``. None: the images of ``root`` once more, without classes.
         nearest: File with the nearest neighbours of ``train2017``, made by ``lit neighbours``; None only with built-in scenes.
         cls_nearest: File with those of ImageNet's ``train``; None where there is no ``cls_root``.
@@ -187,6 +187,7 @@ class NeighbourCropsDataModule(LoaderDataModule):
         local_crops: L.
         global_scale: Smallest and largest share of the image's area in a large crop.
         local_scale: The same in a small crop.
+        num_train: Built-in scenes for training.
         num_probe: Images that probes are fitted to, at most.
         num_val: Images that they are judged by, at most.
         batch_size: Images of each stream, per process and step.
@@ -213,6 +214,7 @@ class NeighbourCropsDataModule(LoaderDataModule):
         local_crops: int = 4,
         global_scale: tuple[float, float] = (0.25, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.1),
+        num_train: int = 400,
         num_probe: int = 400,
         num_val: int = 200,
         batch_size: int = 28,
@@ -222,6 +224,7 @@ class NeighbourCropsDataModule(LoaderDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed, eval_batch_size=eval_batch_size)
         checks.at_least(1, neighbours=neighbours, local_crops=local_crops, num_probe=num_probe, num_val=num_val)
+        checks.at_least(2, "scenes", num_train=num_train)
         checks.at_least(4, "pixels", image_size=image_size, local_size=local_size)
         for name, (low, high) in {"global_scale": global_scale, "local_scale": local_scale}.items():
             checks.within("(0, 1]", "a share of the image", **{f"{name}[0]": low, f"{name}[1]": high})
@@ -230,7 +233,7 @@ class NeighbourCropsDataModule(LoaderDataModule):
         self.save_hyperparameters()
         self.root, self.cls_root, self.nearest, self.cls_nearest = map(data_path, (root, cls_root, nearest, cls_nearest))
         self.class_map, self.neighbours, self.image_size = data_path(class_map), neighbours, image_size
-        self.num_probe, self.num_val = num_probe, num_val
+        self.num_train, self.num_probe, self.num_val = num_train, num_probe, num_val
         self.crops = Crops(2, local_crops, image_size, local_size, tuple(global_scale), tuple(local_scale))
 
     def check_root(self, stage: str = "fit") -> None:
@@ -264,7 +267,7 @@ class NeighbourCropsDataModule(LoaderDataModule):
         self.train_set, self.test_set = CropSamples(streams, self.crops, self.seed), self.val_set
 
     def _built_in(self) -> tuple[dict[str, Stream], ProbeSamples]:
-        train, masks, labels = draw_scenes(400, _PIXELS, 2 * self.seed + 1)
+        train, masks, labels = draw_scenes(self.num_train, _PIXELS, 2 * self.seed + 1)
         held, held_masks, held_labels = draw_scenes(self.num_val, _PIXELS, 0)
         probe = min(self.num_probe, len(train))
         images, all_masks, classes = (
