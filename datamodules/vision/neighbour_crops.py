@@ -21,7 +21,7 @@ from lit_methods.datamodules.vision.crops import Crops, cut, draw_boxes, overlap
 from lit_methods.datamodules.vision.imagenet import class_folders, list_images
 from lit_methods.datamodules.vision.scenes import draw_scenes
 
-_ENDINGS = (".jpg", ".jpeg", ".png")
+ENDINGS = (".jpg", ".jpeg", ".png")
 _MEAN, _STD = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 _PIXELS = 72  # side of the built-in scenes
 Ints = NDArray[np.int64]
@@ -279,7 +279,7 @@ class NeighbourCropsDataModule(LoaderDataModule):
         return {"patch": stream, "cls": stream}, judged
 
     def _listed(self, root: Path) -> tuple[dict[str, Stream], ProbeSamples]:
-        parts = {part: listed(root / part, endings=_ENDINGS) for part in ("train2017", "val2017")}
+        parts = {part: listed(root / part, endings=ENDINGS) for part in ("train2017", "val2017")}
         for part, files in parts.items():
             if not files:
                 raise WrongRootError(f"{root / part} holds no image: expected {part}/*.jpg")
@@ -378,6 +378,7 @@ def mapped(ids: Ints, table: dict[int, int] | None, path: Path) -> Ints:
 
 
 __all__ = [
+    "ENDINGS",
     "CropSamples",
     "NeighbourCropsDataModule",
     "ProbeSamples",

@@ -96,7 +96,7 @@ def linear_segmentation(
     logits = linear_probe(rows[labels >= 0], labels[labels >= 0], asked, classes, l2, iterations)
     maps = logits.unflatten(0, (len(features), *features.shape[2:])).permute(0, 3, 1, 2)
     counts = torch.zeros(classes * classes, dtype=torch.int64, device=masks.device)
-    for some, truth in zip(maps.split(64), masks.split(64), strict=True):
+    for some, truth in zip(maps.split(8), masks.split(8), strict=True):
         predicted = F.interpolate(some, size=truth.shape[1:], mode="bilinear").argmax(1)
         known = truth >= 0
         counts += torch.bincount((truth * classes + predicted)[known], minlength=classes * classes)
@@ -107,10 +107,11 @@ def linear_segmentation(
 
 def _most_frequent(masks: Tensor, grid: torch.Size, classes: int) -> Tensor:
     """(B, H, W) -> (B, h, w) most frequent class of each cell of the grid; -1 where none is known."""
-    known = masks >= 0
-    shares = F.one_hot(masks.clamp(min=0), classes).permute(0, 3, 1, 2).float() * known[:, None]
-    shares = F.adaptive_avg_pool2d(shares, tuple(grid))
-    return torch.where(shares.amax(1) > 0, shares.argmax(1), -1)
+    number, cells = len(masks), grid[0] * grid[1]
+    rows, columns = (torch.arange(side, device=masks.device) * parts // side for side, parts in zip(masks.shape[1:], grid, strict=True))
+    cell = torch.arange(number, device=masks.device)[:, None, None] * cells + rows[:, None] * grid[1] + columns
+    counts = torch.bincount((cell * classes + masks)[masks >= 0], minlength=number * cells * classes).unflatten(0, (number, *grid, classes))
+    return torch.where(counts.amax(3) > 0, counts.argmax(3), -1)
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> Tensor:

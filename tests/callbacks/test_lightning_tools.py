@@ -192,6 +192,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "TemporalVoting": {"num_outputs": CLASSES, "ignore_index": 3},
     "LossTerm": {"targets": ["body"]},
     "TCM": {"embedding": "body"},
+    "ContinuousAPLoss": {"student": "body", "teacher_module": "table"},
     "FLOPSRegularizer": {"targets": ["body"]},
     "AdaWAC": {"network": "network", "features": "pixels", "labels": ("mask", "mask_2")},
     "ADELE": lambda path: {"num_classes": CLASSES, "network": "network", "tracked": "mask", "scales": [1.0], **correction(path)},
@@ -338,7 +339,7 @@ _LAZY = "has no shape yet: run the lazy layers once before fit"
 REFUSED: dict[tuple[str, str], str] = {
     **{(name, "dataloader_iter"): f"{name if name not in STANDS_IN else 'Power'} {_BATCH}" for name in (
         "LossTerm", "ConR", "TCM", "AdaWAC", "MultiScaleConsistency", "TwoTowerConsistency", "DenseToSparse", "FDS", "ADELE",
-        "FLOPSRegularizer",
+        "FLOPSRegularizer", "ContinuousAPLoss",
     )},
     **{(name, "lazy_layers"): _LAZY for name in (
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",
