@@ -138,7 +138,7 @@ class CropSamples(Samples):
 
 
 class ProbeSamples(Samples):
-    """Whole images with a mask, a class, or both, by which fixed features are judged.
+    """Whole images with a mask, a class, or both, by which fixed features are judged, in a fixed mixed order.
 
     Args:
         read: Index -> image (H, W, 3) uint8, mask (H, W) with -1 where it isn't known, class or -1.
@@ -148,17 +148,19 @@ class ProbeSamples(Samples):
 
     def __init__(self, read: Callable[[int], tuple[NDArray[np.uint8], Ints, int]], fit: NDArray[np.bool_], size: int) -> None:
         self.read, self.fit, self.size = read, fit, size
+        self.order = np.random.default_rng(0).permutation(len(fit))  # a few batches have both kinds
 
     def __len__(self) -> int:
         return len(self.fit)
 
     def at(self, epoch: int, index: int) -> dict[str, Any]:
         """One image."""
-        pixels, mask, label = self.read(index)
+        place = int(self.order[index])
+        pixels, mask, label = self.read(place)
         image = cut(as_tensor(pixels), np.array([[0.0, 0.0, pixels.shape[1], pixels.shape[0]]]), self.size)[0]
         rows, columns = (((np.arange(self.size) + 0.5) * side / self.size).astype(np.int64) for side in mask.shape)
         small = torch.from_numpy(np.ascontiguousarray(mask[rows[:, None], columns], np.int64))
-        return {"image": normalised(image), "mask": small, "label": label, "fit": bool(self.fit[index])}
+        return {"image": normalised(image), "mask": small, "label": label, "fit": bool(self.fit[place])}
 
 
 class NeighbourCropsDataModule(LoaderDataModule):
