@@ -1,9 +1,12 @@
 """CoTAP: the fast loss against plain pairs, crops that meet, queues, two processes, resumes, refusals."""
 
+import io
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -12,6 +15,7 @@ from lit_methods import CoTAP, ObjectAwareViT, SimilarityRegression
 from lit_methods.callbacks import ContinuousAPLoss, ExactResume
 from lit_methods.datamodules import NeighbourCropsDataModule, SimilaritiesDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.vision import fake
 from lit_methods.datamodules.vision.crops import Crops, blur, cut, draw_boxes, overlaps, recolour, turn_hues
 from lit_methods.datamodules.vision.neighbour_crops import mapped, read_class_map, read_neighbours
 from lit_methods.self_supervised.cotap.core import (
@@ -462,3 +466,39 @@ def test_a_folder_without_its_neighbours_is_refused(tmp_path):
         NeighbourCropsDataModule(nearest=tmp_path / "x.npz").setup("fit")
     with pytest.raises(WrongRootError, match="has no train2017"):
         NeighbourCropsDataModule(root=tmp_path / "elsewhere").setup("fit")
+
+
+def test_broken_files_are_named_when_they_are_read(tmp_path):
+    fake.coco(tmp_path, 3, 2)
+    fake.nearest(tmp_path / "nearest.npz", 3, 1)
+
+    def samples():
+        read = NeighbourCropsDataModule(tmp_path, nearest=tmp_path / "nearest.npz", neighbours=1, image_size=16, local_size=8)
+        read.setup("fit")
+        return read
+
+    assert len(samples().val_set) == 5
+    assert {int(samples().val_set[k]["mask"].min()) for k in range(5)} == {-1}, "255 doesn't count"
+    mask = tmp_path / "stuffthingmaps" / "val2017" / "000000000001.png"
+    whole = mask.read_bytes()
+    for content, message in (
+        (fake_mask(np.zeros((5, 5), np.uint8)), r"is \(5, 5\) pixels and its image"),
+        (fake_mask(np.zeros((36, 45, 3), np.uint8)), "one channel"),
+        (whole[:60], r"000000000001\.png"),
+        (b"", r"000000000001\.png"),
+    ):
+        mask.write_bytes(content)
+        with pytest.raises(BrokenRecordError, match=message):
+            [samples().val_set[k] for k in range(5)]
+    mask.unlink()
+    with pytest.raises(BrokenRecordError, match="no such file"):
+        [samples().val_set[k] for k in range(5)]
+    (tmp_path / "train2017" / "000000000001.jpg").write_bytes(b"no image")
+    with pytest.raises(BrokenRecordError, match=r"000000000001\.jpg"):
+        [samples().train_set[k] for k in range(3)]
+
+
+def fake_mask(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()

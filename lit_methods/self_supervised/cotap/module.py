@@ -63,6 +63,11 @@ TECHNIQUE = Technique(
 )
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class CoTAP(Evaluated):
     """Post-trains a vision transformer for dense features: patches of one kind come together, within an image and between neighbours.
 
@@ -234,7 +239,7 @@ class CoTAP(Evaluated):
     def _rank(self, teacher: Tensor, student: Tensor, masks: Tensor, batch_idx: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
         """The loss of the ranking, mean over the grids, and of each grid the list with its parts. (B, 2, G, K, h, w) scores of both."""
         hp, gathers = self.hparams, self.hparams["gather_ranks"]
-        total, lists = student.new_zeros(()).float(), []
+        total, lists = wide(student.new_zeros(())), []
         for pool in hp["pool_sizes"]:
             rows = []
             for scores, with_grad in ((teacher, False), (student, True)):
@@ -268,8 +273,8 @@ class CoTAP(Evaluated):
 
         with torch.no_grad():
             seen = self.teacher.encoder(joined("global"), look=True)
-            patch_targets = self.teacher.patch_scores(seen, images).float()
-            cls_targets = self.teacher.cls_head(seen.cls[images:]).float()
+            patch_targets = wide(self.teacher.patch_scores(seen, images))
+            cls_targets = wide(self.teacher.cls_head(seen.cls[images:]))
             masks = foreground(seen.attention[:images]).unflatten(0, form)
         found = self.student.encoder(joined("student"))
         scores = self.student.patch_scores(found, images).unflatten(0, form)
@@ -280,7 +285,7 @@ class CoTAP(Evaluated):
         cls_scores = self.student.cls_head(torch.cat([found.cls[images:], local.cls[locals_of:]]))
         crop_scores, local_cls = cls_scores[:images].unflatten(0, form), cls_scores[images:].unflatten(0, (2 * size, views))
         with torch.no_grad():
-            pooled = nn.functional.adaptive_avg_pool2d(found.before[images:].float(), self.bank.rows.shape[-2:])
+            pooled = nn.functional.adaptive_avg_pool2d(wide(found.before[images:]), self.bank.rows.shape[-2:])
             self._keep_pooled(pooled, batch_idx)
 
         rank, lists = self._rank(patch_targets.unflatten(0, form), scores, masks, batch_idx)
@@ -300,7 +305,7 @@ class CoTAP(Evaluated):
             usage = assigned.mean(0)
             self.log("cotap/usage", -(usage * usage.clamp(min=1e-12).log()).sum() / np.log(max(len(usage), 2)), batch_size=size)
         else:  # nothing to balance over yet; the heads take part for the sake of DDP, which expects gradients of all
-            crop, cls_crop, cls_image = (0 * part.float().sum() for part in (local_scores, local_cls, crop_scores))
+            crop, cls_crop, cls_image = (0 * wide(part).sum() for part in (local_scores, local_cls, crop_scores))
         self._keep_scores(flat, cls_targets, masks.flatten(0, 2), batch_idx)
 
         losses = {"rank": rank, "crop": crop, "cls_crop": cls_crop, "cls_image": cls_image, "entropy": entropy}
