@@ -3,6 +3,7 @@
 Maths and origin: :func:`lit_methods.self_supervised.cotap.core.continuous_ap_loss`.
 """
 
+import fnmatch
 from typing import Any, ClassVar
 
 import torch
@@ -102,8 +103,6 @@ class ContinuousAPLoss(LossTerm):
     @staticmethod
     def _of(calls: dict[str, Any], pattern: str) -> dict[str, Any]:
         """Calls of the submodules that a pattern of the two matches."""
-        import fnmatch
-
         return {name: outputs for name, outputs in calls.items() if fnmatch.fnmatchcase(name, pattern)}
 
 
