@@ -59,7 +59,6 @@ TECHNIQUE = Technique(
     claim="With a fifth of the target similarities replaced by random ones, the continuous average-precision loss ranks the most similar "
     "tenth of held-out items better than squared error.",
     summary="Post-trains a vision transformer so that similarities of patches rank as a teacher's do, through a filter of learned objects.",
-    draft=True,
 )
 
 
