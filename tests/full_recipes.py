@@ -321,6 +321,11 @@ RECIPES: dict[str, Recipe] = {
     "cirim_stanford_knee": Recipe(needs=("h5py",)),
     "coprompt_eurosat": CLIP,
     "coprompt_imagenet": CLIP,
+    "cotap_coco_imagenet": Recipe(
+        {"pretrained: true": "pretrained: false", "head_hidden: 2048": "head_hidden: 64"},
+        words=("--data.init_args.batch_size=2", "--data.init_args.eval_batch_size=4"),
+        why=f"batch of 2, narrower heads: {SMALL_BATCH}",
+    ),
     "dsl_recommendation_lightgcn": Recipe(),
     "dsl_recommendation_multvae": Recipe(),
     "dsl_recommendation_neumf": Recipe(),

@@ -224,6 +224,7 @@ LEFT_OUT: dict[str, str] = {
         "it judges sparse autoencoders; tests/callbacks/sparse_autoencoders has it on plain modules with encode and decode",
     ),
     "RandomSearch": "its masks are those of RandomPruning; test_random_search_technique.py has it on residual convolutions",
+    "ContinuousAPLoss": "it ranks lists of similarities; tests/self_supervised has it on a module that isn't ours",
     "FLOPSRegularizer": "it thins out sparse vectors of texts; tests/retrieval has it on a module that isn't ours",
     "UncertaintyRegularizer": "it takes queries and targets of one shape; tests/retrieval has it on modules that aren't ours",
     **dict.fromkeys(

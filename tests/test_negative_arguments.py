@@ -15,6 +15,7 @@ from lit_methods import (
     DINOv2,
     EmbeddedWords,
     GaussianMixtureFlow,
+    ObjectAwareViT,
     PatchStatistics,
     PixelMLPDecoder,
     PixelMLPEncoder,
@@ -55,6 +56,10 @@ class Volume(nn.Identity):
     out_channels = 4
 
 
+def _tiny_vit() -> dict[str, Any]:
+    return {"name": "vit_tiny_patch16_224", "pretrained": False, "image_size": 32, "width": 8, "depth": 2, "heads": 2}
+
+
 def parts(name: str) -> dict[str, Any]:
     """Arguments that must be given: of one class, or by their names."""
     special: dict[str, dict[str, Any]] = {
@@ -63,6 +68,8 @@ def parts(name: str) -> dict[str, Any]:
             "config": {"model_type": "bert", "vocab_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
         },
         "LongContextLM": {"config": {"model_type": "gpt2", "vocab_size": 11, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 1}},
+        "CoTAP": {"encoder": ObjectAwareViT(**_tiny_vit())},
+        "ObjectAwareViT": _tiny_vit(),
         "CoPrompt": {"towers": TinyTowers(pretrain_steps=0), "depth": 1},
         "ComposedRetrieval": {
             "image_encoder": VectorTrunk(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_methods.datamodules.fake import Arguments, Writer, picture, text
+from lit_methods.datamodules.fake import Arguments, Writer, picture, smooth, text
 
 LABELLED = 150  # images in a list of labelled ones: more than a module has neighbours
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -106,11 +106,45 @@ def _semi(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     return {"label_list": arguments["label_list"]}
 
 
+def coco(root: Path, train: int, val: int) -> None:
+    """``train2017``, ``val2017`` and ``stuffthingmaps`` with small pictures and masks of ids 0, 1, ..., and 255 in a corner."""
+    rng = np.random.default_rng(0)
+    for part, number in (("train2017", train), ("val2017", val)):
+        for k in range(number):
+            mask = np.kron(rng.integers(0, 5, (4, 5), dtype=np.uint8), np.ones((9, 9), np.uint8))
+            mask[:4, :4] = 255
+            picture(root / part / f"{k:012d}.jpg", smooth(rng, mask.shape[::-1]))
+            picture(root / "stuffthingmaps" / part / f"{k:012d}.png", mask)
+
+
+def nearest(path: Path, images: int, number: int) -> None:
+    """Neighbours as ``lit neighbours`` writes them: the next images."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, nns=(np.arange(images)[:, None] + np.arange(1, number + 1)) % images)
+
+
+def _neighbour_crops(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
+    root, number = arguments["root"], arguments["neighbours"]
+    images = max(arguments["batch_size"], number + 1, sizes.get("images", 0), 10)
+    coco(root, images, 4)
+    found = {"root": root, "nearest": arguments.get("nearest") or root / "nearest.npz"}
+    nearest(found["nearest"], images, number)
+    if arguments.get("cls_root") is not None:
+        imagenet(arguments["cls_root"], ("n01", "n02"), -(-images // 2), 2)
+        found |= {"cls_root": arguments["cls_root"], "cls_nearest": arguments.get("cls_nearest") or root / "cls_nearest.npz"}
+        nearest(found["cls_nearest"], 2 * -(-images // 2), number)
+    if arguments.get("class_map") is not None:
+        text(arguments["class_map"], '{"0": 0, "1": 0, "2": 1, "3": 2, "4": -1}')
+        found["class_map"] = arguments["class_map"]
+    return found
+
+
 FAKES: dict[str, Writer] = {
     "CIFARDataModule": _cifar,
     "ImageNetDataModule": _imagenet,
+    "NeighbourCropsDataModule": _neighbour_crops,
     "SVHNDataModule": _svhn,
     "STL10DataModule": _stl10,
     "SemiSupervisedDataModule": _semi,
 }
-__all__ = ["FAKES", "LABELLED", "cifar", "imagenet", "stl10", "svhn"]
+__all__ = ["FAKES", "LABELLED", "cifar", "coco", "imagenet", "nearest", "stl10", "svhn"]

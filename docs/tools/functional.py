@@ -60,7 +60,7 @@ SHARED = {
     "self_supervised.jepa": "jepa_loss jepa_targets repeat_per_context take_patches",
     "self_supervised.masks": "block_size draw_block_masks first_patches",
     "self_supervised.networks": "sincos_positions",
-    "self_supervised.probe": "linear_probe nearest_neighbours",
+    "self_supervised.probe": "linear_probe linear_segmentation nearest_neighbours rank_correlation",
     "semi.alignment": "align moving_marginal",
     "semi.fixmatch": "certain_loss",
     "sparse_autoencoders.recovery": "max_cosine share_above",

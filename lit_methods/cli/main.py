@@ -44,6 +44,7 @@ Files
   idf <corpus.jsonl> <out>        table of inverse document frequencies of a corpus, by several processes
   encode <config>=<ckpt> <out>    documents of a sparse retriever for Anserini or OpenSearch, or the model for sentence-transformers
   search <config>=<ckpt>... --out index a collection by each retriever, query it, measure it, beside BM25
+  neighbours <folder> <out.npz>   each image's nearest ones by a network's features, for CoTAP's streams
   new <slug> --form term          skeleton of a technique (term, callback, module) or datamodule, here or in a package of yours
 
 Any command: --help. `lit fit --help` for the keys of a run. --debug shows full tracebacks. lit --version
@@ -140,7 +141,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, doctor, fake, prune, report, retrieval, scaffold
+    from lit_methods.cli import claims, commands, dashboard, doctor, fake, neighbours, prune, report, retrieval, scaffold
 
     return {
         "claims": claims.claims,
@@ -155,6 +156,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "idf": retrieval.idf,
         "encode": retrieval.encode,
         "search": retrieval.search,
+        "neighbours": neighbours.neighbours,
         "new": scaffold.new,
         "fake": fake.fake,
         "doctor": doctor.doctor,

@@ -73,4 +73,51 @@ def nearest_neighbours(
         return torch.cat(votes) if votes else bank.new_zeros(0, num_classes)
 
 
-__all__ = ["linear_probe", "nearest_neighbours"]
+def linear_segmentation(
+    train: Tensor, train_masks: Tensor, features: Tensor, masks: Tensor, l2: float = 1e-3, iterations: int = 100
+) -> Tensor:
+    """Mean IoU of a linear classifier of patches: fitted to each patch's most frequent class, its logits enlarged to the masks' pixels.
+
+    Args:
+        train: (N, D, h, w) floating point.
+        train_masks: (N, H, W) integer classes; below 0: not known.
+        features: (M, D, h, w) of other images.
+        masks: (M, H, W) their classes; below 0: doesn't count.
+        l2: Weight of the penalty of :func:`linear_probe`.
+        iterations: Most steps of its fit.
+
+    Returns:
+        Scalar in [0, 1], mean over the classes that occur in ``masks`` or are predicted there.
+    """
+    classes = int(max(train_masks.max(), masks.max())) + 1
+    labels = torch.cat([_most_frequent(part, train.shape[2:], classes) for part in train_masks.split(64)]).flatten()
+    rows = train.permute(0, 2, 3, 1).flatten(0, 2)
+    asked = features.permute(0, 2, 3, 1).flatten(0, 2)
+    logits = linear_probe(rows[labels >= 0], labels[labels >= 0], asked, classes, l2, iterations)
+    maps = logits.unflatten(0, (len(features), *features.shape[2:])).permute(0, 3, 1, 2)
+    counts = torch.zeros(classes * classes, dtype=torch.int64, device=masks.device)
+    for some, truth in zip(maps.split(8), masks.split(8), strict=True):
+        predicted = F.interpolate(some, size=truth.shape[1:], mode="bilinear").argmax(1)
+        known = truth >= 0
+        counts += torch.bincount((truth * classes + predicted)[known], minlength=classes * classes)
+    table = counts.unflatten(0, (classes, classes)).double()
+    union = table.sum(0) + table.sum(1) - table.diagonal()
+    return (table.diagonal() / union.clamp(min=1)).sum() / (union > 0).sum().clamp(min=1)
+
+
+def _most_frequent(masks: Tensor, grid: torch.Size, classes: int) -> Tensor:
+    """(B, H, W) -> (B, h, w) most frequent class of each cell of the grid; -1 where none is known."""
+    number, cells = len(masks), grid[0] * grid[1]
+    rows, columns = (torch.arange(side, device=masks.device) * parts // side for side, parts in zip(masks.shape[1:], grid, strict=True))
+    cell = torch.arange(number, device=masks.device)[:, None, None] * cells + rows[:, None] * grid[1] + columns
+    counts = torch.bincount((cell * classes + masks)[masks >= 0], minlength=number * cells * classes).unflatten(0, (number, *grid, classes))
+    return torch.where(counts.amax(3) > 0, counts.argmax(3), -1)
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Spearman's correlation of two lists (n,); equal values are ranked as they stand, so many of them blur it. NaN for n < 2."""
+    ranks = [values.argsort().argsort().float() for values in (one, other)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1]
+
+
+__all__ = ["linear_probe", "linear_segmentation", "nearest_neighbours", "rank_correlation"]

@@ -192,6 +192,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "TemporalVoting": {"num_outputs": CLASSES, "ignore_index": 3},
     "LossTerm": {"targets": ["body"]},
     "TCM": {"embedding": "body"},
+    "ContinuousAPLoss": {"student": "body", "teacher_module": "table"},
     "FLOPSRegularizer": {"targets": ["body"]},
     "UncertaintyRegularizer": {"query": "body", "target": "table"},
     "AdaWAC": {"network": "network", "features": "pixels", "labels": ("mask", "mask_2")},
@@ -340,6 +341,7 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(name, "dataloader_iter"): f"{name if name not in STANDS_IN else 'Power'} {_BATCH}" for name in (
         "LossTerm", "ConR", "TCM", "AdaWAC", "MultiScaleConsistency", "TwoTowerConsistency", "DenseToSparse", "FDS", "ADELE",
         "FLOPSRegularizer", "UncertaintyRegularizer",
+        "FLOPSRegularizer", "ContinuousAPLoss",
     )},
     **{(name, "lazy_layers"): _LAZY for name in (
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",

@@ -35,6 +35,11 @@ def imagenet(root: Path) -> None:
     vision.imagenet(root, ("n01", "n02"), 1, class_list=root / "classes.txt")
 
 
+def crops(root: Path) -> None:
+    vision.coco(root, 3, 2)
+    vision.nearest(root / "nearest.npz", 3, 1)
+
+
 def ages(root: Path) -> None:
     regression.faces(root, "agedb", dict.fromkeys(("train", "val", "test"), (20, 21)))
 
@@ -95,6 +100,10 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
     ),
     "imagenet": (imagenet, lambda root: D.ImageNetDataModule(root, root / "classes.txt", image_size=16)),
     "generative imagenet": (imagenet, lambda root: D.GenerativeImageNetDataModule(root, image_size=16)),
+    "crops": (
+        crops,
+        lambda root: D.NeighbourCropsDataModule(root, nearest=root / "nearest.npz", neighbours=1, image_size=16, local_size=8),
+    ),
     "svhn": (partial(vision.svhn, train=2, test=2), lambda root: D.SVHNDataModule(root)),
     "stl10": (partial(vision.stl10, train=2, test=2, unlabelled=2), lambda root: D.STL10DataModule(root)),
     "movielens": (partial(recommendation.ratings, value="3"), lambda root: D.RatingsDataModule(root, mode="neumf", num_negatives=2)),

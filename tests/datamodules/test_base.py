@@ -30,6 +30,7 @@ SMALL = {
     "GenerativeImageNetDataModule": {"image_size": 32},
     "ImageNetDataModule": {"image_size": 32},
     "NYUD2DataModule": {"reweight": "inverse"},
+    "NeighbourCropsDataModule": {"image_size": 16, "local_size": 8, "num_train": 40, "num_val": 10},
     "RetrievalImagesDataModule": {"image_size": 32},
     "SemiSupervisedDataModule": {"data": None, "policy": "small_grey", "strong_views": 2},
 }

@@ -1,0 +1,1 @@
+"""What attaches to self-supervised learning: losses of similarities."""

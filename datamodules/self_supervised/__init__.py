@@ -1,0 +1,1 @@
+"""Data of self-supervised learning: lists of similarities."""

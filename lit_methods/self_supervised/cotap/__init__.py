@@ -1,0 +1,1 @@
+"""CoTAP: pretrained vision transformers whose patches of one object are brought together by a ranking loss."""
