@@ -23,6 +23,11 @@ from .consistency_models.rcm.wan import WanTransformer as WanTransformer
 from .consistency_models.slct.core import NonScalingLayerNorm as NonScalingLayerNorm
 from .consistency_models.slct.module import SLCT as SLCT
 from .datamodules.label_store import LabelStore as LabelStore
+from .diffusion.cono.module import VideoDiffusionModule as VideoDiffusionModule
+from .diffusion.cono.sampler import LongVideoSampler as LongVideoSampler
+from .diffusion.diffusers_video import DiffusersVideo as DiffusersVideo
+from .diffusion.networks import GaussianVideos as GaussianVideos
+from .diffusion.networks import SmallVideoUNet as SmallVideoUNet
 from .inverse_problems.maid.module import BilevelLearning as BilevelLearning
 from .lidar.minkunet import MinkUNet as MinkUNet
 from .lidar.segmentor import PointSegmentor as PointSegmentor

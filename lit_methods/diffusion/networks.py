@@ -80,13 +80,13 @@ class _FrameBlock(nn.Module):
 class SmallVideoUNet(nn.Module):
     """A U-Net of two sizes for short videos: convolutions in each frame, attention over the frames.
 
-    Its prompts are classes: one for a video, or one for each frame. Another one, ``num_classes``, says nothing. Channels are multiples of 16.
+    Its prompts are classes: one for a video, or one for each frame. Another one, ``num_classes``, says nothing.
 
     Cost: 0.24 million parameters with the defaults.
 
     Args:
         in_channels: Channels of a frame.
-        channels: Channels at full size; twice as many at half the size.
+        channels: Channels at full size, a multiple of 16; twice as many at half the size.
         num_classes: Classes that a prompt may be.
     """
 
@@ -103,7 +103,7 @@ class SmallVideoUNet(nn.Module):
         self.classes = nn.Embedding(num_classes + 1, width)
         self.inp = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down = _FrameBlock(channels, channels, width)
-        self.half = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.halve = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
         self.middle = nn.ModuleList(_FrameBlock(a, 2 * channels, width) for a in (channels, 2 * channels))
         self.up = _FrameBlock(3 * channels, channels, width)
         self.norm = nn.GroupNorm(8, channels)
@@ -117,7 +117,7 @@ class SmallVideoUNet(nn.Module):
         prompt = self.classes(cond if cond.ndim == 2 else cond[:, None].expand(-1, frames))
         embedding = F.silu(step[:, None] + prompt)
         start = self.down(_each(self.inp, x), embedding)
-        h = _each(self.half, start)
+        h = _each(self.halve, start)
         for block in self.middle:
             h = block(h, embedding)
         h = F.interpolate(h.flatten(0, 1), scale_factor=2).unflatten(0, x.shape[:2])
@@ -175,8 +175,7 @@ class GaussianVideos(nn.Module):
         checks.at_least(1, "steps", timesteps=timesteps)
         checks.within("(0, 1)", "a variance", beta_first=beta_first, beta_last=beta_last)
         self.length = length
-        self.shares: Tensor
-        self.register_buffer("shares", signal_shares(timesteps, beta_first, beta_last), persistent=False)
+        self.shares = signal_shares(timesteps, beta_first, beta_last)  # no buffer, which a run in bfloat16 would round
 
     def covariance(self, frames: int, like: Tensor) -> Tensor:
         """S of so many frames: (F, F), in the dtype and on the device of ``like``."""
@@ -188,7 +187,7 @@ class GaussianVideos(nn.Module):
         """Videos (B, F, C, H, W) in float32 or wider, steps (B,) and means (B,) or (B, F) -> noise like ``x``."""
         with torch.autocast(x.device.type, enabled=False):
             frames = x.shape[1]
-            share = self.shares[t].to(x.dtype)[:, None, None]  # (B, 1, 1)
+            share = self.shares.to(t.device)[t].to(x.dtype)[:, None, None]  # (B, 1, 1)
             mean = (cond if cond.ndim == 2 else cond[:, None].expand(-1, frames)).to(x.dtype)[:, :, None]
             pixels = x.flatten(2)  # (B, F, D)
             covariance = self.covariance(frames, x)

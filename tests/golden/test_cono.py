@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
-from lit_methods.diffusion.cono.core import content_distance, content_gradient, extend_video, extending_shuffle, internal_shuffle, regularise
+from lit_methods.diffusion.cono.core import (
+    content_distance,
+    content_gradient,
+    extend_video,
+    extending_shuffle,
+    internal_shuffle,
+    regularise,
+)
 from lit_methods.diffusion.ddim import DDIMSchedule
 from lit_methods.diffusion.networks import TemporalAttention
 from lit_methods.diffusion.windows import fuse_windows, reschedule_noise, window_views, window_weights

@@ -66,7 +66,7 @@ def content(eps: Tensor) -> Tensor:
 
 
 def content_distance(eps: Tensor, reference: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """g = |mean of the reference's frames - mean of eps' frames|^2.
+    """G = |mean of the reference's frames - mean of eps' frames|^2.
 
     Args:
         eps: (..., N, C, H, W).
@@ -81,7 +81,7 @@ def content_distance(eps: Tensor, reference: Tensor, reduction: Reduction = "mea
 
 
 def content_gradient(eps: Tensor, reference: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """d g / d eps = -(2 / N) (mean of the reference - mean of eps) for every frame, divided by C H W for ``mean``.
+    """D g / d eps = -(2 / N) (mean of the reference - mean of eps) for every frame, divided by C H W for ``mean``.
 
     Args:
         eps: (..., N, C, H, W).
@@ -95,7 +95,7 @@ def content_gradient(eps: Tensor, reference: Tensor, reduction: Reduction = "mea
 
 
 def regularise(eps: Tensor, reference: Tensor, delta: float, reduction: Reduction = "mean") -> Tensor:
-    """eps - delta d g / d eps: a share kappa = 2 delta / (N numel) of the gap to the reference's content is closed.
+    """Eps - delta d g / d eps: a share kappa = 2 delta / (N numel) of the gap to the reference's content is closed.
 
     Args:
         eps: (..., N, C, H, W) predicted noise.
@@ -107,7 +107,7 @@ def regularise(eps: Tensor, reference: Tensor, delta: float, reduction: Reductio
 
 
 def closed_share(delta: float, shape: Sequence[int], reduction: Reduction = "mean") -> float:
-    """kappa = 2 delta / (N numel), what one step closes of the gap; above 1 it overshoots, from 2 on it diverges.
+    """Kappa = 2 delta / (N numel), what one step closes of the gap; above 1 it overshoots, from 2 on it diverges.
 
     Args:
         delta: Step size.
