@@ -48,29 +48,34 @@ class TemporalAttention(nn.Module):
 
 
 class _FrameBlock(nn.Module):
-    """Two 3 x 3 convolutions of each frame, scaled and shifted by step and prompt; then attention over the frames."""
+    """Convolutions in each frame and between neighbours, scaled and shifted by step and prompt; then attention over the frames."""
 
-    def __init__(self, channels_in: int, channels: int, embedding: int) -> None:
+    def __init__(self, channels_in: int, channels: int, embedding: int, attend: bool) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(min(8, channels_in), channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.neighbours = nn.Conv2d(3 * channels, channels, 1)
         self.modulation = nn.Linear(embedding, 2 * channels)
         self.norm2 = nn.GroupNorm(min(8, channels), channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
+        self.temporal = TemporalAttention(channels, heads=max(1, channels // 16)) if attend else None
         self.norm3 = nn.LayerNorm(channels)
-        self.temporal = TemporalAttention(channels, heads=max(1, channels // 16))
         nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.temporal.to_out.weight)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """(B, F, C, H, W) and (B, F, E)."""
         batch, frames, _, height, width = x.shape
         flat = x.flatten(0, 1)
         scale, shift = self.modulation(embedding).flatten(0, 1)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm1(flat)))
+        h = self.conv1(F.silu(self.norm1(flat))).unflatten(0, (batch, frames))
+        beside = F.pad(h, (0, 0) * 3 + (1, 1))  # no frame: 0
+        h = self.neighbours(torch.cat([beside[:, :-2], h, beside[:, 2:]], dim=2).flatten(0, 1))
         h = self.shortcut(flat) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
-        pixels = h.unflatten(0, (batch, frames)).permute(0, 3, 4, 1, 2).flatten(0, 2)  # (B H W, F, C)
+        h = h.unflatten(0, (batch, frames))
+        if self.temporal is None:
+            return h
+        pixels = h.permute(0, 3, 4, 1, 2).flatten(0, 2)  # (B H W, F, C)
         place = sinusoidal_embedding(torch.arange(frames, device=x.device), pixels.shape[-1], scale=1.0)
         pixels = pixels + self.temporal(self.norm3(pixels), place.to(pixels.dtype))
         answer: Tensor = pixels.unflatten(0, (batch, height, width)).permute(0, 3, 4, 1, 2)
@@ -78,7 +83,10 @@ class _FrameBlock(nn.Module):
 
 
 class SmallVideoUNet(nn.Module):
-    """A U-Net of two sizes for short videos: convolutions in each frame, attention over the frames.
+    """A U-Net of two sizes for short videos: convolutions in and between frames; attention over the frames at half the size.
+
+    The noise is sqrt(1 - a) x + sqrt(a) v of the network's answer v, with alpha-bar a of the step (arXiv:2202.00512): in a noisy video that
+    is nearly the video itself, and small errors don't add up.
 
     Its prompts are classes: one for a video, or one for each frame. Another one, ``num_classes``, says nothing.
 
@@ -88,12 +96,26 @@ class SmallVideoUNet(nn.Module):
         in_channels: Channels of a frame.
         channels: Channels at full size, a multiple of 16; twice as many at half the size.
         num_classes: Classes that a prompt may be.
+        timesteps: T, steps of the diffusion.
+        beta_first: Variance of the noise that the first step adds.
+        beta_last: Variance of the noise that the last step adds.
     """
 
     frame_prompts = True
 
-    def __init__(self, in_channels: int = 1, channels: int = 32, num_classes: int = 10) -> None:
+    def __init__(
+        self,
+        in_channels: int = 1,
+        channels: int = 32,
+        num_classes: int = 10,
+        timesteps: int = 1000,
+        beta_first: float = 0.00085,
+        beta_last: float = 0.012,
+    ) -> None:
         super().__init__()
+        checks.at_least(1, "steps", timesteps=timesteps)
+        checks.within("(0, 1)", "a variance", beta_first=beta_first, beta_last=beta_last)
+        self.shares = signal_shares(timesteps, beta_first, beta_last)  # no buffer, which a run in bfloat16 would round
         checks.at_least(1, in_channels=in_channels, channels=channels, num_classes=num_classes)
         if channels % 16:
             raise ValueError(f"channels is {channels}: give a multiple of 16")
@@ -102,10 +124,10 @@ class SmallVideoUNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
         self.classes = nn.Embedding(num_classes + 1, width)
         self.inp = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.down = _FrameBlock(channels, channels, width)
+        self.down = _FrameBlock(channels, channels, width, attend=False)
         self.halve = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        self.middle = nn.ModuleList(_FrameBlock(a, 2 * channels, width) for a in (channels, 2 * channels))
-        self.up = _FrameBlock(3 * channels, channels, width)
+        self.middle = nn.ModuleList(_FrameBlock(a, 2 * channels, width, attend=True) for a in (channels, 2 * channels))
+        self.up = _FrameBlock(3 * channels, channels, width, attend=False)
         self.norm = nn.GroupNorm(8, channels)
         self.out = nn.Conv2d(channels, in_channels, 3, padding=1)
         nn.init.zeros_(self.out.weight)
@@ -122,7 +144,8 @@ class SmallVideoUNet(nn.Module):
             h = block(h, embedding)
         h = F.interpolate(h.flatten(0, 1), scale_factor=2).unflatten(0, x.shape[:2])
         h = self.up(torch.cat([h, start], dim=2), embedding)
-        return _each(self.out, F.silu(_each(self.norm, h)))
+        share = self.shares.to(t.device)[t].view(-1, 1, 1, 1, 1)
+        return (1 - share).sqrt() * x + share.sqrt() * _each(self.out, F.silu(_each(self.norm, h)))
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Tensor) -> Tensor:
         """Noise in ``x_t``."""

@@ -85,8 +85,8 @@ class VideoDiffusionModule(Evaluated):
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
-        Curve("Error of the predicted noise", ("cono/loss", "cono/val_loss", "cono/test_loss"), goal="min"),
         ImagePanel("Long videos", "cono/strip", note="A row for each video; a red line where a piece begins."),
+        Curve("Error of the predicted noise", ("cono/loss", "cono/val_loss", "cono/test_loss"), goal="min"),
         Curve(
             "Jump where pieces meet",
             ("cono/val_jump", "cono/test_jump"),
