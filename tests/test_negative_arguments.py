@@ -32,6 +32,7 @@ OTHERS = {  # files, other libraries
         "DiffusersAutoencoder",
         "DiffusersNetwork",
         "DiffusersUNet",
+        "DiffusersVideo",
         "ScriptedFeatures",
         "DINOv2",
         "TimmNetwork",
