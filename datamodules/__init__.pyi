@@ -46,6 +46,9 @@ from .text.long_tasks import LongTasksDataModule as LongTasksDataModule
 from .text.repeated import RepeatedTextDataModule as RepeatedTextDataModule
 from .text.text import TextDataModule as TextDataModule
 from .text.token_tasks import TokenTasksDataModule as TokenTasksDataModule
+from .video.digits import MovingDigitsDataModule as MovingDigitsDataModule
+from .video.gaussian import GaussianVideosDataModule as GaussianVideosDataModule
+from .video.prompts import VideoPromptsDataModule as VideoPromptsDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.factors import ShapeFactorsDataModule as ShapeFactorsDataModule

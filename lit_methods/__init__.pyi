@@ -23,6 +23,11 @@ from .consistency_models.rcm.wan import WanTransformer as WanTransformer
 from .consistency_models.slct.core import NonScalingLayerNorm as NonScalingLayerNorm
 from .consistency_models.slct.module import SLCT as SLCT
 from .datamodules.label_store import LabelStore as LabelStore
+from .diffusion.cono.module import VideoDiffusionModule as VideoDiffusionModule
+from .diffusion.cono.sampler import LongVideoSampler as LongVideoSampler
+from .diffusion.diffusers_video import DiffusersVideo as DiffusersVideo
+from .diffusion.networks import GaussianVideos as GaussianVideos
+from .diffusion.networks import SmallVideoUNet as SmallVideoUNet
 from .inverse_problems.cirim.baselines import CompressedSensing as CompressedSensing
 from .inverse_problems.cirim.baselines import EndToEndVarNet as EndToEndVarNet
 from .inverse_problems.cirim.baselines import UNetReconstruction as UNetReconstruction

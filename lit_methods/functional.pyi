@@ -66,7 +66,7 @@ from lit_methods.callbacks.sparse_attention.sparse_frontier.core import snapkv a
 from lit_methods.callbacks.sparse_attention.sparse_frontier.core import token_index as token_index
 from lit_methods.callbacks.sparse_attention.sparse_frontier.core import vertical_slash as vertical_slash
 from lit_methods.callbacks.sparse_attention.sparse_frontier.core import vertical_slash_overhead as vertical_slash_overhead
-from lit_methods.callbacks.sparse_attention.sparse_frontier.core import window_attention as window_attention
+from lit_methods.callbacks.sparse_attention.sparse_frontier.core import window_attention as sparse_frontier_window_attention
 from lit_methods.callbacks.sparse_autoencoders.gba.core import bias_update as bias_update
 from lit_methods.callbacks.sparse_autoencoders.gba.core import firing_statistics as firing_statistics
 from lit_methods.callbacks.sparse_autoencoders.gba.core import neuron_groups as neuron_groups
@@ -246,6 +246,31 @@ from lit_methods.consistency_models.slct.core import early_diffusion_loss as ear
 from lit_methods.consistency_models.slct.core import is_early as is_early
 from lit_methods.consistency_models.slct.core import remove_norm_scales as remove_norm_scales
 from lit_methods.consistency_models.slct.core import slct_loss as slct_loss
+from lit_methods.diffusion.cono.core import closed_share as closed_share
+from lit_methods.diffusion.cono.core import content as content
+from lit_methods.diffusion.cono.core import content_distance as content_distance
+from lit_methods.diffusion.cono.core import content_gradient as content_gradient
+from lit_methods.diffusion.cono.core import delta_of_share as delta_of_share
+from lit_methods.diffusion.cono.core import extend_video as extend_video
+from lit_methods.diffusion.cono.core import extending_shuffle as extending_shuffle
+from lit_methods.diffusion.cono.core import internal_shuffle as internal_shuffle
+from lit_methods.diffusion.cono.core import regularise as regularise
+from lit_methods.diffusion.cono.core import sample_clip as sample_clip
+from lit_methods.diffusion.ddim import ddim_schedule as ddim_schedule
+from lit_methods.diffusion.ddim import ddim_step as ddim_step
+from lit_methods.diffusion.denoisers import denoise_of as denoise_of
+from lit_methods.diffusion.denoisers import with_guidance as with_guidance
+from lit_methods.diffusion.video_metrics import adjacent_similarity as adjacent_similarity
+from lit_methods.diffusion.video_metrics import content_drift as content_drift
+from lit_methods.diffusion.video_metrics import junction_jump as junction_jump
+from lit_methods.diffusion.video_metrics import similarity_to_start as similarity_to_start
+from lit_methods.diffusion.windows import covering_views as covering_views
+from lit_methods.diffusion.windows import draw_block_orders as draw_block_orders
+from lit_methods.diffusion.windows import fuse_windows as fuse_windows
+from lit_methods.diffusion.windows import reschedule_noise as reschedule_noise
+from lit_methods.diffusion.windows import window_attention as diffusion_window_attention
+from lit_methods.diffusion.windows import window_views as window_views
+from lit_methods.diffusion.windows import window_weights as window_weights
 from lit_methods.inverse_problems.cirim.core import accumulated_loss as accumulated_loss
 from lit_methods.inverse_problems.cirim.core import consistency_residual as consistency_residual
 from lit_methods.inverse_problems.cirim.core import explicit_consistency as explicit_consistency
@@ -471,6 +496,7 @@ __all__ = [
     "adaptive_c",
     "adawac_loss",
     "add_direction",
+    "adjacent_similarity",
     "adjusted_noise",
     "afa_loss",
     "align",
@@ -518,6 +544,7 @@ __all__ = [
     "clamp_feature",
     "class_counts",
     "class_iou",
+    "closed_share",
     "cls_attention",
     "coarse_weight",
     "code_columns",
@@ -532,6 +559,10 @@ __all__ = [
     "consistency_residual",
     "consistency_temperature",
     "consistency_tuning_loss",
+    "content",
+    "content_distance",
+    "content_drift",
+    "content_gradient",
     "continuous_ap_loss",
     "contribution",
     "convex_loss",
@@ -543,11 +574,14 @@ __all__ = [
     "cosine_logits",
     "count_documents",
     "couple",
+    "covering_views",
     "critic_loss",
     "crop_cross_entropy",
     "ct_teacher_decay",
     "cubic_sparsity",
     "dcm_loss",
+    "ddim_schedule",
+    "ddim_step",
     "decay_pruned",
     "decay_share",
     "decayed_momentum",
@@ -555,6 +589,8 @@ __all__ = [
     "decode_cache",
     "decode_weights",
     "decoder_coherence",
+    "delta_of_share",
+    "denoise_of",
     "denoise_sample",
     "denoising_loss",
     "denoising_weight",
@@ -563,6 +599,7 @@ __all__ = [
     "detached_pseudo_huber",
     "dice_and_hd95",
     "difference_in_means",
+    "diffusion_window_attention",
     "distillation_loss",
     "diversity",
     "dmd_loss",
@@ -571,6 +608,7 @@ __all__ = [
     "doubling_levels",
     "doubling_stage_length",
     "draw_block_masks",
+    "draw_block_orders",
     "draw_sample",
     "dream_generate",
     "drop_below_threshold",
@@ -598,6 +636,8 @@ __all__ = [
     "expected_error",
     "explicit_consistency",
     "exponential_drop",
+    "extend_video",
+    "extending_shuffle",
     "f1_scores",
     "factor_objective",
     "factorized_width",
@@ -633,6 +673,7 @@ __all__ = [
     "foreground",
     "frechet_distance",
     "fuse",
+    "fuse_windows",
     "fused_weight",
     "gaussian_kernel",
     "gaussian_kl",
@@ -664,6 +705,7 @@ __all__ = [
     "info_nce",
     "initial_score",
     "input_statistics",
+    "internal_shuffle",
     "interval_guidance",
     "inverse_gap",
     "iou_of_counts",
@@ -675,6 +717,7 @@ __all__ = [
     "itop_rate",
     "jepa_loss",
     "jepa_targets",
+    "junction_jump",
     "karras_levels",
     "keep_high_scores",
     "keep_largest",
@@ -807,6 +850,7 @@ __all__ = [
     "recover_factors",
     "rectified_flow",
     "regression_loss",
+    "regularise",
     "regulariser_direction",
     "regulariser_step",
     "relative_error",
@@ -814,6 +858,7 @@ __all__ = [
     "remove_norm_scales",
     "removed_weight",
     "repeat_per_context",
+    "reschedule_noise",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
@@ -822,6 +867,7 @@ __all__ = [
     "retrieval_scores",
     "run_prompted_blocks",
     "s2_linear",
+    "sample_clip",
     "sample_cross_entropy",
     "sara_learning_rate",
     "save_delta",
@@ -850,6 +896,7 @@ __all__ = [
     "shrunk_loss",
     "sign_counts",
     "similarity_list",
+    "similarity_to_start",
     "simulate",
     "sincos_positions",
     "sinkhorn",
@@ -860,6 +907,7 @@ __all__ = [
     "small_weights",
     "snapkv",
     "snip_scores",
+    "sparse_frontier_window_attention",
     "sparse_gradient",
     "sparse_mask",
     "sparse_terms",
@@ -920,7 +968,9 @@ __all__ = [
     "weight_at",
     "wide_width",
     "width_factor",
-    "window_attention",
     "window_pattern",
+    "window_views",
+    "window_weights",
+    "with_guidance",
     "zf_metrics",
 ]

@@ -131,6 +131,31 @@ def unet(work: Path) -> None:
     diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **blocks, **sizes).save_pretrained(work / "unet")
 
 
+def text_to_video(work: Path) -> None:
+    """A text-to-video pipeline with few channels and random weights, as diffusers saves it; its tokenizer knows the letters alone."""
+    import diffusers
+    import transformers
+
+    folder = work / "text_to_video"
+    folder.mkdir()
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(words)}
+    text = transformers.CLIPTextConfig(**sizes, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)
+    transformers.CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    blocks = {"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D")}
+    widths = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 4, "cross_attention_dim": 32}
+    diffusers.UNet3DConditionModel(in_channels=4, out_channels=4, norm_num_groups=4, **blocks, **widths).save_pretrained(folder / "unet")
+    coder = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "block_out_channels": (8,)}
+    diffusers.AutoencoderKL(**coder, norm_num_groups=4, latent_channels=4).save_pretrained(folder / "vae")
+    scheduler = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    diffusers.DDIMScheduler(**scheduler).save_pretrained(folder / "scheduler")
+
+
 LLAMA2_7B = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
     "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
@@ -294,6 +319,18 @@ RECIPES: dict[str, Recipe] = {
         prepare=llama,
         needs=("transformers",),
         meta=True,
+    ),
+    "cono_text_to_video": Recipe(
+        {"/models/text-to-video-ms-1.7b": "{work}/text_to_video"},
+        words=(
+            "--model.init_args.sampler.steps=2",
+            "--model.init_args.sampler.guided_until=1",
+            "--model.init_args.clip_shape=[4,8,8]",
+        ),
+        why="2 steps, latents of 8 x 8: 50 steps of 4 passes take minutes on two cores",
+        prepare=text_to_video,
+        needs=("diffusers", "transformers"),
+        evaluated=True,
     ),
     "conr_agedb": batch(8),
     "conr_imdb_wiki": batch(8),

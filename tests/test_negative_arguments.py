@@ -42,6 +42,7 @@ OTHERS = {  # files, other libraries
         "DiffusersAutoencoder",
         "DiffusersNetwork",
         "DiffusersUNet",
+        "DiffusersVideo",
         "ScriptedFeatures",
         "DINOv2",
         "MaskFileInpainting",

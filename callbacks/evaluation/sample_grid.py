@@ -16,9 +16,10 @@ from lit_methods.runs.folder import run_dir
 
 
 class SampleGrid(BasePredictionWriter):
-    """Writes the samples of ``lit predict`` as one PNG grid for each kind that ``predict_step`` returns.
+    """Writes the samples of ``lit predict`` as one PNG grid for each kind that ``predict_step`` returns; videos as a grid that moves.
 
-    For any module whose ``predict_step`` returns {name: (B, 1 or 3, H, W) samples in [-1, 1]}, such as ``1_steps`` and ``2_steps``. The
+    For any module whose ``predict_step`` returns {name: (B, 1 or 3, H, W) samples in [-1, 1]}, such as ``1_steps`` and ``2_steps``, or
+    videos (B, F, 1 or 3, H, W), which are written as ``<name>.webp``, 8 frames a second. The
     grid ``<name>.png`` shows the first samples in order, of all ranks; ``samples.pt`` holds {name: (N, ...) float32}, whatever their
     shape, so that points in the plane are kept, too.
 
@@ -79,4 +80,17 @@ class SampleGrid(BasePredictionWriter):
             if images.ndim == 4 and images.shape[1] in (1, 3):
                 shown = images[: self.max_images].add(1).div(2).clamp(0, 1)
                 save_image(shown, folder / f"{name}.png", nrow=self.columns, padding=1)
+            elif images.ndim == 5 and images.shape[2] in (1, 3):
+                _save_animation(images[: self.max_images], folder / f"{name}.webp", self.columns)
         rank_zero_info(f"samples are in {folder}")
+
+
+def _save_animation(videos: Tensor, path: Path, columns: int) -> None:
+    """Videos (N, F, 1 or 3, H, W) in [-1, 1] as one that shows them beside each other, again and again."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    frames = videos.add(1).div(2).clamp(0, 1).transpose(0, 1)
+    grids = [make_grid(frame, nrow=columns, padding=1).mul(255).round().byte().permute(1, 2, 0).numpy() for frame in frames]
+    first, *rest = [Image.fromarray(grid) for grid in grids]
+    first.save(path, save_all=True, append_images=rest, duration=125, loop=0, lossless=True)

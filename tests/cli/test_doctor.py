@@ -148,6 +148,7 @@ NOT_COUNTED = {
     "cir_uncertainty_fashion200k",
     "cir_uncertainty_fashioniq",
     "cir_uncertainty_shoes",
+    "cono_text_to_video",
     "coprompt_eurosat",
     "coprompt_imagenet",
     "dsnot_llama",

@@ -1,0 +1,1 @@
+"""Short videos to learn from, and prompts of long ones."""

@@ -1,0 +1,1 @@
+"""Diffusion models: what samplers, denoisers and techniques share."""
