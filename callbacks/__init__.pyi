@@ -61,5 +61,5 @@ from .sparsity.random_pruning import RandomPruning as RandomPruning
 from .sparsity.random_search.callback import RandomSearch as RandomSearch
 from .sparsity.sparse_ift.callback import SparseIFT as SparseIFT
 from .sparsity.sparse_model_soups.callback import IMP as IMP
-from .sparsity.ssvi.callback import SSVI as SSVI
 from .sparsity.sparseland.callback import SparsityReport as SparsityReport
+from .sparsity.ssvi.callback import SSVI as SSVI

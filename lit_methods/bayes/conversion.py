@@ -81,12 +81,14 @@ def choose_layers(root: nn.Module, targets: Sequence[str] = (), skip: Sequence[s
         more = f" (and {len(wrong) - _SHOWN} more)" if len(wrong) > _SHOWN else ""
         kinds = ", ".join(kind.__name__ for kind in BAYES)
         raise ValueError(
-            f"layers of {type(root).__name__} can't be given distributions: {shown}{more}. {kinds} with weights of their own can; name those "
-            "by targets, or add the others to skip: they stay as they are"
+            f"layers of {type(root).__name__} can't be given distributions: {shown}{more}. {kinds} with weights of their own can; name "
+            "those by targets, or add the others to skip: they stay as they are"
         )
     if not chosen and not bayes_layers(root):
         kinds = ", ".join(kind.__name__ for kind in BAYES)
-        raise ValueError(f"{type(root).__name__} has no trained layer to give distributions to among targets={list(targets)}: one of {kinds}")
+        raise ValueError(
+            f"{type(root).__name__} has no trained layer to give distributions to among targets={list(targets)}: one of {kinds}"
+        )
     return chosen
 
 

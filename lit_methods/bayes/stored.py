@@ -96,11 +96,15 @@ def load_sparse(root: nn.Module, state: Mapping[str, Any] | str | Path) -> None:
 def _fitting(root: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """Names of the stored layers, all of which the module has in the same shape."""
     there: dict[str, nn.Module] = {**bayes_layers(root)}
-    there |= choose_layers(root, [name for name in state["layers"] if name and name not in there]) if set(state["layers"]) - set(there) else {}
+    there |= (
+        choose_layers(root, [name for name in state["layers"] if name and name not in there]) if set(state["layers"]) - set(there) else {}
+    )
     for name, saved in state["layers"].items():
         shape = list(getattr(there[name], "weight").shape) if name in there else None  # noqa: B009
         if shape != saved["shape"]:
-            raise ValueError(f"the stored posterior has {name} of shape {saved['shape']}, this {type(root).__name__} {shape}: build it alike")
+            raise ValueError(
+                f"the stored posterior has {name} of shape {saved['shape']}, this {type(root).__name__} {shape}: build it alike"
+            )
     return list(state["layers"])
 
 
@@ -135,7 +139,9 @@ class ThinLayer(nn.Module):
         places = unpack_bits(saved["bits"], [saved["bits"].numel() * 8])[: torch.Size(self.shape).numel()].nonzero().flatten()
         self.register_buffer("places", places.to(torch.int32), persistent=False)
         self.register_buffer("mean", saved["mean"], persistent=False)
-        self.register_buffer("std", posterior_std(saved["rho"], None, saved["spread"]), persistent=False)
+        std = posterior_std(saved["rho"], None, saved["spread"])
+        padding = getattr(layer, "padding_idx", None)
+        self.register_buffer("std", std if padding is None else std * (places // self.shape[1] != padding), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """As the layer: with one draw of the active weights, or their means."""

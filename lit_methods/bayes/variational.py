@@ -18,7 +18,7 @@ _FLOOR = 1e-8  # added to the variance of an output, so that its root has a grad
 
 
 def posterior_std(rho: Tensor, mask: Tensor | None = None, spread: Spread = "softplus") -> Tensor:
-    """sigma of rho: softplus(rho), exp(rho) or |rho|, and exactly 0 where nothing is active.
+    """Sigma of rho: softplus(rho), exp(rho) or |rho|, and exactly 0 where nothing is active.
 
     Args:
         rho: Any shape.

@@ -5,6 +5,7 @@ Maths, paper and origin: :mod:`~lit_methods.callbacks.sparsity.ssvi.core`; the l
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lit_methods import checks, distributed
@@ -29,6 +30,7 @@ from lit_methods.callbacks.sparsity.masks import keep_largest
 from lit_methods.callbacks.sparsity.schedules import drop_schedule
 from lit_methods.callbacks.sparsity.ssvi import core
 from lit_methods.callbacks.sparsity.store import Choice, choose_weights
+from lit_methods.callbacks.targets import refuse_lazy
 from lit_methods.callbacks.wrapping import attach, built_by, detach
 from lit_methods.catalog import Technique
 from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Panel, TableMedia, TablePanel
@@ -45,7 +47,6 @@ TECHNIQUE = Technique(
     golden=("removal_addition", "drop_score", "variational_linear"),
     claim="At 2 % of the weights, a subspace that moves has a lower negative log-likelihood than one that was drawn once and stays.",
     summary="Trains a normal distribution for few weights of any module, all others being exactly 0, and searches for those few meanwhile.",
-    draft=True,
 )
 
 _COPIED = "it copies the module before its layers have distributions: average with EMATeacher"
@@ -102,8 +103,8 @@ class SSVI(MovingMasks):
 
     Args:
         density: Share of the weights that is active, in (0, 1].
-        criterion: What active weights are kept by: ``mean`` |mu|, ``snr`` |mu| / sigma, or of the distribution of |theta|: ``E_mean_abs`` its
-            mean, ``SNR_mean_abs`` its mean / standard deviation, ``E_exp_mean_abs`` and ``SNR_exp_mean_abs`` the same of exp |theta|.
+        criterion: What active weights are kept by: ``mean`` |mu|, ``snr`` |mu| / sigma, or of the distribution of |theta|: ``E_mean_abs``
+            its mean, ``SNR_mean_abs`` its mean / standard deviation, ``E_exp_mean_abs`` and ``SNR_exp_mean_abs`` the same of exp |theta|.
         moves: Whether the subspace moves; false: the first one stays.
         distribution: How the density is spread over the layers: ``uniform``, ``er``, ``erk`` or a plus variant.
         dense_first: All weights of the first layer are active, and ``density`` is that of the others.
@@ -192,6 +193,7 @@ class SSVI(MovingMasks):
         self._replaced = 0.0  # share of the active weights that the last update changed
         self._epochs = self._number = 1
         self._around: list[tuple[Any, Any, str]] = []  # what stands around methods of the module
+        self._averaged = False  # whether this evaluation has called what gives logits
         self._trainer: pl.Trainer | None = None
 
     @property
@@ -230,6 +232,7 @@ class SSVI(MovingMasks):
     def _convert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.samples:
             require_logits(pl_module, self.logits, "SSVI")
+        refuse_lazy(pl_module, "SSVI")
         with checks.naming("SSVI"):
             if not bayes_layers(pl_module):
                 names = to_bayes(pl_module, self.targets, self.skip, self.initial_mean_std, self.initial_std, seed=self.seed)
@@ -246,8 +249,8 @@ class SSVI(MovingMasks):
         attach(owner, around, method, around=True)
         self._around.append((owner, around, method))
 
-    def _unwrap(self, method: str | None = None) -> None:
-        for entry in [entry for entry in self._around if method in (None, entry[2])]:
+    def _unwrap(self, around: Callable[..., Any] | None = None) -> None:
+        for entry in [entry for entry in self._around if around in (None, entry[1])]:
             detach(*entry)
             self._around.remove(entry)
 
@@ -271,7 +274,9 @@ class SSVI(MovingMasks):
         groups = {id(one): group for optimizer in trainer.optimizers for group in optimizer.param_groups for one in group["params"]}
         for name, layer in self._layers.items():
             if id(layer.rho) not in groups or id(layer.weight) not in groups:
-                raise ValueError(f"no optimiser holds the mean and the rho of {name}: return both from configure_optimizers, or add it to skip")
+                raise ValueError(
+                    f"no optimiser holds the mean and the rho of {name}: return both from configure_optimizers, or add it to skip"
+                )
             if groups[id(layer.rho)].get("weight_decay"):
                 raise ValueError(f"the optimiser decays rho of {name}, which would draw sigma to 0.69: put it into a group without decay")
         self._replaced, self._sums = 0.0, {}
@@ -288,7 +293,9 @@ class SSVI(MovingMasks):
         try:
             return len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
         except (AttributeError, TypeError) as error:
-            raise ValueError("SSVI weighs its KL term by the number of training samples, which the loader doesn't tell: give train_samples") from error
+            raise ValueError(
+                "SSVI weighs its KL term by the number of training samples, which the loader doesn't tell: give train_samples"
+            ) from error
 
     def densities(self) -> dict[str, float]:
         """Name of each mean -> share of its weights that is active."""
@@ -385,16 +392,25 @@ class SSVI(MovingMasks):
         assert self._trainer is not None
         if drawn() is not None:
             return call(*args, **kwargs)
+        self._averaged = True
         device = self._trainer.strategy.root_device
         return posterior_logits(lambda: call(*args, **kwargs), self.samples, self.seed, device)
 
     def _begin_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._averaged = False
         if self.samples:
+            target: Any = operator.attrgetter(self.logits)(pl_module)
             owner, _, method = self.logits.rpartition(".")
-            self._wrap(pl_module.get_submodule(owner), self._average, method)
+            part = (target, "forward") if isinstance(target, nn.Module) else (pl_module.get_submodule(owner), method)
+            self._wrap(part[0], self._average, part[1])
 
     def _end_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._unwrap(self.logits.rpartition(".")[2])
+        self._unwrap(self._average)
+        if self.samples and not self._averaged:
+            rank_zero_warn(
+                f"SSVI averages {self.samples} draws of {self.logits!r}, which this evaluation of {type(pl_module).__name__} didn't call: "
+                "its figures are those of the means. Let logits name what is called, or set samples to 0"
+            )
 
     on_validation_start = on_test_start = on_predict_start = _begin_evaluation
     on_validation_end = on_test_end = on_predict_end = _end_evaluation

@@ -17,6 +17,7 @@ from lit_methods.callbacks.sparsity.masks import keep_largest
 Criterion = Literal["mean", "snr", "E_mean_abs", "SNR_mean_abs", "E_exp_mean_abs", "SNR_exp_mean_abs"]
 _EPS_STD = 1e-6  # sigma of new weights where it isn't the layer's mean
 _FAR = 40.0  # |mu| / sigma from which on the normal distribution's tail is 0 in float64
+_FLAT = 1e-6  # lam * sigma below which exp is a straight line to this accuracy, and the difference of two moments is lost in float64
 
 
 def active_count(numel: int, density: float) -> int:
@@ -50,18 +51,22 @@ def removal_score(mu: Tensor, sigma: Tensor, criterion: Criterion = "SNR_mean_ab
     t = torch.where(absent, 0.0, mean / std)
     if criterion == "snr":
         return t
-    if criterion in ("E_mean_abs", "SNR_mean_abs"):
-        near = t.clamp(max=_FAR)
-        d = 2 * (torch.exp(-near.square() / 2) / (2 * torch.pi) ** 0.5 - near * torch.special.ndtr(-near))
-        score = mean + std * d if criterion == "E_mean_abs" else (t + d) / (1 - 2 * near * d - d.square()).sqrt()
+    near = t.clamp(max=_FAR)
+    d = 2 * (torch.exp(-near.square() / 2) / (2 * torch.pi) ** 0.5 - near * torch.special.ndtr(-near))
+    spread = (1 - 2 * near * d - d.square()).sqrt()  # std |theta| / sigma
+    if criterion == "E_mean_abs":
+        score = mean + std * d
+    elif criterion == "SNR_mean_abs":
+        score = (t + d) / spread
     else:
         first = _log_moment(mean, std, t, lam)
-        score = first.exp() if criterion == "E_exp_mean_abs" else torch.expm1(_log_moment(mean, std, t, 2 * lam) - 2 * first).rsqrt()
+        ratio = torch.expm1(_log_moment(mean, std, t, 2 * lam) - 2 * first).rsqrt()
+        score = first.exp() if criterion == "E_exp_mean_abs" else torch.where(lam * std < _FLAT, 1 / (lam * std * spread), ratio)
     return torch.where(absent, 0.0, score)
 
 
 def _log_moment(mean: Tensor, std: Tensor, t: Tensor, lam: float) -> Tensor:
-    """log E exp(lam |theta|) = lam^2 sigma^2 / 2 + log(e^(lam m) Phi(t + lam sigma) + e^(-lam m) Phi(-t + lam sigma)), m = |mu|."""
+    """Log E exp(lam |theta|) = lam^2 sigma^2 / 2 + log(e^(lam m) Phi(t + lam sigma) + e^(-lam m) Phi(-t + lam sigma)), m = |mu|."""
     up = lam * mean + torch.special.log_ndtr(t + lam * std)
     down = -lam * mean + torch.special.log_ndtr(-t + lam * std)
     return (lam * std).square() / 2 + torch.logaddexp(up, down)
