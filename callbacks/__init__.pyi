@@ -64,3 +64,4 @@ from .sparsity.random_search.callback import RandomSearch as RandomSearch
 from .sparsity.sparse_ift.callback import SparseIFT as SparseIFT
 from .sparsity.sparse_model_soups.callback import IMP as IMP
 from .sparsity.sparseland.callback import SparsityReport as SparsityReport
+from .sparsity.ssvi.callback import SSVI as SSVI

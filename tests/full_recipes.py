@@ -487,6 +487,7 @@ RECIPES: dict[str, Recipe] = {
     "superflow_probe": DOWNSTREAM,
     "superflow_semi": DOWNSTREAM,
     "superflow_vits": Recipe({"weights: null": "weights: random"}),
+    "ssvi_cifar": batch(8),
     "supervised_dictionary_learning_mnist": Recipe(),
     "supervised_dictionary_learning_postings": Recipe(),
     "tcm_cub": Recipe(RANDOM, words=("--data.init_args.classes_per_batch=4",), why=f"4 classes a batch: {SMALL_BATCH}"),

@@ -52,6 +52,7 @@ SHORTENED = {
     "issp": "--trainer.callbacks.prune_iters 4",
     "rcm": "--model.init_args.pretrain_iterations 1 --model.init_args.tangent_warmup 2",
     "sparseland": "--trainer.callbacks.interval 2",
+    "ssvi": "--trainer.callbacks.interval 2",
 }
 NEEDS_MORE = {"Detection of unknown inputs (AUROC)", "segmentation/volumes"}  # whole volumes are for `lit test`
 

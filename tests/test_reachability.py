@@ -80,6 +80,7 @@ SETTINGS = {
     "sparse_retriever": [
         "--config configs/sparse_retriever_distill.yaml --model.init_args.loss margin_mse --model.init_args.in_batch_negatives false"
     ],
+    "ssvi": ["--trainer.callbacks.interval 1 --trainer.callbacks.criterion SNR_exp_mean_abs"],
     "slct": ["--model.init_args.network test_reachability.NormedNetwork"],
     "sparsejepa": ["--model.init_args.mode penalty"],
     "sparse_model_soups": [

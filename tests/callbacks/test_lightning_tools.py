@@ -227,6 +227,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "SaRA": {"threshold": None, "share": 0.3, "progressive_steps": 1},
     "SparseIFT": {"sparsity": 0.5, "network": "body", "interval": 2, "flops_tolerance": None},
     "SparsityReport": {},
+    "SSVI": {"density": 0.5, "interval": 2, "samples": 0, **NM},
     "AFAEvaluation": {"autoencoder": "dictionary"},
     "BidirectionalityMonitor": {"autoencoder": "dictionary"},
     "FeatureRecovery": recovery,
@@ -346,9 +347,14 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(name, "lazy_layers"): _LAZY for name in (
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "RandomSearch", "S2FT", "SaRA", "SparseIFT", "SparsityReport",
+        "SSVI",
     )},
     **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
 }  # fmt: skip
+REFUSED |= {
+    ("SSVI", "weight_norm"): "body.4 is a ParametrizedLinear",
+    ("SSVI", "pruned"): "body.4 has a weight that is made in the forward",
+}
 REFUSED |= {("MaskedBNSparsity", tool): "no batch norm of Pictures can be pruned" for tool in ("weight_norm", "pruned")}
 REFUSED |= {  # it reports on another callback
     ("IsoCostReport", tool): "there is no SparseAttentionCallback to report on"
@@ -402,7 +408,7 @@ LOG_AT_THE_END_OF_EPOCHS = {
     "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
     "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "RandomSearch", "Reliability", "SampleQuality",
     "SparseGPT",
-    "SparseIFT", "SparsityReport", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
+    "SparseIFT", "SparsityReport", "SSVI", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
 }  # fmt: skip
 
 
