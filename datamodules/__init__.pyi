@@ -40,6 +40,7 @@ from .text.token_tasks import TokenTasksDataModule as TokenTasksDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.factors import ShapeFactorsDataModule as ShapeFactorsDataModule
+from .vision.halves import SearchHalvesDataModule as SearchHalvesDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
 from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule
 from .vision.skimage_pictures import SkimageDataModule as SkimageDataModule

@@ -6,10 +6,27 @@ uses them. Golden vectors come from HERO-MDH/DASS-Differentiable-Architecture-Se
 """
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+Phase = Literal["pretrain", "prune", "finetune"]
+
+
+def pruning_phase(step: int, pretrain_steps: int, prune_steps: int) -> tuple[Phase, int]:
+    """Phase of a training that learns weights, then scores, then the weights that stay, and the steps already done in that phase.
+
+    Args:
+        step: Optimiser steps done, >= 0.
+        pretrain_steps: Steps with all weights, whose scores rest.
+        prune_steps: Steps in which scores alone are learned.
+    """
+    if step < pretrain_steps:
+        return "pretrain", step
+    if step < pretrain_steps + prune_steps:
+        return "prune", step - pretrain_steps
+    return "finetune", step - pretrain_steps - prune_steps
 
 
 @torch.no_grad()
@@ -86,4 +103,4 @@ def scaled_scores(weight: Tensor) -> Tensor:
     return scale * weight.detach() / torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
-__all__ = ["scaled_scores", "score_mask", "scored_weight"]
+__all__ = ["pruning_phase", "scaled_scores", "score_mask", "scored_weight"]
