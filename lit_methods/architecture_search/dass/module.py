@@ -160,6 +160,8 @@ class DASSSearch(Evaluated):
                 score_mask(layer.scores, keep)
         self.phase: Phase = "pretrain"
         self.alpha_done, self.weights_done = 0, 0  # batches in which alpha, and the weights, have had their turn
+        self._in_step = False
+        self._before: Values = {}  # running means before the weights' forward pass, while their step isn't done
         self.eval_loss = MeanMetric()
         self.eval_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
@@ -188,6 +190,7 @@ class DASSSearch(Evaluated):
             raise ValueError(f"DASSSearch needs weights and gradients in float32, got precision={precision!r}: use 32-true or bf16-mixed")
         if stage == "fit":
             self.alpha_done = self.weights_done = 0
+            self._in_step, self._before = False, {}
             self.phase = "pretrain"
             self._set_layers()
 
@@ -241,7 +244,7 @@ class DASSSearch(Evaluated):
         if missing:
             needs = "a search needs labelled images of two halves: use SearchHalvesDataModule"
             raise ValueError(f"DASSSearch: the batch has no {' and no '.join(missing)}, only {', '.join(batch)}: {needs}")
-        hp = self.hparams
+        hp, self._in_step = self.hparams, True
         sgd, adam = self.optimizers()  # type: ignore[misc, attr-defined]
         phase, _ = pruning_phase(self.weights_done, hp["pretrain_steps"], hp["prune_steps"])
         if phase != self.phase:
@@ -256,6 +259,7 @@ class DASSSearch(Evaluated):
             if phase != "prune" or hp["alpha_while_pruning"]:
                 logs["search_loss"] = self._move_alpha(batch, adam, moved, sgd.optimizer)
             self.alpha_done += 1
+        self._before = {name: value.clone() for name, value in self._means().items()}
         loss = F.cross_entropy(self.network(batch["image"]).float(), batch["label"])
         self.manual_backward(loss)
         moving = {id(parameter) for parameter in moved.values()}
@@ -266,6 +270,7 @@ class DASSSearch(Evaluated):
         sgd.step()
         sgd.zero_grad()
         self.weights_done += 1
+        self._in_step, self._before = False, {}
         if phase == "prune":
             for layer in scored_layers(self.network).values():
                 layer.refresh()
@@ -299,7 +304,7 @@ class DASSSearch(Evaluated):
 
     def _loss_of(self, images: Tensor, labels: Tensor) -> Callable[[Values, Values], Tensor]:
         """Loss of a batch as a function of alpha and what moves; running means of the network stay as they are."""
-        means = {name: value for name, value in self.network.named_buffers() if not name.endswith("mask")}
+        means = self._means()
 
         def loss(alphas: Values, weights: Values) -> Tensor:
             state = {name: value.clone() for name, value in means.items()} | alphas | weights
@@ -307,11 +312,20 @@ class DASSSearch(Evaluated):
 
         return loss
 
+    def _means(self) -> Values:
+        """Buffers that a forward pass in training moves, by name."""
+        return {name: value for name, value in self.network.named_buffers() if name.rpartition(".")[2] != "mask"}
+
     # ---- state ---------------------------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the phase and both counts."""
+        """With the phase and both counts. In the middle of a batch, it is arranged that what isn't done of it comes again."""
         checkpoint["dass"] = {"phase": self.phase, "alpha_done": self.alpha_done, "weights_done": self.weights_done}
+        if self._in_step:
+            checkpoint["state_dict"].update({f"network.{name}": value for name, value in self._before.items()})
+            for loader in checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", []):
+                if loader.get("batches"):  # Lightning begins the batch anew, but the loader has counted it as taken
+                    loader["batches"] -= 1
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on in the phase of the checkpoint.
