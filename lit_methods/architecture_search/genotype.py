@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lit_methods.architecture_search.space import OPERATIONS
 from lit_methods.datamodules.errors import BrokenRecordError
-from lit_methods.datamodules.reading import read_json
+from lit_methods.datamodules.reading import read_json, read_tensors
 from lit_methods.files import write_json
 
 Edge = tuple[str, int]
@@ -98,7 +98,8 @@ def read_genotype(source: str | Path) -> Genotype:
     """A genotype by its name or out of a file.
 
     Args:
-        source: ``dass_10`` or ``dass_5``, the authors' cells; or a JSON file such as a search writes, ``genotype.json``.
+        source: ``dass_10`` or ``dass_5``, the authors' cells; a JSON file such as a search writes, ``genotype.json``; or the checkpoint of
+            a search, a file whose name ends in ``.ckpt``.
 
     Raises:
         MissingFileError: There is no such file.
@@ -108,7 +109,13 @@ def read_genotype(source: str | Path) -> Genotype:
         return KNOWN[str(source)]
     path = Path(source)
     known = f"give a file that a search wrote, such as runs/dass/.../genotype.json, or one of {', '.join(KNOWN)}"
-    found = read_json(path, "genotype", known)
+    if path.suffix == ".ckpt":
+        content = read_tensors(path, path, "genotype", known, known)
+        found = content.get("dass", {}).get("genotype") if isinstance(content, dict) else None
+        if found is None:
+            raise BrokenRecordError(path, "genotype", f"is the checkpoint of something else than a search: {known}")
+    else:
+        found = read_json(path, "genotype", known)
     if not isinstance(found, dict):
         raise BrokenRecordError(path, "genotype", f"is a {type(found).__name__}, no object with normal and reduce: {known}")
     (normal, normal_concat), (reduce, reduce_concat) = _cell(found, "normal", path), _cell(found, "reduce", path)

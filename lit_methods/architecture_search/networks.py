@@ -77,7 +77,7 @@ class GenotypeNetwork(nn.Module):
     Cost: 2.3 million parameters in the size ``tiny`` with the cells ``dass_10``.
 
     Args:
-        genotype: A file ``genotype.json`` of a search, or ``dass_10`` or ``dass_5``, the authors' cells.
+        genotype: A file ``genotype.json`` or a checkpoint of a search, or ``dass_10`` or ``dass_5``, the authors' cells.
         size: ``tiny``, ``small``, ``medium`` or ``large``: 30, 36, 86, 108 channels and 16, 20, 12, 14 cells; None: as said next.
         channels: C of the first cell, before it is doubled.
         cells: Number of cells, 3 or more; at a third and at two thirds they reduce the size and double the channels.

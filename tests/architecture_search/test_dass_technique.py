@@ -367,6 +367,15 @@ def test_a_file_that_is_no_genotype_is_refused(change, message, tmp_path):
         GenotypeNetwork(path, channels=4, cells=3)
 
 
+def test_a_checkpoint_of_a_search_is_a_genotype_and_another_one_is_not(tmp_path):
+    trainer = fit(search(supernet(nodes=2, operations=list(OPERATIONS))), max_steps=2, default_root_dir=tmp_path)
+    trainer.save_checkpoint(tmp_path / "search.ckpt")
+    assert read_genotype(tmp_path / "search.ckpt") == read_genotype(tmp_path / "genotype.json")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="the checkpoint of something else than a search"):
+        read_genotype(tmp_path / "other.ckpt")
+
+
 def test_a_missing_genotype_says_what_to_give(tmp_path):
     with pytest.raises(FileNotFoundError, match="dass_10, dass_5"):
         GenotypeNetwork(tmp_path / "nothing.json")

@@ -44,7 +44,7 @@ TECHNIQUE = Technique(
         "lit_methods.callbacks.ScorePruning",
         "lit_methods.datamodules.SearchHalvesDataModule",
     ),
-    configs=("dass.yaml", "dass_final.yaml"),
+    configs=("dass.yaml", "dass_final.yaml", "dass_scores.yaml"),
     golden=("sparse_layer", "score_init", "genotype", "arch_gradient"),
     claim="With 2 % of the weights of each layer, masks of learned scores end more accurate than masks of the largest magnitudes.",
     summary="Searches cells by gradients while weights are masked by learned scores, then trains and prunes the network of the cells.",
@@ -72,8 +72,8 @@ class DASSSearch(Evaluated):
     phases are over. A fit without a checkpoint begins with the first phase.
 
     Saves: the network with alpha, scores and masks, both optimisers, the phase, and which of the two steps came last: a checkpoint between
-    the two goes on with the second. In the run's folder ``genotype.json``, after every validation and at the end, which
-    ``GenotypeNetwork`` reads.
+    the two goes on with the second. In the run's folder ``genotype.json``, after every validation and at the end. ``GenotypeNetwork`` reads
+    that file, and checkpoints of a search.
 
     Refuses: batches without these keys; a network without ``alphas()`` and ``genotype()``; float16 and pure half precision, strategies that
     shard weights, accumulation of gradients; layers of which ``keep`` leaves nothing.
@@ -319,8 +319,9 @@ class DASSSearch(Evaluated):
     # ---- state ---------------------------------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """With the phase and both counts. In the middle of a batch, it is arranged that what isn't done of it comes again."""
-        checkpoint["dass"] = {"phase": self.phase, "alpha_done": self.alpha_done, "weights_done": self.weights_done}
+        """With the phase, both counts and the genotype. In the middle of a batch, it is arranged that what isn't done of it comes again."""
+        counts = {"phase": self.phase, "alpha_done": self.alpha_done, "weights_done": self.weights_done}
+        checkpoint["dass"] = counts | {"genotype": self.network.genotype().to_dict()}
         if self._in_step:
             checkpoint["state_dict"].update({f"network.{name}": value for name, value in self._before.items()})
             for loader in checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {}).get("combined_loader", []):
