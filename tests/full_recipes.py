@@ -271,6 +271,8 @@ RECIPES: dict[str, Recipe] = {
     "conr_sts_b": Recipe(),
     "coprompt_eurosat": CLIP,
     "coprompt_imagenet": CLIP,
+    "dass_cifar_final": Recipe(words=("--data.init_args.batch_size=2",), why=f"batch of 2: {SMALL_BATCH}"),
+    "dass_cifar_search": Recipe(words=("--data.init_args.batch_size=2",), why=f"batch of 2: {SMALL_BATCH}"),
     "dsl_recommendation_lightgcn": Recipe(),
     "dsl_recommendation_multvae": Recipe(),
     "dsl_recommendation_neumf": Recipe(),

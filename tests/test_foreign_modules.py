@@ -223,6 +223,7 @@ LEFT_OUT: dict[str, str] = {
         ("LossRecovered", "SupervisedDictionaryEval"),
         "it judges sparse autoencoders; tests/callbacks/sparse_autoencoders has it on plain modules with encode and decode",
     ),
+    "ScorePruning": "it parametrises as NMSparsity does; tests/callbacks/sparsity/test_score_pruning.py has it on three such modules",
     "RandomSearch": "its masks are those of RandomPruning; test_random_search_technique.py has it on residual convolutions",
     "FLOPSRegularizer": "it thins out sparse vectors of texts; tests/retrieval has it on a module that isn't ours",
     **dict.fromkeys(

@@ -120,7 +120,7 @@ class ScorePruning(LatentCallback):
     prefix = "score_pruning"
     kept: ClassVar[Mapping[str, str]] = {"phase": "_phase"}
     panels: ClassVar[tuple[Panel, ...]] = (
-        Curve("Phase and density", ("score_pruning/phase", "score_pruning/density"), note="Phase 0: all weights, 1: scores, 2: what stays."),
+        Curve("Phase and density", ("score_pruning/phase", "score_pruning/density"), note="Phase 0: all weights; 1: scores; 2: the rest."),
         Curve("Learning rate of the phase", ("score_pruning/learning_rate",)),
         Curve(
             "Learned masks",

@@ -49,8 +49,8 @@ class SearchHalvesDataModule(LoaderDataModule):
 
     Batch: {"image": (B, C, H, W) float32, "label": (B,) int64, "search_image": (B, C, H, W) float32, "search_label": (B,) int64}
 
-    One permutation, the same for every seed, splits the training images. An epoch is a pass over the first part. Validation and test are the
-    other datamodule's, as they are there.
+    One permutation, the same for every seed, splits the training images. An epoch is a pass over the first part. Validation and test are
+    the other datamodule's, as they are there.
 
     Args:
         data: Datamodule of images with labels, such as ``DigitsDataModule`` or ``CIFARDataModule``; its batch size is of no effect.

@@ -8,8 +8,8 @@ from torch import Tensor
 from lit_methods import checks
 from lit_methods.architecture_search.networks import GenotypeNetwork
 from lit_methods.arguments import handed_on
-from lit_methods.tasks.vision.classifier import ImageClassifier, Schedule, classification_loss
 from lit_methods.steps import training_length
+from lit_methods.tasks.vision.classifier import ImageClassifier, Schedule, classification_loss
 
 
 class GenotypeClassifier(ImageClassifier):

@@ -174,7 +174,7 @@ def draw_genotype(genotype: Genotype) -> NDArray[np.uint8]:
 
 
 def draw_shares(shares: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
-    """Shares of the operations as a picture: a row for each edge, a column for each operation, dark for 1; one block for each kind of cell."""
+    """Shares of the operations as a picture: a row for each edge, a column for each operation, dark for 1; a block for each cell."""
     tallest = max(len(block) for block in shares.values())
     blocks = []
     for block in shares.values():

@@ -4,13 +4,12 @@ Maths: :mod:`lit_methods.callbacks.sparsity.score_masks`. Layers of a network th
 :class:`~lit_methods.callbacks.ScorePruning`.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_methods.callbacks.sparsity.score_masks import scaled_scores, score_mask, scored_weight
+from lit_methods.checks import at_least
 
 
 class Scored(nn.Module):
@@ -59,10 +58,34 @@ class Scored(nn.Module):
 
 
 class SparseConv2d(Scored, nn.Conv2d):
-    """A convolution with scores. Arguments are those of ``nn.Conv2d``; ``padding_mode`` is zeros."""
+    """A convolution with scores, padded by zeros.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Pixels of a side of the kernel.
+        stride: Pixels between two places of the kernel.
+        padding: Zeros on each side.
+        dilation: Pixels between two entries of the kernel.
+        groups: Groups of channels that don't see each other.
+        bias: With a bias, which is never masked.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        at_least(1, in_channels=in_channels, out_channels=out_channels, kernel_size=kernel_size)
+        at_least(1, stride=stride, dilation=dilation, groups=groups)
+        at_least(0, padding=padding)
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
         self.add_scores()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,10 +94,17 @@ class SparseConv2d(Scored, nn.Conv2d):
 
 
 class SparseLinear(Scored, nn.Linear):
-    """A linear layer with scores. Arguments are those of ``nn.Linear``; the bias is never masked."""
+    """A linear layer with scores.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        bias: With a bias, which is never masked.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        at_least(1, in_features=in_features, out_features=out_features)
+        super().__init__(in_features, out_features, bias)
         self.add_scores()
 
     def forward(self, x: Tensor) -> Tensor:

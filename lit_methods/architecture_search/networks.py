@@ -158,7 +158,9 @@ class GenotypeNetwork(nn.Module):
             if self.auxiliary is not None and self.training and index == self.auxiliary_at:
                 if min(one_back.shape[2:]) < _LEAST_AUXILIARY:
                     seen = f"{one_back.shape[2]} x {one_back.shape[3]}"
-                    raise ValueError(f"the auxiliary head needs 5 x 5 pixels or more and gets {seen}: set auxiliary=false, or larger images")
+                    raise ValueError(
+                        f"the auxiliary head needs 5 x 5 pixels or more, got {seen}: set auxiliary=false, or use larger images"
+                    )
                 beside = self.auxiliary(one_back)
         return self.classifier(F.adaptive_avg_pool2d(one_back, 1).flatten(1)), beside
 

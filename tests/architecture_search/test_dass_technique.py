@@ -61,7 +61,7 @@ def fit(module, data=None, callbacks=(), **kwargs):
     return trainer
 
 
-# ---- phases ----------------------------------------------------------------------------------------------------------------------------
+# ---- phases ------------------------------------------------------------------------------------------------------------------------------
 
 
 class Watch(pl.Callback):
@@ -238,7 +238,7 @@ def test_bf16_keeps_the_gradient_of_alpha_in_float32():
     assert seen == [torch.float32] * 4 + [torch.bfloat16]
 
 
-# ---- layers and cells ----------------------------------------------------------------------------------------------------------------------
+# ---- layers and cells --------------------------------------------------------------------------------------------------------------------
 
 
 def test_layers_see_the_mask_of_their_scores_and_learn_through_it():
@@ -283,7 +283,7 @@ def test_equal_edges_and_operations_go_to_the_first():
     assert derive_cell(alpha, 2).tolist() == [[1, 0], [1, 1], [2, 2], [1, 0]]
     with pytest.raises(ValueError, match="2 nodes have 5 edges"):
         derive_cell(torch.zeros(4, 3), 2)
-    with pytest.raises(ValueError, match="nothing|no operation but"):
+    with pytest.raises(ValueError, match="no operation but"):
         derive_cell(torch.zeros(2, 1), 1)
 
 
@@ -332,7 +332,7 @@ def test_imagenet_stem_divides_by_eight_before_the_cells():
         assert network(torch.empty(2, 3, 224, 224)).shape == (2, 7)
 
 
-# ---- genotypes -----------------------------------------------------------------------------------------------------------------------------
+# ---- genotypes ---------------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_genotype_comes_back_from_its_file(tmp_path):
@@ -350,7 +350,10 @@ def test_a_genotype_comes_back_from_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normal": [["sep_conv_3x4", 0], ["skip_connect", 1]]}, r"normal\[0\]: unknown operation 'sep_conv_3x4': did you mean sep_conv_3x3"),
+        (
+            {"normal": [["sep_conv_3x4", 0], ["skip_connect", 1]]},
+            r"normal\[0\]: unknown operation 'sep_conv_3x4': did you mean sep_conv_3x3",
+        ),
         ({"normal": [["none", 0], ["skip_connect", 1]]}, "unknown operation 'none'"),
         ({"reduce": [["skip_connect", 0], ["skip_connect", 2]]}, r"reduce\[1\]: predecessor 2 doesn't come before node 0: give 0 to 1"),
         ({"reduce": [["skip_connect", 0]]}, "two for each node"),
@@ -381,7 +384,7 @@ def test_a_missing_genotype_says_what_to_give(tmp_path):
         GenotypeNetwork(tmp_path / "nothing.json")
 
 
-# ---- data and refusals -----------------------------------------------------------------------------------------------------------------------
+# ---- data and refusals -------------------------------------------------------------------------------------------------------------------
 
 
 def test_halves_share_no_image_and_partners_change():

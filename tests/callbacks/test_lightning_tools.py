@@ -214,6 +214,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "NMSparsity": {"n": 2, "m": 4, **NM},
     "RandomPruning": {"density": 0.5, **NM},
     "RandomSearch": {"candidates": 2, "space": "weight", **NM},
+    "ScorePruning": {"keep": 0.5, "pretrain_steps": 1, "prune_steps": 1, **NM},
     "SparseAttentionCallback": {},
     "IsoCostReport": {},
     "Magnitude": NM,
@@ -398,7 +399,7 @@ def test_every_public_callback_has_an_entry() -> None:
 LOG_AT_THE_END_OF_EPOCHS = {
     "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
     "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "RandomSearch", "Reliability", "SampleQuality",
-    "SparseGPT",
+    "ScorePruning", "SparseGPT",
     "SparseIFT", "SparsityReport", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
 }  # fmt: skip
 

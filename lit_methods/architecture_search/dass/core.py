@@ -3,7 +3,7 @@
 The objective has two levels: min over alpha of L_val(w*(alpha) M, alpha), with w* = argmin over w of L_train(w M, alpha), where the masks M
 are part of both losses. Sources of the golden vectors: HERO-MDH/DASS-Differentiable-Architecture-Search-for-Sparse-Neural-Networks@0aab24e,
 DASS/model_search.py (Network.genotype); the gradients by the equations of DARTS (arXiv:1806.09055), as the released code needs CUDA. Masks
-and scores: :mod:`lit_methods.callbacks.sparsity.score_masks`. Left out: the smoothing of scores that gives the "smooth" trainer its name.
+and scores: :mod:`lit_methods.callbacks.sparsity.score_masks`. Left out: partial channels and pruned operations of other searches.
 """
 
 from collections.abc import Callable, Sequence

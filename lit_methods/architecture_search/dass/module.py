@@ -24,7 +24,7 @@ from lit_methods.callbacks.sparsity.score_masks import Phase, pruning_phase, sco
 from lit_methods.catalog import Technique
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.optim import warmup_cosine
-from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel, TableMedia, TablePanel
+from lit_methods.panels import Curve, ImageMedia, ImagePanel, Panel, TableMedia, TablePanel
 from lit_methods.runs.folder import run_dir
 from lit_methods.steps import log_global
 
@@ -57,16 +57,17 @@ _KEYS = ("image", "label", "search_image", "search_label")
 class DASSSearch(Evaluated):
     """Searches the cells of a network that is to be sparse, with its masks in the loop.
 
-    min over alpha of L_val(w*(alpha) M, alpha), where w* minimises L_train(w M, alpha) and M keeps the share ``keep`` of each layer's weights,
-    those of the largest scores. Three phases: ``pretrain`` (all weights), ``prune`` (scores alone are trained, from scores in the order of
-    the magnitudes), ``finetune`` (masks are fixed, weights are trained). In each step of the first and the third, alpha moves first, on the
-    held-out half, by the gradient through one step of the weights; then the weights, on the training half.
+    min over alpha of L_val(w*(alpha) M, alpha), where w* minimises L_train(w M, alpha) and M keeps the share ``keep`` of each layer's
+    weights, those of the largest scores. Three phases: ``pretrain`` (all weights), ``prune`` (scores alone are trained, from scores in the
+    order of the magnitudes), ``finetune`` (masks are fixed, weights are trained). In each step of the first and the third, alpha moves
+    first, on the held-out half, by the gradient through one step of the weights; then the weights, on the training half.
 
     With ``keep`` 1 and ``prune_steps`` 0 this is DARTS, with ``order: first`` its first-order form.
 
     Runs: batches of ``SearchHalvesDataModule``, with ``image``, ``label``, ``search_image`` and ``search_label``. Two optimisers, by hand:
     SGD has the weights and scores, Adam alpha alone, so ``trainer.global_step`` and ``max_steps`` count two for a batch in which both step.
-    What rests in a phase has no gradient. SGD's memory is empty at the start of a phase, whose learning rate falls along half a cosine. The
+    What rests in a phase has no gradient. SGD's memory is empty at the start of a phase, whose learning rate falls along half a cosine, and
+    running means and variances begin anew. The
     gradient of alpha is computed in float32 by functional calls, which change neither weights nor running means; over several processes
     its parts are averaged, so that N processes take the step of one with an N times larger batch. The training ends itself when the
     phases are over. A fit without a checkpoint begins with the first phase.
@@ -112,7 +113,7 @@ class DASSSearch(Evaluated):
         Curve("Undecided", ("dass/entropy_normal", "dass/entropy_reduce"), note="Mean entropy of an edge's shares; 1: all are equal."),
         Curve("Kept as by magnitude", ("dass/magnitude_overlap",), note="Share of the kept weights that magnitude would keep, too."),
         Curve("Operations of the cells", ("dass/operations/*",), note="How often each stands in the two cells."),
-        ImagePanel("Shares of the operations", "dass/shares", note="Rows: edges. Columns: operations; normal cell, reducing cell. Black: 1."),
+        ImagePanel("Shares of the operations", "dass/shares", note="Rows: edges. Columns: operations; normal, reducing cell. Black: 1."),
         TablePanel("Genotype", "dass/cells"),
     )
 
@@ -226,9 +227,7 @@ class DASSSearch(Evaluated):
         """What SGD trains in this phase: scores, or everything but scores and alpha."""
         alphas, learns = set(self.network.alphas()), self.phase == "prune"
         scores = {f"{name}.scores" if name else "scores" for name in scored_layers(self.network)}
-        return {
-            name: parameter for name, parameter in self.network.named_parameters() if name not in alphas and (name in scores) is learns
-        }
+        return {name: parameter for name, parameter in self.network.named_parameters() if name not in alphas and (name in scores) is learns}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """Nothing is left to do where a finished search is resumed."""
@@ -251,6 +250,9 @@ class DASSSearch(Evaluated):
             before, self.phase = self.phase, phase
             self._set_layers(rescore=before == "pretrain")
             sgd.optimizer.state.clear()
+            for part in self.network.modules():
+                if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                    part.reset_running_stats()  # of channels that the masks cut off, old means would outlive old variances
         for group in sgd.param_groups:
             group["lr"] = self.rate()
         moved = self.moved()
@@ -260,7 +262,7 @@ class DASSSearch(Evaluated):
                 logs["search_loss"] = self._move_alpha(batch, adam, moved, sgd.optimizer)
             self.alpha_done += 1
         self._before = {name: value.clone() for name, value in self._means().items()}
-        loss = F.cross_entropy(self.network(batch["image"]).float(), batch["label"])
+        loss = F.cross_entropy(self.network(batch["image"]), batch["label"])
         self.manual_backward(loss)
         moving = {id(parameter) for parameter in moved.values()}
         for parameter in self.network.parameters():
@@ -344,7 +346,7 @@ class DASSSearch(Evaluated):
     # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
 
     def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        logits, labels = self(batch["image"]).float(), batch["label"]
+        logits, labels = self(batch["image"]), batch["label"]
         self.eval_loss.update(F.cross_entropy(logits, labels), weight=len(labels))
         self.eval_accuracy.update(logits.argmax(1), labels)
 
@@ -364,9 +366,8 @@ class DASSSearch(Evaluated):
             kept = torch.stack([layer.mask.sum() for layer in layers]).sum()
             logs["magnitude_overlap"] = torch.stack([mask.sum() for mask in both]).sum() / kept
         log_global(self, {f"dass/{name}": value for name, value in logs.items()})
-        rows = [
-            (kind, 2 + place // 2, name, source) for kind in ("normal", "reduce") for place, (name, source) in enumerate(getattr(genotype, kind))
-        ]
+        edges = {"normal": genotype.normal, "reduce": genotype.reduce}
+        rows = [(kind, 2 + place // 2, *edge) for kind, cell in edges.items() for place, edge in enumerate(cell)]
         self._media = {
             "dass/genotype": ImageMedia(draw_genotype(genotype), describe(genotype)),
             "dass/shares": ImageMedia(

@@ -46,7 +46,7 @@ def fit(module, callbacks, data=None, **kwargs):
     return trainer
 
 
-# ---- the maths -------------------------------------------------------------------------------------------------------------------------
+# ---- the maths ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.37, 0.01])
@@ -60,7 +60,7 @@ def test_as_many_stay_as_the_formula_says_and_ties_go_from_the_front(keep):
 
 @pytest.mark.parametrize("keep", [0.0, -1.0, 1.1, 1e-20])
 def test_a_keep_ratio_that_leaves_none_is_refused(keep):
-    with pytest.raises(ValueError, match="give a share|leaves none"):
+    with pytest.raises(ValueError, match=r"give a share|leaves none"):
         score_mask(torch.ones(3), keep)
 
 
@@ -86,7 +86,7 @@ def test_phases_follow_from_the_step():
     assert pruning_phase(0, 0, 0) == ("finetune", 0)
 
 
-# ---- the run ---------------------------------------------------------------------------------------------------------------------------
+# ---- the run -----------------------------------------------------------------------------------------------------------------------------
 
 
 class Watch(ScorePruning):
