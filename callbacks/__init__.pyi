@@ -61,6 +61,7 @@ from .sparsity.masksparsity.callback import MaskedBNSparsity as MaskedBNSparsity
 from .sparsity.progressive_gradient_flow.callback import NMSparsity as NMSparsity
 from .sparsity.random_pruning import RandomPruning as RandomPruning
 from .sparsity.random_search.callback import RandomSearch as RandomSearch
+from .sparsity.score_pruning import ScorePruning as ScorePruning
 from .sparsity.sparse_ift.callback import SparseIFT as SparseIFT
 from .sparsity.sparse_model_soups.callback import IMP as IMP
 from .sparsity.sparseland.callback import SparsityReport as SparsityReport

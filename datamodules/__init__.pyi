@@ -52,6 +52,7 @@ from .video.prompts import VideoPromptsDataModule as VideoPromptsDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.factors import ShapeFactorsDataModule as ShapeFactorsDataModule
+from .vision.halves import SearchHalvesDataModule as SearchHalvesDataModule
 from .vision.imagenet import ImageNetDataModule as ImageNetDataModule
 from .vision.neighbour_crops import NeighbourCropsDataModule as NeighbourCropsDataModule
 from .vision.semi import SemiSupervisedDataModule as SemiSupervisedDataModule

@@ -1,3 +1,9 @@
+from .architecture_search.dass.module import DASSSearch as DASSSearch
+from .architecture_search.dass.supernet import SearchNetwork as SearchNetwork
+from .architecture_search.final import GenotypeClassifier as GenotypeClassifier
+from .architecture_search.layers import SparseConv2d as SparseConv2d
+from .architecture_search.layers import SparseLinear as SparseLinear
+from .architecture_search.networks import GenotypeNetwork as GenotypeNetwork
 from .catalog import Technique as Technique
 from .consistency_models.epg.finetune import EPGFinetune as EPGFinetune
 from .consistency_models.epg.networks import PixelMLPDecoder as PixelMLPDecoder

@@ -1,4 +1,7 @@
 # Written by `make functional` (docs/tools/functional.py): each core's __all__, and what shared files offer.
+from lit_methods.architecture_search.dass.core import architecture_gradient as architecture_gradient
+from lit_methods.architecture_search.dass.core import derive_cell as derive_cell
+from lit_methods.architecture_search.dass.core import mixed_operation as mixed_operation
 from lit_methods.averages import cosine_decay as cosine_decay
 from lit_methods.averages import ema_update as ema_update
 from lit_methods.averages import half_life_decay as half_life_decay
@@ -167,6 +170,10 @@ from lit_methods.callbacks.sparsity.random_search.core import random_nodes as ra
 from lit_methods.callbacks.sparsity.schedules import cosine_drop as cosine_drop
 from lit_methods.callbacks.sparsity.schedules import cubic_sparsity as cubic_sparsity
 from lit_methods.callbacks.sparsity.schedules import exponential_drop as exponential_drop
+from lit_methods.callbacks.sparsity.score_masks import pruning_phase as pruning_phase
+from lit_methods.callbacks.sparsity.score_masks import scaled_scores as scaled_scores
+from lit_methods.callbacks.sparsity.score_masks import score_mask as score_mask
+from lit_methods.callbacks.sparsity.score_masks import scored_weight as scored_weight
 from lit_methods.callbacks.sparsity.scores import grasp_scores as grasp_scores
 from lit_methods.callbacks.sparsity.scores import kept_masks as kept_masks
 from lit_methods.callbacks.sparsity.scores import kept_shares as kept_shares
@@ -508,6 +515,7 @@ __all__ = [
     "alpha_at",
     "alternating_codes",
     "annealed_beta",
+    "architecture_gradient",
     "as_operator",
     "ast_momentum",
     "attention_block_mask",
@@ -600,6 +608,7 @@ __all__ = [
     "denoising_weight",
     "dense_cloud",
     "dense_to_sparse_loss",
+    "derive_cell",
     "detached_pseudo_huber",
     "dice_and_hd95",
     "difference_in_means",
@@ -767,6 +776,7 @@ __all__ = [
     "max_cosine",
     "mean_codes",
     "merged_labels",
+    "mixed_operation",
     "motion_kernel",
     "moving_marginal",
     "mse_codes",
@@ -834,6 +844,7 @@ __all__ = [
     "pruned_block_means",
     "pruned_count",
     "pruned_masks",
+    "pruning_phase",
     "pseudo_huber",
     "psnr_y",
     "quadratic_ramp",
@@ -878,8 +889,11 @@ __all__ = [
     "sara_learning_rate",
     "save_delta",
     "save_masks",
+    "scaled_scores",
     "scaled_weight",
     "scm_loss",
+    "score_mask",
+    "scored_weight",
     "sdgf_schedule",
     "search_radius",
     "segmentation_losses",

@@ -362,6 +362,10 @@ RECIPES: dict[str, Recipe] = {
         {"pretrained: true": "pretrained: false", "head_hidden: 2048": "head_hidden: 64"},
         words=("--data.init_args.batch_size=2", "--data.init_args.eval_batch_size=4"),
         why=f"batch of 2, narrower heads: {SMALL_BATCH}",
+    "dass_cifar_final": Recipe(words=("--data.init_args.batch_size=2",), why=f"batch of 2: {SMALL_BATCH}"),
+    "dass_cifar_search": Recipe(
+        words=("--data.init_args.batch_size=2", "--model.init_args.pretrain_steps=0"),
+        why=f"batch of 2: {SMALL_BATCH}; begins with the second phase, in which each batch is one step",
     ),
     "dsl_recommendation_lightgcn": Recipe(),
     "dsl_recommendation_multvae": Recipe(),

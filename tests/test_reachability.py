@@ -54,6 +54,7 @@ SETTINGS = {
     "adele": ["--trainer.callbacks.rule slices --trainer.callbacks.common_epoch 1", "--trainer.callbacks.eval_interval 1"],
     "cirim": ["--model.init_args.consistency explicit"],
     "conr": ["--trainer.callbacks.variant dense"],
+    "dass": ["--model.init_args.pretrain_steps 1 --model.init_args.prune_steps 1 --model.init_args.finetune_steps 1"],
     "dsl_recommendation": ["--trainer.callbacks.interval 2"],
     "dsnot": [
         "--trainer.callbacks.at_step 1 --trainer.callbacks.initial sparsegpt",

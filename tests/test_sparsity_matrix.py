@@ -29,6 +29,7 @@ from lit_methods.callbacks import (
     MaskedBNSparsity,
     NMSparsity,
     RandomPruning,
+    ScorePruning,
     SparseGPT,
     SparseIFT,
     SparsityReport,
@@ -134,6 +135,7 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
     "DSL": lambda: DSL(0.4, interval=1),
     "NMSparsity": lambda: NMSparsity(1, 2),
     "NMSparsity, SdGf": lambda: NMSparsity(1, 2, recipe="sdgf_stepwise", stages=1),
+    "ScorePruning": lambda: ScorePruning(0.4, pretrain_steps=1, prune_steps=1),
     "CAST": lambda: CAST(1, 2, distill="network", probe_interval=0),
     "IterativeSoftShrinkage": lambda: IterativeSoftShrinkage(0.5, prune_iters=1),
     "MaskedBNSparsity": lambda: MaskedBNSparsity("global_sparsity", forward="network"),
@@ -144,7 +146,7 @@ CALLBACKS: dict[str, Callable[[], pl.Callback]] = {
 }
 KINDS: dict[str, str] = {
     **dict.fromkeys(CALLBACKS, "weights are masked"),
-    **dict.fromkeys(("NMSparsity", "NMSparsity, SdGf", "CAST"), "the forward pass sees other weights"),
+    **dict.fromkeys(("NMSparsity", "NMSparsity, SdGf", "ScorePruning", "CAST"), "the forward pass sees other weights"),
     "MaskedBNSparsity": "channels are cut",
     **dict.fromkeys(("SparseIFT, wide", "SparseIFT, factorized"), "layers are replaced"),
 }
@@ -242,7 +244,7 @@ PARTNERS: dict[str, Callable[[], tuple[list[pl.Callback], dict[str, Any]]]] = {
 }
 MASKED = "it renames the weights while fit runs"
 REPARAMETRISED = "both replace the weights while fit runs"
-LATENT = ("NMSparsity", "NMSparsity, SdGf", "CAST")  # the forward pass sees other weights than the optimiser
+LATENT = ("NMSparsity", "NMSparsity, SdGf", "ScorePruning", "CAST")  # the forward pass sees other weights than the optimiser
 LOST = "its checkpoints hold the weights of the forward pass only, so a resumed average would lose the latent"
 PAIR_REFUSALS: dict[tuple[str, str], str] = {
     **{(callback, "ModelPruning"): REPARAMETRISED if callback in LATENT else MASKED for callback in CALLBACKS},

@@ -31,6 +31,7 @@ SHARED = {
     "callbacks.sparsity.masks": "is_nm keep_largest nm_mask random_mask",
     "callbacks.sparsity.one_shot": "expected_error initial_score keep_high_scores magnitude_mask sparsegpt wanda_mask",
     "callbacks.sparsity.schedules": "cosine_drop cubic_sparsity exponential_drop",
+    "callbacks.sparsity.score_masks": "pruning_phase scaled_scores score_mask scored_weight",
     "callbacks.sparsity.scores": "grasp_scores kept_masks kept_shares snip_scores",
     "callbacks.sparsity.sparse_ift.surgery": "iso_flop_transform",
     "consistency_models.curricula": "ct_teacher_decay doubling_levels doubling_stage_length ect_lower ect_stage square_root_levels",

@@ -216,6 +216,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "NMSparsity": {"n": 2, "m": 4, **NM},
     "RandomPruning": {"density": 0.5, **NM},
     "RandomSearch": {"candidates": 2, "space": "weight", **NM},
+    "ScorePruning": {"keep": 0.5, "pretrain_steps": 1, "prune_steps": 1, **NM},
     "SparseAttentionCallback": {},
     "IsoCostReport": {},
     "Magnitude": NM,
@@ -409,6 +410,8 @@ LOG_AT_THE_END_OF_EPOCHS = {
     "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "RandomSearch", "Reliability", "SampleQuality",
     "SparseGPT",
     "SparseIFT", "SparsityReport", "SSVI", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
+    "ScorePruning", "SparseGPT",
+    "SparseIFT", "SparsityReport", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
 }  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Networks whose cells are searched by gradients."""
