@@ -336,6 +336,10 @@ RECIPES: dict[str, Recipe] = {
     "conr_imdb_wiki": batch(8),
     "conr_nyud2": Recipe(RANDOM),
     "conr_sts_b": Recipe(),
+    "cirim_cc359": Recipe(needs=("h5py",)),
+    "cirim_fastmri_brain": Recipe(needs=("h5py",)),
+    "cirim_fastmri_knee": Recipe(needs=("h5py",)),
+    "cirim_stanford_knee": Recipe(needs=("h5py",)),
     **{
         f"cir_uncertainty_{name}": Recipe(
             {
@@ -352,16 +356,13 @@ RECIPES: dict[str, Recipe] = {
         )
         for name in ("fashioniq", "shoes", "fashion200k")
     },
-    "cirim_cc359": Recipe(needs=("h5py",)),
-    "cirim_fastmri_brain": Recipe(needs=("h5py",)),
-    "cirim_fastmri_knee": Recipe(needs=("h5py",)),
-    "cirim_stanford_knee": Recipe(needs=("h5py",)),
     "coprompt_eurosat": CLIP,
     "coprompt_imagenet": CLIP,
     "cotap_coco_imagenet": Recipe(
         {"pretrained: true": "pretrained: false", "head_hidden: 2048": "head_hidden: 64"},
         words=("--data.init_args.batch_size=2", "--data.init_args.eval_batch_size=4"),
         why=f"batch of 2, narrower heads: {SMALL_BATCH}",
+    ),
     "dass_cifar_final": Recipe(words=("--data.init_args.batch_size=2",), why=f"batch of 2: {SMALL_BATCH}"),
     "dass_cifar_search": Recipe(
         words=("--data.init_args.batch_size=2", "--model.init_args.pretrain_steps=0"),

@@ -352,10 +352,6 @@ REFUSED: dict[tuple[str, str], str] = {
     )},
     **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
 }  # fmt: skip
-REFUSED |= {
-    ("SSVI", "weight_norm"): "body.4 is a ParametrizedLinear",
-    ("SSVI", "pruned"): "body.4 has a weight that is made in the forward",
-}
 REFUSED |= {("MaskedBNSparsity", tool): "no batch norm of Pictures can be pruned" for tool in ("weight_norm", "pruned")}
 REFUSED |= {  # it reports on another callback
     ("IsoCostReport", tool): "there is no SparseAttentionCallback to report on"
@@ -408,10 +404,7 @@ def test_every_public_callback_has_an_entry() -> None:
 LOG_AT_THE_END_OF_EPOCHS = {
     "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
     "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "RandomSearch", "Reliability", "SampleQuality",
-    "SparseGPT",
-    "SparseIFT", "SparsityReport", "SSVI", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
-    "ScorePruning", "SparseGPT",
-    "SparseIFT", "SparsityReport", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
+    "ScorePruning", "SparseGPT", "SparseIFT", "SparsityReport", "SSVI", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
 }  # fmt: skip
 
 
