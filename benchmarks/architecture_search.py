@@ -1,6 +1,6 @@
 """What searched sparse networks cost.
 
-    python benchmarks/architecture_search.py [--section dass] [--rounds 5] [--channels 8] [--cells 4] [--batch 16] [--threads 1] [--json FILE]
+    python benchmarks/architecture_search.py [--section dass] [--rounds 5] [--channels 8] [--cells 4] [--batch 16] [--json FILE]
 
 ``dass``: the five evaluations of a second-order step of DASS's search (four for the gradient of alpha, one for the weights) on random
 images of 3 x 16 x 16, by functional calls, as ``DASSSearch`` makes them, and by the plain way: a copy of the model for the unrolled step,
