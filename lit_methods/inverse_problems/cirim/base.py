@@ -48,8 +48,7 @@ class Reconstruction(Evaluated):
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
-        Curve("Loss", ("mri/loss",), note="Of all steps of all cascades.", goal="min"),
-        Curve("Loss of each cascade", ("mri/loss_cascade/*",), note="Later ones should be lower.", goal="min"),
+        Curve("Loss", ("mri/loss",), goal="min"),
         Curve("PSNR", ("mri/val_psnr", "mri/val_zero_filled_psnr"), note="dB, mean over volumes; the floor is zero-filled.", goal="max"),
         Curve("SSIM", ("mri/val_ssim", "mri/val_zero_filled_ssim"), note="Mean over volumes.", goal="max"),
         Curve("NMSE", ("mri/val_nmse",), note="Squared error over squared target.", goal="min"),
