@@ -1,6 +1,7 @@
 """What the datamodules of MRI share: a scan becomes a sample."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,25 +39,37 @@ def as_pairs(values: NDArray[np.complexfloating]) -> Tensor:
     return torch.view_as_real(torch.from_numpy(np.ascontiguousarray(values.astype(np.complex64)))).clone()
 
 
+class Masks(NamedTuple):
+    """Which masks are drawn.
+
+    Attributes:
+        kind: Kind of mask.
+        acceleration: About all samples over those that are measured; a sample draws one.
+        centre: Fully measured middle, for each acceleration.
+    """
+
+    kind: Kind
+    acceleration: tuple[float, ...]
+    centre: tuple[float, ...]
+
+
 class MaskedSamples(Samples):
     """Base: subclasses give a scan by its number; here its mask is drawn.
 
     Args:
-        mask: Kind of mask.
-        acceleration: About all samples over those that are measured.
-        centre: Fully measured middle.
+        masks: Which.
         seed: Of the training masks; None: those of an evaluation, the same in every epoch.
     """
 
-    def __init__(self, mask: Kind, acceleration: Sequence[float], centre: Sequence[float], seed: int | None) -> None:
-        self._mask, self._acceleration, self._centre, self._seed = mask, tuple(acceleration), tuple(centre), seed
+    def __init__(self, masks: Masks, seed: int | None) -> None:
+        self.masks, self._seed = masks, seed
 
     def drawn_mask(self, shape: tuple[int, int], epoch: int, index: int) -> Mask:
         """The mask of a sample; where there are several accelerations, one of them by chance."""
         place = [_EVALUATED, index] if self._seed is None else [_TRAINED, self._seed, epoch, index]
         rng = np.random.default_rng(place)
-        choice = int(rng.integers(len(self._acceleration)))
-        return make_mask(self._mask, shape, self._acceleration[choice], self._centre[choice], rng)
+        choice = int(rng.integers(len(self.masks.acceleration)))
+        return make_mask(self.masks.kind, shape, self.masks.acceleration[choice], self.masks.centre[choice], rng)
 
 
 def scan_sample(kspace: Complex, maps: Complex, mask: Mask, volume: int, target: Complex | None, maximum: float) -> dict[str, Tensor]:
@@ -112,12 +125,13 @@ class ScansDataModule(LoaderDataModule):
         for one, middle in zip(*several, strict=True):
             checks.within("[1, inf)", acceleration=one)
             checks.share(centre=middle)
-        self.mask, self.acceleration, self.centre = mask, *several
+        self.masks = Masks(mask, *several)
 
 
 __all__ = [
     "Complex",
     "MaskedSamples",
+    "Masks",
     "ScansDataModule",
     "as_pairs",
     "fft2c",

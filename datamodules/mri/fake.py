@@ -52,7 +52,6 @@ def _fast_mri(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
                 else:
                     file["reconstruction_rss"] = np.stack([root_sum_of_squares(ifft2c(one)) for one in kspace])
                 file["kspace"] = kspace
-                file["ismrmrd_header"] = "<ismrmrdHeader/>"
             _maps(arguments, name, maps)
     crop = arguments.get("crop")
     return _set(arguments) | ({} if crop is None else {"crop": [min(side, _SIZE - 4) for side in crop]})

@@ -18,6 +18,7 @@ from lit_methods.datamodules.folders import data_path, listed
 from lit_methods.datamodules.mri.base import (
     Complex,
     MaskedSamples,
+    Masks,
     ScansDataModule,
     fft2c,
     ifft2c,
@@ -73,9 +74,11 @@ class Volume:
     def kspace(self, index: int) -> Complex:
         """Centred k-space of a slice, (C, H, W)."""
         kinds = "f" if self.interleaved else "c"
-        found = _finite(read_hdf5(self.path, ("kspace",), kinds=kinds, part=index)["kspace"], self.path, "kspace")
-        if not self.interleaved:
-            return found.astype(np.complex64)
+        found = read_hdf5(self.path, ("kspace",), kinds=kinds, part=index)["kspace"]
+        with np.errstate(over="ignore"):  # checked behind the conversion
+            if not self.interleaved:
+                return _finite(found.astype(np.complex64), self.path, "kspace")
+            found = _finite(found.astype(np.float32), self.path, "kspace")
         pairs = (found[..., ::2] + 1j * found[..., 1::2]).transpose(2, 0, 1)
         return fft2c(np.fft.ifft2(pairs, norm="ortho"))  # frequency 0 first, the image's middle in the middle (mem)
 
@@ -86,7 +89,8 @@ class Volume:
     def rss(self, index: int) -> NDArray[np.float32]:
         """The file's root of the sum of squares."""
         found = read_hdf5(self.path, ("reconstruction_rss",), part=index)["reconstruction_rss"]
-        return _finite(found, self.path, "reconstruction_rss").astype(np.float32)
+        with np.errstate(over="ignore"):
+            return _finite(found.astype(np.float32), self.path, "reconstruction_rss")
 
     def largest(self) -> float:
         """The volume's largest magnitude, > 0: that of ``reconstruction_rss``, or of all slices where there is none."""
@@ -104,8 +108,8 @@ class Volume:
 class _Slices(MaskedSamples):
     """Slices of volumes; what they need to be read goes along to a worker."""
 
-    def __init__(self, volumes: Sequence[Volume], options: dict[str, Any], words: tuple, seed: int | None, own_masks: bool) -> None:  # type: ignore[type-arg]
-        super().__init__(*words, seed)
+    def __init__(self, volumes: Sequence[Volume], options: dict[str, Any], words: Masks, seed: int | None, own_masks: bool) -> None:
+        super().__init__(words, seed)
         self.volumes, self.own_masks = list(volumes), own_masks
         self.options = options
         self.places = [(number, index) for number, volume in enumerate(self.volumes) for index in range(volume.slices)]
@@ -147,7 +151,7 @@ class _Slices(MaskedSamples):
         return columns
 
     def _own_mask(self, volume: Volume, shape: tuple[int, int]) -> Mask:
-        found, kind = volume.mask(), self._mask
+        found, kind = volume.mask(), self.masks.kind
         if found.shape not in (shape, shape[1:]):
             raise BrokenRecordError(
                 volume.path, "mask", f"is {found.shape} and k-space {shape}: expected (W,) or (H, W) of the same size, {AGAIN}"
@@ -170,7 +174,8 @@ class _Slices(MaskedSamples):
         fields = read_hdf5(path, ("sensitivity_map",), "coil maps", "give a folder of maps with the names of the k-space", "c", place)
         if "sensitivity_map" not in fields:
             raise BrokenRecordError(path, "sensitivity_map", "isn't in the file: expected coil maps (slices, coils, H, W), complex")
-        maps = _finite(fields["sensitivity_map"], path, "sensitivity_map").astype(np.complex64)
+        with np.errstate(over="ignore"):
+            maps: Complex = _finite(fields["sensitivity_map"].astype(np.complex64), path, "sensitivity_map")
         if maps.ndim == 3 and maps.shape[0] == len(kspace) and all(a >= b for a, b in zip(maps.shape[1:], kspace.shape[1:], strict=True)):
             maps = cropped(maps, kspace.shape[1:]) if self.options["crop"] is not None else maps
         if maps.shape != kspace.shape:
@@ -180,7 +185,8 @@ class _Slices(MaskedSamples):
                 f"is {maps.shape} for a slice whose k-space is {kspace.shape}: expected the same; give the maps of this file, or maps=null",
             )
         size = np.sqrt((np.abs(maps) ** 2).sum(0))
-        return maps / np.where(size > 0, size, 1)
+        unit: Complex = (maps / np.where(size > 0, size, 1)).astype(np.complex64)
+        return unit
 
     def _target(self, volume: Volume, place: int, kspace: Complex, maps: Complex) -> Complex:
         if self.options["target"] == "sense":
@@ -290,7 +296,7 @@ class KSpaceFilesDataModule(ScansDataModule):
             "zero_columns": self.zero_columns,
             "alike": first if self.batch_size > 1 else None,
         }
-        return _Slices(volumes, options, (self.mask, self.acceleration, self.centre), seed, own)
+        return _Slices(volumes, options, self.masks, seed, own)
 
 
 class FastMRIDataModule(KSpaceFilesDataModule):

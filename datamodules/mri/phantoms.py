@@ -1,6 +1,5 @@
 """Made scans: random ellipses, or images of one's own, seen by coils that are made, too."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 from lit_methods import checks
 from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
-from lit_methods.datamodules.mri.base import Complex, MaskedSamples, ScansDataModule, fft2c, scan_sample
+from lit_methods.datamodules.mri.base import Complex, MaskedSamples, Masks, ScansDataModule, fft2c, scan_sample
 from lit_methods.datamodules.reading import finite, read_npz
 from lit_methods.inverse_problems.masks import Kind
 
@@ -51,8 +50,8 @@ def coil_maps(coils: int, shape: tuple[int, int], rng: np.random.Generator) -> C
 class _Phantoms(MaskedSamples):
     """Scans in memory: images (N, H, W), maps (N, C, H, W), noise (N, C, H, W) in k-space."""
 
-    def __init__(self, images: Complex, maps: Complex, noise: Complex, words: tuple, seed: int | None) -> None:  # type: ignore[type-arg]
-        super().__init__(*words, seed)
+    def __init__(self, images: Complex, maps: Complex, noise: Complex, words: Masks, seed: int | None) -> None:
+        super().__init__(words, seed)
         self.images, self.maps = images, maps
         self.kspace = fft2c(maps * images[:, None]) + noise
 
@@ -144,8 +143,7 @@ class PhantomScansDataModule(ScansDataModule):
             maps = np.stack([coil_maps(self.coils, images.shape[1:], rng) for _ in images])
             draws = rng.standard_normal((2, *maps.shape))
             noise = (self.noise * (draws[0] + 1j * draws[1])).astype(np.complex64)
-            words = (self.mask, self.acceleration, self.centre)
-            scans = _Phantoms(with_phase(images, rng), maps, noise, words, self.seed if name == "train" else None)
+            scans = _Phantoms(with_phase(images, rng), maps, noise, self.masks, self.seed if name == "train" else None)
             setattr(self, f"{name}_set", scans)
 
 
@@ -165,7 +163,7 @@ def read_images(path: Path, size: int) -> NDArray[np.float64]:
     if side < size:
         raise BrokenRecordError(path, "image", f"is {images.shape}, smaller than size={size}: give a smaller size")
     top, left = ((length - side) // 2 for length in images.shape[1:])
-    squares: Sequence[NDArray[np.float32]] = images[:, top : top + side, left : left + side]
+    squares = images[:, top : top + side, left : left + side]
     small = np.stack([np.asarray(Image.fromarray(one).resize((size, size), Image.Resampling.BOX), np.float64) for one in squares])
     largest = small.max((1, 2), keepdims=True)
     if (small < 0).any() or not (largest > 0).all():

@@ -108,8 +108,7 @@ def estimate_maps(kspace: Tensor, lines: int, fourier: Fourier = CENTERED) -> Te
     height, width = kspace.shape[-3:-1]
     rows, columns = min(lines, height), min(lines, width)
     window = torch.zeros(height, width, dtype=kspace.dtype, device=kspace.device)
-    options = {"periodic": False, "dtype": kspace.dtype, "device": kspace.device}
-    soft = torch.outer(torch.hann_window(rows + 2, **options)[1:-1], torch.hann_window(columns + 2, **options)[1:-1])
+    soft = torch.outer(*(torch.hann_window(side + 2, False, dtype=kspace.dtype, device=kspace.device)[1:-1] for side in (rows, columns)))
     top, left = height // 2 - rows // 2, width // 2 - columns // 2
     window[top : top + rows, left : left + columns] = soft
     return normalise_maps(ifft2c(kspace * window[..., None], fourier))

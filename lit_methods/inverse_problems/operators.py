@@ -338,6 +338,7 @@ class Inpainting(LinearOperator):
     """
 
     mask: Tensor
+    places: Tensor
 
     def __init__(self, mask: Tensor, flat: bool = True) -> None:
         super().__init__()

@@ -48,8 +48,7 @@ class Reconstruction(Evaluated):
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
-        Curve("Loss", ("mri/loss",), note="Of all steps of all cascades.", goal="min"),
-        Curve("Loss of each cascade", ("mri/loss_cascade/*",), note="Later ones should be lower.", goal="min"),
+        Curve("Loss", ("mri/loss",), goal="min"),
         Curve("PSNR", ("mri/val_psnr", "mri/val_zero_filled_psnr"), note="dB, mean over volumes; the floor is zero-filled.", goal="max"),
         Curve("SSIM", ("mri/val_ssim", "mri/val_zero_filled_ssim"), note="Mean over volumes.", goal="max"),
         Curve("NMSE", ("mri/val_nmse",), note="Squared error over squared target.", goal="min"),
@@ -180,9 +179,11 @@ class Reconstruction(Evaluated):
     @staticmethod
     def _similarity(image: Tensor, target: Tensor, largest: Tensor) -> Tensor:
         """SSIM of each slice over the largest value of its volume, (B,)."""
-        pair = [(x / largest[:, None, None])[:, None] for x in (image, target)]
+        ours, wanted = ((x / largest[:, None, None])[:, None] for x in (image, target))
         with torch.autocast(image.device.type, enabled=False):
-            found = structural_similarity_index_measure(*pair, gaussian_kernel=False, kernel_size=_WINDOW, data_range=1.0, reduction="none")
+            found = structural_similarity_index_measure(
+                ours, wanted, gaussian_kernel=False, kernel_size=_WINDOW, data_range=1.0, reduction="none"
+            )
         assert isinstance(found, Tensor)
         return found.reshape(len(image))
 
@@ -194,7 +195,7 @@ class Reconstruction(Evaluated):
         sums = rows.new_zeros(int(volume.max()) + 1, rows.shape[1]).index_add(0, volume, rows)
         slices = torch.bincount(volume).to(rows)
         largest = rows.new_zeros(len(sums)).scatter_reduce(0, volume, rows[:, 3], "amax")
-        figures = {}
+        figures: dict[str, Tensor] = {}
         for prefix, column in (("", 4), ("zero_filled_", 6)):
             figures |= {
                 f"{prefix}psnr": (10 * torch.log10(largest.square() * sums[:, 1] / sums[:, column].clamp(min=1e-20))).mean(),

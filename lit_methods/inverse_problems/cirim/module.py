@@ -4,12 +4,15 @@ Maths and origin: :mod:`lit_methods.inverse_problems.cirim.core`; what it is com
 :mod:`lit_methods.inverse_problems.cirim.baselines`.
 """
 
+from typing import ClassVar
+
 from lit_methods import checks
 from lit_methods.arguments import handed_on
 from lit_methods.catalog import Technique
 from lit_methods.inverse_problems.cirim.base import Reconstruction, Schedule
 from lit_methods.inverse_problems.cirim.core import Cell, CIRIMNetwork, Consistency, Loss
 from lit_methods.inverse_problems.mri import Fourier, Normalization
+from lit_methods.panels import Curve, Panel
 
 TECHNIQUE = Technique(
     slug="cirim",
@@ -73,6 +76,11 @@ class CIRIM(Reconstruction):
     Raises:
         ValueError: A value lies outside its range.
     """
+
+    panels: ClassVar[tuple[Panel, ...]] = (
+        *Reconstruction.panels,
+        Curve("Loss of each cascade", ("mri/loss_cascade/*",), note="Later ones should be lower.", goal="min"),
+    )
 
     def __init__(
         self,
