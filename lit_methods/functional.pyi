@@ -191,6 +191,9 @@ from lit_methods.callbacks.sparsity.sparse_model_soups.core import recalibrating
 from lit_methods.callbacks.sparsity.sparse_model_soups.core import relative_norm_drop as relative_norm_drop
 from lit_methods.callbacks.sparsity.sparse_model_soups.core import retrain_rates as retrain_rates
 from lit_methods.callbacks.sparsity.sparse_model_soups.core import uniform_soup as uniform_soup
+from lit_methods.callbacks.sparsity.ssvi.core import active_count as active_count
+from lit_methods.callbacks.sparsity.ssvi.core import removal_addition as removal_addition
+from lit_methods.callbacks.sparsity.ssvi.core import removal_score as removal_score
 from lit_methods.consistency_models.curricula import ct_teacher_decay as ct_teacher_decay
 from lit_methods.consistency_models.curricula import doubling_levels as doubling_levels
 from lit_methods.consistency_models.curricula import doubling_stage_length as doubling_stage_length
@@ -401,6 +404,7 @@ from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
 
 __all__ = [
     "ablate_direction",
+    "active_count",
     "activity_counts",
     "ada_snapkv",
     "adam_update_",
@@ -698,6 +702,8 @@ __all__ = [
     "regression_loss",
     "relative_error",
     "relative_norm_drop",
+    "removal_addition",
+    "removal_score",
     "remove_norm_scales",
     "removed_weight",
     "repeat_per_context",

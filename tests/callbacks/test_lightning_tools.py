@@ -348,10 +348,6 @@ REFUSED: dict[tuple[str, str], str] = {
     )},
     **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
 }  # fmt: skip
-REFUSED |= {
-    ("SSVI", "weight_norm"): "body.4 is a ParametrizedLinear",
-    ("SSVI", "pruned"): "body.4 has a weight that is made in the forward",
-}
 REFUSED |= {("MaskedBNSparsity", tool): "no batch norm of Pictures can be pruned" for tool in ("weight_norm", "pruned")}
 REFUSED |= {  # it reports on another callback
     ("IsoCostReport", tool): "there is no SparseAttentionCallback to report on"
