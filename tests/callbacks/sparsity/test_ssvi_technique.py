@@ -18,8 +18,10 @@ from helpers import (
     Images,
     TwoOptimisers,
     assert_state_dicts_equal,
+    compiled_classifier,
     kill_and_resume,
     left_behind,
+    resnet_classifier,
     run_two_processes,
     tiny_trainer,
 )
@@ -266,6 +268,39 @@ def test_adam_clipping_and_bfloat16() -> None:
     assert [group["weight_decay"] for group in trainer.optimizers[0].param_groups] == [0.01, 0.0, 0.01, 0.0]
     for layer in bayes_layers(module).values():
         assert (layer.weight[~layer.mask] == 0).all()
+
+
+def vit_classifier() -> Classifier:
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    return Classifier(VisionTransformer(image_size=8, patch_size=4, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=4))
+
+
+@pytest.mark.parametrize(
+    ("build", "skip", "layers"),
+    [
+        pytest.param(resnet_classifier, [], 21, marks=pytest.mark.thorough),
+        (vit_classifier, ["*.self_attention"], 6),
+        pytest.param(compiled_classifier, [], 3, marks=pytest.mark.thorough),
+    ],
+)
+def test_networks_of_others_train_are_evaluated_and_are_loaded_again(build: Any, skip: Any, layers: int, tmp_path: Any) -> None:
+    callback, module = ssvi(density=0.3, samples=2, interval=1, end_fraction=1.0, skip=skip), build()
+    trainer = tiny_trainer(callbacks=[callback], max_steps=3, limit_val_batches=1, val_check_interval=1)
+    trainer.fit(module, loader(12, 4), loader(12, 4))
+    found = bayes_layers(module)
+    assert len(found) == layers
+    for layer in list(found.values())[1:]:
+        assert (layer.weight[~layer.mask] == 0).all()
+        assert layer.mask.float().mean() < 0.35
+    assert trainer.callback_metrics["val_loss"].isfinite()
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = build()
+    other = tiny_trainer(callbacks=[ssvi(density=0.3, samples=2, skip=skip)], limit_val_batches=1)
+    other.validate(again, loader(12, 4), ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    assert_state_dicts_equal(dict(again.state_dict()), dict(module.state_dict()))
+    torch.testing.assert_close(other.callback_metrics["val_loss"], trainer.callback_metrics["val_loss"])
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------------------------
