@@ -68,7 +68,7 @@ class _FrameBlock(nn.Module):
         batch, frames, _, height, width = x.shape
         flat = x.flatten(0, 1)
         scale, shift = self.modulation(embedding).flatten(0, 1)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm1(flat))).unflatten(0, (batch, frames))
+        h: Tensor = self.conv1(F.silu(self.norm1(flat))).unflatten(0, (batch, frames))
         beside = F.pad(h, (0, 0) * 3 + (1, 1))  # no frame: 0
         h = self.neighbours(torch.cat([beside[:, :-2], h, beside[:, 2:]], dim=2).flatten(0, 1))
         h = self.shortcut(flat) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
