@@ -90,8 +90,8 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, size: int, strid
     if not len(views):
         return torch.zeros_like(value)
     # unfold appends the window's frames as the last dimension: (..., n, D, W) -> (..., n, W, D)
-    parts = (part.unfold(-2, size, stride).transpose(-1, -2) for part in (query, key, value))
-    answers = F.scaled_dot_product_attention(*parts)
+    inside, keys, values = (part.unfold(-2, size, stride).transpose(-1, -2) for part in (query, key, value))
+    answers = F.scaled_dot_product_attention(inside, keys, values)
     fused = fuse_windows(answers.movedim((-3, -2), (0, 1)), views, frames, window_weights(size))
     return fused.movedim(0, -2)
 

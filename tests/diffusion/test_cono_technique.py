@@ -217,6 +217,8 @@ def test_what_a_denoiser_lacks_is_said():
         tiny_trainer(max_steps=1).fit(VideoDiffusionModule(GaussianVideos(), clip_shape=(1, 4, 6)), GaussianVideosDataModule())
     with pytest.raises(ValueError, match="same sizes"):
         tiny_trainer(max_steps=1).fit(VideoDiffusionModule(SmallVideoUNet(channels=16)), MovingDigitsDataModule(frames=8))
+    with pytest.raises(ValueError, match="even sizes"):
+        SmallVideoUNet(channels=16)(torch.zeros(1, 2, 1, 5, 4), torch.zeros(1).long(), torch.zeros(1).long())
     with pytest.raises(ValueError, match="encode_prompts"):
         tiny_trainer().test(VideoDiffusionModule(SmallVideoUNet(channels=16)), VideoPromptsDataModule(), verbose=False)
 
