@@ -24,7 +24,7 @@ from .consistency_models.slct.core import NonScalingLayerNorm as NonScalingLayer
 from .consistency_models.slct.module import SLCT as SLCT
 from .datamodules.label_store import LabelStore as LabelStore
 from .inverse_problems.degradations import BoxInpainting as BoxInpainting
-from .inverse_problems.degradations import GaussianBlur as GaussianBlur
+from .inverse_problems.degradations import GaussianSmoothing as GaussianSmoothing
 from .inverse_problems.degradations import MaskFileInpainting as MaskFileInpainting
 from .inverse_problems.degradations import MotionBlur as MotionBlur
 from .inverse_problems.degradations import ScatteredInpainting as ScatteredInpainting

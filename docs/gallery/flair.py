@@ -16,7 +16,9 @@ def draw(run: Path) -> Image.Image:
     Args:
         run: The run's folder, with ``media/``.
     """
-    images, strip = (max((run / "media").glob(f"flair-{name}-*.png"), key=lambda file: file.stat().st_mtime) for name in ("images", "strip"))
+    images, strip = (
+        max((run / "media").glob(f"flair-{name}-*.png"), key=lambda file: file.stat().st_mtime) for name in ("images", "strip")
+    )
     canvas = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(24)
     shown = Image.open(images).convert("RGB").resize((8 * SIDE, 3 * SIDE), Image.Resampling.NEAREST)

@@ -18,8 +18,8 @@ from lit_methods import (
     BoxInpainting,
     DigitFeatures,
     FlowInverseSolver,
-    GaussianBlur,
     GaussianMixtureFlow,
+    GaussianSmoothing,
     LatentFlow,
     MaskFileInpainting,
     MotionBlur,
@@ -342,7 +342,7 @@ def test_degradations_of_numbers_and_files(tmp_path: Path) -> None:
     picture(tmp_path / "mask.png", np.array([[0, 255], [255, 255]], dtype=np.uint8))
     assert MaskFileInpainting(tmp_path / "mask.png").mask.tolist() == [[False, True], [True, True]]
     image = torch.rand(1, 1, 16, 16)
-    for blur in (MotionBlur(5, seed=1), GaussianBlur(5, 1.0)):
+    for blur in (MotionBlur(5, seed=1), GaussianSmoothing(5, 1.0)):
         assert float((blur(image) - image).abs().max()) > 0.01
     for box in ([0, 0, 17, 2], [0, 0, 16, 16], [-1, 0, 2, 2]):
         with pytest.raises(ValueError, match="give top, left, height, width of a part"):
