@@ -84,6 +84,7 @@ class FlowInverseSolver(nn.Module):
     """
 
     error: Tensor
+    prior: FlowPrior
 
     def __init__(
         self,
