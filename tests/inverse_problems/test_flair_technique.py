@@ -220,7 +220,7 @@ def test_two_processes_calibrate_and_restore_like_one() -> None:
 
 def test_a_checkpoint_has_the_curve_and_without_one_nothing_is_restored(tmp_path: Path) -> None:
     data, module = MixtureDataModule(num_val=8, num_test=4), _module()
-    with pytest.raises(RuntimeError, match="aren't calibrated: give --ckpt_path"):
+    with pytest.raises(ValueError, match="aren't calibrated: give --ckpt_path"):
         tiny_trainer().test(module, data, verbose=False)
     trainer = tiny_trainer(max_epochs=1)
     trainer.fit(module, datamodule=data)
