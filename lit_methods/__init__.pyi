@@ -40,7 +40,7 @@ from .inverse_problems.cirim.baselines import UNetReconstruction as UNetReconstr
 from .inverse_problems.cirim.baselines import ZeroFilledReconstruction as ZeroFilledReconstruction
 from .inverse_problems.cirim.module import CIRIM as CIRIM
 from .inverse_problems.degradations import BoxInpainting as BoxInpainting
-from .inverse_problems.degradations import GaussianBlur as GaussianBlur
+from .inverse_problems.degradations import GaussianSmoothing as GaussianSmoothing
 from .inverse_problems.degradations import MaskFileInpainting as MaskFileInpainting
 from .inverse_problems.degradations import MotionBlur as MotionBlur
 from .inverse_problems.degradations import ScatteredInpainting as ScatteredInpainting

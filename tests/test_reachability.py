@@ -127,6 +127,7 @@ EXCEPTIONS = {
         f"lit_methods/tasks/language/answers.py {name}": "of squad_f1, whose documents are read from files; in the golden kind score"
         for name in ("word_overlap", "_words")
     },
+    "lit_methods/inverse_problems/flair/core.py guided_velocity": "of SD3Flow, which needs diffusers; test_flair_technique.py compares it",
     "lit_methods/claims/verdict.py welch": "compares runs that have ended; the page of random search shows it",
     "lit_methods/consistency_models/metrics.py geman_mcclure": "compared with in the golden kind metric; lit_methods.functional offers it",
 }

@@ -85,7 +85,7 @@ class MotionBlur(Blur):
         super().__init__(motion_kernel(kernel_size, torch.Generator().manual_seed(seed)))
 
 
-class GaussianBlur(Blur):
+class GaussianSmoothing(Blur):
     """Images blurred by a Gaussian; they go on at the opposite side.
 
     Args:
@@ -103,4 +103,4 @@ def _two(size: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-__all__ = ["BoxInpainting", "GaussianBlur", "MaskFileInpainting", "MotionBlur", "ScatteredInpainting"]
+__all__ = ["BoxInpainting", "GaussianSmoothing", "MaskFileInpainting", "MotionBlur", "ScatteredInpainting"]

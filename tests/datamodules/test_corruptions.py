@@ -102,6 +102,7 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
     ("missing|without key", r"^Text.*\.txt$", "every word is data, and a corpus may have fewer parts"),
     ("truncated", r"^Kitti.*\.lst$", "the last word of a line names the labels, which go by the name of the scan"),
     ("truncated", r"^Text.*\.txt$|^Ratings", "a text may end within a word, a rating within a number"),
+    ("missing", r"^Restoration", "images are those that lie in the folder"),
 ]
 
 

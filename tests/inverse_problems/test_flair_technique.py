@@ -18,8 +18,8 @@ from lit_methods import (
     BoxInpainting,
     DigitFeatures,
     FlowInverseSolver,
-    GaussianBlur,
     GaussianMixtureFlow,
+    GaussianSmoothing,
     LatentFlow,
     MaskFileInpainting,
     MotionBlur,
@@ -220,7 +220,7 @@ def test_two_processes_calibrate_and_restore_like_one() -> None:
 
 def test_a_checkpoint_has_the_curve_and_without_one_nothing_is_restored(tmp_path: Path) -> None:
     data, module = MixtureDataModule(num_val=8, num_test=4), _module()
-    with pytest.raises(RuntimeError, match="aren't calibrated: give --ckpt_path"):
+    with pytest.raises(ValueError, match="aren't calibrated: give --ckpt_path"):
         tiny_trainer().test(module, data, verbose=False)
     trainer = tiny_trainer(max_epochs=1)
     trainer.fit(module, datamodule=data)
@@ -342,7 +342,7 @@ def test_degradations_of_numbers_and_files(tmp_path: Path) -> None:
     picture(tmp_path / "mask.png", np.array([[0, 255], [255, 255]], dtype=np.uint8))
     assert MaskFileInpainting(tmp_path / "mask.png").mask.tolist() == [[False, True], [True, True]]
     image = torch.rand(1, 1, 16, 16)
-    for blur in (MotionBlur(5, seed=1), GaussianBlur(5, 1.0)):
+    for blur in (MotionBlur(5, seed=1), GaussianSmoothing(5, 1.0)):
         assert float((blur(image) - image).abs().max()) > 0.01
     for box in ([0, 0, 17, 2], [0, 0, 16, 16], [-1, 0, 2, 2]):
         with pytest.raises(ValueError, match="give top, left, height, width of a part"):

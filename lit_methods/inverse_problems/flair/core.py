@@ -23,19 +23,6 @@ Velocity = Callable[[Tensor, float], Tensor]
 Predict = Callable[[Tensor], Tensor]
 Noises = Callable[[int], Tensor]
 
-_ALPHAS: dict[str, Callable[[float], float]] = {
-    "1-t": lambda t: 1 - t,
-    "0.9(1-t)": lambda t: 0.9 * (1 - t),
-    "0.5(1-t)": lambda t: 0.5 * (1 - t),
-    "(1-t)^2": lambda t: (1 - t) ** 2,
-    "sqrt(1-t)": lambda t: math.sqrt(1 - t),
-    "t": lambda t: t,
-    "tsqrt": math.sqrt,
-    "tcbrt": lambda t: t ** (1 / 3),
-    "sine": lambda t: math.sin(math.pi * t / 2),
-    "none": lambda t: 0.0,
-}
-
 
 def flow_matching_error(velocity: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
     """(B,) mean square of velocity - (x1 - x0), each (B, ...): the loss of flow matching, and at one time a point of the error curve."""
@@ -128,9 +115,20 @@ def alpha_at(t: float, mode: Alpha = "1-t") -> float:
     Raises:
         ValueError: Another mode.
     """
-    if mode not in _ALPHAS:
-        raise ValueError(f"alpha is {mode!r}: give one of {', '.join(get_args(Alpha))}")
-    return _ALPHAS[mode](t)
+    values = {
+        "1-t": 1 - t,
+        "0.9(1-t)": 0.9 * (1 - t),
+        "0.5(1-t)": 0.5 * (1 - t),
+        "(1-t)^2": (1 - t) ** 2,
+        "sqrt(1-t)": math.sqrt(1 - t),
+        "t": t,
+        "tsqrt": math.sqrt(t),
+        "tcbrt": t ** (1 / 3),
+        "sine": math.sin(math.pi * t / 2),
+        "none": 0.0,
+    }
+    checks.one_of(values, alpha=mode)
+    return values[mode]
 
 
 def adjusted_noise(x1_hat: Tensor, fresh: Tensor, alpha: float) -> Tensor:

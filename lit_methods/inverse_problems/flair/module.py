@@ -150,6 +150,7 @@ class FLAIR(FlowMatchingModule):
         self._kept: list[tuple[list[int], Tensor]] = []  # numbers and images that validation restores
         self._rows: list[Tensor] = []  # (B, 1 + figures)
         self._features: list[Tensor] = []  # (B, 1 + 2 D) number, features of restored and clean images
+        self._weights: list[float] = []  # w(t) at each time; none on a rank without images
         self._times: list[Tensor] = []  # (B, times, 4)
         self._shown: tuple[Tensor, Restored] | None = None
         self._checked = False
@@ -269,7 +270,7 @@ class FLAIR(FlowMatchingModule):
             del means["seconds"]  # the first validation's are not those of a run
         log_global(self, {f"flair/{part}_{name}": value for name, value in means.items() if not (name == "ssim" and value.isnan())})
         self._media |= self._pictures()
-        if len(times):
+        if self._weights:
             self._media["flair/times"] = self._table(times.mean(0).view(-1, 3))
         self._forget()
 

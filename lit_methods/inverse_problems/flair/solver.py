@@ -84,6 +84,7 @@ class FlowInverseSolver(nn.Module):
     """
 
     error: Tensor
+    prior: FlowPrior
 
     def __init__(
         self,
@@ -130,13 +131,13 @@ class FlowInverseSolver(nn.Module):
         """(N,) float64 weights on the CPU, at linspace(1, 0, N).
 
         Raises:
-            RuntimeError: Nothing has been measured.
+            ValueError: Nothing has been measured.
         """
         times = torch.linspace(1, 0, len(self.error), dtype=torch.float64)
         if self.weighting != "calibrated":
             return self.weight * times if self.weighting == "linear" else torch.full_like(times, self.constant_weight)
         if not self.calibrated:
-            raise RuntimeError(
+            raise ValueError(
                 "the weights aren't calibrated: give --ckpt_path of a run of `lit fit`, whose validation measures them, weights= a file, "
                 "or weighting=linear"
             )
