@@ -89,8 +89,8 @@ class UncertaintyRegularizer(LossTerm):
         self.gamma_0, self.schedule, self.seed = gamma_0, schedule, seed
         self._planned: int | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ask how long the training is."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ask how long the training is; not earlier, as a resumed loader would be made before it is told its place."""
         with checks.naming(type(self).__name__):
             self._planned = planned_progress(pl_module, self.schedule)
 

@@ -200,8 +200,8 @@ class ComposedRetrieval(Evaluated):
 
     # ---- training ----------------------------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
-        """Ask how long the training is."""
+    def on_train_start(self) -> None:
+        """Ask how long the training is; not earlier, as a resumed loader would be made before it is told its place."""
         self._planned = None
         if self.hparams["loss"] == "regularised":
             self._planned = planned_progress(self, self.hparams["schedule"])
