@@ -62,7 +62,6 @@ TECHNIQUE = Technique(
         "than InfoNCE on exact targets alone."
     ),
     summary="Trains retrieval by an image with words on noisy targets, weighted by their spread, which fade into exact targets.",
-    draft=True,
 )
 
 Loss = Literal["regularised", "info_nce", "uncertainty", "fixed"]
