@@ -34,11 +34,12 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
     ("other size", r"^LatentData.*celeba_256\.npy$", "all latents lie in one array, which has any size"),
     (
         "repeated rows",
-        r"\.(npy|npz|h5|safetensors)$|^(Instruction|SentencePairs|Ratings|Text)",
+        r"\.(npy|npz|h5|safetensors)$|^(FashionRetrieval|Instruction|SentencePairs|Ratings|Text)",
         "more of the same is data: rows have no ids",
     ),
     ("missing|without key", r"^Text.*\.txt$", "every word is data, and a corpus may have fewer parts"),
     ("truncated", r"^Kitti.*\.lst$", "the last word of a line names the labels, which go by the name of the scan"),
+    ("truncated", r"^FashionRetrieval.*(labels|shoes).*\.txt$", "a caption may end within a word"),
     ("truncated", r"^Text.*\.txt$|^Ratings", "a text may end within a word, a rating within a number"),
 ]
 
