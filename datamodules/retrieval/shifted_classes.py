@@ -73,8 +73,7 @@ class ShiftedClassesDataModule(ComposedDataModule):
     Batch: {"reference": (B, 1, H, W) float32, "target": (B, 1, H, W) float32, "text_ids": (B, 2) int64, "text_mask": (B, 2) int64}
 
     Images are in [0, 1]. The gallery is all held-out images, and every one of the right class is right. Each of them is the reference of
-    one query, whose k is
-    drawn once. Validation and test are the same: choose nothing by the one to report it by the other.
+    one query, whose k is drawn once. Validation and test are the same: choose nothing by the one to report it by the other.
 
     Batches of an evaluation: {"image": (B, 1, H, W) float32, "text_ids", "text_mask": (B, L) int64, "is_query": (B,) bool, "category",
     "index", "label", "identity": (B,) int64}.
