@@ -347,7 +347,8 @@ def made_garments(categories: Sequence[str]) -> tuple[Release, dict[Path, Image.
     """Drawings of garments of four colours and four cuts, and pairs of them; in each category the same for training and evaluation."""
     colours = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 200), "yellow": (220, 200, 50)}
     cuts = ("short", "long", "striped", "checked")
-    release, drawings = Release(), {}
+    release = Release()
+    drawings: dict[Path, Image.Image] = {}
     for split in ("train", "val"):
         for category in categories:
             kinds = [(Path(category, split, f"{colour}-{cut}"), colour, cut) for colour in colours for cut in cuts]
@@ -580,7 +581,7 @@ class FashionRetrievalDataModule(ComposedDataModule):
         elif captions:
             self.train_set = OneWordPairs(captions, *shared)
             if not len(self.train_set):
-                raise BrokenRecordError(str(self.root / "labels"), "captions", "no two captions differ in one word: there is no pair")
+                raise BrokenRecordError(str(f"{self.root}/labels"), "captions", "no two captions differ in one word: there is no pair")
         view = FashionView(hp["image_size"], False)
         self.val_set = self.test_set = QueriesAndGallery(parts, read, view, self.vocabulary, hp["max_length"])
 
