@@ -581,7 +581,7 @@ class FashionRetrievalDataModule(ComposedDataModule):
         elif captions:
             self.train_set = OneWordPairs(captions, *shared)
             if not len(self.train_set):
-                raise BrokenRecordError(str(f"{self.root}/labels"), "captions", "no two captions differ in one word: there is no pair")
+                raise BrokenRecordError(f"{self.root}/labels", "captions", "no two captions differ in one word: there is no pair")
         view = FashionView(hp["image_size"], False)
         self.val_set = self.test_set = QueriesAndGallery(parts, read, view, self.vocabulary, hp["max_length"])
 
