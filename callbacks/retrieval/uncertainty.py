@@ -118,8 +118,8 @@ class UncertaintyRegularizer(LossTerm):
         assert self._planned is not None
         gamma = coarse_weight((step if self.schedule == "step" else inputs["epoch"]) / self._planned, self.gamma_0)
         place = f"uncertainty step {step} batch {inputs['batch_idx']}"
-        noise = [seeded_noise(f"{place} {part}", self.seed, targets) for part in ("alpha", "beta")]
-        augmented = augment_targets(targets, *noise, self.alpha_scale, self.beta_scale).features
+        alpha, beta = (seeded_noise(f"{place} {part}", self.seed, targets) for part in ("alpha", "beta"))
+        augmented = augment_targets(targets, alpha, beta, self.alpha_scale, self.beta_scale).features
         found = uncertainty_loss(queries, targets, augmented, gamma)
         output = inputs["output"]
         own = output["loss"] if isinstance(output, Mapping) else output
