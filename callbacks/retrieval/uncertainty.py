@@ -89,8 +89,8 @@ class UncertaintyRegularizer(LossTerm):
         self.gamma_0, self.schedule, self.seed = gamma_0, schedule, seed
         self._planned: int | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ask how long the training is."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ask how long the training is; not earlier, as a resumed loader would be made before it is told its place."""
         with checks.naming(type(self).__name__):
             self._planned = planned_progress(pl_module, self.schedule)
 
@@ -118,8 +118,8 @@ class UncertaintyRegularizer(LossTerm):
         assert self._planned is not None
         gamma = coarse_weight((step if self.schedule == "step" else inputs["epoch"]) / self._planned, self.gamma_0)
         place = f"uncertainty step {step} batch {inputs['batch_idx']}"
-        noise = [seeded_noise(f"{place} {part}", self.seed, targets) for part in ("alpha", "beta")]
-        augmented = augment_targets(targets, *noise, self.alpha_scale, self.beta_scale).features
+        alpha, beta = (seeded_noise(f"{place} {part}", self.seed, targets) for part in ("alpha", "beta"))
+        augmented = augment_targets(targets, alpha, beta, self.alpha_scale, self.beta_scale).features
         found = uncertainty_loss(queries, targets, augmented, gamma)
         output = inputs["output"]
         own = output["loss"] if isinstance(output, Mapping) else output

@@ -4,12 +4,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
@@ -55,8 +55,15 @@ def _say(broken: Broken, error: BrokenRecordError) -> None:
 
 
 def _lines(file: Path, missing: str) -> Iterator[tuple[int, str]]:
-    """Numbers from 1 and text of the lines that aren't blank."""
-    for number, line in enumerate(read_text(file, missing=missing).splitlines(), start=1):
+    """Numbers from 1 and text of the lines that aren't blank.
+
+    Raises:
+        BrokenRecordError: There is none.
+    """
+    text = read_text(file, missing=missing)
+    if not text.strip():
+        raise BrokenRecordError(file, "lines", "there is none, the file is empty: copy it again")
+    for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             yield number, line.strip()
 
@@ -333,6 +340,39 @@ def read_fashion200k(root: Path, broken: Broken) -> Release:
     return Release([], [part], train)
 
 
+# ---- built-in --------------------------------------------------------------------------------------------------------------------------
+
+
+def made_garments(categories: Sequence[str]) -> tuple[Release, dict[Path, Image.Image]]:
+    """Drawings of garments of four colours and four cuts, and pairs of them; in each category the same for training and evaluation."""
+    colours = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 200), "yellow": (220, 200, 50)}
+    cuts = ("short", "long", "striped", "checked")
+    release = Release()
+    drawings: dict[Path, Image.Image] = {}
+    for split in ("train", "val"):
+        for category in categories:
+            kinds = [(Path(category, split, f"{colour}-{cut}"), colour, cut) for colour in colours for cut in cuts]
+            for path, colour, cut in kinds:
+                pixels = np.full((48, 48, 3), 255, np.uint8)
+                pixels[6 : 24 if cut == "short" else 42, 12:36] = colours[colour]
+                if cut in ("striped", "checked"):
+                    pixels[8:42:8, 12:36] = 255
+                if cut == "checked":
+                    pixels[6:42, 14:36:8] = 255
+                drawings[path] = Image.fromarray(pixels)
+            step = {"train": (1, 5, 6), "val": (7, 10)}[split]
+            pairs = [
+                Pair(kinds[place][0], kinds[target][0], f"is {kinds[target][1]} and is {kinds[target][2]}")
+                for place in range(len(kinds))
+                for target in ((place + shift) % len(kinds) for shift in step)
+            ]
+            if split == "train":
+                release.pairs += pairs
+            else:
+                release.categories.append(_asked(category, pairs, [path for path, _, _ in kinds]))
+    return release, drawings
+
+
 # ---- images ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -417,11 +457,12 @@ def kept(part: Category, there: set[Path]) -> Category:
 class FashionRetrievalDataModule(ComposedDataModule):
     """FashionIQ, Shoes or Fashion200k.
 
-    Batch: {"reference": (B, 3, S, S) float32 normalised by ImageNet's mean and deviation, "target": (B, 3, S, S) float32 normalised by
-    ImageNet's mean and deviation, "text_ids": (B, L) int64, "text_mask": (B, L) int64}
+    Batch: {"reference": (B, 3, S, S) float32, "target": (B, 3, S, S) float32, "text_ids": (B, L) int64, "text_mask": (B, L) int64}
 
-    Validation and test are both the validation (FashionIQ) or test queries. Batches of an evaluation: {"image": (B, 3, S, S) float32,
-    "text_ids", "text_mask": (B, L) int64, "is_query": (B,) bool, "category", "index", "label", "identity": (B,) int64}.
+    Images are normalised by ImageNet's mean and deviation. Validation and test are both the validation (FashionIQ) or test queries.
+
+    Batches of an evaluation: {"image": (B, 3, S, S) float32, "text_ids", "text_mask": (B, L) int64, "is_query": (B,) bool, "category",
+    "index", "label", "identity": (B,) int64}.
 
     Images come as lists of links, some of them dead: those that are missing are named and counted, or left out with what names them.
 
@@ -429,7 +470,8 @@ class FashionRetrievalDataModule(ComposedDataModule):
         root: Folder of the release. ``fashioniq``: ``captions/cap.<category>.<split>.json`` and ``image_splits/``, or
             ``captions_pairs/fashion_iq-<split>-cap-<category>.txt``, and ``image_data/<category>/`` or ``images/``. ``shoes``:
             ``shoes-cap-train.txt``, ``shoes-cap-test.txt`` and ``attributedata/``, or ``relative_captions_shoes.json`` with
-            ``train_im_names.txt`` and ``eval_im_names.txt``. ``fashion200k``: ``labels/``, ``test_queries.txt`` and ``women/``.
+            ``train_im_names.txt`` and ``eval_im_names.txt``. ``fashion200k``: ``labels/``, ``test_queries.txt`` and ``women/``. None:
+            built-in drawings of garments of four colours and four cuts, in FashionIQ's categories, whatever ``name`` says.
         name: ``fashioniq``, ``shoes`` or ``fashion200k``.
         protocol: Gallery of FashionIQ: ``val``: the images that queries name; ``original``: all of the split, which is harder.
         categories: Of FashionIQ.
@@ -452,7 +494,7 @@ class FashionRetrievalDataModule(ComposedDataModule):
 
     def __init__(
         self,
-        root: Path,
+        root: Path | None = None,
         name: Name = "fashioniq",
         protocol: Protocol = "val",
         categories: Sequence[str] = FASHIONIQ,
@@ -479,6 +521,7 @@ class FashionRetrievalDataModule(ComposedDataModule):
             raise ValueError(f"categories is empty: give some of {', '.join(FASHIONIQ)}")
         self.save_hyperparameters()
         self.root, self.release = data_path(root), name
+        self._read: Any = None
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for a file of the release.
@@ -487,9 +530,10 @@ class FashionRetrievalDataModule(ComposedDataModule):
             WrongRootError: There is none.
         """
         root = self.root
+        if root is None:
+            return
         names = {
-            "fashioniq": [f"captions/cap.{c}.val.json" for c in self.hparams["categories"]]
-            + [f"captions_pairs/fashion_iq-val-cap-{c}.txt" for c in self.hparams["categories"]],
+            "fashioniq": ["captions", "captions_pairs"],
             "shoes": ["shoes-cap-train.txt", "relative_captions_shoes.json"],
             "fashion200k": ["test_queries.txt"],
         }[self.release]
@@ -507,14 +551,19 @@ class FashionRetrievalDataModule(ComposedDataModule):
             return
         self.check_root(stage)
         hp, broken = self.hparams, Broken(self.hparams["on_broken"])
-        if self.release == "fashioniq":
+        read: Any = open_picture
+        if self.root is None:
+            release, drawings = made_garments(hp["categories"])
+            read = drawings.__getitem__
+        elif self.release == "fashioniq":
             release = read_fashioniq(self.root, hp["protocol"], hp["categories"], broken)
         else:
             release = read_shoes(self.root, broken) if self.release == "shoes" else read_fashion200k(self.root, broken)
-        skip = hp["on_broken"] == "skip"
+        self._read = read
+        skip = hp["on_broken"] == "skip" and self.root is not None
         trained = [path for pair in release.pairs for path in (pair.reference, pair.target)] + list(release.captions)
         evaluated = [path for part in release.categories for path in (*part.gallery, *part.queries)]
-        fresh = usable([*trained, *evaluated], broken)
+        fresh = usable([*trained, *evaluated], broken) if self.root is not None else {*trained, *evaluated}
         if skip:
             fresh -= set(evaluated) - usable([path for path in evaluated if path in fresh], broken, decode=True)
         pairs = [pair for pair in release.pairs if pair.reference in fresh and pair.target in fresh]
@@ -526,24 +575,25 @@ class FashionRetrievalDataModule(ComposedDataModule):
         words = [pair.words for pair in pairs] or [f"replace with {caption}" for caption in captions.values()]
         words = words or [text for part in parts for text in part.words]
         self.vocabulary = Words(words, hp["vocab_size"]) if hp["tokenizer"] is None else WordPieces(hp["tokenizer"])
-        shared = (open_picture, FashionView(hp["image_size"], True), self.vocabulary, hp["max_length"], self.seed, skip)
+        shared = (read, FashionView(hp["image_size"], True), self.vocabulary, hp["max_length"], self.seed, skip)
         if pairs:
             self.train_set = TrainingPairs(pairs, *shared)
         elif captions:
             self.train_set = OneWordPairs(captions, *shared)
             if not len(self.train_set):
-                raise BrokenRecordError(str(self.root / "labels"), "captions", "no two captions differ in one word: there is no pair")
+                raise BrokenRecordError(f"{self.root}/labels", "captions", "no two captions differ in one word: there is no pair")
         view = FashionView(hp["image_size"], False)
-        self.val_set = self.test_set = QueriesAndGallery(parts, partial(open_picture), view, self.vocabulary, hp["max_length"])
+        self.val_set = self.test_set = QueriesAndGallery(parts, read, view, self.vocabulary, hp["max_length"])
 
     def pixels(self, place: Any) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 of an image, of at most 160 pixels."""
-        image = open_picture(place)
+        image = self._read(place).copy()
         image.thumbnail((160, 160))
         return np.asarray(image)
 
 
 __all__ = [
-    "FASHIONIQ", "FashionRetrievalDataModule", "FashionView", "OneWordPairs", "Release", "changed_words", "kept", "read_fashion200k",
+    "FASHIONIQ", "FashionRetrievalDataModule", "FashionView", "OneWordPairs", "Release", "changed_words", "kept", "made_garments",
+    "read_fashion200k",
     "read_fashioniq", "read_shoes", "usable",
 ]  # fmt: skip

@@ -70,17 +70,17 @@ class ShiftedPairs(Batches):
 class ShiftedClassesDataModule(ComposedDataModule):
     """Pairs with many right answers: an image of class c, "plus k", and an image of class (c + k) mod 10, drawn anew in each epoch.
 
-    Batch: {"reference": (B, 1, H, W) float32 in [0, 1], "target": (B, 1, H, W) float32 in [0, 1], "text_ids": (B, 2) int64,
-    "text_mask": (B, 2) int64}
+    Batch: {"reference": (B, 1, H, W) float32, "target": (B, 1, H, W) float32, "text_ids": (B, 2) int64, "text_mask": (B, 2) int64}
 
-    The gallery is all held-out images, and every one of the right class is right. Each of them is the reference of one query, whose k is
-    drawn once. Validation and test are the same: choose nothing by the one to report it by the other.
+    Images are in [0, 1]. The gallery is all held-out images, and every one of the right class is right. Each of them is the reference of
+    one query, whose k is drawn once. Validation and test are the same: choose nothing by the one to report it by the other.
 
     Batches of an evaluation: {"image": (B, 1, H, W) float32, "text_ids", "text_mask": (B, L) int64, "is_query": (B,) bool, "category",
     "index", "label", "identity": (B,) int64}.
 
     Args:
-        name: ``digits``: 1,797 grey images of 8 x 8 pixels that scikit-learn ships. ``fashion_mnist``: grey images of 28 x 28 pixels.
+        name: ``digits``: 1,797 grey images of 8 x 8 pixels that scikit-learn ships. ``fashion_mnist``: grey images of 28 x 28 pixels. None:
+            digits without ``root``, Fashion-MNIST with one.
         root: Folder of Fashion-MNIST's four files, ``FashionMNIST/raw/train-images-idx3-ubyte.gz`` and so on, packed or not; None: digits.
         num_train: Images to train on, 10 or more: of digits the first of a fixed permutation, of Fashion-MNIST the first ones.
         num_gallery: Held-out images at most; None: all. Of digits they come from the last 797 of the permutation.
@@ -100,7 +100,7 @@ class ShiftedClassesDataModule(ComposedDataModule):
 
     def __init__(
         self,
-        name: Name = "digits",
+        name: Name | None = None,
         root: Path | None = None,
         num_train: int = 200,
         num_gallery: int | None = None,
@@ -113,14 +113,14 @@ class ShiftedClassesDataModule(ComposedDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed)
         one_of(Name, name=name)
-        if (root is None) != (name == "digits"):
+        if name is not None and (root is None) != (name == "digits"):
             raise ValueError(f"name is {name!r} and root is {root!r}: give fashion_mnist with the folder of its files, or digits with null")
-        within("[10, 1000]" if name == "digits" else "[10, inf)", "images", num_train=num_train)
+        within("[10, 1000]" if root is None else "[10, inf)", "images", num_train=num_train)
         at_least(10, "images", num_gallery=num_gallery)
         within("[1, 9]", "a number", max_shift=max_shift)
         at_least(1, pairs_per_epoch=pairs_per_epoch)
         self.save_hyperparameters()
-        self.root, self.name = data_path(root), name
+        self.root, self.name = data_path(root), "digits" if root is None else "fashion_mnist"
         self.vocab_size = 3 + max_shift
         self._images: Any = None
 
@@ -130,7 +130,7 @@ class ShiftedClassesDataModule(ComposedDataModule):
             folder = "FashionMNIST/raw"
             name = f"{folder}/train-images-idx3-ubyte"
             if not (self.root / name).exists():
-                self.expect(f"{name}.gz", f"put Fashion-MNIST's four files into {folder}", "digits (name=digits)")
+                self.expect(f"{name}.gz", f"put Fashion-MNIST's four files into {folder}", "digits")
 
     def _read(self) -> tuple[tuple[Floats, Ints], tuple[Floats, Ints]]:
         """Images (N, H, W) in [0, 1] and labels, of training and evaluation."""

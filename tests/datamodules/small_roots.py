@@ -114,6 +114,17 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "sentences": (sentences, lambda root: D.SentencePairsDataModule(root)),
     "collection": (partial(collections.beir, documents=9), lambda root: D.SearchDataModule(root)),
     "collection of TREC": (partial(collections.trec, documents=9), lambda root: D.SearchDataModule(root, train_from="judgements")),
+    **{
+        name: (
+            partial(write, number=number),
+            lambda root, name=name: D.FashionRetrievalDataModule(root, name, categories=["dress"], image_size=16, batch_size=2),
+        )
+        for name, write, number in (
+            ("fashioniq", partial(collections.fashioniq, categories=("dress",)), 3),
+            ("shoes", collections.shoes, 3),
+            ("fashion200k", collections.fashion200k, 6),
+        )
+    },
     "texts": (partial(corpora.texts, words=20), lambda root: D.TextDataModule(root, block_size=8)),
     "tokens": (corpora.tokens, lambda root: D.TextDataModule(root, block_size=8)),
     "super-resolution": (

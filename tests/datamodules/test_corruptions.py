@@ -93,6 +93,7 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
     (
         "repeated rows",
         r"\.(npy|npz|h5|safetensors)$|^(Instruction|SentencePairs|Ratings|Text)|examples\.jsonl$",
+        r"\.(npy|npz|h5|safetensors)$|^(FashionRetrieval|Instruction|SentencePairs|Ratings|Text)",
         "more of the same is data: rows have no ids",
     ),
     ("repeated rows", r"negative\.pt$", "a prompt has any number of tokens"),
@@ -101,6 +102,7 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
     ("missing", r"^Search.*qrels/(dev|test)\.tsv$", "where there are no judgements of one split, those of the other stand in for them"),
     ("missing|without key", r"^Text.*\.txt$", "every word is data, and a corpus may have fewer parts"),
     ("truncated", r"^Kitti.*\.lst$", "the last word of a line names the labels, which go by the name of the scan"),
+    ("truncated", r"^FashionRetrieval.*(labels|shoes).*\.txt$", "a caption may end within a word"),
     ("truncated", r"^Text.*\.txt$|^Ratings", "a text may end within a word, a rating within a number"),
     ("missing", r"^Restoration", "images are those that lie in the folder"),
 ]

@@ -22,6 +22,7 @@ UNREAD = {  # files that lie there and that these settings don't ask for
     "generative imagenet": ("classes.txt",),
     "voc": ("SegmentationClass/a.png",),
     "acdc": ("ACDC_training_volumes/patient001.*", "ACDC_training_slices/patient010.*"),
+    "fashioniq": ("image_splits/.*",),
     "few-shot imagenet": ("images/train/n02/.*",),
     "nuscenes": ("lidarseg/.*", "v1.0-mini/(category|log|map).json", "(samples|superpixels)/.*0061-0-0-.*"),
     "nuscenes segmented": ("(samples|superpixels)/.*CAM.*", "sweeps/.*", "v1.0-mini/(category|log|map).json"),

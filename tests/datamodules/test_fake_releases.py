@@ -15,6 +15,7 @@ from lit_methods.datamodules.fewshot.releases import LAYOUTS
 WITH_ROOT = sorted(name for name in datamodules.__all__ if "root" in inspect.signature(getattr(datamodules, name)).parameters)
 SMALL: dict[str, dict[str, Any]] = {  # less to read in a test
     "AgeDataModule": {"image_size": 32},
+    "FashionRetrievalDataModule": {"image_size": 32, "batch_size": 4},
     "FewShotDataModule": {"image_size": 32},
     "GenerativeImageNetDataModule": {"image_size": 32},
     "ImageNetDataModule": {"image_size": 32},
@@ -30,6 +31,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in WITH_ROOT if name != "OrganSlicesDataModule"),  # it has no default that is a release
     ("AgeDataModule", {"name": "imdb_wiki"}),
     ("CIFARDataModule", {"name": "cifar100"}),
+    *(("FashionRetrievalDataModule", {"name": name}) for name in ("shoes", "fashion200k")),
     *(("FewShotDataModule", {"name": name}) for name in LAYOUTS if name != "eurosat"),
     ("ImageNetDataModule", {"class_list": "classes.txt"}),
     *(

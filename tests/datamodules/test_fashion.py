@@ -209,7 +209,7 @@ BAD = {  # what is done to a release -> part of the message, and whether it can 
     "shoes no such image": ("shoes", line("shoes-cap-test.txt", "a.jpg;attributedata/b.jpg;more"), "images aren't there", True),
     "shoes not UTF-8": ("shoes", written("shoes-cap-test.txt", b"\xe9;b;c"), "isn't UTF-8", False),
     "shoes a NUL": ("shoes", written("shoes-cap-test.txt", b"a;b\0;c"), "is NUL", False),
-    "shoes empty": ("shoes", written("shoes-cap-test.txt", b""), "no query", False),
+    "shoes empty": ("shoes", written("shoes-cap-test.txt", b""), "there is none, the file is empty", False),
     "shoes no test": ("shoes", lambda root: (root / "shoes-cap-test.txt").unlink(), "expected shoes-cap-train.txt", False),
     "shoes a folder": (
         "shoes", lambda root: ((root / "shoes-cap-test.txt").unlink(), (root / "shoes-cap-test.txt").mkdir()), "is a folder", False,

@@ -328,7 +328,8 @@ def test_the_callback_weighs_the_modules_own_loss():
 
 
 def test_the_callback_resumes_and_refuses(tmp_path):
-    whole, resumed = kill_and_resume(lambda: (Views(), loader(), [regularizer(schedule="step")]), 4, 3, tmp_path)
+    rows = DataLoader(draws(16, 6, dtype=torch.float32), batch_size=16)
+    whole, resumed = kill_and_resume(lambda: (Views(), rows, [regularizer(schedule="step")]), 4, 3, tmp_path)
     assert_state_dicts_equal(whole, resumed)
     with pytest.raises(ValueError, match="set query_call=0 and target_call=1"):
         UncertaintyRegularizer(query="encoder", target="encoder")

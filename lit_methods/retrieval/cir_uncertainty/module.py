@@ -62,7 +62,6 @@ TECHNIQUE = Technique(
         "than InfoNCE on exact targets alone."
     ),
     summary="Trains retrieval by an image with words on noisy targets, weighted by their spread, which fade into exact targets.",
-    draft=True,
 )
 
 Loss = Literal["regularised", "info_nce", "uncertainty", "fixed"]
@@ -200,8 +199,8 @@ class ComposedRetrieval(Evaluated):
 
     # ---- training ----------------------------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
-        """Ask how long the training is."""
+    def on_train_start(self) -> None:
+        """Ask how long the training is; not earlier, as a resumed loader would be made before it is told its place."""
         self._planned = None
         if self.hparams["loss"] == "regularised":
             self._planned = planned_progress(self, self.hparams["schedule"])
@@ -220,10 +219,10 @@ class ComposedRetrieval(Evaluated):
         hp = self.hparams
         who = "all ranks" if hp["gather"] else f"rank {rank()}"
         place = f"cir_uncertainty step {self.global_step} batch {batch_idx} {who}"
-        noise = [seeded_noise(f"{place} {part}", hp["seed"], targets) for part in ("alpha", "beta")]
+        alpha, beta = (seeded_noise(f"{place} {part}", hp["seed"], targets) for part in ("alpha", "beta"))
         if hp["noise"] == "gaussian":
-            return gaussian_targets(targets, noise[0], hp["noise_scale"])
-        return augment_targets(targets, *noise, hp["alpha_scale"], hp["beta_scale"]).features
+            return gaussian_targets(targets, alpha, hp["noise_scale"])
+        return augment_targets(targets, alpha, beta, hp["alpha_scale"], hp["beta_scale"]).features
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Both losses of the batch."""
@@ -310,7 +309,7 @@ class ComposedRetrieval(Evaluated):
         first = first.scatter_reduce(0, back, torch.arange(len(rows)), "amin")
         rows, features = rows[first], features[first]
         figures: dict[str, list[tuple[str, float]]] = {}
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         names = getattr(data, "categories", ())
         pictures: list[Search] = []
         for category in rows[:, 1].unique().tolist():
