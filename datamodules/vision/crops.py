@@ -27,7 +27,7 @@ class Crops:
         small_size: Side of a small crop in pixels.
         large_scale: Smallest and largest share of the image's area.
         small_scale: The same of small crops.
-        overlap: Share of the image's area that a small crop has in common with each large one at least; large ones with each other twice that.
+        overlap: Share of the image's area that a small crop shares with each large one at least, and a large one twice that.
     """
 
     large: int = 2
