@@ -43,8 +43,9 @@ TINY += "--trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 1.0 --
 # smaller batches of what costs seconds a step; `test_technique_runs_in_two_processes` takes the configs as they are
 SMALLER = {"superflow": "--data.init_args.batch_size 1 --data.init_args.cameras 1 --data.init_args.image_size [32,64]"}
 SAVED_BEHIND = 5  # batches: in the middle of the second epoch
-# what eight steps are too few for: slug -> further words; and a panel that needs another data set beside the config's
+# what eight steps are too few for: slug or config -> further words; and a panel that needs another data set beside the config's
 SHORTENED = {
+    "continuous_ap": "--data.init_args.batch_size 100",  # an epoch of the config is one batch
     "adele": "--trainer.callbacks.common_epoch 1 --trainer.callbacks.confidence 0",
     "gba": "--trainer.callbacks.every_n_steps 2",
     "dsnot": "--trainer.callbacks.at_step 4",
@@ -170,7 +171,7 @@ def test_technique_evaluates_predicts_and_exports(tiny_run: TinyRun, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("config", FURTHER, ids=lambda config: Path(config).stem)
 def test_a_further_config_trains_and_a_killed_run_ends_bit_equal(config: str, tmp_path: Path) -> None:
-    file = ["--config", f"configs/{config}", *SHORT]
+    file = ["--config", f"configs/{config}", *SHORT, *SHORTENED.get(Path(config).stem, "").split()]
     lit("fit", *file, "--run_root", tmp_path / "whole")
     kill = ["--trainer.callbacks+=helpers.KillAt", "--trainer.callbacks.step", 1, "--trainer.callbacks.path", tmp_path / "killed.ckpt"]
     with pytest.raises(Killed):

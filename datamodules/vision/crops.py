@@ -27,7 +27,7 @@ class Crops:
         small_size: Side of a small crop in pixels.
         large_scale: Smallest and largest share of the image's area.
         small_scale: The same of small crops.
-        overlap: Share of a small crop's own area, or of the smaller of two large ones, that large crops have in common with it at least.
+        overlap: Share of the image's area that a small crop shares with each large one at least, and a large one twice that.
     """
 
     large: int = 2
@@ -67,8 +67,8 @@ def draw_boxes(height: int, width: int, crops: Crops, rng: np.random.Generator) 
     for number in range(1, crops.large + crops.small):
         large = found[: crops.large]
         some = random_boxes(height, width, crops.large_scale if number < crops.large else crops.small_scale, rng)
-        common = _area(intersections(some, large)) / np.minimum(_area(some)[:, None], _area(large)[None])
-        fits = (common > crops.overlap).all(1)
+        common = _area(intersections(some, large)) / (height * width)
+        fits = (common > crops.overlap * (2 if number < crops.large else 1)).all(1)
         chosen = some[fits.argmax()] if fits.any() else some[-1]
         if not fits.any():
             shared = np.concatenate([large[:, :2].max(0), large[:, 2:].min(0)])

@@ -233,10 +233,11 @@ class NeighbourCropsDataModule(LoaderDataModule):
             if low > high:
                 raise ValueError(f"{name} is {(low, high)}: give the smaller share first")
         self.save_hyperparameters()
-        self.root, self.cls_root, self.nearest, self.cls_nearest = map(data_path, (root, cls_root, nearest, cls_nearest))
+        self.root, self.cls_root = data_path(root), data_path(cls_root)
+        self.nearest, self.cls_nearest = data_path(nearest), data_path(cls_nearest)
         self.class_map, self.neighbours, self.image_size = data_path(class_map), neighbours, image_size
         self.num_train, self.num_probe, self.num_val = num_train, num_probe, num_val
-        self.crops = Crops(2, local_crops, image_size, local_size, tuple(global_scale), tuple(local_scale))
+        self.crops = Crops(2, local_crops, image_size, local_size, global_scale, local_scale)
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the folders, and for the files that belong to them."""

@@ -207,11 +207,11 @@ class CoTAP(Evaluated):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, 2 d) features of the student's class token."""
-        return self.student.encoder(images).cls  # type: ignore[no-any-return]
+        return self.student.encoder(images).cls
 
     def patch_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images -> (B, 2 d, h, w) features of the student's patches."""
-        return self.student.encoder(images).maps()  # type: ignore[no-any-return]
+        return self.student.encoder(images).maps()
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """``feature`` (B, 2 d), ``patches`` (B, 2 d, h, w), and ``label`` where the batch has one."""
@@ -235,10 +235,11 @@ class CoTAP(Evaluated):
         gather = self._gather if distributed.world_size() > 1 else None
         return sinkhorn(torch.cat([past, scores.to(past.dtype)]), temperature, gather=gather)[len(past) :]
 
-    def _rank(self, teacher: Tensor, student: Tensor, masks: Tensor, batch_idx: int) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+    def _rank(self, teacher: Tensor, student: Tensor, masks: Tensor, batch_idx: int) -> tuple[Tensor, list[tuple[Any, ...]]]:
         """The loss of the ranking, mean over the grids, and of each grid the list with its parts. (B, 2, G, K, h, w) scores of both."""
         hp, gathers = self.hparams, self.hparams["gather_ranks"]
-        total, lists = wide(student.new_zeros(())), []
+        total = wide(student.new_zeros(()))
+        lists: list[tuple[Any, ...]] = []
         for pool in hp["pool_sizes"]:
             rows = []
             for scores, with_grad in ((teacher, False), (student, True)):
@@ -376,7 +377,8 @@ class CoTAP(Evaluated):
         data = {name: self._gather(torch.cat([one[name] for one in seen])) for name in seen[0]}
         if self._shown is not None:
             self._media = {"cotap/patches": self._picture(*self._shown)}
-        figures, fit = {}, data["fit"]
+        figures: dict[str, Tensor] = {}
+        fit = data["fit"]
         masked, labelled = (data["mask"] >= 0).flatten(1).any(1), data["label"] >= 0
         if (masked & fit).any() and (masked & ~fit).any():
             known, asked = masked & fit, masked & ~fit

@@ -166,8 +166,8 @@ class CoTAPNetwork(nn.Module):
 
     def __init__(self, encoder: nn.Module, patch_prototypes: int, cls_prototypes: int, hidden: int, bottleneck: int) -> None:
         super().__init__()
-        self.encoder = encoder
-        width: int = 2 * encoder.width  # type: ignore[assignment, operator]
+        self.encoder: Any = encoder
+        width: int = 2 * self.encoder.width
         self.patch_head = PrototypeHead(width, hidden, bottleneck, patch_prototypes)
         self.cls_head = PrototypeHead(width, hidden, bottleneck, cls_prototypes)
 
