@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lit_methods.callbacks.sparsity.parametrized import LatentWeight, added_parameters, parameters_in_old_order
 from lit_methods.callbacks.targets import plain_name
@@ -58,7 +59,9 @@ def twins(module: nn.Module) -> tuple[str, str] | None:
     alike: dict[Any, list[tuple[str, bool]]] = {}
     for name, part in module.named_modules():
         added = {id(parameter) for parameter in added_parameters(part)}
-        own = tuple((plain_name(key), tuple(value.shape)) for key, value in part.named_parameters() if id(value) not in added)
+        own = tuple(
+            (plain_name(key), tuple(value.shape)) for key, value in part.named_parameters() if not (id(value) in added or is_lazy(value))
+        )
         if own:
             alike.setdefault(own, []).append((plain_name(name), bool(added)))
     for places in alike.values():

@@ -23,7 +23,7 @@ class Scored(nn.Module):
         learning: In training the mask is made from the scores at each forward pass; else it is the buffer.
     """
 
-    weight: nn.Parameter
+    weight: Tensor
     scores: nn.Parameter
     mask: Tensor
 
