@@ -78,8 +78,11 @@ FURTHER: dict[str, tuple[str, str, Callable[[Path], Given]]] = {
 }
 NOT_READ = {"cache", "labels_folder", "images"}  # written by us; encoded once by a network of the user's
 VALUES = r"\.(bin|label|npy|npz|h5|mat|jpe?g|tar|safetensors|pth)$|_batch(_\d)?$|/(train|test)$|ubyte$|\.txt$"
-IN_FOLDERS = (
-    r"^(Generative)?ImageNet|^Harvested|^Kitti.*(bin|npy)$|^LatentData.*\.npy$|^Organ|^SuperRes|^FewShot.*imagenet.*JPEG$|^Semi.*JPEG$"
+IN_FOLDERS = "|".join(
+    [
+        r"^(Generative)?ImageNet|^Harvested|^NoisyImages|^Kitti.*(bin|npy)$|^LatentData.*\.npy$|^Organ|^SuperRes",
+        r"^FewShot.*imagenet.*JPEG$|^Semi.*JPEG$",
+    ]
 )
 OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules and files, why nobody can tell it from other data
     ("zeroed", VALUES, "a block of zeros is black pixels, silence, class 0: these formats have no check sum of their values"),
