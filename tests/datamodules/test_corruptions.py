@@ -81,6 +81,11 @@ VALUES = r"\.(bin|label|npy|npz|h5|mat|jpe?g|tar|safetensors|pth)$|_batch(_\d)?$
 IN_FOLDERS = (
     r"^(Generative)?ImageNet|^Harvested|^Kitti.*(bin|npy)$|^LatentData.*\.npy$|^Organ|^SuperRes|^FewShot.*imagenet.*JPEG$|^Semi.*JPEG$"
     r"|^FastMRI|^CC359|^StanfordKnee"
+IN_FOLDERS = "|".join(
+    [
+        r"^(Generative)?ImageNet|^Harvested|^NoisyImages|^Kitti.*(bin|npy)$|^LatentData.*\.npy$|^Organ|^SuperRes",
+        r"^FewShot.*imagenet.*JPEG$|^Semi.*JPEG$",
+    ]
 )
 OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules and files, why nobody can tell it from other data
     ("zeroed", VALUES, "a block of zeros is black pixels, silence, class 0: these formats have no check sum of their values"),
