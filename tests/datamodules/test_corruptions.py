@@ -78,13 +78,10 @@ FURTHER: dict[str, tuple[str, str, Callable[[Path], Given]]] = {
 }
 NOT_READ = {"cache", "labels_folder", "images"}  # written by us; encoded once by a network of the user's
 VALUES = r"\.(bin|label|npy|npz|h5|mat|jpe?g|tar|safetensors|pth)$|_batch(_\d)?$|/(train|test)$|ubyte$|\.txt$"
-IN_FOLDERS = (
-    r"^(Generative)?ImageNet|^Harvested|^Kitti.*(bin|npy)$|^LatentData.*\.npy$|^Organ|^SuperRes|^FewShot.*imagenet.*JPEG$|^Semi.*JPEG$"
-    r"|^FastMRI|^CC359|^StanfordKnee"
 IN_FOLDERS = "|".join(
     [
         r"^(Generative)?ImageNet|^Harvested|^NoisyImages|^Kitti.*(bin|npy)$|^LatentData.*\.npy$|^Organ|^SuperRes",
-        r"^FewShot.*imagenet.*JPEG$|^Semi.*JPEG$",
+        r"^FewShot.*imagenet.*JPEG$|^Semi.*JPEG$|^FastMRI|^CC359|^StanfordKnee",
     ]
 )
 OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules and files, why nobody can tell it from other data
@@ -97,8 +94,7 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
     ("other size", r"^LatentData.*celeba_256\.npy$", "all latents lie in one array, which has any size"),
     (
         "repeated rows",
-        r"\.(npy|npz|h5|safetensors)$|^(Instruction|SentencePairs|Ratings|Text)|examples\.jsonl$",
-        r"\.(npy|npz|h5|safetensors)$|^(FashionRetrieval|Instruction|SentencePairs|Ratings|Text)",
+        r"\.(npy|npz|h5|safetensors)$|^(FashionRetrieval|Instruction|SentencePairs|Ratings|Text)|examples\.jsonl$",
         "more of the same is data: rows have no ids",
     ),
     ("repeated rows", r"negative\.pt$", "a prompt has any number of tokens"),
