@@ -44,10 +44,10 @@ class Category:
     """
 
     name: str
-    gallery: Sequence[Any]
+    gallery: Sequence[Any] | Ints
     labels: Ints
     identities: Ints
-    queries: Sequence[Any]
+    queries: Sequence[Any] | Ints
     words: Sequence[str]
     wanted: Ints
     references: Ints

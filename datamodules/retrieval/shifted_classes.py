@@ -182,7 +182,7 @@ class ShiftedClassesDataModule(ComposedDataModule):
         shift = np.random.default_rng([self.seed, 2]).integers(hp["max_shift"], size=len(held))
         asked = [words[k] for k in shift]
         wanted = (held_labels + shift + 1) % CLASSES
-        part = Category(self.name, places, held_labels, places, places, asked, wanted, places)
+        part = Category(str(self.name), places, held_labels, places, places, asked, wanted, places)
         self.val_set = QueriesAndGallery([part], self._images.__getitem__, _unchanged, self.vocabulary, 2)
         self.test_set = self.val_set
 

@@ -126,7 +126,8 @@ class CropSamples(Samples):
 
     def _cropped(self, image: Tensor, rng: np.random.Generator) -> dict[str, Tensor]:
         crops = self.crops
-        boxes = draw_boxes(*image.shape[1:], crops, rng)
+        height, width = image.shape[1:]
+        boxes = draw_boxes(height, width, crops, rng)
         large = cut(image, boxes[: crops.large], crops.large_size)
         small = cut(image, boxes[crops.large :], crops.small_size)
         return {

@@ -53,8 +53,8 @@ class BayesLayer(nn.Module):
         spread: How sigma follows from rho.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
+    bias: Any  # Tensor | None, as convolutions and linear layers declare it differently
     rho: nn.Parameter
     mask: Tensor
     spread: Spread = "softplus"
@@ -81,12 +81,12 @@ class BayesLayer(nn.Module):
             generator: Of the CPU; None: the global one.
             spread: How sigma follows from rho.
         """
-        shape, like = self.weight.shape, {"device": self.weight.device, "dtype": self.weight.dtype}
+        shape = self.weight.shape
         if mean_std is not None:
             self.weight.copy_(mean_std * torch.randn(shape, generator=generator))
         sigma = (std + std_spread * torch.randn(shape, generator=generator, dtype=torch.float64)).abs().clamp_min(1e-12)
         self.spread = spread
-        self.rho = nn.Parameter(rho_of_std(sigma, spread).to(**like))
+        self.rho = nn.Parameter(rho_of_std(sigma, spread).to(self.weight))
         self.register_buffer("mask", torch.ones(shape, dtype=torch.bool, device=self.weight.device))
 
     def sigma(self) -> Tensor:

@@ -147,7 +147,7 @@ class ThinLayer(nn.Module):
         """As the layer: with one draw of the active weights, or their means."""
         values = self.mean + self.std * torch.randn_like(self.mean) if drawn() == "weights" else self.mean
         weight = values.new_zeros(torch.Size(self.shape).numel()).index_put_((self.places.long(),), values).view(self.shape)
-        return self._product(self._settings, x, weight, self.bias)  # type: ignore[no-any-return, attr-defined]
+        return self._product(self._settings, x, weight, self.bias)  # type: ignore[arg-type]
 
 
 def predictor(root: nn.Module, state: Mapping[str, Any] | str | Path) -> nn.Module:

@@ -111,8 +111,8 @@ class _InWindows:
         self.size, self.stride = size, stride
 
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        parts = (layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        mixed = window_attention(*parts, self.size, self.stride).transpose(1, 2).flatten(2)
+        q, k, v = (layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        mixed = window_attention(q, k, v, self.size, self.stride).transpose(1, 2).flatten(2)
         answer: Tensor = attn.to_out[1](attn.to_out[0](mixed))
         return answer
 

@@ -105,7 +105,7 @@ def test_ranking_leaves_the_own_image_last_and_cuts_k():
     queries = torch.tensor([[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0]], dtype=torch.float64)
     labels, places = torch.tensor([5, 6, 6, 7]), torch.arange(4)
     found = best_of_gallery(queries, gallery, torch.tensor([6, 5]), labels, torch.tensor([0, -1]), places, top_k=9, rows=1)
-    assert found.index.tolist() == [[1, 2, 3, 0], [3, 2, 1, 0]]
+    assert found.places.tolist() == [[1, 2, 3, 0], [3, 2, 1, 0]]
     assert found.hits.tolist() == [[True, True, False, False], [False, False, False, True]]
     assert recall_at(found.hits, (1, 3, 50)).tolist() == [0.5, 0.5, 1.0]
     assert precision_at(found.hits, (2, 50)).tolist() == [0.5, pytest.approx(3 / 8)]

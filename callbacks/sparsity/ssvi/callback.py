@@ -423,7 +423,11 @@ class SSVI(MovingMasks):
         active = torch.stack([layer.mask.sum() for layer in layers]).sum()
         seen = {name: self.history.ever[name] for name in self._layers}
         deviation = torch.stack([layer.sigma().detach().float().sum() for layer in layers]).sum() / active
-        values = {"density": active / sum(layer.mask.numel() for layer in layers), "mean_std": deviation, "itop": itop_rate(seen)[0]}
+        values: dict[str, Tensor | float] = {
+            "density": active / sum(layer.mask.numel() for layer in layers),
+            "mean_std": deviation,
+            "itop": itop_rate(seen)[0],
+        }
         values |= {"replaced": self._replaced, "stored_bytes": float(stored_bytes(pl_module))}
         log_global(pl_module, {f"ssvi/{name}": value for name, value in values.items()}, batch_size=1)
 

@@ -322,7 +322,10 @@ class SD3Flow(FlowPrior):
             pooled_projections=rows(pooled),
             return_dict=False,
         )[0].float()
-        return answer if self.guidance == 1 else guided_velocity(*answer.chunk(2), self.guidance)
+        if self.guidance == 1:
+            return answer
+        unconditional, conditional = answer.chunk(2)
+        return guided_velocity(unconditional, conditional, self.guidance)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 16, H / 8, W / 8), the mode of the posterior."""

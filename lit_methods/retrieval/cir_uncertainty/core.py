@@ -169,11 +169,11 @@ class Found(NamedTuple):
     """The best gallery images of each query, best first.
 
     Attributes:
-        index: (Q, k) int64, places in the gallery.
+        places: (Q, k) int64, in the gallery.
         hits: (Q, k) bool, whether they are right.
     """
 
-    index: Tensor
+    places: Tensor
     hits: Tensor
 
 

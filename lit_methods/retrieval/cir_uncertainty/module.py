@@ -331,7 +331,7 @@ class ComposedRetrieval(Evaluated):
                 figures.setdefault(figure, []).append((name, value))
             if rank() == 0 and hasattr(data, "shown_query"):
                 for row in range(min(len(queries), PICTURED - len(pictures))):
-                    places = best.index[row, :PICTURED_IMAGES]
+                    places = best.places[row, :PICTURED_IMAGES]
                     image, words = data.shown_query(category, int(queries[row, 2]))
                     found = [data.shown_image(category, place) for place in gallery[places, 2].tolist()]
                     pictures.append(Search(image, words, found, best.hits[row, :PICTURED_IMAGES].tolist()))

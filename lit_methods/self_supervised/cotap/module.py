@@ -179,7 +179,8 @@ class CoTAP(Evaluated):
         checks.at_least(1, patch_prototypes=patch_prototypes, cls_prototypes=cls_prototypes, head_hidden=head_hidden, head_width=head_width)
         checks.at_least(1, patch_queue=patch_queue, cls_queue=cls_queue, patches_per_step=patches_per_step, bank=bank)
         checks.at_least(1, bank_per_step=bank_per_step, top_patches=top_patches, others=others, total_steps=total_steps)
-        checks.at_least(1, **{f"pool_sizes[{place}]": side for place, side in enumerate(pool_sizes)})
+        for side in pool_sizes:
+            checks.at_least(1, pool_sizes=side)
         checks.positive(tau=tau, patch_sinkhorn=patch_sinkhorn, cls_sinkhorn=cls_sinkhorn, temperature=temperature)
         checks.positive(image_temperature=image_temperature, entropy_temperature=entropy_temperature)
         checks.positive(learning_rate=learning_rate, head_learning_rate=head_learning_rate)
@@ -285,7 +286,8 @@ class CoTAP(Evaluated):
         cls_scores = self.student.cls_head(torch.cat([found.cls[images:], local.cls[locals_of:]]))
         crop_scores, local_cls = cls_scores[:images].unflatten(0, form), cls_scores[images:].unflatten(0, (2 * size, views))
         with torch.no_grad():
-            pooled = nn.functional.adaptive_avg_pool2d(wide(found.before[images:]), self.bank.rows.shape[-2:])
+            height, width = self.bank.rows.shape[-2:]
+            pooled = nn.functional.adaptive_avg_pool2d(wide(found.before[images:]), (height, width))
             self._keep_pooled(pooled, batch_idx)
 
         rank, lists = self._rank(patch_targets.unflatten(0, form), scores, masks, batch_idx)
@@ -367,7 +369,7 @@ class CoTAP(Evaluated):
     def _evaluate(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         found = self.student.encoder(batch["image"])
         if not self._seen:
-            self._shown = batch["image"][:4].detach(), Encoded(*(part[:4] if isinstance(part, Tensor) else part for part in found))
+            self._shown = batch["image"][:4].detach(), found._make(part[:4] if isinstance(part, Tensor) else part for part in found)
         self._seen.append({"cls": found.cls.float(), "patches": found.maps().float()} | {k: batch[k] for k in ("mask", "label", "fit")})
 
     def _log_evaluation(self, part: Part) -> None:

@@ -82,7 +82,7 @@ class ObjectAwareViT(nn.Module):
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel is {kernel}: give an odd number of patches, such as 3")
         sizes = {"img_size": image_size, "patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
-        changed = {key: value for key, value in sizes.items() if value is not None}
+        changed: dict[str, Any] = {key: value for key, value in sizes.items() if value is not None}
         if width is not None and width % (heads or 1):
             raise ValueError(f"width={width} with heads={heads}: the second must divide the first")
         self.vit: Any = timm_network(name, pretrained and weights is None, num_classes=0, dynamic_img_size=True, **changed)
@@ -167,7 +167,7 @@ class CoTAPNetwork(nn.Module):
     def __init__(self, encoder: nn.Module, patch_prototypes: int, cls_prototypes: int, hidden: int, bottleneck: int) -> None:
         super().__init__()
         self.encoder: Any = encoder
-        width: int = 2 * self.encoder.width
+        width = 2 * int(encoder.width)  # type: ignore[arg-type]
         self.patch_head = PrototypeHead(width, hidden, bottleneck, patch_prototypes)
         self.cls_head = PrototypeHead(width, hidden, bottleneck, cls_prototypes)
 
