@@ -351,7 +351,7 @@ RECIPES: dict[str, Recipe] = {
                 "image_size: 224": "image_size: 64",
             },
             words=("--data.init_args.batch_size=4", "--data.init_args.eval_batch_size=8"),
-            why="ResNet-18 on images of 64 pixels, batch of 4: the network takes seconds an image on two cores",
+            why=f"ResNet-18, so another name and channels, image_size 64, batch of 4: {SMALL_BATCH}",
             prepare=masked_language_models,
             needs=("transformers",),
         )

@@ -328,7 +328,8 @@ def refuse_unfit(owner: LatentCallback, trainer: pl.Trainer, pl_module: pl.Light
     """Raise if weights can't be parametrised alone.
 
     Raises:
-        ValueError: One of ``names`` is parametrised already, is tied to another one, or is masked by a mask callback.
+        ValueError: One of ``names`` is parametrised already, is tied to another one, or is masked by a mask callback; or
+            ``owner`` would leave out weights that another latent callback has.
     """
     who = type(owner).__name__
     if foreign := sorted(name for name in names if ".parametrizations." in name):
@@ -340,6 +341,11 @@ def refuse_unfit(owner: LatentCallback, trainer: pl.Trainer, pl_module: pl.Light
         if len(set(tied)) > 1 and names & set(tied):
             raise ValueError(f"{who}: {' and '.join(dict.fromkeys(tied))} are one tied weight: leave it out with skip, or untie it")
     refuse_shared(owner, trainer, pl_module, names)
+    left = owner.trained(pl_module, list(owner.targets)).left
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(other, LatentCallback) and other is not owner and (shared := sorted(set(left) & set(other._layers))):
+            both = f"{who} and {type(other).__name__}"
+            raise ValueError(f"{both} both mask {shared[0]!r} (and {len(shared) - 1} more): give them different targets")
 
 
 __all__ = ["LatentCallback", "LatentWeight", "ParametrizedWeight", "Place", "Shared", "group_dim", "masked_weight", "refuse_unfit"]

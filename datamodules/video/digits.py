@@ -1,5 +1,6 @@
 """Moving digits: real handwritten digits that fly and bounce, in the manner of Moving MNIST."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -49,6 +50,36 @@ def draw_moving(images: Tensor, places: Tensor, size: int) -> Tensor:
     grid = torch.stack(torch.broadcast_tensors(x[:, :, None, :], y[:, :, :, None]), dim=-1).flatten(0, 1)
     drawn = F.grid_sample(images.repeat_interleave(frames, 0), grid.to(images.dtype), align_corners=False)
     return drawn.unflatten(0, (-1, frames))
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Draws videos of moving digits.
+
+    Attributes:
+        images: (N, 1, 8, 8) in [0, 1].
+        size: S, pixels of a frame.
+        speed: Largest speed in each direction, pixels per frame.
+        frames: F.
+        seed: Numbers that, with the epoch's, decide the motions.
+    """
+
+    images: Tensor
+    size: int
+    speed: float
+    frames: int
+    seed: tuple[int, ...]
+
+    def __call__(self, epochs: Ints, index: Ints) -> Tensor:
+        """(B,) epochs and indices -> (B, F, 1, S, S) in [-1, 1]."""
+        drawn = np.empty((len(index), 2, 2), dtype=np.float64)
+        for epoch in np.unique(epochs).tolist():
+            now = epochs == epoch
+            drawn[now] = np.random.default_rng([*self.seed, epoch]).random((len(self.images), 2, 2))[index[now]]
+        room = float(self.size - 8)
+        start, speed = torch.from_numpy(drawn).unbind(-1)  # each (B, 2)
+        places = bounce(start * room, (2 * speed - 1) * self.speed, self.frames, room).transpose(1, 2)
+        return draw_moving(self.images[torch.from_numpy(index)], places, self.size) * 2 - 1
 
 
 class MovingDigitsDataModule(VideoDataModule):
@@ -117,18 +148,8 @@ class MovingDigitsDataModule(VideoDataModule):
         later = labels if self.hparams["prompts"] == "same" else (labels + 1) % 10
         prompts = torch.stack([labels, *[later] * (self.hparams["pieces"] - 1)], dim=1)
 
-        def render(epochs: Ints, index: Ints) -> Tensor:
-            hp = self.hparams
-            drawn = np.empty((len(index), 2, 2), dtype=np.float64)
-            for epoch in np.unique(epochs).tolist():
-                now = epochs == epoch
-                drawn[now] = np.random.default_rng([seed, 3, first, epoch]).random((count, 2, 2))[index[now]]
-            room = float(hp["image_size"] - 8)
-            start, speed = torch.from_numpy(drawn).unbind(-1)  # each (B, 2)
-            places = bounce(start * room, (2 * speed - 1) * hp["speed"], hp["frames"], room).transpose(1, 2)
-            return draw_moving(images[torch.from_numpy(index)], places, hp["image_size"]) * 2 - 1
-
-        return PromptedVideos(prompts, render, first)
+        hp = self.hparams
+        return PromptedVideos(prompts, Moving(images, hp["image_size"], hp["speed"], hp["frames"], (seed, 3, first)), first)
 
 
 __all__ = ["MovingDigitsDataModule", "bounce", "draw_moving"]

@@ -1,6 +1,7 @@
 """Gaussian videos, whose exact denoiser is known."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,6 +10,21 @@ from torch import Tensor
 from lit_methods.checks import at_least, positive
 from lit_methods.datamodules.base import Ints
 from lit_methods.datamodules.video.base import PromptedVideos, VideoDataModule
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Videos that are drawn once.
+
+    Attributes:
+        videos: (N, F, 1, H, W).
+    """
+
+    videos: Tensor
+
+    def __call__(self, epochs: Ints, index: Ints) -> Tensor:
+        """Those of the indices."""
+        return self.videos[torch.from_numpy(index)]
 
 
 class GaussianVideosDataModule(VideoDataModule):
@@ -69,10 +85,7 @@ class GaussianVideosDataModule(VideoDataModule):
         values = np.einsum("fg,ngchw->nfchw", np.linalg.cholesky(covariance), drawn) + hp["prompts"][0]
         videos = torch.from_numpy(values.astype(np.float32))
 
-        def render(epochs: Ints, index: Ints) -> Tensor:
-            return videos[torch.from_numpy(index)]
-
-        return PromptedVideos(torch.tensor(hp["prompts"], dtype=torch.float32).expand(count, -1), render, first)
+        return PromptedVideos(torch.tensor(hp["prompts"], dtype=torch.float32).expand(count, -1), Drawn(videos), first)
 
 
 __all__ = ["GaussianVideosDataModule"]

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from lit_methods.checks import within
 from lit_methods.datamodules.base import LoaderDataModule, Samples
 from lit_methods.datamodules.vision.base import ClassificationDataModule
+from lit_methods.datamodules.vision.digits import DigitsDataModule
 
 
 class Halves(Samples):
@@ -53,7 +54,7 @@ class SearchHalvesDataModule(LoaderDataModule):
     the other datamodule's, as they are there.
 
     Args:
-        data: Datamodule of images with labels, such as ``DigitsDataModule`` or ``CIFARDataModule``; its batch size is of no effect.
+        data: Datamodule of images with labels, such as ``CIFARDataModule``; its batch size is of no effect. None: ``DigitsDataModule()``.
         search_share: Share of the training images in the second part, in (0, 1).
         batch_size: Images of each part, per process and step.
         num_workers: Processes that read data.
@@ -64,12 +65,17 @@ class SearchHalvesDataModule(LoaderDataModule):
     """
 
     def __init__(
-        self, data: ClassificationDataModule, search_share: float = 0.5, batch_size: int = 32, num_workers: int = 0, seed: int = 0
+        self,
+        data: ClassificationDataModule | None = None,
+        search_share: float = 0.5,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         within("(0, 1)", "a share", search_share=search_share)
         self.save_hyperparameters(ignore=["data"])
-        self.data, self.search_share = data, search_share
+        self.data, self.search_share = DigitsDataModule() if data is None else data, search_share
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -25,7 +25,11 @@ KIND = {
     "metric": torchmetrics.Metric,
     "callback": pl.Callback,
 }
-BUILT: dict[str, dict[str, Any]] = {"MLP": {"widths": [64, 256, 10]}, "TinyTowers": {"pretrain_steps": 0}}
+BUILT: dict[str, dict[str, Any]] = {
+    "MLP": {"widths": [64, 256, 10]},
+    "TinyTowers": {"pretrain_steps": 0},
+    "GenotypeNetwork": {"size": "tiny"},
+}
 
 
 def test_every_public_class_is_a_part_or_the_main_class_of_a_technique() -> None:

@@ -35,7 +35,8 @@ SMALL = {
     "SemiSupervisedDataModule": {"data": None, "policy": "small_grey", "strong_views": 2},
 }
 DRIVING = {"KittiStyleDataModule", "NuScenesDataModule"}  # clouds of different sizes need the datamodule's collate function
-NAMES = sorted(set(datamodules.__all__) - DRIVING)
+NOT_FOR_TRAINING = {"VideoPromptsDataModule"}  # texts alone, for test and predict
+NAMES = sorted(set(datamodules.__all__) - DRIVING - NOT_FOR_TRAINING)
 
 
 def prepared(name: str, **arguments):

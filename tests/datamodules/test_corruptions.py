@@ -71,6 +71,12 @@ FURTHER: dict[str, tuple[str, str, Callable[[Path], Given]]] = {
         r"^superpixels",
         lambda root: written("NuScenesDataModule", {"superpixel_root": "superpixels"}, root),
     ),
+    "nearest cls_nearest": (
+        "NeighbourCropsDataModule",
+        r"nearest\.npz$",
+        lambda root: written("NeighbourCropsDataModule", {"cls_root": "classes", "cls_nearest": "cls_nearest.npz"}, root),
+    ),
+    "maps": ("FastMRIDataModule", r"^maps/", lambda root: written("FastMRIDataModule", {"maps": "maps"}, root)),
     "examples": ("SearchDataModule", r"^examples", lambda root: written("SearchDataModule", {"examples": "examples.jsonl"}, root)),
     "(a collection of TREC)": ("SearchDataModule", r"", _trec),
     "label_list": ("SemiSupervisedDataModule", r"^labels", _with_label_list),

@@ -74,7 +74,7 @@ def test_a_release_is_written_and_read(name: str, arguments: dict[str, Any], tmp
     data.prepare_data()
     for stage in ("fit", "test"):
         data.setup(stage)
-    for part in ("train", "val", "test"):
+    for part in ("val", "test") if name == "VideoPromptsDataModule" else ("train", "val", "test"):  # which isn't for training
         loaders = getattr(data, f"{part}_dataloader")()
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             assert next(iter(loader)), part

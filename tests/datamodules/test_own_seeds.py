@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_methods import datamodules
 
 SEED = 5
-WITHOUT = {"KittiStyleDataModule": "has no built-in sample"}
+WITHOUT = {"KittiStyleDataModule": "has no built-in sample", "VideoPromptsDataModule": "draws nothing"}
 LONG = {"GenerativeImageNetDataModule", "STL10DataModule"}  # two seconds each
 
 

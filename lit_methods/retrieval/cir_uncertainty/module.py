@@ -58,8 +58,8 @@ TECHNIQUE = Technique(
     configs=("cir_uncertainty.yaml", "cir_uncertainty_cosmo.yaml"),
     golden=("loss", "augmenter", "compositor", "recall", "lr_schedule"),
     claim=(
-        "Where many images are right, training on targets under noise first and on exact ones later finds more of them among the first 50 "
-        "than InfoNCE on exact targets alone."
+        "Where every image of a class is right, training on targets under noise first and on exact ones later has a higher precision among "
+        "the first 50 images than InfoNCE on exact targets alone."
     ),
     summary="Trains retrieval by an image with words on noisy targets, weighted by their spread, which fade into exact targets.",
 )
