@@ -56,7 +56,7 @@ class SearchNetwork(nn.Module):
     and double the channels; they share ``alpha_reduce``, the others ``alpha_normal``, both (edges, operations), at first 1e-3 N(0, 1).
     Norms have neither scale nor shift, but that of the stem.
 
-    Cost: 1.9 million weights with the defaults, and as many scores.
+    Cost: 3.9 million parameters with the defaults, half of them scores.
 
     Args:
         channels: C of the first cell, before it is doubled.

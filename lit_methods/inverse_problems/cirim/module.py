@@ -30,7 +30,10 @@ TECHNIQUE = Technique(
     ),
     configs=("cirim.yaml", "cirim_varnet.yaml", "cirim_unet.yaml"),
     golden=("llgrad", "indrnn", "rim_block", "cirim_loss"),
-    claim="Three cascades of recurrent inference machines reconstruct accelerated scans better than one, after equally many steps.",
+    claim=(
+        "Three cascades of recurrent inference machines reconstruct scans that are four times accelerated with a higher PSNR than a single "
+        "one, after equally many steps."
+    ),
     summary="Reconstructs accelerated multi-coil MRI by cascades of small recurrent networks that see the gradient of the likelihood.",
 )
 
