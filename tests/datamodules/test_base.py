@@ -93,7 +93,8 @@ def test_the_docstring_tells_the_keys_of_a_batch(name):
     arguments = without.get(name, {"views": 1} if name == "OrganSlicesDataModule" else {})
     if "batch_size" in inspect.signature(getattr(datamodules, name)).parameters:
         arguments = arguments | {"batch_size": 2}
-    batch = next(iter(prepared(name, **arguments).train_dataloader()))
+    data = prepared(name, **arguments)
+    batch = next(iter(data.test_dataloader() if name in NOT_FOR_TRAINING else data.train_dataloader()))
     assert declared(name) == {key: (part.ndim, str(part.dtype)[6:]) for key, part in batch.items() if isinstance(part, Tensor)}
 
 
