@@ -39,7 +39,10 @@ TECHNIQUE = Technique(
     ),
     configs=("cono.yaml",),
     golden=("noise_shuffle", "consistency", "lookback", "freenoise_noise", "window_attention", "codenoise"),
-    claim="With the look-back between two extensions, the pieces of a long video meet with smaller jumps than where each extends the last.",
+    claim=(
+        "With the look-back between two extensions, the pieces of a long video meet with smaller jumps than where each piece extends the "
+        "one before."
+    ),
     summary="Long videos from a model of short ones, untrained: shuffled noises, a look-back between extensions, a pull on the content.",
 )
 
