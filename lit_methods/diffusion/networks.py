@@ -183,7 +183,7 @@ class GaussianVideos(nn.Module):
     plus 1e-4 on the diagonal: content that all frames share, and smooth motion. The mean of the clean frames given the noisy ones is
     p + sqrt(a) S (a S + (1 - a) I)^-1 (x_t - sqrt(a) p), in the dtype of the videos.
 
-    It has no parameters; a call solves a system of F x F.
+    A call solves a system of F x F.
 
     Args:
         length: Frames over which the motion is smooth, > 0.
