@@ -13,10 +13,10 @@ from lit_methods.datamodules.mri.phantoms import coil_maps, make_phantoms, with_
 _SIZE, _COILS, _SLICES = 24, 4, 2
 
 
-def _scan(rng: np.random.Generator, slices: int = _SLICES) -> tuple[Complex, Complex]:
+def _scan(rng: np.random.Generator, slices: int = _SLICES, size: int = _SIZE, coils: int = _COILS) -> tuple[Complex, Complex]:
     """K-space and coil maps (slices, coils, H, W)."""
-    images = with_phase(make_phantoms(slices, _SIZE, rng), rng)
-    maps = np.stack([coil_maps(_COILS, (_SIZE, _SIZE), rng)] * slices)
+    images = with_phase(make_phantoms(slices, size, rng), rng)
+    maps = np.stack([coil_maps(coils, (size, size), rng)] * slices)
     noise = rng.standard_normal((2, *maps.shape)) * 0.005
     return fft2c(maps * images[:, None]) + (noise[0] + 1j * noise[1]).astype(np.complex64), maps
 
@@ -39,22 +39,23 @@ def _set(arguments: Arguments) -> dict[str, Any]:
 
 
 def _fast_mri(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
+    rng, crop = np.random.default_rng(0), arguments.get("crop")
+    size = _SIZE if crop is None else max(_SIZE, *(side + 4 for side in crop))  # a crop fits into the scan
+    shape = {} if size == _SIZE else {"slices": 1, "size": size, "coils": 2}
     for folder, files in (("multicoil_train", 3), ("multicoil_val", 2), ("multicoil_test", 1)):
         for number in range(files):
             name = f"file_{folder[-5:].strip('_')}_{number}.h5"
-            kspace, maps = _scan(rng)
+            kspace, maps = _scan(rng, **shape)
             with _file(arguments["root"] / folder / name) as file:
                 if folder == "multicoil_test":
-                    mask = np.arange(_SIZE) % 4 == 0
-                    mask[_SIZE // 2 - 2 : _SIZE // 2 + 2] = True
+                    mask = np.arange(size) % 4 == 0
+                    mask[size // 2 - 2 : size // 2 + 2] = True
                     file["mask"], kspace = mask, kspace * mask
                 else:
                     file["reconstruction_rss"] = np.stack([root_sum_of_squares(ifft2c(one)) for one in kspace])
                 file["kspace"] = kspace
             _maps(arguments, name, maps)
-    crop = arguments.get("crop")
-    return _set(arguments) | ({} if crop is None else {"crop": [min(side, _SIZE - 4) for side in crop]})
+    return _set(arguments) | ({} if crop is None else {"crop": crop})
 
 
 def _cc359(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -245,7 +245,8 @@ def _root_of(section: Any) -> str | None:
 def _plan(config: Any, data: Any, processes: int, found: Diagnosis) -> int:
     """Optimiser steps of the training, as far as they are known, else 1,000: a stand-in for schedules."""
     trainer, batches = config.trainer, None
-    if data is not None:
+    only_judged = getattr(data, "train_set", True) is None and getattr(data, "test_set", None) is not None
+    if data is not None and not only_judged:
         try:
             batches = _length(data.train_dataloader())
         except Exception as error:

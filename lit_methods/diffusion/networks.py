@@ -60,7 +60,7 @@ class _FrameBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.shortcut = nn.Conv2d(channels_in, channels, 1) if channels_in != channels else nn.Identity()
         self.temporal = TemporalAttention(channels, heads=max(1, channels // 16)) if attend else None
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = nn.LayerNorm(channels) if attend else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

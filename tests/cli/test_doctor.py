@@ -143,6 +143,7 @@ def test_mistakes_are_told(words: list[str], message: str, capsys: pytest.Captur
     assert "Traceback" not in said
 
 
+WITHOUT_END = {"cono_text_to_video", "dass_cifar_search"}  # nothing is trained; the search ends itself
 NOT_COUNTED = {
     "cast_llama2_7b",
     "cir_uncertainty_fashion200k",
@@ -184,5 +185,7 @@ def test_every_full_recipe_is_examined(file: Path, capsys: pytest.CaptureFixture
         assert said["samples_per_step"] is said["recipe_samples"] is None
     else:
         assert said["samples_per_step"] * processes == said["recipe_samples"]
-    assert said["total_steps"] is not None or states(said, "libraries") or states(said, "data")[0][0] == "unknown"
+    assert (
+        said["total_steps"] is not None or file.stem in WITHOUT_END or states(said, "libraries") or states(said, "data")[0][0] == "unknown"
+    )
     assert (said["parameters"] or 0) > 1e4 or file.stem in NOT_COUNTED
