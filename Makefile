@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Test processes, one thread each. 0: all tests in one process, in order.
 WORKERS ?= 2
 
-.PHONY: superflow test test-all test-slow test-faults lint types wheel-check claims docs functional notebooks bench-lidar bench-logging size clean
+.PHONY: superflow test test-all test-slow test-lowest test-faults lint types wheel-check claims docs functional notebooks bench-lidar bench-logging size clean
 
 superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
@@ -22,6 +22,10 @@ test-all: .venv/installed  ## what `make test` leaves out, but for the slow ones
 
 test-slow: .venv/installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-lowest: .venv/installed  ## the tests of hostile files, with the oldest libraries that read them
+	$(BIN)/pip install --quiet --no-deps --target build/lowest timm==1.0.15 pillow==10.0.0 pyyaml==6.0.1
+	PYTHONPATH=build/lowest $(BIN)/python -m pytest -m "not slow" tests/test_payloads.py tests/cli/test_current_folder.py tests/datamodules/test_reading.py
 
 test-faults: .venv/installed  ## kill runs at random and at named points, and compare what they end with; about an hour
 	$(BIN)/python -m pytest -m slow tests/test_faults.py tests/test_kills.py -s
