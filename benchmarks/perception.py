@@ -113,7 +113,7 @@ def measured(form: str, count: int, pipe: Any) -> None:
     loss.backward()
     seconds = time.perf_counter() - began
     assert student.grad is not None
-    pipe.send((float(loss), student.grad.tolist(), seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024))
+    pipe.send((loss.item(), student.grad.tolist(), seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 1024))
 
 
 def continuous_ap(model: str, workers: int, rounds: int) -> dict[str, Any]:
