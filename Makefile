@@ -25,7 +25,7 @@ test-slow: .venv/installed  ## the tests that take minutes
 
 test-lowest: .venv/installed  ## the tests of hostile files, with the oldest libraries that read them
 	$(BIN)/pip install --quiet --no-deps --target build/lowest timm==1.0.15 pillow==10.0.0 pyyaml==6.0.1
-	PYTHONPATH=build/lowest $(BIN)/python -m pytest -m "not slow" tests/test_payloads.py tests/cli/test_current_folder.py tests/datamodules/test_reading.py
+	PYTHONPATH=$(CURDIR)/build/lowest $(BIN)/python -m pytest -m "not slow" tests/test_payloads.py tests/cli/test_current_folder.py tests/datamodules/test_reading.py
 
 test-faults: .venv/installed  ## kill runs at random and at named points, and compare what they end with; about an hour
 	$(BIN)/python -m pytest -m slow tests/test_faults.py tests/test_kills.py -s
