@@ -6,6 +6,7 @@ sent for real, since the run answers it. All runs of a technique are forks of on
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -181,8 +182,14 @@ def all_cases(cli: LitCLI, slug: str, mode: str, folder: Path, kills: int, terms
     for index in chosen(names, kills):
         yield _gone_on(cli, Case(slug, mode, "SIGKILL", f"{index} {names[index]}"), folder / f"at-{index}", expected)
     for index in chosen(names, max(terms, 4))[:: max(1, max(terms, 4) // max(terms, 1))][:terms]:
-        case, root, seen = Case(slug, mode, "SIGTERM", f"{index} {names[index]}"), folder / f"term-{index}", iter(range(len(names) + 1))
-        status = _run(cli, root, lambda name, index=index, seen=seen: os.kill(os.getpid(), signal.SIGTERM) if next(seen) == index else None)  # type: ignore[misc]
+        case, root = Case(slug, mode, "SIGTERM", f"{index} {names[index]}"), folder / f"term-{index}"
+        count = itertools.count()  # a run that is stopped may pass more points than a whole one
+
+        def stop(_: str, index: int = index, count: Iterator[int] = count) -> None:
+            if next(count) == index:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        status = _run(cli, root, stop)
         if status not in (143, 0, -signal.SIGTERM):  # it may come before training listens, or behind its last step
             case.wrong = f"exit status {status}: {root.with_suffix('.log').read_text()[-1500:]}"
             yield case
