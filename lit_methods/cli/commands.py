@@ -147,6 +147,7 @@ def info(argv: list[str]) -> int:
     from lit_methods.parts import parts
 
     slugs = [entry.slug for entry in known.values() if name in (entry.slug, entry.names[0] if entry.names else "")]
+    slugs = slugs or [entry.slug for entry in known.values() if name.lower() == entry.name.lower()]  # as people call it: iCT
     chosen: Any
     if slugs:
         chosen, text = known[slugs[0]], _described(known[slugs[0]])

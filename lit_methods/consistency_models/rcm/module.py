@@ -58,6 +58,7 @@ from lit_methods.runs.checkpoints import load_into
 
 TECHNIQUE = Technique(
     slug="rcm",
+    short="rCM",
     title="Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency",
     arxiv="2510.08431",
     family="consistency_models",

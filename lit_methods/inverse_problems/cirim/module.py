@@ -16,6 +16,7 @@ from lit_methods.panels import Curve, Panel
 
 TECHNIQUE = Technique(
     slug="cirim",
+    short="CIRIM",
     title="Assessment of Data Consistency through Cascades of Independently Recurrent Inference Machines for fast and robust accelerated "
     "MRI reconstruction",
     arxiv="2111.15498",

@@ -31,6 +31,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="flair",
+    short="FLAIR",
     title="Solving Inverse Problems with FLAIR",
     arxiv="2506.02680",
     family="inverse_problems",

@@ -23,6 +23,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="maid",
+    short="MAID",
     title="An adaptively inexact first-order method for bilevel optimization with application to hyperparameter learning",
     arxiv="2308.10098",
     family="inverse_problems",

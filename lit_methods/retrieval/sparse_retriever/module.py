@@ -32,6 +32,7 @@ from lit_methods.runs.checkpoints import load_into
 
 TECHNIQUE = Technique(
     slug="sparse_retriever",
+    short="Inference-free sparse retriever",
     title="Towards Competitive Search Relevance For Inference-Free Learned Sparse Retrievers",
     arxiv="2411.04403",
     family="retrieval",
