@@ -42,7 +42,7 @@ WHOLE_FILES = {
 }
 # page of the site <- (title, headings of the README); a single heading becomes the title itself
 README_PARTS = {
-    "quick_start.md": ("Quick start", ("Install", "1. Run a config", "3. Compare two runs")),
+    "quick_start.md": ("Quick start", ("Install", "1. Run a config", "3. Compare two runs", "4. Share a model")),
     "attach.md": ("Attach to your own module", ("2. Attach a callback to your own module",)),
 }
 # (section, pages in order); pages that aren't there are left out, files of docs/ that stand nowhere come last

@@ -39,7 +39,9 @@ Believe and see
 
 Files
   cp <config> <dest>              copy a shipped config to edit
-  export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors)
+  export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors), or a folder with a model card
+  push <folder> <user/name>       such a folder to the Hugging Face hub
+  pull <user/name> <folder>       and back
   prune --config FILE <out>       prune a trained model once, as DSnoT, Wanda, ... in the config say; a Hugging Face folder or a state dict
   idf <corpus.jsonl> <out>        table of inverse document frequencies of a corpus, by several processes
   encode <config>=<ckpt> <out>    documents of a sparse retriever for Anserini or OpenSearch, or the model for sentence-transformers
@@ -141,7 +143,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, doctor, fake, neighbours, prune, report, retrieval, scaffold
+    from lit_methods.cli import claims, commands, dashboard, doctor, fake, neighbours, prune, report, retrieval, scaffold, share
 
     return {
         "claims": claims.claims,
@@ -152,6 +154,8 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "info": commands.info,
         "cp": commands.copy,
         "export": commands.export,
+        "push": share.push,
+        "pull": share.pull,
         "prune": prune.prune,
         "idf": retrieval.idf,
         "encode": retrieval.encode,
