@@ -40,7 +40,13 @@ CLAIMS = [path for path in CONFIGS if path.parent.name in ("claims", "compare")]
 LABEL_MAPS = [path for path in CONFIGS if path.parent.name == "label_maps"]
 SPEAK_FOR_THEMSELVES = ("class_path", "claim", "source")
 EXAMPLES = re.compile("two_views|/metric/|^my_|^runs/")  # paths that only an example has
-ONLY_SHOWN = {"claims": "--plan", "compare": "--plan", "dashboard": "--dry-run", "push": "--help", "pull": "--help"}  # what keeps a command from hours of work or a service
+ONLY_SHOWN = {
+    "claims": "--plan",
+    "compare": "--plan",
+    "dashboard": "--dry-run",
+    "push": "--help",
+    "pull": "--help",
+}  # what keeps a command from hours of work or a service
 OTHER_PROGRAMS = ("cd", "git", "make", "pip", "pytest", "python", "ruff", "tensorboard", "wandb")
 
 
