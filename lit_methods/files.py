@@ -140,10 +140,13 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: It is no YAML.
     """
+    loader = _LOADER(text)
     try:
-        return yaml.load(text, Loader=_LOADER)
+        return loader.get_single_data()
     except (yaml.YAMLError, UnicodeError):
         return yaml.safe_load(text)
+    finally:
+        loader.dispose()
 
 
 def dump_yaml(content: Any) -> str:

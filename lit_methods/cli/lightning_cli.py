@@ -47,7 +47,8 @@ from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run
 from lit_methods.runs.lock import RunLock, hold_run
 from lit_methods.runs.wandb import finish_runs, open_runs
 
-set_dumper("libyaml", dump_yaml)  # jsonargparse's own is PyYAML's, which takes as long as the parsing
+set_dumper("yaml", dump_yaml)  # PyYAML's own takes as long as the parsing
+_PARSERS: dict[str, tuple[LightningArgumentParser, dict[str, LightningArgumentParser], dict[str, list[str]]]] = {}  # by subcommand
 
 
 class LitCLI(LightningCLI):
@@ -75,11 +76,15 @@ class LitCLI(LightningCLI):
             args=args,
         )
 
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Add the one subcommand that was given: setting up all four takes most of the time that parsing takes."""
-        given = {self.args[0]: LightningCLI.subcommands()[self.args[0]]}
+    def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
+        """Make the parser of the one subcommand that was given, once a process: that of all four takes longer than the parsing."""
+        command = self.args[0]
+        given = {command: LightningCLI.subcommands()[command]}
         self.subcommands = lambda: given  # type: ignore[method-assign]
-        super()._add_subcommands(parser, **kwargs)
+        if command not in _PARSERS:
+            super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+            _PARSERS[command] = (self.parser, self._subcommand_parsers, self._subcommand_method_arguments)
+        self.parser, self._subcommand_parsers, self._subcommand_method_arguments = _PARSERS[command]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys that concern the run as a whole."""
@@ -145,7 +150,7 @@ class LitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and send every logger there."""
         config = self.config[self.subcommand]
-        self.resolved_config: dict[str, Any] = load_yaml(self._parser(self.subcommand).dump(config, skip_none=False, format="libyaml"))
+        self.resolved_config: dict[str, Any] = load_yaml(self._parser(self.subcommand).dump(config, skip_none=False, format="yaml"))
         if self.auto:
             self.restart = self._restart(Path(config.run_root) / safe_name(config.name))
         if self.restart is not None:
