@@ -5,6 +5,7 @@ Importing this module imports torch and Lightning (seconds); the other ``lit`` c
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
 import json
@@ -18,8 +19,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_dumper
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -39,13 +39,16 @@ from lit_methods.cli.resume import (
     newest_readable,
 )
 from lit_methods.errors import CommandError
-from lit_methods.files import write_atomically
+from lit_methods.files import dump_yaml, load_yaml, write_atomically
 from lit_methods.hub import weights_left_out
 from lit_methods.import_path import add_current_folder
 from lit_methods.runs.checkpoints import AtomicCheckpointIO, check_readable, remove_leftovers
 from lit_methods.runs.folder import RUN_FOLDER_VARIABLE, RunFolder, agree_on_run_folder, forget_told, is_first, safe_name, told_by_first
 from lit_methods.runs.lock import RunLock, hold_run
 from lit_methods.runs.wandb import finish_runs, open_runs
+
+set_dumper("yaml", dump_yaml)  # PyYAML's own takes as long as the parsing
+_PARSERS: dict[str, tuple[LightningArgumentParser, dict[str, LightningArgumentParser], dict[str, list[str]]]] = {}  # by subcommand
 
 
 class LitCLI(LightningCLI):
@@ -73,11 +76,15 @@ class LitCLI(LightningCLI):
             args=args,
         )
 
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Add the one subcommand that was given: setting up all four takes most of the time that parsing takes."""
-        given = {self.args[0]: LightningCLI.subcommands()[self.args[0]]}
+    def setup_parser(self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]) -> None:
+        """Make the parser of the one subcommand that was given, once a process: that of all four takes longer than the parsing."""
+        command = self.args[0]
+        given = {command: LightningCLI.subcommands()[command]}
         self.subcommands = lambda: given  # type: ignore[method-assign]
-        super()._add_subcommands(parser, **kwargs)
+        if command not in _PARSERS:
+            super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
+            _PARSERS[command] = (self.parser, self._subcommand_parsers, self._subcommand_method_arguments)
+        self.parser, self._subcommand_parsers, self._subcommand_method_arguments = _PARSERS[command]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys that concern the run as a whole."""
@@ -143,8 +150,7 @@ class LitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and send every logger there."""
         config = self.config[self.subcommand]
-        dumped = self._parser(self.subcommand).dump(config, skip_none=False, format="yaml")
-        self.resolved_config: dict[str, Any] = yaml.safe_load(dumped)
+        self.resolved_config: dict[str, Any] = load_yaml(self._parser(self.subcommand).dump(config, skip_none=False, format="yaml"))
         if self.auto:
             self.restart = self._restart(Path(config.run_root) / safe_name(config.name))
         if self.restart is not None:
@@ -160,6 +166,10 @@ class LitCLI(LightningCLI):
         config.trainer.default_root_dir = str(self.run_folder)
         if not config.trainer.barebones:
             config.trainer.logger = self._redirected(config.trainer.logger)
+
+    def _dump_config(self) -> None:
+        """What Lightning hands to ``save_hyperparameters``, model and data as they were resolved, without resolving them again."""
+        self.config_dump = copy.deepcopy(self.resolved_config)
 
     def instantiate_classes(self) -> None:
         """Look for the data before anything is built: a model may take minutes, or download weights."""

@@ -21,10 +21,8 @@ if __name__ == "__main__":
 
     current_folder_last()  # before a library is imported
 
-import yaml
-
 from lit_methods.claims.sources import imported_sources
-from lit_methods.files import write_json
+from lit_methods.files import load_yaml, write_json
 
 
 def run(record: Path, words: list[str]) -> int:
@@ -74,7 +72,7 @@ def resolve(file: Path) -> int:
             text = out.getvalue()
             if status == 0 and "seed_everything:" in text:
                 text = text[max(text.find("# lightning"), 0) :]  # behind a word about W&B
-                answers.append({"config": yaml.safe_load(text.replace(str(stand_in), "'{checkpoint}'"))})
+                answers.append({"config": load_yaml(text.replace(str(stand_in), "'{checkpoint}'"))})
             else:
                 answers.append({"error": err.getvalue().strip() or text[-2000:], "missing": "".join(missing)})
     write_json(file, answers)

@@ -15,7 +15,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -23,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 import lit_methods
 from lit_methods.distributed import broadcast_text, rank, world_size
 from lit_methods.errors import CommandError
-from lit_methods.files import remove_dead, write_atomically, write_json
+from lit_methods.files import dump_yaml, remove_dead, write_atomically, write_json
 from lit_methods.git import git
 from lit_methods.runs.lock import RunLock, hold_run
 from lit_methods.runs.lock import in_use as in_use
@@ -328,7 +327,7 @@ class RunFolder(pl.Callback):
                     logger.experiment.add_text("config", f"```yaml\n{text}\n```")
 
     def _write_config(self) -> str:
-        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        text = dump_yaml(self.config)
         path = self.folder / "config.yaml"
         write_atomically(path, f"# lit {self._stage} --config {path}\n{text}")
         return text
