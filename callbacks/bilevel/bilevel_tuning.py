@@ -29,6 +29,10 @@ from lit_methods.seeds import own_seed, seeded_noise
 _MARGIN = 2.0  # a curvature estimated at one place is no bound of those around it
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class _Step(nn.Module):
     """Calls a method of the module that it holds, so that ``functional_call`` reaches it."""
 
@@ -183,9 +187,9 @@ class BilevelTuning(LossTerm):
 
     Runs: the decays join the loss of ``training_step``. The first ``lower_batches`` of the training loader and ``upper_batches`` of the
     validation loader are read when fit starts, and stay on the device; their losses run on a copy that shares the weights, in evaluation
-    mode, without autocast. Under DDP each rank has its own batches, everything is averaged over ranks before a decision, and all take the
-    same one. The bounds of MAID hold where h is strongly convex, as for the last layer of a network; elsewhere they are estimates. The
-    optimiser's momentum doesn't know of the weights' jump.
+    mode, without autocast and without the terms of other callbacks. Under DDP each rank has its own batches, everything is averaged over
+    ranks before a decision, and all take the same one. The bounds of MAID hold where h is strongly convex, as for the last layer of a
+    network; elsewhere they are estimates. The optimiser's momentum doesn't know of the weights' jump.
 
     Saves: theta, the controller's numbers and the generator of its probes. A run that is killed within a line search begins the iteration
     anew and ends bit-equal.
@@ -385,7 +389,7 @@ class BilevelTuning(LossTerm):
         named, decays = dict(module.named_parameters()), self.theta[len(self.theta) - len(self._decayed) :].exp().tolist()
         with torch.autocast(module.device.type, enabled=False):
             squares = [
-                sum(decay / 2 * named[name].float().square().sum() for name in names)
+                sum(decay / 2 * _wide(named[name]).square().sum() for name in names)
                 for decay, names in zip(decays, self._decayed, strict=True)
             ]
             return torch.stack(squares).sum()  # type: ignore[arg-type]
