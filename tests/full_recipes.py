@@ -399,6 +399,7 @@ RECIPES: dict[str, Recipe] = {
     "maid_experts_kodak": Recipe(
         words=("--data.init_args.size=16", "--data.init_args.number=2"), why="2 images of 16 pixels: a solve of 20 large ones takes minutes"
     ),
+    "maid_mnist": Recipe(),
     "masksparsity_cifar": MASKED,
     "masksparsity_imagenet": MASKED,
     "progressive_gradient_flow_vit": batch(4),

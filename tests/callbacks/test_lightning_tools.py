@@ -181,6 +181,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "EMATeacher": {"schedule": "cosine"},
     "EMARemoval": {"student": "head", "teacher": "teacher"},
     "WeightEMA": {},
+    "BilevelTuning": {"weight_decay": {"*": 0.0}, "every_n_steps": 2, "lower_batches": 1, "upper_batches": 1, "max_iterations": 4},
     "Reliability": {},
     "FeatureProbe": {},
     "SampleGrid": {},
@@ -342,13 +343,12 @@ _LAZY = "has no shape yet: run the lazy layers once before fit"
 REFUSED: dict[tuple[str, str], str] = {
     **{(name, "dataloader_iter"): f"{name if name not in STANDS_IN else 'Power'} {_BATCH}" for name in (
         "LossTerm", "ConR", "TCM", "AdaWAC", "MultiScaleConsistency", "TwoTowerConsistency", "DenseToSparse", "FDS", "ADELE",
-        "FLOPSRegularizer", "UncertaintyRegularizer",
-        "FLOPSRegularizer", "ContinuousAPLoss",
+        "FLOPSRegularizer", "UncertaintyRegularizer", "ContinuousAPLoss", "BilevelTuning",
     )},
     **{(name, "lazy_layers"): _LAZY for name in (
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "RandomSearch", "S2FT", "SaRA", "SparseIFT", "SparsityReport",
-        "SSVI",
+        "SSVI", "BilevelTuning",
     )},
     **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
 }  # fmt: skip

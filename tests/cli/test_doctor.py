@@ -155,6 +155,7 @@ NOT_COUNTED = {
     "dsnot_llama",
     "flair_sd3",
     "maid_experts_kodak",
+    "maid_mnist",
     "s2ft_llama3_8b",
     "sara_sd15",
     "slct_celebahq",
