@@ -8,7 +8,7 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.diffusion.ddc_fewshot.core import (
-    Guidance,
+    StructureGuidance,
     adaptation_loss,
     cosine_shares,
     ddc_distance,
@@ -100,7 +100,7 @@ def guided_ddim(case: GoldenCase) -> dict[str, Any]:
     noises = iter(case.tensor("in_noises"))
     start = translation_start(source * 2 - 1, case.tensor("in_start_noise"), case.hp("max_step"), shares)
     times = sampling_times(case.hp("max_step"), case.hp("sample_steps"))
-    guidance = Guidance(case.hp("filter_size"), case.hp("guid_step"), case.hp("style_enhance"))
+    guidance = StructureGuidance(case.hp("filter_size"), case.hp("guid_step"), case.hp("style_enhance"))
     image = ddim_from(
         toy(case),
         start,

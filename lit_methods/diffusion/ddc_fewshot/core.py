@@ -9,6 +9,7 @@ Images are in [-1, 1]. ``shares`` is alpha-bar of all steps, (T,) float64 and fa
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_methods import checks
 from lit_methods.diffusion.ddim import ddim_step
 from lit_methods.diffusion.denoisers import Denoise
 
@@ -40,6 +42,11 @@ def cosine_shares(steps: int = 1000, offset: float = 0.008) -> Tensor:
     time = torch.arange(steps + 1, dtype=torch.float64) / steps
     signal = ((time + offset) / (1 + offset) * (math.pi / 2)).cos().square()
     return (1 - (1 - signal[1:] / signal[:-1]).clamp(0, 0.999)).cumprod(0)
+
+
+def widened(x: Tensor) -> Tensor:
+    """The same in float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _at(values: Tensor, t: Tensor, like: Tensor) -> Tensor:
@@ -106,7 +113,7 @@ def noise_loss(eps: Tensor, noise: Tensor, kind: NoiseLoss = "l1") -> Tensor:
     Returns:
         (B,) float32 or wider.
     """
-    gap = eps.to(torch.promote_types(eps.dtype, torch.float32)) - noise
+    gap = widened(eps) - noise
     return (gap.abs() if kind == "l1" else gap.square()).flatten(1).mean(1)
 
 
@@ -127,7 +134,7 @@ def phase_share(t: Tensor, switch_step: float = 300) -> Tensor:
 
 
 def mix_content(content: Tensor, noise: Tensor, t: Tensor, switch_step: float = 300) -> Tensor:
-    """c' = m(t) c + (1 - m(t)) z.
+    """Mixed content: m(t) c + (1 - m(t)) z.
 
     Args:
         content: (B, ...) features of the content image.
@@ -147,7 +154,7 @@ class Weights(NamedTuple):
 
 
 def phasic_weights(t: Tensor, steps: int = 1000, base: float = 20.0, exponent: float = 0.9) -> Weights:
-    """a = base^(t / T) and base^exponent - a, as the authors' code has them.
+    """Factors of the authors' code: a = base^(t / T), and base^exponent - a.
 
     Args:
         t: (B,) steps; above ``exponent`` T the second factor is negative.
@@ -186,7 +193,7 @@ def weighted_mean(losses: Tensor, weight: Tensor) -> Tensor:
 
 
 def domain_direction(mean_source: Tensor, mean_target: Tensor) -> Tensor:
-    """d = mean of the target's features - mean of the source's.
+    """Direction d between the domains: mean of the target's features - mean of the source's.
 
     Args:
         mean_source: (D,) or (1, D).
@@ -196,10 +203,6 @@ def domain_direction(mean_source: Tensor, mean_target: Tensor) -> Tensor:
         (1, D).
     """
     return (mean_target - mean_source).reshape(1, -1)
-
-
-def _wide(*features: Tensor) -> list[Tensor]:
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in features]
 
 
 def ddc_distance(generated: Tensor, source: Tensor, direction: Tensor) -> Tensor:
@@ -213,7 +216,7 @@ def ddc_distance(generated: Tensor, source: Tensor, direction: Tensor) -> Tensor
     Returns:
         (B,) float32 or wider.
     """
-    generated, source, direction = _wide(generated, source.detach(), direction.detach())
+    generated, source, direction = widened(generated), widened(source.detach()), widened(direction.detach())
     return (generated - (source + direction)).square().mean(1)
 
 
@@ -228,7 +231,7 @@ def cosine_distance(generated: Tensor, source: Tensor, direction: Tensor) -> Ten
     Returns:
         (B,) float32 or wider, in [0, 2].
     """
-    generated, source, direction = _wide(generated, source.detach(), direction.detach())
+    generated, source, direction = widened(generated), widened(source.detach()), widened(direction.detach())
     return 1 - F.cosine_similarity(generated - source, direction, dim=1)
 
 
@@ -244,7 +247,7 @@ def pairwise_divergence(generated: Tensor, source: Tensor) -> Tensor:
     Returns:
         (B,) float32 or wider, >= 0; 0 with fewer than three samples, since two have one other each.
     """
-    generated, source = _wide(generated, source.detach())
+    generated, source = widened(generated), widened(source.detach())
     count = len(generated)
     if count < 2:
         return generated.sum(1) * 0
@@ -285,7 +288,7 @@ def gram_matrix(features: Tensor) -> Tensor:
         (B, C, C) float32 or wider.
     """
     with torch.autocast(features.device.type, enabled=False):
-        rows = _wide(features)[0].flatten(2)
+        rows = widened(features).flatten(2)
         return rows @ rows.mT / (rows.shape[1] * rows.shape[2])
 
 
@@ -316,7 +319,7 @@ def _cubic(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _resizing(size: int, length: int) -> Tensor:
-    """Bicubic resizing of a line as a matrix: (length, size) float64; the kernel is stretched where pixels get fewer, edges are mirrored."""
+    """Bicubic resizing of a line as a matrix (length, size) float64: the kernel widens where pixels get fewer, edges are mirrored."""
     scale = length / size
     stretch = min(scale, 1.0)
     centre = (torch.arange(length, dtype=torch.float64) + 0.5) / scale - 0.5
@@ -362,18 +365,27 @@ def sampling_times(start: int, steps: int) -> list[int]:
     return torch.linspace(-1, start - 1, steps + 1, dtype=torch.float32).int().flip(0).tolist()  # type: ignore[no-any-return]
 
 
-class Guidance(NamedTuple):
-    """Cross-domain structure guidance.
+@dataclass(frozen=True)
+class StructureGuidance:
+    """Cross-domain structure guidance: low frequencies of a sample are replaced by those of the source image, seen by the target model.
 
-    Attributes:
+    Args:
         factor: N of the low-pass: 8, or 4, which keeps more of the content.
         above: Guide while the step that is gone to lies above this one.
-        style_rounds: M, of which M - 1 rounds more let the target model give the reference its style; 0 and 1: none.
+        style_rounds: M; M - 1 further rounds let the target model give the reference more of its style. 0 and 1: none.
+
+    Raises:
+        ValueError: A number below its range.
     """
 
     factor: int = 8
     above: int = 400
     style_rounds: int = 0
+
+    def __post_init__(self) -> None:
+        checks.at_least(1, "a factor that images are reduced by", factor=self.factor)
+        checks.at_least(-1, "a step", above=self.above)
+        checks.at_least(0, "rounds", style_rounds=self.style_rounds)
 
 
 class Ancestral(NamedTuple):
@@ -401,9 +413,9 @@ def ancestral_step(denoise: Denoise, x: Tensor, time: int, shares: Tensor, conte
 
 
 def guide_structure(
-    denoise: Denoise, x: Tensor, source: Tensor, time: int, shares: Tensor, guidance: Guidance, content: Any, draw: Draw
+    denoise: Denoise, x: Tensor, source: Tensor, time: int, shares: Tensor, guidance: StructureGuidance, content: Any, draw: Draw
 ) -> Tensor:
-    """x - Phi(x) + Phi(r), where r is the noised source image after one step of the target model.
+    """Low frequencies of a reference: x - Phi(x) + Phi(r), where r is the noised source image after one step of the target model.
 
     Args:
         denoise: (x_t, t, content) -> noise, the target model.
@@ -433,7 +445,7 @@ def ddim_from(
     content: Any = None,
     content_until: int = 0,
     source: Tensor | None = None,
-    guidance: Guidance | None = None,
+    guidance: StructureGuidance | None = None,
 ) -> Tensor:
     """DDIM between given steps, with content and structure of a source image.
 
@@ -507,7 +519,7 @@ def intra_cluster_distance(distances: Tensor, nearest: Tensor, clusters: int) ->
 
 
 __all__ = [
-    "Guidance",
+    "StructureGuidance",
     "adaptation_loss",
     "ancestral_step",
     "cosine_distance",
