@@ -84,7 +84,8 @@ class TranslationSampler:
         eta: 0: no noise is added on the way; 1: as much as DDPM adds.
         content: The network sees features of the source image; False: the noised image alone.
         content_until: Content is seen while the step that is gone to is at least this one: never in the last.
-        guidance: Low frequencies of the source image on the way; None: without.
+        guided: Low frequencies of the source image on the way.
+        guidance: How, where ``guided``.
         source_steps: Network calls for an image of the source model, from noise alone.
 
     Raises:
@@ -96,7 +97,8 @@ class TranslationSampler:
     eta: float = 1.0
     content: bool = True
     content_until: int = 0
-    guidance: StructureGuidance | None = field(default_factory=StructureGuidance)
+    guided: bool = True
+    guidance: StructureGuidance = field(default_factory=StructureGuidance)
     source_steps: int = 50
 
     def __post_init__(self) -> None:
@@ -403,7 +405,7 @@ class PhasicContentDiffusion(WholeSetEvaluation[dict[str, Tensor]]):
             source if sampler.content else None,
             sampler.content_until,
             source,
-            sampler.guidance,
+            sampler.guidance if sampler.guided else None,
         )
         return start, made
 
