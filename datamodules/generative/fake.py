@@ -1,4 +1,4 @@
-"""Tiny releases for generative models: CIFAR-10, ImageNet, latents in files, latents in tar files."""
+"""Tiny releases for generative models: CIFAR-10, ImageNet, latents in files or tar files, folders of two domains."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_methods.datamodules.fake import Arguments, Writer
+from lit_methods.datamodules.fake import Arguments, Writer, picture, smooth
 from lit_methods.datamodules.generative.shards import write_shard
 from lit_methods.datamodules.vision.fake import cifar, imagenet
 
@@ -106,7 +106,17 @@ def _shards(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     return {"root": root, "null_embedding": arguments["null_embedding"]}
 
 
+def _few_shot(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Smooth pictures in both folders: eight to train on beside those for validation, and as many targets as are asked for, else ten."""
+    rng = np.random.default_rng(0)
+    for name, count in (("source", arguments["num_val"] + 8), ("target", arguments["shots"] or 10)):
+        for number in range(count):
+            picture(arguments["root"] / arguments[name] / f"{number:05}.png", smooth(rng, (80, 64)))
+    return {"root": arguments["root"]}
+
+
 FAKES: dict[str, Writer] = {
+    "FewShotFoldersDataModule": _few_shot,
     "GenerativeCIFARDataModule": _cifar,
     "GenerativeImageNetDataModule": _imagenet,
     "LatentDataModule": _latents,

@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_methods import checks
 from lit_methods.datamodules.base import Batches, Ints, LoaderDataModule, Samples
 from lit_methods.datamodules.errors import WrongRootError
-from lit_methods.datamodules.folders import data_path, listed
+from lit_methods.datamodules.folders import data_path, listed, user_path
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
 from lit_methods.datamodules.pictures import open_picture
 
@@ -217,8 +217,9 @@ class FewShotFoldersDataModule(FewShotDataModule):
     by name, which no training sees. Images are reduced until the shorter side is S, and the middle square counts.
 
     Args:
-        source: Folder of PNG, JPEG, WebP, BMP or TIFF files; folders below it count, too.
-        target: Folder of the few.
+        root: Folder that holds both.
+        source: Folder in it of PNG, JPEG, WebP, BMP or TIFF files, folders below it included; or a path of its own.
+        target: Folder of the few; or a path of its own.
         image_size: S.
         channels: 3, or 1 for grey.
         shots: Take the first so many target images by name; None: all.
@@ -236,8 +237,9 @@ class FewShotFoldersDataModule(FewShotDataModule):
 
     def __init__(
         self,
-        source: Path,
-        target: Path,
+        root: Path,
+        source: str = "source",
+        target: str = "target",
         image_size: int = 256,
         channels: int = 3,
         shots: int | None = None,
@@ -253,10 +255,12 @@ class FewShotFoldersDataModule(FewShotDataModule):
         checks.at_least(1, "images", shots=shots, num_val=num_val)
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}: give 3 for colours, or 1 for grey")
-        self.source, self.target = data_path(source), data_path(target)
+        self.root = data_path(root)
+        self.folders = {"source": self.root / user_path(source), "target": self.root / user_path(target)}
         self.save_hyperparameters()
 
-    def _files(self, name: str, folder: Path, least: int, why: str) -> list[Path]:
+    def _files(self, name: str, least: int, why: str) -> list[Path]:
+        folder = self.folders[name]
         if not folder.is_dir():
             raise WrongRootError(f"{name}={str(folder)!r} is no folder: give one of PNG or JPEG files")
         found = [path for path in listed(folder, "**/*", endings=ENDINGS) if path.is_file()]
@@ -268,8 +272,8 @@ class FewShotFoldersDataModule(FewShotDataModule):
 
     def _found(self) -> tuple[list[Path], list[Path]]:
         num_val, shots = self.hparams["num_val"], self.hparams["shots"]
-        sources = self._files("source", self.source, num_val + 1, f"num_val={num_val} of them for validation")
-        targets = self._files("target", self.target, shots or 1, "images of the domain that is adapted to")
+        sources = self._files("source", num_val + 1, f"num_val={num_val} of them for validation")
+        targets = self._files("target", shots or 1, "images of the domain that is adapted to")
         return sources, targets[:shots]
 
     def check_root(self, stage: str = "fit") -> None:
