@@ -70,6 +70,19 @@ def shards(
     return root
 
 
+def few_shot(root: Path, *folders: tuple[str, int]) -> None:
+    """Smooth pictures ``<folder>/<number>.png``.
+
+    Args:
+        root: Folder to write to.
+        folders: Names below it, and the number of pictures in each.
+    """
+    rng = np.random.default_rng(0)
+    for name, count in folders:
+        for number in range(count):
+            picture(root / name / f"{number:05}.png", smooth(rng, (80, 64)))
+
+
 # ---- what each datamodule gets ---------------------------------------------------------------------------------------------------------
 
 
@@ -107,11 +120,8 @@ def _shards(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _few_shot(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Smooth pictures in both folders: eight to train on beside those for validation, and as many targets as are asked for, else ten."""
-    rng = np.random.default_rng(0)
-    for name, count in (("source", arguments["num_val"] + 8), ("target", arguments["shots"] or 10)):
-        for number in range(count):
-            picture(arguments["root"] / arguments[name] / f"{number:05}.png", smooth(rng, (80, 64)))
+    """Eight pictures to train on beside those for validation, and as many targets as are asked for, else ten."""
+    few_shot(arguments["root"], (arguments["source"], arguments["num_val"] + 8), (arguments["target"], arguments["shots"] or 10))
     return {"root": arguments["root"]}
 
 
@@ -122,4 +132,4 @@ FAKES: dict[str, Writer] = {
     "LatentDataModule": _latents,
     "LatentShardsDataModule": _shards,
 }
-__all__ = ["FAKES", "latents", "shards"]
+__all__ = ["FAKES", "few_shot", "latents", "shards"]

@@ -1,12 +1,15 @@
 """Many images of one domain and a few of another, for the adaptation of generators."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from lit_methods import checks
@@ -15,8 +18,10 @@ from lit_methods.datamodules.errors import WrongRootError
 from lit_methods.datamodules.folders import data_path, listed, user_path
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
 from lit_methods.datamodules.pictures import open_picture
+from lit_methods.datamodules.vision.cifar import built_in_release
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+BUILT_IN = 150  # source images where no folder is given
 DigitStyle = Literal["plain", "bold", "negative"]
 
 
@@ -89,7 +94,7 @@ class BesideTargets(Batches):
         }
 
 
-class FewShotDataModule(LoaderDataModule):
+class TwoDomainsDataModule(LoaderDataModule):
     """Base of the datamodules with two domains: ``setup`` of a subclass fills the sets and ``bank_sets``, all images of each domain.
 
     Attributes:
@@ -112,7 +117,7 @@ class FewShotDataModule(LoaderDataModule):
         }
 
 
-class FewShotDigitsDataModule(FewShotDataModule):
+class FewShotDigitsDataModule(TwoDomainsDataModule):
     """Digits that scikit-learn ships as the source, and a few of them in another style as the target.
 
     Batch: {"source": (B, 1, S, S) float32 in [-1, 1], "target": (B, 1, S, S) float32 in [-1, 1], "detail": (B, 1, S, S) float32 in [-1, 1]}
@@ -173,18 +178,21 @@ class FewShotDigitsDataModule(FewShotDataModule):
         self.bank_sets = {"source": Named(image=sources), "target": Named(image=targets)}
 
 
+Picture = Path | NDArray[np.uint8]  # a file, or pixels (H, W, 3)
+
+
 class _Pictures(Samples):
-    """Image files, squares in the middle, in [-1, 1]: ``name`` (C, S, S); with targets, two of them beside each."""
+    """Pictures, squares in the middle, in [-1, 1]: ``name`` (C, S, S); with targets, two of them beside each."""
 
     def __init__(
         self,
-        files: list[Path],
+        files: Sequence[Picture],
         size: int,
         channels: int,
         name: str,
         flip: bool = False,
         seed: int = 0,
-        targets: list[Path] | None = None,
+        targets: Sequence[Picture] | None = None,
     ) -> None:
         self.files, self.size, self.channels, self.name = files, size, channels, name
         self.flip, self.seed, self.targets = flip, seed, targets
@@ -192,8 +200,9 @@ class _Pictures(Samples):
     def __len__(self) -> int:
         return len(self.files)
 
-    def _read(self, path: Path, mirrored: bool) -> Tensor:
-        picture = open_picture(path, "image", "copy the images again").convert("RGB" if self.channels == 3 else "L")
+    def _read(self, place: Picture, mirrored: bool) -> Tensor:
+        picture = open_picture(place, "image", "copy the images again") if isinstance(place, Path) else Image.fromarray(place)
+        picture = picture.convert("RGB" if self.channels == 3 else "L")
         pixels = np.atleast_3d(np.asarray(adm_crop(picture, self.size), dtype=np.float32)).transpose(2, 0, 1) / 127.5 - 1
         return torch.from_numpy(np.ascontiguousarray(pixels[..., ::-1] if mirrored else pixels))
 
@@ -208,7 +217,7 @@ class _Pictures(Samples):
         return found
 
 
-class FewShotFoldersDataModule(FewShotDataModule):
+class FewShotFoldersDataModule(TwoDomainsDataModule):
     """A folder of source images, such as FFHQ, and a folder of a few target images.
 
     Batch: {"source": (B, C, S, S) float32 in [-1, 1], "target": (B, C, S, S) float32 in [-1, 1], "detail": (B, C, S, S) float32 in [-1, 1]}
@@ -217,7 +226,7 @@ class FewShotFoldersDataModule(FewShotDataModule):
     by name, which no training sees. Images are reduced until the shorter side is S, and the middle square counts.
 
     Args:
-        root: Folder that holds both.
+        root: Folder that holds both; None: 150 built-in images of shapes and textures, and the negatives of some others.
         source: Folder in it of PNG, JPEG, WebP, BMP or TIFF files, folders below it included; or a path of its own.
         target: Folder of the few; or a path of its own.
         image_size: S.
@@ -237,10 +246,10 @@ class FewShotFoldersDataModule(FewShotDataModule):
 
     def __init__(
         self,
-        root: Path,
+        root: Path | None = None,
         source: str = "source",
         target: str = "target",
-        image_size: int = 256,
+        image_size: int = 64,
         channels: int = 3,
         shots: int | None = None,
         num_val: int = 16,
@@ -256,7 +265,8 @@ class FewShotFoldersDataModule(FewShotDataModule):
         if channels not in (1, 3):
             raise ValueError(f"channels is {channels}: give 3 for colours, or 1 for grey")
         self.root = data_path(root)
-        self.folders = {"source": self.root / user_path(source), "target": self.root / user_path(target)}
+        given = {"source": user_path(source), "target": user_path(target)}
+        self.folders = {name: folder if self.root is None else self.root / folder for name, folder in given.items()}
         self.save_hyperparameters()
 
     def _files(self, name: str, least: int, why: str) -> list[Path]:
@@ -270,8 +280,13 @@ class FewShotFoldersDataModule(FewShotDataModule):
             )
         return found
 
-    def _found(self) -> tuple[list[Path], list[Path]]:
+    def _found(self) -> tuple[Sequence[Picture], Sequence[Picture]]:
         num_val, shots = self.hparams["num_val"], self.hparams["shots"]
+        if self.root is None:
+            checks.within(f"[1, {BUILT_IN - 1}]", f"some of the {BUILT_IN} built-in images", num_val=num_val)
+            (images, _), _, _ = built_in_release("cifar10")
+            pixels = np.ascontiguousarray(np.asarray(images)[: BUILT_IN + (shots or 10)].transpose(0, 2, 3, 1))
+            return list(pixels[:BUILT_IN]), list(255 - pixels[BUILT_IN:])
         sources = self._files("source", num_val + 1, f"num_val={num_val} of them for validation")
         targets = self._files("target", shots or 1, "images of the domain that is adapted to")
         return sources, targets[:shots]
@@ -311,7 +326,7 @@ def turned_points(count: int, degrees: float = 60.0, seed: int = 0) -> tuple[Ten
     return points.float(), turned.float(), (points + turned.mean(0) - points.mean(0)).float()
 
 
-class TurnedPointsDataModule(FewShotDataModule):
+class TurnedPointsDataModule(TwoDomainsDataModule):
     """Points in the plane as the source; the target is the same points moved. For exact trials of losses that adapt a generator.
 
     Batch: {"source": (B, 2) float32, "index": (B,) int64, "target": (B, 2) float32}
@@ -353,10 +368,10 @@ class TurnedPointsDataModule(FewShotDataModule):
 __all__ = [
     "BesideTargets",
     "DigitStyle",
-    "FewShotDataModule",
     "FewShotDigitsDataModule",
     "FewShotFoldersDataModule",
     "TurnedPointsDataModule",
+    "TwoDomainsDataModule",
     "restyle",
     "turned_points",
 ]

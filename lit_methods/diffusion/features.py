@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods.checks import at_least
 from lit_methods.consistency_models.evaluation import DigitFeatures
 from lit_methods.datamodules.generative.few_shot import DigitStyle, restyle
 from lit_methods.datamodules.pictures import IMAGENET_MEAN, IMAGENET_STD
@@ -84,6 +85,7 @@ class VGGMaps(nn.Module):
 
     def __init__(self, weights: Path, size: int | None = 224) -> None:
         super().__init__()
+        at_least(1, "pixels", size=size)
         from torchvision.models import vgg16
 
         layers = vgg16(weights=None).features[:23]

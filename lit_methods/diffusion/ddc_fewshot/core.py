@@ -384,7 +384,7 @@ class StructureGuidance:
 
     def __post_init__(self) -> None:
         checks.at_least(1, "a factor that images are reduced by", factor=self.factor)
-        checks.at_least(-1, "a step", above=self.above)
+        checks.at_least(0, "a step", above=self.above)
         checks.at_least(0, "rounds", style_rounds=self.style_rounds)
 
 
