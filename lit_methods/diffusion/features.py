@@ -88,7 +88,9 @@ class VGGMaps(nn.Module):
         at_least(1, "pixels", size=size)
         from torchvision.models import vgg16
 
-        layers = vgg16(weights=None).features[:23]
+        with torch.device("meta"):  # without its classifier, which is larger than all the rest
+            layers = vgg16(weights=None).features[:23]
+        layers.to_empty(device=torch.get_default_device())
         path = Path(weights).expanduser()
         if not leave_out(f"weights={str(weights)!r}", path):
             if not path.is_file():
