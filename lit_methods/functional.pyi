@@ -266,9 +266,6 @@ from lit_methods.diffusion.cono.core import extending_shuffle as extending_shuff
 from lit_methods.diffusion.cono.core import internal_shuffle as internal_shuffle
 from lit_methods.diffusion.cono.core import regularise as regularise
 from lit_methods.diffusion.cono.core import sample_clip as sample_clip
-from lit_methods.diffusion.ddc_fewshot.core import adaptation_loss as adaptation_loss
-from lit_methods.diffusion.ddc_fewshot.core import ancestral_step as ancestral_step
-from lit_methods.diffusion.ddc_fewshot.core import cosine_distance as cosine_distance
 from lit_methods.diffusion.ddc_fewshot.core import cosine_shares as cosine_shares
 from lit_methods.diffusion.ddc_fewshot.core import ddc_distance as ddc_distance
 from lit_methods.diffusion.ddc_fewshot.core import ddim_from as ddim_from
@@ -277,19 +274,11 @@ from lit_methods.diffusion.ddc_fewshot.core import gram_distance as gram_distanc
 from lit_methods.diffusion.ddc_fewshot.core import gram_matrix as gram_matrix
 from lit_methods.diffusion.ddc_fewshot.core import guide_structure as guide_structure
 from lit_methods.diffusion.ddc_fewshot.core import intra_cluster_distance as intra_cluster_distance
-from lit_methods.diffusion.ddc_fewshot.core import lowpass as lowpass
 from lit_methods.diffusion.ddc_fewshot.core import mix_content as mix_content
-from lit_methods.diffusion.ddc_fewshot.core import noise_loss as noise_loss
-from lit_methods.diffusion.ddc_fewshot.core import noised as noised
 from lit_methods.diffusion.ddc_fewshot.core import pairwise_divergence as pairwise_divergence
 from lit_methods.diffusion.ddc_fewshot.core import paper_weights as paper_weights
 from lit_methods.diffusion.ddc_fewshot.core import phase_share as phase_share
 from lit_methods.diffusion.ddc_fewshot.core import phasic_weights as phasic_weights
-from lit_methods.diffusion.ddc_fewshot.core import posterior as posterior
-from lit_methods.diffusion.ddc_fewshot.core import predicted_clean as ddc_fewshot_predicted_clean
-from lit_methods.diffusion.ddc_fewshot.core import sampling_times as sampling_times
-from lit_methods.diffusion.ddc_fewshot.core import translation_start as translation_start
-from lit_methods.diffusion.ddc_fewshot.core import weighted_mean as weighted_mean
 from lit_methods.diffusion.ddim import ddim_schedule as ddim_schedule
 from lit_methods.diffusion.ddim import ddim_step as ddim_step
 from lit_methods.diffusion.denoisers import denoise_of as denoise_of
@@ -320,7 +309,7 @@ from lit_methods.inverse_problems.flair.core import flow_matching_error as flow_
 from lit_methods.inverse_problems.flair.core import guided_velocity as guided_velocity
 from lit_methods.inverse_problems.flair.core import largest_pull as largest_pull
 from lit_methods.inverse_problems.flair.core import nearest_time as nearest_time
-from lit_methods.inverse_problems.flair.core import predicted_clean as flair_predicted_clean
+from lit_methods.inverse_problems.flair.core import predicted_clean as predicted_clean
 from lit_methods.inverse_problems.flair.core import predicted_noise as predicted_noise
 from lit_methods.inverse_problems.flair.core import regulariser_direction as regulariser_direction
 from lit_methods.inverse_problems.flair.core import regulariser_step as regulariser_step
@@ -527,7 +516,6 @@ __all__ = [
     "activity_counts",
     "ada_snapkv",
     "adam_update_",
-    "adaptation_loss",
     "adapter_features",
     "adaptive_c",
     "adawac_loss",
@@ -539,7 +527,6 @@ __all__ = [
     "aligned_cross_entropy",
     "alpha_at",
     "alternating_codes",
-    "ancestral_step",
     "annealed_beta",
     "architecture_gradient",
     "as_operator",
@@ -607,7 +594,6 @@ __all__ = [
     "coprompt_loss",
     "corrected_labels",
     "cosine_decay",
-    "cosine_distance",
     "cosine_drop",
     "cosine_info_nce",
     "cosine_logits",
@@ -621,7 +607,6 @@ __all__ = [
     "cubic_sparsity",
     "dcm_loss",
     "ddc_distance",
-    "ddc_fewshot_predicted_clean",
     "ddim_from",
     "ddim_schedule",
     "ddim_step",
@@ -708,7 +693,6 @@ __all__ = [
     "fit_scaling_law",
     "fit_score_law",
     "fitting_pattern",
-    "flair_predicted_clean",
     "flair_solve",
     "flexprefill",
     "flip_cameras",
@@ -797,7 +781,6 @@ __all__ = [
     "lognormal_probabilities",
     "look_up_pairs",
     "lovasz_softmax",
-    "lowpass",
     "lpgd_curvature",
     "lpgd_objective",
     "lpgd_step",
@@ -833,8 +816,6 @@ __all__ = [
     "nm_mask",
     "node_edge_loss",
     "node_node_loss",
-    "noise_loss",
-    "noised",
     "nominal_sparsity",
     "normalise_maps",
     "normalised_magnitude",
@@ -868,12 +849,12 @@ __all__ = [
     "pool_pixels",
     "pool_points",
     "pooled_rows",
-    "posterior",
     "power_decay",
     "power_exponent",
     "precision_at",
     "precision_recall",
     "predict_probability",
+    "predicted_clean",
     "predicted_noise",
     "prefill_flops",
     "pretrain_levels",
@@ -931,7 +912,6 @@ __all__ = [
     "s2_linear",
     "sample_clip",
     "sample_cross_entropy",
-    "sampling_times",
     "sara_learning_rate",
     "save_delta",
     "save_masks",
@@ -1006,7 +986,6 @@ __all__ = [
     "token_losses",
     "topafa",
     "training_flops",
-    "translation_start",
     "trig_time",
     "trigflow",
     "two_signed_share",
@@ -1033,7 +1012,6 @@ __all__ = [
     "warmup_decay",
     "warmup_then_epoch_cosine",
     "weight_at",
-    "weighted_mean",
     "wide_width",
     "width_factor",
     "window_pattern",

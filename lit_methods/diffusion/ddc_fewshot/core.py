@@ -520,9 +520,6 @@ def intra_cluster_distance(distances: Tensor, nearest: Tensor, clusters: int) ->
 
 __all__ = [
     "StructureGuidance",
-    "adaptation_loss",
-    "ancestral_step",
-    "cosine_distance",
     "cosine_shares",
     "ddc_distance",
     "ddim_from",
@@ -531,17 +528,9 @@ __all__ = [
     "gram_matrix",
     "guide_structure",
     "intra_cluster_distance",
-    "lowpass",
     "mix_content",
-    "noise_loss",
-    "noised",
     "pairwise_divergence",
     "paper_weights",
     "phase_share",
     "phasic_weights",
-    "posterior",
-    "predicted_clean",
-    "sampling_times",
-    "translation_start",
-    "weighted_mean",
 ]

@@ -155,7 +155,7 @@ class PhasicContentDiffusion(WholeSetEvaluation[dict[str, Tensor]]):
         content_noised: The content image is noised to the same step, as in the authors' code; False: it is clean, as in the paper's text.
         learning_rate: Adam's learning rate; constant.
         betas: Adam's two momentum decay rates.
-        from_noise: ``lit predict`` translates images that the source model draws, not those of the data.
+        from_noise: ``lit predict`` translates images that the source model draws, not those of the data; the third stage must have begun.
         grid: Translations in the dashboard's picture; 0: no picture.
         seed: Seed of steps and noise.
 
@@ -227,8 +227,15 @@ class PhasicContentDiffusion(WholeSetEvaluation[dict[str, Tensor]]):
         self.source = copy.deepcopy(network).requires_grad_(False)
         self.consistency, self.style = consistency, style
         self.judge = None if judge is None else Frozen(judge)
-        self.shares = cosine_shares(timesteps)  # no buffer: bfloat16 would round it
+        self._shares = cosine_shares(timesteps)  # no buffer: bfloat16 would round it
         self._steps = torch.zeros(BINS, dtype=torch.int64)
+
+    @property
+    def shares(self) -> Tensor:
+        """alpha-bar of all steps: (T,) float64, on the module's device."""
+        if self._shares.device != self.device:
+            self._shares = self._shares.to(self.device)
+        return self._shares
 
     # ---- the run -------------------------------------------------------------------------------------------------------------------------
 

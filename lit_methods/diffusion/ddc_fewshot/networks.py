@@ -157,7 +157,9 @@ class ContentFusionUNet(nn.Module):
         answer: Tensor = self.out(F.silu(self.norm(h)))
         if not self.preconditioned:
             return answer
-        share = self.shares.to(t.device)[t].to(x_t.dtype).view(-1, 1, 1, 1)
+        if self.shares.device != t.device:
+            self.shares = self.shares.to(t.device)
+        share = self.shares[t].to(x_t.dtype).view(-1, 1, 1, 1)
         return (1 - share).sqrt() * x_t + share.sqrt() * answer
 
     def denoise(self, x_t: Tensor, t: Tensor, cond: Tensor | None) -> Tensor:
