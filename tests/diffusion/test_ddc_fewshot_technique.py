@@ -190,29 +190,36 @@ def test_a_second_fit_begins_anew_with_the_means_of_its_own_data():
     torch.testing.assert_close(first, -module.consistency.mu_target)
 
 
-def in_processes(devices):
-    module = made(source_steps=1, fusion_steps=1)
-    trainer = tiny_trainer(max_steps=4, limit_val_batches=1, val_check_interval=1.0, **devices)
-    trainer.fit(module, datamodule=data(batch_size=2))
-    return cloned_state(module), float(trainer.callback_metrics.get("ddc/val_error", torch.tensor(-1.0)))
+def in_processes(batch_size, **devices):
+    module = made(source_steps=1, fusion_steps=1).double()
+    trainer = tiny_trainer(max_steps=4, limit_val_batches=0, precision="64-true", **devices)
+    trainer.fit(module, datamodule=data(batch_size=batch_size))
+    return cloned_state(module)
 
 
-def test_two_processes_agree_and_find_the_means_of_one():
-    (first, _), (second, _) = run_two_processes(in_processes, {"devices": 2, "strategy": "ddp"})
+def in_one_of_two(batch_size):
+    return in_processes(batch_size, devices=2, strategy="ddp")
+
+
+def test_two_processes_train_like_one():
+    first, second = run_two_processes(in_one_of_two, 2)
     assert_state_dicts_equal(first, second)
-    alone, _ = in_processes({})
-    for name in ("consistency.mu_source", "consistency.mu_target"):
-        torch.testing.assert_close(first[name], alone[name])
-    start = made().network.state_dict()
-    assert moved({f"network.{name}": value for name, value in start.items()}, first)
+    alone = in_processes(4)
+    assert_state_dicts_equal(first, alone, atol=1e-5)  # biases in front of norms have no gradient but rounding, which Adam enlarges
+    start = {f"network.{name}": value.double() for name, value in made().network.state_dict().items()}
+    assert moved(start, alone) == set(start)
 
 
-@pytest.mark.parametrize("settings", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"precision": "bf16-mixed"}, {"precision": "bf16-true"}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}],
+    ids=str,
+)
 def test_precision_accumulation_and_clipping(settings):
     module = made(source_steps=1, fusion_steps=1)
     fitted(module, 4, **settings)
     assert all(value.isfinite().all() for value in module.state_dict().values())
-    assert module.consistency.mu_source.dtype == torch.float32
+    assert module.consistency.mu_source.dtype == torch.float32, settings
 
 
 def test_the_paper_s_weighting_and_clean_content_train():

@@ -41,7 +41,7 @@ def test_a_run_is_the_loop(dtype):
     logs = run(module, batches, precision={torch.float32: "32-true", torch.float64: "64-true"}[dtype])
 
     def generator_of(step):
-        return torch.Generator().manual_seed(own_seed(f"PhasicContentDiffusion 0 {step} {step}", 5))
+        return torch.Generator().manual_seed(own_seed(f"PhasicContentDiffusion {step} {step}", 5))
 
     loop = page_loop("ddc_fewshot")
     wanted = loop.train(network, features, maps, banks, batches, generator_of, **settings)

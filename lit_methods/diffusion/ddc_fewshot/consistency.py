@@ -24,6 +24,12 @@ from lit_methods.frozen import Frozen
 from lit_methods.hub import leave_out
 
 
+def _as_wanted(network: nn.Module, samples: Tensor) -> Tensor:
+    """Samples in the dtype of a network's weights; float32 or wider, if it has none."""
+    weight = next(network.parameters(), None)
+    return widened(samples) if weight is None else samples.to(weight.dtype)
+
+
 class FeatureConsistency(nn.Module):
     """Base of losses that compare features of generated samples with those of the samples they were generated from.
 
@@ -42,7 +48,7 @@ class FeatureConsistency(nn.Module):
     def embed(self, samples: Tensor) -> Tensor:
         """Features (B, D) float32 or wider of samples, with gradient, outside autocast."""
         with torch.autocast(samples.device.type, enabled=False):
-            found: Tensor = self.features.module(widened(samples))
+            found: Tensor = widened(self.features.module(_as_wanted(self.features.module, samples)))
         if found.ndim != 2 or len(found) != len(samples):
             kind = type(self.features.module).__name__
             raise ValueError(
@@ -237,7 +243,8 @@ class GramStyle(nn.Module):
         """One (B, D, D) float32 or wider for each layer, with gradient."""
         network: Any = self.network.module
         with torch.autocast(images.device.type, enabled=False):
-            maps = network.maps(widened(images)) if hasattr(network, "maps") else network(widened(images))
+            wanted = _as_wanted(network, images)
+            maps = network.maps(wanted) if hasattr(network, "maps") else network(wanted)
         if isinstance(maps, Tensor) or any(layer.ndim != 4 for layer in maps):
             raise ValueError(f"{type(network).__name__} gives no list of feature maps (B, D, h, w): use VGGMaps or a network with maps()")
         return [gram_matrix(layer) for layer in maps]

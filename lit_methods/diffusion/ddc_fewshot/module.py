@@ -126,8 +126,8 @@ class PhasicContentDiffusion(WholeSetEvaluation[dict[str, Tensor]]):
     The datamodule's ``banks()`` gives all images of both domains, whose mean features are found at the start over all ranks. Adam's memory
     is empty at the start of a stage. The passes of a step have one backward pass together, so gradients are accumulated, clipped and
     averaged over ranks by Lightning, and no checkpoint falls between them. A weight that a stage doesn't use has a gradient of zeros, and
-    is left out of the step. Steps, noise and content's noise follow from seed, step, batch and rank. ``PairwiseSimilarity`` compares the
-    samples of one rank.
+    is left out of the step. Steps, noise and content's noise are drawn for the global batch, from seed, step and batch: N processes train
+    like one with N times larger batches. But ``PairwiseSimilarity`` compares the samples of one rank.
 
     Saves: the network, the source model (the network as it was when the third stage began), both means.
 
@@ -310,14 +310,16 @@ class PhasicContentDiffusion(WholeSetEvaluation[dict[str, Tensor]]):
                 f"batches have {sorted(batch)} and no {' and no '.join(missing)}: use FewShotFoldersDataModule, or give these keys"
             )
         step = self.trainer.global_step
-        place = f"PhasicContentDiffusion {self.global_rank} {step} {batch_idx}"
-        generator = torch.Generator(self.device).manual_seed(own_seed(place, self.hparams["seed"]))
+        generator = torch.Generator(self.device).manual_seed(own_seed(f"PhasicContentDiffusion {step} {batch_idx}", self.hparams["seed"]))
+        processes, count = self.trainer.world_size, len(batch["source"])
+        mine = slice(self.global_rank * count, (self.global_rank + 1) * count)  # of what is drawn for the global batch
 
         def draw(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+            shape = (processes * count, *like.shape[1:])
+            return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)[mine]
 
         def times(low: int, high: int) -> Tensor:
-            return torch.randint(low, high, (len(batch["source"]),), generator=generator, device=self.device)
+            return torch.randint(low, high, (processes * count,), generator=generator, device=self.device)[mine]
 
         images = {name: widened(batch[name]) for name in ("source", "target", "detail")}
         stage = self.stage(step)
