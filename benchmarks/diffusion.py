@@ -1,4 +1,4 @@
-"""What CoNo adds to a denoising step: the pull on the content, the replacement of guided frames, and the passes of a long video.
+"""What CoNo adds to a denoising step: the pull on the content, guided frames, the passes of a long video; and DDC's translations.
 
     python benchmarks/diffusion.py [--rounds 20] [--threads 1] [--channels 32] [--latents 4 40 64] [--json FILE]
 
@@ -6,6 +6,7 @@
    median ratio is printed. Target: the pull takes at most 1 % of the call. A released network is thousands of times larger than this one,
    and the pull stays what it is.
 2. Frames per second of each strategy for a video of 36 frames, by the number of calls and frames that it takes.
+3. Images per second of DDC's translations by the number of steps: 16 images of 16 x 16, with content and structure guidance or without.
 
 Use an idle machine. Everything runs in this process with ``--threads`` torch threads.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_methods import LongVideoSampler, SmallVideoUNet
+from lit_methods import ContentFusionUNet, LongVideoSampler, PhasicContentDiffusion, SmallVideoUNet, TranslationSampler
 from lit_methods.functional import content, regularise
 
 STRATEGIES = ("cono", "naive", "independent", "freenoise", "genl", "direct")
@@ -70,6 +71,15 @@ def speed(network: SmallVideoUNet, strategy: str) -> dict[str, float]:
     return {"frames_per_second": sampler.length / took, "frames_evaluated_per_step": evaluated / 4}
 
 
+def translation(steps: int, whole: bool, images: int = 16) -> dict[str, float]:
+    """Images per second of a translation; ``whole``: with content and structure guidance."""
+    sampler = TranslationSampler(steps=steps, content=whole, guided=whole)
+    module = PhasicContentDiffusion(ContentFusionUNet(1, 16, (1, 2, 4)), sampler=sampler)
+    source = torch.rand(images, 1, 16, 16) * 2 - 1
+    module.translate(source, torch.randn_like)
+    return {"images_per_second": images / seconds(lambda: module.translate(source, torch.randn_like))}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -87,6 +97,11 @@ def main() -> None:
     for strategy in STRATEGIES:
         found[strategy] = speed(network, strategy)
         print("{}: {frames_per_second:.1f} frames/s, {frames_evaluated_per_step:.0f} frames a step".format(strategy, **found[strategy]))
+    for steps in (5, 10, 25):
+        for whole in (False, True):
+            name = f"translation in {steps} steps{', with content and guidance' if whole else ''}"
+            found[name] = translation(steps, whole)
+            print("{}: {images_per_second:.1f} images/s".format(name, **found[name]))
     if given.json:
         given.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 

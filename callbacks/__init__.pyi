@@ -2,6 +2,7 @@ from .averaging.ema import EMATeacher as EMATeacher
 from .averaging.ema_removal import EMARemoval as EMARemoval
 from .averaging.weight_ema import WeightEMA as WeightEMA
 from .bilevel.bilevel_tuning import BilevelTuning as BilevelTuning
+from .diffusion.directional import DirectionalConsistency as DirectionalConsistency
 from .evaluation.feature_probe import FeatureProbe as FeatureProbe
 from .evaluation.reliability import Reliability as Reliability
 from .evaluation.sample_grid import SampleGrid as SampleGrid

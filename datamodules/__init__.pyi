@@ -9,6 +9,9 @@ from .bilevel.made import WeightDecayDataModule as WeightDecayDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .fewshot.images import FewShotDataModule as FewShotDataModule
+from .generative.few_shot import FewShotDigitsDataModule as FewShotDigitsDataModule
+from .generative.few_shot import FewShotFoldersDataModule as FewShotFoldersDataModule
+from .generative.few_shot import TurnedPointsDataModule as TurnedPointsDataModule
 from .generative.images import GenerativeCIFARDataModule as GenerativeCIFARDataModule
 from .generative.images import GenerativeDigitsDataModule as GenerativeDigitsDataModule
 from .generative.images import GenerativeImageNetDataModule as GenerativeImageNetDataModule

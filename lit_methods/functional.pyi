@@ -266,6 +266,19 @@ from lit_methods.diffusion.cono.core import extending_shuffle as extending_shuff
 from lit_methods.diffusion.cono.core import internal_shuffle as internal_shuffle
 from lit_methods.diffusion.cono.core import regularise as regularise
 from lit_methods.diffusion.cono.core import sample_clip as sample_clip
+from lit_methods.diffusion.ddc_fewshot.core import cosine_shares as cosine_shares
+from lit_methods.diffusion.ddc_fewshot.core import ddc_distance as ddc_distance
+from lit_methods.diffusion.ddc_fewshot.core import ddim_from as ddim_from
+from lit_methods.diffusion.ddc_fewshot.core import domain_direction as domain_direction
+from lit_methods.diffusion.ddc_fewshot.core import gram_distance as gram_distance
+from lit_methods.diffusion.ddc_fewshot.core import gram_matrix as gram_matrix
+from lit_methods.diffusion.ddc_fewshot.core import guide_structure as guide_structure
+from lit_methods.diffusion.ddc_fewshot.core import intra_cluster_distance as intra_cluster_distance
+from lit_methods.diffusion.ddc_fewshot.core import mix_content as mix_content
+from lit_methods.diffusion.ddc_fewshot.core import pairwise_divergence as pairwise_divergence
+from lit_methods.diffusion.ddc_fewshot.core import paper_weights as paper_weights
+from lit_methods.diffusion.ddc_fewshot.core import phase_share as phase_share
+from lit_methods.diffusion.ddc_fewshot.core import phasic_weights as phasic_weights
 from lit_methods.diffusion.ddim import ddim_schedule as ddim_schedule
 from lit_methods.diffusion.ddim import ddim_step as ddim_step
 from lit_methods.diffusion.denoisers import denoise_of as denoise_of
@@ -584,6 +597,7 @@ __all__ = [
     "cosine_drop",
     "cosine_info_nce",
     "cosine_logits",
+    "cosine_shares",
     "count_documents",
     "couple",
     "covering_views",
@@ -592,6 +606,8 @@ __all__ = [
     "ct_teacher_decay",
     "cubic_sparsity",
     "dcm_loss",
+    "ddc_distance",
+    "ddim_from",
     "ddim_schedule",
     "ddim_step",
     "decay_pruned",
@@ -617,6 +633,7 @@ __all__ = [
     "diversity",
     "dmd_loss",
     "document_weights",
+    "domain_direction",
     "doped_rank",
     "doubling_levels",
     "doubling_stage_length",
@@ -693,6 +710,8 @@ __all__ = [
     "gaussian_targets",
     "geman_mcclure",
     "gradual_training_flops",
+    "gram_distance",
+    "gram_matrix",
     "grasp_scores",
     "greedy_edit",
     "greedy_selection",
@@ -703,6 +722,7 @@ __all__ = [
     "group_shrink",
     "grow",
     "grow_penalty",
+    "guide_structure",
     "guided_edit",
     "guided_velocity",
     "half_life_decay",
@@ -720,6 +740,7 @@ __all__ = [
     "input_statistics",
     "internal_shuffle",
     "interval_guidance",
+    "intra_cluster_distance",
     "inverse_gap",
     "iou_of_counts",
     "is_early",
@@ -776,6 +797,7 @@ __all__ = [
     "max_cosine",
     "mean_codes",
     "merged_labels",
+    "mix_content",
     "mixed_operation",
     "motion_kernel",
     "moving_marginal",
@@ -809,6 +831,8 @@ __all__ = [
     "page_bounds",
     "page_tokens",
     "pair_scores",
+    "pairwise_divergence",
+    "paper_weights",
     "parallel_branches",
     "pareto_front",
     "parse_pattern",
@@ -818,6 +842,8 @@ __all__ = [
     "perceptual",
     "phase_at",
     "phase_fraction",
+    "phase_share",
+    "phasic_weights",
     "pick_below_sample",
     "pick_pruned",
     "pool_pixels",

@@ -61,6 +61,18 @@ def clip(work: Path) -> None:
     transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
 
 
+def clip_and_vgg(work: Path) -> None:
+    """CLIP ViT-B/32 as transformers saves it and torchvision's VGG-16, with random weights."""
+    import transformers
+    from torchvision.models import vgg16
+
+    sizes = {"patch_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kind = transformers.CLIPVisionModelWithProjection
+    kind(transformers.CLIPVisionConfig(**sizes)).save_pretrained(work / "clip")
+    layers = vgg16(weights=None).features.state_dict()
+    torch.save({f"features.{name}": value for name, value in layers.items()}, work / "vgg16.pth")
+
+
 def minkunet(work: Path) -> None:
     """A MinkUNet-34 with random weights, under the names that a pretraining exports."""
     from lit_methods import MinkUNet
@@ -363,6 +375,19 @@ RECIPES: dict[str, Recipe] = {
         {"pretrained: true": "pretrained: false", "head_hidden: 2048": "head_hidden: 64"},
         words=("--data.init_args.batch_size=2", "--data.init_args.eval_batch_size=4"),
         why=f"batch of 2, narrower heads: {SMALL_BATCH}",
+    ),
+    "ddc_fewshot_ffhq": Recipe(
+        {"openai/clip-vit-base-patch32": "{work}/clip", "/models/vgg16-397923af.pth": "{work}/vgg16.pth"},
+        words=(
+            "--data.init_args.image_size=32",
+            "--data.init_args.val_batch_size=2",
+            "--model.init_args.sampler.steps=2",
+            "--model.init_args.source_steps=0",
+            "--model.init_args.fusion_steps=1",
+        ),
+        why="images of 32 pixels, 2 steps of the sampler, no source stage and 1 step of fusion: so that the third stage is reached",
+        prepare=clip_and_vgg,
+        needs=("transformers",),
     ),
     "dass_cifar_final": Recipe(words=("--data.init_args.batch_size=2",), why=f"batch of 2: {SMALL_BATCH}"),
     "dass_cifar_search": Recipe(

@@ -234,6 +234,7 @@ LEFT_OUT: dict[str, str] = {
         ("SparseAttentionCallback", "IsoCostReport"),
         "it takes attention layers of transformers; tests/sparse_attention has it on BERT, GPT-2, LLaMA and ViT",
     ),
+    "DirectionalConsistency": "it compares what a generator makes with what it was made from; tests/diffusion has it on two others",
     "IMP": "its masks are those of RandomPruning; test_sparse_model_soups_technique.py has it on a ResNet and on tied embeddings",
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
     "TemporalVoting": "it votes on point clouds of neighbouring scans",

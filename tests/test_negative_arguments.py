@@ -11,6 +11,7 @@ import pytest
 from torch import nn
 
 from lit_methods import (
+    ContentFusionUNet,
     DenseRetriever,
     DINOv2,
     EmbeddedWords,
@@ -36,9 +37,11 @@ from lit_methods.inverse_problems.flair.core import FlairSettings
 # what may be negative: labels, seeds, positions of a distribution or a line, values that fill a place
 MAY_BE = {
     "ignore_index", "seed", "p_mean", "time_mean", "null_condition", "c_slope", "c_intercept", "fill", "pixel_mean", "shift", "reg_shift",
+    "degrees",
 }  # fmt: skip
 OTHERS = {  # files, other libraries
     *(
+        "CLIPImageFeatures",
         "CLIPTowers",
         "CompressedSensing",
         "DiffusersAutoencoder",
@@ -51,6 +54,7 @@ OTHERS = {  # files, other libraries
         "SD3Flow",
         "TimmNetwork",
         "TextTeacher",
+        "VGGMaps",
     ),
 }
 
@@ -99,6 +103,7 @@ def parts(name: str) -> dict[str, Any]:
             "config": {"model_type": "bert", "vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
         },
         "MLP": {"widths": [4, 3]},
+        "PhasicContentDiffusion": {"network": ContentFusionUNet(1, 8, (1, 1))},
         "PointSegmentor": {"backbone_3d": Volume()},
         "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},
         "RandomProjection": {"shape": [1, 2, 2]},

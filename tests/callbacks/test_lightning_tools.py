@@ -24,7 +24,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset
 
 from helpers import advice_on_figures, run_two_processes, tiny_trainer
-from lit_methods import LabelStore
+from lit_methods import LabelStore, PairwiseSimilarity
 from lit_methods.callbacks import LabelCorrection, LossTerm
 from lit_methods.callbacks.fine_tuning.s2ft.couplings import Coupling
 from lit_methods.catalog import public_names
@@ -196,6 +196,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "ContinuousAPLoss": {"student": "body", "teacher_module": "table"},
     "FLOPSRegularizer": {"targets": ["body"]},
     "UncertaintyRegularizer": {"query": "body", "target": "table"},
+    "DirectionalConsistency": {"generator": "body", "consistency": PairwiseSimilarity(), "source": "image"},
     "AdaWAC": {"network": "network", "features": "pixels", "labels": ("mask", "mask_2")},
     "ADELE": lambda path: {"num_classes": CLASSES, "network": "network", "tracked": "mask", "scales": [1.0], **correction(path)},
     "MultiScaleConsistency": {"network": "network", "labels": "mask"},
@@ -344,6 +345,8 @@ REFUSED: dict[tuple[str, str], str] = {
     **{(name, "dataloader_iter"): f"{name if name not in STANDS_IN else 'Power'} {_BATCH}" for name in (
         "LossTerm", "ConR", "TCM", "AdaWAC", "MultiScaleConsistency", "TwoTowerConsistency", "DenseToSparse", "FDS", "ADELE",
         "FLOPSRegularizer", "UncertaintyRegularizer", "ContinuousAPLoss", "BilevelTuning",
+        "FLOPSRegularizer", "UncertaintyRegularizer", "DirectionalConsistency",
+        "FLOPSRegularizer", "ContinuousAPLoss",
     )},
     **{(name, "lazy_layers"): _LAZY for name in (
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",

@@ -40,6 +40,10 @@ def crops(root: Path) -> None:
     vision.nearest(root / "nearest.npz", 3, 1)
 
 
+def two_domains(root: Path) -> None:
+    generative.few_shot(root, ("source", 3), ("target", 2))
+
+
 def ages(root: Path) -> None:
     regression.faces(root, "agedb", dict.fromkeys(("train", "val", "test"), (20, 21)))
 
@@ -151,6 +155,7 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
         for name, write in RETRIEVAL.items()
     },
     "latents": (latents, lambda root: D.LatentDataModule(root, num_val=1)),
+    "two domains": (two_domains, lambda root: D.FewShotFoldersDataModule(root, num_val=1, image_size=16)),
     "latents in one file": (latents_whole, lambda root: D.LatentDataModule(root, num_val=1)),
     "shards": (shards, lambda root: D.LatentShardsDataModule(root, "*.tar", num_val=1, null_embedding=root / "negative.pt")),
     "activations": (partial(activation_shards, rows=12, width=4), lambda root: D.HarvestedActivations(root, batch_size=4)),
