@@ -1,7 +1,8 @@
 """Blind degradations: what a camera, a network and a screen may have done to an image, drawn at random for each image or clip.
 
 ``FaceDegradation`` is one blur, one reduction, one noise and one JPEG, as CodeFormer (arXiv:2206.11253) and InterLCM (arXiv:2502.02215)
-have it. ``RealDegradation`` is all of it twice, as Real-ESRGAN (arXiv:2107.10833) has it; its numbers are from memory (mem). Draws come from a numpy generator that the caller brings, so that a sample follows from seed, epoch and index.
+have it. ``RealDegradation`` is all of it twice, as Real-ESRGAN (arXiv:2107.10833) has it; its numbers are from memory (mem).
+Draws come from a numpy generator that the caller brings, so that a sample follows from seed, epoch and index.
 """
 
 import io
