@@ -17,7 +17,7 @@ from lit_methods.datamodules.restoration.blind import BlindDegradation, FaceDegr
 from lit_methods.datamodules.restoration.images import ENDINGS
 
 Source = Literal["digits", "faces"]
-BUILT_IN = {"digits": (1497, 100), "faces": (80, 10)}  # training and validation images of the 1,797 and 100
+BUILT_IN = {"digits": (1497, 100), "faces": (70, 15)}  # training and validation images of the 1,797 and 100
 
 
 def read_square(path: Path, size: int, grey: bool, field: str = "image") -> Tensor:
@@ -132,7 +132,7 @@ class FaceRestorationDataModule(LoaderDataModule):
     test.
 
     ``root: null``: ``source: digits``: scikit-learn's 1,797 digits, smoothly enlarged: 1,497 for training, 100 for validation, 200 to test.
-    ``source: faces``: 100 grey faces of 25 x 25 pixels that scikit-image ships: 80, 10 and 10. Both have one channel.
+    ``source: faces``: 100 grey faces of 25 x 25 pixels that scikit-image ships: 70, 15 and 15. Both have one channel.
 
     Args:
         root: Folder of PNG, JPEG, WebP, BMP or TIFF files; None: built-in images.
