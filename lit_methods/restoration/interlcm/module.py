@@ -64,7 +64,6 @@ TECHNIQUE = Technique(
         "The later the step that a degraded image stands for, the more faithful the restored one; the earlier, the nearer it lies to clean "
         "images."
     ),
-    draft=True,
     summary=(
         "Restores faces by a frozen latent consistency model that takes the degraded image for its first answer; trains what conditions it."
     ),
