@@ -327,16 +327,20 @@ class InterLCM(Evaluated):
         return {"critic_real": real.detach(), "critic_fake": fake.detach()}
 
     def _step(self, with_critic: bool) -> None:
-        optimizers, schedulers = self.optimizers(), self.lr_schedulers()
-        pairs = zip(_as_list(optimizers), _as_list(schedulers), strict=True)
-        for number, (optimizer, scheduler) in enumerate(pairs):
-            if number == 0 or with_critic:
-                distributed.average_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
-                if number:  # Lightning would count its step, too: steps are those of the encoders
-                    optimizer._on_before_step = optimizer._on_after_step = _nothing
-                optimizer.step()
-                optimizer.zero_grad()
-            scheduler.step()
+        optimizers: Any = self.optimizers()
+        encoders, critics = (optimizers[0], optimizers[1:]) if isinstance(optimizers, list) else (optimizers, [])
+        for optimizer in critics if with_critic else []:
+            distributed.average_gradients([parameter for group in optimizer.param_groups for parameter in group["params"]])
+            for group in optimizer.param_groups:
+                group["lr"] = encoders.param_groups[0]["lr"]
+            optimizer._on_before_step = optimizer._on_after_step = _nothing  # Lightning would count this step, too: it counts the encoders'
+            optimizer.step()
+            optimizer.zero_grad()
+        distributed.average_gradients([parameter for group in encoders.param_groups for parameter in group["params"]])
+        encoders.step()
+        encoders.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()
         self._batches = 0
 
     def _unsynchronised(self) -> AbstractContextManager[None]:
@@ -345,7 +349,7 @@ class InterLCM(Evaluated):
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()
 
     def configure_optimizers(self) -> Any:
-        """Adam for the encoders, and for the discriminator, along half a cosine.
+        """Adam for the encoders, and for the discriminator, whose learning rate is theirs, along half a cosine.
 
         Raises:
             ValueError: There is nothing to train.
@@ -364,7 +368,7 @@ class InterLCM(Evaluated):
         optimizers = [torch.optim.Adam(group, lr=hp["learning_rate"], betas=tuple(hp["betas"])) for group in groups]
         total = training_length(self, hp["schedule_steps"], what="the cosine of the learning rate", instead="schedule_steps")
         fall = partial(warmup_cosine, total_steps=total, final=hp["final_learning_rate"] / hp["learning_rate"])
-        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, fall) for optimizer in optimizers]
+        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizers[0], fall)]
 
     # ---- evaluation ----------------------------------------------------------------------------------------------------------------------
 
@@ -533,10 +537,6 @@ class _Held(nn.Module):
 
 def _nothing(*_: Any) -> None:
     """Done before and behind a step that Lightning doesn't count."""
-
-
-def _as_list(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
 
 
 def _times(n_steps: int, times: Sequence[int] | None) -> Tensor:
