@@ -67,7 +67,6 @@ TECHNIQUE = Technique(
     summary=(
         "Restores faces by a frozen latent consistency model that takes the degraded image for its first answer; trains what conditions it."
     ),
-    draft=True,
 )
 
 Start = Literal["lq", "noise", "regression"]
