@@ -5,8 +5,8 @@
 1. Images per second of ``InterLCM`` with a small U-Net and encoder, for 2, 3 and 4 steps (1, 2 and 3 calls), and the calls' share of
    a single one: restoring is the network's calls and hardly more. Medians over rounds in which all take turns.
 2. Both colour fixes, as a share of one call.
-3. Bytes that autograd keeps for the backward pass of four steps, with ``checkpointing`` and without, counted by its hooks; what each call is
-   recomputed from isn't counted.
+3. Bytes that autograd keeps for the backward pass of four steps, with ``checkpointing`` and without, counted by its hooks; what each
+   call is recomputed from isn't counted.
 
 Use an idle machine. Everything runs in this process with ``--threads`` torch threads.
 """

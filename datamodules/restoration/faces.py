@@ -194,6 +194,10 @@ class FaceRestorationDataModule(LoaderDataModule):
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for image files."""
+        if self.faces is not None and not self._face_files():
+            raise WrongRootError(f"faces={str(self.faces)!r} holds no image files: give a folder of PNG or JPEG files")
+        if stage == "predict" and self.faces is not None:
+            return
         pairs = self._pairs_folder()
         if pairs is not None:
             for part in ("lq", "gt"):
@@ -201,8 +205,6 @@ class FaceRestorationDataModule(LoaderDataModule):
                     raise WrongRootError(
                         f"pairs={str(pairs)!r} has no images in {part}: give a folder with lq and gt, as CelebA-Test has it"
                     )
-        if self.faces is not None and not self._face_files():
-            raise WrongRootError(f"faces={str(self.faces)!r} holds no image files: give a folder of PNG or JPEG files")
         if self.root is None:
             return
         needed = 1 if pairs is not None else self.num_val + 1
@@ -222,6 +224,12 @@ class FaceRestorationDataModule(LoaderDataModule):
         if self.val_set is not None or self.test_set is not None:
             return
         self.check_root(stage)
+        if self.faces is not None:
+            files = self._face_files()
+            _named_once(files)
+            self.predict_set = ImagePairs(files, [], self.image_size, self.grey)
+            if stage == "predict":
+                return
         if self.root is None:
             self._built_in()
         else:
@@ -234,10 +242,6 @@ class FaceRestorationDataModule(LoaderDataModule):
                 self.val_set = self.test_set = self._degraded(files[kept:], False, kept)
         if (folder := self._pairs_folder()) is not None:
             self.val_set = self.test_set = self._read_pairs(folder)
-        if self.faces is not None:
-            files = self._face_files()
-            _named_once(files)
-            self.predict_set = ImagePairs(files, [], self.image_size, self.grey)
 
     def _degraded(self, files: list[Path], flip: bool, first: int = 0) -> DegradedImages:
         names = [path.stem for path in files]

@@ -174,9 +174,7 @@ class InterLCM(Evaluated):
         check_lcm(lcm)
         self.save_hyperparameters(ignore=["lcm", "visual_encoder", "spatial_encoder", "perceptual", "discriminator", "identity", "output"])
         self.automatic_optimization = False
-        self.times = _times(n_steps, times)
-        with checks.naming("InterLCM"):
-            lcm_schedule(lcm.abar.cpu() if lcm.abar.device.type != "meta" else torch.ones(len(lcm.abar)), self.times)  # type: ignore[operator, union-attr, arg-type]
+        self.times = _times(n_steps, times, len(lcm.abar))  # type: ignore[arg-type]
         self.frozen = Frozen(lcm if isinstance(lcm, nn.Module) else _Held(lcm))
         self.visual_encoder, self.spatial_encoder, self.discriminator = visual_encoder, spatial_encoder, discriminator
         if callable(getattr(spatial_encoder, "begin", None)):
@@ -538,12 +536,13 @@ def _nothing(*_: Any) -> None:
     """Done before and behind a step that Lightning doesn't count."""
 
 
-def _times(n_steps: int, times: Sequence[int] | None) -> Tensor:
+def _times(n_steps: int, times: Sequence[int] | None, train_steps: int) -> Tensor:
     if times is None:
-        checks.within("[1, 50]", "steps", n_steps=n_steps)
-        return lcm_timesteps(n_steps)
-    if not times or list(times) != sorted(set(times), reverse=True):
-        raise ValueError(f"times are {list(times)}: give falling times, such as [999, 759, 499, 259]")
+        origin = min(50, train_steps)
+        checks.within(f"[1, {origin}]", "steps", n_steps=n_steps)
+        return lcm_timesteps(n_steps, origin, train_steps)
+    if not times or list(times) != sorted(set(times), reverse=True) or not 0 <= min(times) <= max(times) < train_steps:
+        raise ValueError(f"times are {list(times)}: give falling times below {train_steps}, such as [999, 759, 499, 259]")
     return torch.tensor(list(times))
 
 

@@ -311,6 +311,7 @@ class ImageResidual(nn.Module):
 
     def __init__(self, in_channels: int = 1, channels: int = 16, multipliers: Sequence[int] = (1, 2)) -> None:
         super().__init__()
+        checks.at_least(1, in_channels=in_channels, channels=channels)
         self.in_channels = in_channels
         self.network = SmallUNet(2 * in_channels, channels, multipliers)
 
