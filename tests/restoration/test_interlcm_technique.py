@@ -447,6 +447,20 @@ def test_runs_that_cannot_be() -> None:
         module._pair({"lq": torch.zeros(1, 1, 8, 8), "image": torch.zeros(1, 1, 8, 9)})
 
 
+def test_channels_and_sizes_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="SmallVisualEncoder takes images of 1 channels, got 3"):
+        build().restored(torch.zeros(1, 3, 8, 8), [0])
+    with pytest.raises(ValueError, match="ImageResidual takes latents of 4 channels, got 1"):
+        build(spatial_encoder=ImageResidual(4, 16, (1,))).restored(torch.zeros(1, 1, 8, 8), [0])
+
+    class Halved(DigitLCM):
+        def decode(self, latents: Tensor) -> Tensor:
+            return latents[..., ::2]
+
+    with pytest.raises(ValueError, match=r"restored ones \(1, 1, 8, 4\)"):
+        build(lcm=Halved(8, 12)).restored(torch.zeros(1, 1, 8, 8), [0])
+
+
 # ---- data ------------------------------------------------------------------------------------------------------------------------------
 
 

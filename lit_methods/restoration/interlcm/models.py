@@ -41,6 +41,12 @@ def check_lcm(lcm: Any) -> None:
         )
 
 
+def check_channels(x: Tensor, expected: int, who: str, what: str = "images") -> None:
+    """Raise ValueError unless ``x`` (B, C, ...) has the channels that a network takes; the message says whose and which."""
+    if x.shape[1] != expected:
+        raise ValueError(f"{who} takes {what} of {expected} channels, got {x.shape[1]} in {tuple(x.shape)}: give both the same number")
+
+
 class LatentConsistencyModel(nn.Module):
     """Base of the models here: Stable Diffusion's alpha-bar, latents that are the images.
 
@@ -212,6 +218,8 @@ class SmallLCM(LatentConsistencyModel):
 
     def eps_model(self, z: Tensor, t: Tensor, prompt: Tensor | None = None, residuals: Residuals | None = None) -> Tensor:
         """(B, c, h, w), (B,), and what the network takes -> (B, c, h, w) float32 or wider."""
+        if isinstance(self.network, SmallUNet):
+            check_channels(z, self.network.inp.in_channels, "SmallLCM's network", "latents")
         share, sigma, x = self._level(z, t)
 
         def controlled(x: Tensor, noise: Tensor) -> Tensor:
@@ -279,6 +287,7 @@ class DiffusersLCM(LatentConsistencyModel):
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> mean of the posterior, times the factor: (B, 4, H / 8, W / 8)."""
+        check_channels(images, self.vae.config.in_channels, "DiffusersLCM")
         latents: Tensor = self.vae.encode(images.to(self.vae.dtype)).latent_dist.mean
         return latents * self.scale
 
@@ -326,4 +335,4 @@ def diffusers_part(kind: Any, path: str, name: str | None) -> Any:
     )
 
 
-__all__ = ["ControlledUNet", "DiffusersLCM", "DigitLCM", "LatentConsistencyModel", "SmallLCM", "check_lcm"]
+__all__ = ["ControlledUNet", "DiffusersLCM", "DigitLCM", "LatentConsistencyModel", "SmallLCM", "check_channels", "check_lcm"]

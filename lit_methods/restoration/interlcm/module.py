@@ -260,7 +260,13 @@ class InterLCM(Evaluated):
 
     def forward(self, lq: Tensor, noises: Sequence[Tensor]) -> Tensor:
         """Degraded images (B, C, H, W) and noises like their latents -> restored ones."""
-        return self.decode(self.chain(lq, noises).denoised[-1])
+        images = self.decode(self.chain(lq, noises).denoised[-1])
+        if images.shape != lq.shape:
+            raise ValueError(
+                f"degraded images are {tuple(lq.shape)} and restored ones {tuple(images.shape)}: give images with the channels of the model, "
+                "whose sides its autoencoder can divide, such as multiples of 8"
+            )
+        return images
 
     # ---- training ------------------------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from lit_methods import checks
 from lit_methods.consistency_models.networks import SmallUNet
 from lit_methods.frozen import Frozen
 from lit_methods.hub import fetch
-from lit_methods.restoration.interlcm.models import ControlledUNet, diffusers_library, diffusers_part
+from lit_methods.restoration.interlcm.models import ControlledUNet, check_channels, diffusers_library, diffusers_part
 from lit_methods.tasks.diffusion.noise_prediction import signal_shares
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -201,7 +201,7 @@ class SmallVisualEncoder(nn.Module):
     def __init__(self, width: int, tokens: int = 1, in_channels: int = 1, channels: int = 32) -> None:
         super().__init__()
         checks.at_least(1, width=width, tokens=tokens, in_channels=in_channels, channels=channels)
-        self.shape = (tokens, width)
+        self.shape, self.in_channels = (tokens, width), in_channels
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, stride=2, padding=1),
             nn.SiLU(),
@@ -216,6 +216,7 @@ class SmallVisualEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, tokens, width)."""
+        check_channels(images, self.in_channels, "SmallVisualEncoder")
         prompt: Tensor = self.layers(images)
         return prompt.unflatten(1, self.shape)
 
@@ -268,6 +269,7 @@ class SmallSpatialEncoder(nn.Module):
     def __init__(self, network: ControlledUNet, image_channels: int = 1) -> None:
         super().__init__()
         checks.at_least(1, image_channels=image_channels)
+        self.image_channels = image_channels
         width = network.inp.out_channels
         network.up, network.out = nn.ModuleList(), nn.Sequential()
         self.network = network
@@ -291,6 +293,8 @@ class SmallSpatialEncoder(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, prompt: Tensor | None, images: Tensor) -> list[Tensor]:
         """One residual a skip connection, and one of the middle."""
+        check_channels(z, self.network.inp.in_channels, "SmallSpatialEncoder", "latents")
+        check_channels(images, self.image_channels, "SmallSpatialEncoder")
         share = self.abar[t]
         embedding = self.network.embedded((((1 - share) / share).log() / 8).to(z.dtype), prompt=prompt)  # ln(sigma) / 4, as SmallLCM's
         hint = self.hint(images)
@@ -317,6 +321,8 @@ class ImageResidual(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, prompt: Tensor | None, images: Tensor) -> list[Tensor]:
         """[(B, c, h, w)]; the prompt isn't used."""
+        check_channels(z, self.in_channels, "ImageResidual", "latents")
+        check_channels(images, self.in_channels, "ImageResidual")
         noise = (t.float() / 1000).to(z.dtype)
         answer: Tensor = self.network(torch.cat([z, images.to(z.dtype)], dim=1), noise)
         return [answer[:, : self.in_channels]]
@@ -353,6 +359,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 1, h, w)."""
+        check_channels(images, self.layers[0].in_channels, "PatchDiscriminator")  # type: ignore[arg-type]
         scores: Tensor = self.layers(images)
         return scores
 
