@@ -263,8 +263,8 @@ class InterLCM(Evaluated):
         images = self.decode(self.chain(lq, noises).denoised[-1])
         if images.shape != lq.shape:
             raise ValueError(
-                f"degraded images are {tuple(lq.shape)} and restored ones {tuple(images.shape)}: give images with the channels of the model, "
-                "whose sides its autoencoder can divide, such as multiples of 8"
+                f"degraded images are {tuple(lq.shape)} and restored ones {tuple(images.shape)}: give images with the channels of the "
+                "model, whose sides its autoencoder can divide, such as multiples of 8"
             )
         return images
 
