@@ -16,7 +16,8 @@ def draw(run: Path) -> Image.Image:
         run: The run's folder, with ``media/``.
     """
     media = max((run / "media").glob("interlcm-images-*.png"), key=lambda file: file.stat().st_mtime)
-    shown = Image.open(media).convert("RGB")
+    whole = Image.open(media).convert("RGB")
+    shown = whole.crop((0, 0, whole.width * 7 // 8, whole.height))  # seven of the eight images have room
     height = HEIGHT - 2 * TOP
     width = shown.width * height // shown.height
     canvas = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
