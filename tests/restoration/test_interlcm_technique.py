@@ -26,6 +26,7 @@ from lit_methods import (
     SmallUNet,
     SmallVisualEncoder,
     SpatialEncoder,
+    TinyAutoencoder,
     VisualEncoder,
 )
 from lit_methods.callbacks import WeightEMA
@@ -157,6 +158,26 @@ def test_a_network_trained_here_is_the_model(tmp_path: Path) -> None:
     assert not torch.allclose(lcm.eps_model(z, t, None, residuals), lcm.eps_model(z, t))
     with pytest.raises(ValueError, match=r"got 1 residuals for \d skip connections"):
         lcm.eps_model(z, t, None, residuals[:1])
+
+
+def test_latents_of_an_autoencoder_are_smaller_than_images() -> None:
+    torch.manual_seed(0)
+    words = {"in_channels": 4, "channels": 8, "multipliers": (1,)}
+    lcm = SmallLCM(ControlledUNet(**words), autoencoder=TinyAutoencoder(width=8, latents=4), scale=0.5)  # type: ignore[arg-type]
+    for parameter in lcm.network.parameters():  # a network that nobody trained has zeros that stop the prompt
+        nn.init.normal_(parameter, std=0.1)
+    visual = SmallVisualEncoder(32, in_channels=3, channels=4)
+    module = build(lcm=lcm, visual_encoder=visual, spatial_encoder=SmallSpatialEncoder(ControlledUNet(**words), 3), n_steps=2)  # type: ignore[arg-type]
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(module.encode(images), lcm.autoencoder.module.encode(images) * 0.5)  # type: ignore[union-attr, operator]
+    noises = module.noises(images, [0, 1])[:1]
+    assert noises[0].shape == (2, 4, 4, 4)
+    output = module(images, noises)
+    assert output.shape == images.shape
+    output.square().mean().backward()
+    gates = module.spatial_encoder.gates  # type: ignore[union-attr]
+    assert all(float(gate.weight.grad.abs().sum()) > 0 for gate in gates)  # type: ignore[union-attr]
+    assert float(visual.layers[-1].weight.grad.abs().sum()) > 0  # type: ignore[union-attr, operator]
 
 
 def test_the_token_mapper_has_the_papers_size_and_tokens_for_channels() -> None:
