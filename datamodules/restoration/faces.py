@@ -151,7 +151,7 @@ class FaceRestorationDataModule(LoaderDataModule):
 
     Raises:
         WrongRootError: A folder isn't there, or holds no images.
-        MissingFileError: A degraded image has no clean one.
+        MissingFileError: An image of a pair has no partner.
         BrokenRecordError: A file is no image, or a name stands twice; the message names it.
     """
 
@@ -251,10 +251,10 @@ class FaceRestorationDataModule(LoaderDataModule):
         degraded, clean = (listed(folder / part, endings=ENDINGS) for part in ("lq", "gt"))
         _named_once(degraded)
         _named_once(clean)
-        truth = {path.stem: path for path in clean}
-        for path in degraded:
-            if path.stem not in truth:
-                raise MissingFileError(folder / "gt" / path.name, "clean image", f"{path} has no partner of its name: copy the pairs again")
+        truth, seen = ({path.stem: path for path in files} for files in (clean, degraded))
+        for name in truth.keys() ^ seen.keys():
+            path, part = (seen[name], "gt") if name in seen else (truth[name], "lq")
+            raise MissingFileError(folder / part / path.name, "image", f"{path} has no partner of its name: copy the pairs again")
         return ImagePairs(degraded, [truth[path.stem] for path in degraded], self.image_size, self.grey)
 
     def _built_in(self) -> None:

@@ -19,11 +19,15 @@ def _images(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
 
 def _faces(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     rng = np.random.default_rng(1)
-    side = arguments["image_size"]
-    for part in ("train", "lq", "gt"):
-        for index in range(8 if part == "train" else 4):
-            picture(arguments["root"] / part / f"{index:05d}.png", smooth(rng, (side, side)))
-    return {"root": arguments["root"]}
+    side, places = (
+        arguments["image_size"],
+        {name: arguments[name] for name in ("root", "pairs", "faces") if arguments.get(name) is not None},
+    )
+    folders = [places["root"] / "train", *(places.get("pairs", places["root"]) / part for part in ("lq", "gt"))]
+    for folder in [*folders, *([places["faces"]] if "faces" in places else [])]:
+        for index in range(8 if folder.name == "train" else 4):
+            picture(folder / f"{index:05d}.png", smooth(rng, (side, side)))
+    return places
 
 
 FAKES: dict[str, Writer] = {"RestorationDataModule": _images, "FaceRestorationDataModule": _faces}
