@@ -388,6 +388,18 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.restoration.color import adain_color_fix as adain_color_fix
+from lit_methods.restoration.color import wavelet_color_fix as wavelet_color_fix
+from lit_methods.restoration.color import wavelet_decompose as wavelet_decompose
+from lit_methods.restoration.interlcm.core import consistency_answer as consistency_answer
+from lit_methods.restoration.interlcm.core import consistency_chain as consistency_chain
+from lit_methods.restoration.interlcm.core import critic_hinge as critic_hinge
+from lit_methods.restoration.interlcm.core import guidance_embedding as guidance_embedding
+from lit_methods.restoration.interlcm.core import lcm_schedule as lcm_schedule
+from lit_methods.restoration.interlcm.core import lcm_timesteps as lcm_timesteps
+from lit_methods.restoration.interlcm.core import renoise as renoise
+from lit_methods.restoration.interlcm.core import restoration_loss as restoration_loss
+from lit_methods.restoration.interlcm.core import restore_from_low_quality as restore_from_low_quality
 from lit_methods.retrieval.cir_uncertainty.core import augment_targets as augment_targets
 from lit_methods.retrieval.cir_uncertainty.core import best_of_gallery as best_of_gallery
 from lit_methods.retrieval.cir_uncertainty.core import coarse_weight as coarse_weight
@@ -515,6 +527,7 @@ __all__ = [
     "active_count",
     "activity_counts",
     "ada_snapkv",
+    "adain_color_fix",
     "adam_update_",
     "adapter_features",
     "adaptive_c",
@@ -579,6 +592,8 @@ __all__ = [
     "concept_score",
     "conr_dense_loss",
     "conr_loss",
+    "consistency_answer",
+    "consistency_chain",
     "consistency_function",
     "consistency_pair_loss",
     "consistency_residual",
@@ -601,6 +616,7 @@ __all__ = [
     "count_documents",
     "couple",
     "covering_views",
+    "critic_hinge",
     "critic_loss",
     "crop_cross_entropy",
     "ct_teacher_decay",
@@ -722,6 +738,7 @@ __all__ = [
     "group_shrink",
     "grow",
     "grow_penalty",
+    "guidance_embedding",
     "guide_structure",
     "guided_edit",
     "guided_velocity",
@@ -766,6 +783,8 @@ __all__ = [
     "largest_pull",
     "largest_safe_sparsity",
     "layer_density",
+    "lcm_schedule",
+    "lcm_timesteps",
     "least_squares",
     "lift_factors",
     "lightgcn_loss",
@@ -900,11 +919,14 @@ __all__ = [
     "removal_score",
     "remove_norm_scales",
     "removed_weight",
+    "renoise",
     "repeat_per_context",
     "reschedule_noise",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
+    "restoration_loss",
+    "restore_from_low_quality",
     "retrain_rates",
     "retrieval_accuracy",
     "retrieval_scores",
@@ -1011,6 +1033,8 @@ __all__ = [
     "warmup_cosine_rate",
     "warmup_decay",
     "warmup_then_epoch_cosine",
+    "wavelet_color_fix",
+    "wavelet_decompose",
     "weight_at",
     "wide_width",
     "width_factor",

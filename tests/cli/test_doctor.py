@@ -154,6 +154,7 @@ NOT_COUNTED = {
     "coprompt_imagenet",
     "dsnot_llama",
     "flair_sd3",
+    "interlcm_faces",
     "maid_experts_kodak",
     "maid_mnist",
     "s2ft_llama3_8b",
