@@ -1,0 +1,1 @@
+"""Restoration of images and videos: what its techniques share."""
