@@ -51,7 +51,7 @@ class LoRALayer(nn.Module):
         self.scales[name], self.weights[name] = alpha / rank, 1.0
 
     def rank(self, name: str) -> int:
-        """r of an adapter."""
+        """Rank of an adapter."""
         weight = self.lora_A[name].weight
         assert isinstance(weight, Tensor)
         return len(weight)

@@ -4,6 +4,7 @@ A flow (B, 2, H, W) is (dx, dy) in pixels: the content at x of the reference sta
 [-1, 1]. An estimator is a module of (reference, support) -> flow.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def flow_warp(x: Tensor, flow: Tensor, padding_mode: Padding = "zeros") -> Tensor:
-    """x at each pixel's place plus flow, between pixels bilinearly: the support seen from the reference.
+    """The support seen from the reference: x at each pixel's place plus flow, between pixels bilinearly.
 
     Args:
         x: (B, C, H, W), the support.
@@ -155,7 +156,7 @@ class SPyNet(nn.Module):
         widths = (8, 32, 64, 32, 16, 2)
         self.basic_module = nn.ModuleList()
         for _ in range(levels):
-            layers = [part for a, b in zip(widths, widths[1:]) for part in (nn.Conv2d(a, b, 7, padding=3), nn.ReLU())]  # noqa: B905
+            layers = [part for a, b in pairwise(widths) for part in (nn.Conv2d(a, b, 7, padding=3), nn.ReLU())]
             level = nn.Module()
             level.basic_module = nn.Sequential(*layers[:-1])
             self.basic_module.append(level)
