@@ -33,6 +33,7 @@ from .regression.nyud2 import NYUD2DataModule as NYUD2DataModule
 from .regression.sentences import SentencePairsDataModule as SentencePairsDataModule
 from .restoration.images import RestorationDataModule as RestorationDataModule
 from .restoration.mixture import MixtureDataModule as MixtureDataModule
+from .restoration.video import VideoRestorationDataModule as VideoRestorationDataModule
 from .retrieval.fashion import FashionRetrievalDataModule as FashionRetrievalDataModule
 from .retrieval.search import SearchDataModule as SearchDataModule
 from .retrieval.shifted_classes import ShiftedClassesDataModule as ShiftedClassesDataModule

@@ -375,6 +375,16 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.restoration.dloral.core import cross_frame_attention as cross_frame_attention
+from lit_methods.restoration.dloral.core import csd_loss as csd_loss
+from lit_methods.restoration.dloral.core import empty_rows as empty_rows
+from lit_methods.restoration.dloral.core import frame_difference_mask as frame_difference_mask
+from lit_methods.restoration.dloral.core import has_csd as has_csd
+from lit_methods.restoration.dloral.core import in_tiles as in_tiles
+from lit_methods.restoration.dloral.core import restored_latent as restored_latent
+from lit_methods.restoration.dloral.core import tile_starts as tile_starts
+from lit_methods.restoration.dloral.core import tile_weights as tile_weights
+from lit_methods.restoration.dloral.core import weighted_loss as weighted_loss
 from lit_methods.retrieval.cir_uncertainty.core import augment_targets as augment_targets
 from lit_methods.retrieval.cir_uncertainty.core import best_of_gallery as best_of_gallery
 from lit_methods.retrieval.cir_uncertainty.core import coarse_weight as coarse_weight
@@ -589,6 +599,8 @@ __all__ = [
     "covering_views",
     "critic_loss",
     "crop_cross_entropy",
+    "cross_frame_attention",
+    "csd_loss",
     "ct_teacher_decay",
     "cubic_sparsity",
     "dcm_loss",
@@ -638,6 +650,7 @@ __all__ = [
     "effective_rank",
     "ema_update",
     "embedding_consistency",
+    "empty_rows",
     "enqueue",
     "ensemble_probabilities",
     "ensemble_scores",
@@ -684,6 +697,7 @@ __all__ = [
     "flow_matching_error",
     "folded_frobenius",
     "foreground",
+    "frame_difference_mask",
     "frechet_distance",
     "fuse",
     "fuse_windows",
@@ -707,6 +721,7 @@ __all__ = [
     "guided_velocity",
     "half_life_decay",
     "harmonic_mean",
+    "has_csd",
     "has_foreground",
     "held_out_fit",
     "heun_step",
@@ -714,6 +729,7 @@ __all__ = [
     "idf_of_counts",
     "ifft2c",
     "image_cross_entropy",
+    "in_tiles",
     "indrnn_cell",
     "info_nce",
     "initial_score",
@@ -879,6 +895,7 @@ __all__ = [
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
+    "restored_latent",
     "retrain_rates",
     "retrieval_accuracy",
     "retrieval_scores",
@@ -953,6 +970,8 @@ __all__ = [
     "temporal_vote",
     "threshold_mask",
     "threshold_of",
+    "tile_starts",
+    "tile_weights",
     "time_grid",
     "to_batch_rows",
     "to_semi_structured",
@@ -986,6 +1005,7 @@ __all__ = [
     "warmup_decay",
     "warmup_then_epoch_cosine",
     "weight_at",
+    "weighted_loss",
     "wide_width",
     "width_factor",
     "window_pattern",

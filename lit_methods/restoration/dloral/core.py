@@ -137,6 +137,33 @@ def _weights(schedule: StageSchedule | FixedStage) -> None:
         checks.within("[0, inf)", "a weight", **{name: getattr(schedule, name)})
 
 
+class Terms(NamedTuple):
+    """Losses of a step, scalars; those of several frames are sums over the frames.
+
+    Attributes:
+        l2: Mean squared error of the frames.
+        lpips: Perceptual distance.
+        consistency: Difference of the flows, :func:`lit_methods.restoration.flow.flow_difference`.
+        csd: Score distillation, :func:`csd_loss`; None where it is left out.
+    """
+
+    l2: Tensor
+    lpips: Tensor
+    consistency: Tensor
+    csd: Tensor | None = None
+
+
+def weighted_loss(terms: Terms, weights: StageWeights) -> Tensor:
+    """Sum of the terms times their factors."""
+    loss = weights.l2 * terms.l2 + weights.lpips * terms.lpips + weights.consistency * terms.consistency
+    return loss if terms.csd is None else loss + weights.csd * terms.csd
+
+
+def has_csd(weights: StageWeights) -> bool:
+    """Whether a step takes score distillation: not in a consistency stage, whatever its factor is there."""
+    return weights.stage != CONSISTENCY and weights.csd > 0
+
+
 # ---- cross-frame retrieval -------------------------------------------------------------------------------------------------------------
 
 
@@ -427,12 +454,15 @@ __all__ = [
     "Retrieved",
     "StageSchedule",
     "StageWeights",
+    "Terms",
     "cross_frame_attention",
     "csd_loss",
     "empty_rows",
     "frame_difference_mask",
+    "has_csd",
     "in_tiles",
     "restored_latent",
     "tile_starts",
     "tile_weights",
+    "weighted_loss",
 ]
