@@ -272,7 +272,7 @@ class DualLoRAVSRModule(Evaluated):
 
     def latent_flow(self, current: Tensor, previous: Tensor, size: Sequence[int]) -> Tensor:
         """Flow from current to previous frames (N, 3, H, W), reduced to the latents' size: (N, 2, h, w)."""
-        small = [F.interpolate(frames.float(), list(size), mode="bicubic", align_corners=False) for frames in (current, previous)]
+        small = [F.interpolate(_wide(frames), list(size), mode="bicubic", align_corners=False) for frames in (current, previous)]
         flow: Tensor = self.flow(*small)
         return flow
 
@@ -328,8 +328,8 @@ class DualLoRAVSRModule(Evaluated):
         wanted, unwanted = self._conditions(batch, clips, pairs)
         done = self.restore(latents[:, :-1].flatten(0, 1), latents[:, 1:].flatten(0, 1), flow, wanted)
 
-        restored = done.frames[..., : lq.shape[-2], : lq.shape[-1]].float()
-        clean = gt[:, 1:].flatten(0, 1).float()
+        restored = _wide(done.frames[..., : lq.shape[-2], : lq.shape[-1]])
+        clean = _wide(gt[:, 1:].flatten(0, 1))
         csd = None
         if has_csd(weights):
             t, n = steps.repeat_interleave(pairs), noise.repeat_interleave(pairs, 0)  # a clip's frames share both
@@ -338,7 +338,7 @@ class DualLoRAVSRModule(Evaluated):
         terms = Terms(
             pairs * F.mse_loss(restored, clean),
             pairs * self.perceptual.module(restored, clean).mean(),
-            self._flow_loss(restored.unflatten(0, (clips, pairs)), gt[:, 1:].float()),
+            self._flow_loss(restored.unflatten(0, (clips, pairs)), clean.unflatten(0, (clips, pairs))),
             csd,
         )
         loss = weighted_loss(terms, weights)
@@ -509,6 +509,11 @@ class DualLoRAVSRModule(Evaluated):
             for folder in sorted({file.parent for file in self.output.rglob("*.png")}):
                 write_video(folder, folder.with_name(f"{folder.name}.mp4"), self.hparams["output_fps"])
         rank_zero_info(f"restored frames are in {self.output}")
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _psnr(frames: Tensor, clean: Tensor) -> Tensor:
