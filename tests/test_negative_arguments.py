@@ -11,6 +11,7 @@ import pytest
 from torch import nn
 
 from lit_methods import (
+    CrossFrameRetrieval,
     DenseRetriever,
     DINOv2,
     EmbeddedWords,
@@ -25,6 +26,7 @@ from lit_methods import (
     RingTeacher,
     ScatteredInpainting,
     SearchNetwork,
+    SmallBackbone,
     SmallTextEncoder,
     TinyTowers,
     VectorTrunk,
@@ -42,6 +44,7 @@ OTHERS = {  # files, other libraries
         "CLIPTowers",
         "CompressedSensing",
         "DiffusersAutoencoder",
+        "DiffusersBackbone",
         "DiffusersNetwork",
         "DiffusersUNet",
         "DiffusersVideo",
@@ -79,6 +82,8 @@ def parts(name: str) -> dict[str, Any]:
             "text_encoder": EmbeddedWords(6),
             "compositor": ResidualCompositor(),
         },
+        "DualLoRAVSRModule": {"backbone": SmallBackbone(), "retrieval": CrossFrameRetrieval(12, 1, 4)},
+        "OneStepPretraining": {"backbone": SmallBackbone()},
         "DASSSearch": {"network": SearchNetwork(2, 3, 1, ["skip_connect"])},
         "DenseRetriever": {"network": SmallTextEncoder(4, width=4)},
         "BicubicDownsampling": {"size": [8, 8]},

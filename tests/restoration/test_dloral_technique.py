@@ -325,7 +325,7 @@ def _fit_in_pair() -> dict:
 def test_two_processes_end_like_one():
     first, second = run_two_processes(_fit_in_pair)
     assert_state_dicts_equal(second, first)
-    assert_state_dicts_equal(first, _fit_two(2, 1), atol=2e-4, rtol=1e-3)
+    assert_state_dicts_equal(first, _fit_two(2, 1), atol=1e-4, rtol=1e-3)  # in float64: the flow magnifies what is rounded
 
 
 def test_half_precision_and_accumulation():

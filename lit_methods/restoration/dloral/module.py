@@ -199,7 +199,8 @@ class DualLoRAVSRModule(Evaluated):
             raise ValueError(f"csd_range is {list(csd_range)}: give a first step and a later one, within 0 and {steps}")
         if timestep >= steps:
             raise ValueError(f"timestep is {timestep}, and the backbone's diffusion has steps 0 to {steps - 1}")
-        if tile is not None and not 0 <= tile_overlap < tile:
+        checks.at_least(0, "pixels", tile_overlap=tile_overlap)
+        if tile is not None and tile_overlap >= tile:
             raise ValueError(f"tile_overlap is {tile_overlap} and tile {tile}: give fewer pixels than a tile has")
         if output_fps is not None:
             if output is None:

@@ -347,6 +347,8 @@ class DualLoRAUNet(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if not hasattr(backbone, "network"):
+            raise ValueError(f"this {type(backbone).__name__} has given its U-Net to another module: make a new one")
         network = backbone.network.requires_grad_(False)
         modules = dict(network.named_modules())
         first = modules.get(backbone.conv_in)
