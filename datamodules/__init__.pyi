@@ -31,6 +31,7 @@ from .regression.ages import AgeDataModule as AgeDataModule
 from .regression.bars import BarsDataModule as BarsDataModule
 from .regression.nyud2 import NYUD2DataModule as NYUD2DataModule
 from .regression.sentences import SentencePairsDataModule as SentencePairsDataModule
+from .restoration.faces import FaceRestorationDataModule as FaceRestorationDataModule
 from .restoration.images import RestorationDataModule as RestorationDataModule
 from .restoration.mixture import MixtureDataModule as MixtureDataModule
 from .restoration.video import VideoRestorationDataModule as VideoRestorationDataModule

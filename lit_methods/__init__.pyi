@@ -66,6 +66,20 @@ from .prompting.coprompt.module import CoPrompt as CoPrompt
 from .prompting.tiny import TinyTowers as TinyTowers
 from .prompting.towers import CLIPTowers as CLIPTowers
 from .restoration.flow import CorrelationFlow as CorrelationFlow
+from .restoration.interlcm.models import ControlledUNet as ControlledUNet
+from .restoration.interlcm.models import DiffusersLCM as DiffusersLCM
+from .restoration.interlcm.models import DigitLCM as DigitLCM
+from .restoration.interlcm.models import SmallLCM as SmallLCM
+from .restoration.interlcm.module import InterLCM as InterLCM
+from .restoration.interlcm.networks import ImageResidual as ImageResidual
+from .restoration.interlcm.networks import PatchDiscriminator as PatchDiscriminator
+from .restoration.interlcm.networks import SmallSpatialEncoder as SmallSpatialEncoder
+from .restoration.interlcm.networks import SmallVisualEncoder as SmallVisualEncoder
+from .restoration.interlcm.networks import SpatialEncoder as SpatialEncoder
+from .restoration.interlcm.networks import VisualEncoder as VisualEncoder
+from .restoration.perceptual import FeatureDistance as FeatureDistance
+from .restoration.perceptual import LPIPSDistance as LPIPSDistance
+from .restoration.perceptual import RandomFeatures as RandomFeatures
 from .retrieval.cir_uncertainty.module import ComposedRetrieval as ComposedRetrieval
 from .retrieval.cir_uncertainty.networks import ContentStyleCompositor as ContentStyleCompositor
 from .retrieval.cir_uncertainty.networks import EmbeddedWords as EmbeddedWords
@@ -143,6 +157,3 @@ from .restoration.dloral.networks import StepUNet as StepUNet
 from .restoration.dloral.pretrain import OneStepPretraining as OneStepPretraining
 from .restoration.flow import RAFTFlow as RAFTFlow
 from .restoration.flow import SPyNet as SPyNet
-from .restoration.perceptual import FeatureDistance as FeatureDistance
-from .restoration.perceptual import LPIPSDistance as LPIPSDistance
-from .restoration.perceptual import RandomFeatures as RandomFeatures

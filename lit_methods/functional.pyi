@@ -375,6 +375,9 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.restoration.color import adain_color_fix as adain_color_fix
+from lit_methods.restoration.color import wavelet_color_fix as wavelet_color_fix
+from lit_methods.restoration.color import wavelet_decompose as wavelet_decompose
 from lit_methods.restoration.dloral.core import cross_frame_attention as cross_frame_attention
 from lit_methods.restoration.dloral.core import csd_loss as csd_loss
 from lit_methods.restoration.dloral.core import empty_rows as empty_rows
@@ -385,6 +388,15 @@ from lit_methods.restoration.dloral.core import restored_latent as restored_late
 from lit_methods.restoration.dloral.core import tile_starts as tile_starts
 from lit_methods.restoration.dloral.core import tile_weights as tile_weights
 from lit_methods.restoration.dloral.core import weighted_loss as weighted_loss
+from lit_methods.restoration.interlcm.core import consistency_answer as consistency_answer
+from lit_methods.restoration.interlcm.core import consistency_chain as consistency_chain
+from lit_methods.restoration.interlcm.core import critic_hinge as critic_hinge
+from lit_methods.restoration.interlcm.core import guidance_embedding as guidance_embedding
+from lit_methods.restoration.interlcm.core import lcm_schedule as lcm_schedule
+from lit_methods.restoration.interlcm.core import lcm_timesteps as lcm_timesteps
+from lit_methods.restoration.interlcm.core import renoise as renoise
+from lit_methods.restoration.interlcm.core import restoration_loss as restoration_loss
+from lit_methods.restoration.interlcm.core import restore_from_low_quality as restore_from_low_quality
 from lit_methods.retrieval.cir_uncertainty.core import augment_targets as augment_targets
 from lit_methods.retrieval.cir_uncertainty.core import best_of_gallery as best_of_gallery
 from lit_methods.retrieval.cir_uncertainty.core import coarse_weight as coarse_weight
@@ -512,6 +524,7 @@ __all__ = [
     "active_count",
     "activity_counts",
     "ada_snapkv",
+    "adain_color_fix",
     "adam_update_",
     "adapter_features",
     "adaptive_c",
@@ -576,6 +589,8 @@ __all__ = [
     "concept_score",
     "conr_dense_loss",
     "conr_loss",
+    "consistency_answer",
+    "consistency_chain",
     "consistency_function",
     "consistency_pair_loss",
     "consistency_residual",
@@ -597,6 +612,7 @@ __all__ = [
     "count_documents",
     "couple",
     "covering_views",
+    "critic_hinge",
     "critic_loss",
     "crop_cross_entropy",
     "cross_frame_attention",
@@ -717,6 +733,7 @@ __all__ = [
     "group_shrink",
     "grow",
     "grow_penalty",
+    "guidance_embedding",
     "guided_edit",
     "guided_velocity",
     "half_life_decay",
@@ -761,6 +778,8 @@ __all__ = [
     "largest_pull",
     "largest_safe_sparsity",
     "layer_density",
+    "lcm_schedule",
+    "lcm_timesteps",
     "least_squares",
     "lift_factors",
     "lightgcn_loss",
@@ -890,11 +909,14 @@ __all__ = [
     "removal_score",
     "remove_norm_scales",
     "removed_weight",
+    "renoise",
     "repeat_per_context",
     "reschedule_noise",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
+    "restoration_loss",
+    "restore_from_low_quality",
     "restored_latent",
     "retrain_rates",
     "retrieval_accuracy",
@@ -1004,6 +1026,8 @@ __all__ = [
     "warmup_cosine_rate",
     "warmup_decay",
     "warmup_then_epoch_cosine",
+    "wavelet_color_fix",
+    "wavelet_decompose",
     "weight_at",
     "weighted_loss",
     "wide_width",

@@ -315,6 +315,34 @@ MASKED = Recipe(
 )
 
 
+def latent_consistency(work: Path) -> None:
+    """Parts of a latent consistency model and of Stable Diffusion with few channels, CLIP's vision tower and VGG, all of random weights."""
+    import diffusers
+    import torchvision
+    import transformers
+
+    blocks: dict[str, Any] = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    blocks |= {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
+    for folder, told in (("lcm", 256), ("sd15", None)):
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=768, time_cond_proj_dim=told, **blocks
+        )
+        unet.save_pretrained(work / folder / "unet")
+    stages = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    diffusers.AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, **stages).save_pretrained(
+        work / "lcm" / "vae"
+    )
+    diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(work / "lcm" / "scheduler")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(image_size=224, patch_size=16, **sizes)
+    transformers.CLIPVisionModel(config).save_pretrained(work / "clip_vision")
+    features = torchvision.models.vgg16().features
+    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, work / "vgg16.pth")
+
+
 def batch(size: int) -> Recipe:
     """A smaller batch."""
     return Recipe(words=(f"--data.init_args.batch_size={size}",), why=f"batch of {size}: {SMALL_BATCH}")
@@ -411,8 +439,8 @@ RECIPES: dict[str, Recipe] = {
             "--data.init_args.size=64",
             "--data.init_args.eval_frames=2",
         ),
-        why="squares of 64 pixels, 2 frames in validation: 512 take minutes on two cores; a random network in the place of VGG-16; the second "
-        "step is one of the detail stage",
+        why="squares of 64 pixels, 2 frames in validation: 512 take minutes on two cores; a random network in the place of VGG-16; the "
+        "second step is one of the detail stage",
         prepare=dloral,
         needs=("diffusers", "transformers"),
     ),
@@ -442,6 +470,18 @@ RECIPES: dict[str, Recipe] = {
         why="images of 96 pixels, 2 times, 4 points of the error curve, no third text encoder: 768 pixels take minutes on two cores",
         prepare=sd3,
         needs=("diffusers", "transformers"),
+    ),
+    "interlcm_faces": Recipe(
+        {
+            "SimianLuo/LCM_Dreamshaper_v7": "{work}/lcm",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5": "{work}/sd15",
+            "openai/clip-vit-base-patch16": "{work}/clip_vision",
+            "weights: null, backbone: vgg": "weights: {work}/vgg16.pth, backbone: vgg",
+        },
+        words=("--data.init_args.image_size=64", "--data.init_args.pairs=null"),
+        why="images of 64 pixels: 512 take seconds each on two cores; pairs lie in the root of the tiny release",
+        prepare=latent_consistency,
+        needs=("diffusers", "transformers", "lpips"),
     ),
     "maid_experts_kodak": Recipe(
         words=("--data.init_args.size=16", "--data.init_args.number=2"), why="2 images of 16 pixels: a solve of 20 large ones takes minutes"

@@ -234,7 +234,7 @@ LEFT_OUT: dict[str, str] = {
         "it takes attention layers of transformers; tests/sparse_attention has it on BERT, GPT-2, LLaMA and ViT",
     ),
     "IMP": "its masks are those of RandomPruning; test_sparse_model_soups_technique.py has it on a ResNet and on tied embeddings",
-    "AlternatingLoRAStages": "it switches parameters that its patterns name; tests/restoration/test_dloral_technique.py has it on a plain module",
+    "AlternatingLoRAStages": "it switches what its patterns name; tests/restoration/test_dloral_technique.py has it on a plain module",
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
     "TemporalVoting": "it votes on point clouds of neighbouring scans",
     "LabelCorrection": "a base class; ADELE is the one that can be attached",

@@ -11,8 +11,10 @@ import pytest
 from torch import nn
 
 from lit_methods import (
+    ControlledUNet,
     CrossFrameRetrieval,
     DenseRetriever,
+    DigitLCM,
     DINOv2,
     EmbeddedWords,
     GaussianMixtureFlow,
@@ -45,10 +47,14 @@ OTHERS = {  # files, other libraries
         "CompressedSensing",
         "DiffusersAutoencoder",
         "DiffusersBackbone",
+        "DiffusersLCM",
         "DiffusersNetwork",
         "DiffusersUNet",
         "DiffusersVideo",
+        "LPIPSDistance",
         "ScriptedFeatures",
+        "SpatialEncoder",
+        "VisualEncoder",
         "DINOv2",
         "MaskFileInpainting",
         "SD3Flow",
@@ -103,6 +109,7 @@ def parts(name: str) -> dict[str, Any]:
         "TransformerText": {
             "config": {"model_type": "bert", "vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
         },
+        "InterLCM": {"lcm": DigitLCM(8, 4)},
         "MLP": {"widths": [4, 3]},
         "PointSegmentor": {"backbone_3d": Volume()},
         "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},
@@ -111,6 +118,9 @@ def parts(name: str) -> dict[str, Any]:
         "ResNetTrunk": {"pretrained": False, "name": "resnet18"},
         "ScatteredInpainting": {"size": [8, 8]},
         "SimMatchV2": {"backbone": nn.Identity(), "num_labelled": 200, "bank_size": 8},
+        "FeatureDistance": {"network": nn.Identity()},
+        "SmallLCM": {"network": nn.Identity()},
+        "SmallSpatialEncoder": {"network": ControlledUNet(1, 8, (1,))},
         "SparseAutoencoder": {"settings": {"k": 2}},
         "SparseRetriever": {"network": SmallTextEncoder(4, width=4)},
         "SparseJEPA": {"encoder": ViTEncoder(16, 2, width=8, depth=1, heads=2)},

@@ -55,6 +55,7 @@ SETTINGS = {
     "cirim": ["--model.init_args.consistency explicit"],
     "conr": ["--trainer.callbacks.variant dense"],
     "dass": ["--model.init_args.pretrain_steps 1 --model.init_args.prune_steps 1 --model.init_args.finetune_steps 1"],
+    "interlcm": [f"--model.init_args.color_fix {fix}" for fix in ("wavelet", "adain")],
     "dsl_recommendation": ["--trainer.callbacks.interval 2"],
     "dsnot": [
         "--trainer.callbacks.at_step 1 --trainer.callbacks.initial sparsegpt",

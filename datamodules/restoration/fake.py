@@ -45,5 +45,18 @@ def _clips(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     return found
 
 
-FAKES: dict[str, Writer] = {"RestorationDataModule": _images, "VideoRestorationDataModule": _clips}
+def _faces(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    side = arguments["image_size"]
+    for part in ("train", "lq", "gt"):
+        for index in range(8 if part == "train" else 4):
+            picture(arguments["root"] / part / f"{index:05d}.png", smooth(rng, (side, side)))
+    return {"root": arguments["root"]}
+
+
+FAKES: dict[str, Writer] = {
+    "RestorationDataModule": _images,
+    "FaceRestorationDataModule": _faces,
+    "VideoRestorationDataModule": _clips,
+}
 __all__ = ["FAKES"]

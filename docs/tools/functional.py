@@ -60,6 +60,7 @@ SHARED = {
     "matrix_factorization.supervised_dictionary_learning.objective": "factor_objective random_factors",
     "optim": "seven_sixteenths_cosine warmup_cosine warmup_cosine_rate warmup_then_epoch_cosine",
     "prompting.towers": "run_prompted_blocks",
+    "restoration.color": "adain_color_fix wavelet_color_fix wavelet_decompose",
     "retrieval.idf": "count_documents idf_of_counts",
     "retrieval.ranking": "margin_mse pair_scores ranking_info_nce ranking_kl",
     "self_supervised.jepa": "jepa_loss jepa_targets repeat_per_context take_patches",

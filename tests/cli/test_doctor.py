@@ -155,6 +155,7 @@ NOT_COUNTED = {
     "dloral_sd21",
     "dsnot_llama",
     "flair_sd3",
+    "interlcm_faces",
     "maid_experts_kodak",
     "s2ft_llama3_8b",
     "sara_sd15",
