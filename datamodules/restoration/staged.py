@@ -29,6 +29,11 @@ class StagedLoader:
         return len(self.loaders[0])
 
     @property
+    def batch_size(self) -> int | None:
+        """Samples of a batch, which are as many in all loaders."""
+        return self.loaders[0].batch_size
+
+    @property
     def sampler(self) -> "StagedLoader":
         """Where Lightning announces the epoch."""
         return self
