@@ -52,7 +52,7 @@ def _sample(clean: Tensor, low: Tensor, index: int, name: str) -> dict[str, Any]
 
 def texture(rng: np.random.Generator, height: int, width: int) -> Floats:
     """Stripes, a chequered pattern or dots in two colours, turned, with sharp edges: (3, height, width) in [0, 1]."""
-    kind, angle, length = int(rng.integers(3)), rng.uniform(0, np.pi), rng.uniform(4, 9)
+    kind, angle, length = int(rng.integers(3)), rng.uniform(0, np.pi), rng.uniform(9, 20)
     first, second = rng.uniform(0, 1, (2, 3, 1, 1)).astype(np.float32)
     y, x = np.mgrid[:height, :width]
     u = (np.cos(angle) * x + np.sin(angle) * y) * 2 * np.pi / length
