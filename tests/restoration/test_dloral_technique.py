@@ -239,7 +239,8 @@ def test_other_fusions_leave_out_what_they_say(fusion):
     with torch.no_grad():
         wanted = current - module.unet(torch.cat([aligned, current], 1), cond)
     torch.testing.assert_close(found.latents, wanted)
-    assert (found.found is None) == (fusion == "per_frame")
+    measured = module.restore(previous, current, flow, cond, measure=True)
+    assert (measured.empty is None) == (fusion == "per_frame")
     tiny_trainer(max_steps=1, limit_val_batches=0).fit(module, datamodule=data())
 
 

@@ -85,12 +85,12 @@ class Restoration(NamedTuple):
     Attributes:
         frames: (N, 3, H, W) in [-1, 1].
         latents: (N, C, h, w), before they are decoded.
-        found: What retrieval found; None without it.
+        empty: Share of retrieval's queries without a match; None where they aren't counted.
     """
 
     frames: Tensor
     latents: Tensor
-    found: Retrieved | None
+    empty: Tensor | None
 
 
 class DualLoRAVSRModule(Evaluated):
@@ -127,7 +127,8 @@ class DualLoRAVSRModule(Evaluated):
         csd_range: Its steps are drawn from these numbers, the second not among them.
         inference: ``detail``: both adapters; ``consistency``: the first alone.
         color_fix: What colours are taken from the degraded frame in evaluation and predict: ``wavelet``, ``adain``, ``none``.
-        tile: Side of the tiles of latents that the U-Net sees in evaluation and predict; None: all at once.
+        tile: Side of the tiles of latents in evaluation and predict, best that of training: retrieval sums over the positions that it
+            sees, and has no norm. None: all at once.
         tile_overlap: Pixels of the latents that tiles share.
         output: Folder in which ``predict`` writes PNG files.
         output_fps: ``predict`` also writes a video of each folder of frames, so many frames a second; needs the extra ``video``.
@@ -251,25 +252,25 @@ class DualLoRAVSRModule(Evaluated):
             current: Like ``previous``.
             flow: (N, 2, h, w) from the current to the previous frame, at the latents' size.
             cond: Conditions, (N, ...).
-            tiles: Show the U-Net tiles, where the module has some.
+            tiles: Restore in tiles, where the module has some.
             measure: Also count the queries of retrieval without a match.
         """
-        found = None
-        if self.fusion == "per_frame":
-            fused, given = current, torch.cat([current, current], dim=1)
-        else:
-            found = self.retrieval(current, previous, flow, measure=measure)
+        empty: list[Tensor] = []
+
+        def step(previous: Tensor, current: Tensor, flow: Tensor) -> Tensor:
+            if self.fusion == "per_frame":
+                return restored_latent(current, self.unet(torch.cat([current, current], dim=1), cond))
+            found: Retrieved = self.retrieval(current, previous, flow, measure=measure)
             if self.fusion == "none":
                 found = found._replace(fused=current)
-            fused, given = found.fused, found.unet_input
-
-        def noise(latents: Tensor) -> Tensor:
-            return self.unet(latents, cond)  # type: ignore[no-any-return]
+            if found.empty is not None:
+                empty.append(found.empty)
+            return restored_latent(found.fused, self.unet(found.unet_input, cond))
 
         tile = self.hparams["tile"] if tiles else None
-        eps = noise(given) if tile is None else in_tiles(noise, (given,), tile, self.hparams["tile_overlap"])
-        latents = restored_latent(fused, eps)
-        return Restoration(self.decode(latents), latents, found)
+        given = (previous, current, flow)
+        latents = step(*given) if tile is None else in_tiles(step, given, tile, self.hparams["tile_overlap"])
+        return Restoration(self.decode(latents.to(current.dtype)), latents, torch.stack(empty).mean() if empty else None)
 
     def latent_flow(self, current: Tensor, previous: Tensor, size: Sequence[int]) -> Tensor:
         """Flow from current to previous frames (N, 3, H, W), reduced to the latents' size: (N, 2, h, w)."""
@@ -417,8 +418,8 @@ class DualLoRAVSRModule(Evaluated):
         unmerge(self.unet)
         weigh_adapters(self.unet, {DETAIL_ADAPTER: 1.0})
 
-    def restore_frame(self, previous: Tensor, current: Tensor, batch: Batch) -> tuple[Tensor, Retrieved | None]:
-        """Degraded frames (N, 3, H, W) and those before -> restored ones, with the colour fix."""
+    def restore_frame(self, previous: Tensor, current: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Degraded frames (N, 3, H, W) and those before -> restored ones, with the colour fix; and the share of queries without a match."""
         first, second = self._padded(previous), self._padded(current)
         z_first, z_second = self.encode(first), self.encode(second)
         flow = self.latent_flow(second, first, z_second.shape[-2:])
@@ -428,16 +429,16 @@ class DualLoRAVSRModule(Evaluated):
         if self.hparams["color_fix"] != "none":
             fix = wavelet_color_fix if self.hparams["color_fix"] == "wavelet" else adain_color_fix
             frames = fix(frames, current.float()).clamp(-1, 1)
-        return frames, done.found
+        return frames, done.empty
 
     def _evaluate(self, batch: Batch, batch_idx: int) -> None:
         lq, gt = self._clips(batch, 2), batch["gt"].float()
         frames, empty = [], []
         for place in range(lq.shape[1]):  # the first frame stands before itself
-            frame, found = self.restore_frame(lq[:, max(0, place - 1)], lq[:, place], batch)
+            frame, share = self.restore_frame(lq[:, max(0, place - 1)], lq[:, place], batch)
             frames.append(frame)
-            if found is not None and found.empty is not None:
-                empty.append(found.empty)
+            if share is not None:
+                empty.append(share)
         restored = torch.stack(frames, dim=1)
         none = restored.new_full((len(lq),), torch.nan)
         figures = [
