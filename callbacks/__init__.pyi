@@ -24,6 +24,7 @@ from .noisy_labels.adele.callback import ADELE as ADELE
 from .noisy_labels.adele.consistency import MultiScaleConsistency as MultiScaleConsistency
 from .noisy_labels.label_correction import LabelCorrection as LabelCorrection
 from .prompting.two_tower_consistency import TwoTowerConsistency as TwoTowerConsistency
+from .restoration.lora_stages import AlternatingLoRAStages as AlternatingLoRAStages
 from .retrieval.flops import FLOPSRegularizer as FLOPSRegularizer
 from .retrieval.uncertainty import UncertaintyRegularizer as UncertaintyRegularizer
 from .run.dashboard import Dashboard as Dashboard

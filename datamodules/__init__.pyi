@@ -37,6 +37,7 @@ from .regression.sentences import SentencePairsDataModule as SentencePairsDataMo
 from .restoration.faces import FaceRestorationDataModule as FaceRestorationDataModule
 from .restoration.images import RestorationDataModule as RestorationDataModule
 from .restoration.mixture import MixtureDataModule as MixtureDataModule
+from .restoration.video import VideoRestorationDataModule as VideoRestorationDataModule
 from .retrieval.fashion import FashionRetrievalDataModule as FashionRetrievalDataModule
 from .retrieval.search import SearchDataModule as SearchDataModule
 from .retrieval.shifted_classes import ShiftedClassesDataModule as ShiftedClassesDataModule

@@ -77,6 +77,7 @@ from .matrix_factorization.two_stage import TwoStageClassifier as TwoStageClassi
 from .prompting.coprompt.module import CoPrompt as CoPrompt
 from .prompting.tiny import TinyTowers as TinyTowers
 from .prompting.towers import CLIPTowers as CLIPTowers
+from .restoration.flow import CorrelationFlow as CorrelationFlow
 from .restoration.interlcm.models import ControlledUNet as ControlledUNet
 from .restoration.interlcm.models import DiffusersLCM as DiffusersLCM
 from .restoration.interlcm.models import DigitLCM as DigitLCM
@@ -157,3 +158,14 @@ from .tasks.vision.networks import TimmNetwork as TimmNetwork
 from .tasks.vision.networks import WideResNet as WideResNet
 
 __version__: str
+from .restoration.dloral.core import CrossFrameRetrieval as CrossFrameRetrieval
+from .restoration.dloral.core import FixedStage as FixedStage
+from .restoration.dloral.core import StageSchedule as StageSchedule
+from .restoration.dloral.module import DualLoRAVSRModule as DualLoRAVSRModule
+from .restoration.dloral.networks import DiffusersBackbone as DiffusersBackbone
+from .restoration.dloral.networks import PixelBlocks as PixelBlocks
+from .restoration.dloral.networks import SmallBackbone as SmallBackbone
+from .restoration.dloral.networks import StepUNet as StepUNet
+from .restoration.dloral.pretrain import OneStepPretraining as OneStepPretraining
+from .restoration.flow import RAFTFlow as RAFTFlow
+from .restoration.flow import SPyNet as SPyNet

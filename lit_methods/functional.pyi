@@ -391,6 +391,16 @@ from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blo
 from lit_methods.restoration.color import adain_color_fix as adain_color_fix
 from lit_methods.restoration.color import wavelet_color_fix as wavelet_color_fix
 from lit_methods.restoration.color import wavelet_decompose as wavelet_decompose
+from lit_methods.restoration.dloral.core import cross_frame_attention as cross_frame_attention
+from lit_methods.restoration.dloral.core import csd_loss as csd_loss
+from lit_methods.restoration.dloral.core import empty_rows as empty_rows
+from lit_methods.restoration.dloral.core import frame_difference_mask as frame_difference_mask
+from lit_methods.restoration.dloral.core import has_csd as has_csd
+from lit_methods.restoration.dloral.core import in_tiles as in_tiles
+from lit_methods.restoration.dloral.core import restored_latent as restored_latent
+from lit_methods.restoration.dloral.core import tile_starts as tile_starts
+from lit_methods.restoration.dloral.core import tile_weights as tile_weights
+from lit_methods.restoration.dloral.core import weighted_loss as weighted_loss
 from lit_methods.restoration.interlcm.core import consistency_answer as consistency_answer
 from lit_methods.restoration.interlcm.core import consistency_chain as consistency_chain
 from lit_methods.restoration.interlcm.core import critic_hinge as critic_hinge
@@ -619,6 +629,8 @@ __all__ = [
     "critic_hinge",
     "critic_loss",
     "crop_cross_entropy",
+    "cross_frame_attention",
+    "csd_loss",
     "ct_teacher_decay",
     "cubic_sparsity",
     "dcm_loss",
@@ -671,6 +683,7 @@ __all__ = [
     "effective_rank",
     "ema_update",
     "embedding_consistency",
+    "empty_rows",
     "enqueue",
     "ensemble_probabilities",
     "ensemble_scores",
@@ -717,6 +730,7 @@ __all__ = [
     "flow_matching_error",
     "folded_frobenius",
     "foreground",
+    "frame_difference_mask",
     "frechet_distance",
     "fuse",
     "fuse_windows",
@@ -744,6 +758,7 @@ __all__ = [
     "guided_velocity",
     "half_life_decay",
     "harmonic_mean",
+    "has_csd",
     "has_foreground",
     "held_out_fit",
     "heun_step",
@@ -751,6 +766,7 @@ __all__ = [
     "idf_of_counts",
     "ifft2c",
     "image_cross_entropy",
+    "in_tiles",
     "indrnn_cell",
     "info_nce",
     "initial_score",
@@ -927,6 +943,7 @@ __all__ = [
     "resolution_shift",
     "restoration_loss",
     "restore_from_low_quality",
+    "restored_latent",
     "retrain_rates",
     "retrieval_accuracy",
     "retrieval_scores",
@@ -1001,6 +1018,8 @@ __all__ = [
     "temporal_vote",
     "threshold_mask",
     "threshold_of",
+    "tile_starts",
+    "tile_weights",
     "time_grid",
     "to_batch_rows",
     "to_semi_structured",
@@ -1036,6 +1055,7 @@ __all__ = [
     "wavelet_color_fix",
     "wavelet_decompose",
     "weight_at",
+    "weighted_loss",
     "wide_width",
     "width_factor",
     "window_pattern",

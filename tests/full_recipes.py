@@ -143,6 +143,40 @@ def unet(work: Path) -> None:
     diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **blocks, **sizes).save_pretrained(work / "unet")
 
 
+def stable_diffusion(work: Path) -> None:
+    """A text-to-image pipeline with few channels and random weights, as diffusers saves it, its tokenizer knowing the letters alone."""
+    import diffusers
+    import transformers
+
+    folder = work / "stable_diffusion"
+    folder.mkdir()
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(words)}
+    text = transformers.CLIPTextConfig(**sizes, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)
+    transformers.CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    widths = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 4, "cross_attention_dim": 32}
+    diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, norm_num_groups=4, **blocks, **widths).save_pretrained(folder / "unet")
+    coder = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = diffusers.AutoencoderKL(**coder, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4)
+    vae.save_pretrained(folder / "vae")
+    scheduler = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    diffusers.DDIMScheduler(**scheduler).save_pretrained(folder / "scheduler")
+
+
+def dloral(work: Path) -> None:
+    """The pipeline, and random weights of a SPyNet."""
+    from lit_methods import SPyNet
+
+    stable_diffusion(work)
+    torch.save(SPyNet().state_dict(), work / "spynet.pth")
+
+
 def text_to_video(work: Path) -> None:
     """A text-to-video pipeline with few channels and random weights, as diffusers saves it; its tokenizer knows the letters alone."""
     import diffusers
@@ -421,6 +455,19 @@ RECIPES: dict[str, Recipe] = {
     "dass_cifar_search": Recipe(
         words=("--data.init_args.batch_size=2", "--model.init_args.pretrain_steps=0"),
         why=f"batch of 2: {SMALL_BATCH}; begins with the second phase, in which each batch is one step",
+    ),
+    "dloral_sd21": Recipe(
+        {"/models/stable-diffusion-2-1-base": "{work}/stable_diffusion", "/models/spynet.pth": "{work}/spynet.pth"},
+        words=(
+            '--model.init_args.perceptual={"class_path":"FeatureDistance","init_args":{"network":{"class_path":"RandomFeatures"}}}',
+            "--model.init_args.schedule.init_args.quality_iter=0",
+            "--data.init_args.size=64",
+            "--data.init_args.eval_frames=2",
+        ),
+        why="squares of 64 pixels, 2 frames in validation: 512 take minutes on two cores; a random network in the place of VGG-16; the "
+        "second step is one of the detail stage",
+        prepare=dloral,
+        needs=("diffusers", "transformers"),
     ),
     "dsl_recommendation_lightgcn": Recipe(),
     "dsl_recommendation_multvae": Recipe(),

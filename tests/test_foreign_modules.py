@@ -236,6 +236,7 @@ LEFT_OUT: dict[str, str] = {
     ),
     "DirectionalConsistency": "it compares what a generator makes with what it was made from; tests/diffusion has it on two others",
     "IMP": "its masks are those of RandomPruning; test_sparse_model_soups_technique.py has it on a ResNet and on tied embeddings",
+    "AlternatingLoRAStages": "it switches what its patterns name; tests/restoration/test_dloral_technique.py has it on a plain module",
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
     "TemporalVoting": "it votes on point clouds of neighbouring scans",
     "LabelCorrection": "a base class; ADELE is the one that can be attached",

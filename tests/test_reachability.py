@@ -65,6 +65,7 @@ SETTINGS = {
             for name in ("Magnitude", "Wanda", "SparseGPT")
         ),
     ],
+    "dloral": ["--model.init_args.color_fix adain"],
     "cono": [f"--model.init_args.sampler.strategy {strategy}" for strategy in ("freenoise", "genl")],
     "gba": ["--config configs/gba_topk.yaml"],  # another activation: what a function names is looked up once for each
     "ict": ["--config configs/ct.yaml --model.init_args.metric l1"],

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from helpers import advice_on_figures, run_two_processes, tiny_trainer
 from lit_methods import LabelStore, PairwiseSimilarity
+from lit_methods import LabelStore, StageSchedule
 from lit_methods.callbacks import LabelCorrection, LossTerm
 from lit_methods.callbacks.fine_tuning.s2ft.couplings import Coupling
 from lit_methods.catalog import public_names
@@ -225,6 +226,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "Wanda": {"samples": 8, "forward": "point_logits", **NM},
     "SparseGPT": {"samples": 8, "forward": "point_logits", **NM},
     "DSnoT": {"samples": 8, "forward": "point_logits", "at_step": 2, **NM},
+    "AlternatingLoRAStages": {"consistency": ["table.*"], "detail": ["head.*"], "schedule": StageSchedule(0, 1, 1, 1)},
     "LoRA": lambda path: pytest.importorskip("peft") and {"targets": ["body.4"], "rank": 2},
     "S2FT": {"d_ratio": 0.3, "couplings": [Coupling("body.6", ["body.4"])]},
     "SaRA": {"threshold": None, "share": 0.3, "progressive_steps": 1},

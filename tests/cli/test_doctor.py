@@ -152,6 +152,7 @@ NOT_COUNTED = {
     "cono_text_to_video",
     "coprompt_eurosat",
     "coprompt_imagenet",
+    "dloral_sd21",
     "dsnot_llama",
     "flair_sd3",
     "interlcm_faces",
