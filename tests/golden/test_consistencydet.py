@@ -8,17 +8,15 @@ from torch import Tensor
 
 from golden import GoldenCase, Kind, golden_test
 from lit_methods.detection.consistencydet.core import (
-    clamp_to_image,
-    clean_boxes,
     detection_levels,
     detection_scalings,
     noisy_pair,
     renewal_step,
-    to_pixels,
     two_level_loss,
 )
 from lit_methods.detection.criterion import LossWeights
 from lit_methods.detection.matcher import MatchCosts, Targets, dynamic_k_match
+from lit_methods.detection.noise import clamp_to_image, clean_boxes, to_pixels
 
 
 def image_size(case: GoldenCase, images: int = 1) -> Tensor:
@@ -38,7 +36,7 @@ def schedule(case: GoldenCase) -> dict[str, Any]:
 def noising(case: GoldenCase) -> dict[str, Any]:
     truths, drawn, proposals = case.tensor("in_gt_boxes_cxcywh"), case.tensor("in_placeholder_normal"), case.hp("num_proposals")
     padding = F.pad(drawn, (0, 0, proposals - len(drawn), 0))  # the draws stand behind the ground truths
-    x0 = clean_boxes(truths[None], torch.tensor([len(truths)]), padding[None])
+    x0 = clean_boxes(truths[None], torch.ones(1, len(truths), dtype=torch.bool), padding[None])
     index = case.tensor("in_step_index").long().view(1)
     levels = levels_of(case)
     sigmas = levels[index], levels[index + 1]

@@ -1,8 +1,8 @@
 """The maths of ConsistencyDet (arXiv:2404.07773): noise levels of boxes, two adjacent noisy versions, the loss at both, renewal.
 
 Golden vectors come from Tankowa/ConsistencyDet@0f6e44a (detector.py, loss.py). Matching and losses of one level are
-:mod:`~lit_methods.detection.matcher`'s and :mod:`~lit_methods.detection.criterion`'s. Boxes in noise are x = 2 b - 1, where b is (centre x,
-centre y, width, height) in shares of the image. Levels descend: index 0 is the largest noise.
+:mod:`~lit_methods.detection.matcher`'s and :mod:`~lit_methods.detection.criterion`'s, clean boxes
+:mod:`~lit_methods.detection.noise`'s. Levels descend: index 0 is the largest noise.
 
 Left out: the consistency weight of the code's settings, which nothing uses there.
 """
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lit_methods.consistency_models.levels import Scalings, boundary_scalings, karras_levels
-from lit_methods.detection.boxes import cxcywh_to_xyxy, image_scale, xyxy_to_cxcywh
 from lit_methods.detection.criterion import LossWeights, SetLosses, set_losses
 from lit_methods.detection.matcher import MatchCosts, Targets
+from lit_methods.detection.noise import kept_first, to_pixels, to_signal
 
 
 def detection_levels(
@@ -49,36 +49,6 @@ def detection_scalings(sigma: Tensor, sigma_min: float = 0.002, sigma_data: floa
     return plain._replace(out=2 * plain.out, inp=plain.inp / 2)
 
 
-def clean_boxes(truths: Tensor, count: Tensor, padding: Tensor, keys: Tensor | None = None) -> Tensor:
-    """P boxes of each image without noise: its ground truths, then random ones.
-
-    An image without ground truth gets one that covers it, which is no target. One with more than P gives P of them, chosen by ``keys``.
-
-    Args:
-        truths: (B, G, 4) centre, width and height in shares of the image; rows from ``count`` on hold anything.
-        count: (B,) int64, ground truths of each image.
-        padding: (B, P, 4) standard normal; a random box is padding / 6 + 0.5, with sides of at least 1e-4. The p-th proposal takes the p-th.
-        keys: (B, G) random numbers: ground truths with the smallest stand first. None: the order that they have.
-
-    Returns:
-        (B, P, 4) in signal units: 2 b - 1.
-    """
-    images, proposals = padding.shape[:2]
-    place = torch.arange(truths.shape[1], device=truths.device)
-    if keys is not None:
-        order = torch.where(place < count[:, None], keys, torch.inf).argsort(1)
-        truths = truths.gather(1, order[..., None].expand_as(truths))
-    fresh = padding / 6 + 0.5
-    fresh = torch.cat([fresh[..., :2], fresh[..., 2:].clamp(min=1e-4)], dim=-1)
-    whole = torch.tensor([0.5, 0.5, 1.0, 1.0], dtype=fresh.dtype, device=fresh.device)
-    room = truths.new_zeros(images, max(proposals - truths.shape[1], 0), 4)
-    given = torch.cat([truths, room], dim=1)[:, :proposals]
-    place = torch.arange(proposals, device=truths.device)
-    boxes = torch.where((place < count[:, None])[..., None], given, fresh)
-    empty = (count[:, None] == 0) & (place == 0)
-    return 2 * torch.where(empty[..., None], whole, boxes) - 1
-
-
 def noisy_pair(x0: Tensor, noise: Tensor, high: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
     """x0 + high noise, and one Euler step of the ODE from there down to ``low``, with the true x0.
 
@@ -99,22 +69,6 @@ def noisy_pair(x0: Tensor, noise: Tensor, high: Tensor, low: Tensor) -> tuple[Te
 def euler_step(x: Tensor, x0: Tensor, current: Tensor, following: Tensor) -> Tensor:
     """x + (x - x0) / sigma (sigma' - sigma): the ODE's step between levels that broadcast with ``x``."""
     return x + (x - x0) / current * (following - current)
-
-
-def to_pixels(signal: Tensor, size: Tensor) -> Tensor:
-    """(..., P, 4) signal units -> corners in pixels, of images of (..., 2) width and height; not clamped."""
-    return cxcywh_to_xyxy((signal + 1) / 2) * image_scale(size)
-
-
-def to_signal(boxes: Tensor, size: Tensor) -> Tensor:
-    """The inverse of :func:`to_pixels`, clamped to [-1, 1]."""
-    return (2 * xyxy_to_cxcywh(boxes / image_scale(size)) - 1).clamp(-1, 1)
-
-
-def clamp_to_image(boxes: Tensor, size: Tensor) -> Tensor:
-    """(..., P, 4) corners in pixels, moved into images of (..., 2) width and height."""
-    scale = image_scale(size)
-    return (boxes / scale).clamp(0, 1) * scale
 
 
 def skip_mix(boxes: Tensor, x: Tensor, scalings: Scalings, size: Tensor) -> Tensor:
@@ -202,14 +156,6 @@ def renewal_step(
     return Renewal(boxes, kept)
 
 
-def kept_first(boxes: Tensor, kept: Tensor, fresh: Tensor) -> Tensor:
-    """(B, P, 4) boxes that are kept, in their order, and then fresh ones of the places that are left."""
-    order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
-    moved = boxes.gather(1, order[..., None].expand_as(boxes))
-    place = torch.arange(boxes.shape[1], device=boxes.device)
-    return torch.where((place < kept.sum(1, keepdim=True))[..., None], moved, fresh)
-
-
 def nearest_level(sigma: Tensor, levels: Tensor) -> Tensor:
     """Index of the training level that is nearest in log sigma: the time that the head knows.
 
@@ -226,7 +172,6 @@ def nearest_level(sigma: Tensor, levels: Tensor) -> Tensor:
 
 
 __all__ = [
-    "clean_boxes",
     "detection_levels",
     "detection_scalings",
     "nearest_level",
