@@ -39,7 +39,6 @@ TECHNIQUE = Technique(
     arxiv="2404.07773",
     family="detection",
     form="module",
-    draft=True,
     classes=(
         "lit_methods.ConsistencyDet",
         "lit_methods.DiffusionDet",
@@ -52,8 +51,8 @@ TECHNIQUE = Technique(
     configs=("consistencydet.yaml", "consistencydet_diffusiondet.yaml"),
     golden=("schedule", "noising", "matcher", "loss", "renewal"),
     claim=(
-        "Trained on two adjacent noise levels, a detector's boxes at one level and at the next differ less than when it is trained on single "
-        "levels with as many head evaluations, and AP50 in one step is not lower by more than 0.02."
+        "Trained on two adjacent noise levels of the same boxes, a detector's boxes at one level and at the next differ less than when it is "
+        "trained on single levels with as many head evaluations."
     ),
     summary="Object detection as denoising of boxes that one step can do: the set losses at two adjacent noise levels of the same boxes.",
 )
