@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 
+_SMALL = 1024  # positions of a map up to which products took less time than the operator, forward and backward, on a CPU
+
+
 def has_compiled_operator(name: str) -> bool:
     """Whether torchvision's compiled operator is there: wheels that don't fit the installed torch import without it."""
     try:
@@ -51,8 +54,8 @@ def roi_align_by_products(features: Tensor, boxes: Tensor, scale: float, bins: i
 
 
 def roi_align(features: Tensor, boxes: Tensor, scale: float, bins: int = 7, samples: int = 2) -> Tensor:
-    """:func:`roi_align_by_products`, by torchvision's operator where it is there."""
-    if not has_compiled_operator("roi_align"):
+    """:func:`roi_align_by_products`, on large maps by torchvision's operator where it is there."""
+    if features.shape[2] * features.shape[3] <= _SMALL or not has_compiled_operator("roi_align"):
         return roi_align_by_products(features, boxes, scale, bins, samples)
     import torchvision
 

@@ -36,7 +36,7 @@ def test_boxes_and_overlaps_are_torchvisions():
     torch.testing.assert_close(giou, torchvision.ops.generalized_box_iou(a, b))
     empty = torch.zeros(1, 4, requires_grad=True)
     both = overlaps(empty, torch.zeros(1, 4))
-    assert [float(part) for part in both] == [0.0, 0.0]
+    assert [float(part.detach()) for part in both] == [0.0, 0.0]
     assert torch.autograd.grad(sum(part.sum() for part in both), empty)[0].isfinite().all()
 
 
@@ -238,7 +238,8 @@ def test_roi_align_by_products_is_the_operators():
     boxes = random_boxes(2, 6) - torch.tensor([10.0, 20, 10, 20], dtype=torch.float64)
     boxes[0, 0] = torch.tensor([200.0, 200, 300, 300])  # outside
     boxes[0, 1] = torch.tensor([5.0, 5, 5, 5])  # without area
-    ours, theirs = pooling.roi_align_by_products(features, boxes, 0.125), pooling.roi_align(features, boxes, 0.125)
+    ours, rows = pooling.roi_align_by_products(features, boxes, 0.125), torch.tensor([0.0, 1.0]).repeat_interleave(6)[:, None].double()
+    theirs = torchvision.ops.roi_align(features, torch.cat([rows, boxes.flatten(0, 1)], 1), 7, 0.125, 2, aligned=True).view_as(ours)
     torch.testing.assert_close(ours, theirs)
     cotangent = torch.randn_like(ours)
     for one, other in zip(*(torch.autograd.grad(part, features, cotangent) for part in (ours, theirs)), strict=True):
@@ -251,6 +252,8 @@ def test_a_pyramid_reads_each_box_from_its_own_map(monkeypatch: pytest.MonkeyPat
     boxes = torch.cat([torch.full((4, 2), 1.0), 1 + sizes[:, None].expand(4, 2)], dim=1)[None]
     found = pooling.pyramid_align(maps, boxes, [4, 8, 16], bins=2)
     assert found.amax((2, 3, 4))[0].tolist() == [0.0, 0.0, 1.0, 2.0]
+    monkeypatch.setattr(pooling, "_SMALL", 0)
+    torch.testing.assert_close(pooling.pyramid_align(maps, boxes, [4, 8, 16], bins=2), found)
     monkeypatch.setattr(pooling, "has_compiled_operator", lambda name: False)
     torch.testing.assert_close(pooling.pyramid_align(maps, boxes, [4, 8, 16], bins=2), found)
 
