@@ -11,6 +11,7 @@ import pytest
 from torch import nn
 
 from lit_methods import (
+    CascadedHead,
     DenseRetriever,
     DINOv2,
     EmbeddedWords,
@@ -25,6 +26,7 @@ from lit_methods import (
     RingTeacher,
     ScatteredInpainting,
     SearchNetwork,
+    SmallDetectionBackbone,
     SmallTextEncoder,
     TinyTowers,
     VectorTrunk,
@@ -79,6 +81,11 @@ def parts(name: str) -> dict[str, Any]:
             "text_encoder": EmbeddedWords(6),
             "compositor": ResidualCompositor(),
         },
+        **{
+            name: {"backbone": SmallDetectionBackbone(8), "head": CascadedHead(2, 8, 1, 2, 8, 2)}
+            for name in ("ConsistencyDet", "DiffusionDet")
+        },
+        "TimmPyramid": {"name": "resnet18", "pretrained": False},
         "DASSSearch": {"network": SearchNetwork(2, 3, 1, ["skip_connect"])},
         "DenseRetriever": {"network": SmallTextEncoder(4, width=4)},
         "BicubicDownsampling": {"size": [8, 8]},

@@ -59,7 +59,9 @@ def _read_file(record: Record, place: int) -> Image.Image:
     image = open_picture(record.file)
     if record.size is not None and image.size != record.size:
         raise BrokenRecordError(
-            record.file, "image", f"has {image.width} x {image.height} pixels, and its table says {record.size[0]} x {record.size[1]}: copy it again"
+            record.file,
+            "image",
+            f"has {image.width} x {image.height} pixels, and its table says {record.size[0]} x {record.size[1]}: copy it again",
         )
     return image
 
@@ -282,7 +284,9 @@ class DetectionDataModule(LoaderDataModule):
         if part != "train" and self.on_broken == "skip":
             records = [record for record in records if self._can_be_read(record)]
         if not records:
-            raise BrokenRecordError(self._table_file(self.splits[part]), "images", "no image is left: give another split, or look at the warnings")
+            raise BrokenRecordError(
+                self._table_file(self.splits[part]), "images", "no image is left: give another split, or look at the warnings"
+            )
         repeats = None
         if part == "train":
             self.class_images = class_images(records, len(table.class_names))

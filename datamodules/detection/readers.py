@@ -74,7 +74,9 @@ def _categories(content: Any, file: Path) -> tuple[dict[int, int], list[str]]:
     for place, entry in enumerate(_list_of(content, "categories", file)):
         number, name = entry.get("id"), entry.get("name")
         if not _whole(number) or not isinstance(name, str):
-            raise BrokenRecordError(file, f"categories[{place}]", f"id is {number!r} and name {str(name)[:40]!r}: expected a number and a name")
+            raise BrokenRecordError(
+                file, f"categories[{place}]", f"id is {number!r} and name {str(name)[:40]!r}: expected a number and a name"
+            )
         ids.append(number)
         names.append(name)
     for what, values in (("id", ids), ("name", names)):
@@ -95,7 +97,9 @@ def _coco_images(content: Any, file: Path, folder: Path, lvis: bool, broken: Bro
         where = f"images[{place}]"
         number, width, height = (entry.get(key) for key in ("id", "width", "height"))
         if not _whole(number) or not _whole(width) or not _whole(height) or width < 1 or height < 1:
-            broken.say(file, where, f"id, width and height are {number!r}, {width!r}, {height!r}: expected whole numbers, sides above 0; {WAY}")
+            broken.say(
+                file, where, f"id, width and height are {number!r}, {width!r}, {height!r}: expected whole numbers, sides above 0; {WAY}"
+            )
             continue
         if number in records:
             broken.say(file, where, f"the id {number} stands twice: {WAY}")
@@ -199,7 +203,9 @@ def _voc_image(file: Path, images: Path, classes: dict[str, int], broken: Broken
         where, name = f"object {place}", (entry.findtext("name") or "").strip()
         if name not in classes:
             known = ", ".join(list(classes)[:5])
-            broken.say(file, where, f"its class is {name[:40]!r}, and class_names are {known}, ...: give class_names of this data set, or {WAY}")
+            broken.say(
+                file, where, f"its class is {name[:40]!r}, and class_names are {known}, ...: give class_names of this data set, or {WAY}"
+            )
             continue
         left, top, right, bottom = (_number(entry.find(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
         corners, problem = _corners([left - 1, top - 1, right - left + 1, bottom - top + 1], size)

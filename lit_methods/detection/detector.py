@@ -214,9 +214,7 @@ class BoxDiffusion(Evaluated):
             return scheduled(optimizer, lambda step: warmup_cosine(step, total, warmup))
         if hp["schedule"] == "constant":
             milestones = []
-        return scheduled(
-            optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)) * 0.1 ** sum(step >= place for place in milestones)
-        )
+        return scheduled(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup)) * 0.1 ** sum(step >= place for place in milestones))
 
     # ---- detections ----------------------------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class MatchCosts(NamedTuple):
 
 
 def focal_cost(logits: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """alpha (1 - p)^gamma (-ln p) - (1 - alpha) p^gamma (-ln(1 - p)) of sigmoids p, each logarithm of its argument plus 1e-8."""
+    """Alpha (1 - p)^gamma (-ln p) - (1 - alpha) p^gamma (-ln(1 - p)) of sigmoids p, each logarithm of its argument plus 1e-8."""
     p = logits.sigmoid()
     return alpha * (1 - p) ** gamma * -(p + 1e-8).log() - (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
 

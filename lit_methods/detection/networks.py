@@ -205,7 +205,8 @@ def refined(boxes: Tensor, deltas: Tensor) -> Tensor:
 class CascadedHead(nn.Module):
     """Heads with weights of their own, each of which refines the boxes of the one before; boxes carry no gradient between heads.
 
-    Boxes, their refinement and the answers are in float32 in any precision. Corners are put in order first: noise may turn a box inside out.
+    Boxes, their refinement and the answers are in float32 in any precision. Corners are put in order first, as noise may turn a box
+    inside out.
 
     Args:
         num_classes: K.
@@ -242,9 +243,7 @@ class CascadedHead(nn.Module):
             raise ValueError(f"channels={channels} can't be divided among attention_heads={attention_heads}: give a divisor")
         self.num_classes, self.channels, self.bins, self.samples = num_classes, channels, bins, samples
         self.time = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, 4 * channels))
-        self.stages = nn.ModuleList(
-            HeadStage(num_classes, channels, attention_heads, feedforward, dynamic, bins) for _ in range(stages)
-        )
+        self.stages = nn.ModuleList(HeadStage(num_classes, channels, attention_heads, feedforward, dynamic, bins) for _ in range(stages))
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)

@@ -18,7 +18,8 @@ def clean_boxes(truths: Tensor, valid: Tensor, padding: Tensor, keys: Tensor | N
     Args:
         truths: (B, G, 4) centre, width and height in shares of the image; anything where there is no box.
         valid: (B, G) bool, which boxes exist.
-        padding: (B, P, 4) standard normal; a random box is padding / 6 + 0.5, with sides of at least 1e-4. The p-th proposal takes the p-th.
+        padding: (B, P, 4) standard normal; a random box is padding / 6 + 0.5, with sides of at least 1e-4. Each proposal takes the one in
+            its place.
         keys: (B, G) random numbers: ground truths with the smallest stand first. None: the order that they have.
 
     Returns:

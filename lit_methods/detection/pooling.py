@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 _SMALL = 1024  # positions of a map up to which products took less time than the operator, forward and backward, on a CPU
 
 

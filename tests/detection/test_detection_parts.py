@@ -225,7 +225,9 @@ def test_few_levels_are_told_by_their_nearest_training_level():
 def test_the_cosine_schedule_falls_from_one_to_nearly_nothing():
     shares = cosine_shares(1000)
     assert (shares.diff() < 0).all()
-    assert float(shares[0]) == pytest.approx(math.cos((1 / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2)
+    assert float(shares[0]) == pytest.approx(
+        math.cos((1 / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    )
     assert float(shares[-1]) < 1e-4
 
 

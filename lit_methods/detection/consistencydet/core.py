@@ -67,7 +67,7 @@ def noisy_pair(x0: Tensor, noise: Tensor, high: Tensor, low: Tensor) -> tuple[Te
 
 
 def euler_step(x: Tensor, x0: Tensor, current: Tensor, following: Tensor) -> Tensor:
-    """x + (x - x0) / sigma (sigma' - sigma): the ODE's step between levels that broadcast with ``x``."""
+    """X + (x - x0) / sigma (sigma' - sigma): the ODE's step between levels that broadcast with ``x``."""
     return x + (x - x0) / current * (following - current)
 
 

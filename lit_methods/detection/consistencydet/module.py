@@ -51,8 +51,8 @@ TECHNIQUE = Technique(
     configs=("consistencydet.yaml", "consistencydet_diffusiondet.yaml"),
     golden=("schedule", "noising", "matcher", "loss", "renewal"),
     claim=(
-        "Trained on two adjacent noise levels of the same boxes, a detector's boxes at one level and at the next differ less than when it is "
-        "trained on single levels with as many head evaluations."
+        "Trained on two adjacent noise levels of the same boxes, a detector's boxes at one level and at the next differ less than when it "
+        "is trained on single levels with as many head evaluations."
     ),
     summary="Object detection as denoising of boxes that one step can do: the set losses at two adjacent noise levels of the same boxes.",
 )
@@ -69,9 +69,9 @@ class ConsistencyDet(BoxDiffusion):
     Runs: batches have ``image`` (B, 3, H, W) in [0, 1], padded at the right and at the bottom, ``size`` (B, 2) width and height before the
     padding, ``boxes`` (B, G, 4) corners in pixels, ``label`` (B, G) int64, -1 where there is no box, ``ignore`` (B, G) bool, boxes that are
     no targets, and ``index`` (B,) int64; ``lit predict`` needs ``name`` and ``original_size``, too. Boxes, matching and losses are in
-    float32 in any precision. The number of matched proposals is each process's own, and each micro-batch's. Set
-    ``gradient_clip_val`` of the Trainer to 1, as the paper does. ``lit predict`` writes ``detections.jsonl`` and ``pictures`` into the run's
-    folder. Beside the panels the loss of each head at both levels is logged, ``consistencydet/high_head_*`` and ``low_head_*``.
+    float32 in any precision. The number of matched proposals is each process's own, and each micro-batch's. Set ``gradient_clip_val`` of
+    the Trainer to 1, as the paper does. ``lit predict`` writes ``detections.jsonl`` and ``pictures`` into the run's folder. Beside the
+    panels the loss of each head at both levels is logged, ``consistencydet/high_head_*`` and ``low_head_*``.
 
     Saves: backbone and head.
 
@@ -189,9 +189,7 @@ class ConsistencyDet(BoxDiffusion):
             load_into(teacher, Path(teacher_checkpoint))
         self.teacher = None if teacher is None else Frozen(teacher)
 
-    def answer(
-        self, features: Sequence[Tensor], x: Tensor, sigma: Tensor, index: Tensor, size: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def answer(self, features: Sequence[Tensor], x: Tensor, sigma: Tensor, index: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """The consistency function: logits (H, N, P, K) and corners in pixels (H, N, P, 4), inside the image.
 
         Args:
