@@ -39,14 +39,12 @@ def overlaps(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         Two of the shape that both broadcast to, without its last dimension: IoU in [0, 1], generalised IoU in [-1, 1]. Where both boxes
         are empty, both are 0.
     """
-    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
+    (a0, a1, a2, a3), (b0, b1, b2, b3) = a.unbind(-1), b.unbind(-1)  # one coordinate at a time: pairs of them would be slow to multiply
+    shared = (torch.minimum(a2, b2) - torch.maximum(a0, b0)).clamp(min=0) * (torch.minimum(a3, b3) - torch.maximum(a1, b1)).clamp(min=0)
     union = box_area(a) + box_area(b) - shared
-    low, high = torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])
-    hull = (high - low).clamp(min=0).prod(-1)
-    one = torch.ones((), dtype=union.dtype, device=union.device)
-    iou = shared / torch.where(union > 0, union, one)
-    return iou, iou - torch.where(hull > 0, (hull - union) / torch.where(hull > 0, hull, one), 0.0)
+    hull = (torch.maximum(a2, b2) - torch.minimum(a0, b0)).clamp(min=0) * (torch.maximum(a3, b3) - torch.minimum(a1, b1)).clamp(min=0)
+    iou = shared / torch.where(union > 0, union, 1.0)
+    return iou, iou - (hull - union) / torch.where(hull > 0, hull, 1.0)
 
 
 __all__ = ["box_area", "cxcywh_to_xyxy", "image_scale", "overlaps", "xyxy_to_cxcywh"]

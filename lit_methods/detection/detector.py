@@ -83,7 +83,7 @@ class BoxDiffusion(Evaluated):
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
-        ImagePanel("Boxes", "detection/boxes", note="Validation images: truth in green, detections above a score of 0.5 in red."),
+        ImagePanel("Boxes", "detection/boxes", note="Validation images: truth in green, detections above a score of 0.4 in red."),
         Curve("Loss", ("detection/loss",), goal="min"),
         Curve("Average precision by number of steps", ("detection/val_ap_*",), note="COCO's, mean over IoU 0.5 to 0.95.", goal="max"),
         Curve("Average precision at IoU 0.5 by number of steps", ("detection/val_ap50_*",), goal="max"),

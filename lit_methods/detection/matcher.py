@@ -79,12 +79,14 @@ def match_costs(logits: Tensor, boxes: Tensor, targets: Targets, costs: MatchCos
     index = labels.clamp(0, logits.shape[-1] - 1)[:, None].expand(-1, logits.shape[1], -1)
     label = focal_cost(logits.gather(2, index), costs.alpha, costs.gamma).mT
 
-    centre = ((boxes[..., :2] + boxes[..., 2:]) / 2)[:, None]
-    low, high = truths[:, :, None, :2], truths[:, :, None, 2:]
-    middle, reach = (low + high) / 2, costs.radius * (high - low)
-    inside = ((centre > low) & (centre < high)).all(-1)
-    near = ((centre > middle - reach) & (centre < middle + reach)).all(-1)
-    known = ((inside | near) & valid[:, :, None]).any(1, keepdim=True)
+    inside = near = valid[:, :, None]
+    for axis in (0, 1):
+        centre = ((boxes[..., axis] + boxes[..., axis + 2]) / 2)[:, None]
+        low, high = truths[:, :, axis, None], truths[:, :, axis + 2, None]
+        middle, reach = (low + high) / 2, costs.radius * (high - low)
+        inside = inside & (centre > low) & (centre < high)
+        near = near & (centre > middle - reach) & (centre < middle + reach)
+    known = (inside | near).any(1, keepdim=True)
     cost = costs.l1 * distance + costs.label * label - costs.giou * giou + _OUTSIDE * ~(inside & near)
     return cost + _FOREIGN * ~known, iou
 
@@ -112,24 +114,38 @@ def dynamic_k_match(logits: Tensor, boxes: Tensor, targets: Targets, costs: Matc
         targets = targets.at_least_one
         targets = targets._replace(boxes=targets.boxes.to(wide), size=targets.size.to(wide))
         cost, iou = match_costs(logits.to(wide), boxes.to(wide), targets, costs)
-        valid, proposals = targets.valid[:, :, None], boxes.shape[1]
+        valid, (truths, proposals) = targets.valid, cost.shape[1:]
+        cost.masked_fill_(~valid[:, :, None], torch.inf)
         top = min(costs.top, proposals)
         count = iou.topk(top, dim=2).values.sum(2).long().clamp(min=1)
 
-        taken = torch.zeros_like(cost, dtype=torch.bool)
-        for k in range(1, top + 1):  # of equally cheap proposals topk chooses others for another k, so each k is asked for itself
-            chosen = cost.topk(k, dim=2, largest=False).indices
-            taken |= torch.zeros_like(taken).scatter_(2, chosen, True) & (count == k)[:, :, None]
-        taken &= valid
+        # proposals that each truth takes, (B, G, top); places beyond its k hold its first one again
+        chosen = cost.topk(1, dim=2, largest=False).indices.expand(-1, -1, top)
+        for k in range(2, top + 1):  # of equally cheap proposals topk chooses others for another k, so each k is asked for itself
+            first = cost.topk(k, dim=2, largest=False).indices
+            chosen = torch.where(
+                (count == k)[..., None], F.pad(first, (0, top - k)).where(place_below(k, first, top), first[..., :1]), chosen
+            )
+        own = place_below(count[..., None], chosen, top) & valid[..., None]
 
-        cheapest = F.one_hot(cost.masked_fill(~valid, torch.inf).argmin(1), cost.shape[1]).mT.bool()
-        contested = taken.sum(1, keepdim=True) > 1
-        taken = torch.where(contested, cheapest, taken)
-        left = ~taken.any(2, keepdim=True) & valid
-        free = (cost + _TAKEN * taken.any(1, keepdim=True)).argmin(2)
-        late = F.one_hot(free, proposals).bool() & left
-        taken |= late & ~contested  # a proposal that was contested keeps what it has
-        return torch.where(taken.any(1), taken.int().argmax(1), -1)
+        number = torch.arange(truths, device=cost.device)[:, None].expand_as(chosen)
+        hits = torch.zeros_like(boxes[..., 0], dtype=torch.long).scatter_add(1, chosen.flatten(1), own.long().flatten(1))
+        nobody = torch.full_like(hits, truths)
+        owner = nobody.scatter_reduce(1, chosen.flatten(1), torch.where(own, number, truths).flatten(1), "amin")
+        contested = hits > 1
+        owner = torch.where(contested, cost.argmin(1), owner)
+
+        # truths that have none take the cheapest proposal that is free; one that was contested keeps what it has
+        held = torch.zeros(len(cost), truths + 1, dtype=torch.bool, device=cost.device).scatter(1, owner, True)[:, :truths]
+        free = (cost + _TAKEN * (hits > 0)[:, None]).argmin(2)
+        late = nobody.scatter_reduce(1, free, torch.where(valid & ~held, number[..., 0], truths), "amin")
+        owner = torch.where(contested, owner, torch.minimum(owner, late))
+        return torch.where(owner < truths, owner, -1)
+
+
+def place_below(count: Tensor | int, like: Tensor, top: int) -> Tensor:
+    """Which of ``top`` places along the last dimension come before ``count``."""
+    return torch.arange(top, device=like.device) < count
 
 
 __all__ = ["MatchCosts", "Targets", "dynamic_k_match", "focal_cost", "match_costs"]

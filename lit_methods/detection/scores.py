@@ -94,7 +94,7 @@ def _by_image(rows: Tensor, images: Tensor, names: tuple[str, str, str]) -> list
 
 
 def draw_boxes(
-    images: Tensor, truths: Sequence[Tensor], detections: Sequence[Detections], names: Sequence[str], threshold: float = 0.5
+    images: Tensor, truths: Sequence[Tensor], detections: Sequence[Detections], names: Sequence[str], threshold: float = 0.4
 ) -> NDArray[np.uint8]:
     """A row of images: truths in green, detections above a score in red with their class.
 
