@@ -1,6 +1,6 @@
 """What the matcher of detectors and its losses cost, beside a plain formulation of the same rule, image by image and box by box.
 
-    python benchmarks/detection.py [--rounds 7] [--threads 1] [--images 2] [--proposals 500] [--truths 20] [--json FILE]
+    python benchmarks/detection.py [--rounds 7] [--threads 1] [--images 8] [--proposals 300] [--truths 8] [--json FILE]
 
 ``matcher``: which truth each proposal answers for, for two noise levels of six heads: :func:`dynamic_k_match` at once; and a loop over
 levels, heads and images with torchvision's ``box_iou`` and ``generalized_box_iou``, and over the truths of each. ``losses``: the set losses
@@ -129,7 +129,7 @@ def lines_run(call: Callable[[], Any]) -> int:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("rounds", 7), ("threads", 1), ("images", 2), ("proposals", 500), ("truths", 20)):
+    for name, default in (("rounds", 7), ("threads", 1), ("images", 8), ("proposals", 300), ("truths", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

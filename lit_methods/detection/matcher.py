@@ -67,9 +67,11 @@ class MatchCosts(NamedTuple):
 def focal_cost(logits: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """Alpha (1 - p)^gamma (-ln p) - (1 - alpha) p^gamma (-ln(1 - p)) of sigmoids p, each logarithm of its argument plus 1e-8."""
     p = logits.sigmoid()
-    return alpha * (1 - p) ** gamma * -(p + 1e-8).log() - (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
+    rest = 1 - p
+    return (1 - alpha) * p**gamma * (rest + 1e-8).log() - alpha * rest**gamma * (p + 1e-8).log()
 
 
+@torch.no_grad()
 def match_costs(logits: Tensor, boxes: Tensor, targets: Targets, costs: MatchCosts) -> tuple[Tensor, Tensor]:
     """Cost and IoU of every ground truth with every proposal, each (B, G, P); columns that aren't valid hold anything."""
     labels, truths, valid, size = targets
@@ -87,8 +89,8 @@ def match_costs(logits: Tensor, boxes: Tensor, targets: Targets, costs: MatchCos
         inside = inside & (centre > low) & (centre < high)
         near = near & (centre > middle - reach) & (centre < middle + reach)
     known = (inside | near).any(1, keepdim=True)
-    cost = costs.l1 * distance + costs.label * label - costs.giou * giou + _OUTSIDE * ~(inside & near)
-    return cost + _FOREIGN * ~known, iou
+    cost = distance.mul_(costs.l1).add_(label, alpha=costs.label).sub_(giou, alpha=costs.giou)
+    return cost.add_(~(inside & near), alpha=_OUTSIDE).add_(~known, alpha=_FOREIGN), iou
 
 
 @torch.no_grad()
