@@ -6,6 +6,8 @@ from .activations.synthetic import SparseMixturesDataModule as SparseMixturesDat
 from .bilevel.made import NoisyImagesDataModule as NoisyImagesDataModule
 from .bilevel.made import QuadraticBilevelDataModule as QuadraticBilevelDataModule
 from .bilevel.made import WeightDecayDataModule as WeightDecayDataModule
+from .detection.files import DetectionDataModule as DetectionDataModule
+from .detection.files import DetectionShapesDataModule as DetectionShapesDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .fewshot.images import FewShotDataModule as FewShotDataModule

@@ -29,6 +29,11 @@ from .consistency_models.rcm.wan import WanTransformer as WanTransformer
 from .consistency_models.slct.core import NonScalingLayerNorm as NonScalingLayerNorm
 from .consistency_models.slct.module import SLCT as SLCT
 from .datamodules.label_store import LabelStore as LabelStore
+from .detection.consistencydet.module import ConsistencyDet as ConsistencyDet
+from .detection.diffusiondet import DiffusionDet as DiffusionDet
+from .detection.networks import CascadedHead as CascadedHead
+from .detection.networks import SmallDetectionBackbone as SmallDetectionBackbone
+from .detection.networks import TimmPyramid as TimmPyramid
 from .diffusion.cono.module import VideoDiffusionModule as VideoDiffusionModule
 from .diffusion.cono.sampler import LongVideoSampler as LongVideoSampler
 from .diffusion.ddc_fewshot.consistency import DirectionalCosine as DirectionalCosine

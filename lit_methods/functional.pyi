@@ -213,7 +213,7 @@ from lit_methods.consistency_models.epg.core import cosine_info_nce as cosine_in
 from lit_methods.consistency_models.epg.core import denoising_loss as denoising_loss
 from lit_methods.consistency_models.epg.core import denoising_weight as denoising_weight
 from lit_methods.consistency_models.epg.core import interval_guidance as interval_guidance
-from lit_methods.consistency_models.epg.core import nearest_level as nearest_level
+from lit_methods.consistency_models.epg.core import nearest_level as epg_nearest_level
 from lit_methods.consistency_models.epg.core import neighbour_labels as neighbour_labels
 from lit_methods.consistency_models.epg.core import pretrain_levels as pretrain_levels
 from lit_methods.consistency_models.epg.core import pretrain_loss as pretrain_loss
@@ -256,6 +256,27 @@ from lit_methods.consistency_models.slct.core import early_diffusion_loss as ear
 from lit_methods.consistency_models.slct.core import is_early as is_early
 from lit_methods.consistency_models.slct.core import remove_norm_scales as remove_norm_scales
 from lit_methods.consistency_models.slct.core import slct_loss as slct_loss
+from lit_methods.detection.boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
+from lit_methods.detection.boxes import overlaps as overlaps
+from lit_methods.detection.boxes import xyxy_to_cxcywh as xyxy_to_cxcywh
+from lit_methods.detection.consistencydet.core import detection_levels as detection_levels
+from lit_methods.detection.consistencydet.core import detection_scalings as detection_scalings
+from lit_methods.detection.consistencydet.core import nearest_level as consistencydet_nearest_level
+from lit_methods.detection.consistencydet.core import noisy_pair as noisy_pair
+from lit_methods.detection.consistencydet.core import renewal_step as renewal_step
+from lit_methods.detection.consistencydet.core import two_level_loss as two_level_loss
+from lit_methods.detection.criterion import federated_classes as federated_classes
+from lit_methods.detection.criterion import focal_loss as focal_loss
+from lit_methods.detection.criterion import set_losses as set_losses
+from lit_methods.detection.matcher import dynamic_k_match as dynamic_k_match
+from lit_methods.detection.nms import detections_of as detections_of
+from lit_methods.detection.nms import suppress as suppress
+from lit_methods.detection.noise import clamp_to_image as clamp_to_image
+from lit_methods.detection.noise import clean_boxes as clean_boxes
+from lit_methods.detection.noise import to_pixels as to_pixels
+from lit_methods.detection.noise import to_signal as to_signal
+from lit_methods.detection.pooling import pyramid_align as pyramid_align
+from lit_methods.detection.pooling import roi_align as roi_align
 from lit_methods.diffusion.cono.core import closed_share as closed_share
 from lit_methods.diffusion.cono.core import content as content
 from lit_methods.diffusion.cono.core import content_distance as content_distance
@@ -590,8 +611,10 @@ __all__ = [
     "check_adjoint",
     "chosen_blocks",
     "clamp_feature",
+    "clamp_to_image",
     "class_counts",
     "class_iou",
+    "clean_boxes",
     "closed_share",
     "cls_attention",
     "coarse_weight",
@@ -609,6 +632,7 @@ __all__ = [
     "consistency_residual",
     "consistency_temperature",
     "consistency_tuning_loss",
+    "consistencydet_nearest_level",
     "content",
     "content_distance",
     "content_drift",
@@ -633,6 +657,7 @@ __all__ = [
     "csd_loss",
     "ct_teacher_decay",
     "cubic_sparsity",
+    "cxcywh_to_xyxy",
     "dcm_loss",
     "ddc_distance",
     "ddim_from",
@@ -654,6 +679,9 @@ __all__ = [
     "dense_to_sparse_loss",
     "derive_cell",
     "detached_pseudo_huber",
+    "detection_levels",
+    "detection_scalings",
+    "detections_of",
     "dice_and_hd95",
     "difference_in_means",
     "diffusion_window_attention",
@@ -673,6 +701,7 @@ __all__ = [
     "drop_smallest",
     "dsnot_nm",
     "dsnot_unstructured",
+    "dynamic_k_match",
     "early_diffusion_loss",
     "ect_lower",
     "ect_stage",
@@ -687,6 +716,7 @@ __all__ = [
     "enqueue",
     "ensemble_probabilities",
     "ensemble_scores",
+    "epg_nearest_level",
     "error_bound",
     "estimate_maps",
     "exact_counts",
@@ -709,6 +739,7 @@ __all__ = [
     "fds_update",
     "feature_order",
     "feature_weights",
+    "federated_classes",
     "fewer",
     "fft2c",
     "finalized_weight",
@@ -728,6 +759,7 @@ __all__ = [
     "flops_penalty",
     "flow_factor",
     "flow_matching_error",
+    "focal_loss",
     "folded_frobenius",
     "foreground",
     "frame_difference_mask",
@@ -841,7 +873,6 @@ __all__ = [
     "multinomial_loss",
     "multiscale_consistency",
     "multistep_sample",
-    "nearest_level",
     "nearest_neighbours",
     "nearest_time",
     "necessity",
@@ -851,6 +882,7 @@ __all__ = [
     "nm_mask",
     "node_edge_loss",
     "node_node_loss",
+    "noisy_pair",
     "nominal_sparsity",
     "normalise_maps",
     "normalised_magnitude",
@@ -863,6 +895,7 @@ __all__ = [
     "opposite_pairs",
     "ot_threshold",
     "other_images",
+    "overlaps",
     "page_bounds",
     "page_tokens",
     "pair_scores",
@@ -908,6 +941,7 @@ __all__ = [
     "pruning_phase",
     "pseudo_huber",
     "psnr_y",
+    "pyramid_align",
     "quadratic_ramp",
     "query_weights",
     "quest_overhead",
@@ -935,6 +969,7 @@ __all__ = [
     "removal_score",
     "remove_norm_scales",
     "removed_weight",
+    "renewal_step",
     "renoise",
     "repeat_per_context",
     "reschedule_noise",
@@ -947,6 +982,7 @@ __all__ = [
     "retrain_rates",
     "retrieval_accuracy",
     "retrieval_scores",
+    "roi_align",
     "run_prompted_blocks",
     "s2_linear",
     "sample_clip",
@@ -970,6 +1006,7 @@ __all__ = [
     "sense_reduce",
     "sentence_index",
     "sentence_table",
+    "set_losses",
     "seven_sixteenths_cosine",
     "share_above",
     "shift_time",
@@ -1010,6 +1047,7 @@ __all__ = [
     "sufficiency",
     "superflow_losses",
     "superpixel_groups",
+    "suppress",
     "svd_factors",
     "switch",
     "take_patches",
@@ -1022,13 +1060,16 @@ __all__ = [
     "tile_weights",
     "time_grid",
     "to_batch_rows",
+    "to_pixels",
     "to_semi_structured",
+    "to_signal",
     "token_index",
     "token_losses",
     "topafa",
     "training_flops",
     "trig_time",
     "trigflow",
+    "two_level_loss",
     "two_signed_share",
     "uncertain_loss",
     "uncertainty_loss",
@@ -1062,5 +1103,6 @@ __all__ = [
     "window_views",
     "window_weights",
     "with_guidance",
+    "xyxy_to_cxcywh",
     "zf_metrics",
 ]

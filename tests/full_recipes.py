@@ -433,6 +433,23 @@ RECIPES: dict[str, Recipe] = {
     },
     "coprompt_eurosat": CLIP,
     "coprompt_imagenet": CLIP,
+    **{
+        f"consistencydet_{name}": Recipe(
+            {"pretrained: true": "pretrained: false"},
+            words=(
+                "--data.init_args.sides=[64]",
+                "--data.init_args.eval_side=64",
+                "--data.init_args.crop=null",
+                "--model.init_args.proposals=8",
+                "--model.init_args.eval_steps=[1,2]",
+                "--model.init_args.head.init_args.dynamic=4",
+                "--model.init_args.head.init_args.feedforward=32",
+            ),
+            why=f"images of 64 pixels, 8 proposals, narrower heads: {SMALL_BATCH}",
+            needs=("faster_coco_eval",),
+        )
+        for name in ("coco", "lvis")
+    },
     "cotap_coco_imagenet": Recipe(
         {"pretrained: true": "pretrained: false", "head_hidden: 2048": "head_hidden: 64"},
         words=("--data.init_args.batch_size=2", "--data.init_args.eval_batch_size=4"),

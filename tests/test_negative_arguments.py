@@ -14,6 +14,7 @@ from lit_methods import (
     ContentFusionUNet,
     ControlledUNet,
     CrossFrameRetrieval,
+    CascadedHead,
     DenseRetriever,
     DigitLCM,
     DINOv2,
@@ -30,6 +31,7 @@ from lit_methods import (
     ScatteredInpainting,
     SearchNetwork,
     SmallBackbone,
+    SmallDetectionBackbone,
     SmallTextEncoder,
     TinyTowers,
     VectorTrunk,
@@ -94,6 +96,11 @@ def parts(name: str) -> dict[str, Any]:
         },
         "DualLoRAVSRModule": {"backbone": SmallBackbone(), "retrieval": CrossFrameRetrieval(12, 1, 4)},
         "OneStepPretraining": {"backbone": SmallBackbone()},
+        **{
+            name: {"backbone": SmallDetectionBackbone(8), "head": CascadedHead(2, 8, 1, 2, 8, 2)}
+            for name in ("ConsistencyDet", "DiffusionDet")
+        },
+        "TimmPyramid": {"name": "resnet18", "pretrained": False},
         "DASSSearch": {"network": SearchNetwork(2, 3, 1, ["skip_connect"])},
         "DenseRetriever": {"network": SmallTextEncoder(4, width=4)},
         "BicubicDownsampling": {"size": [8, 8]},

@@ -10,6 +10,7 @@ import torch
 
 from lit_methods import datamodules
 from lit_methods.datamodules.activations.fake import shards as activation_shards
+from lit_methods.datamodules.detection import fake as detection
 from lit_methods.datamodules.driving import fake as driving
 from lit_methods.datamodules.fake import text
 from lit_methods.datamodules.fewshot import fake as few_shot
@@ -107,6 +108,14 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "crops": (
         crops,
         lambda root: D.NeighbourCropsDataModule(root, nearest=root / "nearest.npz", neighbours=1, image_size=16, local_size=8),
+    ),
+    "detection": (
+        partial(detection.coco, splits=("train2017", "val2017"), number=2, classes=3),
+        lambda root: D.DetectionDataModule(root),
+    ),
+    "detection voc": (
+        partial(detection.voc, splits=("trainval", "test"), class_names=("cat", "dog", "hen"), number=2),
+        lambda root: D.DetectionDataModule(root, "voc", class_names=("cat", "dog", "hen")),
     ),
     "svhn": (partial(vision.svhn, train=2, test=2), lambda root: D.SVHNDataModule(root)),
     "stl10": (partial(vision.stl10, train=2, test=2, unlabelled=2), lambda root: D.STL10DataModule(root)),

@@ -33,6 +33,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("CIFARDataModule", {"name": "cifar100"}),
     *(("FashionRetrievalDataModule", {"name": name}) for name in ("shoes", "fashion200k")),
     *(("FewShotDataModule", {"name": name}) for name in LAYOUTS if name != "eurosat"),
+    *(("DetectionDataModule", {"layout": name}) for name in ("lvis", "voc")),
     ("ImageNetDataModule", {"class_list": "classes.txt"}),
     *(
         ("KittiStyleDataModule", {"dataset": name, "neighbours": 0 if name in ("semanticstf", "synlidar", "daps3d", "synth4d") else 1})
