@@ -226,6 +226,7 @@ LEFT_OUT: dict[str, str] = {
     "SSVI": "it converts layers or names those that it can't; tests/bayes has it on a ResNet, a ViT and a text model, and others refused",
     "ScorePruning": "it parametrises as NMSparsity does; tests/callbacks/sparsity/test_score_pruning.py has it on three such modules",
     "RandomSearch": "its masks are those of RandomPruning; test_random_search_technique.py has it on residual convolutions",
+    "ClipConsistency": "it takes masks of clips; tests/video has it on modules that aren't ours",
     "ContinuousAPLoss": "it ranks lists of similarities; tests/self_supervised has it on a module that isn't ours",
     "FLOPSRegularizer": "it thins out sparse vectors of texts; tests/retrieval has it on a module that isn't ours",
     "UncertaintyRegularizer": "it takes queries and targets of one shape; tests/retrieval has it on modules that aren't ours",

@@ -11,6 +11,7 @@ import pytest
 from torch import nn
 
 from lit_methods import (
+    CompactVideoDetector,
     DenseRetriever,
     DINOv2,
     EmbeddedWords,
@@ -98,6 +99,9 @@ def parts(name: str) -> dict[str, Any]:
         "TransformerText": {
             "config": {"model_type": "bert", "vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
         },
+        "SemiSupervisedVideoDetector": {"network": CompactVideoDetector(3)},
+        "PseudoLabelVideoDetector": {"network": CompactVideoDetector(3)},
+        "MixMatchVideoDetector": {"network": CompactVideoDetector(3)},
         "MLP": {"widths": [4, 3]},
         "PointSegmentor": {"backbone_3d": Volume()},
         "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},

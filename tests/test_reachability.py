@@ -64,6 +64,7 @@ SETTINGS = {
             for name in ("Magnitude", "Wanda", "SparseGPT")
         ),
     ],
+    "video_action_detection": ["--model.init_args.consistency bv+gv"],
     "cono": [f"--model.init_args.sampler.strategy {strategy}" for strategy in ("freenoise", "genl")],
     "gba": ["--config configs/gba_topk.yaml"],  # another activation: what a function names is looked up once for each
     "ict": ["--config configs/ct.yaml --model.init_args.metric l1"],

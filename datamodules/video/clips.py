@@ -302,12 +302,9 @@ def filled_boxes(boxes: Sequence[NDArray[Any]], height: int, width: int, file: A
             left, top = box[:2]
             right, bottom = left + box[2], top + box[3]
             if left < -1 or top < -1 or right > width + 1 or bottom > height + 1:
-                raise BrokenRecordError(
-                    file,
-                    field,
-                    f"the box {_listed(box)} (x, y, width, height) lies outside the image of {width} x {height} pixels: the video has another "
-                    "size than the annotations, or the box is broken",
-                )
+                size = f"{width} x {height} pixels"
+                wrong = f"the box {_listed(box)} (x, y, width, height) lies outside the image of {size}: of another video, or broken"
+                raise BrokenRecordError(file, field, wrong)
             rows = slice(max(0, round(float(top))), round(float(bottom)))
             masks[number, rows, max(0, round(float(left))) : round(float(right))] = True
     return masks

@@ -108,10 +108,9 @@ class PuppetVideo:
             raise BrokenRecordError(self.mask, "part_mask", f"isn't there, or isn't (H, W, L) numbers: another file, or damaged; {AGAIN}")
         masks = stored.reshape(*stored.shape[:2], -1)
         if masks.shape != (height, width, self.length()):
-            raise BrokenRecordError(
-                self.mask, "part_mask", f"is {masks.shape}, and the video has {self.length()} frames of {width} x {height} pixels, which needs "
-                f"{(height, width, self.length())}; they belong to different videos or releases"
-            )  # fmt: skip
+            size = f"{self.length()} frames of {width} x {height} pixels"
+            wrong = f"is {masks.shape}, expected {(height, width, self.length())} for {size}: they belong to different videos or releases"
+            raise BrokenRecordError(self.mask, "part_mask", wrong)
         if masks.dtype.kind == "f" and not np.isfinite(masks).all():
             raise BrokenRecordError(self.mask, "part_mask", f"has values that aren't finite: {AGAIN}")
         return np.ascontiguousarray(masks[:, :, numbers].transpose(2, 0, 1) > 0)
