@@ -12,8 +12,8 @@ of the model with its mean-pooled hidden states; one query at a time, tokenising
 of 4 x 28 images), beside the plain form with all pairs, which the formula reads as; both must give the same loss and gradient. Each is
 measured in a process of its own: memory is the growth of what the process has held at most.
 
-``video_masks``: both attention masks of the video losses, forward and backward, for 8 clips of 8 frames of 224 x 224 pixels on the device (a
-GPU where there is one), beside the way of the authors' code within a step: to the host, clip by clip and window by window in NumPy, and
+``video_masks``: both attention masks of the video losses, forward and backward, for 8 clips of 8 frames of 224 x 224 pixels on the device
+(a GPU, if any), beside the way of the authors' code within a step: to the host, clip by clip and window by window in NumPy, and
 back. Both must give the same masks. Median of the rounds.
 
 The first two take a tokenizer and a model of transformers by ``--model``. Times want an idle machine.

@@ -33,7 +33,10 @@ class ActionVideo(Protocol):
         """Frames."""
 
     def annotated(self) -> Ints:
-        """Frames with something to find, rising, at least one."""
+        """Frames that somebody annotated, rising, at least one: training clips lie around them."""
+
+    def covered(self) -> Ints:
+        """Frames with something to find, rising: the annotated ones, and those that were filled in between."""
 
     def frames(self, numbers: Ints) -> NDArray[np.uint8]:
         """(N,) frame numbers -> (N, H, W, 3)."""
@@ -128,8 +131,8 @@ class Clips(SampleDataset):
     def _clips(self, video: ActionVideo, on_broken: OnBroken) -> list[Ints | None]:
         """Clips of a video that have something to find; of a broken one a place that is found to be broken when it is read."""
         try:
-            annotated = video.annotated()
-            return [clip for clip in clips_of_all(video.length(), self.frames, self.stride) if np.isin(clip, annotated).any()]
+            covered = video.covered()
+            return [clip for clip in clips_of_all(video.length(), self.frames, self.stride) if np.isin(clip, covered).any()]
         except BrokenRecordError:
             if on_broken == "error":
                 raise

@@ -117,7 +117,7 @@ def write_video(path: Path, frames: NDArray[np.uint8], rate: int = 25) -> None:
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
         stream: Any = container.add_stream("mpeg4", rate=rate)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.bit_rate = "yuv420p", 400_000
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 2_000_000
         stream.codec_context.thread_count = 1
         for frame in frames:
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")):

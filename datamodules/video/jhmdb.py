@@ -93,6 +93,10 @@ class PuppetVideo:
         """All frames."""
         return np.arange(self.length())
 
+    def covered(self) -> Ints:
+        """All of them."""
+        return self.annotated()
+
     def frames(self, numbers: Ints) -> NDArray[np.uint8]:
         """(N,) -> (N, H, W, 3)."""
         return picture_frames(self.paths(), numbers)

@@ -45,6 +45,10 @@ class StoredVideo:
         """All frames."""
         return np.arange(len(self.pixels))
 
+    def covered(self) -> Ints:
+        """All of them."""
+        return self.annotated()
+
     def frames(self, numbers: Ints) -> NDArray[np.uint8]:
         """(N,) -> (N, H, W, 3)."""
         return self.pixels[numbers]

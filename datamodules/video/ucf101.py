@@ -111,6 +111,11 @@ class BoxedVideo:
         found = np.unique(np.concatenate([tube.annotated for tube in self.tubes]))
         return found[found < self.length()]
 
+    def covered(self) -> Ints:
+        """Frames with a box that the file has."""
+        found = np.unique(np.concatenate([tube.frames for tube in self.tubes]))
+        return found[found < self.length()]
+
     def frames(self, numbers: Ints) -> NDArray[np.uint8]:
         """(N,) -> (N, H, W, 3)."""
         return read_frames(self.path, numbers, "video", _MISSING)

@@ -47,6 +47,10 @@ class ObjectVideo:
         """All of them."""
         return np.arange(len(self.pictures))
 
+    def covered(self) -> Ints:
+        """All of them."""
+        return self.annotated()
+
     def frames(self, numbers: Ints) -> NDArray[np.uint8]:
         """(N,) -> (N, H, W, 3)."""
         return picture_frames(self.pictures, numbers)

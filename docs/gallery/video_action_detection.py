@@ -1,4 +1,4 @@
-"""The picture of video action detection: two clips of the run, their frames side by side, outlines above, probability and attention below."""
+"""The picture of video action detection: two clips of the run, frame by frame, with outlines, probability and attention."""
 
 from pathlib import Path
 
