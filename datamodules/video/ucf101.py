@@ -39,14 +39,12 @@ class BoxTube:
         boxes: (n, 4) x, y, width, height in pixels from 0, one for each frame from ``start`` on.
         annotated: Frames that were annotated by hand, rising; the others were filled in.
         label: Class.
-        labelled: Whether the authors' list says that the video is labelled.
     """
 
     start: int
     boxes: Floats
     annotated: Ints
     label: int
-    labelled: bool = True
 
     @property
     def frames(self) -> Ints:
@@ -148,7 +146,7 @@ def _name(name: Any, source: Path, place: str) -> str:
     return text
 
 
-def _tube(start: Any, boxes: Any, annotated: Any, label: Any, labelled: bool, source: Path, place: str) -> BoxTube:
+def _tube(start: Any, boxes: Any, annotated: Any, label: Any, source: Path, place: str) -> BoxTube:
     try:
         numbers = np.asarray(boxes, dtype=np.float64).reshape(len(boxes), -1)
         first, kind = int(whole_numbers(start, source, f"{place}, first frame").reshape(())), int(np.asarray(label).reshape(()))
@@ -163,14 +161,14 @@ def _tube(start: Any, boxes: Any, annotated: Any, label: Any, labelled: bool, so
         raise BrokenRecordError(source, f"{place}, class", f"is {kind}, expected 0 to {len(CLASSES) - 1}: {AGAIN}")
     if not 0 <= first <= _MAX_FRAME or len(numbers) > _MAX_FRAME or (len(known) and not 0 <= known[0] <= known[-1] <= _MAX_FRAME):
         raise BrokenRecordError(source, f"{place}, frames", f"begin at {first}: expected 0 to {_MAX_FRAME}; {AGAIN}")
-    return BoxTube(first, numbers, known if len(known) else first + np.arange(len(numbers)), kind, labelled)
+    return BoxTube(first, numbers, known if len(known) else first + np.arange(len(numbers)), kind)
 
 
 def read_annotation_pickle(path: Path) -> dict[str, tuple[BoxTube, ...]]:
     """The authors' list of videos: class/video -> tubes.
 
-    Each entry is a name and a list of (first frame, last frame, class, boxes, annotated frames[, labelled]), frames from 0. Nothing in
-    the pickle is run.
+    Each entry is a name and a list of (first frame, last frame, class, boxes, annotated frames[, a flag that isn't read]), frames from 0.
+    Nothing in the pickle is run.
 
     Raises:
         MissingFileError: There is no such file.
@@ -196,10 +194,7 @@ def read_annotation_pickle(path: Path) -> dict[str, tuple[BoxTube, ...]]:
             or not all(isinstance(one, list | tuple) and len(one) in (5, 6) for one in tubes)
         ):
             raise BrokenRecordError(path, place, f"has no tubes of 5 or 6 entries: {AGAIN}")
-        read = tuple(
-            _tube(one[0], one[3], one[4], one[2], bool(np.asarray(one[5]).any()) if len(one) > 5 else True, path, f"{place}, tube {k}")
-            for k, one in enumerate(tubes)
-        )
+        read = tuple(_tube(one[0], one[3], one[4], one[2], path, f"{place}, tube {k}") for k, one in enumerate(tubes))
         for tube, one in zip(read, tubes, strict=True):
             last = int(whole_numbers(one[1], path, f"{place}, last frame").reshape(()))
             if last - tube.start + 1 != len(tube.boxes):
@@ -232,7 +227,7 @@ def read_tubes(path: Path) -> dict[str, tuple[int, tuple[BoxTube, ...]]]:
                 boxes = one["boxes"].astype(np.float64).reshape(-1, 4) - (1.0, 1.0, 0.0, 0.0)  # stored in bytes that would overflow
                 if last - first + 1 != len(boxes):
                     raise BrokenRecordError(path, f"{place}, tube {k}", f"has {len(boxes)} boxes for the frames {first} to {last}: {AGAIN}")
-                tubes.append(_tube(first - 1, boxes, np.arange(first - 1, last), kind - 1, True, path, f"{place}, tube {k}"))
+                tubes.append(_tube(first - 1, boxes, np.arange(first - 1, last), kind - 1, path, f"{place}, tube {k}"))
         except BrokenRecordError:
             raise
         except Exception as problem:  # a field of another kind raises nearly anything

@@ -408,7 +408,7 @@ def test_a_pickle_without_the_last_entry_is_read_too(tmp_path):
     path = tmp_path / "list.pkl"
     path.write_bytes(pickle.dumps([("Biking/v_Biking_g01_c01", [(3, 4, np.int64(2), np.ones((2, 4)), [3])])]))
     (tube,) = read_annotation_pickle(path)["Biking/v_Biking_g01_c01"]
-    assert (tube.start, tube.label, tube.labelled, tube.annotated.tolist()) == (3, 2, True, [3])
+    assert (tube.start, tube.label, tube.annotated.tolist()) == (3, 2, [3])
 
 
 # ---- moving shapes ---------------------------------------------------------------------------------------------------------------------
