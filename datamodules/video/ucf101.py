@@ -107,7 +107,12 @@ class BoxedVideo:
     def annotated(self) -> Ints:
         """Annotated frames of all tubes that the file has."""
         found = np.unique(np.concatenate([tube.annotated for tube in self.tubes]))
-        return found[found < self.length()]
+        found = found[found < self.length()]
+        if not len(found):
+            raise BrokenRecordError(
+                self.source, f"annotated frames of {self.name}", f"all lie behind the end of its {self.length()} frames"
+            )
+        return found
 
     def covered(self) -> Ints:
         """Frames with a box that the file has."""
@@ -146,10 +151,18 @@ def _name(name: Any, source: Path, place: str) -> str:
     return text
 
 
+def _number(value: Any, source: Path, place: str) -> int:
+    """A single whole number."""
+    found = whole_numbers(value, source, place).reshape(-1)
+    if len(found) != 1:
+        raise BrokenRecordError(source, place, f"has {len(found)} numbers, expected one: {AGAIN}")
+    return int(found[0])
+
+
 def _tube(start: Any, boxes: Any, annotated: Any, label: Any, source: Path, place: str) -> BoxTube:
     try:
         numbers = np.asarray(boxes, dtype=np.float64).reshape(len(boxes), -1)
-        first, kind = int(whole_numbers(start, source, f"{place}, first frame").reshape(())), int(np.asarray(label).reshape(()))
+        first, kind = (_number(value, source, f"{place}, {what}") for value, what in ((start, "first frame"), (label, "class")))
         known = np.unique(whole_numbers(annotated, source, f"{place}, annotated frames").reshape(-1))
     except BrokenRecordError:
         raise
@@ -196,7 +209,7 @@ def read_annotation_pickle(path: Path) -> dict[str, tuple[BoxTube, ...]]:
             raise BrokenRecordError(path, place, f"has no tubes of 5 or 6 entries: {AGAIN}")
         read = tuple(_tube(one[0], one[3], one[4], one[2], path, f"{place}, tube {k}") for k, one in enumerate(tubes))
         for tube, one in zip(read, tubes, strict=True):
-            last = int(whole_numbers(one[1], path, f"{place}, last frame").reshape(()))
+            last = _number(one[1], path, f"{place}, last frame")
             if last - tube.start + 1 != len(tube.boxes):
                 raise BrokenRecordError(
                     path, place, f"has {len(tube.boxes)} boxes for the frames {tube.start} to {last}: expected one each, {AGAIN}"

@@ -228,6 +228,11 @@ UCF = {
         lambda root: _edit(root / LIST, lambda e: _first_tube(e, start=40, end=59, annotated=[44])),
         r"has 20 frames, and train_annots_20_labeled.pkl has a box in frame 59",
     ),
+    "annotated frames behind the end": (
+        lambda root: _edit(root / LIST, lambda e: _first_tube(e, annotated=[25])),
+        "annotated frames of .* all lie behind the end of its 20 frames",
+    ),
+    "class is a fraction": (lambda root: _edit(root / LIST, lambda e: _first_tube(e, label=2.5)), "class: expected whole numbers"),
     "list is truncated": (lambda root: (root / LIST).write_bytes((root / LIST).read_bytes()[:60]), "labeled.pkl: annotations"),
     "list holds code": (lambda root: (root / LIST).write_bytes(pickle.dumps([("a/b", Runs())])), "no list of annotations needs|kinds that"),
     "name leads elsewhere": (lambda root: _edit(root / LIST, lambda e: [("../x", e[0][1])]), "video 0"),
