@@ -12,6 +12,10 @@ of the model with its mean-pooled hidden states; one query at a time, tokenising
 of 4 x 28 images), beside the plain form with all pairs, which the formula reads as; both must give the same loss and gradient. Each is
 measured in a process of its own: memory is the growth of what the process has held at most.
 
+``video_masks``: both attention masks of the video losses, forward and backward, for 8 clips of 8 frames of 224 x 224 pixels on the device
+(a GPU, if any), beside the way of the authors' code within a step: to the host, clip by clip and window by window in NumPy, and
+back. Both must give the same masks. Median of the rounds.
+
 The first two take a tokenizer and a model of transformers by ``--model``. Times want an idle machine.
 """
 
@@ -36,6 +40,7 @@ from lit_methods.retrieval.dense import pooled
 from lit_methods.retrieval.networks import MaskedLM
 from lit_methods.retrieval.sparse_retriever.core import query_weights
 from lit_methods.self_supervised.cotap.core import continuous_ap_loss
+from lit_methods.video.video_action_detection.core import gradient_mask, variance_masks
 
 
 def idf(model: str, workers: int, rounds: int, documents: int = 4000) -> dict[str, Any]:
@@ -140,7 +145,63 @@ def continuous_ap(model: str, workers: int, rounds: int) -> dict[str, Any]:
     return figures
 
 
-SECTIONS = {"idf": idf, "query": query, "continuous_ap": continuous_ap}
+def scaled(values: np.ndarray) -> np.ndarray:
+    """Moved and scaled to 0..1."""
+    values = values - values.min()
+    return values / (values.max() - values.min() + 1e-7)
+
+
+def masks_on_the_host(first: torch.Tensor, second: torch.Tensor, n_frames: int = 5) -> torch.Tensor:
+    """Temporal coherency as a training script with NumPy in its step computes it."""
+    found, half = [], n_frames // 2
+    for own, other in zip(first[:, 0].detach().cpu().numpy(), second[:, 0].detach().cpu().numpy(), strict=True):
+        cycle = np.concatenate([own, other[1:-1]])
+        around = np.concatenate([cycle[-half:], cycle, cycle[:half]])
+        variance = [np.var(around[place : place + n_frames], axis=0) for place in range(len(cycle))]
+        frames = len(own)
+        ends = {0: variance[0], frames - 1: variance[frames - 1]}
+        found.append(scaled(np.stack([variance[t] + ends.get(t, variance[-t]) for t in range(frames)])))
+    return torch.from_numpy(np.stack(found)[:, None]).to(first)
+
+
+def smoothness_on_the_host(output: torch.Tensor) -> torch.Tensor:
+    """Gradient smoothness in NumPy."""
+    clips = output.detach().sigmoid().cpu().numpy()[:, 0]
+    return torch.from_numpy(np.stack([scaled(np.gradient(np.gradient(clip, axis=0), axis=0)) for clip in clips])).to(output)
+
+
+def video_masks(model: str, workers: int, rounds: int) -> dict[str, Any]:
+    """Seconds of the masks of a step, on the device and by way of the host."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    output, other = torch.randn(2, 8, 1, 8, 224, 224, generator=generator).to(device)
+
+    def ours() -> list[torch.Tensor]:
+        return [*variance_masks(output, other), gradient_mask(output)]
+
+    def theirs() -> list[torch.Tensor]:
+        backward = masks_on_the_host(output.flip(2), other)
+        return [masks_on_the_host(output, other.flip(2)), backward.flip(2), smoothness_on_the_host(output)]
+
+    for first, second in zip(ours(), theirs(), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+    seconds: dict[str, list[float]] = {"ours": [], "host": []}
+    for _ in range(rounds):
+        for name, run in (("ours", ours), ("host", theirs)):
+            began = time.perf_counter()
+            run()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - began)
+    found = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        f"{device}, on the device: milliseconds": 1e3 * found["ours"],
+        f"{device}, by NumPy on the host: milliseconds": 1e3 * found["host"],
+        "ratio": found["host"] / found["ours"],
+    }
+
+
+SECTIONS = {"idf": idf, "query": query, "continuous_ap": continuous_ap, "video_masks": video_masks}
 OF_MODELS = ("idf", "query")
 
 

@@ -69,3 +69,4 @@ from .sparsity.sparse_ift.callback import SparseIFT as SparseIFT
 from .sparsity.sparse_model_soups.callback import IMP as IMP
 from .sparsity.sparseland.callback import SparsityReport as SparsityReport
 from .sparsity.ssvi.callback import SSVI as SSVI
+from .video.clip_consistency import ClipConsistency as ClipConsistency

@@ -55,7 +55,11 @@ from .text.text import TextDataModule as TextDataModule
 from .text.token_tasks import TokenTasksDataModule as TokenTasksDataModule
 from .video.digits import MovingDigitsDataModule as MovingDigitsDataModule
 from .video.gaussian import GaussianVideosDataModule as GaussianVideosDataModule
+from .video.jhmdb import JHMDBActionsDataModule as JHMDBActionsDataModule
+from .video.moving_shapes import MovingShapesDataModule as MovingShapesDataModule
 from .video.prompts import VideoPromptsDataModule as VideoPromptsDataModule
+from .video.ucf101 import UCF101ActionsDataModule as UCF101ActionsDataModule
+from .video.youtube_vos import YouTubeVOSDataModule as YouTubeVOSDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.factors import ShapeFactorsDataModule as ShapeFactorsDataModule

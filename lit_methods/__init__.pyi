@@ -161,6 +161,11 @@ from .tasks.vision.networks import GatedMLP as GatedMLP
 from .tasks.vision.networks import SmallConvNet as SmallConvNet
 from .tasks.vision.networks import TimmNetwork as TimmNetwork
 from .tasks.vision.networks import WideResNet as WideResNet
+from .video.video_action_detection.capsules import VideoCapsuleNet as VideoCapsuleNet
+from .video.video_action_detection.module import MixMatchVideoDetector as MixMatchVideoDetector
+from .video.video_action_detection.module import PseudoLabelVideoDetector as PseudoLabelVideoDetector
+from .video.video_action_detection.module import SemiSupervisedVideoDetector as SemiSupervisedVideoDetector
+from .video.video_action_detection.networks import CompactVideoDetector as CompactVideoDetector
 
 __version__: str
 from .restoration.dloral.core import CrossFrameRetrieval as CrossFrameRetrieval

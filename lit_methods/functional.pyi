@@ -551,6 +551,17 @@ from lit_methods.tasks.segmentation.core import sample_cross_entropy as sample_c
 from lit_methods.tasks.segmentation.metrics import dice_and_hd95 as dice_and_hd95
 from lit_methods.tasks.superres.metrics import psnr_y as psnr_y
 from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
+from lit_methods.video.video_action_detection.core import confident_pixels as confident_pixels
+from lit_methods.video.video_action_detection.core import exp_rampup as exp_rampup
+from lit_methods.video.video_action_detection.core import feature_consistency as feature_consistency
+from lit_methods.video.video_action_detection.core import gradient_mask as gradient_mask
+from lit_methods.video.video_action_detection.core import mask_consistency as mask_consistency
+from lit_methods.video.video_action_detection.core import mask_loss as mask_loss
+from lit_methods.video.video_action_detection.core import sharpened as sharpened
+from lit_methods.video.video_action_detection.core import soft_dice_loss as soft_dice_loss
+from lit_methods.video.video_action_detection.core import spread_loss as spread_loss
+from lit_methods.video.video_action_detection.core import variance_mask as variance_mask
+from lit_methods.video.video_action_detection.core import variance_masks as variance_masks
 
 __all__ = [
     "ablate_direction",
@@ -623,6 +634,7 @@ __all__ = [
     "complex_product",
     "composed_info_nce",
     "concept_score",
+    "confident_pixels",
     "conr_dense_loss",
     "conr_loss",
     "consistency_answer",
@@ -721,6 +733,7 @@ __all__ = [
     "estimate_maps",
     "exact_counts",
     "exhaustive_codes",
+    "exp_rampup",
     "expand_blocks",
     "expected_error",
     "explicit_consistency",
@@ -737,6 +750,7 @@ __all__ = [
     "fds_moments",
     "fds_pooled",
     "fds_update",
+    "feature_consistency",
     "feature_order",
     "feature_weights",
     "federated_classes",
@@ -771,6 +785,7 @@ __all__ = [
     "gaussian_kl",
     "gaussian_targets",
     "geman_mcclure",
+    "gradient_mask",
     "gradual_training_flops",
     "gram_distance",
     "gram_matrix",
@@ -855,6 +870,8 @@ __all__ = [
     "magnitude_statistics",
     "margin_mse",
     "mask_change",
+    "mask_consistency",
+    "mask_loss",
     "mask_tokens",
     "masked_diffusion_loss",
     "masked_state",
@@ -1009,6 +1026,7 @@ __all__ = [
     "set_losses",
     "seven_sixteenths_cosine",
     "share_above",
+    "sharpened",
     "shift_time",
     "shifted_right",
     "shot_metrics",
@@ -1029,6 +1047,7 @@ __all__ = [
     "small_weights",
     "snapkv",
     "snip_scores",
+    "soft_dice_loss",
     "sparse_frontier_window_attention",
     "sparse_gradient",
     "sparse_mask",
@@ -1037,6 +1056,7 @@ __all__ = [
     "sparsegpt",
     "spectral_gap",
     "spherical_kmeans",
+    "spread_loss",
     "square_root_levels",
     "squared_norm",
     "ssim_y",
@@ -1084,6 +1104,8 @@ __all__ = [
     "update_mask",
     "update_sample_weights",
     "value_order",
+    "variance_mask",
+    "variance_masks",
     "velocity_tangent",
     "vertical_slash",
     "vertical_slash_overhead",

@@ -468,6 +468,16 @@ RECIPES: dict[str, Recipe] = {
         prepare=clip_and_vgg,
         needs=("transformers",),
     ),
+    **{
+        f"video_action_detection_{name}": Recipe(
+            {"weights: /models/rgb_charades.pt": "weights: null", "width: 1.0": "width: 0.1", "kernel: 9": "kernel: 3"}
+            | ({"[224, 224]": "[32, 32]"} | ({"[256, 256]": "[32, 32]"} if name == "jhmdb" else {})),
+            words=("--data.init_args.batch_size=2",),
+            why=f"crops of 32 pixels, a tenth of the channels, smaller capsule kernel, batch of 2: {SMALL_BATCH}",
+            needs=("av",) if name == "ucf101" else (),
+        )
+        for name in ("ucf101", "jhmdb")
+    },
     "dass_cifar_final": Recipe(words=("--data.init_args.batch_size=2",), why=f"batch of 2: {SMALL_BATCH}"),
     "dass_cifar_search": Recipe(
         words=("--data.init_args.batch_size=2", "--model.init_args.pretrain_steps=0"),

@@ -227,6 +227,7 @@ LEFT_OUT: dict[str, str] = {
     "ScorePruning": "it parametrises as NMSparsity does; tests/callbacks/sparsity/test_score_pruning.py has it on three such modules",
     "RandomSearch": "its masks are those of RandomPruning; test_random_search_technique.py has it on residual convolutions",
     "BilevelTuning": "it solves a strongly convex training to an accuracy; tests/callbacks/bilevel has it on a module that isn't ours",
+    "ClipConsistency": "it takes masks of clips; tests/video has it on modules that aren't ours",
     "ContinuousAPLoss": "it ranks lists of similarities; tests/self_supervised has it on a module that isn't ours",
     "FLOPSRegularizer": "it thins out sparse vectors of texts; tests/retrieval has it on a module that isn't ours",
     "UncertaintyRegularizer": "it takes queries and targets of one shape; tests/retrieval has it on modules that aren't ours",

@@ -15,6 +15,7 @@ from lit_methods import (
     ControlledUNet,
     CrossFrameRetrieval,
     CascadedHead,
+    CompactVideoDetector,
     DenseRetriever,
     DigitLCM,
     DINOv2,
@@ -121,6 +122,9 @@ def parts(name: str) -> dict[str, Any]:
             "config": {"model_type": "bert", "vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
         },
         "InterLCM": {"lcm": DigitLCM(8, 4)},
+        "SemiSupervisedVideoDetector": {"network": CompactVideoDetector(3)},
+        "PseudoLabelVideoDetector": {"network": CompactVideoDetector(3)},
+        "MixMatchVideoDetector": {"network": CompactVideoDetector(3)},
         "MLP": {"widths": [4, 3]},
         "PhasicContentDiffusion": {"network": ContentFusionUNet(1, 8, (1, 1))},
         "PointSegmentor": {"backbone_3d": Volume()},

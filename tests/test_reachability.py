@@ -66,6 +66,7 @@ SETTINGS = {
         ),
     ],
     "dloral": ["--model.init_args.color_fix adain"],
+    "video_action_detection": ["--model.init_args.consistency bv+gv"],
     "cono": [f"--model.init_args.sampler.strategy {strategy}" for strategy in ("freenoise", "genl")],
     "gba": ["--config configs/gba_topk.yaml"],  # another activation: what a function names is looked up once for each
     "ict": ["--config configs/ct.yaml --model.init_args.metric l1"],

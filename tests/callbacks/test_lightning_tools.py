@@ -56,6 +56,17 @@ class Samples(Dataset):
         }  # fmt: skip
 
 
+class ClipMasks(nn.Module):
+    """Masks of clips, from the colours of each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return (clip * self.scale).sum(dim=1, keepdim=True)
+
+
 class Dictionary(nn.Module):
     """An autoencoder of given directions, which nobody trains."""
 
@@ -95,7 +106,7 @@ class Pictures(pl.LightningModule):
         self.table = nn.Embedding(CLASSES, 8)
         self.register_buffer("words", torch.randn(CLASSES, 6))
         self.teacher = copy.deepcopy(self.head).requires_grad_(False)
-        self.dictionary, self.attention = Dictionary(), Slot()
+        self.dictionary, self.attention, self.clips = Dictionary(), Slot(), ClipMasks()
         self.register_buffer("thresholds", torch.zeros(8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,6 +119,7 @@ class Pictures(pl.LightningModule):
         loss = nn.functional.cross_entropy(self.network(batch["image"]), batch["mask"])
         texts = self.text(self.get_buffer("words"))
         features = self.body(self.conv(batch["image"])) + self.table(batch["row"])
+        loss = loss + self.clips(batch["image"].unsqueeze(2).repeat(1, 1, 8, 1, 1)).square().mean()
         return loss + nn.functional.cross_entropy(self.head(features) + features @ texts.T, batch["label"])
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -194,6 +206,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "TemporalVoting": {"num_outputs": CLASSES, "ignore_index": 3},
     "LossTerm": {"targets": ["body"]},
     "TCM": {"embedding": "body"},
+    "ClipConsistency": {"target": "clips"},
     "ContinuousAPLoss": {"student": "body", "teacher_module": "table"},
     "FLOPSRegularizer": {"targets": ["body"]},
     "UncertaintyRegularizer": {"query": "body", "target": "table"},
@@ -349,6 +362,8 @@ REFUSED: dict[tuple[str, str], str] = {
         "FLOPSRegularizer", "UncertaintyRegularizer", "ContinuousAPLoss", "BilevelTuning",
         "FLOPSRegularizer", "UncertaintyRegularizer", "DirectionalConsistency",
         "FLOPSRegularizer", "ContinuousAPLoss",
+        "FLOPSRegularizer", "UncertaintyRegularizer",
+        "FLOPSRegularizer", "ContinuousAPLoss", "ClipConsistency",
     )},
     **{(name, "lazy_layers"): _LAZY for name in (
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",
