@@ -151,6 +151,7 @@ class IndoorScenes(Samples):
         """Points and labels of a scene."""
         scene = self.read(index)
         points, labels, weights = scene.points, scene.labels, np.ones(len(scene.labels), dtype=np.float32)
+        truth = scene.labels
         if self.store is not None:
             labels, weights = unpacked_labels(self.store.current(index))
         if self.augmentation is not None:
@@ -160,18 +161,20 @@ class IndoorScenes(Samples):
             if self.max_points is not None and len(kept) > self.max_points:
                 away = np.linalg.norm(points[kept, :3] - points[rng.choice(kept), :3], axis=1)
                 kept = np.sort(kept[np.argpartition(away, self.max_points - 1)[: self.max_points]])
-            points, labels, weights = augmented(points[kept], rng, self.augmentation), labels[kept], weights[kept]
-        return {"points": points, "labels": labels, "weights": weights, "index": index, "token": scene.name}
+            points = augmented(points[kept], rng, self.augmentation)
+            labels, weights, truth = labels[kept], weights[kept], truth[kept]
+        return {"points": points, "labels": labels, "weights": weights, "truth": truth, "index": index, "token": scene.name}
 
     @staticmethod
     def collate(scenes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Clouds one after the other."""
         joined: dict[str, Tensor] = {
-            name: torch.from_numpy(np.concatenate([scene[name] for scene in scenes])) for name in ("points", "labels", "weights")
+            name: torch.from_numpy(np.concatenate([scene[name] for scene in scenes])) for name in ("points", "labels", "weights", "truth")
         }
         return {
             **joined,
             "labels": joined["labels"].long(),
+            "truth": joined["truth"].long(),
             "points_per_sample": torch.tensor([len(scene["points"]) for scene in scenes]),
             "index": torch.tensor([scene["index"] for scene in scenes]),
             "token": [scene["token"] for scene in scenes],
@@ -181,10 +184,11 @@ class IndoorScenes(Samples):
 class IndoorDataModule(LoaderDataModule):
     """Base of the indoor datamodules: a subclass says how scenes are read, and which points of a training scene are labelled.
 
-    Batch: {"points": (P, 9) float32, "points_per_sample": (B,) int64, "labels": (P,) int64, "weights": (P,) float32, "index": (B,) int64}
+    Batch: {"points": (P, 9) float32, "points_per_sample": (B,) int64, "labels": (P,) int64, "weights": (P,) float32, "truth": (P,) int64, "index": (B,) int64}
 
     ``points``: x, y, z in metres, normal, colour in 0 to 1, scene after scene, as many as ``points_per_sample`` says; ``labels``: 255 is
-    none; ``weights``: of the labels in the loss; ``token``: the scenes' names. For callbacks: ``label_store``, whose labels of a scene are
+    none; ``weights``: of the labels in the loss; ``truth``: all labels, to measure
+    with and never to learn from; ``token``: the scenes' names. For callbacks: ``label_store``, whose labels of a scene are
     (2, N): classes and weights in hundredths; ``correction_dataloader()``, the training scenes as they are; ``point_masks(index)``; and
     ``clean_labels(index)``, all labels of a training scene.
 
@@ -268,18 +272,19 @@ class IndoorDataModule(LoaderDataModule):
             self.trainer.strategy.barrier("labels are written")
         return LabelStore(folder)
 
-    def _scene(self, index: int) -> Scene:
+    def training_scene(self, index: int) -> Scene:
+        """A training scene as it is, with all of its labels."""
         if self._training is None:
             raise RuntimeError(f"{type(self).__name__} has read no training scenes: call setup('fit') first (the Trainer does)")
         return self._training[0](index)
 
     def point_masks(self, index: int) -> NDArray[np.int32]:
         """(V, N) mask of each point of a training scene in each view; -1: none."""
-        return self._scene(index).masks
+        return self.training_scene(index).masks
 
     def clean_labels(self, index: int) -> NDArray[np.uint8]:
         """(N,) all labels of a training scene; 255: none."""
-        return self._scene(index).labels
+        return self.training_scene(index).labels
 
     def correction_dataloader(self) -> Any:
         """The training scenes as they are, in order, each once over all ranks, one at a time."""

@@ -13,7 +13,8 @@ from lit_methods.lidar.lifting import link_points, masks_at_points, superpoints
 CLASSES = ("floor", "wall", "chest", "cabinet", "barrel")
 FLOOR, WALL, CHEST, CABINET, BARREL = range(5)
 MaskSource = Literal["views", "geometric"]
-_COLOURS = np.array([[0.55, 0.45, 0.35], [0.75, 0.75, 0.7], [0.5, 0.35, 0.3], [0.45, 0.4, 0.4], [0.35, 0.45, 0.5]])
+_COLOURS = np.array([[0.6, 0.5, 0.4], [0.7, 0.7, 0.7], [0.55, 0.35, 0.3], [0.35, 0.5, 0.35], [0.35, 0.4, 0.6]])
+_TINT, _GRAIN = 0.04, 0.15  # standard deviations of colours, of an instance and of a point
 _HEIGHT, _WIDTH = 60, 80  # pixels of a view
 _FOCAL = 36.0  # pixels
 
@@ -59,11 +60,11 @@ class Views(NamedTuple):
 
 
 def draw_room(rng: np.random.Generator) -> Room:
-    """A room of 3 to 5 metres with 6 to 10 objects that don't touch each other; where there is no place left, fewer."""
-    size = np.array([*rng.uniform(3.0, 5.0, 2), 2.6])
+    """A room of 3 to 4 metres with low walls and 6 to 10 objects that don't touch each other; where there is no place left, fewer."""
+    size = np.array([*rng.uniform(3.0, 4.0, 2), 1.5])
     kinds, centre, half, height, yaw = [], [], [], [], []
     for kind in rng.integers(CHEST, BARREL + 1, int(rng.integers(6, 11))):
-        sides = np.full(2, rng.uniform(0.18, 0.35)) if kind == BARREL else rng.uniform(0.15, 0.4, 2)
+        sides = np.full(2, rng.uniform(0.25, 0.4)) if kind == BARREL else rng.uniform(0.2, 0.45, 2)
         reach = float(np.hypot(*sides)) if kind != BARREL else float(sides[0])
         for _ in range(20):
             place = rng.uniform(reach, size[:2] - reach)
@@ -71,7 +72,7 @@ def draw_room(rng: np.random.Generator) -> Room:
                 kinds.append(int(kind))
                 centre.append(place)
                 half.append(sides)
-                height.append(rng.uniform(*{CHEST: (0.3, 0.7), CABINET: (0.8, 1.6), BARREL: (0.4, 1.4)}[int(kind)]))
+                height.append(rng.uniform(*{CHEST: (0.3, 0.7), CABINET: (0.8, 1.4), BARREL: (0.4, 1.2)}[int(kind)]))
                 yaw.append(rng.uniform(0, np.pi / 2))
                 break
     return Room(size, np.array(kinds), np.array(centre), np.array(half), np.array(height), np.array(yaw))
@@ -143,8 +144,8 @@ def render_views(room: Room, number: int, rng: np.random.Generator) -> Views:
     intrinsic = np.array([[_FOCAL, 0, (_WIDTH - 1) / 2], [0, _FOCAL, (_HEIGHT - 1) / 2], [0, 0, 1]])
     rotation, translation, depth, instances, places = [], [], [], [], []
     for angle in rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(number) / number:
-        origin = np.array([*(room.size[:2] * (0.5 + 0.45 * np.array([np.cos(angle), np.sin(angle)]))), rng.uniform(1.5, 1.9)])
-        forward = np.array([*(room.size[:2] * rng.uniform(0.4, 0.6, 2)), 0.8]) - origin
+        origin = np.array([*(room.size[:2] * (0.5 + 0.45 * np.array([np.cos(angle), np.sin(angle)]))), rng.uniform(1.2, 1.45)])
+        forward = np.array([*(room.size[:2] * rng.uniform(0.4, 0.6, 2)), 0.4]) - origin
         forward /= np.linalg.norm(forward)
         right = np.cross(forward, [0, 0, 1.0])
         right /= np.linalg.norm(right)
@@ -161,9 +162,7 @@ def render_views(room: Room, number: int, rng: np.random.Generator) -> Views:
     return Views(intrinsic, *(np.array(part) for part in (rotation, translation, depth, instances, places)))
 
 
-def _nearest_hit(
-    room: Room, origin: NDArray[np.float64], rays: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _nearest_hit(room: Room, origin: NDArray[np.float64], rays: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Depth of the first surface on each ray (R, 3) from inside the room, and its instance."""
     with np.errstate(divide="ignore", invalid="ignore"):
         ends = np.maximum((0 - origin) / rays, (room.size - origin) / rays)  # where a ray leaves the room, along each axis
@@ -192,7 +191,7 @@ def _nearest_hit(
 
 
 def noisy_masks(views: Views, noise: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """(V, H, W) masks as an image model might give them: halves of the instances, cut anew in each view, with pixels of a wrong mask.
+    """(V, H, W) masks as an image model might give them: instances, half of them cut in two, anew in each view; some pixels have a wrong mask.
 
     Args:
         views: What is seen.
@@ -206,7 +205,7 @@ def noisy_masks(views: Views, noise: float, rng: np.random.Generator) -> NDArray
         size = np.bincount(flat[seen], minlength=1)
         centre = np.stack([np.bincount(flat[seen], spot[seen, i], len(size)) for i in range(3)], axis=1) / np.maximum(size, 1)[:, None]
         cut = rng.normal(0, 1, centre.shape)
-        half = ((spot - centre[flat]) * cut[flat]).sum(1) > 0
+        half = (((spot - centre[flat]) * cut[flat]).sum(1) > 0) & (rng.random(len(size)) < 0.5)[flat]
         mask = np.where(seen, 2 * flat + half, -1)
         wrong = rng.random(len(mask)) < noise
         mask[wrong] = rng.choice(mask, int(wrong.sum()))
@@ -222,8 +221,8 @@ def make_scene(
     mask_noise: float = 0.02,
     mask_source: MaskSource = "views",
     delta: float = 0.05,
-) -> Scene:
-    """A generated room with its points, labels and masks at the points.
+) -> tuple[Scene, NDArray[np.int64]]:
+    """A generated room with its points, labels and masks at the points, and the instance (N,) of each point.
 
     Args:
         name: Name of the scene.
@@ -237,8 +236,8 @@ def make_scene(
     room = draw_room(rng)
     place, normal, owner = sample_points(room, number, rng)
     labels = np.concatenate([[FLOOR], [WALL] * 4, room.kinds]).astype(np.uint8)[owner]
-    tint = rng.normal(0, 0.12, (5 + len(room.kinds), 3))
-    colour = np.clip(_COLOURS[labels] + tint[owner] + rng.normal(0, 0.05, place.shape), 0, 1)
+    tint = rng.normal(0, _TINT, (5 + len(room.kinds), 3))
+    colour = np.clip(_COLOURS[labels] + tint[owner] + rng.normal(0, _GRAIN, place.shape), 0, 1)
     seen = render_views(room, views, rng)
     if mask_source == "geometric":
         masks = superpoints(place, normal)[None]
@@ -247,22 +246,23 @@ def make_scene(
         cameras = (seen.intrinsic, seen.rotation, seen.translation, seen.depth)
         link = link_points(torch.from_numpy(place), *(torch.from_numpy(part) for part in cameras), delta)
         masks = masks_at_points(link, torch.from_numpy(pixels)).numpy()
-    return Scene(name, np.concatenate([place, normal, colour], axis=1).astype(np.float32), labels, masks.astype(np.int32))
+    scene = Scene(name, np.concatenate([place, normal, colour], axis=1).astype(np.float32), labels, masks.astype(np.int32))
+    return scene, owner
 
 
 class RoomsDataModule(IndoorDataModule):
     """Generated rooms with a few labelled points, and masks of rendered views: weak labels of indoor scenes without a download.
 
-    Batch: {"points": (P, 9) float32, "points_per_sample": (B,) int64, "labels": (P,) int64, "weights": (P,) float32, "index": (B,) int64}
+    Batch: {"points": (P, 9) float32, "points_per_sample": (B,) int64, "labels": (P,) int64, "weights": (P,) float32, "truth": (P,) int64, "index": (B,) int64}
 
-    Rooms of 3 to 5 metres with 6 to 10 chests, cabinets and barrels; the colour says little of the class. Each view's masks are halves of
-    the instances, with wrong pixels. What batches and attributes hold: :class:`~lit_methods.datamodules.indoor.base.IndoorDataModule`.
+    Rooms of 3 to 4 metres with low walls and 6 to 10 chests, cabinets and barrels; the colour says little of the class. Each view's masks are
+    instances and halves of instances, with wrong pixels. What batches and attributes hold: :class:`~lit_methods.datamodules.indoor.base.IndoorDataModule`.
 
     Args:
         num_train: Rooms to train on.
         num_val: Rooms of the validation, and as many of the test.
         num_points: Points of a room.
-        labelled_points: Labelled points of a training room, anywhere.
+        labelled_points: Labelled points of a training room: one of each of as many things, such as a wall or a chest, then a second one.
         num_views: Views of a room.
         mask_noise: Share of the views' pixels that have a wrong mask.
         mask_source: ``views``, or ``geometric``: superpoints of the points, without a view.
@@ -318,13 +318,23 @@ class RoomsDataModule(IndoorDataModule):
         """Generated rooms, kept in memory."""
         place = {"train": [1, self.seed], "val": [2], "test": [3]}[part]
         number = self.sizes[part]
-        rooms = [make_scene(f"{part}_{i}", np.random.default_rng([31, *place, i]), **self.options) for i in range(number)]
+        rooms, owners = zip(
+            *(make_scene(f"{part}_{i}", np.random.default_rng([31, *place, i]), **self.options) for i in range(number)), strict=True
+        )
+        if part == "train":
+            self._owners = owners
         return rooms.__getitem__, number
 
     def labelled(self, index: int) -> NDArray[np.int64]:
-        """Points anywhere in the room."""
-        number = len(self._scene(index).labels)
-        return np.random.default_rng([37, self.seed, index]).choice(number, min(self.labelled_points, number), replace=False)
+        """A point of each thing, things in random order; where there are fewer things than points, second ones follow, and so on."""
+        rng, owner = np.random.default_rng([37, self.seed, index]), self._owners[index]
+        order = rng.permutation(len(owner))
+        _, thing = np.unique(owner[order], return_inverse=True)
+        by_thing = np.argsort(thing, kind="stable")
+        before = np.empty(len(owner), dtype=np.int64)  # points of the same thing that come earlier
+        before[by_thing] = np.arange(len(owner)) - np.searchsorted(thing[by_thing], thing[by_thing])
+        rank = rng.permutation(thing.max() + 1)[thing]
+        return order[np.lexsort((rank, before))[: self.labelled_points]]
 
 
 __all__ = ["CLASSES", "Room", "RoomsDataModule", "Views", "draw_room", "make_scene", "noisy_masks", "render_views", "sample_points"]

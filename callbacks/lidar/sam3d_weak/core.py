@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods.seeds import seeded_noise
+
 # -------------------------------------------------------------------------------------------------------------------------- spreading
 
 
@@ -263,6 +265,61 @@ def mixed(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
     return share[:, None] * first + (1 - share[:, None]) * second
 
 
+class Deformation(NamedTuple):
+    """How much views are deformed; lengths are shares of a cloud's radius.
+
+    Attributes:
+        anchors: M, places of a cloud that have a deformation of their own.
+        width: Standard deviation of their kernel.
+        rotation: Largest angle about each axis, degrees.
+        scale: Largest stretch, 1 or more.
+        shift: Largest shift along each axis.
+    """
+
+    anchors: int = 4
+    width: float = 0.5
+    rotation: float = 10.0
+    scale: float = 3.0
+    shift: float = 0.25
+
+
+class Views(NamedTuple):
+    """Places of the points of all clouds (N, 3) in two deformed views, and in their mixture."""
+
+    first: Tensor
+    second: Tensor
+    mixture: Tensor
+
+
+def deformed_views(
+    positions: Tensor, points_per_sample: Tensor, place: str, seed: int = 0, deformation: Deformation | None = None
+) -> Views:
+    """Two views of some clouds, deformed at random, and a mixture with a share of its own for each point.
+
+    The first view's anchors are far from each other (PointWOLF), the second's anywhere.
+
+    Args:
+        positions: (N, 3) of B clouds, one after the other, in any unit of length.
+        points_per_sample: (B,) int64.
+        place: What the draw follows from, with ``seed``, such as the step and the rank.
+        seed: The user's.
+        deformation: How much; None: the defaults.
+    """
+    how = Deformation() if deformation is None else deformation
+    clouds = len(points_per_sample)
+    sample = per_point(points_per_sample, len(positions))
+    kernels: dict[str, float] = {"width": how.width, "rotation": how.rotation, "scale": how.scale, "shift": how.shift}
+
+    def uniform(what: str, *shape: int) -> Tensor:
+        return torch.special.ndtr(seeded_noise(f"{place} {what}", seed, positions.new_empty(shape)))
+
+    far = farthest_points(positions, sample, clouds, how.anchors)
+    first = locally_deformed(positions, sample, far, uniform("first", clouds, how.anchors, 9), **kernels)
+    anywhere = random_points(points_per_sample, uniform("anchors", clouds, how.anchors))
+    second = locally_deformed(positions, sample, anywhere, uniform("second", clouds, how.anchors, 9), **kernels)
+    return Views(first, second, mixed(second, first, uniform("shares", len(positions))))
+
+
 @contextmanager
 def frozen_batch_norm(module: nn.Module) -> Iterator[None]:
     """Inside, batch norm normalises by the batch, as in training, and its running means and counters stay as they are."""
@@ -383,10 +440,14 @@ def consistency_loss_of_views(logits: Tensor, logits_aug1: Tensor, logits_aug2: 
 
 
 __all__ = [
+    "Deformation",
     "Reliability",
     "ReliabilityLoss",
     "Spread",
+    "Views",
     "consistency_loss_of_views",
+    "deformed_views",
+    "frozen_batch_norm",
     "locally_deformed",
     "reliability_loss",
     "reliable_points",
