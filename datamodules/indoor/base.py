@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
-from torch import Tensor
 
 from lit_methods.checks import at_least, one_of
 from lit_methods.datamodules.base import LoaderDataModule, Samples
@@ -163,18 +162,14 @@ class IndoorScenes(Samples):
                 kept = np.sort(kept[np.argpartition(away, self.max_points - 1)[: self.max_points]])
             points = augmented(points[kept], rng, self.augmentation)
             labels, weights, truth = labels[kept], weights[kept], truth[kept]
-        return {"points": points, "labels": labels, "weights": weights, "truth": truth, "index": index, "token": scene.name}
+        found = {"points": points, "labels": labels.astype(np.int64), "weights": weights, "truth": truth.astype(np.int64)}
+        return {**{name: torch.from_numpy(value) for name, value in found.items()}, "index": index, "token": scene.name}
 
     @staticmethod
     def collate(scenes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Clouds one after the other."""
-        joined: dict[str, Tensor] = {
-            name: torch.from_numpy(np.concatenate([scene[name] for scene in scenes])) for name in ("points", "labels", "weights", "truth")
-        }
         return {
-            **joined,
-            "labels": joined["labels"].long(),
-            "truth": joined["truth"].long(),
+            **{name: torch.cat([scene[name] for scene in scenes]) for name in ("points", "labels", "weights", "truth")},
             "points_per_sample": torch.tensor([len(scene["points"]) for scene in scenes]),
             "index": torch.tensor([scene["index"] for scene in scenes]),
             "token": [scene["token"] for scene in scenes],
@@ -184,13 +179,11 @@ class IndoorScenes(Samples):
 class IndoorDataModule(LoaderDataModule):
     """Base of the indoor datamodules: a subclass says how scenes are read, and which points of a training scene are labelled.
 
-    Batch: {"points": (P, 9) float32, "points_per_sample": (B,) int64, "labels": (P,) int64, "weights": (P,) float32, "truth": (P,) int64, "index": (B,) int64}
-
-    ``points``: x, y, z in metres, normal, colour in 0 to 1, scene after scene, as many as ``points_per_sample`` says; ``labels``: 255 is
-    none; ``weights``: of the labels in the loss; ``truth``: all labels, to measure
-    with and never to learn from; ``token``: the scenes' names. For callbacks: ``label_store``, whose labels of a scene are
-    (2, N): classes and weights in hundredths; ``correction_dataloader()``, the training scenes as they are; ``point_masks(index)``; and
-    ``clean_labels(index)``, all labels of a training scene.
+    Batches hold clouds one after the other. ``points`` (P, 9) float32: x, y, z in metres, normal, colour in 0 to 1; ``points_per_sample``
+    (B,) int64; ``labels`` (P,) int64: 255 is none; ``weights`` (P,) float32 of the labels in the loss; ``truth`` (P,) int64: all labels,
+    to measure with and never to learn from; ``index`` (B,) int64; ``token``: the scenes' names. For callbacks: ``label_store``, whose
+    labels of a scene are (2, N): classes and weights in hundredths; ``correction_dataloader()``, the training scenes as they are;
+    ``point_masks(index)``; and ``clean_labels(index)``, all labels of a training scene.
 
     Args:
         supervision: ``sparse``: the labelled points alone; ``full``: all labels, the upper bound.

@@ -191,7 +191,7 @@ def _nearest_hit(room: Room, origin: NDArray[np.float64], rays: NDArray[np.float
 
 
 def noisy_masks(views: Views, noise: float, rng: np.random.Generator) -> NDArray[np.int64]:
-    """(V, H, W) masks as an image model might give them: instances, half of them cut in two, anew in each view; some pixels have a wrong mask.
+    """(V, H, W) masks as an image model might give them: instances, half of them cut in two, anew in each view, and wrong pixels.
 
     Args:
         views: What is seen.
@@ -255,8 +255,9 @@ class RoomsDataModule(IndoorDataModule):
 
     Batch: {"points": (P, 9) float32, "points_per_sample": (B,) int64, "labels": (P,) int64, "weights": (P,) float32, "truth": (P,) int64, "index": (B,) int64}
 
-    Rooms of 3 to 4 metres with low walls and 6 to 10 chests, cabinets and barrels; the colour says little of the class. Each view's masks are
-    instances and halves of instances, with wrong pixels. What batches and attributes hold: :class:`~lit_methods.datamodules.indoor.base.IndoorDataModule`.
+    Rooms of 3 to 4 metres with low walls and 6 to 10 chests, cabinets and barrels. A point's colour is noisy, and tells something of its
+    class together with its neighbours' alone. Each view's masks are instances and halves of instances, with wrong pixels. What batches
+    and attributes hold: :class:`~lit_methods.datamodules.indoor.base.IndoorDataModule`.
 
     Args:
         num_train: Rooms to train on.
@@ -275,7 +276,7 @@ class RoomsDataModule(IndoorDataModule):
 
     Raises:
         ValueError: A value lies outside its range.
-    """
+    """  # noqa: E501
 
     def __init__(
         self,

@@ -22,8 +22,8 @@ from lit_methods.steps import log_global
 class PointEvaluation(Evaluated):
     """Base of modules that give the points of clouds a class: IoU, pictures and predictions.
 
-    Subclasses write :meth:`point_logits` and the training, call :meth:`_judge_classes` in their constructor, and have ``ignore_index`` among
-    their hyperparameters.
+    Subclasses write :meth:`point_logits` and the training, call :meth:`_judge_classes` in their constructor, and have ``ignore_index``
+    among their hyperparameters.
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (

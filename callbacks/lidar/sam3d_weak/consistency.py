@@ -52,8 +52,8 @@ def clouds_of(network: Callable[..., Any], arguments: tuple[Any, ...], keywords:
     """What a network of points was called with.
 
     Args:
-        network: Gets points first: (N, D) with the sizes (B,) of the clouds second, or without for one cloud; or (B, N, D). It gives (N, C),
-            (B, N, C) or (B, C, N).
+        network: Gets points first: (N, D) with the sizes (B,) of the clouds second, or without for one cloud; or (B, N, D). It gives
+            (N, C), (B, N, C) or (B, C, N).
         arguments: Positional ones of the call.
         keywords: The others.
 

@@ -71,7 +71,7 @@ def spread_masks(
     Raises:
         ValueError: A label is neither a class nor ``ignore_index``, or the numbers of points differ.
     """
-    views, number = mask_ids.shape
+    number = mask_ids.shape[1]
     labels = labels.long()
     if labels.shape != (number,):
         raise ValueError(f"mask_ids are of {number} points and labels {tuple(labels.shape)}: give one label per point")
