@@ -213,6 +213,42 @@ def noisy_masks(views: Views, noise: float, rng: np.random.Generator) -> NDArray
     return np.array(found)
 
 
+class Furnished(NamedTuple):
+    """Points of a room.
+
+    Attributes:
+        points: (N, 9) as in :class:`~lit_methods.datamodules.indoor.base.Scene`.
+        labels: (N,) classes.
+        owner: (N,) instances.
+    """
+
+    points: NDArray[np.float64]
+    labels: NDArray[np.uint8]
+    owner: NDArray[np.int64]
+
+
+def make_room(rng: np.random.Generator, number: int, views: int) -> tuple[Furnished, Views]:
+    """A room's coloured points, and what cameras see of it."""
+    room = draw_room(rng)
+    place, normal, owner = sample_points(room, number, rng)
+    labels = np.concatenate([[FLOOR], [WALL] * 4, room.kinds]).astype(np.uint8)[owner]
+    tint = rng.normal(0, _TINT, (5 + len(room.kinds), 3))
+    colour = np.clip(_COLOURS[labels] + tint[owner] + rng.normal(0, _GRAIN, place.shape), 0, 1)
+    return Furnished(np.concatenate([place, normal, colour], axis=1), labels, owner), render_views(room, views, rng)
+
+
+def scene_of(name: str, room: Furnished, seen: Views, pixels: NDArray[np.int64] | None, delta: float = 0.05) -> Scene:
+    """A scene whose masks are those of the views' pixels (V, H, W), or superpoints where there are none."""
+    place = np.ascontiguousarray(room.points[:, :3])
+    if pixels is None:
+        masks = superpoints(place, room.points[:, 3:6])[None]
+    else:
+        cameras = (seen.intrinsic, seen.rotation, seen.translation, seen.depth)
+        link = link_points(torch.from_numpy(place), *(torch.from_numpy(part) for part in cameras), delta)
+        masks = masks_at_points(link, torch.from_numpy(pixels)).numpy()
+    return Scene(name, room.points.astype(np.float32), room.labels, masks.astype(np.int32))
+
+
 def make_scene(
     name: str,
     rng: np.random.Generator,
@@ -220,7 +256,6 @@ def make_scene(
     views: int = 3,
     mask_noise: float = 0.02,
     mask_source: MaskSource = "views",
-    delta: float = 0.05,
 ) -> tuple[Scene, NDArray[np.int64]]:
     """A generated room with its points, labels and masks at the points, and the instance (N,) of each point.
 
@@ -231,23 +266,9 @@ def make_scene(
         views: Cameras.
         mask_noise: Share of pixels of a wrong mask.
         mask_source: ``views``: masks of the cameras' images; ``geometric``: superpoints of the points.
-        delta: Largest difference of depths of a visible point, metres.
     """
-    room = draw_room(rng)
-    place, normal, owner = sample_points(room, number, rng)
-    labels = np.concatenate([[FLOOR], [WALL] * 4, room.kinds]).astype(np.uint8)[owner]
-    tint = rng.normal(0, _TINT, (5 + len(room.kinds), 3))
-    colour = np.clip(_COLOURS[labels] + tint[owner] + rng.normal(0, _GRAIN, place.shape), 0, 1)
-    seen = render_views(room, views, rng)
-    if mask_source == "geometric":
-        masks = superpoints(place, normal)[None]
-    else:
-        pixels = noisy_masks(seen, mask_noise, rng)
-        cameras = (seen.intrinsic, seen.rotation, seen.translation, seen.depth)
-        link = link_points(torch.from_numpy(place), *(torch.from_numpy(part) for part in cameras), delta)
-        masks = masks_at_points(link, torch.from_numpy(pixels)).numpy()
-    scene = Scene(name, np.concatenate([place, normal, colour], axis=1).astype(np.float32), labels, masks.astype(np.int32))
-    return scene, owner
+    room, seen = make_room(rng, number, views)
+    return scene_of(name, room, seen, noisy_masks(seen, mask_noise, rng) if mask_source == "views" else None), room.owner
 
 
 class RoomsDataModule(IndoorDataModule):
@@ -338,4 +359,17 @@ class RoomsDataModule(IndoorDataModule):
         return order[np.lexsort((rank, before))[: self.labelled_points]]
 
 
-__all__ = ["CLASSES", "Room", "RoomsDataModule", "Views", "draw_room", "make_scene", "noisy_masks", "render_views", "sample_points"]
+__all__ = [
+    "CLASSES",
+    "Furnished",
+    "Room",
+    "RoomsDataModule",
+    "Views",
+    "draw_room",
+    "make_room",
+    "make_scene",
+    "noisy_masks",
+    "render_views",
+    "sample_points",
+    "scene_of",
+]
