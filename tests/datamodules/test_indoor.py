@@ -245,7 +245,7 @@ def test_masks_and_roots_that_cant_be_right(root, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(BrokenRecordError, match=message):
             open_frames(root / "frames", FIRST)
-    with pytest.raises(MissingFileError, match="neither this folder nor nowhere.sens"):
+    with pytest.raises(MissingFileError, match=r"neither this folder nor nowhere\.sens"):
         open_frames(root / "frames", "nowhere")
 
 
