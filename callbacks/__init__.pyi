@@ -15,6 +15,8 @@ from .fine_tuning.sara.optimizer import MaskedAdamW as MaskedAdamW
 from .imbalanced_regression.conr.callback import ConR as ConR
 from .imbalanced_regression.fds.callback import FDS as FDS
 from .lidar.dense_to_sparse import DenseToSparse as DenseToSparse
+from .lidar.sam3d_weak.consistency import ReliabilityConsistency as ReliabilityConsistency
+from .lidar.sam3d_weak.spreading import MaskLabelSpreading as MaskLabelSpreading
 from .lidar.submission import SubmissionWriter as SubmissionWriter
 from .lidar.temporal_voting import TemporalVoting as TemporalVoting
 from .loss_term import LossTerm as LossTerm

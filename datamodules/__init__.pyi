@@ -21,6 +21,9 @@ from .generative.latents import LatentDataModule as LatentDataModule
 from .generative.shards import LatentShardsDataModule as LatentShardsDataModule
 from .generative.toys import IrisDataModule as IrisDataModule
 from .generative.toys import RingDataModule as RingDataModule
+from .indoor.prepared import S3DISDataModule as S3DISDataModule
+from .indoor.prepared import ScanNetDataModule as ScanNetDataModule
+from .indoor.rooms import RoomsDataModule as RoomsDataModule
 from .matrices.made import PlantedDirectionsDataModule as PlantedDirectionsDataModule
 from .matrices.made import SemiSyntheticDigitsDataModule as SemiSyntheticDigitsDataModule
 from .matrices.postings import JobPostingsDataModule as JobPostingsDataModule

@@ -72,10 +72,13 @@ from .inverse_problems.maid.module import BilevelLearning as BilevelLearning
 from .inverse_problems.operators import BicubicDownsampling as BicubicDownsampling
 from .inverse_problems.operators import RandomProjection as RandomProjection
 from .lidar.minkunet import MinkUNet as MinkUNet
+from .lidar.point_net import PointNetOfCells as PointNetOfCells
 from .lidar.segmentor import PointSegmentor as PointSegmentor
+from .lidar.sparse_unet import SparseUNet as SparseUNet
 from .lidar.superflow import SuperFlow as SuperFlow
 from .lidar.teachers import DINOv2 as DINOv2
 from .lidar.teachers import PatchStatistics as PatchStatistics
+from .lidar.weak_segmentor import WeakPointSegmentor as WeakPointSegmentor
 from .matrix_factorization.supervised_dictionary_learning.estimator import SupervisedDictionaryClassifier as SupervisedDictionaryClassifier
 from .matrix_factorization.supervised_dictionary_learning.module import SupervisedMatrixFactorization as SupervisedMatrixFactorization
 from .matrix_factorization.two_stage import TwoStageClassifier as TwoStageClassifier

@@ -35,6 +35,15 @@ from lit_methods.callbacks.imbalanced_regression.fds.core import initial_state a
 from lit_methods.callbacks.imbalanced_regression.fds.core import moments as fds_moments
 from lit_methods.callbacks.imbalanced_regression.fds.core import pooled as fds_pooled
 from lit_methods.callbacks.imbalanced_regression.fds.core import update as fds_update
+from lit_methods.callbacks.lidar.sam3d_weak.core import consistency_loss_of_views as consistency_loss_of_views
+from lit_methods.callbacks.lidar.sam3d_weak.core import deformed_views as deformed_views
+from lit_methods.callbacks.lidar.sam3d_weak.core import frozen_batch_norm as frozen_batch_norm
+from lit_methods.callbacks.lidar.sam3d_weak.core import locally_deformed as locally_deformed
+from lit_methods.callbacks.lidar.sam3d_weak.core import reliability_loss as reliability_loss
+from lit_methods.callbacks.lidar.sam3d_weak.core import reliable_points as reliable_points
+from lit_methods.callbacks.lidar.sam3d_weak.core import spread_masks as spread_masks
+from lit_methods.callbacks.lidar.sam3d_weak.core import spread_pseudo_labels as spread_pseudo_labels
+from lit_methods.callbacks.lidar.sam3d_weak.core import vote_winners as vote_winners
 from lit_methods.callbacks.metric_learning.tcm import tcm_loss as tcm_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import adawac_loss as adawac_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import normalised_weights as normalised_weights
@@ -640,6 +649,7 @@ __all__ = [
     "consistency_answer",
     "consistency_chain",
     "consistency_function",
+    "consistency_loss_of_views",
     "consistency_pair_loss",
     "consistency_residual",
     "consistency_temperature",
@@ -682,6 +692,7 @@ __all__ = [
     "decode_cache",
     "decode_weights",
     "decoder_coherence",
+    "deformed_views",
     "delta_of_share",
     "denoise_of",
     "denoise_sample",
@@ -778,6 +789,7 @@ __all__ = [
     "foreground",
     "frame_difference_mask",
     "frechet_distance",
+    "frozen_batch_norm",
     "fuse",
     "fuse_windows",
     "fused_weight",
@@ -859,6 +871,7 @@ __all__ = [
     "load_delta",
     "load_masks",
     "load_pruned",
+    "locally_deformed",
     "log_likelihood_gradient",
     "lognormal_probabilities",
     "look_up_pairs",
@@ -982,6 +995,8 @@ __all__ = [
     "regulariser_step",
     "relative_error",
     "relative_norm_drop",
+    "reliability_loss",
+    "reliable_points",
     "removal_addition",
     "removal_score",
     "remove_norm_scales",
@@ -1057,6 +1072,8 @@ __all__ = [
     "spectral_gap",
     "spherical_kmeans",
     "spread_loss",
+    "spread_masks",
+    "spread_pseudo_labels",
     "square_root_levels",
     "squared_norm",
     "ssim_y",
@@ -1109,6 +1126,7 @@ __all__ = [
     "velocity_tangent",
     "vertical_slash",
     "vertical_slash_overhead",
+    "vote_winners",
     "voxelize",
     "wanda_mask",
     "warmup_cosine",

@@ -239,6 +239,10 @@ LEFT_OUT: dict[str, str] = {
     "IMP": "its masks are those of RandomPruning; test_sparse_model_soups_technique.py has it on a ResNet and on tied embeddings",
     "AlternatingLoRAStages": "it switches what its patterns name; tests/restoration/test_dloral_technique.py has it on a plain module",
     "DenseToSparse": "its batches are point clouds with superpixels of cameras",
+    **dict.fromkeys(
+        ("MaskLabelSpreading", "ReliabilityConsistency"),
+        "it takes point clouds; tests/callbacks/lidar has it on modules that aren't ours",
+    ),
     "TemporalVoting": "it votes on point clouds of neighbouring scans",
     "LabelCorrection": "a base class; ADELE is the one that can be attached",
     "SampleQuality": "it measures what a validation step draws, which none of these modules does",

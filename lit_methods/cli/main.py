@@ -47,6 +47,7 @@ Files
   encode <config>=<ckpt> <out>    documents of a sparse retriever for Anserini or OpenSearch, or the model for sentence-transformers
   search <config>=<ckpt>... --out index a collection by each retriever, query it, measure it, beside BM25
   neighbours <folder> <out.npz>   each image's nearest ones by a network's features, for CoTAP's streams
+  lift <root>                     masks of images as masks of points: from files, by SAM 2, or superpoints, for MaskLabelSpreading
   new <slug> --form term          skeleton of a technique (term, callback, module) or datamodule, here or in a package of yours
 
 Any command: --help. `lit fit --help` for the keys of a run. --debug shows full tracebacks. lit --version
@@ -143,7 +144,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, doctor, fake, neighbours, prune, report, retrieval, scaffold, share
+    from lit_methods.cli import claims, commands, dashboard, doctor, fake, lift, neighbours, prune, report, retrieval, scaffold, share
 
     return {
         "claims": claims.claims,
@@ -161,6 +162,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "encode": retrieval.encode,
         "search": retrieval.search,
         "neighbours": neighbours.neighbours,
+        "lift": lift.lift,
         "new": scaffold.new,
         "fake": fake.fake,
         "doctor": doctor.doctor,

@@ -184,6 +184,15 @@ def correction(path: Path) -> dict[str, Any]:
     return {"store": store, "loader": DataLoader(Samples(), 8)}
 
 
+def clouds(path: Path) -> dict[str, Any]:
+    folder = path / "clouds"
+    store = LabelStore(folder) if folder.exists() else LabelStore.create(folder, [np.full((2, 6), 100, dtype=np.int64)] * 2)
+    sizes = {"points_per_sample": torch.tensor([6])}
+    scenes = [{"points": torch.randn(6, 8), "index": torch.tensor([k]), **sizes} for k in range(2)]
+    masks = np.zeros((1, 6), dtype=np.int64)
+    return {"num_classes": 101, "network": "head", "store": store, "loader": scenes, "masks": {0: masks, 1: masks}.__getitem__}
+
+
 def recovery(path: Path) -> dict[str, Any]:
     np.save(path / "truth.npy", np.eye(4, 6, dtype=np.float32))
     return {"truth": path / "truth.npy", "autoencoder": "dictionary"}
@@ -214,6 +223,8 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "AdaWAC": {"network": "network", "features": "pixels", "labels": ("mask", "mask_2")},
     "ADELE": lambda path: {"num_classes": CLASSES, "network": "network", "tracked": "mask", "scales": [1.0], **correction(path)},
     "MultiScaleConsistency": {"network": "network", "labels": "mask"},
+    "MaskLabelSpreading": clouds,
+    "ReliabilityConsistency": {"network": "head"},
     "LabelCorrection": correction,
     "TwoTowerConsistency": {"image_tower": "body", "text_tower": "text", "second_image": None},
     "Dashboard": {},
@@ -361,6 +372,7 @@ REFUSED: dict[tuple[str, str], str] = {
         "LossTerm", "ConR", "TCM", "AdaWAC", "MultiScaleConsistency", "TwoTowerConsistency", "DenseToSparse", "FDS", "ADELE",
         "FLOPSRegularizer", "UncertaintyRegularizer", "ContinuousAPLoss", "BilevelTuning",
         "FLOPSRegularizer", "UncertaintyRegularizer", "DirectionalConsistency",
+        "FLOPSRegularizer", "UncertaintyRegularizer", "ReliabilityConsistency",
         "FLOPSRegularizer", "ContinuousAPLoss",
         "FLOPSRegularizer", "UncertaintyRegularizer",
         "FLOPSRegularizer", "ContinuousAPLoss", "ClipConsistency",
@@ -423,6 +435,7 @@ def test_every_public_callback_has_an_entry() -> None:
 
 LOG_AT_THE_END_OF_EPOCHS = {
     "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
+    "MaskLabelSpreading",
     "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "RandomSearch", "Reliability", "SampleQuality",
     "ScorePruning", "SparseGPT", "SparseIFT", "SparsityReport", "SSVI", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
 }  # fmt: skip

@@ -32,9 +32,14 @@ SMALL = {
     "NYUD2DataModule": {"reweight": "inverse"},
     "NeighbourCropsDataModule": {"image_size": 16, "local_size": 8, "num_train": 40, "num_val": 10},
     "RetrievalImagesDataModule": {"image_size": 32},
+    "RoomsDataModule": {"num_train": 3, "num_val": 2, "num_points": 120},
     "SemiSupervisedDataModule": {"data": None, "policy": "small_grey", "strong_views": 2},
 }
-DRIVING = {"KittiStyleDataModule", "NuScenesDataModule"}  # clouds of different sizes need the datamodule's collate function
+DRIVING = {
+    "KittiStyleDataModule",
+    "NuScenesDataModule",
+    "RoomsDataModule",
+}  # clouds of different sizes need the datamodule's collate function
 NOT_FOR_TRAINING = {"VideoPromptsDataModule"}  # texts alone, for test and predict
 NAMES = sorted(set(datamodules.__all__) - DRIVING - NOT_FOR_TRAINING)
 
