@@ -11,11 +11,11 @@ import pytest
 from torch import nn
 
 from lit_methods import (
+    CascadedHead,
+    CompactVideoDetector,
     ContentFusionUNet,
     ControlledUNet,
     CrossFrameRetrieval,
-    CascadedHead,
-    CompactVideoDetector,
     DenseRetriever,
     DigitLCM,
     DINOv2,

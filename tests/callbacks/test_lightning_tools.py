@@ -24,8 +24,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset
 
 from helpers import advice_on_figures, run_two_processes, tiny_trainer
-from lit_methods import LabelStore, PairwiseSimilarity
-from lit_methods import LabelStore, StageSchedule
+from lit_methods import LabelStore, PairwiseSimilarity, StageSchedule
 from lit_methods.callbacks import LabelCorrection, LossTerm
 from lit_methods.callbacks.fine_tuning.s2ft.couplings import Coupling
 from lit_methods.catalog import public_names
