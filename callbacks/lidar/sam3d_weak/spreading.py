@@ -24,6 +24,7 @@ from lit_methods.steps import log_global, training_length
 
 TECHNIQUE = Technique(
     slug="sam3d_weak",
+    short="SAM for weak 3D",
     title="Integrating SAM Supervision for 3D Weakly Supervised Point Cloud Segmentation",
     arxiv="2508.19909",
     family="lidar",

@@ -49,6 +49,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="dloral",
+    short="DLoRAL",
     title="One-Step Diffusion for Detail-Rich and Temporally Consistent Video Super-Resolution",
     arxiv="2506.15591",
     family="restoration",

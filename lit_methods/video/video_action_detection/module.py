@@ -38,6 +38,7 @@ from lit_methods.video.video_action_detection.pictures import outlined, strip
 
 TECHNIQUE = Technique(
     slug="video_action_detection",
+    short="Video action detection, semi-supervised",
     title="End-to-End Semi-Supervised Learning for Video Action Detection",
     arxiv="2203.04251",
     family="video",
