@@ -17,6 +17,7 @@ from lit_methods.datamodules.base import Batches, Ints, LoaderDataModule, Sample
 from lit_methods.datamodules.errors import WrongRootError
 from lit_methods.datamodules.folders import data_path, listed, user_path
 from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule, adm_crop
+from lit_methods.datamodules.loaders import make_loader
 from lit_methods.datamodules.pictures import open_picture
 from lit_methods.datamodules.vision.cifar import built_in_release
 
@@ -111,10 +112,18 @@ class TwoDomainsDataModule(LoaderDataModule):
         """
         if self.bank_sets is None:
             raise RuntimeError(f"{type(self).__name__} has no images yet: call setup() first (the Trainer does)")
-        return {
-            "source": self.loader(self.bank_sets["source"]),
-            "target": self.loader(self.bank_sets["target"], rank=0, world_size=1),  # the few may be fewer than the ranks
-        }
+        targets = self.bank_sets["target"]
+        # not self.loader, which deals to the ranks of the trainer: the few may be fewer than the ranks
+        every = make_loader(
+            targets,
+            self.eval_batch_size,
+            shuffle=False,
+            seed=self.seed,
+            collate_fn=getattr(targets, "collate", None),
+            rank=0,
+            world_size=1,
+        )
+        return {"source": self.loader(self.bank_sets["source"]), "target": every}
 
 
 class FewShotDigitsDataModule(TwoDomainsDataModule):

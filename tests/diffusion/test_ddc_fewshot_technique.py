@@ -193,8 +193,11 @@ def test_a_second_fit_begins_anew_with_the_means_of_its_own_data():
 def in_processes(batch_size, **devices):
     module = made(source_steps=1, fusion_steps=1).double()
     trainer = tiny_trainer(max_steps=4, limit_val_batches=0, precision="64-true", **devices)
+    module.consistency.fit(torch.zeros(2, 64), torch.ones(2, 64))  # the same bits in any number of processes
     trainer.fit(module, datamodule=data(batch_size=batch_size))
-    return cloned_state(module)
+    found = DirectionalDistributionConsistency()
+    found.fit_samples(*trainer.datamodule.banks().values())
+    return cloned_state(module), found.direction
 
 
 def in_one_of_two(batch_size):
@@ -202,9 +205,10 @@ def in_one_of_two(batch_size):
 
 
 def test_two_processes_train_like_one():
-    first, second = run_two_processes(in_one_of_two, 2)
+    (first, direction), (second, _) = run_two_processes(in_one_of_two, 2)
     assert_state_dicts_equal(first, second)
-    alone = in_processes(4)
+    alone, wanted = in_processes(4)
+    torch.testing.assert_close(direction, wanted)
     assert_state_dicts_equal(first, alone, atol=1e-5)  # biases in front of norms have no gradient but rounding, which Adam enlarges
     start = {f"network.{name}": value.double() for name, value in made().network.state_dict().items()}
     assert moved(start, alone) == set(start)
