@@ -133,7 +133,7 @@ class AlternatingLoRAStages(OrderedCallback):
                 if not learns:
                     parameter.grad = None  # AdamW passes over it, its weight decay included
         factors = {f"dloral/lambda_{name}": getattr(weights, name) for name in ("l2", "lpips", "csd", "consistency")}
-        pl_module.log_dict({"dloral/stage": float(weights.stage), **factors})
+        pl_module.log_dict({"dloral/stage": float(weights.stage), **factors}, batch_size=1)  # steps that take dataloader_iter must say it
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Say which data the next batch is to be of."""
