@@ -41,7 +41,11 @@ FURTHER = [config for entry in techniques().values() for config in entry.configs
 TINY = "--trainer.max_epochs 2 --trainer.limit_train_batches 4 --trainer.limit_val_batches 1 --trainer.log_every_n_steps 2 "
 TINY += "--trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 1.0 --trainer.accelerator cpu --trainer.enable_progress_bar false"
 # smaller batches of what costs seconds a step; `test_technique_runs_in_two_processes` takes the configs as they are
-SMALLER = {"superflow": "--data.init_args.batch_size 1 --data.init_args.cameras 1 --data.init_args.image_size [32,64]"}
+SMALLER = {
+    "consistencydet": "--data.init_args.num_train 64 --data.init_args.num_val 8 --data.init_args.num_test 8 "
+    "--data.init_args.eval_batch_size 4 --model.init_args.eval_steps [1,2]",
+    "superflow": "--data.init_args.batch_size 1 --data.init_args.cameras 1 --data.init_args.image_size [32,64]",
+}
 SAVED_BEHIND = 5  # batches: in the middle of the second epoch
 # what eight steps are too few for: slug or config -> further words; and a panel that needs another data set beside the config's
 SHORTENED = {
