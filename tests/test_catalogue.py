@@ -52,6 +52,11 @@ SMALLER = {
     "flair": "--model.init_args.settings.steps 4 --model.init_args.settings.data_steps 2 --model.init_args.val_images 2 "
     "--model.init_args.calibration_times 3 --data.init_args.batch_size 16 --data.init_args.eval_batch_size 4",
     "sae_evals": "--model.init_args.features 64 --data.init_args.num_val 200 --data.init_args.names 6",
+# smaller batches of what costs seconds a step; `test_technique_runs_in_two_processes` takes the configs as they are
+SMALLER = {
+    "consistencydet": "--data.init_args.num_train 64 --data.init_args.num_val 8 --data.init_args.num_test 8 "
+    "--data.init_args.eval_batch_size 4 --model.init_args.eval_steps [1,2]",
+    "superflow": "--data.init_args.batch_size 1 --data.init_args.cameras 1 --data.init_args.image_size [32,64]",
 }
 SAVED_BEHIND = 5  # batches: in the middle of the second epoch
 # what eight steps are too few for: slug or config -> further words; and a panel that needs another data set beside the config's

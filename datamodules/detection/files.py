@@ -1,5 +1,6 @@
 """Detection data: shapes that are drawn, and COCO, LVIS, PASCAL VOC and what has their layouts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -309,6 +310,7 @@ class DetectionDataModule(LoaderDataModule):
         assert self.predict is not None
         self.check_root("predict")
         files = listed(self.predict, endings=ENDINGS)
+        stems = Counter(file.stem for file in files)  # results are named after images: a.png and a.jpg keep their endings
         nothing = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
         records = []
         for file in files:
@@ -317,7 +319,7 @@ class DetectionDataModule(LoaderDataModule):
             except BrokenRecordError as error:
                 self.broken.say(file, error.field, error.problem)
                 continue
-            records.append(Record(file.stem, *nothing, user_path(file)))
+            records.append(Record(file.stem if stems[file.stem] == 1 else file.name, *nothing, user_path(file)))
         self.broken.report()
         if not records:
             raise WrongRootError(f"predict={str(self.predict)!r} holds no images: give a folder of {', '.join(ENDINGS)} files")

@@ -145,7 +145,7 @@ class BoxDiffusion(Evaluated):
         names = getattr(data, "class_names", None)
         if names is not None and len(names) != self.head.num_classes:
             raise ValueError(f"the head has num_classes={self.head.num_classes} and the data have {len(names)}: give it {len(names)}")
-        if self.federated:
+        if self.federated and stage == "fit":
             images = getattr(data, "class_images", None)
             if images is None:
                 raise ValueError(

@@ -121,14 +121,12 @@ def dynamic_k_match(logits: Tensor, boxes: Tensor, targets: Targets, costs: Matc
         top = min(costs.top, proposals)
         count = iou.topk(top, dim=2).values.sum(2).long().clamp(min=1)
 
-        # proposals that each truth takes, (B, G, top); places beyond its k hold its first one again
-        chosen = cost.topk(1, dim=2, largest=False).indices.expand(-1, -1, top)
-        for k in range(2, top + 1):  # of equally cheap proposals topk chooses others for another k, so each k is asked for itself
-            first = cost.topk(k, dim=2, largest=False).indices
-            chosen = torch.where(
-                (count == k)[..., None], F.pad(first, (0, top - k)).where(place_below(k, first, top), first[..., :1]), chosen
-            )
-        own = place_below(count[..., None], chosen, top) & valid[..., None]
+        # proposals that each truth takes, (B, G, top), of which the first k count
+        chosen = torch.zeros(*count.shape, top, dtype=torch.long, device=cost.device)
+        for k in range(1, top + 1):  # of equally cheap proposals topk chooses others for another k, so each k is asked for itself
+            cheapest = cost.topk(k, dim=2, largest=False).indices
+            chosen = torch.where((count == k)[..., None], F.pad(cheapest, (0, top - k)), chosen)
+        own = (torch.arange(top, device=cost.device) < count[..., None]) & valid[..., None]
 
         number = torch.arange(truths, device=cost.device)[:, None].expand_as(chosen)
         hits = torch.zeros_like(boxes[..., 0], dtype=torch.long).scatter_add(1, chosen.flatten(1), own.long().flatten(1))
@@ -143,11 +141,6 @@ def dynamic_k_match(logits: Tensor, boxes: Tensor, targets: Targets, costs: Matc
         late = nobody.scatter_reduce(1, free, torch.where(valid & ~held, number[..., 0], truths), "amin")
         owner = torch.where(contested, owner, torch.minimum(owner, late))
         return torch.where(owner < truths, owner, -1)
-
-
-def place_below(count: Tensor | int, like: Tensor, top: int) -> Tensor:
-    """Which of ``top`` places along the last dimension come before ``count``."""
-    return torch.arange(top, device=like.device) < count
 
 
 __all__ = ["MatchCosts", "Targets", "dynamic_k_match", "focal_cost", "match_costs"]

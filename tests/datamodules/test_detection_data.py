@@ -160,6 +160,20 @@ def test_a_root_without_a_release_and_wrong_arguments_are_refused(tmp_path: Path
         DetectionShapesDataModule(num_classes=5)
 
 
+def test_a_folder_for_predictions_names_broken_images_or_leaves_them_out(tmp_path: Path):
+    for name in ("a.png", "a.jpg", "b.png"):
+        Image.new("RGB", (20, 30)).save(tmp_path / name)
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:20])
+    with pytest.raises(BrokenRecordError, match=r"b\.png"):
+        DetectionDataModule(predict=tmp_path).setup("predict")
+    data = DetectionDataModule(predict=tmp_path, on_broken="skip")
+    with pytest.warns(UserWarning, match="1 records are left out"):
+        data.setup("predict")
+    (batch,) = list(data.predict_dataloader())
+    assert batch["name"] == ["a.jpg", "a.png"], "equal stems keep their endings"
+    assert batch["original_size"].tolist() == [[20, 30]] * 2
+
+
 VOC_BROKEN = {
     "an unknown class": ("<name>cat</name>", "<name>unicorn</name>", "its class is 'unicorn'"),
     "no area": ("<xmax>", "<xmax>-", "object 0: bndbox"),

@@ -83,6 +83,9 @@ def test_the_federated_loss_runs_with_the_counts_of_the_data():
     trainer = tiny_trainer(max_steps=2, limit_val_batches=0)
     trainer.fit(module, datamodule=DetectionDataModule(batch_size=4))
     assert trainer.callback_metrics["detection/loss"].isfinite()
+    tiny_trainer(limit_val_batches=1).validate(
+        ConsistencyDet(**parts(), federated=2), datamodule=shapes(), verbose=False
+    )  # no counts needed
 
 
 def test_both_levels_have_a_gradient_and_a_single_one_is_another_training():
