@@ -68,20 +68,20 @@ def variance_mask(output: Tensor, reversed_aug_output: Tensor, n_frames: int = 5
     Args:
         output: (B, 1, T, H, W) logits of one view, T >= 2.
         reversed_aug_output: Of the same shape, the other view: mirrored back in space, and reversed in time.
-        n_frames: Neighbours, odd; 3 or 5 in the paper.
+        n_frames: Neighbours, odd; 3 or 5 in the paper. More than the cycle has count some of its frames twice.
         use_sigmoid: Of probabilities in place of logits.
 
     Returns:
         (B, 1, T, H, W) float32 or wider, without gradient.
 
     Raises:
-        ValueError: A shape that doesn't fit, or ``n_frames`` that is even, below 1 or more than the cycle has.
+        ValueError: A shape that doesn't fit, or ``n_frames`` that is even, below 1 or beyond twice the cycle.
     """
     _check_pair(output, reversed_aug_output, 2)
     frames = output.shape[2]
     length = 2 * frames - 2
-    if n_frames < 1 or n_frames % 2 == 0 or n_frames > length:
-        raise ValueError(f"n_frames is {n_frames}: give an odd number from 1 to {length}, the frames of the cycle")
+    if n_frames < 1 or n_frames % 2 == 0 or n_frames > 2 * length + 1:
+        raise ValueError(f"n_frames is {n_frames}: give an odd number from 1 to {2 * length + 1}, as the cycle has {length} frames")
     with torch.autocast(output.device.type, enabled=False):
         first, second = (_wide(part).squeeze(1) for part in (output, reversed_aug_output))
         if use_sigmoid:
