@@ -51,7 +51,7 @@ def normalised_over_clip(values: Tensor) -> Tensor:
         Of the same shape; 0 everywhere in a clip whose values are all equal.
     """
     moved = values - values.amin(dim=(1, 2, 3), keepdim=True)
-    return moved / (moved.amax(dim=(1, 2, 3), keepdim=True) + _NORMALISER)
+    return moved.div_(moved.amax(dim=(1, 2, 3), keepdim=True) + _NORMALISER)
 
 
 # ---- attention masks -------------------------------------------------------------------------------------------------------------------
@@ -68,32 +68,44 @@ def variance_mask(output: Tensor, reversed_aug_output: Tensor, n_frames: int = 5
     Args:
         output: (B, 1, T, H, W) logits of one view, T >= 2.
         reversed_aug_output: Of the same shape, the other view: mirrored back in space, and reversed in time.
-        n_frames: Neighbours, odd; 3 or 5 in the paper.
+        n_frames: Neighbours, odd; 3 or 5 in the paper. More than the cycle has count some of its frames twice.
         use_sigmoid: Of probabilities in place of logits.
 
     Returns:
         (B, 1, T, H, W) float32 or wider, without gradient.
 
     Raises:
-        ValueError: A shape that doesn't fit, or ``n_frames`` that is even, below 1 or more than the cycle has.
+        ValueError: A shape that doesn't fit, or ``n_frames`` that is even, below 1 or beyond twice the cycle.
     """
     _check_pair(output, reversed_aug_output, 2)
     frames = output.shape[2]
     length = 2 * frames - 2
-    if n_frames < 1 or n_frames % 2 == 0 or n_frames > length:
-        raise ValueError(f"n_frames is {n_frames}: give an odd number from 1 to {length}, the frames of the cycle")
+    if n_frames < 1 or n_frames % 2 == 0 or n_frames > 2 * length + 1:
+        raise ValueError(f"n_frames is {n_frames}: give an odd number from 1 to {2 * length + 1}, as the cycle has {length} frames")
     with torch.autocast(output.device.type, enabled=False):
         first, second = (_wide(part).squeeze(1) for part in (output, reversed_aug_output))
         if use_sigmoid:
             first, second = first.sigmoid(), second.sigmoid()
         cycle = torch.cat([first, second[:, 1 : frames - 1]], dim=1)
+        # by sums, in place, since these are large tensors; around each pixel's mean, so that logits may be large and hardly move
+        cycle = cycle - cycle.mean(dim=1, keepdim=True)
         half = n_frames // 2
         around = torch.cat([cycle[:, length - half :], cycle, cycle[:, :half]], dim=1)
-        mean = sum(around[:, place : place + length] for place in range(n_frames)) / n_frames
-        # two passes: the mean of squares less the squared mean loses all digits where large logits hardly move
-        variance = sum((around[:, place : place + length] - mean).square() for place in range(n_frames)) / n_frames
-        folded = variance[:, :frames] + torch.cat([variance[:, :1], variance[:, frames - 1 :].flip(1)], dim=1)
+        squared_mean = _window_means(around, n_frames).square_()
+        variance = _window_means(around.square_(), n_frames).sub_(squared_mean).clamp_(min=0)
+        folded = variance[:, :frames].clone()
+        folded[:, 1 : frames - 1] += variance[:, frames:].flip(1)
+        folded[:, :: frames - 1] *= 2
         return normalised_over_clip(folded).unsqueeze(1)
+
+
+def _window_means(around: Tensor, n_frames: int) -> Tensor:
+    """Means of ``n_frames`` neighbours along dimension 1."""
+    length = around.shape[1] - n_frames + 1
+    total = around[:, :length].clone()
+    for place in range(1, n_frames):
+        total += around[:, place : place + length]
+    return total.div_(n_frames)
 
 
 def variance_masks(output: Tensor, aug_output: Tensor, n_frames: int = 5, use_sigmoid: bool = False) -> tuple[Tensor, Tensor]:
@@ -106,15 +118,15 @@ def variance_masks(output: Tensor, aug_output: Tensor, n_frames: int = 5, use_si
         use_sigmoid: Of probabilities in place of logits.
 
     Returns:
-        Forward and backward mask, each (B, 1, T, H, W), without gradient. They differ in the frames of which view the cycle has twice.
+        Forward and backward mask, each (B, 1, T, H, W), without gradient. They are one and the same: the backward cycle is the forward one,
+        read the other way round, and neither windows nor the fold have a direction. So it is computed once.
 
     Raises:
         ValueError: As :func:`variance_mask`.
     """
     _check_pair(output, aug_output, 2)
-    forward = variance_mask(output, aug_output.flip(2), n_frames, use_sigmoid)
-    backward = variance_mask(output.flip(2), aug_output, n_frames, use_sigmoid)
-    return forward, backward.flip(2)
+    mask = variance_mask(output, aug_output.flip(2), n_frames, use_sigmoid)
+    return mask, mask
 
 
 def _differences(values: Tensor) -> Tensor:
@@ -230,10 +242,10 @@ def mask_consistency(
     variance = gradient = None
     masks: list[Tensor] = []
     if mode in ("bv", "bv+gv"):
-        forward, backward = variance_masks(output, unflipped, n_frames, use_sigmoid)
-        attended = weighted_difference(unflipped, output, forward) + weighted_difference(unflipped, output, backward)
+        forward, _ = variance_masks(output, unflipped, n_frames, use_sigmoid)
+        attended = 2 * weighted_difference(unflipped, output, forward)  # the backward mask is the same
         variance = ramp * attended + (1 - ramp) * l2
-        masks.append((forward + backward) / 2)
+        masks.append(forward)
     if mode in ("gv", "bv+gv"):
         mask = gradient_mask(output, lower, upper)[:, None]
         # the slip pairs every clip with every mask: (B, 1, ..) x (1, B, ..), whose mean is that over the masks' mean

@@ -344,7 +344,7 @@ class SemiSupervisedVideoDetector(Evaluated):
     def _log_evaluation(self, part: Part) -> None:
         if not self._rows:
             raise ValueError(f"rank {self.global_rank} has no clip to evaluate: take fewer ranks or a smaller batch size")
-        rows = gather_rows(torch.cat(self._rows).to(self.device if self.device.type != "mps" else "cpu"), with_grad=False).cpu()
+        rows = gather_rows(torch.cat(self._rows), with_grad=False)
         self._rows = []
         numbers, loss, scores, both, either, truth = rows.split(self._sizes, dim=1)
         video, label = numbers.long().unbind(dim=1)
