@@ -35,6 +35,15 @@ from lit_methods.callbacks.imbalanced_regression.fds.core import initial_state a
 from lit_methods.callbacks.imbalanced_regression.fds.core import moments as fds_moments
 from lit_methods.callbacks.imbalanced_regression.fds.core import pooled as fds_pooled
 from lit_methods.callbacks.imbalanced_regression.fds.core import update as fds_update
+from lit_methods.callbacks.lidar.sam3d_weak.core import consistency_loss_of_views as consistency_loss_of_views
+from lit_methods.callbacks.lidar.sam3d_weak.core import deformed_views as deformed_views
+from lit_methods.callbacks.lidar.sam3d_weak.core import frozen_batch_norm as frozen_batch_norm
+from lit_methods.callbacks.lidar.sam3d_weak.core import locally_deformed as locally_deformed
+from lit_methods.callbacks.lidar.sam3d_weak.core import reliability_loss as reliability_loss
+from lit_methods.callbacks.lidar.sam3d_weak.core import reliable_points as reliable_points
+from lit_methods.callbacks.lidar.sam3d_weak.core import spread_masks as spread_masks
+from lit_methods.callbacks.lidar.sam3d_weak.core import spread_pseudo_labels as spread_pseudo_labels
+from lit_methods.callbacks.lidar.sam3d_weak.core import vote_winners as vote_winners
 from lit_methods.callbacks.metric_learning.tcm import tcm_loss as tcm_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import adawac_loss as adawac_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import normalised_weights as normalised_weights
@@ -325,6 +334,10 @@ from lit_methods.lidar.contrast import effective_rank as effective_rank
 from lit_methods.lidar.contrast import group_mean as group_mean
 from lit_methods.lidar.contrast import info_nce as info_nce
 from lit_methods.lidar.contrast import retrieval_accuracy as retrieval_accuracy
+from lit_methods.lidar.lifting import link_points as link_points
+from lit_methods.lidar.lifting import masks_at_points as masks_at_points
+from lit_methods.lidar.lifting import smallest_masks as smallest_masks
+from lit_methods.lidar.lifting import superpoints as superpoints
 from lit_methods.lidar.point_losses import lovasz_softmax as lovasz_softmax
 from lit_methods.lidar.point_losses import segmentation_losses as segmentation_losses
 from lit_methods.lidar.projection import dense_cloud as dense_cloud
@@ -567,6 +580,7 @@ __all__ = [
     "conr_dense_loss",
     "conr_loss",
     "consistency_function",
+    "consistency_loss_of_views",
     "consistency_pair_loss",
     "consistency_residual",
     "consistency_temperature",
@@ -601,6 +615,7 @@ __all__ = [
     "decode_cache",
     "decode_weights",
     "decoder_coherence",
+    "deformed_views",
     "delta_of_share",
     "denoise_of",
     "denoise_sample",
@@ -685,6 +700,7 @@ __all__ = [
     "folded_frobenius",
     "foreground",
     "frechet_distance",
+    "frozen_batch_norm",
     "fuse",
     "fuse_windows",
     "fused_weight",
@@ -752,10 +768,12 @@ __all__ = [
     "linear_probe",
     "linear_scores",
     "linear_segmentation",
+    "link_points",
     "llada_generate",
     "load_delta",
     "load_masks",
     "load_pruned",
+    "locally_deformed",
     "log_likelihood_gradient",
     "lognormal_probabilities",
     "look_up_pairs",
@@ -772,6 +790,7 @@ __all__ = [
     "masked_state",
     "masked_weight",
     "masking_rates",
+    "masks_at_points",
     "matched_pairs",
     "max_cosine",
     "mean_codes",
@@ -870,6 +889,8 @@ __all__ = [
     "regulariser_step",
     "relative_error",
     "relative_norm_drop",
+    "reliability_loss",
+    "reliable_points",
     "removal_addition",
     "removal_score",
     "remove_norm_scales",
@@ -925,6 +946,7 @@ __all__ = [
     "slct_loss",
     "sliced_wasserstein",
     "small_weights",
+    "smallest_masks",
     "snapkv",
     "snip_scores",
     "sparse_frontier_window_attention",
@@ -935,6 +957,8 @@ __all__ = [
     "sparsegpt",
     "spectral_gap",
     "spherical_kmeans",
+    "spread_masks",
+    "spread_pseudo_labels",
     "square_root_levels",
     "squared_norm",
     "ssim_y",
@@ -945,6 +969,7 @@ __all__ = [
     "sufficiency",
     "superflow_losses",
     "superpixel_groups",
+    "superpoints",
     "svd_factors",
     "switch",
     "take_patches",
@@ -979,6 +1004,7 @@ __all__ = [
     "velocity_tangent",
     "vertical_slash",
     "vertical_slash_overhead",
+    "vote_winners",
     "voxelize",
     "wanda_mask",
     "warmup_cosine",
