@@ -338,13 +338,20 @@ class _Turned(nn.Module):
 
 
 @pytest.mark.parametrize("channels_first", [False, True])
-def test_dense_clouds_of_a_module_that_isnt_ours(channels_first):
+def test_dense_clouds_of_a_module_that_isnt_ours(channels_first, tmp_path):
     torch.manual_seed(0)
     data = [(torch.randn(20, 6), torch.randint(3, (20,))) for _ in range(4)]
     module = Dense(channels_first)
-    trainer = tiny_trainer(callbacks=[ReliabilityConsistency("model", **VIEWS)], max_epochs=1, limit_val_batches=0)
+    store = LabelStore.create(tmp_path, [np.stack([np.where(np.arange(20) < 6, labels, 255), np.full(20, 100)]) for _, labels in data])
+    scenes = [{"points": data[k][0], "points_per_sample": torch.tensor([20]), "index": torch.tensor([k])} for k in range(4)]
+    masks = np.arange(20)[None] % 4
+    options = {"store": store, "loader": scenes, "masks": lambda index: masks, "min_purity": 0.5, "spread_start": 0.0, "spread_purity": 0.0}
+    spreading = MaskLabelSpreading(3, "model", dense=True, spread_count=1, **options, **VIEWS | {"tau": 0.0})
+    trainer = tiny_trainer(callbacks=[ReliabilityConsistency("model", **VIEWS), spreading], max_epochs=1, limit_val_batches=0)
     trainer.fit(module, DataLoader(data, 2))
     assert trainer.callback_metrics["reliability/loss"] > 0
+    assert trainer.callback_metrics["mask_spreading/reliable"] > 0
+    assert store.generation >= 2
 
 
 def test_what_is_refused(tmp_path):
