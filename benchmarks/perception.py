@@ -16,6 +16,9 @@ measured in a process of its own: memory is the growth of what the process has h
 (a GPU, if any), beside the way of the authors' code within a step: to the host, clip by clip and window by window in NumPy, and
 back. Both must give the same masks. Median of the rounds; on a CPU in CPU seconds.
 
+``mask_lifting``: points per second that are linked to the pixels of a view and take its masks, all at once and in a plain loop over points,
+and that get labels from the masks of five views, at once and in plain loops over views, masks and points. Both must give the same.
+
 The first two take a tokenizer and a model of transformers by ``--model``. Times want an idle machine.
 """
 
@@ -33,9 +36,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lit_methods.callbacks.lidar.sam3d_weak.core import spread_masks
 from lit_methods.cli.retrieval import count_corpus
+from lit_methods.datamodules.indoor.rooms import make_room, noisy_masks
 from lit_methods.datamodules.retrieval.tokens import WordPieces, padded
 from lit_methods.datamodules.text.text import made_up_text
+from lit_methods.lidar.lifting import link_points, masks_at_points
 from lit_methods.retrieval.dense import pooled
 from lit_methods.retrieval.networks import MaskedLM
 from lit_methods.retrieval.sparse_retriever.core import query_weights
@@ -202,7 +208,82 @@ def video_masks(model: str, workers: int, rounds: int) -> dict[str, Any]:
     }
 
 
-SECTIONS = {"idf": idf, "query": query, "continuous_ap": continuous_ap, "video_masks": video_masks}
+def loop_of_points(points: Any, view: tuple[Any, ...], masks: Any, delta: float) -> list[int]:
+    """The mask of each point in one view, a point at a time."""
+    intrinsic, rotation, translation, depth = view
+    found = []
+    for point in points:
+        x, y, z = rotation @ point + translation
+        mask = -1
+        if z > 0:
+            column, row = (round(float(value)) for value in (intrinsic @ (x, y, z))[:2] / z)
+            if (
+                0 <= column < depth.shape[1]
+                and 0 <= row < depth.shape[0]
+                and depth[row, column] > 0
+                and abs(depth[row, column] - z) <= delta
+            ):
+                mask = int(masks[row, column])
+        found.append(mask)
+    return found
+
+
+def loop_of_masks(mask_ids: Any, labels: Any, classes: int) -> Any:
+    """Votes of all masks, a mask and a point at a time."""
+    votes = np.zeros((len(labels), classes), dtype=np.int64)
+    for view in mask_ids:
+        members: dict[int, list[int]] = {}
+        for point, mask in enumerate(view.tolist()):
+            if mask >= 0:
+                members.setdefault(mask, []).append(point)
+        for points in members.values():
+            known = {int(labels[point]) for point in points if labels[point] != 255}
+            if len(known) == 1:
+                for point in points:
+                    votes[point, next(iter(known))] += 1
+    return votes
+
+
+def mask_lifting(model: str, workers: int, rounds: int, number: int = 20_000, views: int = 5) -> dict[str, Any]:
+    """Points per second of both forms, and their ratios."""
+    rng = np.random.default_rng(0)
+    room, seen = make_room(rng, number, views)
+    pixels, points = noisy_masks(seen, 0.02, rng), np.ascontiguousarray(room.points[:, :3])
+    cameras = [torch.from_numpy(part) for part in (seen.rotation, seen.translation, seen.depth)]
+    times: dict[str, list[float]] = {name: [] for name in ("lift, loop", "lift", "spread, loop", "spread")}
+    labels = np.where(rng.random(len(points)) < 0.01, room.labels, 255).astype(np.int64)
+    for _ in range(rounds):
+        began = time.perf_counter()
+        plain = [
+            loop_of_points(points, (seen.intrinsic, seen.rotation[k], seen.translation[k], seen.depth[k]), pixels[k], 0.05)
+            for k in range(views)
+        ]
+        times["lift, loop"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        link = link_points(torch.from_numpy(points), torch.from_numpy(seen.intrinsic), *cameras, 0.05)
+        mask_ids = masks_at_points(link, torch.from_numpy(pixels))
+        times["lift"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        votes = loop_of_masks(mask_ids.numpy(), labels, 5)
+        times["spread, loop"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        spread = spread_masks(mask_ids, torch.from_numpy(labels), 5)
+        times["spread"].append(time.perf_counter() - began)
+        if not (np.array_equal(plain, mask_ids.numpy()) and np.array_equal(votes, spread.votes.numpy())):
+            raise SystemExit("the two forms give different masks or votes")
+    figures = {f"{name}: points x views / s": len(points) * views / statistics.median(each) for name, each in times.items()}
+    return figures | {
+        f"{name}: ratio": statistics.median(times[f"{name}, loop"]) / statistics.median(times[name]) for name in ("lift", "spread")
+    }
+
+
+SECTIONS = {
+    "idf": idf,
+    "query": query,
+    "continuous_ap": continuous_ap,
+    "video_masks": video_masks,
+    "mask_lifting": mask_lifting,
+}
 OF_MODELS = ("idf", "query")
 
 

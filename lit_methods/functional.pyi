@@ -368,6 +368,10 @@ from lit_methods.lidar.contrast import effective_rank as effective_rank
 from lit_methods.lidar.contrast import group_mean as group_mean
 from lit_methods.lidar.contrast import info_nce as info_nce
 from lit_methods.lidar.contrast import retrieval_accuracy as retrieval_accuracy
+from lit_methods.lidar.lifting import link_points as link_points
+from lit_methods.lidar.lifting import masks_at_points as masks_at_points
+from lit_methods.lidar.lifting import smallest_masks as smallest_masks
+from lit_methods.lidar.lifting import superpoints as superpoints
 from lit_methods.lidar.point_losses import lovasz_softmax as lovasz_softmax
 from lit_methods.lidar.point_losses import segmentation_losses as segmentation_losses
 from lit_methods.lidar.projection import dense_cloud as dense_cloud
@@ -867,6 +871,7 @@ __all__ = [
     "linear_probe",
     "linear_scores",
     "linear_segmentation",
+    "link_points",
     "llada_generate",
     "load_delta",
     "load_masks",
@@ -890,6 +895,7 @@ __all__ = [
     "masked_state",
     "masked_weight",
     "masking_rates",
+    "masks_at_points",
     "matched_pairs",
     "max_cosine",
     "mean_codes",
@@ -1060,6 +1066,7 @@ __all__ = [
     "slct_loss",
     "sliced_wasserstein",
     "small_weights",
+    "smallest_masks",
     "snapkv",
     "snip_scores",
     "soft_dice_loss",
@@ -1084,6 +1091,7 @@ __all__ = [
     "sufficiency",
     "superflow_losses",
     "superpixel_groups",
+    "superpoints",
     "suppress",
     "svd_factors",
     "switch",

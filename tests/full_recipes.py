@@ -628,6 +628,7 @@ RECIPES: dict[str, Recipe] = {
     "sparse_model_soups_imagenet": batch(8),
     "sparseland_resnet50": batch(8),
     "sparsejepa_cifar100": batch(8),
+    "sam3d_weak_scannet": batch(2),
     "superflow_finetune": DOWNSTREAM,
     "superflow_kitti_1": DOWNSTREAM,
     "superflow_probe": DOWNSTREAM,

@@ -72,8 +72,10 @@ def sens(path: Path, views: Views) -> None:
     path.write_bytes(b"".join(parts))
 
 
-def scannet(root: Path, scenes: Mapping[str, Sequence[str]] | None = None, points: int = 400, views: int = 2) -> dict[str, list[int]]:
-    """Prepared scenes; frames (the first training scene's as a ``.sens`` file), masks and lifted masks of training scenes.
+def scannet(
+    root: Path, scenes: Mapping[str, Sequence[str]] | None = None, points: int = 400, views: int = 2, lifted: bool = True
+) -> dict[str, list[int]]:
+    """Prepared scenes; with ``lifted`` frames (the first training scene's as a ``.sens`` file), masks and lifted masks of training scenes.
 
     Returns:
         Scene -> rows of its labelled points.
@@ -94,6 +96,8 @@ def scannet(root: Path, scenes: Mapping[str, Sequence[str]] | None = None, point
             if part != "train":
                 continue
             listed[name] = rng.choice(len(scene.labels), 20, replace=False).tolist()
+            if not lifted:  # what the datamodule reads alone
+                continue
             if number == 0:
                 sens(root / "frames" / f"{name}.sens", seen)
             else:
@@ -105,20 +109,24 @@ def scannet(root: Path, scenes: Mapping[str, Sequence[str]] | None = None, point
     return listed
 
 
-def s3dis(root: Path, points: int = 400, rooms: Sequence[str] = ("conferenceRoom_1", "office_1")) -> dict[str, list[int]]:
-    """Prepared rooms of six areas.
+def s3dis(
+    root: Path, points: int = 400, rooms: Sequence[str] = ("conferenceRoom_1", "office_1"), lifted: bool = True
+) -> dict[str, list[int]]:
+    """Prepared rooms of six areas; with ``lifted`` their superpoints as masks.
 
     Returns:
         Room, as ``Area_1-office_1`` -> rows of its labelled points.
     """
     listed = {}
-    (root / "lifted").mkdir(parents=True, exist_ok=True)
     for area in range(1, 7):
         for number, name in enumerate(rooms):
             rng = np.random.default_rng([43, area, number])
             scene = scene_of(name, *make_room(rng, points, 1), None)
             prepared(root / f"Area_{area}" / name, scene, "segment")
             listed[f"Area_{area}-{name}"] = rng.choice(len(scene.labels), 20, replace=False).tolist()
+            if not lifted:
+                continue
+            (root / "lifted").mkdir(exist_ok=True)
             masks = superpoints(scene.points[:, :3], scene.points[:, 3:6])[None]
             np.savez(root / "lifted" / f"Area_{area}-{name}.npz", mask_ids=masks)
     return listed
@@ -137,7 +145,7 @@ def _released(arguments: Arguments, listed: dict[str, list[int]]) -> dict[str, A
 
             torch.save({name: np.array(rows) for name, rows in listed.items()}, path)
         found["labelled"] = path
-    if arguments.get("masks") is not None:
+    if arguments.get("masks") is not None and (arguments["root"] / "lifted").is_dir():
         (arguments["root"] / "lifted").rename(arguments["masks"])
         found["masks"] = arguments["masks"]
     return found
@@ -147,12 +155,15 @@ def _scannet(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     batch = max(2, int(arguments.get("batch_size") or 2), sizes.get("images", 0))
     names = {"train": batch, "val": 2, "test": 2}
     scenes = {part: [f"scene{100 * k + i:04d}_00" for i in range(number)] for k, (part, number) in enumerate(names.items())}
-    return _released(arguments, scannet(arguments["root"], scenes))
+    return _released(arguments, scannet(arguments["root"], scenes, lifted=arguments["mask_source"] == "files"))
 
 
 def _s3dis(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     batch = max(2, int(arguments.get("batch_size") or 2))
-    return _released(arguments, s3dis(arguments["root"], rooms=[f"office_{k}" for k in range(1, 2 + (batch + 4) // 5)]))
+    return _released(
+        arguments,
+        s3dis(arguments["root"], rooms=[f"office_{k}" for k in range(1, 2 + (batch + 4) // 5)], lifted=arguments["mask_source"] == "files"),
+    )
 
 
 FAKES: dict[str, Writer] = {"ScanNetDataModule": _scannet, "S3DISDataModule": _s3dis}

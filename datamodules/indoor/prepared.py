@@ -2,8 +2,7 @@
 
 import io
 import zipfile
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -132,6 +131,65 @@ def read_lifted(path: Path, points: int) -> NDArray[np.int32]:
     return masks.astype(np.int32)
 
 
+class _Reader:
+    """Reads scenes by index; it goes into worker processes.
+
+    Args:
+        folders: Of the scenes.
+        names: Of the scenes, for lists and masks.
+        segment: Name of the labels' file, without its ending.
+        classes: Number of classes.
+        voxel_size: Scenes are thinned out to one point for each voxel of this edge, metres; None: they aren't.
+        lists: Scene -> rows of points that stay in any case.
+        listed_in: File of the lists, for messages.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        names: Sequence[str],
+        segment: str,
+        classes: int,
+        voxel_size: float | None,
+        lists: Mapping[str, NDArray[np.int64]] | None = None,
+        listed_in: Path | None = None,
+    ) -> None:
+        self.folders, self.names, self.segment, self.classes, self.voxel_size = folders, names, segment, classes, voxel_size
+        self.lists, self.listed_in = lists or {}, listed_in
+
+    def whole(self, index: int) -> Scene:
+        """A scene with all of its points."""
+        folder = self.folders[index]
+        bare = folder.parent.name == "test" and not (folder / f"{self.segment}.npy").exists()  # the benchmark keeps these labels
+        return read_scene(folder, self.names[index], None if bare else self.segment, self.classes)
+
+    def rows(self, scene: Scene) -> NDArray[np.int64]:
+        """Listed points of a scene.
+
+        Raises:
+            BrokenRecordError: The scene has no such points.
+        """
+        rows, points = self.lists.get(scene.name, np.empty(0, dtype=np.int64)), len(scene.points)
+        if rows.size and (rows.min() < 0 or rows.max() >= points):
+            raise BrokenRecordError(
+                str(self.listed_in),
+                f"labelled points of {scene.name}",
+                f"rows {rows.min()} to {rows.max()}, and the scene has {points} points",
+            )
+        return np.unique(rows)
+
+    def kept(self, scene: Scene) -> NDArray[np.int64]:
+        """Rows of the first point of each voxel, and of the listed points."""
+        if self.voxel_size is None:
+            return np.arange(len(scene.points))
+        return np.union1d(first_of_voxels(scene.points, self.voxel_size), self.rows(scene))
+
+    def __call__(self, index: int) -> Scene:
+        scene = self.whole(index)
+        kept = self.kept(scene)
+        return Scene(scene.name, scene.points[kept], scene.labels[kept], scene.masks[:, kept])
+
+
 class PreparedScenes(IndoorDataModule):
     """Base of the readers of prepared scenes; :class:`ScanNetDataModule` has the arguments."""
 
@@ -140,9 +198,9 @@ class PreparedScenes(IndoorDataModule):
 
     def __init__(
         self,
-        root: Path | None,
+        root: Path,
         labelled: Path | None,
-        labelled_share: float | None,
+        labelled_share: float,
         masks: Path | None,
         mask_source: MaskSource,
         voxel_size: float,
@@ -170,25 +228,15 @@ class PreparedScenes(IndoorDataModule):
         within("(0, 1]", "a share", labelled_share=labelled_share)
         self.root, self.labelled_file, self.labelled_share = data_path(root), data_path(labelled), labelled_share
         self.masks, self.mask_source, self.voxel_size = data_path(masks), mask_source, voxel_size
-        self._folders: list[Path] = []
-        self._lists: dict[str, NDArray[np.int64]] = {}
+        self._train: _Reader | None = None
         self.save_hyperparameters(ignore=["root", "labelled", "masks", "labels_folder"])  # a path would block a strict resume
 
     def check_root(self, stage: str = "fit") -> None:
         """Look for the folders of the parts."""
-        who = type(self).__name__
-        if self.root is None:
-            raise WrongRootError(f"{who} has no built-in scenes: give root, or use RoomsDataModule, which generates some")
-        if stage == "fit" and self.supervision == "sparse" and (self.labelled_file is None) == (self.labelled_share is None):
-            raise ValueError(
-                f"{who}: labelled={self.labelled_file} and labelled_share={self.labelled_share}: give a list of points or a share, "
-                "or supervision: full"
-            )
         part: Literal["train", "val", "test"] = {"fit": "train", "validate": "val"}.get(stage, "test")  # type: ignore[assignment]
         self._scene_folders(part)
 
     def _scene_folders(self, part: Literal["train", "val", "test"]) -> list[Path]:
-        assert self.root is not None
         found = [folder for name in self.parts[part] for folder in listed(self.root / name) if (folder / "coord.npy").is_file()]
         if not found:
             raise WrongRootError(
@@ -203,71 +251,49 @@ class PreparedScenes(IndoorDataModule):
 
     def scenes(self, part: Literal["train", "val", "test"]) -> tuple[Callable[[int], Scene], int]:
         """Scenes in the order of their names, thinned out to a point for each voxel; masks are read by :meth:`point_masks`."""
-        self.check_root("fit" if part == "train" else "validate" if part == "val" else "test")
-        folders = self._scene_folders(part)
+        reader = self._reader_of(part, self.voxel_size)
+        if part == "train" and self.supervision == "sparse" and self.labelled_file is not None:
+            reader.lists, reader.listed_in = read_labelled_points(self.labelled_file), self.labelled_file
+            missing = [name for name in reader.names if name not in reader.lists]
+            if missing:
+                raise BrokenRecordError(
+                    self.labelled_file,
+                    "labelled points",
+                    f"no entry for {missing[0]} and {len(missing) - 1} others: is it this data set's?",
+                )
         if part == "train":
-            self._folders = folders
-            if self.labelled_file is not None and self.supervision == "sparse":
-                self._lists = read_labelled_points(self.labelled_file)
-                missing = [name for name in map(self.scene_name, folders) if name not in self._lists]
-                if missing:
-                    raise BrokenRecordError(
-                        self.labelled_file,
-                        "labelled points",
-                        f"no entry for {missing[0]} and {len(missing) - 1} others: is it this data set's?",
-                    )
-        return partial(self._thinned, folders), len(folders)
+            self._train = reader
+        return reader, len(reader.folders)
+
+    def _reader_of(self, part: Literal["train", "val", "test"], voxel_size: float | None) -> _Reader:
+        folders = self._scene_folders(part)
+        return _Reader(folders, [self.scene_name(folder) for folder in folders], self.segment, len(self.class_names), voxel_size)
 
     def setup(self, stage: str | None = None) -> None:
         """Look for the scenes; predictions are of all points, not of voxels."""
         super().setup(stage)
         if stage in (None, "predict") and self.predict_set is None:
-            folders = self._scene_folders("test")
-            self.predict_set = IndoorScenes(partial(self._whole, folders), len(folders))
-
-    def _whole(self, folders: list[Path], index: int) -> Scene:
-        folder = folders[index]
-        bare = folder.parent.name == "test" and not (folder / f"{self.segment}.npy").exists()  # the benchmark keeps these labels
-        return read_scene(folder, self.scene_name(folder), None if bare else self.segment, len(self.class_names))
-
-    def _thinned(self, folders: list[Path], index: int) -> Scene:
-        scene = self._whole(folders, index)
-        kept = self._kept(scene, folders is self._folders)
-        return Scene(scene.name, scene.points[kept], scene.labels[kept], scene.masks[:, kept])
-
-    def _kept(self, scene: Scene, training: bool) -> NDArray[np.int64]:
-        """Rows of the first point of each voxel, and of the labelled ones of a training scene."""
-        first = first_of_voxels(scene.points, self.voxel_size)
-        return np.union1d(first, self._rows(scene)) if training else first
-
-    def _rows(self, scene: Scene) -> NDArray[np.int64]:
-        """Listed points of a scene."""
-        rows, points = self._lists.get(scene.name, np.empty(0, dtype=np.int64)), len(scene.points)
-        if rows.size and (rows.min() < 0 or rows.max() >= points):
-            raise BrokenRecordError(
-                str(self.labelled_file),
-                f"labelled points of {scene.name}",
-                f"rows {rows.min()} to {rows.max()}, and the scene has {points} points",
-            )
-        return np.unique(rows)
+            reader = self._reader_of("test", None)
+            self.predict_set = IndoorScenes(reader, len(reader.folders))
 
     def labelled(self, index: int) -> NDArray[np.int64]:
         """Those of the list, or a share at random."""
-        raw = self._whole(self._folders, index)
-        kept = self._kept(raw, True)
+        assert self._train is not None
+        raw = self._train.whole(index)
+        kept = self._train.kept(raw)
         if self.labelled_file is not None:
-            return np.searchsorted(kept, self._rows(raw))
-        assert self.labelled_share is not None
+            return np.searchsorted(kept, self._train.rows(raw))
         number = max(1, round(self.labelled_share * len(kept)))
         return np.random.default_rng([37, self.seed, index]).choice(len(kept), number, replace=False)
 
     def point_masks(self, index: int) -> NDArray[np.int32]:
         """(V, N) lifted masks of a training scene, or its superpoints."""
-        raw = self._whole(self._folders, index)
-        kept = self._kept(raw, True)
+        if self._train is None:
+            raise RuntimeError(f"{type(self).__name__} has read no training scenes: call setup('fit') first (the Trainer does)")
+        raw = self._train.whole(index)
+        kept = self._train.kept(raw)
         if self.mask_source == "geometric":
             return superpoints(raw.points[kept, :3], raw.points[kept, 3:6])[None].astype(np.int32)
-        assert self.root is not None
         folder = self.root / "lifted" if self.masks is None else self.masks
         if not folder.is_dir():
             raise MissingFileError(folder, "masks", "no such folder: make it by lit lift, or set mask_source: geometric")
@@ -296,11 +322,11 @@ class ScanNetDataModule(PreparedScenes):
     evaluated so.
 
     Args:
-        root: Folder of the prepared scenes. There is no built-in sample: ``RoomsDataModule`` generates rooms.
+        root: Folder of the prepared scenes. ``RoomsDataModule`` generates rooms.
         labelled: List of labelled points: the data-efficient benchmark's ``points20``, ``points50``, ..., or JSON, scene -> rows.
-        labelled_share: In its place a share of the points, at random.
+        labelled_share: Without a list the share of points that is labelled, at random.
         masks: Folder of ``<scene>.npz`` with ``mask_ids`` (V, N); None: ``lifted`` in the root.
-        mask_source: ``files``, or ``geometric``: superpoints of the points, without images.
+        mask_source: ``files``, or ``geometric``: superpoints of the points, without images; ``masks`` isn't read then.
         voxel_size: Edge of a voxel, metres.
         supervision: ``sparse``: the labelled points alone; ``full``: all labels, the upper bound.
         augment: Turn, scale, jitter and thin out training scenes.
@@ -318,11 +344,11 @@ class ScanNetDataModule(PreparedScenes):
 
     def __init__(
         self,
-        root: Path | None = None,
+        root: Path,
         labelled: Path | None = None,
-        labelled_share: float | None = None,
+        labelled_share: float = 0.001,
         masks: Path | None = None,
-        mask_source: MaskSource = "files",
+        mask_source: MaskSource = "geometric",
         voxel_size: float = 0.02,
         supervision: Supervision = "sparse",
         augment: bool = True,
@@ -350,12 +376,12 @@ class S3DISDataModule(PreparedScenes):
     :class:`~lit_methods.datamodules.indoor.base.IndoorDataModule`.
 
     Args:
-        root: Folder of the prepared rooms. There is no built-in sample: ``RoomsDataModule`` generates rooms.
+        root: Folder of the prepared rooms. ``RoomsDataModule`` generates rooms.
         test_area: Area, 1 to 6, of validation and test; the others are trained on.
         labelled: List of labelled points, JSON or of ``torch.save``: room -> rows.
-        labelled_share: In its place a share of the points, at random.
+        labelled_share: Without a list the share of points that is labelled, at random.
         masks: Folder of ``<room>.npz`` with ``mask_ids`` (V, N); None: ``lifted`` in the root.
-        mask_source: ``files``, or ``geometric``: superpoints of the points, without images.
+        mask_source: ``files``, or ``geometric``: superpoints of the points, without images; ``masks`` isn't read then.
         voxel_size: Edge of a voxel, metres.
         supervision: ``sparse``: the labelled points alone; ``full``: all labels, the upper bound.
         augment: Turn, scale, jitter and thin out training rooms.
@@ -372,10 +398,10 @@ class S3DISDataModule(PreparedScenes):
 
     def __init__(
         self,
-        root: Path | None = None,
+        root: Path,
         test_area: int = 5,
         labelled: Path | None = None,
-        labelled_share: float | None = 0.001,
+        labelled_share: float = 0.001,
         masks: Path | None = None,
         mask_source: MaskSource = "geometric",
         voxel_size: float = 0.04,

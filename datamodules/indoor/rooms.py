@@ -1,5 +1,6 @@
 """Generated rooms: floor, walls, boxes and cylinders as coloured points, with views of posed depth cameras and noisy masks."""
 
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -310,7 +311,7 @@ class RoomsDataModule(IndoorDataModule):
         mask_source: MaskSource = "views",
         supervision: Supervision = "sparse",
         augment: bool = True,
-        labels_folder: Any = None,
+        labels_folder: Path | None = None,
         batch_size: int = 2,
         num_workers: int = 0,
         seed: int = 0,

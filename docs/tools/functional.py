@@ -34,6 +34,7 @@ SHARED = {
     "callbacks.sparsity.score_masks": "pruning_phase scaled_scores score_mask scored_weight",
     "callbacks.sparsity.scores": "grasp_scores kept_masks kept_shares snip_scores",
     "callbacks.sparsity.sparse_ift.surgery": "iso_flop_transform",
+    "lidar.lifting": "link_points masks_at_points smallest_masks superpoints",
     "consistency_models.curricula": "ct_teacher_decay doubling_levels doubling_stage_length ect_lower ect_stage square_root_levels",
     "consistency_models.evaluation": "frechet_distance precision_recall sliced_wasserstein",
     "consistency_models.levels": "boundary_scalings inverse_gap karras_levels lognormal_probabilities uniform_probabilities",

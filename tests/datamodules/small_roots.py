@@ -15,6 +15,7 @@ from lit_methods.datamodules.driving import fake as driving
 from lit_methods.datamodules.fake import text
 from lit_methods.datamodules.fewshot import fake as few_shot
 from lit_methods.datamodules.generative import fake as generative
+from lit_methods.datamodules.indoor import fake as indoor
 from lit_methods.datamodules.metric_learning.fake import LAYOUTS as RETRIEVAL
 from lit_methods.datamodules.recommendation import fake as recommendation
 from lit_methods.datamodules.regression import fake as regression
@@ -168,6 +169,14 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
     "latents in one file": (latents_whole, lambda root: D.LatentDataModule(root, num_val=1)),
     "shards": (shards, lambda root: D.LatentShardsDataModule(root, "*.tar", num_val=1, null_embedding=root / "negative.pt")),
     "activations": (partial(activation_shards, rows=12, width=4), lambda root: D.HarvestedActivations(root, batch_size=4)),
+    "scannet": (
+        partial(indoor.scannet, points=60, lifted=False),
+        lambda root: D.ScanNetDataModule(root, labelled_share=0.2, batch_size=2),
+    ),
+    "s3dis": (
+        partial(indoor.s3dis, points=60, rooms=("office_1",), lifted=False),
+        lambda root: D.S3DISDataModule(root, labelled_share=0.2, batch_size=2),
+    ),
     "kitti": (
         kitti,
         lambda root: D.KittiStyleDataModule(root, train_sequences=["00"], neighbours=1),

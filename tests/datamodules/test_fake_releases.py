@@ -54,6 +54,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("RatingsDataModule", {"mode": "autoencoder"}),
     *(("RetrievalImagesDataModule", {"name": name}) for name in ("cars", "sop", "inat")),
     ("SVHNDataModule", {"extra": True}),
+    ("ScanNetDataModule", {"labelled": "points20", "mask_source": "files", "masks": "views"}),
     ("SuperResolutionDataModule", {"scale": 4}),
     ("TextDataModule", {"level": "byte"}),
     ("UCF101ActionsDataModule", {"annotations": "tubes"}),

@@ -1,5 +1,6 @@
 """Consistency between deformed clouds that trusts points by confidence and uncertainty, as a loss term (arXiv:2508.19909)."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -88,6 +89,22 @@ def clouds_of(network: Callable[..., Any], arguments: tuple[Any, ...], keywords:
         raise ValueError(f"the network gives {shape} for points {tuple(points.shape)}: expected a row of logits for each point")
 
     return Clouds(points.detach().flatten(0, -2), sizes, again, rows)
+
+
+def cloud_logits(network: torch.nn.Module, points: Tensor, dense: bool = False) -> Tensor:
+    """(N, C) logits of one cloud (N, D).
+
+    Args:
+        network: As in :func:`clouds_of`; whether it takes sizes is read from its ``forward``.
+        points: Of the cloud.
+        dense: It takes (B, N, D).
+    """
+    kinds = [one.kind for one in inspect.signature(network.forward).parameters.values()]
+    places = sum(kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    arguments: tuple[Tensor, ...] = (points[None],) if dense else (points,)
+    if not dense and (places > 1 or inspect.Parameter.VAR_POSITIONAL in kinds):
+        arguments = (points, torch.tensor([len(points)], device=points.device))
+    return clouds_of(network, arguments, {}).rows(network(*arguments))
 
 
 class ReliabilityConsistency(LossTerm):
@@ -195,4 +212,4 @@ class ReliabilityConsistency(LossTerm):
         return found.total, logs
 
 
-__all__ = ["Clouds", "ReliabilityConsistency", "clouds_of", "deformation_of"]
+__all__ = ["Clouds", "ReliabilityConsistency", "cloud_logits", "clouds_of", "deformation_of"]

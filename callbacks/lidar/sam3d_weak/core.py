@@ -71,7 +71,7 @@ def spread_masks(
     Raises:
         ValueError: A label is neither a class nor ``ignore_index``, or the numbers of points differ.
     """
-    number = mask_ids.shape[1]
+    views, number = mask_ids.shape
     labels = labels.long()
     if labels.shape != (number,):
         raise ValueError(f"mask_ids are of {number} points and labels {tuple(labels.shape)}: give one label per point")
@@ -84,8 +84,10 @@ def spread_masks(
     # one number for each mask of each view
     ids = mask_ids[view, point].long()
     wide = int(ids.max()) + 1 if ids.numel() else 1
-    _, mask = torch.unique(view * wide + ids, return_inverse=True)
-    masks = int(mask.max()) + 1 if mask.numel() else 0
+    mask, masks = view * wide + ids, views * wide
+    if masks > len(mask):  # large numbers of few masks: numbered anew, so that counting takes no more room than the points
+        found, mask = torch.unique(mask, return_inverse=True)
+        masks = len(found)
     counted = labelled[point]
     pair = mask[counted] * num_classes + labels[point][counted]
     counts = torch.bincount(pair, minlength=masks * num_classes).view(masks, num_classes)

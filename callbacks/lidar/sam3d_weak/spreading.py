@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_methods import checks
 from lit_methods.callbacks.features import one_submodule
-from lit_methods.callbacks.lidar.sam3d_weak.consistency import deformation_of
+from lit_methods.callbacks.lidar.sam3d_weak.consistency import cloud_logits, deformation_of
 from lit_methods.callbacks.lidar.sam3d_weak.core import deformed_views, reliable_points, spread_masks, spread_pseudo_labels
 from lit_methods.callbacks.noisy_labels.label_correction import Correction, LabelCorrection
 from lit_methods.catalog import Technique
@@ -67,7 +67,7 @@ class MaskLabelSpreading(LabelCorrection):
 
     Args:
         num_classes: Number of classes.
-        network: Submodule that maps points (P, D) and the clouds' sizes (B,) to logits (P, num_classes).
+        network: Submodule that maps points (P, D), and the clouds' sizes (B,) if its ``forward`` takes them, to logits (P, num_classes).
         min_purity: Share of a mask's labelled points that must have one class, in the spreading of given labels.
         min_count: Labelled points that a mask must have there.
         respread: Spread reliable pseudo-labels, too; False: the given labels alone.
@@ -83,6 +83,7 @@ class MaskLabelSpreading(LabelCorrection):
         rotation: Largest angle about each axis, degrees.
         scale: Largest stretch, 1 or more.
         shift: Largest shift along each axis.
+        dense: The network takes points (B, N, D), and gives (B, N, num_classes) or (B, num_classes, N).
         ignore_index: Label of points that have none.
         class_names: Names of the classes, for the pictures; None numbers them.
         seed: Seed of the views.
@@ -127,6 +128,7 @@ class MaskLabelSpreading(LabelCorrection):
         rotation: float = 10.0,
         scale: float = 3.0,
         shift: float = 0.25,
+        dense: bool = False,
         ignore_index: int = 255,
         class_names: Sequence[str] | None = None,
         seed: int = 0,
@@ -148,7 +150,7 @@ class MaskLabelSpreading(LabelCorrection):
         self.respread, self.spread_start, self.spread_every, self.spread_weight = respread, spread_start, spread_every, spread_weight
         self.tau, self.kappa = tau, kappa
         self.deformation = deformation_of(anchors, width, rotation, scale, shift)
-        self.ignore_index, self.seed, self.given_masks = ignore_index, seed, masks
+        self.dense, self.ignore_index, self.seed, self.given_masks = dense, ignore_index, seed, masks
         self.class_names = tuple(class_names or map(str, range(num_classes)))
         self._masks: Callable[[int], NDArray[Any]] | None = None
         self._sums = torch.zeros(len(_SUMS), dtype=torch.int64)
@@ -229,7 +231,8 @@ class MaskLabelSpreading(LabelCorrection):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Spread pseudo-labels, if it is time, and log what the labels are like."""
         super().on_train_epoch_end(trainer, pl_module)
-        log_global(pl_module, {f"mask_spreading/{name}": value for name, value in self._figures.items()})
+        figures = {f"mask_spreading/{name}": value for name, value in self._figures.items()}
+        log_global(pl_module, figures, batch_size=1)  # Lightning can't read it where a step fetches its batches itself
 
     def correct(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Correction:
         """One pass over the training scenes; called on all ranks."""
@@ -262,7 +265,8 @@ class MaskLabelSpreading(LabelCorrection):
         place = f"MaskLabelSpreading {self._epoch} {index}"
         views = deformed_views(points[:, :3], size, place, self.seed, self.deformation)
         with trainer.precision_plugin.forward_context():
-            logits = [network(torch.cat([moved, points[:, 3:]], dim=1), size) for moved in (points[:, :3], views.first, views.second)]
+            clouds = [torch.cat([moved, points[:, 3:]], dim=1) for moved in (points[:, :3], views.first, views.second)]
+            logits = [cloud_logits(network, cloud, self.dense) for cloud in clouds]
         about = reliable_points(*logits, self.tau, self.kappa)
         self._count("reliable", about.selected.sum())
         return torch.where(about.selected, about.pseudo_labels, self.ignore_index).cpu()

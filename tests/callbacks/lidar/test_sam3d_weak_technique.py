@@ -245,24 +245,35 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert any((labels[1] == 50).any() for labels in one), "pseudo-labels were spread"
 
 
+def parameters(module):
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
 def two_ranks(folder):
-    pl.seed_everything(0, verbose=False)
-    module, data = segmentor(), rooms(folder, batch_size=1)
-    trainer = tiny_trainer(callbacks=callbacks(), max_epochs=2, limit_val_batches=0, devices=2, strategy="ddp")
-    trainer.fit(module, data)
-    return {name: value.detach() for name, value in module.named_parameters()}, labels_of(data.label_store), dict(trainer.callback_metrics)
+    """Parameters and labels after a run whose labels are spread once, and after one where pseudo-labels are spread, too."""
+    found = []
+    for epochs, respread in ((1, False), (2, True)):
+        pl.seed_everything(0, verbose=False)
+        module, data = segmentor(), rooms(f"{folder}{epochs}", batch_size=1)
+        both = [MaskLabelSpreading(5, respread=respread, **VIEWS), ReliabilityConsistency(**VIEWS)]
+        trainer = tiny_trainer(callbacks=both, max_epochs=epochs, limit_val_batches=0, devices=2, strategy="ddp")
+        trainer.fit(module, data)
+        found.append((parameters(module), labels_of(data.label_store)))
+    return found
 
 
 def test_two_processes_agree_and_equal_one_that_accumulates(tmp_path):
-    (state, labels, figures), (other, theirs, _) = run_two_processes(two_ranks, str(tmp_path / "two"))
-    assert_state_dicts_equal(other, state)
-    assert all(np.array_equal(a, b) for a, b in zip(labels, theirs, strict=True))
+    ours, theirs = run_two_processes(two_ranks, str(tmp_path / "two"))
+    for (state, labels), (other, others) in zip(ours, theirs, strict=True):
+        assert_state_dicts_equal(other, state)
+        assert all(np.array_equal(a, b) for a, b in zip(labels, others, strict=True))
+    assert any((labels[1] == 50).any() for labels in ours[1][1]), "pseudo-labels were spread"
     pl.seed_everything(0, verbose=False)
     module, data = segmentor(), rooms(tmp_path / "one", batch_size=1)
-    trainer = tiny_trainer(callbacks=callbacks(), max_epochs=1, limit_val_batches=0, accumulate_grad_batches=2)
-    trainer.fit(module, data)
-    assert len(labels) == 4
-    assert float(trainer.callback_metrics["mask_spreading/extended"]) == pytest.approx(float(figures["mask_spreading/extended"]))
+    both = [MaskLabelSpreading(5, respread=False, **VIEWS), ReliabilityConsistency(**VIEWS)]
+    tiny_trainer(callbacks=both, max_epochs=1, limit_val_batches=0, accumulate_grad_batches=2).fit(module, data)
+    assert_state_dicts_equal(parameters(module), ours[0][0], atol=1e-5, rtol=1e-4)
+    assert all(np.array_equal(a, b) for a, b in zip(labels_of(data.label_store), ours[0][1], strict=True))
 
 
 def test_labels_are_given_back_in_a_second_fit_and_nothing_is_left(tmp_path):
@@ -327,13 +338,20 @@ class _Turned(nn.Module):
 
 
 @pytest.mark.parametrize("channels_first", [False, True])
-def test_dense_clouds_of_a_module_that_isnt_ours(channels_first):
+def test_dense_clouds_of_a_module_that_isnt_ours(channels_first, tmp_path):
     torch.manual_seed(0)
     data = [(torch.randn(20, 6), torch.randint(3, (20,))) for _ in range(4)]
     module = Dense(channels_first)
-    trainer = tiny_trainer(callbacks=[ReliabilityConsistency("model", **VIEWS)], max_epochs=1, limit_val_batches=0)
+    store = LabelStore.create(tmp_path, [np.stack([np.where(np.arange(20) < 6, labels, 255), np.full(20, 100)]) for _, labels in data])
+    scenes = [{"points": data[k][0], "points_per_sample": torch.tensor([20]), "index": torch.tensor([k])} for k in range(4)]
+    masks = np.arange(20)[None] % 4
+    options = {"store": store, "loader": scenes, "masks": lambda index: masks, "min_purity": 0.5, "spread_start": 0.0, "spread_purity": 0.0}
+    spreading = MaskLabelSpreading(3, "model", dense=True, spread_count=1, **options, **VIEWS | {"tau": 0.0})
+    trainer = tiny_trainer(callbacks=[ReliabilityConsistency("model", **VIEWS), spreading], max_epochs=1, limit_val_batches=0)
     trainer.fit(module, DataLoader(data, 2))
     assert trainer.callback_metrics["reliability/loss"] > 0
+    assert trainer.callback_metrics["mask_spreading/reliable"] > 0
+    assert store.generation >= 2
 
 
 def test_what_is_refused(tmp_path):
