@@ -18,7 +18,7 @@ from torch.func import functional_call
 from lit_methods import checks
 from lit_methods.callbacks.loss_term import LossTerm
 from lit_methods.callbacks.targets import is_sharded, refuse_lazy
-from lit_methods.callbacks.twin import shadow, training_batches, validation_batches
+from lit_methods.callbacks.twin import has_validation, shadow, training_batches, validation_batches
 from lit_methods.distributed import into_ranks, out_of_ranks, world_size
 from lit_methods.errors import nearest
 from lit_methods.inverse_problems.bilevel import hessian_product, largest_curvature, upper_hessian_product
@@ -286,6 +286,8 @@ class BilevelTuning(LossTerm):
         if is_sharded(module.trainer):
             strategy = type(module.trainer.strategy).__name__
             raise ValueError(f"the solver moves weights as a whole, but {strategy} shards them: use one process, or strategy='ddp'")
+        if not has_validation(module.trainer):
+            raise ValueError("fit has no validation data, which the upper loss needs: give some, and a limit_val_batches above 0")
         refuse_lazy(module, type(self).__name__)
         if not callable(getattr(module, self.upper_step, None)):
             raise ValueError(f"{type(module).__name__} has no method upper_step={self.upper_step!r}: name one that returns a loss")

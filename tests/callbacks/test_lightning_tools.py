@@ -202,7 +202,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "EMATeacher": {"schedule": "cosine"},
     "EMARemoval": {"student": "head", "teacher": "teacher"},
     "WeightEMA": {},
-    "BilevelTuning": {"weight_decay": {"*": 0.0}, "every_n_steps": 2, "lower_batches": 1, "upper_batches": 1, "max_iterations": 4},
+    "BilevelTuning": {"weight_decay": {"*": 3.0}, "every_n_steps": 2, "lower_batches": 1, "upper_batches": 1, "max_iterations": 4},
     "Reliability": {},
     "FeatureProbe": {},
     "SampleGrid": {},
@@ -383,6 +383,7 @@ REFUSED: dict[tuple[str, str], str] = {
     )},
     **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
 }  # fmt: skip
+REFUSED |= {("BilevelTuning", tool): "fit has no validation data" for tool in ("barebones", "tuner")}
 REFUSED |= {("MaskedBNSparsity", tool): "no batch norm of Pictures can be pruned" for tool in ("weight_norm", "pruned")}
 REFUSED |= {  # it reports on another callback
     ("IsoCostReport", tool): "there is no SparseAttentionCallback to report on"

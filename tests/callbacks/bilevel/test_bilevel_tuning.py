@@ -241,7 +241,7 @@ def test_wrong_arguments_are_told() -> None:
     for words, says in (({"weight_decay": None}, "nothing to tune"), ({"beta": 0.0}, "beta"), ({"nu": 0.5}, "nu")):
         with pytest.raises(ValueError, match=says):
             tuning(**words)
-    with pytest.raises(ValueError, match="validation batch"):
+    with pytest.raises(ValueError, match="no validation data"):
         fit(Linear(), [tuning()], limit_val_batches=0)
     callback = tuning()
     callback.theta = torch.zeros(2).double()
