@@ -51,7 +51,7 @@ SMALLER = {
     "dass": "--model.init_args.network.init_args.channels 2 --model.init_args.network.init_args.nodes 1 --data.init_args.batch_size 8",
     "flair": "--model.init_args.settings.steps 4 --model.init_args.settings.data_steps 2 --model.init_args.val_images 2 "
     "--model.init_args.calibration_times 3 --data.init_args.batch_size 16 --data.init_args.eval_batch_size 4",
-    "sae_evals": "--model.init_args.features 64 --data.init_args.num_val 200 --data.init_args.names 6",
+    "sae_evals": "--model.init_args.features 64 --data.init_args.num_val 200",
 }
 SAVED_BEHIND = 5  # batches: in the middle of the second epoch
 # what eight steps are too few for: slug or config -> further words; and a panel that needs another data set beside the config's

@@ -45,6 +45,9 @@ Files
   encode <config>=<ckpt> <out>    documents of a sparse retriever for Anserini or OpenSearch, or the model for sentence-transformers
   search <config>=<ckpt>... --out index a collection by each retriever, query it, measure it, beside BM25
   neighbours <folder> <out.npz>   each image's nearest ones by a network's features, for CoTAP's streams
+  runs [name...] [--best METRIC]  table of the runs here: figures, filters, the best of them
+  schema [config...]              JSON schema of configs, for editors
+  completion bash|zsh|fish        what your shell completes lit by
   new <slug> --form term          skeleton of a technique (term, callback, module) or datamodule, here or in a package of yours
 
 Any command: --help. `lit fit --help` for the keys of a run. --debug shows full tracebacks. lit --version
@@ -141,12 +144,27 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, doctor, fake, neighbours, prune, report, retrieval, scaffold
+    from lit_methods.cli import (
+        claims,
+        commands,
+        completion,
+        dashboard,
+        doctor,
+        fake,
+        neighbours,
+        prune,
+        report,
+        retrieval,
+        runs,
+        scaffold,
+        schema,
+    )
 
     return {
         "claims": claims.claims,
         "compare": claims.compare,
         "report": report.report,
+        "runs": runs.runs,
         "dashboard": dashboard.dashboard,
         "list": commands.list_techniques,
         "info": commands.info,
@@ -157,6 +175,8 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "encode": retrieval.encode,
         "search": retrieval.search,
         "neighbours": neighbours.neighbours,
+        "schema": schema.schema,
+        "completion": completion.completion,
         "new": scaffold.new,
         "fake": fake.fake,
         "doctor": doctor.doctor,
