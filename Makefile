@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Test processes, one thread each. 0: all tests in one process, in order.
 WORKERS ?= 2
 
-.PHONY: superflow test test-all test-slow test-lowest test-faults lint types wheel-check release-check claims docs functional notebooks bench-lidar bench-logging size clean
+.PHONY: superflow test test-all test-slow test-lowest test-faults lint types wheel-check dist release-check claims docs functional notebooks bench-lidar bench-logging size clean
 
 superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
@@ -46,10 +46,12 @@ types: build/wheel
 wheel-check: build/wheel  ## the wheel, outside the repository: every module imports, every technique is listed
 	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python $(CURDIR)/tests/check_wheel.py $(CURDIR)/build/wheel
 
-release-check: .venv/installed  ## sdist and wheel, their metadata, and the wheel in an empty environment
+dist: .venv/installed  ## sdist and wheel in dist/, checked as PyPI checks them, and the wheel made from the sdist
 	rm -rf build dist
 	$(BIN)/python -m build --outdir dist . > /dev/null
-	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m twine check --strict dist/*
+
+release-check: dist  ## the wheel in an empty environment: the command, the list, a short run
 	$(PYTHON) -m venv --clear build/empty
 	build/empty/bin/pip install --quiet dist/*.whl
 	cd / && $(CURDIR)/build/empty/bin/lit --version && $(CURDIR)/build/empty/bin/lit list

@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS / "golden")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two-process tests on two cores
 os.environ.setdefault("WANDB_MODE", "offline")  # a test never talks to a service
+os.environ.setdefault("WANDB_X_SAVE_REQUIREMENTS", "false")  # reads a file of each installed package for each run
 
 _entry_points = importlib.metadata.entry_points
 _entry_points_once = functools.cache(_entry_points)

@@ -35,6 +35,8 @@ ADDRESS = "LIT_METHODS_TEST_FORKS"
 """Environment variable: the folder of the server's socket, one for all test processes of a run."""
 EXTRA = "LIT_METHODS_TEST_DESCRIPTOR"
 """Environment variable of a child that was given a further file descriptor: its number."""
+INTERPRETER = "LIT_METHODS_TEST_INTERPRETER"
+"""Environment variable of a child: what its ``sys.executable`` is, such as :func:`interpreter`, so that what it starts are forks, too."""
 LIMIT = 1 << 24  # bytes of a request
 HANGS = 300.0  # seconds after which a test is ended that would never end; no test takes a part of this
 
@@ -125,6 +127,7 @@ def become(request: dict[str, Any], path: list[str]) -> None:
     os.environ.update(request["environment"])
     if request["descriptors"][3:]:
         os.environ[EXTRA] = str(request["descriptors"][3])
+    sys.executable = os.environ.get(INTERPRETER, sys.executable)
     os.chdir(request["folder"])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     random.seed()

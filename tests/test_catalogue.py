@@ -46,17 +46,14 @@ SMALLER = {
     "adele": "--data.init_args.batch_size 3 --data.init_args.num_train 30 --data.init_args.num_val 20",
     "cono": "--model.init_args.sampler.steps 4 --model.init_args.sampler.guided_until 1 --data.init_args.batch_size 2 "
     "--data.init_args.num_val 4 --data.init_args.val_batch_size 2",
+    "consistencydet": "--data.init_args.num_train 64 --data.init_args.num_val 8 --data.init_args.num_test 8 "
+    "--data.init_args.eval_batch_size 4 --model.init_args.eval_steps [1,2]",
     "cotap": "--model.init_args.encoder.init_args.depth 2 --data.init_args.batch_size 4 --data.init_args.num_train 60 "
     "--data.init_args.num_probe 60 --data.init_args.num_val 30",
     "dass": "--model.init_args.network.init_args.channels 2 --model.init_args.network.init_args.nodes 1 --data.init_args.batch_size 8",
     "flair": "--model.init_args.settings.steps 4 --model.init_args.settings.data_steps 2 --model.init_args.val_images 2 "
     "--model.init_args.calibration_times 3 --data.init_args.batch_size 16 --data.init_args.eval_batch_size 4",
-    "sae_evals": "--model.init_args.features 64 --data.init_args.num_val 200 --data.init_args.names 6",
-# smaller batches of what costs seconds a step; `test_technique_runs_in_two_processes` takes the configs as they are
-SMALLER = {
-    "consistencydet": "--data.init_args.num_train 64 --data.init_args.num_val 8 --data.init_args.num_test 8 "
-    "--data.init_args.eval_batch_size 4 --model.init_args.eval_steps [1,2]",
-    "superflow": "--data.init_args.batch_size 1 --data.init_args.cameras 1 --data.init_args.image_size [32,64]",
+    "sae_evals": "--model.init_args.features 64 --data.init_args.num_val 200",
 }
 SAVED_BEHIND = 5  # batches: in the middle of the second epoch
 # what eight steps are too few for: slug or config -> further words; and a panel that needs another data set beside the config's

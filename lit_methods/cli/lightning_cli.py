@@ -471,6 +471,13 @@ def planned(argv: list[str]) -> tuple[PlannedCLI, list[Path]]:
     return cli, files
 
 
+def run_parser(command: str) -> LightningArgumentParser:
+    """The parser of all keys of ``fit``, ``validate``, ``test`` or ``predict``."""
+    cli = PlannedCLI.__new__(PlannedCLI)
+    cli.__init__([command, "--model", "lightning.pytorch.demos.boring_classes.BoringModel"], [])  # type: ignore[misc]
+    return cli._subcommand_parsers[command]
+
+
 def _refuse_other_encodings(texts: list[str]) -> None:
     for text in texts:
         if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python keeps bytes that it can't decode

@@ -48,6 +48,9 @@ Files
   search <config>=<ckpt>... --out index a collection by each retriever, query it, measure it, beside BM25
   neighbours <folder> <out.npz>   each image's nearest ones by a network's features, for CoTAP's streams
   lift <root>                     masks of images as masks of points: from files, by SAM 2, or superpoints, for MaskLabelSpreading
+  runs [name...] [--best METRIC]  table of the runs here: figures, filters, the best of them
+  schema [config...]              JSON schema of configs, for editors
+  completion bash|zsh|fish        what your shell completes lit by
   new <slug> --form term          skeleton of a technique (term, callback, module) or datamodule, here or in a package of yours
 
 Any command: --help. `lit fit --help` for the keys of a run. --debug shows full tracebacks. lit --version
@@ -144,12 +147,29 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _commands() -> dict[str, Callable[[list[str]], int]]:
-    from lit_methods.cli import claims, commands, dashboard, doctor, fake, lift, neighbours, prune, report, retrieval, scaffold, share
+    from lit_methods.cli import (
+        claims,
+        commands,
+        completion,
+        dashboard,
+        doctor,
+        fake,
+        lift,
+        neighbours,
+        prune,
+        report,
+        retrieval,
+        runs,
+        scaffold,
+        schema,
+        share,
+    )
 
     return {
         "claims": claims.claims,
         "compare": claims.compare,
         "report": report.report,
+        "runs": runs.runs,
         "dashboard": dashboard.dashboard,
         "list": commands.list_techniques,
         "info": commands.info,
@@ -163,6 +183,8 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "search": retrieval.search,
         "neighbours": neighbours.neighbours,
         "lift": lift.lift,
+        "schema": schema.schema,
+        "completion": completion.completion,
         "new": scaffold.new,
         "fake": fake.fake,
         "doctor": doctor.doctor,

@@ -1,5 +1,6 @@
 """Claim files: what they may hold, and what the shipped ones hold."""
 
+import copy
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from lit_methods.claims.plan import Node, Plan, library_versions, make_plan, res
 from lit_methods.claims.study import Stage, Study, read_settings, read_study
 from lit_methods.claims.summary import changes, check_before, summarise
 from lit_methods.cli.claims import find_studies, split_words
+from lit_methods.cli.stage import resolve as resolve_file
 from lit_methods.errors import CommandError
 
 CLAIM: dict[str, Any] = {
@@ -254,14 +256,33 @@ SHIPPED |= {f"compare {path.stem}": ("compare", path) for path in find_studies("
 FURTHER = {f"{path.stem} {name}": path for path in find_studies("claims", []).values() for name in list(read_settings(path))[1:]}
 
 
-@pytest.mark.usefixtures("forked_python")
+_resolved: dict[str, dict[str, Any]] = {}  # by command; settings of a claim share some
+
+
+@pytest.fixture
+def resolve_here(tmp_path: Path) -> Any:
+    """As ``resolve_configs``, in this process and each command once: a process for each claim would cost more than what it does."""
+
+    def resolve(commands: dict[str, list[str]], threads: int) -> dict[str, dict[str, Any]]:
+        new = [words for words in commands.values() if " ".join(words) not in _resolved]
+        file = tmp_path / "commands.json"
+        file.write_text(json.dumps(new))
+        assert resolve_file(file) == 0
+        for words, answer in zip(new, json.loads(file.read_text()), strict=True):
+            assert "config" in answer, answer
+            _resolved[" ".join(words)] = answer["config"]
+        return {name: copy.deepcopy(_resolved[" ".join(words)]) for name, words in commands.items()}
+
+    return resolve
+
+
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_file_resolves_and_is_fair_as_declared(name: str) -> None:
+def test_a_shipped_file_resolves_and_is_fair_as_declared(name: str, resolve_here: Any) -> None:
     kind, file = SHIPPED[name]
     answers: dict[str, dict[str, Any]] = {}
 
     def resolve(commands: dict[str, list[str]], threads: int) -> dict[str, dict[str, Any]]:
-        found = resolve_configs(commands, threads)
+        found = resolve_here(commands, threads)
         answers.update({" ".join(words): found[command] for command, words in commands.items()})
         return found
 
@@ -272,11 +293,17 @@ def test_a_shipped_file_resolves_and_is_fair_as_declared(name: str) -> None:
     assert all(key in reference["trainer"] for key in ("max_epochs", "max_steps"))
 
 
-@pytest.mark.usefixtures("forked_python")
 @pytest.mark.parametrize("name", FURTHER)
-def test_a_further_setting_resolves_and_is_fair_as_declared(name: str) -> None:
+def test_a_further_setting_resolves_and_is_fair_as_declared(name: str, resolve_here: Any) -> None:
     read = read_settings(FURTHER[name])[name.split()[1]]
-    check_before(read, make_plan(read, [0], [], resolve_configs), FURTHER[name])
+    check_before(read, make_plan(read, [0], [], resolve_here), FURTHER[name])
+
+
+@pytest.mark.usefixtures("forked_python")
+def test_a_process_of_its_own_resolves_the_same(resolve_here: Any) -> None:
+    read = read_study(SHIPPED["random_pruning"][1], "claim")
+    here, apart = (make_plan(read, [0], [], resolve) for resolve in (resolve_here, resolve_configs))
+    assert keys(here.nodes) == keys(apart.nodes), "a key covers the resolved config"
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:

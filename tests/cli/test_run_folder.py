@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+import forks
 import lit_methods
-from helpers import HANGS, run_python, run_two_processes, tiny_trainer
+from helpers import HANGS, run_lit, run_python, run_two_processes, tiny_trainer
 from lit_methods.cli.explain import explain_run_error
 from lit_methods.cli.main import main
 from lit_methods.errors import CommandError
@@ -245,16 +246,7 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     }
     for key, value in trainer.items():
         words += [f"--trainer.{key}", value]
-    command = [sys.executable, "-m", "lit_methods", "fit", *words]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=without_launchers() | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANGS,
-        check=False,
-    )
+    done = run_lit(["fit", *words], tmp_path, without_launchers() | {"OMP_NUM_THREADS": "1", forks.INTERPRETER: forks.interpreter()})
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs" / "pair").iterdir()
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2

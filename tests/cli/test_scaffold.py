@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from forks import HANGS
+from helpers import run_python
 from lit_methods.catalog import PACKAGES, collect
 from lit_methods.cli.main import main
 
@@ -71,8 +72,9 @@ def ruff(folder: Path) -> None:
 
 
 def run_tests(folder: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=HANGS, check=False).stdout
+    """Output of pytest in a process that knows the copy's package, not ours."""
+    words = ("-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *words)
+    return run_python(words, folder, forget=("lit_methods", "helpers", "forks", "golden", "conftest")).stdout
 
 
 def fill_in(core: Path) -> None:
@@ -142,7 +144,8 @@ def test_every_form_passes_the_linter_and_with_its_maths_the_tests(checkout: Pat
         fill_in(checkout / "tests" / "golden" / "data" / f"quiet_{form}" / "make.py")
     make = "import runpy, sys; [runpy.run_path(path, run_name='__main__') for path in sys.argv[1:]]"
     scripts = [f"tests/golden/data/quiet_{form}/make.py" for form in TECHNIQUES]
-    subprocess.run([sys.executable, "-c", make, *scripts], cwd=checkout, check=True, timeout=HANGS)
+    made = run_python(["-c", make, *scripts], checkout, forget=("lit_methods",))
+    assert made.returncode == 0, made.stderr
     filled = run_tests(checkout, *OWN)
     assert f"{sum(WANTS_MATHS.values()) + 3 * len(TECHNIQUES) + sum(NEEDS_NONE.values())} passed" in filled, filled
     assert "failed" not in filled

@@ -1,6 +1,7 @@
 """Every datamodule with built-in data: a plain DataLoader and a plain index work, and the loaders' rules hold."""
 
 import ast
+import functools
 import inspect
 import pickle
 import re
@@ -41,7 +42,9 @@ NOT_FOR_TRAINING = {"VideoPromptsDataModule"}  # texts alone, for test and predi
 NAMES = sorted(set(datamodules.__all__) - DRIVING - NOT_FOR_TRAINING)
 
 
+@functools.cache
 def prepared(name: str, **arguments):
+    """A datamodule that is set up, for all tests that only look at it."""
     arguments = SMALL.get(name, {}) | arguments
     if name == "SemiSupervisedDataModule":
         arguments["data"] = datamodules.DigitsDataModule()
@@ -50,6 +53,10 @@ def prepared(name: str, **arguments):
     for stage in ("fit", "test"):
         module.setup(stage)
     return module
+
+
+def two_at_a_time(name: str) -> dict[str, int]:
+    return {"batch_size": 2} if "batch_size" in inspect.signature(getattr(datamodules, name)).parameters else {}
 
 
 def tensors(sample) -> list[Tensor]:
@@ -62,7 +69,7 @@ def tensors(sample) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plain_index_is_epoch_0_and_a_plain_loader_works(name):
-    module = prepared(name)
+    module = prepared(name, **two_at_a_time(name))
     parts = [module.labelled_set, module.unlabelled_set] if name == "SemiSupervisedDataModule" else [module.train_set]
     held_out = module.test_set[0] if isinstance(module.test_set, list) else module.test_set
     parts += [] if held_out is None else [held_out]
@@ -93,9 +100,7 @@ def declared(name: str) -> dict[str, tuple[int, str]]:
 def test_the_docstring_tells_the_keys_of_a_batch(name):
     without = {"AgeDataModule": {"views": 0}, "BarsDataModule": {"views": 0}, "NYUD2DataModule": {"reweight": "none"}}
     arguments = without.get(name, {"views": 1} if name == "OrganSlicesDataModule" else {})
-    if "batch_size" in inspect.signature(getattr(datamodules, name)).parameters:
-        arguments = arguments | {"batch_size": 2}
-    data = prepared(name, **arguments)
+    data = prepared(name, **arguments, **two_at_a_time(name))
     batch = next(iter(data.test_dataloader() if name in NOT_FOR_TRAINING else data.train_dataloader()))
     assert declared(name) == {key: (part.ndim, str(part.dtype)[6:]) for key, part in batch.items() if isinstance(part, Tensor)}
 
@@ -178,8 +183,7 @@ def test_overfitting_a_few_batches_works_with_every_datamodule(name, tmp_path):
         ROOTS[name][0](tmp_path / "root")
         module = ROOTS[name][1](tmp_path / "root")
     else:
-        small = {"batch_size": 2} if "batch_size" in inspect.signature(getattr(datamodules, name)).parameters else {}
-        arguments = SMALL.get(name, {}) | small
+        arguments = SMALL.get(name, {}) | two_at_a_time(name)
         module = getattr(datamodules, name)(**(arguments | ({"data": datamodules.DigitsDataModule()} if "data" in arguments else {})))
     model = Takes()
     with warnings.catch_warnings():

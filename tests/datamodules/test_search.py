@@ -252,6 +252,12 @@ def test_real_collections():
     with pytest.warns(UserWarning, match="3 records are left out: 2 in"):
         data.setup("fit")
     assert (len(data.document_names), len(data.query_names), len(data.judgements)) == (1398, 225, 1836)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(REAL is None, reason="LIT_METHODS_TEST_DATA names no folder with real data")
+def test_a_larger_real_collection():
+    assert REAL is not None
     vaswani = SearchDataModule(Path(REAL) / "vaswani", train_from="judgements")
     vaswani.setup("test")
     assert (len(vaswani.document_names), len(vaswani.query_names), len(vaswani.judgements)) == (11429, 93, 2083)

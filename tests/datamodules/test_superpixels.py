@@ -88,6 +88,7 @@ def test_the_cache_is_resumed(tmp_path, images):
         compute_slic([("token9", tmp_path / "9.jpg")], cache, 30)
 
 
+@pytest.mark.usefixtures("forked_python")
 def test_worker_processes_give_the_same_and_report_broken_images(tmp_path, images):
     compute_slic(images[:2], tmp_path / "serial", 30, num_processes=1)
     images[2][1].write_bytes(b"nothing")

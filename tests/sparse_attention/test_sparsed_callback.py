@@ -157,9 +157,10 @@ def test_baselines_look_at_neighbours_from_the_first_step_on(method, sinks):
 def test_modules_of_others_are_served_and_left_as_they_were():
     figures = validated(SparseDAttention(SparseD(select=0.0, block_size=4)), Denoiser())
     assert figures["kept"] < 0.4
-    assert not left_behind(Denoiser, lambda: SparseDAttention(SparseD(block_size=4)), data(), limit_val_batches=1)
+    few = {"limit_train_batches": 2, "limit_val_batches": 1}
+    assert not left_behind(Denoiser, lambda: SparseDAttention(SparseD(block_size=4)), data(), **few)
     if importlib.util.find_spec("transformers") is not None:
-        assert not left_behind(model, lambda: SparseDAttention(SparseD(block_size=4)), data(), limit_val_batches=1)
+        assert not left_behind(model, lambda: SparseDAttention(SparseD(block_size=4)), data(), **few)
 
 
 def loader():
