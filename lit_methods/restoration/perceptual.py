@@ -29,7 +29,7 @@ class RandomFeatures(nn.Module):
 
     def __init__(self, in_channels: int = 3, widths: Sequence[int] = (16, 32, 64), seed: int = 0) -> None:
         super().__init__()
-        checks.at_least(1, in_channels=in_channels, **{f"widths[{number}]": width for number, width in enumerate(widths)})
+        checks.at_least(1, in_channels=in_channels, widths=min(widths))
         checks.at_least(0, seed=seed)
         self.stages = nn.ModuleList()
         generator = torch.Generator().manual_seed(seed)

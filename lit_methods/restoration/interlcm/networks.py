@@ -30,6 +30,9 @@ class ClipTokens(nn.Module):
         ValueError: There is no such model.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, path: str = "openai/clip-vit-base-patch16") -> None:
         super().__init__()
         try:
