@@ -489,6 +489,7 @@ RECIPES: dict[str, Recipe] = {
             '--model.init_args.perceptual={"class_path":"FeatureDistance","init_args":{"network":{"class_path":"RandomFeatures"}}}',
             "--model.init_args.schedule.init_args.quality_iter=0",
             "--data.init_args.size=64",
+            "--data.init_args.eval_size=64",
             "--data.init_args.eval_frames=2",
         ),
         why="squares of 64 pixels, 2 frames in validation: 512 take minutes on two cores; a random network in the place of VGG-16; the "

@@ -70,7 +70,6 @@ TECHNIQUE = Technique(
         "alone."
     ),
     summary="One-step video super-resolution: consistency and detail LoRAs on a frozen diffusion model, trained in alternating stages.",
-    draft=True,
 )
 
 Batch = Mapping[str, Any]
