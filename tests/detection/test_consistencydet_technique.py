@@ -232,6 +232,6 @@ def _two_ranks(root: str) -> list[float]:
     return [float(value) for _, value in sorted(trainer.callback_metrics.items()) if "val" in _]
 
 
-def test_two_processes_agree_and_find_what_one_finds(tmp_path: Any):
+def test_two_processes_agree_on_their_figures(tmp_path: Any):
     first, second = run_two_processes(_two_ranks, str(tmp_path))
     assert first == second
