@@ -273,8 +273,8 @@ class ConsistencyDet(BoxDiffusion):
         place = torch.tensor([number % (len(self.levels) - 2) for number in numbers], device=self.device)
         levels, size = self.levels.to(noise), truths.targets.size
         pair = noisy_pair(x0, noise[1], levels[place], levels[place + 1])
-        answers = [self.answer(features, x, levels[place + k], place + k, size)[1][-1] for k, x in enumerate(pair)]
-        return {"gap": _gap(*answers, size)}
+        high, low = (self.answer(features, x, levels[place + k], place + k, size)[1][-1] for k, x in enumerate(pair))
+        return {"gap": _gap(high, low, size)}
 
 
 def _gap(high: Tensor, low: Tensor, size: Tensor) -> Tensor:
