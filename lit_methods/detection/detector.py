@@ -141,6 +141,10 @@ class BoxDiffusion(Evaluated):
 
     def setup(self, stage: str) -> None:
         """Look whether head and data fit, and whether AP can be computed, before anything is trained."""
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision={self.trainer.precision} rounds the boxes of a batch to whole pixels and worse: use bf16-mixed, which keeps them"
+            )
         data: Any = getattr(self.trainer, "datamodule", None)
         names = getattr(data, "class_names", None)
         if names is not None and len(names) != self.head.num_classes:
