@@ -69,8 +69,8 @@ class ConsistencyDet(BoxDiffusion):
     Runs: batches have ``image`` (B, 3, H, W) in [0, 1], padded at the right and at the bottom, ``size`` (B, 2) width and height before the
     padding, ``boxes`` (B, G, 4) corners in pixels, ``label`` (B, G) int64, -1 where there is no box, ``ignore`` (B, G) bool, boxes that are
     no targets, and ``index`` (B,) int64; ``lit predict`` needs ``name`` and ``original_size``, too. Boxes, matching and losses are in
-    float32, also under autocast. The number of matched proposals is each process's own, and each micro-batch's. Set ``gradient_clip_val`` of
-    the Trainer to 1, as the paper does. ``lit predict`` writes ``detections.jsonl`` and ``pictures`` into the run's folder. Beside the
+    float32, also under autocast. The number of matched proposals is each process's own, and each micro-batch's. Set ``gradient_clip_val``
+    of the Trainer to 1, as the paper does. ``lit predict`` writes ``detections.jsonl`` and ``pictures`` into the run's folder. Beside the
     panels the loss of each head at both levels is logged, ``consistencydet/high_head_*`` and ``low_head_*``.
 
     Saves: backbone and head.
