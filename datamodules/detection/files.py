@@ -335,8 +335,10 @@ class DetectionDataModule(LoaderDataModule):
         self._names = list(SHAPES)
         for place, (part, number) in enumerate({"train": 200, "val": 50, "test": 50}.items()):
             view = self.view if part == "train" else self.eval_view
-            setattr(self, f"{part}_set", _drawn(number, 64, 3, len(SHAPES), self.seed, view, 3 * self.seed + place))
-        self.class_images = class_images(self.train_set.records, len(SHAPES))
+            drawn = _drawn(number, 64, 3, len(SHAPES), self.seed, view, 3 * self.seed + place)
+            setattr(self, f"{part}_set", drawn)
+            if part == "train":
+                self.class_images = class_images(drawn.records, len(SHAPES))
 
 
 __all__ = ["DetectionDataModule", "DetectionShapesDataModule", "class_images", "repeat_factors"]

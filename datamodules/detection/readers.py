@@ -12,7 +12,7 @@ import numpy as np
 from lit_methods.datamodules.broken import Broken
 from lit_methods.datamodules.detection.samples import Record
 from lit_methods.datamodules.errors import BrokenRecordError
-from lit_methods.datamodules.reading import AGAIN, plain_file_name, read_json, read_text
+from lit_methods.datamodules.reading import AGAIN, once, plain_file_name, read_json, read_text
 
 WAY = "correct the table, or set on_broken to skip"
 VOC_CLASSES = (
@@ -70,19 +70,19 @@ def _corners(box: Any, size: tuple[int, int]) -> tuple[list[float], str]:
 
 def _categories(content: Any, file: Path) -> tuple[dict[int, int], list[str]]:
     """Id -> label, and names; sorted by id. A broken list of categories can't be skipped: all labels hang on it."""
-    ids, names = [], []
+    ids: list[int] = []
+    names: list[str] = []
     for place, entry in enumerate(_list_of(content, "categories", file)):
-        number, name = entry.get("id"), entry.get("name")
+        number: Any = entry.get("id")
+        name = entry.get("name")
         if not _whole(number) or not isinstance(name, str):
             raise BrokenRecordError(
                 file, f"categories[{place}]", f"id is {number!r} and name {str(name)[:40]!r}: expected a number and a name"
             )
         ids.append(number)
         names.append(name)
-    for what, values in (("id", ids), ("name", names)):
-        twice = {value for value in values if values.count(value) > 1} if len(set(values)) < len(values) else set()
-        if twice:
-            raise BrokenRecordError(file, "categories", f"the {what} {min(map(str, twice))!r} stands twice, expected once: {AGAIN}")
+    once(ids, file, "categories", "id")
+    once(names, file, "categories")
     if not ids:
         raise BrokenRecordError(file, "categories", f"is empty: another file, {AGAIN}")
     order = sorted(range(len(ids)), key=lambda place: ids[place])
@@ -95,7 +95,8 @@ def _coco_images(content: Any, file: Path, folder: Path, lvis: bool, broken: Bro
     empty = (np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool))
     for place, entry in enumerate(_list_of(content, "images", file)):
         where = f"images[{place}]"
-        number, width, height = (entry.get(key) for key in ("id", "width", "height"))
+        stated: list[Any] = [entry.get(key) for key in ("id", "width", "height")]
+        number, width, height = stated
         if not _whole(number) or not _whole(width) or not _whole(height) or width < 1 or height < 1:
             broken.say(
                 file, where, f"id, width and height are {number!r}, {width!r}, {height!r}: expected whole numbers, sides above 0; {WAY}"
@@ -208,10 +209,9 @@ def _voc_image(file: Path, images: Path, classes: dict[str, int], broken: Broken
             )
             continue
         left, top, right, bottom = (_number(entry.find(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax"))
-        corners, problem = _corners([left - 1, top - 1, right - left + 1, bottom - top + 1], size)
-        if problem or right <= left or bottom <= top:
-            problem = problem or "a box without area"
-            broken.say(file, where, f"bndbox is {left}, {top}, {right}, {bottom} ({problem}): {WAY}")
+        corners, wrong = _corners([left - 1, top - 1, right - left + 1, bottom - top + 1], size)
+        if wrong or right <= left or bottom <= top:
+            broken.say(file, where, f"bndbox is {left}, {top}, {right}, {bottom} ({wrong or 'a box without area'}): {WAY}")
             continue
         boxes.append((corners, classes[name], entry.findtext("difficult", "0").strip() == "1"))
     record = Record(file.stem, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), np.zeros(0, bool), path, size)

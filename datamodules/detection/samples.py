@@ -65,14 +65,15 @@ def resized(image: Image.Image, boxes: Floats, side: int, longest: int) -> tuple
 
 def viewed(image: Image.Image, record: Record, view: View, rng: np.random.Generator) -> tuple[Image.Image, Record]:
     """An image with its boxes as a view shows it; boxes of which less than a pixel is left are dropped."""
-    boxes, kept = record.boxes, np.ones(len(record.boxes), dtype=bool)
+    boxes: Floats = record.boxes
+    kept: NDArray[np.bool_] = np.ones(len(boxes), dtype=bool)
     if view.crop is not None and rng.random() < 0.5:
         low, high = view.crop
         width, height = (int(rng.integers(min(low, length), min(high, length) + 1)) for length in image.size)
         left, top = int(rng.integers(image.width - width + 1)), int(rng.integers(image.height - height + 1))
         image = image.crop((left, top, left + width, top + height))
         boxes = (boxes - np.array([left, top] * 2, dtype=np.float32)).clip(0, [width, height] * 2).astype(np.float32)
-        kept = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
+        kept = np.all((boxes[:, 2:] - boxes[:, :2]) >= 1, axis=1)
     if view.sides:
         image, boxes = resized(image, boxes, view.sides[int(rng.integers(len(view.sides)))], view.longest)
     if view.flip and rng.random() < 0.5:
@@ -152,8 +153,8 @@ class DetectionSamples(Samples):
         original = torch.tensor([image.width, image.height], dtype=torch.float32)
         image, record = viewed(image, self.records[place], self.view, np.random.default_rng([self.seed, epoch, index]))
         pixels = torch.from_numpy(np.ascontiguousarray(np.asarray(image, dtype=np.float32).transpose(2, 0, 1))) / 255
-        parts = (torch.from_numpy(np.ascontiguousarray(part)) for part in (record.boxes, record.labels, record.ignore))
-        boxes, labels, ignore = padded(*parts, self.most)
+        found = [torch.from_numpy(np.ascontiguousarray(part)) for part in (record.boxes, record.labels, record.ignore)]
+        boxes, labels, ignore = padded(found[0], found[1], found[2], self.most)
         size = torch.tensor([image.width, image.height], dtype=torch.float32)
         sample: dict[str, Any] = {"image": pixels, "boxes": boxes, "label": labels, "ignore": ignore, "size": size}
         return sample | {"original_size": original, "index": index, "name": record.name}

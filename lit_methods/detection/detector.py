@@ -141,6 +141,10 @@ class BoxDiffusion(Evaluated):
 
     def setup(self, stage: str) -> None:
         """Look whether head and data fit, and whether AP can be computed, before anything is trained."""
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision={self.trainer.precision} rounds the boxes of a batch to whole pixels and worse: use bf16-mixed instead"
+            )
         data: Any = getattr(self.trainer, "datamodule", None)
         names = getattr(data, "class_names", None)
         if names is not None and len(names) != self.head.num_classes:
@@ -219,7 +223,7 @@ class BoxDiffusion(Evaluated):
     # ---- detections ----------------------------------------------------------------------------------------------------------------------
 
     def sample(self, features: Sequence[Tensor], size: Tensor, noise: Tensor) -> list[Answer]:
-        """The answers of S steps, from noise (S times :attr:`draws_per_step`, B, P, 4) to boxes; ``size`` (B, 2) is width and height."""
+        """The answers of S steps, from noise (S times :attr:`draws_per_step`, B, P, 4) to boxes; ``size`` (B, 2) is width, height."""
         raise NotImplementedError
 
     def noise(self, index: Tensor, steps: int) -> Tensor:

@@ -236,19 +236,20 @@ class CascadedHead(nn.Module):
         prior: float = 0.01,
     ) -> None:
         super().__init__()
-        counts = {"num_classes": num_classes, "channels": channels, "stages": stages, "attention_heads": attention_heads}
-        checks.at_least(1, **counts, feedforward=feedforward, dynamic=dynamic, bins=bins, samples=samples)
+        checks.at_least(1, num_classes=num_classes, channels=channels, stages=stages, attention_heads=attention_heads)
+        checks.at_least(1, feedforward=feedforward, dynamic=dynamic, bins=bins, samples=samples)
         checks.within("(0, 1)", "a score", prior=prior)
         if channels % attention_heads:
             raise ValueError(f"channels={channels} can't be divided among attention_heads={attention_heads}: give a divisor")
         self.num_classes, self.channels, self.bins, self.samples = num_classes, channels, bins, samples
         self.time = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, 4 * channels))
-        self.stages = nn.ModuleList(HeadStage(num_classes, channels, attention_heads, feedforward, dynamic, bins) for _ in range(stages))
+        heads = [HeadStage(num_classes, channels, attention_heads, feedforward, dynamic, bins) for _ in range(stages)]
+        self.stages = nn.ModuleList(heads)
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter)
-        for stage in self.stages:
-            nn.init.constant_(stage.classes.bias, -math.log((1 - prior) / prior))  # type: ignore[arg-type]
+        for head in heads:
+            nn.init.constant_(head.classes.bias, -math.log((1 - prior) / prior))
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, time: Tensor, strides: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Class logits and boxes of every head.

@@ -69,13 +69,14 @@ class ConsistencyDet(BoxDiffusion):
     Runs: batches have ``image`` (B, 3, H, W) in [0, 1], padded at the right and at the bottom, ``size`` (B, 2) width and height before the
     padding, ``boxes`` (B, G, 4) corners in pixels, ``label`` (B, G) int64, -1 where there is no box, ``ignore`` (B, G) bool, boxes that are
     no targets, and ``index`` (B,) int64; ``lit predict`` needs ``name`` and ``original_size``, too. Boxes, matching and losses are in
-    float32 in any precision. The number of matched proposals is each process's own, and each micro-batch's. Set ``gradient_clip_val`` of
-    the Trainer to 1, as the paper does. ``lit predict`` writes ``detections.jsonl`` and ``pictures`` into the run's folder. Beside the
+    float32, also under autocast. The number of matched proposals is each process's own, and each micro-batch's. Set ``gradient_clip_val``
+    of the Trainer to 1, as the paper does. ``lit predict`` writes ``detections.jsonl`` and ``pictures`` into the run's folder. Beside the
     panels the loss of each head at both levels is logged, ``consistencydet/high_head_*`` and ``low_head_*``.
 
     Saves: backbone and head.
 
-    Refuses: a backbone and a head of different widths, classes that the data don't have, evaluations without a library that computes AP.
+    Refuses: a backbone and a head of different widths, classes that the data don't have, evaluations without a library that computes AP,
+    ``bf16-true`` and ``16-true``, which would round the boxes of a batch.
 
     Args:
         backbone: Images -> list of feature maps; with ``out_channels`` and ``strides``.
@@ -273,8 +274,8 @@ class ConsistencyDet(BoxDiffusion):
         place = torch.tensor([number % (len(self.levels) - 2) for number in numbers], device=self.device)
         levels, size = self.levels.to(noise), truths.targets.size
         pair = noisy_pair(x0, noise[1], levels[place], levels[place + 1])
-        answers = [self.answer(features, x, levels[place + k], place + k, size)[1][-1] for k, x in enumerate(pair)]
-        return {"gap": _gap(*answers, size)}
+        high, low = (self.answer(features, x, levels[place + k], place + k, size)[1][-1] for k, x in enumerate(pair))
+        return {"gap": _gap(high, low, size)}
 
 
 def _gap(high: Tensor, low: Tensor, size: Tensor) -> Tensor:
