@@ -19,15 +19,15 @@ Part = Literal["labelled", "unlabelled", "val", "test"]
 
 
 class ActionVideo(Protocol):
-    """A video with an action.
+    """A video with an action."""
 
-    Attributes:
-        name: Of the video, for messages.
-        label: Class.
-    """
+    @property
+    def name(self) -> str:
+        """Of the video, for messages."""
 
-    name: str
-    label: int
+    @property
+    def label(self) -> int:
+        """Class."""
 
     def length(self) -> int:
         """Frames."""
@@ -325,7 +325,8 @@ def drawn_share(names: Sequence[str], labels: Sequence[int], share: float, seed:
         mine = np.flatnonzero(of == label)
         number = max(1, round(share * len(mine)))
         chosen[np.random.default_rng([seed, int(label)]).permutation(mine)[:number]] = True
-    return chosen.tolist()
+    found: list[bool] = chosen.tolist()
+    return found
 
 
 __all__ = ["ActionClipsDataModule", "ActionVideo", "Clips", "clip_around", "clips_of_all", "drawn_share", "filled_boxes"]

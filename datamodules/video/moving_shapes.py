@@ -75,7 +75,8 @@ def shape_masks(labels: Ints, x: Floats, y: Floats, radius: Floats) -> NDArray[n
     disc = x**2 + y**2 <= size**2
     triangle = (y <= 0.8 * size) & (across <= (y + size) / 1.8)
     cross = (np.minimum(across, down) <= 0.35 * size) & (np.maximum(across, down) <= size)
-    return np.choose(labels[:, None, None, None], [square, disc, triangle, cross])
+    found: NDArray[np.bool_] = np.choose(labels[:, None, None, None], [square, disc, triangle, cross])
+    return found
 
 
 def _texture(rng: np.random.Generator, count: int, size: int) -> Floats:

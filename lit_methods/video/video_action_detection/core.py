@@ -256,7 +256,7 @@ def mask_consistency(
     else:
         found = [part for part in (variance, gradient) if part is not None]
         loss = found[0] if found else l2
-    return MaskConsistency(loss, l2, sum(masks) / len(masks) if masks else None)
+    return MaskConsistency(loss, l2, torch.stack(masks).mean(dim=0) if masks else None)
 
 
 def exp_rampup(epoch: float, length: float) -> float:

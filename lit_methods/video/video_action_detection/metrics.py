@@ -234,7 +234,9 @@ def frame_map(predicted: Sequence[Tube], truth: Sequence[Tube], threshold: float
             for frame, box in zip(tube.frames.tolist(), tube.boxes, strict=True):
                 boxes[tube.video, frame].append(box)
         numbers = {key: number for number, key in enumerate(boxes)}
-        scores, ious, keys = [], [], []
+        scores: list[float] = []
+        ious: list[Floats] = []
+        keys: list[int] = []
         for tube in ours:
             values = np.full(len(tube.frames), tube.score) if tube.scores is None else tube.scores
             for frame, box, score in zip(tube.frames.tolist(), tube.boxes, values.tolist(), strict=True):
@@ -262,7 +264,7 @@ def video_map(predicted: Sequence[Tube], truth: Sequence[Tube], threshold: float
         for tube in theirs:
             tubes[tube.video].append(tube)
         numbers = {name: number for number, name in enumerate(tubes)}
-        ious = [np.array([tube_iou(tube, other) for other in tubes.get(tube.video, [])]) for tube in ours]
+        ious = [np.array([tube_iou(tube, other) for other in tubes.get(tube.video, [])], dtype=np.float64) for tube in ours]
         scores = np.array([tube.score for tube in ours], dtype=np.float64)
         hits = _matched(scores, ious, [numbers.get(tube.video, -1) for tube in ours], threshold)
         found.append(average_precision(scores, hits, len(theirs)))

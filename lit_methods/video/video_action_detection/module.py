@@ -60,7 +60,6 @@ TECHNIQUE = Technique(
     claim="With 16 labelled and 112 unlabelled clips of moving shapes, the temporally weighted consistency of two views finds the shapes "
     "with a higher IoU than the labelled clips alone do.",
     summary="Few labelled videos: masks of a clip and of its mirror image agree, most of all where the prediction moves.",
-    draft=True,
 )
 
 Batch = Mapping[str, Any]
