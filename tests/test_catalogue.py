@@ -51,6 +51,7 @@ SHORTENED = {
     "dsnot": "--trainer.callbacks.at_step 4",
     "sparse_model_soups": "--trainer.callbacks.dense_epochs 1 --trainer.callbacks.retrain_epochs 1",
     "issp": "--trainer.callbacks.prune_iters 4",
+    "sam3d_weak": "--data.init_args.batch_size 1",  # an epoch of the config is three batches
     "rcm": "--model.init_args.pretrain_iterations 1 --model.init_args.tangent_warmup 2",
     "sparseland": "--trainer.callbacks.interval 2",
     "ssvi": "--trainer.callbacks.interval 2",
