@@ -1,6 +1,7 @@
 """The picture of mask spreading: a room by given labels, by the masks of a view, by the labels after training, and by true labels."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,13 +48,13 @@ def draw(run: Path) -> Image.Image:
     return canvas
 
 
-def coloured(labels: NDArray[np.integer], palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def coloured(labels: NDArray[np.integer[Any]], palette: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """(N, 3) colours of labels, those outside the palette bare."""
     inside = (labels >= 0) & (labels < len(palette)) & (labels != 255)
     return np.where(inside[:, None], palette[np.where(inside, labels, 0)], np.array(BARE, dtype=np.uint8)).astype(np.uint8)
 
 
-def seen(points: NDArray[np.floating], colours: NDArray[np.uint8], sizes: NDArray[np.int64] | None) -> NDArray[np.uint8]:
+def seen(points: NDArray[np.floating[Any]], colours: NDArray[np.uint8], sizes: NDArray[np.int64] | None) -> NDArray[np.uint8]:
     """A cloud from obliquely above, without perspective; near points cover far ones, and large ones all."""
     width, height = WIDTH // 2, HEIGHT // 2
     away = points - (points.min(0) + points.max(0)) / 2
