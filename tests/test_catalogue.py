@@ -65,6 +65,7 @@ SHORTENED = {
     "sparse_model_soups": "--trainer.callbacks.dense_epochs 1 --trainer.callbacks.retrain_epochs 1",
     "issp": "--trainer.callbacks.prune_iters 4",
     "interlcm": "--model.init_args.gan_start 2",
+    "sam3d_weak": "--data.init_args.batch_size 1",  # an epoch of the config is three batches
     "rcm": "--model.init_args.pretrain_iterations 1 --model.init_args.tangent_warmup 2",
     "ddc_fewshot": "--model.init_args.source_steps 1 --model.init_args.fusion_steps 1",
     "sparseland": "--trainer.callbacks.interval 2",

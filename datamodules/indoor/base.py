@@ -58,7 +58,7 @@ def unpacked_labels(stored: NDArray[np.uint8]) -> Labels:
     return Labels(stored[0], stored[1].astype(np.float32) / 100)
 
 
-def first_of_voxels(points: NDArray[np.floating], edge: float) -> NDArray[np.int64]:
+def first_of_voxels(points: NDArray[np.floating[Any]], edge: float) -> NDArray[np.int64]:
     """Rows of the first point of each cubic voxel, in order.
 
     Args:
@@ -109,7 +109,7 @@ def augmented(points: NDArray[np.float32], rng: np.random.Generator, options: Au
     return np.concatenate([place, points[:, 3:6] @ turn.T, colour], axis=1).astype(np.float32)
 
 
-def _smooth_noise(place: NDArray[np.floating], rng: np.random.Generator, edge: float = 0.8) -> NDArray[np.floating]:
+def _smooth_noise(place: NDArray[np.floating[Any]], rng: np.random.Generator, edge: float = 0.8) -> NDArray[np.floating[Any]]:
     """(N, 3) normal noise of a coarse grid, interpolated."""
     from scipy.ndimage import map_coordinates
 

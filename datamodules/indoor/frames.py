@@ -5,7 +5,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -278,7 +278,7 @@ def read_masks(path: Path, shape: tuple[int, int]) -> NDArray[np.int64]:
 
 
 def lift_scene(
-    points: NDArray[np.floating],
+    points: NDArray[np.floating[Any]],
     frames: Frames,
     names: Sequence[str],
     masks: Callable[[str, tuple[int, int]], NDArray[np.int64]],

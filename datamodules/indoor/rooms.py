@@ -83,7 +83,7 @@ def sample_points(room: Room, number: int, rng: np.random.Generator) -> tuple[ND
     """Points on all surfaces, evenly: places (number, 3), normals, and instances as in :class:`Views`."""
     x, y, z = room.size
     # corner, two edges and normal of each rectangle, and its instance
-    flat = [([0, 0, 0], [x, 0, 0], [0, y, 0], [0, 0, 1], 0)]
+    flat: list[tuple[Any, ...]] = [([0, 0, 0], [x, 0, 0], [0, y, 0], [0, 0, 1], 0)]
     flat += [([0, 0, 0], [x, 0, 0], [0, 0, z], [0, 1, 0], 1), ([0, y, 0], [x, 0, 0], [0, 0, z], [0, -1, 0], 2)]
     flat += [([0, 0, 0], [0, y, 0], [0, 0, z], [1, 0, 0], 3), ([x, 0, 0], [0, y, 0], [0, 0, z], [-1, 0, 0], 4)]
     for k, kind in enumerate(room.kinds):
@@ -92,7 +92,7 @@ def sample_points(room: Room, number: int, rng: np.random.Generator) -> tuple[ND
         (a, b), h = room.half[k], room.height[k]
         turn = _turn(room.yaw[k])
         base = np.array([*room.centre[k], 0.0])
-        faces = [([-a, -b, h], [2 * a, 0, 0], [0, 2 * b, 0], [0, 0, 1])]
+        faces: list[tuple[Any, ...]] = [([-a, -b, h], [2 * a, 0, 0], [0, 2 * b, 0], [0, 0, 1])]
         faces += [([-a, s * b, 0], [2 * a, 0, 0], [0, 0, h], [0, s, 0]) for s in (-1, 1)]
         faces += [([s * a, -b, 0], [0, 2 * b, 0], [0, 0, h], [s, 0, 0]) for s in (-1, 1)]
         flat += [(base + turn @ c, turn @ u, turn @ v, turn @ n, 5 + k) for c, u, v, n in faces]

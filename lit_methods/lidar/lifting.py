@@ -4,6 +4,8 @@ Cameras look along +z, with x to the right and y down: ``p_cam = R p + t`` takes
 of the link are those reported for arXiv:2508.19909; that a pixel takes the smallest mask which covers it, and the superpoints, are ours.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -76,7 +78,7 @@ def masks_at_points(link: Tensor, masks: Tensor) -> Tensor:
 
 
 def superpoints(
-    points: NDArray[np.floating], normals: NDArray[np.floating], neighbours: int = 8, radius: float = 0.2, angle: float = 20.0
+    points: NDArray[np.floating[Any]], normals: NDArray[np.floating[Any]], neighbours: int = 8, radius: float = 0.2, angle: float = 20.0
 ) -> NDArray[np.int64]:
     """Masks without images: pieces of surface whose neighbouring points have normals of nearly one direction.
 

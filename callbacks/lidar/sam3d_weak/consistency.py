@@ -75,6 +75,8 @@ def clouds_of(network: Callable[..., Any], arguments: tuple[Any, ...], keywords:
         rest = [*arguments[1:], *keywords.values()]
         found = [one for one in rest if isinstance(one, Tensor) and one.ndim == 1 and not one.is_floating_point()]
         sizes = found[0] if found else torch.tensor([len(points)], device=points.device)
+        if found and len(sizes) == len(points) > 1:
+            raise ValueError(f"the network gets {len(sizes)} integers for as many points: expected the size of each cloud, not its number")
 
     def again(moved: Tensor) -> Any:
         moved = moved.reshape(points.shape)

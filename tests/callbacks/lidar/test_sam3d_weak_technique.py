@@ -13,6 +13,7 @@ from helpers import assert_state_dicts_equal, cloned_state, kill_and_resume, lef
 from lit_methods import LabelStore, PointNetOfCells, WeakPointSegmentor
 from lit_methods.callbacks import ExactResume, MaskLabelSpreading, ReliabilityConsistency
 from lit_methods.callbacks.lidar.sam3d_weak import core
+from lit_methods.callbacks.lidar.sam3d_weak.consistency import clouds_of
 from lit_methods.datamodules import RoomsDataModule
 from lit_methods.datamodules.indoor.base import unpacked_labels
 from lit_methods.lidar.lifting import link_points, masks_at_points, smallest_masks, superpoints
@@ -362,6 +363,10 @@ def test_what_is_refused(tmp_path):
         fit(ReliabilityConsistency("nowhere"))
     with pytest.raises(ValueError, match="expected a row of logits for each point"):
         fit(ReliabilityConsistency("net.0"), _Pools(), DataLoader([torch.randn(20, 6)] * 2, 2))
+    with pytest.raises(ValueError, match="8 integers for as many points: expected the size of each cloud"):
+        clouds_of(nn.Identity(), (torch.randn(8, 3), torch.zeros(8, dtype=torch.int64)), {})
+    with pytest.raises(ValueError, match=r"first argument is \(8, 2\).*expected points"):
+        clouds_of(nn.Identity(), (torch.randn(8, 2),), {})
     with pytest.raises(ValueError, match=r"MaskLabelSpreading.*no label store"):
         fit(MaskLabelSpreading(5), data=DataLoader([0]))
     store = LabelStore.create(tmp_path / "store", [np.zeros((2, 9), dtype=np.uint8)])
