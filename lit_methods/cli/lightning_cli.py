@@ -471,11 +471,20 @@ def planned(argv: list[str]) -> tuple[PlannedCLI, list[Path]]:
     return cli, files
 
 
+class _Made(Exception):
+    """A parser is there, and nothing is to be parsed by it."""
+
+
+class _ParserAlone(LitCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        raise _Made
+
+
 def run_parser(command: str) -> LightningArgumentParser:
     """The parser of all keys of ``fit``, ``validate``, ``test`` or ``predict``."""
-    cli = PlannedCLI.__new__(PlannedCLI)
-    cli.__init__([command, "--model", "lightning.pytorch.demos.boring_classes.BoringModel"], [])  # type: ignore[misc]
-    return cli._subcommand_parsers[command]
+    with contextlib.suppress(_Made):
+        _ParserAlone([command], [])
+    return _PARSERS[command][1][command]
 
 
 def _refuse_other_encodings(texts: list[str]) -> None:

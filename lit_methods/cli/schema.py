@@ -7,6 +7,7 @@ and a class that it doesn't know, by its dotted path, may have any arguments.
 
 import argparse
 import collections.abc
+import dataclasses
 import enum
 import importlib
 import inspect
@@ -97,7 +98,7 @@ def config_schema() -> dict[str, Any]:
     made = _Schema()
     root: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
     for command in COMMANDS:
-        made.add_keys(root, run_parser(command))
+        made.add_keys(root, run_parser(command), leave_out=("config", "print_config"))
     return {"$schema": DRAFT, "title": "A config of lit", **root, "definitions": made.definitions}
 
 
@@ -127,11 +128,13 @@ class _Schema:
         self.classes = known_classes()
         self.packages = installed_names()
 
-    def add_keys(self, node: dict[str, Any], parser: Any) -> None:
+    def add_keys(self, node: dict[str, Any], parser: Any, leave_out: tuple[str, ...] = ()) -> None:
         """Put the keys of a parser into an object's properties; dots nest."""
         for action in parser._actions:
             hint, key = getattr(action, "_typehint", None) or action.type, action.dest
-            if not action.option_strings or key in ("help", "config", "print_config") or key.endswith(".help"):
+            if type(action).__name__ == "_ActionConfigLoad":  # a file in place of a group, such as --trainer my_trainer.yaml
+                continue
+            if not action.option_strings or key in ("help", *leave_out) or key.endswith(".help"):
                 continue
             place = node
             *above, last = key.split(".")
@@ -212,7 +215,8 @@ class _Schema:
                 "additionalProperties": False,
                 **({"allOf": cases} if cases else {}),
             }
-            self.definitions[name] = {"anyOf": [paths, spelled]}
+            fields = [{"$ref": f"#/definitions/{self._arguments(base.__name__, base)}"}] if dataclasses.is_dataclass(base) else []
+            self.definitions[name] = {"anyOf": [paths, spelled, *fields]}  # a data class may go without its name
         return {"$ref": f"#/definitions/{name}"}
 
     def _paths(self, short: str) -> list[str]:

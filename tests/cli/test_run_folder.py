@@ -246,7 +246,8 @@ def test_two_processes_share_one_folder(tmp_path: Path) -> None:
     }
     for key, value in trainer.items():
         words += [f"--trainer.{key}", value]
-    done = run_lit(["fit", *words], tmp_path, without_launchers() | {"OMP_NUM_THREADS": "1", forks.INTERPRETER: forks.interpreter()})
+    interpreter = {forks.INTERPRETER: forks.interpreter()}  # the second process is a fork, too
+    done = run_lit(["fit", *words], tmp_path, without_launchers() | interpreter | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "runs" / "pair").iterdir()
     assert json.loads((folder / "environment.json").read_text())["processes"] == 2
