@@ -371,18 +371,27 @@ class Inpainting(LinearOperator):
         self.flat = flat
         self.register_buffer("mask", mask.detach() != 0, persistent=False)
         self.register_buffer("places", self.mask.flatten().nonzero()[:, 0], persistent=False)
+        self._cast: tuple[Any, Tensor] | None = None  # for which images, and the mask in their type
+
+    def _typed(self, x: Tensor) -> Tensor:
+        """The mask in the type of images: a product with bool costs more."""
+        key = x.dtype, x.device, self.mask._version, self.mask.data_ptr()
+        if self._cast is None or self._cast[0] != key:
+            with torch.inference_mode(False):
+                self._cast = key, self.mask.to(x.device, x.dtype, copy=True)
+        return self._cast[1]
 
     def _forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[-self.mask.ndim :] != self.mask.shape:
             given, expected = tuple(x.shape), tuple(self.mask.shape)
             raise ValueError(f"Inpainting with a mask of {expected} got images {given}, expected (batch, channels, height, width)")
         if not self.flat:
-            return x * self.mask.to(x)  # a product with bool is slower than both
+            return x * self._typed(x)
         return x.flatten(-self.mask.ndim).index_select(-1, self.places.to(x.device)).reshape(len(x), -1)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         if not self.flat:
-            return y * self.mask.to(y)
+            return y * self._typed(y)
         if y.ndim != 2 or (y.shape[1] % len(self.places) if len(self.places) else y.shape[1]):
             raise ValueError(f"Inpainting got y {tuple(y.shape)}, expected (batch, channels x {len(self.places)} observed pixels)")
         rows = y.reshape(len(y), -1, len(self.places)) if len(self.places) else y.reshape(len(y), 1, 0)
