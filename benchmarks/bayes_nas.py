@@ -9,7 +9,7 @@ torch-uncertainty, which draw one set of weights a batch, and by our layers; SSV
 (ten copies of the network; our layers; a stored sparse posterior). Memory is the growth of the process's largest resident set from before
 the network was built. A library that isn't installed is left out, and said so.
 
-Section ``scoring``: the loss of 100 random masks of the same ResNet-20 on a batch, as ``RandomSearch`` scores its candidates, in one copy
+Section ``scoring``: the loss of 100 random masks of the same ResNet-20 on 8 images, as ``RandomSearch`` scores its candidates, in one copy
 of the network; and by a loop that copies the network for each. Both must find the same losses. DASS's five evaluations against clones of
 the model stand in ``benchmarks/architecture_search.py``.
 """
@@ -40,7 +40,7 @@ from lit_methods.callbacks.sparsity.random_search.core import candidate_scores
 from lit_methods.callbacks.sparsity.ssvi.core import active_count, removal_addition
 from lit_methods.tasks.vision.networks import CifarResNet
 
-BATCH, DENSITY, INTERVAL, DRAWS, CANDIDATES = 64, 0.1, 20, 10, 100
+BATCH, DENSITY, INTERVAL, DRAWS, CANDIDATES, SCORED = 64, 0.1, 20, 10, 100, 8
 CPU = torch.device("cpu")
 
 
@@ -260,7 +260,7 @@ SCORINGS: dict[str, Callable[[nn.Module, dict[str, Tensor], Callable[[nn.Module]
 def scoring(arm: str, steps: int) -> dict[str, float]:
     """Seconds of all candidates, memory, and the sum of their losses."""
     torch.manual_seed(1)
-    images, labels = torch.rand(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+    images, labels = torch.rand(SCORED, 3, 32, 32), torch.randint(10, (SCORED,))
 
     def loss(net: nn.Module) -> Tensor:
         return F.cross_entropy(net(images), labels)

@@ -9,6 +9,7 @@ Operators on k-space stand in :mod:`lit_methods.inverse_problems.mri`.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,8 @@ def precise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
         function: Called with the tensors.
         *tensors: At least one; of any floating, complex or integer type.
     """
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    device = tensors[0].device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         return function(*(tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors))
 
 
@@ -151,6 +153,9 @@ class Composition(LinearOperator):
         return self.inner._adjoint(self.outer._adjoint(y))
 
 
+_SMALL = 81  # pixels of a kernel up to which a convolution takes less time on the CPU than two Fourier transforms
+
+
 class Blur(LinearOperator):
     """Convolution of each channel with one kernel.
 
@@ -179,13 +184,17 @@ class Blur(LinearOperator):
         self.register_buffer("kernel", kernel.detach(), persistent=False)
         self._transformed: tuple[Any, Tensor] | None = None  # for which images, and what _transfer gave for them
 
-    def _transfer(self, x: Tensor) -> Tensor:
-        """The kernel's Fourier transform at the image's size, (H, W // 2 + 1) complex."""
+    def _check(self, x: Tensor) -> None:
         height, width = self.kernel.shape
         if x.shape[-2] < height or x.shape[-1] < width:
             raise ValueError(
                 f"images of {tuple(x.shape[-2:])} are smaller than the blur's kernel of {(height, width)}: give a smaller kernel"
             )
+
+    def _transfer(self, x: Tensor) -> Tensor:
+        """The kernel's Fourier transform at the image's size, (H, W // 2 + 1) complex."""
+        self._check(x)
+        height, width = self.kernel.shape
         key = x.shape[-2:], x.dtype, x.device, self.kernel._version, self.kernel.data_ptr()
         if self._transformed is None or self._transformed[0] != key:
             with torch.inference_mode(False), torch.no_grad():  # what is kept must do for a training step, too
@@ -196,23 +205,33 @@ class Blur(LinearOperator):
     def _filter(self, x: Tensor, transfer: Tensor) -> Tensor:
         return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=x.shape[-2:])
 
-    def _zeros(self, x: Tensor, kernel: Tensor) -> Tensor:
-        """Correlation of all channels with a kernel whose middle is at (kh // 2, kw // 2), zeros around."""
+    def _correlate(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """Correlation of all channels with a kernel whose middle is at (kh // 2, kw // 2), zeros or the other side around."""
         height, width = kernel.shape
-        padded = F.pad(x, (width // 2, (width - 1) // 2, height // 2, (height - 1) // 2))
-        return F.conv2d(padded.reshape(-1, 1, *padded.shape[-2:]), kernel.to(x)[None, None]).reshape(x.shape)
+        mode = "constant" if self.padding == "zeros" else "circular"
+        channels = x.reshape(1, -1, *x.shape[-2:])  # one image with a group for each channel: the fast way of a convolution on the CPU
+        padded = F.pad(channels, (width // 2, (width - 1) // 2, height // 2, (height - 1) // 2), mode=mode)
+        number = channels.shape[1]
+        return F.conv2d(padded, kernel.to(x).repeat(number, 1, 1, 1), groups=number).reshape(x.shape)
+
+    def _by_transform(self, x: Tensor) -> bool:
+        """Whether Fourier transforms are the faster way; a convolution on the GPU may round to TF32, too."""
+        if self.padding == "zeros":
+            return False
+        self._check(x)
+        return x.device.type != "cpu" or self.kernel.numel() > _SMALL
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self.padding == "circular":
+        if self._by_transform(x):
             return self._filter(x, self._transfer(x))
         height, width = self.kernel.shape  # a convolution is the correlation with the turned kernel, whose middle must stay where it is
         turned = F.pad(self.kernel.flip(0, 1), (1 - width % 2, 0, 1 - height % 2, 0))
-        return self._zeros(x, turned)
+        return self._correlate(x, turned)
 
     def _adjoint(self, y: Tensor) -> Tensor:
-        if self.padding == "circular":
+        if self._by_transform(y):
             return self._filter(y, self._transfer(y).conj())
-        return self._zeros(y, self.kernel)
+        return self._correlate(y, self.kernel)
 
     def _pseudo_inverse(self, y: Tensor) -> Tensor:
         if self.padding != "circular":
@@ -352,18 +371,27 @@ class Inpainting(LinearOperator):
         self.flat = flat
         self.register_buffer("mask", mask.detach() != 0, persistent=False)
         self.register_buffer("places", self.mask.flatten().nonzero()[:, 0], persistent=False)
+        self._cast: tuple[Any, Tensor] | None = None  # for which images, and the mask in their type
+
+    def _typed(self, x: Tensor) -> Tensor:
+        """The mask in the type of images: a product with bool costs more."""
+        key = x.dtype, x.device, self.mask._version, self.mask.data_ptr()
+        if self._cast is None or self._cast[0] != key:
+            with torch.inference_mode(False):
+                self._cast = key, self.mask.to(x.device, x.dtype, copy=True)
+        return self._cast[1]
 
     def _forward(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[-self.mask.ndim :] != self.mask.shape:
             given, expected = tuple(x.shape), tuple(self.mask.shape)
             raise ValueError(f"Inpainting with a mask of {expected} got images {given}, expected (batch, channels, height, width)")
         if not self.flat:
-            return x * self.mask.to(x.device)
+            return x * self._typed(x)
         return x.flatten(-self.mask.ndim).index_select(-1, self.places.to(x.device)).reshape(len(x), -1)
 
     def _adjoint(self, y: Tensor) -> Tensor:
         if not self.flat:
-            return y * self.mask.to(y.device)
+            return y * self._typed(y)
         if y.ndim != 2 or (y.shape[1] % len(self.places) if len(self.places) else y.shape[1]):
             raise ValueError(f"Inpainting got y {tuple(y.shape)}, expected (batch, channels x {len(self.places)} observed pixels)")
         rows = y.reshape(len(y), -1, len(self.places)) if len(self.places) else y.reshape(len(y), 1, 0)
