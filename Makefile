@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Test processes, one thread each. 0: all tests in one process, in order.
 WORKERS ?= 2
 
-.PHONY: superflow test test-all test-slow test-lowest test-faults lint types wheel-check dist claims docs functional notebooks bench-lidar bench-logging size clean
+.PHONY: superflow test test-all test-slow test-lowest test-faults lint types wheel-check claims docs functional notebooks bench-lidar bench-logging size clean
 
 superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
@@ -45,11 +45,6 @@ types: build/wheel
 
 wheel-check: build/wheel  ## the wheel, outside the repository: every module imports, every technique is listed
 	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python $(CURDIR)/tests/check_wheel.py $(CURDIR)/build/wheel
-
-dist: .venv/installed  ## sdist and wheel in dist/, checked as PyPI checks them, and the wheel made from the sdist
-	rm -rf build dist
-	$(BIN)/python -m build --outdir dist . > /dev/null
-	$(BIN)/python -m twine check --strict dist/*
 
 claims: .venv/installed  ## re-show every claim, and write docs/evidence.md; hours, but finished stages are kept
 	$(BIN)/lit claims --jobs 2
