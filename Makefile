@@ -1,10 +1,10 @@
-# Everything runs in .venv, which the first target sets up. PYTHON chooses the interpreter: 3.10, 3.11 or 3.12.
+# Everything runs in .venv, which the first target sets up. PYTHON chooses the interpreter: 3.10 to 3.13, or a later one.
 PYTHON ?= python3
 BIN := .venv/bin
 # Test processes, one thread each. 0: all tests in one process, in order.
 WORKERS ?= 2
 
-.PHONY: superflow test test-all test-slow test-lowest test-faults lint types wheel-check claims docs functional notebooks bench-lidar bench-logging size clean
+.PHONY: superflow test test-all test-slow test-lowest test-faults lint types wheel-check dist release-check claims docs functional notebooks bench-lidar bench-logging size clean
 
 superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
@@ -46,6 +46,17 @@ types: build/wheel
 wheel-check: build/wheel  ## the wheel, outside the repository: every module imports, every technique is listed
 	cd / && PYTHONPATH=$(CURDIR)/build/wheel $(CURDIR)/$(BIN)/python $(CURDIR)/tests/check_wheel.py $(CURDIR)/build/wheel
 
+dist: .venv/installed  ## sdist and wheel in dist/, checked as PyPI checks them, and the wheel made from the sdist
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/python -m twine check --strict dist/*
+
+release-check: dist  ## the wheel in an empty environment: the command, the list, a short run
+	$(PYTHON) -m venv --clear build/empty
+	build/empty/bin/pip install --quiet dist/*.whl
+	cd / && $(CURDIR)/build/empty/bin/lit --version && $(CURDIR)/build/empty/bin/lit list
+	cd / && $(CURDIR)/build/empty/bin/lit fit --config configs/random_pruning.yaml --trainer.max_epochs 1 --run_root $(CURDIR)/build/runs
+
 claims: .venv/installed  ## re-show every claim, and write docs/evidence.md; hours, but finished stages are kept
 	$(BIN)/lit claims --jobs 2
 
@@ -71,7 +82,7 @@ clean:
 	rm -rf .venv build dist *.egg-info
 
 .venv/installed: pyproject.toml setup.py
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v < (3, 13) else f"lit-methods needs Python 3.10, 3.11 or 3.12, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 10) else f"lit-methods needs Python 3.10 or later, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade "pip>=24"
 	$(BIN)/pip install --quiet -e ".[dev]"

@@ -2,11 +2,16 @@
 
     pip install torch-uncertainty bayesian-torch
     python benchmarks/bayes_nas.py ssvi --json ssvi.json
+    python benchmarks/bayes_nas.py scoring --json scoring.json
 
 Section ``ssvi``: a training step of a ResNet-20 on made pictures (deterministic; dense mean-field inference by bayesian-torch and by
 torch-uncertainty, which draw one set of weights a batch, and by our layers; SSVI at 10 %, updates included), and a prediction of ten draws
 (ten copies of the network; our layers; a stored sparse posterior). Memory is the growth of the process's largest resident set from before
 the network was built. A library that isn't installed is left out, and said so.
+
+Section ``scoring``: the loss of 100 random masks of the same ResNet-20 on a batch, as ``RandomSearch`` scores its candidates, in one copy
+of the network; and by a loop that copies the network for each. Both must find the same losses. DASS's five evaluations against clones of
+the model stand in ``benchmarks/architecture_search.py``.
 """
 
 import argparse
@@ -18,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +35,12 @@ from lit_methods.bayes.conversion import bayes_layers, to_bayes
 from lit_methods.bayes.layers import drawing
 from lit_methods.bayes.prediction import posterior_logits
 from lit_methods.bayes.stored import predictor, sparse_state
-from lit_methods.callbacks.sparsity.masks import keep_largest
+from lit_methods.callbacks.sparsity.masks import keep_largest, random_mask
+from lit_methods.callbacks.sparsity.random_search.core import candidate_scores
 from lit_methods.callbacks.sparsity.ssvi.core import active_count, removal_addition
 from lit_methods.tasks.vision.networks import CifarResNet
 
-BATCH, DENSITY, INTERVAL, DRAWS = 64, 0.1, 20, 10
+BATCH, DENSITY, INTERVAL, DRAWS, CANDIDATES = 64, 0.1, 20, 10, 100
 CPU = torch.device("cpu")
 
 
@@ -209,13 +215,74 @@ def prediction(arm: str, steps: int) -> dict[str, float]:
     return {"seconds": statistics.median(seconds[1:]), "mib": resident() - before}
 
 
+# ---- scoring of candidates -------------------------------------------------------------------------------------------------------------
+
+
+def candidates(weights: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Random masks, each made when it is asked for."""
+    for place in range(CANDIDATES):
+        generator = torch.Generator().manual_seed(place)
+        yield {name: random_mask(weight.shape, DENSITY, generator, exact=True) for name, weight in weights.items()}
+
+
+def one_copy(net: nn.Module, weights: dict[str, Tensor], loss: Callable[[nn.Module], Tensor]) -> Tensor:
+    """As RandomSearch does it: the masked weights of each candidate are written into the same network."""
+    own, begin = dict(net.named_parameters()), {name: value.detach().clone() for name, value in net.named_parameters()}
+
+    def score(values: dict[str, Tensor]) -> Tensor:
+        for name, value in own.items():
+            value.copy_(values.get(name, begin[name]))
+        return loss(net)
+
+    return candidate_scores({name: begin[name] for name in weights}, candidates(weights), score)
+
+
+def loop_of_copies(net: nn.Module, weights: dict[str, Tensor], loss: Callable[[nn.Module], Tensor]) -> Tensor:
+    """A copy of the network for each candidate, all of which stay until the best one is known."""
+    copied, scores = [], []
+    for masks in candidates(weights):
+        one = copy.deepcopy(net)
+        for name, value in one.named_parameters():
+            if name in masks:
+                value.mul_(masks[name])
+        copied.append(one)
+        scores.append(loss(one))
+    return torch.stack(scores)
+
+
+SCORINGS: dict[str, Callable[[nn.Module, dict[str, Tensor], Callable[[nn.Module], Tensor]], Tensor]] = {
+    "one copy": one_copy,
+    "loop of copies": loop_of_copies,
+}
+
+
+@torch.no_grad()
+def scoring(arm: str, steps: int) -> dict[str, float]:
+    """Seconds of all candidates, memory, and the sum of their losses."""
+    torch.manual_seed(1)
+    images, labels = torch.rand(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
+
+    def loss(net: nn.Module) -> Tensor:
+        return F.cross_entropy(net(images), labels)
+
+    net = network()
+    loss(net)
+    before = resident()
+    net = copy.deepcopy(net)
+    weights = {name: value for name, value in net.named_parameters() if value.ndim > 1}
+    start = time.perf_counter()
+    scores = SCORINGS[arm](net, weights, loss)
+    return {"seconds": time.perf_counter() - start, "mib": resident() - before, "sum": float(scores.double().sum())}
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------------------------
 
 PARTS: dict[str, tuple[dict[str, Any], Callable[[str, int], dict[str, float]]]] = {
     "training": (STEPS, training),
     "prediction": (PREDICTIONS, prediction),
+    "scoring": (SCORINGS, scoring),
 }
-SECTIONS = {"ssvi": ("training", "prediction")}
+SECTIONS = {"ssvi": ("training", "prediction"), "scoring": ("scoring",)}
 
 
 def main() -> None:
@@ -246,6 +313,8 @@ def main() -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             rows.append({"part": part, "arm": arm, **found})
             print(f"{part:12}{arm:32}{found['seconds'] * 1e3:9.1f} ms{found['mib']:9.0f} MiB")
+    sums = [row["sum"] for row in rows if "sum" in row]
+    assert all(abs(value - sums[0]) < 1e-4 * abs(sums[0]) for value in sums), f"the two ways find other losses: {sums}"
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

@@ -1,9 +1,13 @@
-"""What inverse problems cost: operators beside deepinv's, and a step of CIRIM beside a plain formulation of the same block.
+"""What inverse problems cost: operators, a step of CIRIM, hypergradients.
 
-    python benchmarks/inverse.py [--section operators cirim] [--rounds 9] [--threads 1] [--device cpu] [--json FILE]
+Operators stand beside deepinv's, the step beside a plain formulation of the same block, and hypergradients beside those of autograd through
+all iterations of the lower solve.
+
+    python benchmarks/inverse.py [--section operators cirim hypergradient] [--rounds 9] [--threads 1] [--device cpu] [--json FILE]
 
 Both sides run in turns in one process; seconds are the shortest of all rounds. MiB are those of all tensors that a call makes, which is the
-same on any machine. The script fails when two sides give other values. Without deepinv the operators are timed alone.
+same on any machine; of hypergradients they are those that autograd's graphs keep at most. Ratios are ours over the other side's. The
+script fails when two sides give other values. Without deepinv the operators are timed alone.
 """
 
 import argparse
@@ -19,10 +23,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lit_methods.inverse_problems.bilevel import BilevelProblem
 from lit_methods.inverse_problems.cirim.core import CIRIMNetwork, RIMBlock, accumulated_loss
+from lit_methods.inverse_problems.maid.core import Solver, hypergradient
 from lit_methods.inverse_problems.masks import make_mask
 from lit_methods.inverse_problems.mri import MultiCoilMRI, normalise_maps
 from lit_methods.inverse_problems.operators import BicubicDownsampling, Blur, Inpainting, gaussian_kernel, motion_kernel
+from lit_methods.inverse_problems.problems import make_problem
 
 Call = Callable[[], Any]
 Row = dict[str, Any]
@@ -51,6 +58,38 @@ def made(call: Call) -> float:
     return counter.total / 2**20
 
 
+class _Held:
+    """A tensor that a graph keeps; its storage counts once."""
+
+    def __init__(self, tensor: Tensor, counter: "KeptBytes") -> None:
+        self.tensor, self.counter, self.place = tensor, counter, tensor.untyped_storage().data_ptr()
+        counter.change(self.place, 1, tensor.untyped_storage().nbytes())
+
+    def __del__(self) -> None:
+        self.counter.change(self.place, -1, self.tensor.untyped_storage().nbytes())
+
+
+class KeptBytes:
+    """The most bytes that autograd's graphs keep at a time while a call runs."""
+
+    def __init__(self) -> None:
+        self.now, self.most = 0, 0
+        self.holders: dict[int, int] = {}
+
+    def change(self, place: int, by: int, size: int) -> None:
+        """A graph takes or lets go of a storage."""
+        before = self.holders.get(place, 0)
+        self.holders[place] = before + by
+        self.now += size * ((before == 0 and by > 0) - (before == 1 and by < 0))
+        self.most = max(self.most, self.now)
+
+    def of(self, call: Call) -> float:
+        """MiB."""
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Held(tensor, self), lambda held: held.tensor):
+            call()
+        return self.most / 2**20
+
+
 def seconds(calls: dict[str, Call], rounds: int, device: str) -> dict[str, float]:
     """The shortest time of each, taken in turns."""
     best = dict.fromkeys(calls, float("inf"))
@@ -65,12 +104,15 @@ def seconds(calls: dict[str, Call], rounds: int, device: str) -> dict[str, float
     return best
 
 
-def compared(name: str, calls: dict[str, Call], options: argparse.Namespace) -> Row:
+def compared(name: str, calls: dict[str, Call], options: argparse.Namespace, memory: Callable[[Call], float] = made) -> Row:
     """A row of the table: ours and theirs."""
     times = seconds(calls, options.rounds, options.device)
     row: Row = {"name": name}
     for side, call in calls.items():
-        row |= {f"{side} ms": 1000 * times[side], f"{side} MiB": made(call)}
+        row |= {f"{side} ms": 1000 * times[side], f"{side} MiB": memory(call)}
+    first, *others = calls
+    for side in others:
+        row |= {f"{what} ratio to {side}": row[f"{first} {what}"] / row[f"{side} {what}"] for what in ("ms", "MiB")}
     print("  ".join([f"{name:34}", *(f"{key} {value:10.3f}" for key, value in row.items() if key != "name")]), flush=True)
     return row
 
@@ -208,7 +250,53 @@ def cirim(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {"operators": operators, "cirim": cirim}
+# ---- hypergradients ---------------------------------------------------------------------------------------------------------------------
+
+
+def unrolled(problem: BilevelProblem, theta: Tensor, x: Tensor, iterations: int) -> Tensor:
+    """The gradient of the upper loss by autograd through accelerated gradient steps on the lower one."""
+    theta = theta.detach().requires_grad_()
+    mu, smoothness = problem.constants(theta.detach())
+    root = (mu / smoothness) ** 0.5
+    before = x = x.detach().requires_grad_()
+    for _ in range(iterations):
+        point = x + (1 - root) / (1 + root) * (x - before)
+        (slope,) = torch.autograd.grad(problem.lower(point, theta), point, create_graph=True)
+        before, x = x, point - slope / smoothness
+    (found,) = torch.autograd.grad(problem.upper(x), theta)
+    return found
+
+
+def hypergradients(options: argparse.Namespace) -> list[Row]:
+    """By the implicit function theorem, as MAID has them, and by autograd through as many iterations as the lower solve took."""
+    from lit_methods.datamodules import NoisyImagesDataModule, WeightDecayDataModule
+
+    rows = []
+    for name, data in (("weight_decay", WeightDecayDataModule()), ("tv", NoisyImagesDataModule(number=4, size=64))):
+        data.setup("fit")
+        assert data.problem is not None
+        problem = make_problem(name, {key: value.to(options.device) for key, value in data.problem.items()})  # type: ignore[arg-type]
+        theta, x = problem.start()
+        accuracy = 1e-4 if name == "weight_decay" else 1e-2
+        solver = Solver(max_iterations=20000)
+        found = hypergradient(problem, theta, x, accuracy, accuracy * 1e-4, solver)
+        steps = found.lower_iterations + 1
+        other = unrolled(problem, theta, x, steps)
+        error = float(torch.linalg.vector_norm(found.z - other) / torch.linalg.vector_norm(other))
+        assert error < 0.02, f"the two gradients differ by {error:.3f} of their length"
+        calls: dict[str, Call] = {
+            "ours": lambda p=problem, t=theta, x=x, a=accuracy, s=solver: hypergradient(p, t, x, a, a * 1e-4, s),
+            "unrolled": lambda p=problem, t=theta, x=x, n=steps: unrolled(p, t, x, n),
+        }
+        rows.append(compared(f"{name}, {steps} iterations", calls, options, lambda call: KeptBytes().of(call)))
+    return rows
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    "operators": operators,
+    "cirim": cirim,
+    "hypergradient": hypergradients,
+}
 
 
 def main() -> None:

@@ -12,6 +12,13 @@ of the model with its mean-pooled hidden states; one query at a time, tokenising
 of 4 x 28 images), beside the plain form with all pairs, which the formula reads as; both must give the same loss and gradient. Each is
 measured in a process of its own: memory is the growth of what the process has held at most.
 
+``video_masks``: both attention masks of the video losses, forward and backward, for 8 clips of 8 frames of 224 x 224 pixels on the device
+(a GPU, if any), beside the way of the authors' code within a step: to the host, clip by clip and window by window in NumPy, and
+back. Both must give the same masks. Median of the rounds; on a CPU in CPU seconds.
+
+``mask_lifting``: points per second that are linked to the pixels of a view and take its masks, all at once and in a plain loop over points,
+and that get labels from the masks of five views, at once and in plain loops over views, masks and points. Both must give the same.
+
 The first two take a tokenizer and a model of transformers by ``--model``. Times want an idle machine.
 """
 
@@ -29,13 +36,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from lit_methods.callbacks.lidar.sam3d_weak.core import spread_masks
 from lit_methods.cli.retrieval import count_corpus
+from lit_methods.datamodules.indoor.rooms import make_room, noisy_masks
 from lit_methods.datamodules.retrieval.tokens import WordPieces, padded
 from lit_methods.datamodules.text.text import made_up_text
+from lit_methods.lidar.lifting import link_points, masks_at_points
 from lit_methods.retrieval.dense import pooled
 from lit_methods.retrieval.networks import MaskedLM
 from lit_methods.retrieval.sparse_retriever.core import query_weights
 from lit_methods.self_supervised.cotap.core import continuous_ap_loss
+from lit_methods.video.video_action_detection.core import gradient_mask, variance_masks
 
 
 def idf(model: str, workers: int, rounds: int, documents: int = 4000) -> dict[str, Any]:
@@ -140,7 +151,139 @@ def continuous_ap(model: str, workers: int, rounds: int) -> dict[str, Any]:
     return figures
 
 
-SECTIONS = {"idf": idf, "query": query, "continuous_ap": continuous_ap}
+def scaled(values: np.ndarray) -> np.ndarray:
+    """Moved and scaled to 0..1."""
+    values = values - values.min()
+    return values / (values.max() - values.min() + 1e-7)
+
+
+def masks_on_the_host(first: torch.Tensor, second: torch.Tensor, n_frames: int = 5) -> torch.Tensor:
+    """Temporal coherency as a training script with NumPy in its step computes it."""
+    found, half = [], n_frames // 2
+    for own, other in zip(first[:, 0].detach().cpu().numpy(), second[:, 0].detach().cpu().numpy(), strict=True):
+        cycle = np.concatenate([own, other[1:-1]])
+        around = np.concatenate([cycle[-half:], cycle, cycle[:half]])
+        variance = [np.var(around[place : place + n_frames], axis=0) for place in range(len(cycle))]
+        frames = len(own)
+        ends = {0: variance[0], frames - 1: variance[frames - 1]}
+        found.append(scaled(np.stack([variance[t] + ends.get(t, variance[-t]) for t in range(frames)])))
+    return torch.from_numpy(np.stack(found)[:, None]).to(first)
+
+
+def smoothness_on_the_host(output: torch.Tensor) -> torch.Tensor:
+    """Gradient smoothness in NumPy."""
+    clips = output.detach().sigmoid().cpu().numpy()[:, 0]
+    return torch.from_numpy(np.stack([scaled(np.gradient(np.gradient(clip, axis=0), axis=0)) for clip in clips])).to(output)
+
+
+def video_masks(model: str, workers: int, rounds: int) -> dict[str, Any]:
+    """Seconds of the masks of a step, on the device and by way of the host."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    output, other = torch.randn(2, 8, 1, 8, 224, 224, generator=generator).to(device)
+
+    def ours() -> list[torch.Tensor]:
+        return [*variance_masks(output, other), gradient_mask(output)]
+
+    def theirs() -> list[torch.Tensor]:
+        backward = masks_on_the_host(output.flip(2), other)
+        return [masks_on_the_host(output, other.flip(2)), backward.flip(2), smoothness_on_the_host(output)]
+
+    for first, second in zip(ours(), theirs(), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+    clock = time.process_time if device == "cpu" else time.perf_counter  # CPU seconds hardly change beside other work
+    seconds: dict[str, list[float]] = {"ours": [], "host": []}
+    for _ in range(rounds):
+        for name, run in (("ours", ours), ("host", theirs)):
+            began = clock()
+            run()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - began)
+    found = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        f"{device}, on the device: milliseconds": 1e3 * found["ours"],
+        f"{device}, by NumPy on the host: milliseconds": 1e3 * found["host"],
+        "ratio": found["host"] / found["ours"],
+    }
+
+
+def loop_of_points(points: Any, view: tuple[Any, ...], masks: Any, delta: float) -> list[int]:
+    """The mask of each point in one view, a point at a time."""
+    intrinsic, rotation, translation, depth = view
+    found = []
+    for point in points:
+        x, y, z = rotation @ point + translation
+        mask = -1
+        if z > 0:
+            column, row = (round(float(value)) for value in (intrinsic @ (x, y, z))[:2] / z)
+            if (
+                0 <= column < depth.shape[1]
+                and 0 <= row < depth.shape[0]
+                and depth[row, column] > 0
+                and abs(depth[row, column] - z) <= delta
+            ):
+                mask = int(masks[row, column])
+        found.append(mask)
+    return found
+
+
+def loop_of_masks(mask_ids: Any, labels: Any, classes: int) -> Any:
+    """Votes of all masks, a mask and a point at a time."""
+    votes = np.zeros((len(labels), classes), dtype=np.int64)
+    for view in mask_ids:
+        members: dict[int, list[int]] = {}
+        for point, mask in enumerate(view.tolist()):
+            if mask >= 0:
+                members.setdefault(mask, []).append(point)
+        for points in members.values():
+            known = {int(labels[point]) for point in points if labels[point] != 255}
+            if len(known) == 1:
+                for point in points:
+                    votes[point, next(iter(known))] += 1
+    return votes
+
+
+def mask_lifting(model: str, workers: int, rounds: int, number: int = 20_000, views: int = 5) -> dict[str, Any]:
+    """Points per second of both forms, and their ratios."""
+    rng = np.random.default_rng(0)
+    room, seen = make_room(rng, number, views)
+    pixels, points = noisy_masks(seen, 0.02, rng), np.ascontiguousarray(room.points[:, :3])
+    cameras = [torch.from_numpy(part) for part in (seen.rotation, seen.translation, seen.depth)]
+    times: dict[str, list[float]] = {name: [] for name in ("lift, loop", "lift", "spread, loop", "spread")}
+    labels = np.where(rng.random(len(points)) < 0.01, room.labels, 255).astype(np.int64)
+    for _ in range(rounds):
+        began = time.perf_counter()
+        plain = [
+            loop_of_points(points, (seen.intrinsic, seen.rotation[k], seen.translation[k], seen.depth[k]), pixels[k], 0.05)
+            for k in range(views)
+        ]
+        times["lift, loop"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        link = link_points(torch.from_numpy(points), torch.from_numpy(seen.intrinsic), *cameras, 0.05)
+        mask_ids = masks_at_points(link, torch.from_numpy(pixels))
+        times["lift"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        votes = loop_of_masks(mask_ids.numpy(), labels, 5)
+        times["spread, loop"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        spread = spread_masks(mask_ids, torch.from_numpy(labels), 5)
+        times["spread"].append(time.perf_counter() - began)
+        if not (np.array_equal(plain, mask_ids.numpy()) and np.array_equal(votes, spread.votes.numpy())):
+            raise SystemExit("the two forms give different masks or votes")
+    figures = {f"{name}: points x views / s": len(points) * views / statistics.median(each) for name, each in times.items()}
+    return figures | {
+        f"{name}: ratio": statistics.median(times[f"{name}, loop"]) / statistics.median(times[name]) for name in ("lift", "spread")
+    }
+
+
+SECTIONS = {
+    "idf": idf,
+    "query": query,
+    "continuous_ap": continuous_ap,
+    "video_masks": video_masks,
+    "mask_lifting": mask_lifting,
+}
 OF_MODELS = ("idf", "query")
 
 

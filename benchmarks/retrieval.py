@@ -37,7 +37,10 @@ def configs(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         "weight_decay": 0.01, "warmup_steps": options.steps // 10,
     }  # fmt: skip
     trainer = {"max_steps": options.steps, "limit_val_batches": 0, "num_sanity_val_steps": 0, "log_every_n_steps": 10}
-    ours = {"loss": "info_nce", "in_batch_negatives": True, "flops_weight": options.flops_weight, "ramp_steps": options.steps // 3}
+    ours = {
+        "loss": "info_nce", "in_batch_negatives": True, "other_positives": True,
+        "flops_weight": options.flops_weight, "ramp_steps": options.steps // 3,
+    }  # fmt: skip
     models = {"sparse": {"class_path": "SparseRetriever", "init_args": common | ours}}
     models["dense"] = {"class_path": "DenseRetriever", "init_args": common | {"pooling": "mean", "temperature": 0.05}}
     return {name: {"seed_everything": options.seed, "model": model, "data": data, "trainer": trainer} for name, model in models.items()}

@@ -1,6 +1,8 @@
 from .averaging.ema import EMATeacher as EMATeacher
 from .averaging.ema_removal import EMARemoval as EMARemoval
 from .averaging.weight_ema import WeightEMA as WeightEMA
+from .bilevel.bilevel_tuning import BilevelTuning as BilevelTuning
+from .diffusion.directional import DirectionalConsistency as DirectionalConsistency
 from .evaluation.feature_probe import FeatureProbe as FeatureProbe
 from .evaluation.reliability import Reliability as Reliability
 from .evaluation.sample_grid import SampleGrid as SampleGrid
@@ -13,6 +15,8 @@ from .fine_tuning.sara.optimizer import MaskedAdamW as MaskedAdamW
 from .imbalanced_regression.conr.callback import ConR as ConR
 from .imbalanced_regression.fds.callback import FDS as FDS
 from .lidar.dense_to_sparse import DenseToSparse as DenseToSparse
+from .lidar.sam3d_weak.consistency import ReliabilityConsistency as ReliabilityConsistency
+from .lidar.sam3d_weak.spreading import MaskLabelSpreading as MaskLabelSpreading
 from .lidar.submission import SubmissionWriter as SubmissionWriter
 from .lidar.temporal_voting import TemporalVoting as TemporalVoting
 from .loss_term import LossTerm as LossTerm
@@ -22,6 +26,7 @@ from .noisy_labels.adele.callback import ADELE as ADELE
 from .noisy_labels.adele.consistency import MultiScaleConsistency as MultiScaleConsistency
 from .noisy_labels.label_correction import LabelCorrection as LabelCorrection
 from .prompting.two_tower_consistency import TwoTowerConsistency as TwoTowerConsistency
+from .restoration.lora_stages import AlternatingLoRAStages as AlternatingLoRAStages
 from .retrieval.flops import FLOPSRegularizer as FLOPSRegularizer
 from .retrieval.uncertainty import UncertaintyRegularizer as UncertaintyRegularizer
 from .run.dashboard import Dashboard as Dashboard
@@ -66,3 +71,4 @@ from .sparsity.sparse_ift.callback import SparseIFT as SparseIFT
 from .sparsity.sparse_model_soups.callback import IMP as IMP
 from .sparsity.sparseland.callback import SparsityReport as SparsityReport
 from .sparsity.ssvi.callback import SSVI as SSVI
+from .video.clip_consistency import ClipConsistency as ClipConsistency

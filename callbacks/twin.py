@@ -267,13 +267,18 @@ def training_batches(
         yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
+def has_validation(trainer: pl.Trainer) -> bool:
+    """Whether fit has validation data, known from ``setup`` on."""
+    source = trainer.fit_loop.epoch_loop.val_loop._data_source
+    return source.instance is not None and source.is_defined() and bool(trainer.limit_val_batches)
+
+
 def validation_batches(trainer: pl.Trainer) -> Iterator[Any]:
     """Batches of this rank's validation loaders, on the device, as many as a validation would see."""
-    source = trainer.fit_loop.epoch_loop.val_loop._data_source
     limit = trainer.limit_val_batches
-    if source.instance is None or not source.is_defined() or not limit:
+    if not has_validation(trainer):
         return
-    loaders: Any = source.dataloader()
+    loaders: Any = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
     loaders = list(loaders.values()) if isinstance(loaders, Mapping) else loaders
     for loader in loaders if isinstance(loaders, list | tuple) else [loaders]:
         number = limit if isinstance(limit, int) else None if limit >= 1 else int(limit * len(loader))

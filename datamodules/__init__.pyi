@@ -6,9 +6,14 @@ from .activations.synthetic import SparseMixturesDataModule as SparseMixturesDat
 from .bilevel.made import NoisyImagesDataModule as NoisyImagesDataModule
 from .bilevel.made import QuadraticBilevelDataModule as QuadraticBilevelDataModule
 from .bilevel.made import WeightDecayDataModule as WeightDecayDataModule
+from .detection.files import DetectionDataModule as DetectionDataModule
+from .detection.files import DetectionShapesDataModule as DetectionShapesDataModule
 from .driving.kitti import KittiStyleDataModule as KittiStyleDataModule
 from .driving.nuscenes import NuScenesDataModule as NuScenesDataModule
 from .fewshot.images import FewShotDataModule as FewShotDataModule
+from .generative.few_shot import FewShotDigitsDataModule as FewShotDigitsDataModule
+from .generative.few_shot import FewShotFoldersDataModule as FewShotFoldersDataModule
+from .generative.few_shot import TurnedPointsDataModule as TurnedPointsDataModule
 from .generative.images import GenerativeCIFARDataModule as GenerativeCIFARDataModule
 from .generative.images import GenerativeDigitsDataModule as GenerativeDigitsDataModule
 from .generative.images import GenerativeImageNetDataModule as GenerativeImageNetDataModule
@@ -16,6 +21,9 @@ from .generative.latents import LatentDataModule as LatentDataModule
 from .generative.shards import LatentShardsDataModule as LatentShardsDataModule
 from .generative.toys import IrisDataModule as IrisDataModule
 from .generative.toys import RingDataModule as RingDataModule
+from .indoor.prepared import S3DISDataModule as S3DISDataModule
+from .indoor.prepared import ScanNetDataModule as ScanNetDataModule
+from .indoor.rooms import RoomsDataModule as RoomsDataModule
 from .matrices.made import PlantedDirectionsDataModule as PlantedDirectionsDataModule
 from .matrices.made import SemiSyntheticDigitsDataModule as SemiSyntheticDigitsDataModule
 from .matrices.postings import JobPostingsDataModule as JobPostingsDataModule
@@ -31,8 +39,10 @@ from .regression.ages import AgeDataModule as AgeDataModule
 from .regression.bars import BarsDataModule as BarsDataModule
 from .regression.nyud2 import NYUD2DataModule as NYUD2DataModule
 from .regression.sentences import SentencePairsDataModule as SentencePairsDataModule
+from .restoration.faces import FaceRestorationDataModule as FaceRestorationDataModule
 from .restoration.images import RestorationDataModule as RestorationDataModule
 from .restoration.mixture import MixtureDataModule as MixtureDataModule
+from .restoration.video import VideoRestorationDataModule as VideoRestorationDataModule
 from .retrieval.fashion import FashionRetrievalDataModule as FashionRetrievalDataModule
 from .retrieval.search import SearchDataModule as SearchDataModule
 from .retrieval.shifted_classes import ShiftedClassesDataModule as ShiftedClassesDataModule
@@ -48,7 +58,11 @@ from .text.text import TextDataModule as TextDataModule
 from .text.token_tasks import TokenTasksDataModule as TokenTasksDataModule
 from .video.digits import MovingDigitsDataModule as MovingDigitsDataModule
 from .video.gaussian import GaussianVideosDataModule as GaussianVideosDataModule
+from .video.jhmdb import JHMDBActionsDataModule as JHMDBActionsDataModule
+from .video.moving_shapes import MovingShapesDataModule as MovingShapesDataModule
 from .video.prompts import VideoPromptsDataModule as VideoPromptsDataModule
+from .video.ucf101 import UCF101ActionsDataModule as UCF101ActionsDataModule
+from .video.youtube_vos import YouTubeVOSDataModule as YouTubeVOSDataModule
 from .vision.cifar import CIFARDataModule as CIFARDataModule
 from .vision.digits import DigitsDataModule as DigitsDataModule
 from .vision.factors import ShapeFactorsDataModule as ShapeFactorsDataModule

@@ -39,6 +39,7 @@ class Technique:
         claim: The claim that ``configs/claims/<slug>.yaml`` re-shows, in one sentence.
         summary: What it does, in one sentence.
         draft: It isn't finished: it needs no full-scale config, claim, page and picture yet, and the README leaves it out.
+        short: What people call it, such as ``iCT``; "" where the title begins with that and a colon, or is short itself.
     """
 
     slug: str
@@ -52,6 +53,13 @@ class Technique:
     claim: str
     summary: str
     draft: bool = False
+    short: str = ""
+
+    @property
+    def name(self) -> str:
+        """``short``, else the title up to its colon, as in "SuperFlow++: Enhanced ...", if that is short, else the whole title."""
+        head, colon, _ = self.title.partition(": ")  # the one of "N:M" ends no name
+        return self.short or (head if colon and len(head) <= 40 else self.title)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,6 +111,17 @@ def techniques() -> dict[str, Technique]:
         ValueError: Two entries share a slug.
     """
     return collect(package_folder(package) for package in PACKAGES)
+
+
+def family_title(family: str) -> str:
+    """``sparse_attention`` -> ``Sparse attention``; words with hyphens and LiDAR are written as they are."""
+    written = {
+        "fine_tuning": "Fine-tuning",
+        "lidar": "LiDAR",
+        "self_supervised": "Self-supervised learning",
+        "semi": "Semi-supervised learning",
+    }
+    return written.get(family, family.replace("_", " ").capitalize())
 
 
 def published() -> dict[str, Technique]:

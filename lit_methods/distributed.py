@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -99,6 +100,40 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return gather_rows(x[None], with_grad=False).sum(0)
 
 
+class _IntoRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _OutOfRanks.apply(grad)  # type: ignore[no-any-return]
+
+
+class _OutOfRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        return sum_over_ranks(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _IntoRanks.apply(grad)  # type: ignore[no-any-return]
+
+
+def into_ranks(x: Tensor) -> Tensor:
+    """``x``, the same on all ranks, on its way into what each rank computes of its own data: gradients are summed over the ranks.
+
+    With :func:`out_of_ranks` at the end, ``out_of_ranks(f(into_ranks(x)))`` is the sum of every rank's f(x), and ``torch.autograd.grad`` of
+    it gives each rank the gradient of that sum, any number of times. It isn't meant for a loss that DDP averages.
+    """
+    return x if world_size() == 1 else _IntoRanks.apply(x)
+
+
+def out_of_ranks(x: Tensor) -> Tensor:
+    """The sum of every rank's ``x``, the same bits on all of them, whose gradient goes to each as it is: see :func:`into_ranks`."""
+    return x if world_size() == 1 else _OutOfRanks.apply(x)
+
+
 def any_over_ranks(x: Tensor) -> Tensor:
     """Whether each entry of a bool tensor is True on any rank; same shape on all ranks. ``x`` itself without a process group."""
     if world_size() == 1:
@@ -162,3 +197,21 @@ def broadcast_tensors(tensors: list[Tensor]) -> None:
         dist.broadcast(packed.view(torch.uint8), src=0)
         for t, new in zip(alike, packed.split([t.numel() for t in alike]), strict=True):
             t.copy_(new.view(t.shape))
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace gradients by their means over the processes, in one message for each dtype; one that isn't there counts as 0."""
+    if world_size() == 1:
+        return
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:  # the same message on every rank
+                parameter.grad = torch.zeros_like(parameter)
+            groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in groups.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))

@@ -35,6 +35,15 @@ from lit_methods.callbacks.imbalanced_regression.fds.core import initial_state a
 from lit_methods.callbacks.imbalanced_regression.fds.core import moments as fds_moments
 from lit_methods.callbacks.imbalanced_regression.fds.core import pooled as fds_pooled
 from lit_methods.callbacks.imbalanced_regression.fds.core import update as fds_update
+from lit_methods.callbacks.lidar.sam3d_weak.core import consistency_loss_of_views as consistency_loss_of_views
+from lit_methods.callbacks.lidar.sam3d_weak.core import deformed_views as deformed_views
+from lit_methods.callbacks.lidar.sam3d_weak.core import frozen_batch_norm as frozen_batch_norm
+from lit_methods.callbacks.lidar.sam3d_weak.core import locally_deformed as locally_deformed
+from lit_methods.callbacks.lidar.sam3d_weak.core import reliability_loss as reliability_loss
+from lit_methods.callbacks.lidar.sam3d_weak.core import reliable_points as reliable_points
+from lit_methods.callbacks.lidar.sam3d_weak.core import spread_masks as spread_masks
+from lit_methods.callbacks.lidar.sam3d_weak.core import spread_pseudo_labels as spread_pseudo_labels
+from lit_methods.callbacks.lidar.sam3d_weak.core import vote_winners as vote_winners
 from lit_methods.callbacks.metric_learning.tcm import tcm_loss as tcm_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import adawac_loss as adawac_loss
 from lit_methods.callbacks.noisy_labels.adawac.core import normalised_weights as normalised_weights
@@ -213,7 +222,7 @@ from lit_methods.consistency_models.epg.core import cosine_info_nce as cosine_in
 from lit_methods.consistency_models.epg.core import denoising_loss as denoising_loss
 from lit_methods.consistency_models.epg.core import denoising_weight as denoising_weight
 from lit_methods.consistency_models.epg.core import interval_guidance as interval_guidance
-from lit_methods.consistency_models.epg.core import nearest_level as nearest_level
+from lit_methods.consistency_models.epg.core import nearest_level as epg_nearest_level
 from lit_methods.consistency_models.epg.core import neighbour_labels as neighbour_labels
 from lit_methods.consistency_models.epg.core import pretrain_levels as pretrain_levels
 from lit_methods.consistency_models.epg.core import pretrain_loss as pretrain_loss
@@ -256,6 +265,27 @@ from lit_methods.consistency_models.slct.core import early_diffusion_loss as ear
 from lit_methods.consistency_models.slct.core import is_early as is_early
 from lit_methods.consistency_models.slct.core import remove_norm_scales as remove_norm_scales
 from lit_methods.consistency_models.slct.core import slct_loss as slct_loss
+from lit_methods.detection.boxes import cxcywh_to_xyxy as cxcywh_to_xyxy
+from lit_methods.detection.boxes import overlaps as overlaps
+from lit_methods.detection.boxes import xyxy_to_cxcywh as xyxy_to_cxcywh
+from lit_methods.detection.consistencydet.core import detection_levels as detection_levels
+from lit_methods.detection.consistencydet.core import detection_scalings as detection_scalings
+from lit_methods.detection.consistencydet.core import nearest_level as consistencydet_nearest_level
+from lit_methods.detection.consistencydet.core import noisy_pair as noisy_pair
+from lit_methods.detection.consistencydet.core import renewal_step as renewal_step
+from lit_methods.detection.consistencydet.core import two_level_loss as two_level_loss
+from lit_methods.detection.criterion import federated_classes as federated_classes
+from lit_methods.detection.criterion import focal_loss as focal_loss
+from lit_methods.detection.criterion import set_losses as set_losses
+from lit_methods.detection.matcher import dynamic_k_match as dynamic_k_match
+from lit_methods.detection.nms import detections_of as detections_of
+from lit_methods.detection.nms import suppress as suppress
+from lit_methods.detection.noise import clamp_to_image as clamp_to_image
+from lit_methods.detection.noise import clean_boxes as clean_boxes
+from lit_methods.detection.noise import to_pixels as to_pixels
+from lit_methods.detection.noise import to_signal as to_signal
+from lit_methods.detection.pooling import pyramid_align as pyramid_align
+from lit_methods.detection.pooling import roi_align as roi_align
 from lit_methods.diffusion.cono.core import closed_share as closed_share
 from lit_methods.diffusion.cono.core import content as content
 from lit_methods.diffusion.cono.core import content_distance as content_distance
@@ -266,6 +296,19 @@ from lit_methods.diffusion.cono.core import extending_shuffle as extending_shuff
 from lit_methods.diffusion.cono.core import internal_shuffle as internal_shuffle
 from lit_methods.diffusion.cono.core import regularise as regularise
 from lit_methods.diffusion.cono.core import sample_clip as sample_clip
+from lit_methods.diffusion.ddc_fewshot.core import cosine_shares as cosine_shares
+from lit_methods.diffusion.ddc_fewshot.core import ddc_distance as ddc_distance
+from lit_methods.diffusion.ddc_fewshot.core import ddim_from as ddim_from
+from lit_methods.diffusion.ddc_fewshot.core import domain_direction as domain_direction
+from lit_methods.diffusion.ddc_fewshot.core import gram_distance as gram_distance
+from lit_methods.diffusion.ddc_fewshot.core import gram_matrix as gram_matrix
+from lit_methods.diffusion.ddc_fewshot.core import guide_structure as guide_structure
+from lit_methods.diffusion.ddc_fewshot.core import intra_cluster_distance as intra_cluster_distance
+from lit_methods.diffusion.ddc_fewshot.core import mix_content as mix_content
+from lit_methods.diffusion.ddc_fewshot.core import pairwise_divergence as pairwise_divergence
+from lit_methods.diffusion.ddc_fewshot.core import paper_weights as paper_weights
+from lit_methods.diffusion.ddc_fewshot.core import phase_share as phase_share
+from lit_methods.diffusion.ddc_fewshot.core import phasic_weights as phasic_weights
 from lit_methods.diffusion.ddim import ddim_schedule as ddim_schedule
 from lit_methods.diffusion.ddim import ddim_step as ddim_step
 from lit_methods.diffusion.denoisers import denoise_of as denoise_of
@@ -325,6 +368,10 @@ from lit_methods.lidar.contrast import effective_rank as effective_rank
 from lit_methods.lidar.contrast import group_mean as group_mean
 from lit_methods.lidar.contrast import info_nce as info_nce
 from lit_methods.lidar.contrast import retrieval_accuracy as retrieval_accuracy
+from lit_methods.lidar.lifting import link_points as link_points
+from lit_methods.lidar.lifting import masks_at_points as masks_at_points
+from lit_methods.lidar.lifting import smallest_masks as smallest_masks
+from lit_methods.lidar.lifting import superpoints as superpoints
 from lit_methods.lidar.point_losses import lovasz_softmax as lovasz_softmax
 from lit_methods.lidar.point_losses import segmentation_losses as segmentation_losses
 from lit_methods.lidar.projection import dense_cloud as dense_cloud
@@ -375,6 +422,28 @@ from lit_methods.prompting.coprompt.core import harmonic_mean as harmonic_mean
 from lit_methods.prompting.coprompt.core import sentence_index as sentence_index
 from lit_methods.prompting.coprompt.core import sentence_table as sentence_table
 from lit_methods.prompting.towers import run_prompted_blocks as run_prompted_blocks
+from lit_methods.restoration.color import adain_color_fix as adain_color_fix
+from lit_methods.restoration.color import wavelet_color_fix as wavelet_color_fix
+from lit_methods.restoration.color import wavelet_decompose as wavelet_decompose
+from lit_methods.restoration.dloral.core import cross_frame_attention as cross_frame_attention
+from lit_methods.restoration.dloral.core import csd_loss as csd_loss
+from lit_methods.restoration.dloral.core import empty_rows as empty_rows
+from lit_methods.restoration.dloral.core import frame_difference_mask as frame_difference_mask
+from lit_methods.restoration.dloral.core import has_csd as has_csd
+from lit_methods.restoration.dloral.core import in_tiles as in_tiles
+from lit_methods.restoration.dloral.core import restored_latent as restored_latent
+from lit_methods.restoration.dloral.core import tile_starts as tile_starts
+from lit_methods.restoration.dloral.core import tile_weights as tile_weights
+from lit_methods.restoration.dloral.core import weighted_loss as weighted_loss
+from lit_methods.restoration.interlcm.core import consistency_answer as consistency_answer
+from lit_methods.restoration.interlcm.core import consistency_chain as consistency_chain
+from lit_methods.restoration.interlcm.core import critic_hinge as critic_hinge
+from lit_methods.restoration.interlcm.core import guidance_embedding as guidance_embedding
+from lit_methods.restoration.interlcm.core import lcm_schedule as lcm_schedule
+from lit_methods.restoration.interlcm.core import lcm_timesteps as lcm_timesteps
+from lit_methods.restoration.interlcm.core import renoise as renoise
+from lit_methods.restoration.interlcm.core import restoration_loss as restoration_loss
+from lit_methods.restoration.interlcm.core import restore_from_low_quality as restore_from_low_quality
 from lit_methods.retrieval.cir_uncertainty.core import augment_targets as augment_targets
 from lit_methods.retrieval.cir_uncertainty.core import best_of_gallery as best_of_gallery
 from lit_methods.retrieval.cir_uncertainty.core import coarse_weight as coarse_weight
@@ -495,6 +564,17 @@ from lit_methods.tasks.segmentation.core import sample_cross_entropy as sample_c
 from lit_methods.tasks.segmentation.metrics import dice_and_hd95 as dice_and_hd95
 from lit_methods.tasks.superres.metrics import psnr_y as psnr_y
 from lit_methods.tasks.superres.metrics import ssim_y as ssim_y
+from lit_methods.video.video_action_detection.core import confident_pixels as confident_pixels
+from lit_methods.video.video_action_detection.core import exp_rampup as exp_rampup
+from lit_methods.video.video_action_detection.core import feature_consistency as feature_consistency
+from lit_methods.video.video_action_detection.core import gradient_mask as gradient_mask
+from lit_methods.video.video_action_detection.core import mask_consistency as mask_consistency
+from lit_methods.video.video_action_detection.core import mask_loss as mask_loss
+from lit_methods.video.video_action_detection.core import sharpened as sharpened
+from lit_methods.video.video_action_detection.core import soft_dice_loss as soft_dice_loss
+from lit_methods.video.video_action_detection.core import spread_loss as spread_loss
+from lit_methods.video.video_action_detection.core import variance_mask as variance_mask
+from lit_methods.video.video_action_detection.core import variance_masks as variance_masks
 
 __all__ = [
     "ablate_direction",
@@ -502,6 +582,7 @@ __all__ = [
     "active_count",
     "activity_counts",
     "ada_snapkv",
+    "adain_color_fix",
     "adam_update_",
     "adapter_features",
     "adaptive_c",
@@ -554,8 +635,10 @@ __all__ = [
     "check_adjoint",
     "chosen_blocks",
     "clamp_feature",
+    "clamp_to_image",
     "class_counts",
     "class_iou",
+    "clean_boxes",
     "closed_share",
     "cls_attention",
     "coarse_weight",
@@ -564,13 +647,18 @@ __all__ = [
     "complex_product",
     "composed_info_nce",
     "concept_score",
+    "confident_pixels",
     "conr_dense_loss",
     "conr_loss",
+    "consistency_answer",
+    "consistency_chain",
     "consistency_function",
+    "consistency_loss_of_views",
     "consistency_pair_loss",
     "consistency_residual",
     "consistency_temperature",
     "consistency_tuning_loss",
+    "consistencydet_nearest_level",
     "content",
     "content_distance",
     "content_drift",
@@ -584,14 +672,21 @@ __all__ = [
     "cosine_drop",
     "cosine_info_nce",
     "cosine_logits",
+    "cosine_shares",
     "count_documents",
     "couple",
     "covering_views",
+    "critic_hinge",
     "critic_loss",
     "crop_cross_entropy",
+    "cross_frame_attention",
+    "csd_loss",
     "ct_teacher_decay",
     "cubic_sparsity",
+    "cxcywh_to_xyxy",
     "dcm_loss",
+    "ddc_distance",
+    "ddim_from",
     "ddim_schedule",
     "ddim_step",
     "decay_pruned",
@@ -601,6 +696,7 @@ __all__ = [
     "decode_cache",
     "decode_weights",
     "decoder_coherence",
+    "deformed_views",
     "delta_of_share",
     "denoise_of",
     "denoise_sample",
@@ -610,6 +706,9 @@ __all__ = [
     "dense_to_sparse_loss",
     "derive_cell",
     "detached_pseudo_huber",
+    "detection_levels",
+    "detection_scalings",
+    "detections_of",
     "dice_and_hd95",
     "difference_in_means",
     "diffusion_window_attention",
@@ -617,6 +716,7 @@ __all__ = [
     "diversity",
     "dmd_loss",
     "document_weights",
+    "domain_direction",
     "doped_rank",
     "doubling_levels",
     "doubling_stage_length",
@@ -628,6 +728,7 @@ __all__ = [
     "drop_smallest",
     "dsnot_nm",
     "dsnot_unstructured",
+    "dynamic_k_match",
     "early_diffusion_loss",
     "ect_lower",
     "ect_stage",
@@ -638,13 +739,16 @@ __all__ = [
     "effective_rank",
     "ema_update",
     "embedding_consistency",
+    "empty_rows",
     "enqueue",
     "ensemble_probabilities",
     "ensemble_scores",
+    "epg_nearest_level",
     "error_bound",
     "estimate_maps",
     "exact_counts",
     "exhaustive_codes",
+    "exp_rampup",
     "expand_blocks",
     "expected_error",
     "explicit_consistency",
@@ -661,8 +765,10 @@ __all__ = [
     "fds_moments",
     "fds_pooled",
     "fds_update",
+    "feature_consistency",
     "feature_order",
     "feature_weights",
+    "federated_classes",
     "fewer",
     "fft2c",
     "finalized_weight",
@@ -682,9 +788,12 @@ __all__ = [
     "flops_penalty",
     "flow_factor",
     "flow_matching_error",
+    "focal_loss",
     "folded_frobenius",
     "foreground",
+    "frame_difference_mask",
     "frechet_distance",
+    "frozen_batch_norm",
     "fuse",
     "fuse_windows",
     "fused_weight",
@@ -692,7 +801,10 @@ __all__ = [
     "gaussian_kl",
     "gaussian_targets",
     "geman_mcclure",
+    "gradient_mask",
     "gradual_training_flops",
+    "gram_distance",
+    "gram_matrix",
     "grasp_scores",
     "greedy_edit",
     "greedy_selection",
@@ -703,10 +815,13 @@ __all__ = [
     "group_shrink",
     "grow",
     "grow_penalty",
+    "guidance_embedding",
+    "guide_structure",
     "guided_edit",
     "guided_velocity",
     "half_life_decay",
     "harmonic_mean",
+    "has_csd",
     "has_foreground",
     "held_out_fit",
     "heun_step",
@@ -714,12 +829,14 @@ __all__ = [
     "idf_of_counts",
     "ifft2c",
     "image_cross_entropy",
+    "in_tiles",
     "indrnn_cell",
     "info_nce",
     "initial_score",
     "input_statistics",
     "internal_shuffle",
     "interval_guidance",
+    "intra_cluster_distance",
     "inverse_gap",
     "iou_of_counts",
     "is_early",
@@ -745,6 +862,8 @@ __all__ = [
     "largest_pull",
     "largest_safe_sparsity",
     "layer_density",
+    "lcm_schedule",
+    "lcm_timesteps",
     "least_squares",
     "lift_factors",
     "lightgcn_loss",
@@ -752,10 +871,12 @@ __all__ = [
     "linear_probe",
     "linear_scores",
     "linear_segmentation",
+    "link_points",
     "llada_generate",
     "load_delta",
     "load_masks",
     "load_pruned",
+    "locally_deformed",
     "log_likelihood_gradient",
     "lognormal_probabilities",
     "look_up_pairs",
@@ -767,15 +888,19 @@ __all__ = [
     "magnitude_statistics",
     "margin_mse",
     "mask_change",
+    "mask_consistency",
+    "mask_loss",
     "mask_tokens",
     "masked_diffusion_loss",
     "masked_state",
     "masked_weight",
     "masking_rates",
+    "masks_at_points",
     "matched_pairs",
     "max_cosine",
     "mean_codes",
     "merged_labels",
+    "mix_content",
     "mixed_operation",
     "motion_kernel",
     "moving_marginal",
@@ -784,7 +909,6 @@ __all__ = [
     "multinomial_loss",
     "multiscale_consistency",
     "multistep_sample",
-    "nearest_level",
     "nearest_neighbours",
     "nearest_time",
     "necessity",
@@ -794,6 +918,7 @@ __all__ = [
     "nm_mask",
     "node_edge_loss",
     "node_node_loss",
+    "noisy_pair",
     "nominal_sparsity",
     "normalise_maps",
     "normalised_magnitude",
@@ -806,9 +931,12 @@ __all__ = [
     "opposite_pairs",
     "ot_threshold",
     "other_images",
+    "overlaps",
     "page_bounds",
     "page_tokens",
     "pair_scores",
+    "pairwise_divergence",
+    "paper_weights",
     "parallel_branches",
     "pareto_front",
     "parse_pattern",
@@ -818,6 +946,8 @@ __all__ = [
     "perceptual",
     "phase_at",
     "phase_fraction",
+    "phase_share",
+    "phasic_weights",
     "pick_below_sample",
     "pick_pruned",
     "pool_pixels",
@@ -847,6 +977,7 @@ __all__ = [
     "pruning_phase",
     "pseudo_huber",
     "psnr_y",
+    "pyramid_align",
     "quadratic_ramp",
     "query_weights",
     "quest_overhead",
@@ -870,18 +1001,26 @@ __all__ = [
     "regulariser_step",
     "relative_error",
     "relative_norm_drop",
+    "reliability_loss",
+    "reliable_points",
     "removal_addition",
     "removal_score",
     "remove_norm_scales",
     "removed_weight",
+    "renewal_step",
+    "renoise",
     "repeat_per_context",
     "reschedule_noise",
     "resize_pairs",
     "resize_superpixels",
     "resolution_shift",
+    "restoration_loss",
+    "restore_from_low_quality",
+    "restored_latent",
     "retrain_rates",
     "retrieval_accuracy",
     "retrieval_scores",
+    "roi_align",
     "run_prompted_blocks",
     "s2_linear",
     "sample_clip",
@@ -905,8 +1044,10 @@ __all__ = [
     "sense_reduce",
     "sentence_index",
     "sentence_table",
+    "set_losses",
     "seven_sixteenths_cosine",
     "share_above",
+    "sharpened",
     "shift_time",
     "shifted_right",
     "shot_metrics",
@@ -925,8 +1066,10 @@ __all__ = [
     "slct_loss",
     "sliced_wasserstein",
     "small_weights",
+    "smallest_masks",
     "snapkv",
     "snip_scores",
+    "soft_dice_loss",
     "sparse_frontier_window_attention",
     "sparse_gradient",
     "sparse_mask",
@@ -935,6 +1078,9 @@ __all__ = [
     "sparsegpt",
     "spectral_gap",
     "spherical_kmeans",
+    "spread_loss",
+    "spread_masks",
+    "spread_pseudo_labels",
     "square_root_levels",
     "squared_norm",
     "ssim_y",
@@ -945,6 +1091,8 @@ __all__ = [
     "sufficiency",
     "superflow_losses",
     "superpixel_groups",
+    "superpoints",
+    "suppress",
     "svd_factors",
     "switch",
     "take_patches",
@@ -953,15 +1101,20 @@ __all__ = [
     "temporal_vote",
     "threshold_mask",
     "threshold_of",
+    "tile_starts",
+    "tile_weights",
     "time_grid",
     "to_batch_rows",
+    "to_pixels",
     "to_semi_structured",
+    "to_signal",
     "token_index",
     "token_losses",
     "topafa",
     "training_flops",
     "trig_time",
     "trigflow",
+    "two_level_loss",
     "two_signed_share",
     "uncertain_loss",
     "uncertainty_loss",
@@ -976,21 +1129,28 @@ __all__ = [
     "update_mask",
     "update_sample_weights",
     "value_order",
+    "variance_mask",
+    "variance_masks",
     "velocity_tangent",
     "vertical_slash",
     "vertical_slash_overhead",
+    "vote_winners",
     "voxelize",
     "wanda_mask",
     "warmup_cosine",
     "warmup_cosine_rate",
     "warmup_decay",
     "warmup_then_epoch_cosine",
+    "wavelet_color_fix",
+    "wavelet_decompose",
     "weight_at",
+    "weighted_loss",
     "wide_width",
     "width_factor",
     "window_pattern",
     "window_views",
     "window_weights",
     "with_guidance",
+    "xyxy_to_cxcywh",
     "zf_metrics",
 ]

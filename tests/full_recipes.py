@@ -61,6 +61,18 @@ def clip(work: Path) -> None:
     transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
 
 
+def clip_and_vgg(work: Path) -> None:
+    """CLIP ViT-B/32 as transformers saves it and torchvision's VGG-16, with random weights."""
+    import transformers
+    from torchvision.models import vgg16
+
+    sizes = {"patch_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    kind = transformers.CLIPVisionModelWithProjection
+    kind(transformers.CLIPVisionConfig(**sizes)).save_pretrained(work / "clip")
+    layers = vgg16(weights=None).features.state_dict()
+    torch.save({f"features.{name}": value for name, value in layers.items()}, work / "vgg16.pth")
+
+
 def minkunet(work: Path) -> None:
     """A MinkUNet-34 with random weights, under the names that a pretraining exports."""
     from lit_methods import MinkUNet
@@ -129,6 +141,40 @@ def unet(work: Path) -> None:
     blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
     sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": 8, "cross_attention_dim": 8}
     diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, **blocks, **sizes).save_pretrained(work / "unet")
+
+
+def stable_diffusion(work: Path) -> None:
+    """A text-to-image pipeline with few channels and random weights, as diffusers saves it, its tokenizer knowing the letters alone."""
+    import diffusers
+    import transformers
+
+    folder = work / "stable_diffusion"
+    folder.mkdir()
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": len(words)}
+    text = transformers.CLIPTextConfig(**sizes, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)
+    transformers.CLIPTextModel(text).save_pretrained(folder / "text_encoder")
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    widths = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 4, "cross_attention_dim": 32}
+    diffusers.UNet2DConditionModel(in_channels=4, out_channels=4, norm_num_groups=4, **blocks, **widths).save_pretrained(folder / "unet")
+    coder = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = diffusers.AutoencoderKL(**coder, block_out_channels=(8, 8, 8, 8), norm_num_groups=4, latent_channels=4)
+    vae.save_pretrained(folder / "vae")
+    scheduler = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    diffusers.DDIMScheduler(**scheduler).save_pretrained(folder / "scheduler")
+
+
+def dloral(work: Path) -> None:
+    """The pipeline, and random weights of a SPyNet."""
+    from lit_methods import SPyNet
+
+    stable_diffusion(work)
+    torch.save(SPyNet().state_dict(), work / "spynet.pth")
 
 
 def text_to_video(work: Path) -> None:
@@ -281,6 +327,34 @@ MASKED = Recipe(
 )
 
 
+def latent_consistency(work: Path) -> None:
+    """Parts of a latent consistency model and of Stable Diffusion with few channels, CLIP's vision tower and VGG, all of random weights."""
+    import diffusers
+    import torchvision
+    import transformers
+
+    blocks: dict[str, Any] = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    blocks |= {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
+    for folder, told in (("lcm", 256), ("sd15", None)):
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, cross_attention_dim=768, time_cond_proj_dim=told, **blocks
+        )
+        unet.save_pretrained(work / folder / "unet")
+    stages = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    diffusers.AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=4, latent_channels=4, **stages).save_pretrained(
+        work / "lcm" / "vae"
+    )
+    diffusers.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(work / "lcm" / "scheduler")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(image_size=224, patch_size=16, **sizes)
+    transformers.CLIPVisionModel(config).save_pretrained(work / "clip_vision")
+    features = torchvision.models.vgg16().features
+    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, work / "vgg16.pth")
+
+
 def batch(size: int) -> Recipe:
     """A smaller batch."""
     return Recipe(words=(f"--data.init_args.batch_size={size}",), why=f"batch of {size}: {SMALL_BATCH}")
@@ -359,15 +433,69 @@ RECIPES: dict[str, Recipe] = {
     },
     "coprompt_eurosat": CLIP,
     "coprompt_imagenet": CLIP,
+    **{
+        f"consistencydet_{name}": Recipe(
+            {"pretrained: true": "pretrained: false"},
+            words=(
+                "--data.init_args.sides=[64]",
+                "--data.init_args.eval_side=64",
+                "--data.init_args.crop=null",
+                "--model.init_args.proposals=8",
+                "--model.init_args.eval_steps=[1,2]",
+                "--model.init_args.head.init_args.dynamic=4",
+                "--model.init_args.head.init_args.feedforward=32",
+            ),
+            why=f"images of 64 pixels, 8 proposals, narrower heads: {SMALL_BATCH}",
+            needs=("faster_coco_eval",),
+        )
+        for name in ("coco", "lvis")
+    },
     "cotap_coco_imagenet": Recipe(
         {"pretrained: true": "pretrained: false", "head_hidden: 2048": "head_hidden: 64"},
         words=("--data.init_args.batch_size=2", "--data.init_args.eval_batch_size=4"),
         why=f"batch of 2, narrower heads: {SMALL_BATCH}",
     ),
+    "ddc_fewshot_ffhq": Recipe(
+        {"openai/clip-vit-base-patch32": "{work}/clip", "/models/vgg16-397923af.pth": "{work}/vgg16.pth"},
+        words=(
+            "--data.init_args.image_size=32",
+            "--data.init_args.val_batch_size=2",
+            "--model.init_args.sampler.steps=2",
+            "--model.init_args.source_steps=0",
+            "--model.init_args.fusion_steps=1",
+        ),
+        why="images of 32 pixels, 2 steps of the sampler, no source stage and 1 step of fusion: so that the third stage is reached",
+        prepare=clip_and_vgg,
+        needs=("transformers",),
+    ),
+    **{
+        f"video_action_detection_{name}": Recipe(
+            {"weights: /models/rgb_charades.pt": "weights: null", "width: 1.0": "width: 0.1", "kernel: 9": "kernel: 3"}
+            | ({"[224, 224]": "[32, 32]"} | ({"[256, 256]": "[32, 32]"} if name == "jhmdb" else {})),
+            words=("--data.init_args.batch_size=2",),
+            why=f"crops of 32 pixels, a tenth of the channels, smaller capsule kernel, batch of 2: {SMALL_BATCH}",
+            needs=("av",) if name == "ucf101" else (),
+        )
+        for name in ("ucf101", "jhmdb")
+    },
     "dass_cifar_final": Recipe(words=("--data.init_args.batch_size=2",), why=f"batch of 2: {SMALL_BATCH}"),
     "dass_cifar_search": Recipe(
         words=("--data.init_args.batch_size=2", "--model.init_args.pretrain_steps=0"),
         why=f"batch of 2: {SMALL_BATCH}; begins with the second phase, in which each batch is one step",
+    ),
+    "dloral_sd21": Recipe(
+        {"/models/stable-diffusion-2-1-base": "{work}/stable_diffusion", "/models/spynet.pth": "{work}/spynet.pth"},
+        words=(
+            '--model.init_args.perceptual={"class_path":"FeatureDistance","init_args":{"network":{"class_path":"RandomFeatures"}}}',
+            "--model.init_args.schedule.init_args.quality_iter=0",
+            "--data.init_args.size=64",
+            "--data.init_args.eval_size=64",
+            "--data.init_args.eval_frames=2",
+        ),
+        why="squares of 64 pixels, 2 frames in validation: 512 take minutes on two cores; a random network in the place of VGG-16; the "
+        "second step is one of the detail stage",
+        prepare=dloral,
+        needs=("diffusers", "transformers"),
     ),
     "dsl_recommendation_lightgcn": Recipe(),
     "dsl_recommendation_multvae": Recipe(),
@@ -396,9 +524,22 @@ RECIPES: dict[str, Recipe] = {
         prepare=sd3,
         needs=("diffusers", "transformers"),
     ),
+    "interlcm_faces": Recipe(
+        {
+            "SimianLuo/LCM_Dreamshaper_v7": "{work}/lcm",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5": "{work}/sd15",
+            "openai/clip-vit-base-patch16": "{work}/clip_vision",
+            "weights: null, backbone: vgg": "weights: {work}/vgg16.pth, backbone: vgg",
+        },
+        words=("--data.init_args.image_size=64",),
+        why="images of 64 pixels: 512 take seconds each on two cores",
+        prepare=latent_consistency,
+        needs=("diffusers", "transformers", "lpips"),
+    ),
     "maid_experts_kodak": Recipe(
         words=("--data.init_args.size=16", "--data.init_args.number=2"), why="2 images of 16 pixels: a solve of 20 large ones takes minutes"
     ),
+    "maid_mnist": Recipe(),
     "masksparsity_cifar": MASKED,
     "masksparsity_imagenet": MASKED,
     "progressive_gradient_flow_vit": batch(4),
@@ -488,6 +629,7 @@ RECIPES: dict[str, Recipe] = {
     "sparse_model_soups_imagenet": batch(8),
     "sparseland_resnet50": batch(8),
     "sparsejepa_cifar100": batch(8),
+    "sam3d_weak_scannet": batch(2),
     "superflow_finetune": DOWNSTREAM,
     "superflow_kitti_1": DOWNSTREAM,
     "superflow_probe": DOWNSTREAM,

@@ -46,6 +46,8 @@ SMALLER = {
     "adele": "--data.init_args.batch_size 3 --data.init_args.num_train 30 --data.init_args.num_val 20",
     "cono": "--model.init_args.sampler.steps 4 --model.init_args.sampler.guided_until 1 --data.init_args.batch_size 2 "
     "--data.init_args.num_val 4 --data.init_args.val_batch_size 2",
+    "consistencydet": "--data.init_args.num_train 64 --data.init_args.num_val 8 --data.init_args.num_test 8 "
+    "--data.init_args.eval_batch_size 4 --model.init_args.eval_steps [1,2]",
     "cotap": "--model.init_args.encoder.init_args.depth 2 --data.init_args.batch_size 4 --data.init_args.num_train 60 "
     "--data.init_args.num_probe 60 --data.init_args.num_val 30",
     "dass": "--model.init_args.network.init_args.channels 2 --model.init_args.network.init_args.nodes 1 --data.init_args.batch_size 8",
@@ -62,7 +64,10 @@ SHORTENED = {
     "dsnot": "--trainer.callbacks.at_step 4",
     "sparse_model_soups": "--trainer.callbacks.dense_epochs 1 --trainer.callbacks.retrain_epochs 1",
     "issp": "--trainer.callbacks.prune_iters 4",
+    "interlcm": "--model.init_args.gan_start 2",
+    "sam3d_weak": "--data.init_args.batch_size 1",  # an epoch of the config is three batches
     "rcm": "--model.init_args.pretrain_iterations 1 --model.init_args.tangent_warmup 2",
+    "ddc_fewshot": "--model.init_args.source_steps 1 --model.init_args.fusion_steps 1",
     "sparseland": "--trainer.callbacks.interval 2",
     "ssvi": "--trainer.callbacks.interval 2",
 }

@@ -26,8 +26,8 @@ from typing import Any
 
 import pytest
 
-from lit_methods.catalog import published, techniques
-from lit_methods.claims.records import verdict_words
+from lit_methods.catalog import family_title, published, techniques
+from lit_methods.claims.records import verdict_over_all
 from lit_methods.cli.main import RUN_COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,13 @@ CLAIMS = [path for path in CONFIGS if path.parent.name in ("claims", "compare")]
 LABEL_MAPS = [path for path in CONFIGS if path.parent.name == "label_maps"]
 SPEAK_FOR_THEMSELVES = ("class_path", "claim", "source")
 EXAMPLES = re.compile("two_views|/metric/|^my_|^runs/")  # paths that only an example has
-ONLY_SHOWN = {"claims": "--plan", "compare": "--plan", "dashboard": "--dry-run"}  # what keeps a command from hours of work or a service
+ONLY_SHOWN = {
+    "claims": "--plan",
+    "compare": "--plan",
+    "dashboard": "--dry-run",
+    "push": "--help",
+    "pull": "--help",
+}  # what keeps a command from hours of work or a service
 OTHER_PROGRAMS = ("cd", "git", "make", "pip", "pytest", "python", "ruff", "tensorboard", "wandb")
 
 
@@ -379,16 +385,16 @@ TABLE = re.compile(
 
 
 def technique_table() -> str:
-    """The catalogue as a Markdown table."""
-    rows = [
-        "| technique | family | form | paper | claim that is re-shown | [does it hold?](docs/evidence.md) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for entry in published().values():
-        title = f"[{entry.title}](docs/techniques/{entry.slug}.md)"
-        paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "-"
-        verdict = verdict_words(entry.slug)
-        rows.append(f"| `{entry.slug}`: {title} | {entry.family} | {entry.form} | {paper} | {entry.claim or '-'} | {verdict} |")
+    """The catalogue as a Markdown table, family by family."""
+    rows = ["| technique | what it does | form | [does its claim hold here?](docs/evidence.md) |", "|---|---|---|---|"]
+    family = ""
+    for entry in sorted(published().values(), key=lambda entry: (entry.family, entry.slug)):
+        if entry.family != family:
+            family = entry.family
+            rows.append(f"| **{family_title(family)}** | | | |")
+        name = f"[{entry.name}](docs/techniques/{entry.slug}.md)<br>`{entry.slug}`"
+        paper = f" [arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else ""
+        rows.append(f"| {name} | {entry.summary}{paper} | {entry.form} | {verdict_over_all(entry.slug)} |")
     return "\n".join(rows) + "\n"
 
 

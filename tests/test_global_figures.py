@@ -9,7 +9,7 @@ from helpers import advice_on_figures, run_two_processes
 from lit_methods.cli.main import main
 
 QUICK = ("random_pruning", "conr", "dsl_recommendation")
-EXACT = (*QUICK, "adawac", "cast_lm", "coprompt", "fixmatch", "issp", "superflow_probe", "tcm")
+EXACT = (*QUICK, "adawac", "cast_lm", "consistencydet", "coprompt", "fixmatch", "issp", "superflow_probe", "tcm")
 DRAWN = ("epg", "epg_denoise", "ict", "superflow")  # noise by the batch's number, or contrast within a batch: other batches, other figures
 
 

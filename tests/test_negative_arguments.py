@@ -11,7 +11,13 @@ import pytest
 from torch import nn
 
 from lit_methods import (
+    CascadedHead,
+    CompactVideoDetector,
+    ContentFusionUNet,
+    ControlledUNet,
+    CrossFrameRetrieval,
     DenseRetriever,
+    DigitLCM,
     DINOv2,
     EmbeddedWords,
     GaussianMixtureFlow,
@@ -25,6 +31,8 @@ from lit_methods import (
     RingTeacher,
     ScatteredInpainting,
     SearchNetwork,
+    SmallBackbone,
+    SmallDetectionBackbone,
     SmallTextEncoder,
     TinyTowers,
     VectorTrunk,
@@ -36,21 +44,29 @@ from lit_methods.inverse_problems.flair.core import FlairSettings
 # what may be negative: labels, seeds, positions of a distribution or a line, values that fill a place
 MAY_BE = {
     "ignore_index", "seed", "p_mean", "time_mean", "null_condition", "c_slope", "c_intercept", "fill", "pixel_mean", "shift", "reg_shift",
+    "degrees",
 }  # fmt: skip
 OTHERS = {  # files, other libraries
     *(
+        "CLIPImageFeatures",
         "CLIPTowers",
         "CompressedSensing",
         "DiffusersAutoencoder",
+        "DiffusersBackbone",
+        "DiffusersLCM",
         "DiffusersNetwork",
         "DiffusersUNet",
         "DiffusersVideo",
+        "LPIPSDistance",
         "ScriptedFeatures",
+        "SpatialEncoder",
+        "VisualEncoder",
         "DINOv2",
         "MaskFileInpainting",
         "SD3Flow",
         "TimmNetwork",
         "TextTeacher",
+        "VGGMaps",
     ),
 }
 
@@ -79,6 +95,13 @@ def parts(name: str) -> dict[str, Any]:
             "text_encoder": EmbeddedWords(6),
             "compositor": ResidualCompositor(),
         },
+        "DualLoRAVSRModule": {"backbone": SmallBackbone(), "retrieval": CrossFrameRetrieval(12, 1, 4)},
+        "OneStepPretraining": {"backbone": SmallBackbone()},
+        **{
+            name: {"backbone": SmallDetectionBackbone(8), "head": CascadedHead(2, 8, 1, 2, 8, 2)}
+            for name in ("ConsistencyDet", "DiffusionDet")
+        },
+        "TimmPyramid": {"name": "resnet18", "pretrained": False},
         "DASSSearch": {"network": SearchNetwork(2, 3, 1, ["skip_connect"])},
         "DenseRetriever": {"network": SmallTextEncoder(4, width=4)},
         "BicubicDownsampling": {"size": [8, 8]},
@@ -98,7 +121,12 @@ def parts(name: str) -> dict[str, Any]:
         "TransformerText": {
             "config": {"model_type": "bert", "vocab_size": 4, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
         },
+        "InterLCM": {"lcm": DigitLCM(8, 4)},
+        "SemiSupervisedVideoDetector": {"network": CompactVideoDetector(3)},
+        "PseudoLabelVideoDetector": {"network": CompactVideoDetector(3)},
+        "MixMatchVideoDetector": {"network": CompactVideoDetector(3)},
         "MLP": {"widths": [4, 3]},
+        "PhasicContentDiffusion": {"network": ContentFusionUNet(1, 8, (1, 1))},
         "PointSegmentor": {"backbone_3d": Volume()},
         "RCM": {"teacher": RingTeacher(), "student": nn.Linear(2, 2), "condition": "label"},
         "RandomProjection": {"shape": [1, 2, 2]},
@@ -106,6 +134,9 @@ def parts(name: str) -> dict[str, Any]:
         "ResNetTrunk": {"pretrained": False, "name": "resnet18"},
         "ScatteredInpainting": {"size": [8, 8]},
         "SimMatchV2": {"backbone": nn.Identity(), "num_labelled": 200, "bank_size": 8},
+        "FeatureDistance": {"network": nn.Identity()},
+        "SmallLCM": {"network": nn.Identity()},
+        "SmallSpatialEncoder": {"network": ControlledUNet(1, 8, (1,))},
         "SparseAutoencoder": {"settings": {"k": 2}},
         "SparseRetriever": {"network": SmallTextEncoder(4, width=4)},
         "SparseJEPA": {"encoder": ViTEncoder(16, 2, width=8, depth=1, heads=2)},

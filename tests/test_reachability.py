@@ -55,6 +55,7 @@ SETTINGS = {
     "cirim": ["--model.init_args.consistency explicit"],
     "conr": ["--trainer.callbacks.variant dense"],
     "dass": ["--model.init_args.pretrain_steps 1 --model.init_args.prune_steps 1 --model.init_args.finetune_steps 1"],
+    "interlcm": [f"--model.init_args.color_fix {fix}" for fix in ("wavelet", "adain")],
     "dsl_recommendation": ["--trainer.callbacks.interval 2"],
     "dsnot": [
         "--trainer.callbacks.at_step 1 --trainer.callbacks.initial sparsegpt",
@@ -64,6 +65,8 @@ SETTINGS = {
             for name in ("Magnitude", "Wanda", "SparseGPT")
         ),
     ],
+    "dloral": ["--model.init_args.color_fix adain"],
+    "video_action_detection": ["--model.init_args.consistency bv+gv"],
     "cono": [f"--model.init_args.sampler.strategy {strategy}" for strategy in ("freenoise", "genl")],
     "gba": ["--config configs/gba_topk.yaml"],  # another activation: what a function names is looked up once for each
     "ict": ["--config configs/ct.yaml --model.init_args.metric l1"],

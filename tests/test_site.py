@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from forks import HANGS
-from lit_methods.catalog import public_names, published
+from lit_methods.catalog import Technique, public_names, published
 from lit_methods.claims.records import verdict_words, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,8 +225,6 @@ def test_a_picture_comes_out_of_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
     import numpy as np
     from PIL import Image
 
-    from lit_methods.catalog import Technique
-
     make = _script(ROOT / "docs" / "make_gallery.py")
     entry = Technique("none", "None", "", "lidar", "module", (), (), (), "", "")
     with pytest.raises(FileNotFoundError, match="folder of a run"):
@@ -258,7 +256,6 @@ def test_the_picture_is_the_first_panel_that_the_technique_declares(tmp_path: Pa
 
     import numpy as np
 
-    from lit_methods.catalog import Technique
     from lit_methods.panels import CloudMedia, CloudPanel, Curve, HistogramMedia, HistogramPanel, ImageMedia, ImagePanel, TablePanel
     from lit_methods.reports.page import ReportData, Section
     from lit_methods.reports.record import save_run
@@ -346,7 +343,7 @@ def test_the_verdict_stands_wherever_the_claim_stands(hooks: ModuleType) -> None
         verdict = verdicts()[slug]["verdict"]
         assert f"<b>Claim</b>: {verdict}</span>" in hooks.gallery([entry])
         assert f"**does it hold?:** [{verdict_words(slug)}](../evidence.md#{slug})" in hooks.at_a_glance(entry)
-        (row,) = [line for line in hooks.techniques_page().splitlines() if line.startswith(f"| [`{slug}`]")]
+        (row,) = [line for line in hooks.techniques_page().splitlines() if line.startswith(f"| [{entry.name}]({slug}.md)")]
         assert row.endswith(f"| {entry.claim} | {verdict_words(slug)} |")
 
 
@@ -385,3 +382,18 @@ def test_the_readme_keeps_the_parts_that_the_site_shows(hooks: ModuleType, monke
         assert len(hooks.readme_page(*part)) > 500, page
     with pytest.raises(PluginError, match="no heading 'Gone'"):
         hooks.readme_page("Title", ("Gone",))
+
+
+def test_every_technique_is_chosen_for_something(hooks: ModuleType) -> None:
+    chosen = hooks.what_one_has()
+    assert len(chosen) > 5
+    assert {slug for slugs in chosen.values() for slug in slugs} == set(published())
+
+
+def test_a_name_ends_at_a_colon_with_a_space() -> None:
+    def name(title: str, short: str = "") -> str:
+        return Technique("", title, "", "", "", (), (), (), "", "", short=short).name
+
+    assert name("TCM: A loss") == "TCM"
+    assert name("Robust N:M Sparsity") == "Robust N:M Sparsity"
+    assert name("Improved Techniques", "iCT") == "iCT"

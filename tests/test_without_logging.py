@@ -13,8 +13,8 @@ from lit_methods.catalog import configs_folder, public_names
 
 QUICK = ("random_pruning", "fixmatch", "ict", "rcm")
 CONFIGS = (
-    *QUICK, "adawac", "cast_lm", "conr", "coprompt", "dsl_recommendation", "epg", "issp", "shrinkmatch", "simmatchv2", "slct", "superflow",
-    "superflow_probe", "tcm",
+    *QUICK, "adawac", "cast_lm", "conr", "consistencydet", "coprompt", "dsl_recommendation", "epg", "issp", "shrinkmatch", "simmatchv2",
+    "slct", "superflow", "superflow_probe", "tcm",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from lit_methods.panels import Curve, Panel
 
 TECHNIQUE = Technique(
     slug="tcm",
+    short="TCM",
     title="Threshold-Consistent Margin Loss for Open-World Deep Metric Learning",
     arxiv="2307.04047",
     family="metric_learning",

@@ -137,22 +137,7 @@ class LabelCorrection(OrderedCallback):
         with evaluating(pl_module), isolate_rng(on_cuda), store.writer(rank()) as writer:
             twin = observed(trainer, pl_module, type(self).__name__)
             for batch in loader:
-                if not isinstance(batch, dict) or not {"image", "index"} <= set(batch):
-                    raise ValueError(
-                        f"{type(self).__name__} needs batches with 'image' and 'index' from its loader, got {_described(batch)}"
-                    )
-                index = [int(i) for i in batch["index"]]
-                sizes = {store.shape(i) for i in index}
-                if len(sizes) > 1:
-                    raise ValueError(
-                        f"the labels of images {index} have the sizes {sorted(sizes)}: let the loader put images of one size together"
-                    )
-                (size,) = sizes
-                source = [store.original(i) if self.restart else store.current(i) for i in index]
-                labels = torch.from_numpy(np.stack(source).astype(np.int64)).to(pl_module.device)
-                with trainer.precision_plugin.forward_context():
-                    predicted = self.predict(trainer, twin, batch["image"].to(pl_module.device), size)
-                for i, new in zip(index, self.corrected(labels, predicted).cpu().numpy(), strict=True):
+                for i, new in self.relabelled(trainer, twin, batch):
                     different = int((new != store.original(i)).sum())
                     changed += torch.tensor([different, int(different > 0), new.size])
                     if different or not self.restart:
@@ -163,6 +148,23 @@ class LabelCorrection(OrderedCallback):
         trainer.strategy.barrier("labels are corrected")
         pixels, images, seen = sum_over_ranks(changed).tolist()
         return Correction(pixels / max(seen, 1), images, self.quality(store.current))
+
+    def relabelled(self, trainer: pl.Trainer, twin: pl.LightningModule, batch: Any) -> Iterable[tuple[int, NDArray[Any]]]:
+        """Indices and new labels of a batch of the loader; ``twin`` is what :meth:`predict` gets."""
+        store = self.store
+        assert store is not None
+        if not isinstance(batch, dict) or not {"image", "index"} <= set(batch):
+            raise ValueError(f"{type(self).__name__} needs batches with 'image' and 'index' from its loader, got {_described(batch)}")
+        index = [int(i) for i in batch["index"]]
+        sizes = {store.shape(i) for i in index}
+        if len(sizes) > 1:
+            raise ValueError(f"the labels of images {index} have the sizes {sorted(sizes)}: let the loader put images of one size together")
+        (size,) = sizes
+        source = [store.original(i) if self.restart else store.current(i) for i in index]
+        labels = torch.from_numpy(np.stack(source).astype(np.int64)).to(twin.device)
+        with trainer.precision_plugin.forward_context():
+            predicted = self.predict(trainer, twin, batch["image"].to(twin.device), size)
+        return zip(index, self.corrected(labels, predicted).cpu().numpy(), strict=True)
 
     def quality(self, labels: Callable[[int], Any]) -> NDArray[np.float64] | None:
         """(C,) IoU of all images' labels against clean ones, on every rank alike; None where the datamodule has no clean ones.

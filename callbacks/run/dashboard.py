@@ -28,7 +28,7 @@ from lit_methods.files import write_atomically
 from lit_methods.panels import Curve, Media
 from lit_methods.reports.page import Record, ReportData, Section, Status, read_history, record_line, render_report
 from lit_methods.reports.record import read_config, read_notes, run_facts, save_run
-from lit_methods.runs.folder import run_dir
+from lit_methods.runs.folder import RunFolder, run_dir
 from lit_methods.runs.wandb import attempt, has_login, keep_training
 
 
@@ -72,7 +72,7 @@ class Dashboard(OrderedCallback):
     Refuses: panels that are none of ours, media that no panel declares or of another type, artifacts whose name can't be a file's.
 
     Args:
-        title: Heading of the report; by default the module's class and the folder's name.
+        title: Heading of the report; by default the run's name, the module's class and the folder's name.
         report: Write ``report.html``, ``report.json``, ``media/`` and ``metrics.jsonl``.
         offline_without_login: Set ``WANDB_MODE=offline`` for this process where no W&B login is found and the variable is unset: W&B then
             never asks for a key, and ``wandb sync`` uploads the run later.
@@ -289,13 +289,14 @@ class Dashboard(OrderedCallback):
         if trainer.state.fn == TrainerFn.FITTING:
             progress = [("Epoch", f"{done:,} of {epochs:,}" if epochs else f"{done:,}"), ("Step", f"{trainer.global_step:,}"), *progress]
         progress.append(("Device", f"{trainer.world_size} x {pl_module.device.type}, {trainer.precision}"))
+        is_ours = any(isinstance(callback, RunFolder) for callback in trainer.callbacks)  # type: ignore[attr-defined]  # runs/<name>/<time>
         try:
             kept_facts = run_facts(folder)
         except Exception as error:  # they are read from files
             self._warn("facts", str(error))
             kept_facts = {}
         return ReportData(
-            title=self.title or f"{type(pl_module).__name__} · {folder.name}",
+            title=self.title or " · ".join([*([folder.parent.name] if is_ours else []), type(pl_module).__name__, folder.name]),
             status=status,
             sections=tuple(self._sections),
             history=self.history,

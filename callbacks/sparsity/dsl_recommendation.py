@@ -30,6 +30,7 @@ from lit_methods.steps import remaining_steps
 
 TECHNIQUE = Technique(
     slug="dsl_recommendation",
+    short="DSL",
     title="Dynamic Sparse Learning: A Novel Paradigm for Efficient Recommendation",
     arxiv="2402.02855",
     family="sparsity",

@@ -35,6 +35,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="random_pruning",
+    short="Random Pruning",
     title="The Unreasonable Effectiveness of Random Pruning: Return of the Most Naive Baseline for Sparse Training",
     arxiv="2202.02643",
     family="sparsity",

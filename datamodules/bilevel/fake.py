@@ -1,4 +1,4 @@
-"""A tiny folder of images in the layout of Kodak's."""
+"""A tiny folder of images in the layout of Kodak's, and one of MNIST's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from lit_methods.datamodules.fake import Arguments, Writer, picture, smooth
+from lit_methods.datamodules.matrices.fake import mnist
 
 
 def _images(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
@@ -16,5 +17,10 @@ def _images(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     return {"root": arguments["root"]}
 
 
-FAKES: dict[str, Writer] = {"NoisyImagesDataModule": _images}
+def _mnist(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
+    mnist(arguments["root"])
+    return {"root": arguments["root"], "samples": None}
+
+
+FAKES: dict[str, Writer] = {"NoisyImagesDataModule": _images, "WeightDecayDataModule": _mnist}
 __all__ = ["FAKES"]

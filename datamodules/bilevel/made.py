@@ -1,16 +1,18 @@
-"""Bilevel problems for training hyperparameters: quadratics, logistic regression of digits, noisy images; built in, but for Kodak's."""
+"""Bilevel problems for training hyperparameters: quadratics, logistic regression of digits, noisy images; built in, or files."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_methods import checks
 from lit_methods.datamodules.base import LoaderDataModule, Whole
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError
 from lit_methods.datamodules.folders import data_path, listed
+from lit_methods.datamodules.matrices.idx import mnist_files, read_mnist
 from lit_methods.datamodules.pictures import open_picture
 from lit_methods.seeds import own_seed
 
@@ -123,11 +125,14 @@ class WeightDecayDataModule(BilevelDataModule):
     Batch: {"features": (N, P) float64, "label": (N) int64, "val_features": (M, P) float64, "val_label": (M) int64}
 
     scikit-learn's 1,797 real digits of 8 x 8 pixels, or its 569 samples of breast tissue (30 features, 2 classes), standardised by the rows
-    to fit.
+    to fit; or MNIST's digits, reduced to 12 x 12 pixels in [0, 1] as in the paper.
 
     Args:
         name: ``digits`` or ``breast_cancer``.
         shares: Shares of the rows to fit, and of those to choose by; the rest is for testing.
+        root: Folder with MNIST's files (``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, or those of ``t10k``; also ``.gz``, also
+            in ``MNIST/raw`` below it), which are taken in the place of ``name``; null: what ``name`` says.
+        samples: Rows that are drawn from MNIST's; null: all of them.
         steps_per_epoch: Upper iterations between two validations.
         num_workers: Processes that read data.
         seed: Seed of the split.
@@ -137,6 +142,8 @@ class WeightDecayDataModule(BilevelDataModule):
         self,
         name: Literal["digits", "breast_cancer"] = "digits",
         shares: tuple[float, float] = (0.4, 0.3),
+        root: Path | None = None,
+        samples: int | None = None,
         steps_per_epoch: int = 10,
         num_workers: int = 0,
         seed: int = 0,
@@ -146,21 +153,42 @@ class WeightDecayDataModule(BilevelDataModule):
         checks.within("(0, 1)", "a share", fit=shares[0], choose=shares[1])
         if sum(shares) >= 1:
             raise ValueError(f"shares are {shares}: leave something for testing")
-        self.name, self.shares = name, tuple(shares)
+        checks.at_least(10, "rows", samples=samples)
+        self.name, self.shares, self.root, self.samples = name, tuple(shares), data_path(root), samples
 
-    def problems(self, generator: torch.Generator) -> tuple[Batch, Batch]:
-        """The rows to fit and to choose by; in evaluation those to test, too."""
+    def check_root(self, stage: str = "fit") -> None:
+        """See whether there are MNIST's files.
+
+        Raises:
+            WrongRootError: There are none.
+        """
+        if self.root is not None:
+            mnist_files(self.root)
+
+    def _rows(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Features (N, P) float64 and labels (N,) of all rows."""
+        if self.root is not None:
+            pixels, digits = read_mnist(self.root)
+            chosen = torch.randperm(len(digits), generator=generator)[: self.samples]
+            images = torch.from_numpy(pixels.copy())[chosen, None].double() / 255
+            return F.adaptive_avg_pool2d(images, 12).flatten(1), torch.from_numpy(digits.astype(np.int64))[chosen]
         from sklearn import datasets
 
         read = datasets.load_digits if self.name == "digits" else datasets.load_breast_cancer
         features, label = (torch.from_numpy(np.asarray(values)) for values in read(return_X_y=True))
+        return features.double(), label.long()
+
+    def problems(self, generator: torch.Generator) -> tuple[Batch, Batch]:
+        """The rows to fit and to choose by; in evaluation those to test, too."""
+        features, label = self._rows(generator)
         order = torch.randperm(len(label), generator=generator)
         counts = [int(share * len(label)) for share in self.shares]
         fit, choose, test = order.split([*counts, len(label) - sum(counts)])
-        features = features.double()
-        scaled = (features - features[fit].mean(0)) / features[fit].std(0).clamp(min=1e-3)
-        batch = {"features": scaled[fit], "label": label[fit].long(), "val_features": scaled[choose], "val_label": label[choose].long()}
-        return batch, batch | {"test_features": scaled[test], "test_label": label[test].long()}
+        scaled = features
+        if self.root is None:  # MNIST's pixels stay in [0, 1]
+            scaled = (features - features[fit].mean(0)) / features[fit].std(0).clamp(min=1e-3)
+        batch = {"features": scaled[fit], "label": label[fit], "val_features": scaled[choose], "val_label": label[choose]}
+        return batch, batch | {"test_features": scaled[test], "test_label": label[test]}
 
 
 class NoisyImagesDataModule(BilevelDataModule):

@@ -1,4 +1,4 @@
-"""Tiny releases for generative models: CIFAR-10, ImageNet, latents in files, latents in tar files."""
+"""Tiny releases for generative models: CIFAR-10, ImageNet, latents in files or tar files, folders of two domains."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_methods.datamodules.fake import Arguments, Writer
+from lit_methods.datamodules.fake import Arguments, Writer, picture, smooth
 from lit_methods.datamodules.generative.shards import write_shard
 from lit_methods.datamodules.vision.fake import cifar, imagenet
 
@@ -70,6 +70,19 @@ def shards(
     return root
 
 
+def few_shot(root: Path, *folders: tuple[str, int]) -> None:
+    """Smooth pictures ``<folder>/<number>.png``.
+
+    Args:
+        root: Folder to write to.
+        folders: Names below it, and the number of pictures in each.
+    """
+    rng = np.random.default_rng(0)
+    for name, count in folders:
+        for number in range(count):
+            picture(root / name / f"{number:05}.png", smooth(rng, (80, 64)))
+
+
 # ---- what each datamodule gets ---------------------------------------------------------------------------------------------------------
 
 
@@ -106,10 +119,17 @@ def _shards(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     return {"root": root, "null_embedding": arguments["null_embedding"]}
 
 
+def _few_shot(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Eight pictures to train on beside those for validation, and as many targets as are asked for, else ten."""
+    few_shot(arguments["root"], (arguments["source"], arguments["num_val"] + 8), (arguments["target"], arguments["shots"] or 10))
+    return {"root": arguments["root"]}
+
+
 FAKES: dict[str, Writer] = {
+    "FewShotFoldersDataModule": _few_shot,
     "GenerativeCIFARDataModule": _cifar,
     "GenerativeImageNetDataModule": _imagenet,
     "LatentDataModule": _latents,
     "LatentShardsDataModule": _shards,
 }
-__all__ = ["FAKES", "latents", "shards"]
+__all__ = ["FAKES", "few_shot", "latents", "shards"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.reading import file_size, unpacked_size
 
 MISSING = "download MNIST's four files again"
@@ -49,4 +49,36 @@ def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
     path.write_bytes(bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes())
 
 
-__all__ = ["MISSING", "read_idx", "write_idx"]
+def mnist_files(root: Path) -> tuple[Path, Path]:
+    """Images and labels of MNIST: the training part where it is there, else the test part.
+
+    Raises:
+        WrongRootError: There are none.
+    """
+    for folder in (root, root / "MNIST" / "raw"):
+        for part in ("train", "t10k"):
+            for ending in ("", ".gz"):
+                files = (folder / f"{part}-images-idx3-ubyte{ending}", folder / f"{part}-labels-idx1-ubyte{ending}")
+                if all(file.is_file() for file in files):
+                    return files
+    raise WrongRootError(
+        f"root={str(root)!r} has no train-images-idx3-ubyte and train-labels-idx1-ubyte (nor .gz, nor in MNIST/raw): {MISSING}, or set "
+        "root=null for the digits of scikit-learn"
+    )
+
+
+def read_mnist(root: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Images (N, H, W) and digits (N,) of MNIST: of the training part where it is there, else of the test part.
+
+    Raises:
+        WrongRootError: There are no such files.
+        BrokenRecordError: A file is damaged, or the two don't belong together.
+    """
+    images, labels = mnist_files(root)
+    pixels, digits = read_idx(images, 3), read_idx(labels, 1)
+    if len(pixels) != len(digits):
+        raise BrokenRecordError(labels, "labels", f"{len(digits)} labels for {len(pixels)} images: {MISSING}")
+    return pixels, digits
+
+
+__all__ = ["MISSING", "mnist_files", "read_idx", "read_mnist", "write_idx"]

@@ -6,10 +6,10 @@ import numpy as np
 
 from lit_methods.checks import at_least
 from lit_methods.datamodules.base import Ints
-from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
+from lit_methods.datamodules.errors import BrokenRecordError
 from lit_methods.datamodules.folders import data_path
 from lit_methods.datamodules.matrices.base import Floats, MatrixDataModule, Table, no_covariates
-from lit_methods.datamodules.matrices.idx import MISSING, read_idx
+from lit_methods.datamodules.matrices.idx import MISSING, mnist_files, read_mnist
 
 
 def _sigmoid(scores: Floats) -> Floats:
@@ -145,10 +145,8 @@ class SemiSyntheticDigitsDataModule(MatrixDataModule):
 
             digits = load_digits()
             return digits.images / 16, digits.target
-        images, labels = mnist_files(self.root)
-        pixels, digits = read_idx(images, 3), read_idx(labels, 1)
-        if len(pixels) != len(digits):
-            raise BrokenRecordError(labels, "labels", f"{len(digits)} labels for {len(pixels)} images: {MISSING}")
+        labels = mnist_files(self.root)[1]
+        pixels, digits = read_mnist(self.root)
         for digit in (1, 2, 4, 7):
             if (digits == digit).sum() < 2:
                 raise BrokenRecordError(labels, "labels", f"{(digits == digit).sum()} images of a {digit}, 2 are needed: {MISSING}")
@@ -169,24 +167,6 @@ class SemiSyntheticDigitsDataModule(MatrixDataModule):
         scores = features @ direction
         label = (rng.random(hp["num_rows"]) < _sigmoid(scores - scores.mean())).astype(np.int64)
         return self.halves(Table(features, label, no_covariates(len(label))))
-
-
-def mnist_files(root: Path) -> tuple[Path, Path]:
-    """Images and labels of MNIST: the training part where it is there, else the test part.
-
-    Raises:
-        WrongRootError: There are none.
-    """
-    for folder in (root, root / "MNIST" / "raw"):
-        for part in ("train", "t10k"):
-            for ending in ("", ".gz"):
-                files = (folder / f"{part}-images-idx3-ubyte{ending}", folder / f"{part}-labels-idx1-ubyte{ending}")
-                if all(file.is_file() for file in files):
-                    return files
-    raise WrongRootError(
-        f"root={str(root)!r} has no train-images-idx3-ubyte and train-labels-idx1-ubyte (nor .gz, nor in MNIST/raw): {MISSING}, or set "
-        "root=null for the digits of scikit-learn"
-    )
 
 
 __all__ = ["PlantedDirectionsDataModule", "SemiSyntheticDigitsDataModule", "mnist_files"]

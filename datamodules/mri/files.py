@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -207,10 +207,11 @@ class _Slices(MaskedSamples):
 
 
 class KSpaceFilesDataModule(ScansDataModule):
-    """Base: subclasses say which files belong to which part, and how they are read."""
+    """Base: subclasses say in which folders the parts lie, or which files belong to which, and how they are read."""
 
     _interleaved = False
     _way = ""
+    _folders: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -239,7 +240,8 @@ class KSpaceFilesDataModule(ScansDataModule):
 
     def files(self, part: str) -> list[Path]:
         """The files of ``train``, ``val`` or ``predict``; none: there is no such part."""
-        raise NotImplementedError
+        folder = self._given() / self._folders[part] if part in self._folders else None
+        return listed(folder, endings=(".h5",)) if folder is not None and folder.is_dir() else []
 
     def _given(self) -> Path:
         if self.root is None:  # the built-in sample is read by the same code
@@ -329,6 +331,7 @@ class FastMRIDataModule(KSpaceFilesDataModule):
     """  # noqa: E501
 
     _way = "a folder with multicoil_train and multicoil_val of fastMRI"
+    _folders: ClassVar[dict[str, str]] = {"train": "multicoil_train", "val": "multicoil_val", "predict": "multicoil_test"}
 
     def __init__(
         self,
@@ -347,11 +350,6 @@ class FastMRIDataModule(KSpaceFilesDataModule):
     ) -> None:
         super().__init__(**handed_on(KSpaceFilesDataModule, locals()))
         self.save_hyperparameters(ignore=["root", "maps"])  # a path would block a strict resume
-
-    def files(self, part: str) -> list[Path]:
-        """Those of its folder."""
-        folder = self._given() / {"train": "multicoil_train", "val": "multicoil_val", "predict": "multicoil_test"}[part]
-        return listed(folder, endings=(".h5",)) if folder.is_dir() else []
 
 
 class CC359DataModule(KSpaceFilesDataModule):
@@ -383,6 +381,7 @@ class CC359DataModule(KSpaceFilesDataModule):
 
     _interleaved = True
     _way = "a folder with Train and Val of the multi-coil Calgary-Campinas data"
+    _folders: ClassVar[dict[str, str]] = {"train": "Train", "val": "Val"}
 
     def __init__(
         self,
@@ -401,11 +400,6 @@ class CC359DataModule(KSpaceFilesDataModule):
     ) -> None:
         super().__init__(**handed_on(KSpaceFilesDataModule, locals()))
         self.save_hyperparameters(ignore=["root", "maps"])  # a path would block a strict resume
-
-    def files(self, part: str) -> list[Path]:
-        """Those of its folder; there is none for ``predict``."""
-        folder = self._given() / {"train": "Train", "val": "Val", "predict": "-"}[part]
-        return listed(folder, endings=(".h5",)) if folder.is_dir() else []
 
 
 class StanfordKneeDataModule(KSpaceFilesDataModule):

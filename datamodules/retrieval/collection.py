@@ -2,16 +2,15 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from numpy.typing import NDArray
 
+from lit_methods.datamodules.broken import Broken, OnBroken
 from lit_methods.datamodules.errors import BrokenRecordError, WrongRootError
 from lit_methods.datamodules.folders import listed
 from lit_methods.datamodules.reading import file_size, read_text
@@ -19,7 +18,6 @@ from lit_methods.datamodules.tables import plain
 from lit_methods.datamodules.text.text import made_up_text
 
 Ints = NDArray[np.int64]
-OnBroken = Literal["raise", "skip"]
 LAYOUTS = "BEIR's corpus.jsonl, queries.jsonl and qrels/<split>.tsv, or TREC's doc-text.trec, query-text.trec and qrels"
 
 
@@ -43,39 +41,6 @@ class Texts(Sequence[str]):
             raise IndexError(f"text {index} of {len(self)}")
         place = index % len(self)
         return self.block[self.starts[place] : self.starts[place + 1]].decode("utf-8")
-
-
-@dataclass
-class Broken:
-    """What is done with records that can't be used: the first one raises, or they are counted and left out.
-
-    Attributes:
-        on_broken: ``raise`` or ``skip``.
-        counts: File -> records that were left out.
-        first: Message of the first of them.
-    """
-
-    on_broken: OnBroken = "raise"
-    counts: Counter[str] = field(default_factory=Counter)
-    first: str = ""
-
-    def say(self, file: Path, place: str, problem: str) -> None:
-        """Raise, or count.
-
-        Raises:
-            BrokenRecordError: With ``on_broken='raise'``.
-        """
-        error = BrokenRecordError(file, place, problem)
-        if self.on_broken == "raise":
-            raise error
-        self.first = self.first or str(error)
-        self.counts[str(file)] += 1
-
-    def report(self) -> None:
-        """Warn of what was left out."""
-        if self.counts:
-            each = ", ".join(f"{number} in {file}" for file, number in self.counts.items())
-            rank_zero_warn(f"{sum(self.counts.values())} records are left out: {each}; the first: {self.first}")
 
 
 @dataclass(frozen=True)

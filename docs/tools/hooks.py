@@ -27,7 +27,7 @@ from pymdownx.slugs import slugify
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-from lit_methods.catalog import PACKAGES, Technique, package_folder, public_names, published  # noqa: E402
+from lit_methods.catalog import PACKAGES, Technique, family_title, package_folder, public_names, published  # noqa: E402
 from lit_methods.claims.records import verdict_over_all, verdict_words  # noqa: E402
 from lit_methods.parts import KINDS, parts  # noqa: E402
 
@@ -42,7 +42,7 @@ WHOLE_FILES = {
 }
 # page of the site <- (title, headings of the README); a single heading becomes the title itself
 README_PARTS = {
-    "quick_start.md": ("Quick start", ("Install", "1. Run a config", "3. Compare two runs")),
+    "quick_start.md": ("Quick start", ("Install", "1. Run a config", "3. Compare two runs", "4. Share a model")),
     "attach.md": ("Attach to your own module", ("2. Attach a callback to your own module",)),
 }
 # (section, pages in order); pages that aren't there are left out, files of docs/ that stand nowhere come last
@@ -52,6 +52,7 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "quick_start.md",
             "attach.md",
+            "choose.md",
             "foreign_modules.md",
             "notebooks.md",
             "configs.md",
@@ -88,17 +89,6 @@ def families() -> dict[str, list[Technique]]:
     return found
 
 
-def family_title(family: str) -> str:
-    """``sparse_attention`` -> ``Sparse attention``; LiDAR is written as it is."""
-    return {"lidar": "LiDAR"}.get(family, family.replace("_", " ").capitalize())
-
-
-def short_title(entry: Technique) -> str:
-    """The part of the title before the colon when it is short, as in "SuperFlow++: Enhanced ...", else the whole title."""
-    head, colon, _ = entry.title.partition(":")
-    return head if colon and len(head) <= 40 else entry.title
-
-
 def picture(slug: str) -> Path | None:
     """The technique's picture in the gallery."""
     return next((path for kind in PICTURES if (path := ROOT / "docs" / "gallery" / f"{slug}.{kind}").is_file()), None)
@@ -126,22 +116,50 @@ def gallery(entries: list[Technique], to_docs: str = "") -> str:
         form = "module" if entry.form == "module" else "callback for any module"
         claim = f"<span><b>Claim</b>: {html.escape(verdict_over_all(entry.slug))}</span>"
         cards.append(
-            f'<a href="{to_docs}techniques/{entry.slug}.html">{shown}<strong>{html.escape(short_title(entry))}</strong>'
-            f"<span>{html.escape(entry.summary)}</span>{claim}<em>{html.escape(family_title(entry.family))}, {form}</em></a>"
+            f'<a href="{to_docs}techniques/{entry.slug}.html" data-slug="{entry.slug}" data-form="{entry.form}">{shown}'
+            f"<strong>{html.escape(entry.name)}</strong><span>{html.escape(entry.summary)}</span>{claim}"
+            f"<em>{html.escape(family_title(entry.family))}, {form}</em></a>"
         )
     return '<div class="gallery">\n' + "\n".join(cards) + "\n</div>\n"
 
 
+def what_one_has() -> dict[str, list[str]]:
+    """Headings of ``docs/choose.md`` -> slugs of the techniques that stand below them."""
+    text = (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## (.+)$", text, flags=re.M)[1:]
+    return {heading: re.findall(r"\(techniques/(\w+)\.md\)", below) for heading, below in zip(sections[::2], sections[1::2], strict=True)}
+
+
+def whole_gallery() -> str:
+    """The cards of all techniques, family by family, with fields that leave some of them out (``assets/gallery.js``)."""
+    having = "".join(f'<option value="{" ".join(slugs)}">{html.escape(heading)}</option>' for heading, slugs in what_one_has().items())
+    fields = (
+        '<div class="gallery-filter" hidden>\n<label>I have <select><option value="">anything</option>' + having + "</select></label>\n"
+        '<label>it is <select><option value="">a callback or a module</option><option value="callback">a callback for a module of mine'
+        '</option><option value="module">a module</option></select></label>\n'
+        '<label>with the word <input type="search" placeholder="pruning, LiDAR, iCT"></label>\n<output></output>\n</div>\n'
+    )
+    return fields + gallery([entry for entries in families().values() for entry in entries])
+
+
 def techniques_page() -> str:
-    """The overview of all techniques: a gallery per family, and the table of claims."""
-    parts = ["# Techniques\n", "`lit list` prints them, `lit info <technique>` says more about one.\n"]
+    """The list of all techniques: a table for each family."""
+    parts = [
+        "# Techniques\n",
+        "By family; [with pictures](../index.md#techniques), or [by what you have](../choose.md). `lit list` prints them, "
+        "`lit info <technique>` says more about one.\n",
+    ]
     for family, entries in families().items():
-        parts += [f"## {family_title(family)}\n", gallery(entries, to_docs="../")]
-        parts += ["| technique | form | paper | claim that is re-shown | [does it hold?](../evidence.md) |", "|---|---|---|---|---|"]
+        parts += [
+            f"## {family_title(family)}\n",
+            "| technique | what it does | form | claim that is re-shown | [does it hold?](../evidence.md) |",
+        ]
+        parts.append("|---|---|---|---|---|")
         for entry in entries:
-            paper = f"[{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else "-"
+            name = f"[{entry.name}]({entry.slug}.md)<br>`{entry.slug}`"
+            paper = f"<br>[arXiv:{entry.arxiv}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else ""
             verdict = verdict_words(entry.slug)
-            parts.append(f"| [`{entry.slug}`]({entry.slug}.md) | {entry.form} | {paper} | {entry.claim or '-'} | {verdict} |")
+            parts.append(f"| {name} | {entry.summary}{paper} | {entry.form} | {entry.claim or '-'} | {verdict} |")
         parts.append("")
     return "\n".join(parts)
 
@@ -367,8 +385,7 @@ def navigation(present: set[str]) -> list[Any]:
             nav.append({section: shown})
         used.update(shown)
     by_family: list[Any] = [
-        {family_title(family): [{short_title(entry): f"techniques/{entry.slug}.md"} for entry in entries]}
-        for family, entries in families().items()
+        {family_title(family): [{entry.name: f"techniques/{entry.slug}.md"} for entry in entries]} for family, entries in families().items()
     ]
     nav.insert(2, {"Techniques": ["techniques/index.md", *by_family]})
     groups: dict[str, list[dict[str, str]]] = {}
@@ -494,7 +511,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
     if src_uri == "index.md":
         page.meta["hide"] = ["navigation", "toc"]  # room for the gallery
-        markdown = markdown.replace("<!-- gallery -->", gallery([entry for entries in families().values() for entry in entries]))
+        markdown = markdown.replace("<!-- gallery -->", whole_gallery())
     if src_uri == "evidence.md":
         page.meta["hide"] = ["navigation"]  # and for the table
     slug = Path(src_uri).stem

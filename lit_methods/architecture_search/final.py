@@ -1,7 +1,6 @@
 """Training of a network that a search found: image classification with an auxiliary head and dropped paths."""
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import Literal
 
 from torch import Tensor
@@ -63,9 +62,6 @@ class GenotypeClassifier(ImageClassifier):
         checks.within("[0, 1)", "a share", drop_path=drop_path)
         super().__init__(**handed_on(ImageClassifier, locals()))
         self.save_hyperparameters(ignore=["network"])
-        for name, argument in signature(ImageClassifier.__init__).parameters.items():  # a command gives the arguments of this class alone
-            if argument.default is not argument.empty:
-                self.hparams.setdefault(name, argument.default)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch, that of the auxiliary head with it."""

@@ -147,6 +147,7 @@ def info(argv: list[str]) -> int:
     from lit_methods.parts import parts
 
     slugs = [entry.slug for entry in known.values() if name in (entry.slug, entry.names[0] if entry.names else "")]
+    slugs = slugs or [entry.slug for entry in known.values() if name.lower() == entry.name.lower()]  # as people call it: iCT
     chosen: Any
     if slugs:
         chosen, text = known[slugs[0]], _described(known[slugs[0]])
@@ -260,21 +261,27 @@ def export(argv: list[str]) -> int:
     """``lit export <ckpt> <out>``: the plain state dict of a checkpoint's LightningModule, or a sparse autoencoder for sae-lens."""
     parser = Parser(prog="lit export", description="Write the plain state dict out of a checkpoint.")
     parser.add_argument("ckpt", help="a Lightning checkpoint, such as runs/<name>/<time>/checkpoints/last.ckpt")
-    parser.add_argument("out", help="a new file ending in .pt or .safetensors; with --format sae-lens a new folder")
-    parser.add_argument("--format", default="weights", help="weights, or sae-lens: a SparseAutoencoder for its SAE.load_from_disk")
+    parser.add_argument("out", help="a new file ending in .pt or .safetensors; with the other formats a new folder")
+    parser.add_argument(
+        "--format",
+        default="weights",
+        help="weights; folder: safetensors, config and a model card, as `lit push` takes it; sae-lens: a SparseAutoencoder for its "
+        "SAE.load_from_disk",
+    )
     parser.add_argument("--prefix", default="", help="keep only the entries that start so, and strip it (such as backbone_3d.)")
     parser.add_argument("--force", action="store_true", help="overwrite out")
     options = parsed(parser, argv)
     if options is None:
         return 0
     out = Path(options.out).expanduser()
-    if options.format not in ("weights", "sae-lens"):
-        raise CommandError(f"--format is {options.format!r}: give weights or sae-lens")
+    if options.format not in ("weights", "folder", "sae-lens"):
+        raise CommandError(f"--format is {options.format!r}: give weights, folder or sae-lens")
     if options.format == "sae-lens":
         return _export_saelens(Path(options.ckpt).expanduser(), out)
-    if out.suffix not in (".pt", ".pth", ".safetensors"):
-        raise CommandError(f"{options.out} must end in .pt or .safetensors")
-    if out.exists() and not options.force:
+    is_folder = options.format == "folder"
+    if not is_folder and out.suffix not in (".pt", ".pth", ".safetensors"):
+        raise CommandError(f"{options.out} must end in .pt or .safetensors, or be a folder, with --format folder")
+    if not is_folder and out.exists() and not options.force:
         raise CommandError(f"{out} exists: choose another name, or overwrite it with --force")
     from lit_methods.runs.checkpoints import PrefixError, read_state_dict
 
@@ -282,12 +289,19 @@ def export(argv: list[str]) -> int:
         weights = read_state_dict(Path(options.ckpt).expanduser(), options.prefix, plain=False)
     except (OSError, ValueError) as error:
         raise CommandError(str(error), exit_code=2 if isinstance(error, OSError | PrefixError) else 1) from error
-    save_weights(out, weights)
+    from lit_methods.cli.share import export_folder, metadata, origin
+
+    checkpoint = Path(options.ckpt).expanduser()
+    if is_folder:
+        export_folder(checkpoint, out, weights)
+        print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}\n  lit push {out} <user/name>")
+    else:
+        save_weights(out, weights, metadata(origin(checkpoint)))
     return 0
 
 
-def save_weights(out: Path, weights: dict[str, Any]) -> None:
-    """Write tensors into a file ending in .pt or .safetensors, and say so."""
+def save_weights(out: Path, weights: dict[str, Any], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors into a file ending in .pt or .safetensors, which also holds the metadata, and say so."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out) as partial:  # a full disk must not leave half a file under the final name
         if out.suffix == ".safetensors":
@@ -295,7 +309,7 @@ def save_weights(out: Path, weights: dict[str, Any]) -> None:
                 from safetensors.torch import save_file
             except ImportError as error:
                 raise CommandError("writing .safetensors needs `pip install safetensors`; .pt needs nothing", exit_code=1) from error
-            save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, partial)
+            save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, partial, metadata)
         else:
             import torch
 

@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_methods.catalog import installed_names
 from lit_methods.cli.config_files import mentioned_files, refuse_repeated, resolve_config_arguments
+from lit_methods.cli.hyperparameters import with_those_of_bases
 from lit_methods.cli.resume import (
     FINISHED,
     Finished,
@@ -182,7 +183,8 @@ class LitCLI(LightningCLI):
                 data = parser.instantiate_classes(Namespace(data=section.clone())).data
             if hasattr(data, "check_root"):
                 data.check_root(self.subcommand)
-        super().instantiate_classes()
+        with with_those_of_bases():
+            super().instantiate_classes()
 
     def _restart(self, runs: Path) -> Restart | None:
         """What ``--resume auto`` goes on with. The first process looks and tells the others."""

@@ -39,12 +39,15 @@ Believe and see
 
 Files
   cp <config> <dest>              copy a shipped config to edit
-  export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors)
+  export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors), or a folder with a model card
+  push <folder> <user/name>       such a folder to the Hugging Face hub
+  pull <user/name> <folder>       and back
   prune --config FILE <out>       prune a trained model once, as DSnoT, Wanda, ... in the config say; a Hugging Face folder or a state dict
   idf <corpus.jsonl> <out>        table of inverse document frequencies of a corpus, by several processes
   encode <config>=<ckpt> <out>    documents of a sparse retriever for Anserini or OpenSearch, or the model for sentence-transformers
   search <config>=<ckpt>... --out index a collection by each retriever, query it, measure it, beside BM25
   neighbours <folder> <out.npz>   each image's nearest ones by a network's features, for CoTAP's streams
+  lift <root>                     masks of images as masks of points: from files, by SAM 2, or superpoints, for MaskLabelSpreading
   runs [name...] [--best METRIC]  table of the runs here: figures, filters, the best of them
   schema [config...]              JSON schema of configs, for editors
   completion bash|zsh|fish        what your shell completes lit by
@@ -151,6 +154,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         dashboard,
         doctor,
         fake,
+        lift,
         neighbours,
         prune,
         report,
@@ -158,6 +162,7 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         runs,
         scaffold,
         schema,
+        share,
     )
 
     return {
@@ -170,11 +175,14 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         "info": commands.info,
         "cp": commands.copy,
         "export": commands.export,
+        "push": share.push,
+        "pull": share.pull,
         "prune": prune.prune,
         "idf": retrieval.idf,
         "encode": retrieval.encode,
         "search": retrieval.search,
         "neighbours": neighbours.neighbours,
+        "lift": lift.lift,
         "schema": schema.schema,
         "completion": completion.completion,
         "new": scaffold.new,

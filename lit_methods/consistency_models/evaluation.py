@@ -190,19 +190,23 @@ class DigitFeatures(nn.Module):
         answer: Tensor = self.classes(self(images))
         return answer
 
-    def train_once(self) -> None:
-        """Train, unless it has been done."""
-        if self._trained:
-            return
-        self._trained = True
+    def training_data(self) -> tuple[Tensor, Tensor]:
+        """Images (N, 1, 8, 8) in [-1, 1] and labels (N,)."""
         from lit_methods.datamodules.generative.images import GenerativeDigitsDataModule
 
         data = GenerativeDigitsDataModule(image_size=8)
         data.setup("fit")
         assert data.train_set is not None
         assert data.train_set.labels is not None
+        return data.train_set.images, data.train_set.labels
+
+    def train_once(self) -> None:
+        """Train, unless it has been done."""
+        if self._trained:
+            return
+        self._trained = True
         device = self.classes.weight.device
-        images, labels = data.train_set.images.to(device), data.train_set.labels.to(device)
+        images, labels = (part.to(device) for part in self.training_data())
         frozen = {name: not parameter.requires_grad for name, parameter in self.named_parameters()}
         generator = torch.Generator().manual_seed(self.seed)
         with torch.inference_mode(False), torch.enable_grad():

@@ -25,6 +25,7 @@ from lit_methods.frozen import Frozen
 
 TECHNIQUE = Technique(
     slug="ict",
+    short="iCT",
     title="Improved Techniques for Training Consistency Models",
     arxiv="2310.14189",
     family="consistency_models",

@@ -38,7 +38,15 @@ def ddim_schedule(shares: Tensor, steps: int) -> DDIMSchedule:
     return DDIMSchedule(times, chosen, torch.cat([chosen[1:], shares[:1]]))
 
 
-def ddim_step(x: Tensor, eps: Tensor, share: Tensor, following: Tensor, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
+def ddim_step(
+    x: Tensor,
+    eps: Tensor,
+    share: Tensor,
+    following: Tensor,
+    eta: float = 0.0,
+    noise: Tensor | None = None,
+    clean: Tensor | None = None,
+) -> Tensor:
     """sqrt(a') x0 + sqrt(1 - a' - s^2) eps + s noise, where x0 = (x - sqrt(1 - a) eps) / sqrt(a) (Eq. 12).
 
     Args:
@@ -48,11 +56,12 @@ def ddim_step(x: Tensor, eps: Tensor, share: Tensor, following: Tensor, eta: flo
         following: a' > a, scalar.
         eta: 0: no noise is added; 1: as much as DDPM adds.
         noise: Like ``x``, standard normal; needed where ``eta`` isn't 0.
+        clean: x0 where it isn't what ``eps`` says, because it was clamped; ``eps`` stays as it is.
 
     Raises:
         ValueError: ``eta`` without noise.
     """
-    x0 = (x - (1 - share).sqrt() * eps) / share.sqrt()
+    x0 = (x - (1 - share).sqrt() * eps) / share.sqrt() if clean is None else clean
     if eta == 0:
         return following.sqrt() * x0 + (1 - following).sqrt() * eps
     if noise is None:

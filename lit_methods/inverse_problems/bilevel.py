@@ -13,7 +13,7 @@ Gradient = Callable[[Tensor], Tensor]
 
 
 class BilevelProblem(Protocol):
-    """Two levels. Both are sums over the data of this process if ``distributed``, else of everything.
+    """Two levels, of everything, the same on each process.
 
     Attributes:
         upper_smoothness: L_g, of the gradient of the upper loss.
@@ -154,3 +154,33 @@ def mixed_image(problem: BilevelProblem, x: Tensor, theta: Tensor, z: Tensor) ->
         (gradient,) = torch.autograd.grad(problem.lower(free, parameter), parameter, create_graph=True)
         (found,) = torch.autograd.grad((gradient * z.detach()).sum(), free)
     return found
+
+
+def largest_curvature(product: Gradient, start: Tensor, iterations: int = 20) -> float:
+    """An estimate of the largest |eigenvalue| of a symmetric matrix from below, by power iterations.
+
+    Args:
+        product: v -> A v.
+        start: Where to begin, of x's shape, not 0.
+        iterations: At least 1.
+    """
+    vector, size = start, torch.linalg.vector_norm(start)
+    for _ in range(iterations):
+        vector = product(vector / size.clamp(min=1e-30))
+        size = torch.linalg.vector_norm(vector)
+    return float(size)
+
+
+def upper_hessian_product(problem: BilevelProblem, x: Tensor) -> Gradient:
+    """The map v -> (d^2 g / dx^2) v at x."""
+    with torch.enable_grad():
+        free = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(problem.upper(free), free, create_graph=True)
+
+    def product(v: Tensor) -> Tensor:
+        if not gradient.requires_grad:  # g is linear
+            return torch.zeros_like(v)
+        (image,) = torch.autograd.grad(gradient, free, v, retain_graph=True)
+        return image
+
+    return product

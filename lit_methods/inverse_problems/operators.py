@@ -177,6 +177,7 @@ class Blur(LinearOperator):
             raise ValueError(f"kernel is {tuple(kernel.shape)}: give one of (height, width)")
         self.padding, self.threshold = padding, threshold
         self.register_buffer("kernel", kernel.detach(), persistent=False)
+        self._transformed: tuple[Any, Tensor] | None = None  # for which images, and what _transfer gave for them
 
     def _transfer(self, x: Tensor) -> Tensor:
         """The kernel's Fourier transform at the image's size, (H, W // 2 + 1) complex."""
@@ -185,8 +186,12 @@ class Blur(LinearOperator):
             raise ValueError(
                 f"images of {tuple(x.shape[-2:])} are smaller than the blur's kernel of {(height, width)}: give a smaller kernel"
             )
-        padded = F.pad(self.kernel.to(x), (0, x.shape[-1] - width, 0, x.shape[-2] - height))
-        return torch.fft.rfft2(padded.roll((-(height // 2), -(width // 2)), (0, 1)))
+        key = x.shape[-2:], x.dtype, x.device, self.kernel._version, self.kernel.data_ptr()
+        if self._transformed is None or self._transformed[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # what is kept must do for a training step, too
+                padded = F.pad(self.kernel.to(x), (0, x.shape[-1] - width, 0, x.shape[-2] - height))
+                self._transformed = key, torch.fft.rfft2(padded.roll((-(height // 2), -(width // 2)), (0, 1)))
+        return self._transformed[1]
 
     def _filter(self, x: Tensor, transfer: Tensor) -> Tensor:
         return torch.fft.irfft2(torch.fft.rfft2(x) * transfer, s=x.shape[-2:])

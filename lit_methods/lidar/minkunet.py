@@ -72,6 +72,17 @@ class _Sparse(nn.Module):
         return x.replace_feature(features.relu() if self.relu else features)
 
 
+def normed(convolution: nn.Module, channels: int, momentum: float) -> nn.Module:
+    """A sparse convolution with batch norm and ReLU, for networks that are built of these parts.
+
+    Args:
+        convolution: Of spconv.
+        channels: That it puts out.
+        momentum: Of batch norm.
+    """
+    return _Sparse(convolution, channels, momentum)
+
+
 class _Residual(nn.Module):
     """Basic (3-3) or bottleneck (1-3-1) block; a 1x1 convolution with batch norm on the skip where the width changes."""
 

@@ -59,4 +59,25 @@ def segmentation_losses(logits: Tensor, labels: Tensor, ignore_index: int, lovas
         return {"ce": ce, "lovasz": lovasz, "total": ce + lovasz}
 
 
-__all__ = ["lovasz_softmax", "segmentation_losses"]
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None, ignore_index: int = 255) -> Tensor:
+    """Cross-entropy of the labelled points, each with a weight: ``sum_i w_i ce_i / sum_i w_i``.
+
+    Args:
+        logits: (n, C) any float dtype; computed in float32 or wider.
+        labels: (n,) int64 in 0..C-1, or ``ignore_index``.
+        weights: (n,) >= 0; None: 1 each.
+        ignore_index: Label of points that take no part.
+
+    Returns:
+        Scalar; 0 with zero gradients when no point has a label and a weight.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = wide(logits)
+        valid = (labels != ignore_index).to(logits.dtype)
+        valid = valid if weights is None else valid * weights
+        ce = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+        total = valid.sum()
+        return (ce * valid).sum() / torch.where(total > 0, total, 1.0)
+
+
+__all__ = ["lovasz_softmax", "segmentation_losses", "weighted_cross_entropy"]

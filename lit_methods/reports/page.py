@@ -178,7 +178,8 @@ def _tiles(series: Mapping[str, Series], sections: Sequence[Section]) -> str:
                 )
     if not rows:
         return ""
-    listed = table(("Metric", "Last", "Best", "At step"), rows, "Key figures")
+    width = 4 if any(row[2] is not None for row in rows) else 2  # without a goal nothing is best
+    listed = table(("Metric", "Last", "Best", "At step")[:width], [row[:width] for row in rows], "Key figures")
     shown = f'<dl class="tiles">{"".join(tiles)}</dl>' if tiles else ""
     return (
         f'<section id="key-figures"><h2>Key figures</h2>{shown}'

@@ -24,7 +24,7 @@ from torch.nn.utils import prune
 from torch.utils.data import DataLoader, Dataset
 
 from helpers import advice_on_figures, run_two_processes, tiny_trainer
-from lit_methods import LabelStore
+from lit_methods import LabelStore, PairwiseSimilarity, StageSchedule
 from lit_methods.callbacks import LabelCorrection, LossTerm
 from lit_methods.callbacks.fine_tuning.s2ft.couplings import Coupling
 from lit_methods.catalog import public_names
@@ -53,6 +53,17 @@ class Samples(Dataset):
             "image": image, "image_2": image.flip(-1), "label": label, "target": label.float(), "index": index,
             "mask": mask, "mask_2": mask.flip(-1), "row": label, "activation": image.flatten()[:6],
         }  # fmt: skip
+
+
+class ClipMasks(nn.Module):
+    """Masks of clips, from the colours of each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, clip: Tensor) -> Tensor:
+        return (clip * self.scale).sum(dim=1, keepdim=True)
 
 
 class Dictionary(nn.Module):
@@ -94,7 +105,7 @@ class Pictures(pl.LightningModule):
         self.table = nn.Embedding(CLASSES, 8)
         self.register_buffer("words", torch.randn(CLASSES, 6))
         self.teacher = copy.deepcopy(self.head).requires_grad_(False)
-        self.dictionary, self.attention = Dictionary(), Slot()
+        self.dictionary, self.attention, self.clips = Dictionary(), Slot(), ClipMasks()
         self.register_buffer("thresholds", torch.zeros(8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,6 +118,7 @@ class Pictures(pl.LightningModule):
         loss = nn.functional.cross_entropy(self.network(batch["image"]), batch["mask"])
         texts = self.text(self.get_buffer("words"))
         features = self.body(self.conv(batch["image"])) + self.table(batch["row"])
+        loss = loss + self.clips(batch["image"].unsqueeze(2).repeat(1, 1, 8, 1, 1)).square().mean()
         return loss + nn.functional.cross_entropy(self.head(features) + features @ texts.T, batch["label"])
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -171,6 +183,15 @@ def correction(path: Path) -> dict[str, Any]:
     return {"store": store, "loader": DataLoader(Samples(), 8)}
 
 
+def clouds(path: Path) -> dict[str, Any]:
+    folder = path / "clouds"
+    store = LabelStore(folder) if folder.exists() else LabelStore.create(folder, [np.full((2, 6), 100, dtype=np.int64)] * 2)
+    sizes = {"points_per_sample": torch.tensor([6])}
+    scenes = [{"points": torch.randn(6, 8), "index": torch.tensor([k]), **sizes} for k in range(2)]
+    masks = np.zeros((1, 6), dtype=np.int64)
+    return {"num_classes": 101, "network": "head", "store": store, "loader": scenes, "masks": {0: masks, 1: masks}.__getitem__}
+
+
 def recovery(path: Path) -> dict[str, Any]:
     np.save(path / "truth.npy", np.eye(4, 6, dtype=np.float32))
     return {"truth": path / "truth.npy", "autoencoder": "dictionary"}
@@ -181,6 +202,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "EMATeacher": {"schedule": "cosine"},
     "EMARemoval": {"student": "head", "teacher": "teacher"},
     "WeightEMA": {},
+    "BilevelTuning": {"weight_decay": {"*": 3.0}, "every_n_steps": 2, "lower_batches": 1, "upper_batches": 1, "max_iterations": 4},
     "Reliability": {},
     "FeatureProbe": {},
     "SampleGrid": {},
@@ -192,12 +214,16 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "TemporalVoting": {"num_outputs": CLASSES, "ignore_index": 3},
     "LossTerm": {"targets": ["body"]},
     "TCM": {"embedding": "body"},
+    "ClipConsistency": {"target": "clips"},
     "ContinuousAPLoss": {"student": "body", "teacher_module": "table"},
     "FLOPSRegularizer": {"targets": ["body"]},
     "UncertaintyRegularizer": {"query": "body", "target": "table"},
+    "DirectionalConsistency": {"generator": "body", "consistency": PairwiseSimilarity(), "source": "image"},
     "AdaWAC": {"network": "network", "features": "pixels", "labels": ("mask", "mask_2")},
     "ADELE": lambda path: {"num_classes": CLASSES, "network": "network", "tracked": "mask", "scales": [1.0], **correction(path)},
     "MultiScaleConsistency": {"network": "network", "labels": "mask"},
+    "MaskLabelSpreading": clouds,
+    "ReliabilityConsistency": {"network": "head"},
     "LabelCorrection": correction,
     "TwoTowerConsistency": {"image_tower": "body", "text_tower": "text", "second_image": None},
     "Dashboard": {},
@@ -223,6 +249,7 @@ MAKE: dict[str, dict[str, Any] | Callable[[Path], dict[str, Any]]] = {
     "Wanda": {"samples": 8, "forward": "point_logits", **NM},
     "SparseGPT": {"samples": 8, "forward": "point_logits", **NM},
     "DSnoT": {"samples": 8, "forward": "point_logits", "at_step": 2, **NM},
+    "AlternatingLoRAStages": {"consistency": ["table.*"], "detail": ["head.*"], "schedule": StageSchedule(0, 1, 1, 1)},
     "LoRA": lambda path: pytest.importorskip("peft") and {"targets": ["body.4"], "rank": 2},
     "S2FT": {"d_ratio": 0.3, "couplings": [Coupling("body.6", ["body.4"])]},
     "SaRA": {"threshold": None, "share": 0.3, "progressive_steps": 1},
@@ -342,16 +369,21 @@ _LAZY = "has no shape yet: run the lazy layers once before fit"
 REFUSED: dict[tuple[str, str], str] = {
     **{(name, "dataloader_iter"): f"{name if name not in STANDS_IN else 'Power'} {_BATCH}" for name in (
         "LossTerm", "ConR", "TCM", "AdaWAC", "MultiScaleConsistency", "TwoTowerConsistency", "DenseToSparse", "FDS", "ADELE",
-        "FLOPSRegularizer", "UncertaintyRegularizer",
+        "FLOPSRegularizer", "UncertaintyRegularizer", "ContinuousAPLoss", "BilevelTuning",
+        "FLOPSRegularizer", "UncertaintyRegularizer", "DirectionalConsistency",
+        "FLOPSRegularizer", "UncertaintyRegularizer", "ReliabilityConsistency",
         "FLOPSRegularizer", "ContinuousAPLoss",
+        "FLOPSRegularizer", "UncertaintyRegularizer",
+        "FLOPSRegularizer", "ContinuousAPLoss", "ClipConsistency",
     )},
     **{(name, "lazy_layers"): _LAZY for name in (
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "SparseIFT", "SparsityReport", "Wanda", "SparseGPT", "DSnoT",
         "EMATeacher", "WeightEMA", "TwoTowerConsistency", "MaskedBNSparsity", "RandomSearch", "S2FT", "SaRA", "SparseIFT", "SparsityReport",
-        "SSVI",
+        "SSVI", "BilevelTuning",
     )},
     **{("SparseIFT", tool): "its weight is parametrised" for tool in ("weight_norm", "pruned")},
 }  # fmt: skip
+REFUSED |= {("BilevelTuning", tool): "fit has no validation data" for tool in ("barebones", "tuner")}
 REFUSED |= {("MaskedBNSparsity", tool): "no batch norm of Pictures can be pruned" for tool in ("weight_norm", "pruned")}
 REFUSED |= {  # it reports on another callback
     ("IsoCostReport", tool): "there is no SparseAttentionCallback to report on"
@@ -403,6 +435,7 @@ def test_every_public_callback_has_an_entry() -> None:
 
 LOG_AT_THE_END_OF_EPOCHS = {
     "AdaWAC", "ADELE", "AFAEvaluation", "BidirectionalityMonitor", "DSnoT", "FeatureProbe", "FeatureRecovery", "IterativeSoftShrinkage",
+    "MaskLabelSpreading",
     "LossRecovered", "Magnitude", "MaskedBNSparsity", "NMSparsity", "RandomPruning", "RandomSearch", "Reliability", "SampleQuality",
     "ScorePruning", "SparseGPT", "SparseIFT", "SparsityReport", "SSVI", "SteeringProbe", "SupervisedDictionaryEval", "Wanda",
 }  # fmt: skip

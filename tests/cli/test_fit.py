@@ -99,6 +99,7 @@ def test_a_run_leaves_one_folder_with_everything(folder: Path, capsys: pytest.Ca
     for part in ("run folder", "last.ckpt", "mine/loss", "step 2/2"):
         assert part in out
     if (run / "report.html").exists():
+        assert f"<h1>{run.parent.name} · " in (run / "report.html").read_text(encoding="utf-8")
         assert "report.html" in out
     assert {path.name for path in folder.iterdir()} - before <= {"runs", "__pycache__"}
     assert "LIT_METHODS_RUN_FOLDER" not in os.environ

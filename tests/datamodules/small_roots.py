@@ -10,10 +10,12 @@ import torch
 
 from lit_methods import datamodules
 from lit_methods.datamodules.activations.fake import shards as activation_shards
+from lit_methods.datamodules.detection import fake as detection
 from lit_methods.datamodules.driving import fake as driving
 from lit_methods.datamodules.fake import text
 from lit_methods.datamodules.fewshot import fake as few_shot
 from lit_methods.datamodules.generative import fake as generative
+from lit_methods.datamodules.indoor import fake as indoor
 from lit_methods.datamodules.metric_learning.fake import LAYOUTS as RETRIEVAL
 from lit_methods.datamodules.recommendation import fake as recommendation
 from lit_methods.datamodules.regression import fake as regression
@@ -38,6 +40,10 @@ def imagenet(root: Path) -> None:
 def crops(root: Path) -> None:
     vision.coco(root, 3, 2)
     vision.nearest(root / "nearest.npz", 3, 1)
+
+
+def two_domains(root: Path) -> None:
+    generative.few_shot(root, ("source", 3), ("target", 2))
 
 
 def ages(root: Path) -> None:
@@ -104,6 +110,14 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
         crops,
         lambda root: D.NeighbourCropsDataModule(root, nearest=root / "nearest.npz", neighbours=1, image_size=16, local_size=8),
     ),
+    "detection": (
+        partial(detection.coco, splits=("train2017", "val2017"), number=2, classes=3),
+        lambda root: D.DetectionDataModule(root),
+    ),
+    "detection voc": (
+        partial(detection.voc, splits=("trainval", "test"), class_names=("cat", "dog", "hen"), number=2),
+        lambda root: D.DetectionDataModule(root, "voc", class_names=("cat", "dog", "hen")),
+    ),
     "svhn": (partial(vision.svhn, train=2, test=2), lambda root: D.SVHNDataModule(root)),
     "stl10": (partial(vision.stl10, train=2, test=2, unlabelled=2), lambda root: D.STL10DataModule(root)),
     "movielens": (partial(recommendation.ratings, value="3"), lambda root: D.RatingsDataModule(root, mode="neumf", num_negatives=2)),
@@ -151,9 +165,18 @@ ROOTS: dict[str, tuple[Callable[[Path], None], Make]] = {
         for name, write in RETRIEVAL.items()
     },
     "latents": (latents, lambda root: D.LatentDataModule(root, num_val=1)),
+    "two domains": (two_domains, lambda root: D.FewShotFoldersDataModule(root, num_val=1, image_size=16)),
     "latents in one file": (latents_whole, lambda root: D.LatentDataModule(root, num_val=1)),
     "shards": (shards, lambda root: D.LatentShardsDataModule(root, "*.tar", num_val=1, null_embedding=root / "negative.pt")),
     "activations": (partial(activation_shards, rows=12, width=4), lambda root: D.HarvestedActivations(root, batch_size=4)),
+    "scannet": (
+        partial(indoor.scannet, points=60, lifted=False),
+        lambda root: D.ScanNetDataModule(root, labelled_share=0.2, batch_size=2),
+    ),
+    "s3dis": (
+        partial(indoor.s3dis, points=60, rooms=("office_1",), lifted=False),
+        lambda root: D.S3DISDataModule(root, labelled_share=0.2, batch_size=2),
+    ),
     "kitti": (
         kitti,
         lambda root: D.KittiStyleDataModule(root, train_sequences=["00"], neighbours=1),

@@ -33,9 +33,11 @@ SMALL = {
     "NYUD2DataModule": {"reweight": "inverse"},
     "NeighbourCropsDataModule": {"image_size": 16, "local_size": 8, "num_train": 40, "num_val": 10},
     "RetrievalImagesDataModule": {"image_size": 32},
+    "RoomsDataModule": {"num_train": 3, "num_val": 2, "num_points": 120},
     "SemiSupervisedDataModule": {"data": None, "policy": "small_grey", "strong_views": 2},
 }
-DRIVING = {"KittiStyleDataModule", "NuScenesDataModule"}  # clouds of different sizes need the datamodule's collate function
+DRIVING = {"KittiStyleDataModule", "NuScenesDataModule", "RoomsDataModule", "S3DISDataModule", "ScanNetDataModule"}
+# clouds of different sizes need the datamodule's collate function
 NOT_FOR_TRAINING = {"VideoPromptsDataModule"}  # texts alone, for test and predict
 NAMES = sorted(set(datamodules.__all__) - DRIVING - NOT_FOR_TRAINING)
 
@@ -174,7 +176,7 @@ class Takes(BoringModel):
         pass
 
 
-@pytest.mark.parametrize("name", [*NAMES, "kitti", "nuscenes", "nuscenes segmented"])
+@pytest.mark.parametrize("name", [*NAMES, "kitti", "nuscenes", "nuscenes segmented", "RoomsDataModule", "scannet"])
 def test_overfitting_a_few_batches_works_with_every_datamodule(name, tmp_path):
     """What configs/debug/overfit.yaml sets."""
     if name in ROOTS:
@@ -230,7 +232,7 @@ def built(name, root):
     return getattr(datamodules, name)(**(arguments | ({"data": datamodules.DigitsDataModule()} if "data" in arguments else {})))
 
 
-@pytest.mark.parametrize("name", [*NAMES, "kitti", "nuscenes", "nuscenes segmented"])
+@pytest.mark.parametrize("name", [*NAMES, "kitti", "nuscenes", "nuscenes segmented", "RoomsDataModule", "scannet"])
 def test_what_a_spawned_worker_gets_can_be_pickled(name, tmp_path):
     """As on macOS and Windows, and with ``multiprocessing_context: spawn``, also while a callback stands around a method of the module."""
     data, module = built(name, tmp_path / "root"), Takes()
@@ -261,7 +263,7 @@ class Contrary(BoringModel):
         self.save_hyperparameters({key: f"not {value!r}" for key, value in arguments.items()})
 
 
-@pytest.mark.parametrize("name", [*NAMES, "kitti", "nuscenes", "nuscenes segmented"])
+@pytest.mark.parametrize("name", [*NAMES, "kitti", "nuscenes", "nuscenes segmented", "RoomsDataModule", "scannet"])
 def test_no_argument_of_data_collides_with_the_modules(name, tmp_path):
     data = built(name, tmp_path / "root")
     module = Contrary(**data.hparams)

@@ -76,13 +76,19 @@ FURTHER: dict[str, tuple[str, str, Callable[[Path], Given]]] = {
         r"nearest\.npz$",
         lambda root: written("NeighbourCropsDataModule", {"cls_root": "classes", "cls_nearest": "cls_nearest.npz"}, root),
     ),
+    "pairs faces": (
+        "FaceRestorationDataModule",
+        r"^(pairs|faces)/",
+        lambda root: written("FaceRestorationDataModule", {"pairs": "pairs", "faces": "faces"}, root),
+    ),
     "maps": ("FastMRIDataModule", r"^maps/", lambda root: written("FastMRIDataModule", {"maps": "maps"}, root)),
     "examples": ("SearchDataModule", r"^examples", lambda root: written("SearchDataModule", {"examples": "examples.jsonl"}, root)),
     "(a collection of TREC)": ("SearchDataModule", r"", _trec),
     "label_list": ("SemiSupervisedDataModule", r"^labels", _with_label_list),
     "tokenizer": ("TextDataModule", r"^tokenizer/", _with_tokenizer),
 }
-NOT_READ = {"cache", "labels_folder", "images"}  # written by us; encoded once by a network of the user's
+# written by us; encoded once by a network of the user's; read by `lit predict` alone, tests/datamodules/test_detection_data.py breaks it
+NOT_READ = {"cache", "labels_folder", "images", "predict"}
 VALUES = r"\.(bin|label|npy|npz|h5|mat|jpe?g|tar|safetensors|pth)$|_batch(_\d)?$|/(train|test)$|ubyte$|\.txt$"
 IN_FOLDERS = "|".join(
     [
@@ -111,7 +117,7 @@ OTHER_DATA: list[tuple[str, str, str]] = [  # kinds of corruption, datamodules a
     ("truncated", r"^Kitti.*\.lst$", "the last word of a line names the labels, which go by the name of the scan"),
     ("truncated", r"^FashionRetrieval.*(labels|shoes).*\.txt$", "a caption may end within a word"),
     ("truncated", r"^Text.*\.txt$|^Ratings", "a text may end within a word, a rating within a number"),
-    ("missing", r"^Restoration", "images are those that lie in the folder"),
+    ("missing", r"^Restoration|^FaceRestoration.*(train|faces)/", "images are those that lie in the folder"),
 ]
 
 

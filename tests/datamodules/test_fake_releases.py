@@ -19,6 +19,10 @@ SMALL: dict[str, dict[str, Any]] = {  # less to read in a test
     "FewShotDataModule": {"image_size": 32},
     "GenerativeImageNetDataModule": {"image_size": 32},
     "ImageNetDataModule": {"image_size": 32},
+    **{
+        f"{name}DataModule": {"image_size": (16, 24), "resize": None, "batch_size": 2}
+        for name in ("UCF101Actions", "JHMDBActions", "YouTubeVOS")
+    },
     "NeighbourCropsDataModule": {"image_size": 32, "local_size": 16, "batch_size": 4},
     "LatentDataModule": {"image_size": 64, "num_val": 4},
     "LongTasksDataModule": {"length": 2048, "samples": 4, "num_train": 4},
@@ -33,6 +37,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("CIFARDataModule", {"name": "cifar100"}),
     *(("FashionRetrievalDataModule", {"name": name}) for name in ("shoes", "fashion200k")),
     *(("FewShotDataModule", {"name": name}) for name in LAYOUTS if name != "eurosat"),
+    *(("DetectionDataModule", {"layout": name}) for name in ("lvis", "voc")),
     ("ImageNetDataModule", {"class_list": "classes.txt"}),
     *(
         ("KittiStyleDataModule", {"dataset": name, "neighbours": 0 if name in ("semanticstf", "synlidar", "daps3d", "synth4d") else 1})
@@ -49,13 +54,17 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("RatingsDataModule", {"mode": "autoencoder"}),
     *(("RetrievalImagesDataModule", {"name": name}) for name in ("cars", "sop", "inat")),
     ("SVHNDataModule", {"extra": True}),
+    ("ScanNetDataModule", {"labelled": "points20", "mask_source": "files", "masks": "views"}),
     ("SuperResolutionDataModule", {"scale": 4}),
     ("TextDataModule", {"level": "byte"}),
+    ("UCF101ActionsDataModule", {"annotations": "tubes"}),
 ]
 
 
 def written(name: str, arguments: dict[str, Any], root: Path) -> dict[str, Any]:
     """Arguments that read the release."""
+    if name == "UCF101ActionsDataModule":
+        pytest.importorskip("av", reason="PyAV, which writes and reads videos")
     kind = getattr(datamodules, name)
     places = {key: root / value for key, value in arguments.items() if key in path_arguments(kind)}
     given = SMALL.get(name, {}) | arguments | places

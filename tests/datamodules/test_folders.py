@@ -68,6 +68,8 @@ MORE = {  # what a datamodule needs beside the path that is looked at
     "NoisyMasksDataModule": {"root": "r", "masks": "m"},
     "OrganSlicesDataModule": {"root": "r", "name": "acdc"},
     "KittiStyleDataModule": {"root": "r"},
+    "S3DISDataModule": {"root": "r"},
+    "ScanNetDataModule": {"root": "r"},
     "NuScenesDataModule": {},
     "TextDataModule": {"level": "char"},
 }
@@ -143,7 +145,7 @@ def test_a_missing_root_is_told_before_anything_is_read(name, tmp_path):
         make(tmp_path / "none").check_root(stage)
 
 
-@pytest.mark.parametrize("name", sorted(set(datamodules.__all__) - {"KittiStyleDataModule"}))
+@pytest.mark.parametrize("name", sorted(set(datamodules.__all__) - {"KittiStyleDataModule", "S3DISDataModule", "ScanNetDataModule"}))
 def test_built_in_data_need_no_root(name):
     arguments = {"data": datamodules.DigitsDataModule()} if name == "SemiSupervisedDataModule" else {}
     getattr(datamodules, name)(**arguments).check_root("fit")

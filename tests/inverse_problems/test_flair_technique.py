@@ -270,6 +270,38 @@ def test_a_folder_is_restored_and_taken_up_where_it_was_left(photos: Path, tmp_p
         _predict(photos, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", ["red_diff", "flow_dps", "flow_chef", "dps"])
+def test_baselines_restore_a_folder(method: Any, photos: Path, tmp_path: Path) -> None:
+    found = _predict(photos, tmp_path / "out", method=method)
+    assert [part["name"] for part in found] == [["a"], ["b"], ["c"]]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "c.png", "table.csv"]
+    assert [part["name"] for part in _predict(photos, tmp_path / "out", method=method)] == [[], [], []]
+    with pytest.raises(ValueError, match="other settings"):
+        _predict(photos, tmp_path / "out", method="flair")
+
+
+class Told(LatentFlow):
+    """Notes which images it is asked about."""
+
+    def about(self, names: Any) -> None:
+        self.names, self.told = [*getattr(self, "names", []), list(names)], "two prompts"
+
+
+def test_the_prior_knows_which_images_it_is_asked_about(photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    prior = Told(SmallUNet(1, 8, (1,)))
+    module = FLAIR(prior, BoxInpainting([16, 16]), FAST, weighting="linear", output=tmp_path / "out")
+    data = RestorationDataModule(photos, grey=True, eval_batch_size=2)
+    tiny_trainer().predict(module, data)
+    assert prior.names == [["a", "b"], ["a", "b"], ["c"], ["c"]], "when a batch is read, and when what isn't there yet is restored"
+    (tmp_path / "out" / "a.png").unlink()
+    prior.names = []
+    tiny_trainer().predict(module, data)
+    assert prior.names == [["a", "b"], ["a"], ["c"]]
+    with pytest.raises(ValueError, match="other settings"):
+        _predict(photos, tmp_path / "out")
+
+
 def test_measurements_of_ones_own_are_restored(photos: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = FLAIR(LatentFlow(SmallUNet(1, 8, (1,))), BicubicDownsampling([32, 32], 2), FAST, weighting="linear", degraded=True)
@@ -422,6 +454,21 @@ def test_stable_diffusion_of_random_weights_restores(tmp_path: Path) -> None:
     alone, other = (SD3Flow(**words, prompt=prompt, precision="float32", guidance=1.0) for prompt in ("a cat", ""))
     conditional, unconditional = alone.velocity(x, t), other.velocity(x, t)
     torch.testing.assert_close(guided.velocity(x, t), unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
+    (tmp_path / "prompts.json").write_text('{"one": "a cat", "two": ""}')
+    each = SD3Flow(**words, prompt="a dog", prompts=tmp_path / "prompts.json", precision="float32", guidance=1.0)
+    assert len(each.get_buffer("text")) == 4
+    each.about(["two", "one"])
+    found = each.velocity(x, t)
+    torch.testing.assert_close(found, torch.stack([unconditional[0], conditional[1]]), rtol=1e-4, atol=1e-5)
+    each.about(["three", "one"])
+    assert (each.velocity(x, t)[0] - found[0]).abs().max() > 1e-6, "an image that isn't in the file has the common prompt"
+    with pytest.raises(ValueError, match="told of 2 images and got 1"):
+        each.velocity(x[:1], t[:1])
+    assert each.told
+    for text, says in (('["a cat"]', "isn't an object of names"), ('{"one": 3}', "isn't an object of names")):
+        (tmp_path / "prompts.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            SD3Flow(**words, prompts=tmp_path / "prompts.json")
     with weights_left_out() as asked:
         SD3Flow(**words)
     assert asked

@@ -1,5 +1,6 @@
 """MAID and HOAG: what their controllers promise, resume in the middle, two processes, and mistakes."""
 
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from helpers import assert_state_dicts_equal, kill_and_resume, run_two_processes
 from lit_methods import BilevelLearning
 from lit_methods.callbacks import ExactResume
 from lit_methods.datamodules import NoisyImagesDataModule, QuadraticBilevelDataModule, WeightDecayDataModule
+from lit_methods.datamodules.matrices.fake import mnist
 from lit_methods.inverse_problems.bilevel import conjugate_gradient, solve_lower
 from lit_methods.inverse_problems.maid.core import MAIDController, MAIDSettings, MAIDState, Solver, hypergradient
 from lit_methods.inverse_problems.maid.hoag import HOAGController, HOAGState, scheduled_accuracy
+from lit_methods.inverse_problems.maid.random_search import RandomController, RandomState
 from lit_methods.inverse_problems.problems import Quadratic, TotalVariation, make_problem
 
 
@@ -107,13 +110,84 @@ def test_fixed_accuracy_never_changes_and_hoag_follows_its_schedule() -> None:
     assert float(problem.gap(theta)) < first
 
 
-@pytest.mark.parametrize(("name", "method"), [(name, "maid") for name in SMALL] + [("quadratic", "hoag")])
+@pytest.mark.parametrize(("name", "method"), [(name, "maid") for name in SMALL] + [("quadratic", "hoag"), ("weight_decay", "random")])
 def test_a_killed_run_ends_the_same(name: str, method: Any, tmp_path: Path) -> None:
+    if method == "random":
+        pytest.importorskip("optuna")
+
     def build() -> Any:
         return BilevelLearning(name, method, filters=2, beta=0.05, seed=3), SMALL[name](), [ExactResume()]  # type: ignore[arg-type]
 
     whole, resumed = kill_and_resume(build, 5, 2, tmp_path, limit_val_batches=0, max_epochs=-1)
     assert_state_dicts_equal(resumed, whole)
+
+
+def test_hoag_takes_a_bad_step_back_in_the_module_too() -> None:
+    module, data = BilevelLearning("tv", "hoag"), SMALL["tv"]()
+    tiny_trainer(max_steps=6, limit_val_batches=0).fit(module, datamodule=data)
+    problem = make_problem("tv", data.problem)
+    controller, (theta, x) = HOAGController("geometric", HOAGState(0.1), Solver()), problem.start()
+    x, _ = controller.solver(problem, theta, x, 0.1)
+    for _ in range(6):
+        theta, x, *_ = controller.iterate(problem, theta, x)
+    assert controller.state.failures > 0
+    assert module.theta is not None
+    torch.testing.assert_close(module.theta.detach(), theta, rtol=0, atol=1e-12)
+
+
+def test_random_search_keeps_the_best_draw() -> None:
+    pytest.importorskip("optuna")
+    problem = quadratic()
+    theta, x = problem.start()
+    controller = RandomController(2.0, 7, RandomState(1e-3))
+    values, draws = [], []
+    x, _ = controller.solver(problem, theta, x, 1e-3)
+    for _ in range(12):
+        draws.append(controller.draw(theta))
+        theta, x, gradient, (search,) = controller.iterate(problem, theta, x)
+        assert gradient is None
+        values.append(controller.state.value)
+        assert float(problem.upper(x)) == values[-1]
+        assert search.success == (search.step > 0)
+    assert torch.stack(draws).abs().max() <= 1
+    assert len({float(draw[0]) for draw in draws}) == 12
+    assert all(later <= earlier for earlier, later in pairwise(values))
+    assert values[-1] < values[0]
+    assert 0 < controller.state.failures < 12
+
+
+def test_without_optuna_random_search_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="tuning"):
+        BilevelLearning(method="random")
+
+
+def test_a_checkpoint_of_another_method_is_refused(tmp_path: Path) -> None:
+    trainer = tiny_trainer(max_steps=1, limit_val_batches=0)
+    trainer.fit(BilevelLearning(), datamodule=SMALL["quadratic"]())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match="another method"):
+        tiny_trainer().fit(
+            BilevelLearning(method="hoag"), datamodule=SMALL["quadratic"](), ckpt_path=tmp_path / "one.ckpt", weights_only=True
+        )
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_mnist_is_read(real: bool, tmp_path: Path) -> None:
+    root = Path(os.environ.get("LIT_METHODS_TEST_DATA", "")) / "mnist_t10k" if real else tmp_path
+    if real and not root.is_dir():
+        pytest.skip("no MNIST in LIT_METHODS_TEST_DATA")
+    if not real:
+        mnist(root, 6)
+    data = WeightDecayDataModule(root=root, samples=60, shares=(0.5, 0.3))
+    batch = problem_of(data)
+    assert batch["features"].shape == (30, 144)
+    assert batch["val_features"].shape == (18, 144)
+    assert 0 <= batch["features"].min() < batch["features"].max() <= 1
+    assert len(data.val_set[0]["test_label"]) == 12
+    for name, count in (("label", 30), ("val_label", 18)):
+        assert len(batch[name]) == count
+        assert len(batch[name].bincount(minlength=10)) == 10, "digits"
 
 
 def _two() -> dict[str, Tensor]:
@@ -160,6 +234,8 @@ def test_a_denoiser_denoises_and_predicts() -> None:
         (lambda: BilevelLearning(problem="cubic"), "problem"),
         (lambda: QuadraticBilevelDataModule(rows=3, hyperparameters=4), "rows"),
         (lambda: WeightDecayDataModule(shares=(0.6, 0.5)), "shares"),
+        (lambda: problem_of(WeightDecayDataModule(root=Path("nowhere"))), "train-images-idx3-ubyte"),
+        (lambda: BilevelLearning(search_width=0.0), "search_width"),
         (lambda: problem_of(NoisyImagesDataModule(Path("nowhere"))), "PNG files"),
         (lambda: TotalVariation({"noisy": torch.zeros(1, 1, 4, 4)}), "clean"),
         (lambda: TotalVariation(dict.fromkeys(("noisy", "clean"), torch.full((1, 1, 4, 4), torch.nan))), "NaN"),

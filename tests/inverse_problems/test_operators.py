@@ -250,3 +250,42 @@ def test_deepinv_takes_ours_and_ours_takes_deepinvs() -> None:
     assert float(physics.adjointness_test(x).abs()) < 1e-2
     gradient = deepinv.optim.data_fidelity.L2().grad(torch.zeros_like(x), y, physics)
     torch.testing.assert_close(gradient, -physics.A_adjoint(y), rtol=1e-4, atol=1e-5)
+
+
+# ---- what is kept between calls ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_blur_knows_when_its_transfer_function_is_another() -> None:
+    blur, generator = Blur(kernel(5, 3)), torch.Generator().manual_seed(0)
+    images = [
+        torch.randn(1, 1, *size, generator=generator, dtype=dtype) for size, dtype in (((9, 8), torch.float64), ((8, 9), torch.float32))
+    ]
+    with torch.inference_mode():
+        first = blur(images[0])
+    for image in (*images, *images):
+        torch.testing.assert_close(blur(image), Blur(kernel(5, 3))(image), rtol=0, atol=0)
+    torch.testing.assert_close(first, blur(images[0]), rtol=0, atol=0)
+    leaf = images[0].clone().requires_grad_()
+    (slope,) = torch.autograd.grad((blur(leaf) * images[0]).sum(), leaf)
+    torch.testing.assert_close(slope, blur.adjoint(images[0]))
+    blur.kernel.mul_(2)
+    torch.testing.assert_close(blur(images[0]), 2 * first)
+    assert not blur.state_dict()
+
+
+@pytest.mark.parametrize("size", [(8, 10), (6, 8), (7, 10), (8, 5)])
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("normalization", ["ortho", "backward", "forward"])
+def test_coils_with_signs_are_coils_with_shifts(size: tuple[int, int], centered: bool, normalization: mri.Normalization) -> None:
+    generator, fourier = torch.Generator().manual_seed(0), mri.Fourier(centered, normalization)
+    maps = mri.normalise_maps(torch.randn(2, 3, *size, 2, generator=generator, dtype=torch.float64))
+    mask = torch.rand(2, 1, *size, 1, generator=generator) < 0.5
+    x = torch.randn(2, *size, 2, generator=generator, dtype=torch.float64)
+    operator = mri.MultiCoilMRI(maps, mask, fourier)
+    y = operator(x)
+    torch.testing.assert_close(y, mask * mri.fft2c(mri.sense_expand(x, maps), fourier), rtol=1e-12, atol=1e-12)
+    scale = {"ortho": 1.0, "backward": float(size[0] * size[1]), "forward": 1.0 / (size[0] * size[1])}[normalization]
+    noisy = y + torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(operator.adjoint(noisy), scale * mri.sense_combine(mask * noisy, maps, fourier), rtol=1e-12, atol=1e-12)
+    operator.mask.fill_(True)
+    torch.testing.assert_close(operator(x), mri.fft2c(mri.sense_expand(x, maps), fourier), rtol=1e-12, atol=1e-12)

@@ -8,6 +8,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -149,6 +150,14 @@ def test_key_figures_name_the_best_value_by_goal(page: Page) -> None:
     assert re.search(r"flow/loss ?2 ?lowest 1 at step 19", words), words[:600]
     assert re.search(r"flow/accuracy/a ?0\.6 ?highest 0\.7 at step 19", words)
     assert "bad: 1 of 1, first at step 29" in words
+
+
+@pytest.mark.parametrize(("goal", "columns"), [(None, "Metric Last"), ("min", "Metric Last Best At step")])
+def test_key_figures_have_no_empty_columns(goal: Literal["min"] | None, columns: str) -> None:
+    section = Section("Own", (Curve("Loss", ("loss",), goal=goal),), {})
+    shown = Page(render_report(ReportData("run", "finished", (section,), [Record(9, 0, {"loss": 3.0})])))
+    head = re.sub(r"\s+", " ", shown.text).partition("All declared metrics (1)")[2]
+    assert re.match(rf" ?{columns} loss", head), head[:80]
 
 
 def test_charts_hold_the_logged_values(page: Page) -> None:

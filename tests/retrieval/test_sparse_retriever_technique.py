@@ -278,6 +278,11 @@ def test_scores_of_the_batch_are_targets():
         tiny_trainer(max_steps=1).fit(module, DataLoader([batch], batch_size=None))
 
 
+def test_a_query_that_is_compared_with_no_document_is_refused():
+    with pytest.raises(ValueError, match="one document and is compared with no other"):
+        tiny_trainer(max_steps=1).fit(retriever(other_positives=False), datamodule=small_data())
+
+
 def test_under_bfloat16_maximum_and_logarithm_are_wide():
     module = retriever()
     trainer = tiny_trainer(max_steps=2, precision="bf16-mixed")

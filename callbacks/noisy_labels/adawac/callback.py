@@ -25,6 +25,7 @@ from lit_methods.tasks.segmentation.core import has_foreground
 
 TECHNIQUE = Technique(
     slug="adawac",
+    short="AdaWAC",
     title="Adaptively Weighted Data Augmentation Consistency Regularization for Robust Optimization under Concept Shift",
     arxiv="2210.01891",
     family="noisy_labels",

@@ -28,6 +28,7 @@ from lit_methods.tasks.segmentation.core import class_counts, iou_of_counts
 
 TECHNIQUE = Technique(
     slug="adele",
+    short="ADELE",
     title="Adaptive Early-Learning Correction for Segmentation from Noisy Annotations",
     arxiv="2110.03740",
     family="noisy_labels",

@@ -28,6 +28,7 @@ from lit_methods.panels import Curve, HistogramMedia, HistogramPanel, Media, Pan
 
 TECHNIQUE = Technique(
     slug="gba",
+    short="GBA",
     title="Taming Polysemanticity in LLMs: Provable Feature Recovery via Sparse Autoencoders",
     arxiv="2506.14002",
     family="sparse_autoencoders",

@@ -26,6 +26,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="sae_evals",
+    short="Supervised dictionaries for SAEs",
     title="Towards Principled Evaluations of Sparse Autoencoders for Interpretability and Control",
     arxiv="2405.08366",
     family="sparse_autoencoders",

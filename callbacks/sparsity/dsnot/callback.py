@@ -19,6 +19,7 @@ from lit_methods.panels import Curve, Panel
 
 TECHNIQUE = Technique(
     slug="dsnot",
+    short="DSnoT",
     title="Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs",
     arxiv="2310.08915",
     family="sparsity",

@@ -27,6 +27,7 @@ from lit_methods.steps import log_global, logs_now
 
 TECHNIQUE = Technique(
     slug="issp",
+    short="ISS-P",
     title="Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution",
     arxiv="2303.09650",
     family="sparsity",

@@ -41,6 +41,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="masksparsity",
+    short="MaskSparsity",
     title="Pruning-aware Sparse Regularization for Network Pruning",
     arxiv="2201.06776",
     family="sparsity",

@@ -36,6 +36,7 @@ from lit_methods.steps import log_global, logs_now, training_length
 
 TECHNIQUE = Technique(
     slug="progressive_gradient_flow",
+    short="Progressive Gradient Flow (N:M)",
     title="Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers",
     arxiv="2402.04744",
     family="sparsity",

@@ -33,6 +33,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="random_search",
+    short="Random Search",
     title="Random Search as a Baseline for Sparse Neural Network Architecture Search",
     arxiv="2403.08265",
     family="sparsity",

@@ -37,6 +37,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="sparseland",
+    short="Sparseland",
     title='Ten Lessons We Have Learned in the New "Sparseland": A Short Handbook for Sparse Neural Network Researchers',
     arxiv="2302.02596",
     family="sparsity",

@@ -38,6 +38,7 @@ from lit_methods.steps import log_global, logs_now, remaining_steps, steps_per_e
 
 TECHNIQUE = Technique(
     slug="ssvi",
+    short="SSVI",
     title="Training Bayesian Neural Networks with Sparse Subspace Variational Inference",
     arxiv="2402.11025",
     family="sparsity",

@@ -45,6 +45,7 @@ from lit_methods.steps import log_global, logs_now, training_length
 
 TECHNIQUE = Technique(
     slug="epg",
+    short="EPG",
     title="Advancing End-to-End Pixel Space Generative Modeling via Self-supervised Pre-training",
     arxiv="2510.12586",
     family="consistency_models",

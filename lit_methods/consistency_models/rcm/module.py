@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,6 +57,7 @@ from lit_methods.runs.checkpoints import load_into
 
 TECHNIQUE = Technique(
     slug="rcm",
+    short="rCM",
     title="Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency",
     arxiv="2510.08431",
     family="consistency_models",
@@ -463,7 +463,7 @@ class RCM(SampleEvaluation):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # a loss scaler must see them: it leaves the step out itself
             self._note(bad_gradients=drop_bad_gradients(parameters))
-        _average_gradients(parameters)
+        distributed.average_gradients(parameters)
         optimizer.step()
         optimizer.zero_grad()
         if scheduler is not None:
@@ -556,21 +556,3 @@ def drop_bad_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     for gradient in gradients:
         gradient.masked_fill_(bad, 0.0)
     return bad.float()
-
-
-def _average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Mean over the processes, in one message for each dtype."""
-    if distributed.world_size() == 1:
-        return
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.requires_grad:
-            if parameter.grad is None:  # the same message on every rank
-                parameter.grad = torch.zeros_like(parameter)
-            groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in groups.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= distributed.world_size()
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))

@@ -23,6 +23,7 @@ from lit_methods.panels import Curve, Panel
 
 TECHNIQUE = Technique(
     slug="slct",
+    short="sLCT",
     title="Improved Training Technique for Latent Consistency Models",
     arxiv="2502.01441",
     family="consistency_models",

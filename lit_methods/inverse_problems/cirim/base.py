@@ -14,7 +14,7 @@ from lit_methods import checks
 from lit_methods.distributed import gather_rows
 from lit_methods.evaluated import Evaluated, Part
 from lit_methods.inverse_problems.cirim.core import Loss, accumulated_loss, consistency_residual, image_distance, normalised_magnitude
-from lit_methods.inverse_problems.mri import CENTERED, Fourier, check_shapes, magnitude, sense_combine
+from lit_methods.inverse_problems.mri import CENTERED, check_shapes, magnitude, sense_combine
 from lit_methods.optim import linear_rise
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Panel
 from lit_methods.steps import log_global, training_length
@@ -34,7 +34,7 @@ class Reconstruction(Evaluated):
     """Base: subclasses give a network that maps (k-space, coil maps, mask) to images (K, T, B, H, W, 2).
 
     Args:
-        network: The network.
+        network: The network; its ``fourier`` is that of k-space.
         learning_rate: Adam's learning rate.
         betas: Adam's two momentum decay rates.
         schedule: ``constant``, or ``inverse_sqrt``: a linear rise over ``warmup_ratio``, then falling with the root of the step.
@@ -44,7 +44,6 @@ class Reconstruction(Evaluated):
         cascade_weights: Later cascades count more.
         per_sample: Divide by the maximum of each image; false: by that of the batch.
         rescale: Measure each slice scaled to the largest magnitude of its target, as the loss sees it.
-        fourier: The Fourier transform.
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -72,7 +71,6 @@ class Reconstruction(Evaluated):
         cascade_weights: bool = True,
         per_sample: bool = False,
         rescale: bool = True,
-        fourier: Fourier = CENTERED,
     ) -> None:
         super().__init__()
         checks.one_of(Schedule, schedule=schedule)
@@ -80,7 +78,7 @@ class Reconstruction(Evaluated):
         checks.positive(learning_rate=learning_rate)
         checks.betas(betas=betas)
         checks.within("[0, 1)", "a share", warmup_ratio=warmup_ratio)
-        self.network, self.fourier = network, fourier
+        self.network, self.fourier = network, getattr(network, "fourier", CENTERED)
         self.learning_rate, self.betas, self.schedule, self.warmup_ratio = learning_rate, betas, schedule, warmup_ratio
         self.loss, self.accumulate, self.cascade_weights, self.per_sample = loss, accumulate, cascade_weights, per_sample
         self.rescale = rescale

@@ -53,10 +53,7 @@ class EndToEndVarNet(Reconstruction):
         warmup_ratio: float = 0.1,
     ) -> None:
         checks.literals(EndToEndVarNet, locals())
-        checks.at_least(1, cascades=cascades, channels=channels)
-        checks.at_least(0, pools=pools)
-        fourier = Fourier(centered, normalization)
-        network = VarNetNetwork(cascades, channels, pools, consistency, fourier)
+        network = VarNetNetwork(cascades, channels, pools, consistency, Fourier(centered, normalization))
         super().__init__(**handed_on(Reconstruction, locals(), accumulate=False))
         self.save_hyperparameters()
 
@@ -102,10 +99,7 @@ class UNetReconstruction(Reconstruction):
         warmup_ratio: float = 0.1,
     ) -> None:
         checks.literals(UNetReconstruction, locals())
-        checks.at_least(1, channels=channels)
-        checks.at_least(0, pools=pools)
-        fourier = Fourier(centered, normalization)
-        network = UNetNetwork(channels, pools, fourier)
+        network = UNetNetwork(channels, pools, Fourier(centered, normalization))
         super().__init__(**handed_on(Reconstruction, locals(), accumulate=False))
         self.save_hyperparameters()
 
@@ -127,8 +121,7 @@ class ZeroFilledReconstruction(Reconstruction):
 
     def __init__(self, centered: bool = True, normalization: Normalization = "ortho", rescale: bool = True) -> None:
         checks.literals(ZeroFilledReconstruction, locals())
-        fourier = Fourier(centered, normalization)
-        super().__init__(ZeroFilledNetwork(fourier), rescale=rescale, fourier=fourier)
+        super().__init__(ZeroFilledNetwork(Fourier(centered, normalization)), rescale=rescale)
         self.save_hyperparameters()
 
 
@@ -155,8 +148,6 @@ class CompressedSensing(Reconstruction):
     """
 
     def __init__(self, weight: float = 0.005, iterations: int = 60, rescale: bool = True) -> None:
-        checks.positive(weight=weight)
-        checks.at_least(1, iterations=iterations)
         super().__init__(WaveletNetwork(weight, iterations), rescale=rescale)
         self.save_hyperparameters()
 

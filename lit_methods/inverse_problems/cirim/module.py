@@ -16,6 +16,7 @@ from lit_methods.panels import Curve, Panel
 
 TECHNIQUE = Technique(
     slug="cirim",
+    short="CIRIM",
     title="Assessment of Data Consistency through Cascades of Independently Recurrent Inference Machines for fast and robust accelerated "
     "MRI reconstruction",
     arxiv="2111.15498",
@@ -111,8 +112,8 @@ class CIRIM(Reconstruction):
         checks.at_least(1, cascades=cascades, filters=filters, time_steps=time_steps, recurrent_kernel=recurrent_kernel)
         if recurrent_kernel % 2 == 0:
             raise ValueError(f"recurrent_kernel is {recurrent_kernel}: give an odd number, so that images keep their size")
-        fourier = Fourier(centered, normalization)
-        network = CIRIMNetwork(cascades, filters, time_steps, cell, consistency, recurrent_kernel, fourier, round_time_steps, checkpointing)
+        words = (cell, consistency, recurrent_kernel, Fourier(centered, normalization), round_time_steps, checkpointing)
+        network = CIRIMNetwork(cascades, filters, time_steps, *words)
         super().__init__(**handed_on(Reconstruction, locals()))
         self.save_hyperparameters()
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_methods import checks
 from lit_methods.inverse_problems.cirim.core import Consistency
 from lit_methods.inverse_problems.mri import CENTERED, Fourier, fft2c, sense_combine, sense_expand
 
@@ -31,6 +32,8 @@ class ComplexUNet(nn.Module):
 
     def __init__(self, channels: int = 32, pools: int = 4) -> None:
         super().__init__()
+        checks.at_least(1, channels=channels)
+        checks.at_least(0, pools=pools)
         widths = [channels * 2**level for level in range(pools + 1)]
         self.down = nn.ModuleList(_pair(inputs, outputs) for inputs, outputs in zip([2, *widths], widths, strict=False))
         self.up = nn.ModuleList()
@@ -95,6 +98,7 @@ class VarNetNetwork(nn.Module):
         self, cascades: int = 8, channels: int = 18, pools: int = 4, consistency: Consistency = "explicit", fourier: Fourier = CENTERED
     ) -> None:
         super().__init__()
+        checks.at_least(1, cascades=cascades)
         self.fourier = fourier
         self.unets = nn.ModuleList(ComplexUNet(channels, pools) for _ in range(cascades))
         explicit = consistency == "explicit"
@@ -140,6 +144,8 @@ class WaveletNetwork(nn.Module):
 
     def __init__(self, weight: float = 0.005, iterations: int = 60) -> None:
         super().__init__()
+        checks.positive(weight=weight)
+        checks.at_least(1, iterations=iterations)
         self.weight, self.iterations = weight, iterations
         self._solver()
 

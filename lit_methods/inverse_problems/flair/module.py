@@ -31,6 +31,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="flair",
+    short="FLAIR",
     title="Solving Inverse Problems with FLAIR",
     arxiv="2506.02680",
     family="inverse_problems",
@@ -154,6 +155,7 @@ class FLAIR(FlowMatchingModule):
         self._times: list[Tensor] = []  # (B, times, 4)
         self._shown: tuple[Tensor, Restored] | None = None
         self._checked = False
+        self._names: dict[int, str] = {}  # of the images, by number
         self._made: str | None = None
 
     def on_validation_epoch_start(self) -> None:
@@ -173,7 +175,14 @@ class FLAIR(FlowMatchingModule):
         images = self.images(batch).clone()  # made by a loader under inference mode, they couldn't be part of a graph
         index = batch.get("index")
         first = (batch_idx * self.trainer.world_size + self.global_rank) * len(images)
-        return images, index.tolist() if isinstance(index, Tensor) else list(range(first, first + len(images)))
+        numbers = index.tolist() if isinstance(index, Tensor) else list(range(first, first + len(images)))
+        self._names |= dict(zip(numbers, map(str, batch.get("name", ())), strict=False))
+        self._tell(numbers)
+        return images, numbers
+
+    def _tell(self, numbers: list[int]) -> None:
+        """Let the prior know which images the next calls are about."""
+        self.prior.about([self._names.get(number, "") for number in numbers])
 
     def _measure(self, images: Tensor, numbers: list[int], degraded: bool = False) -> Tensor:
         if not self._checked and not degraded:
@@ -227,6 +236,7 @@ class FLAIR(FlowMatchingModule):
         self._log("test")
 
     def _restore(self, images: Tensor, numbers: list[int]) -> Restored:
+        self._tell(numbers)
         y = self._measure(images, numbers)
         found = self.solver.restore(y, numbers)
         self._rows.append(torch.cat([found.images.new_tensor(numbers)[:, None].double(), self._figures(found, images)], 1))
@@ -322,6 +332,7 @@ class FLAIR(FlowMatchingModule):
             index = torch.tensor(numbers, device=images.device)
             if not chosen:
                 return {"image": images, "index": index, "name": names, "residual": images.new_zeros(0)}
+            self._tell(numbers)
             found = self.solver.restore(self._measure(images, numbers, self.degraded), numbers)
             figures = self._figures(found, found.images if self.degraded else images)
             if self.output is not None:
@@ -352,7 +363,7 @@ class FLAIR(FlowMatchingModule):
             weights = [solver.curve_weights()] if solver.method == "flair" else []
             made = {name: getattr(solver, name) for name in ("method", "weighting", "weight", "start", "eta", "seed")}
             made |= {"operator": repr(solver.operator), "tensors": _digest([*solver.operator.buffers(), *weights])}
-            made |= {"noise": self.noise, "degraded": self.degraded}
+            made |= {"noise": self.noise, "degraded": self.degraded} | ({"prior": self.prior.told} if self.prior.told else {})
             self._made = json.dumps(asdict(solver.settings) | made, sort_keys=True)
         return self._made
 

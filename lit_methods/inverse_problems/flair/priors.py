@@ -3,6 +3,8 @@
 x_t = (1 - t) x0 + t x1 with x1 ~ N(0, 1): t = 1 is noise.
 """
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_methods import checks
+from lit_methods.datamodules.errors import BrokenRecordError
+from lit_methods.datamodules.reading import read_json
 from lit_methods.datamodules.restoration.mixture import mixture_means
 from lit_methods.frozen import Frozen
 from lit_methods.hub import NotThereError, fetch
@@ -21,9 +25,14 @@ class FlowPrior(nn.Module):
 
     Attributes:
         bounded: Whether images lie in [-1, 1].
+        told: What answers follow from besides weights and latents, such as prompts: images that were restored with another are others.
     """
 
     bounded: bool = True
+    told: str = ""
+
+    def about(self, names: Sequence[str]) -> None:
+        """The names of the images that the following calls are about, one a row of them; "": it has none."""
 
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, ...) and times (B,) in [0, 1], 1 is noise -> (B, ...)."""
@@ -221,14 +230,29 @@ def _no_text(pipeline: Any) -> None:
         setattr(pipeline, name, None)
 
 
-class SD3Flow(FlowPrior):
-    """Stable Diffusion 3 or 3.5 by diffusers, frozen, with one prompt for all images and classifier-free guidance.
+def read_prompts(path: Path) -> dict[str, str]:
+    """Name of an image -> its prompt, from a JSON file.
 
-    The prompt is encoded once when it is made, and the text encoders are dropped. Nothing of it is saved in checkpoints.
+    Raises:
+        MissingFileError: There is no such file.
+        BrokenRecordError: It holds something else.
+    """
+    found = read_json(path, "prompts", "give a JSON file {name of an image: its prompt}, or null")
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise BrokenRecordError(path, "prompts", 'isn\'t an object of names and prompts: write {"name of an image": "its prompt", ...}')
+    return found
+
+
+class SD3Flow(FlowPrior):
+    """Stable Diffusion 3 or 3.5 by diffusers, frozen, with one prompt for all images or one for each, and classifier-free guidance.
+
+    Prompts are encoded once when it is made, and the text encoders are dropped. Nothing of it is saved in checkpoints.
 
     Args:
         name_or_path: Folder or name on the hub, such as ``stabilityai/stable-diffusion-3-medium-diffusers``.
         prompt: What the images show.
+        prompts: JSON file {name of an image: its prompt}, names as files of images have them, without ending; others have ``prompt``.
+            None: all have it.
         negative_prompt: Of the unconditional branch.
         guidance: Scale g of v_u + g (v_c - v_u); 1: the conditional branch alone, at half the cost.
         tiny_autoencoder: Folder or name of an ``AutoencoderTiny`` of the same latents, such as ``madebyollin/taesd3``, in the place of the
@@ -239,12 +263,15 @@ class SD3Flow(FlowPrior):
     Raises:
         ImportError: diffusers isn't installed; the message names the extra.
         NotThereError: There is no such model; the message says what to do.
+        MissingFileError: There is no file ``prompts``.
+        BrokenRecordError: It holds something else.
     """
 
     def __init__(
         self,
         name_or_path: str,
         prompt: str = "",
+        prompts: Path | None = None,
         negative_prompt: str = "",
         guidance: float = 2.0,
         tiny_autoencoder: str | None = None,
@@ -260,6 +287,11 @@ class SD3Flow(FlowPrior):
             raise ImportError('SD3Flow needs diffusers: pip install "lit-methods[diffusers]"') from error
         dtype = getattr(torch, precision)
         self.guidance = guidance
+        each = {} if prompts is None else read_prompts(Path(prompts).expanduser())
+        texts = list(dict.fromkeys([prompt, *each.values()]))  # what is said of several images is encoded once
+        self._places = {name: 1 + texts.index(text) for name, text in each.items()}  # behind the unconditional branch
+        self._rows: list[int] = []  # places of the images that calls are about; none: the common prompt
+        self.told = json.dumps([prompt, negative_prompt, guidance, each], sort_keys=True) if each else ""
         given, instead = f"name_or_path={name_or_path!r}", "give the folder of a copy in diffusers' layout"
         if name_or_path.startswith((".", "/", "~")):
             name_or_path = str(Path(name_or_path).expanduser())
@@ -277,17 +309,18 @@ class SD3Flow(FlowPrior):
         def load() -> Any:
             pipeline = diffusers.StableDiffusion3Pipeline.from_pretrained(name_or_path, torch_dtype=dtype, **without)
             with torch.no_grad():
-                embeddings = pipeline.encode_prompt(
-                    prompt, None, None, negative_prompt=negative_prompt, do_classifier_free_guidance=True, device=torch.device("cpu")
-                )
+                words: dict[str, Any] = {"negative_prompt": negative_prompt, "do_classifier_free_guidance": True}
+                found = [pipeline.encode_prompt(text, None, None, device=torch.device("cpu"), **words) for text in texts]
             _no_text(pipeline)
+            # unconditional first, as the branches are put together
+            embeddings = [torch.cat([found[0][place + 1], *(one[place] for one in found)]) for place in (0, 2)]
             return pipeline.transformer, pipeline.vae, embeddings
 
         transformer, autoencoder, embeddings = fetch(load, name_or_path, given=given, instead=instead, blank=blank)
         if embeddings is None:
             config = transformer.config
-            text, pooled = torch.zeros(1, 77, config.joint_attention_dim), torch.zeros(1, config.pooled_projection_dim)
-            embeddings = (text, text, pooled, pooled)
+            rows = 1 + len(texts)
+            embeddings = [torch.zeros(rows, 77, config.joint_attention_dim), torch.zeros(rows, config.pooled_projection_dim)]
         if tiny_autoencoder is not None:
             tiny = diffusers.AutoencoderTiny
             autoencoder = fetch(
@@ -299,33 +332,35 @@ class SD3Flow(FlowPrior):
             )
         self.tiny = tiny_autoencoder is not None
         self.transformer, self.autoencoder = Frozen(transformer.to(dtype)), Frozen(autoencoder.to(dtype))
-        # unconditional first, as the branches are put together
-        self.register_buffer("text", torch.cat([embeddings[1], embeddings[0]]).to(dtype), persistent=False)
-        self.register_buffer("pooled", torch.cat([embeddings[3], embeddings[2]]).to(dtype), persistent=False)
+        self.register_buffer("text", embeddings[0].to(dtype), persistent=False)
+        self.register_buffer("pooled", embeddings[1].to(dtype), persistent=False)
         self.scale, self.shift = (
             getattr(autoencoder.config, f"{name}_factor") or default for name, default in (("scaling", 1.0), ("shift", 0.0))
         )
 
+    def about(self, names: Sequence[str]) -> None:
+        """The names of the images that the following calls are about, whose prompts are taken."""
+        self._rows = [self._places.get(name, 1) for name in names]
+
     def velocity(self, x: Tensor, t: Tensor) -> Tensor:
         """(B, 16, h, w) and (B,) -> (B, 16, h, w) float32, both branches in one pass; the transformer is told 1000 t."""
         text, pooled = self.get_buffer("text"), self.get_buffer("pooled")
-        branches = [1] if self.guidance == 1 else [0, 1]
-
-        def rows(values: Tensor) -> Tensor:
-            return values[branches].repeat_interleave(len(x), 0)
-
-        latents = torch.cat([x.to(text.dtype)] * len(branches))
+        conditional = self._rows or [1] * len(x)
+        if len(conditional) != len(x):
+            raise ValueError(f"SD3Flow was told of {len(conditional)} images and got {len(x)} latents: call about(names) for these")
+        chosen = conditional if self.guidance == 1 else [0] * len(x) + conditional
+        branches = len(chosen) // len(x)
+        latents = torch.cat([x.to(text.dtype)] * branches)
         answer = self.transformer.module(
             hidden_states=latents,
-            timestep=(1000 * t).repeat(len(branches)),
-            encoder_hidden_states=rows(text),
-            pooled_projections=rows(pooled),
+            timestep=(1000 * t).repeat(branches),
+            encoder_hidden_states=text[chosen],
+            pooled_projections=pooled[chosen],
             return_dict=False,
         )[0].float()
         if self.guidance == 1:
             return answer
-        unconditional, conditional = answer.chunk(2)
-        return guided_velocity(unconditional, conditional, self.guidance)
+        return guided_velocity(*answer.chunk(2), self.guidance)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 16, H / 8, W / 8), the mode of the posterior."""

@@ -295,12 +295,20 @@ class MAIDState(Numbers):
 
 
 class Iteration(NamedTuple):
-    """One iteration of the upper level: theta and x behind it, its last gradient and all its line searches."""
+    """One iteration of the upper level: theta and x behind it, its last gradient (None of a search without one), all its line searches."""
 
     theta: Tensor
     x: Tensor
-    gradient: Hypergradient
+    gradient: Hypergradient | None
     searches: list[Search]
+
+    def figures(self) -> dict[str, float]:
+        """What is worth logging."""
+        figures = {"step": self.searches[-1].step, "tries": float(sum(search.tries for search in self.searches))}
+        if self.gradient is not None:
+            size = float(torch.linalg.vector_norm(self.gradient.z))
+            figures |= {"gradient_norm": size, "error_ratio": self.gradient.bound / size if size else 0.0}
+        return figures
 
 
 @dataclass

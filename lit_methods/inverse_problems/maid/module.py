@@ -1,7 +1,7 @@
 """Bilevel learning of hyperparameters by MAID or HOAG (arXiv:2308.10098), one iteration of the upper level per step.
 
 Maths and origin: :mod:`lit_methods.inverse_problems.maid.core`; problems: :mod:`lit_methods.inverse_problems.problems`. Left out:
-solvers without derivatives, and hyperparameters of somebody else's module.
+other solvers without derivatives than random search. Hyperparameters of somebody else's module: ``lit_methods.callbacks.BilevelTuning``.
 """
 
 from typing import Any, ClassVar, Literal
@@ -15,6 +15,7 @@ from lit_methods import checks
 from lit_methods.catalog import Technique
 from lit_methods.inverse_problems.maid.core import Iteration, MAIDController, MAIDSettings, MAIDState, Solver
 from lit_methods.inverse_problems.maid.hoag import HOAGController, HOAGState, Schedule
+from lit_methods.inverse_problems.maid.random_search import RandomController, RandomState, require_optuna
 from lit_methods.inverse_problems.problems import Name, Problem, make_problem
 from lit_methods.optim import Iterations
 from lit_methods.panels import Curve, ImageMedia, ImagePanel, Media, Panel
@@ -23,19 +24,20 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="maid",
+    short="MAID",
     title="An adaptively inexact first-order method for bilevel optimization with application to hyperparameter learning",
     arxiv="2308.10098",
     family="inverse_problems",
     form="module",
-    classes=("lit_methods.BilevelLearning",),
-    configs=("maid.yaml", "maid_weight_decay.yaml", "maid_tv.yaml", "maid_experts.yaml"),
+    classes=("lit_methods.BilevelLearning", "lit_methods.callbacks.BilevelTuning"),
+    configs=("maid.yaml", "maid_weight_decay.yaml", "maid_tv.yaml", "maid_experts.yaml", "maid_tuning.yaml"),
     golden=("hypergrad", "backtrack", "solve"),
     claim="At the same budget of lower iterations, MAID that begins with an accuracy of 0.1 ends nearer to the optimum than with a fixed "
     "accuracy of 0.001.",
     summary="Learns hyperparameters through the solution of a lower problem, with solvers only as accurate as each decision needs.",
 )
 
-Method = Literal["maid", "hoag"]
+Method = Literal["maid", "hoag", "random"]
 
 
 class BilevelLearning(LightningModule):
@@ -43,7 +45,7 @@ class BilevelLearning(LightningModule):
 
     ``maid`` solves both levels only as accurately as a decision needs: it refuses gradients whose error may be as large as they are, takes
     a step where the loss surely falls, and lets the accuracy fall again afterwards. ``fixed_accuracy`` is its baseline, ``hoag`` another
-    one.
+    one, and ``random`` a search without gradients: optuna draws theta, and the best is kept.
     One training step is one iteration over the whole data.
 
     Runs: a training batch is the whole problem, the same each time; ``problem`` says which keys it has. All is computed in float64 without
@@ -53,11 +55,12 @@ class BilevelLearning(LightningModule):
     Saves: theta, the lower solution x (each solve begins there), the controller's state and the generator of its probes: a resumed run ends
     bit-equal.
 
-    Refuses: batches without the problem's keys; a singular lower level; a resume with data of another size; strategies that shard weights.
+    Refuses: batches without the problem's keys; a singular lower level; a resume with data of another size or another method; strategies
+    that shard weights.
 
     Args:
         problem: ``quadratic``, ``weight_decay`` (logistic regression), ``tv`` or ``experts`` (denoising).
-        method: ``maid`` or ``hoag``.
+        method: ``maid``, ``hoag`` or ``random``, which needs optuna.
         epsilon: First accuracy of the lower solution, > 0; with ``fixed_accuracy`` the only one.
         delta: First residual of the linear systems; null: epsilon.
         beta: First step of the first line search.
@@ -73,12 +76,14 @@ class BilevelLearning(LightningModule):
         max_iterations: Of one solve.
         solve_first: Solve the lower level before the first iteration, so that the first loss is one.
         budget: Lower iterations after which the training ends; null: never.
+        search_width: ``random`` draws theta uniformly within so much of where it begins.
         filters: Of ``experts``.
         evaluation_accuracy: Accuracy of the lower solution in validation and test.
-        seed: Of probes, and of the first kernels of ``experts``.
+        seed: Of probes, of random draws, and of the first kernels of ``experts``.
 
     Raises:
         ValueError: A value outside its range.
+        ImportError: ``random`` without optuna.
     """
 
     panels: ClassVar[tuple[Panel, ...]] = (
@@ -112,13 +117,14 @@ class BilevelLearning(LightningModule):
         max_iterations: int = 2000,
         solve_first: bool = True,
         budget: int | None = None,
+        search_width: float = 3.0,
         filters: int = 10,
         evaluation_accuracy: float = 1e-6,
         seed: int = 0,
     ) -> None:
         super().__init__()
         checks.literals(BilevelLearning, locals())
-        checks.positive(epsilon=epsilon, delta=delta, beta=beta, evaluation_accuracy=evaluation_accuracy)
+        checks.positive(epsilon=epsilon, delta=delta, beta=beta, search_width=search_width, evaluation_accuracy=evaluation_accuracy)
         checks.within("(0, 1)", rho=rho, tau=tau, eta=eta)
         checks.at_least(1, nu=nu, growth=growth, max_iterations=max_iterations, budget=budget, filters=filters)
         checks.at_least(0, seed=seed)
@@ -127,15 +133,18 @@ class BilevelLearning(LightningModule):
         self.problem, self.filters, self.seed, self.budget = problem, filters, seed, budget
         self.solve_first, self.evaluation_accuracy = solve_first, evaluation_accuracy
         solver = Solver(momentum, 1.0, max_iterations)
-        self.controller: MAIDController | HOAGController
+        self.controller: MAIDController | HOAGController | RandomController
         if method == "maid":
             settings = MAIDSettings(
                 rho=rho, tau=tau, nu=nu, growth=growth, eta=eta, fixed_accuracy=fixed_accuracy, test=test, probe=problem != "quadratic"
             )
             self.controller = MAIDController(settings, MAIDState(epsilon, epsilon if delta is None else delta, beta), solver)
             self.controller.generator.manual_seed(own_seed("maid probes", seed))
-        else:
+        elif method == "hoag":
             self.controller = HOAGController(schedule, HOAGState(epsilon), solver)
+        else:
+            require_optuna()
+            self.controller = RandomController(search_width, own_seed("maid random", seed), RandomState(epsilon), solver)
         self.theta: torch.nn.Parameter | None
         self.register_parameter("theta", None)
         self.register_buffer("x", None)
@@ -201,8 +210,8 @@ class BilevelLearning(LightningModule):
             value = saved.to(self.device, copy=True)
             setattr(self, name, torch.nn.Parameter(value) if name == "theta" else value)
         kept, controller = checkpoint["bilevel"], self.controller
-        if ("generator" in kept) != isinstance(controller, MAIDController):
-            raise ValueError("the checkpoint is of the other method: give the same, maid or hoag")
+        if set(kept["state"]) != set(controller.state.state_dict()):
+            raise ValueError("the checkpoint is of another method: give the same, maid, hoag or random")
         controller.state.load_state_dict(kept["state"])
         if isinstance(controller, MAIDController):
             controller.generator.set_state(kept["generator"].cpu())
@@ -233,22 +242,17 @@ class BilevelLearning(LightningModule):
         if self.solve_first and state.value is None:
             x, iterations = self.controller.solver(self._problem, self.theta, x, state.epsilon)
             state.lower_iterations += iterations
-        found = self.controller.iterate(self._problem, self.theta.detach(), x)
+        found = self.controller.iterate(self._problem, self.theta.detach().clone(), x)  # a controller may keep what it is given
         with torch.no_grad():
             self.theta.copy_(found.theta)
             self.x = found.x
         return found
 
     def _log(self, found: Iteration) -> None:
-        state, gradient, last = self.controller.state, found.gradient, found.searches[-1]
-        size = float(torch.linalg.vector_norm(gradient.z))
-        figures = {
+        state = self.controller.state
+        figures = found.figures() | {
             "loss": float("nan") if state.value is None else state.value,
-            "epsilon": state.epsilon if isinstance(state, MAIDState) else state.before,
-            "step": last.step,
-            "tries": sum(search.tries for search in found.searches),
-            "gradient_norm": size,
-            "error_ratio": gradient.bound / size if size else 0.0,
+            "epsilon": state.before if isinstance(state, HOAGState) else state.epsilon,
             "lower_iterations": state.lower_iterations,
             "cg_iterations": state.cg_iterations,
             "failures": state.failures,

@@ -40,6 +40,7 @@ from lit_methods.steps import logs_now
 
 TECHNIQUE = Technique(
     slug="supervised_dictionary_learning",
+    short="Supervised Dictionary Learning",
     title="Supervised Dictionary Learning with Auxiliary Covariates",
     arxiv="2206.06774",
     family="matrix_factorization",

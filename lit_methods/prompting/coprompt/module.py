@@ -37,6 +37,7 @@ from lit_methods.steps import log_global, steps_per_epoch, training_length
 
 TECHNIQUE = Technique(
     slug="coprompt",
+    short="CoPrompt",
     title="Consistency-guided Prompt Learning for Vision-Language Models",
     arxiv="2306.01195",
     family="prompting",

@@ -37,6 +37,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="cir_uncertainty",
+    short="Composed retrieval under uncertainty",
     title="Composed Image Retrieval with Text Feedback via Multi-grained Uncertainty Regularization",
     arxiv="2211.07394",
     family="retrieval",

@@ -32,6 +32,7 @@ from lit_methods.runs.checkpoints import load_into
 
 TECHNIQUE = Technique(
     slug="sparse_retriever",
+    short="Inference-free sparse retriever",
     title="Towards Competitive Search Relevance For Inference-Free Learned Sparse Retrievers",
     arxiv="2411.04403",
     family="retrieval",
@@ -289,12 +290,21 @@ class SparseRetriever(Retriever):
     # ---- training ----------------------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Ranking loss and penalty of the batch of all ranks."""
+        """Ranking loss and penalty of the batch of all ranks.
+
+        Raises:
+            ValueError: Each query has one document, and is compared with no other.
+        """
         hp = self.hparams
         query_ids, query_mask, ids, mask = batch_fields(batch, "query_ids", "query_mask", "document_ids", "document_mask")
         queries = gather_rows(self.represent(query_ids, query_mask, True))
         documents = gather_rows(self.represent(ids, mask, False))
         group = len(documents) // len(queries)
+        if group == 1 and not (hp["in_batch_negatives"] and (hp["other_positives"] or hp["loss"] == "kl")):
+            raise ValueError(
+                "each query has one document and is compared with no other, so that nothing is ranked: "
+                "set in_batch_negatives and other_positives to true, or have further documents of each query in the batch"
+            )
         scores = pair_scores(queries, documents, hp["in_batch_negatives"])
         if hp["loss"] == "info_nce":
             ranking = ranking_info_nce(scores, group, hp["temperature"], hp["other_positives"])

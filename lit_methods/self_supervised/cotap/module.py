@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 TECHNIQUE = Technique(
     slug="cotap",
+    short="CoTAP",
     title="Semantic Concentration for Self-Supervised Dense Representations Learning",
     arxiv="2509.09429",
     family="self_supervised",

@@ -20,6 +20,7 @@ from lit_methods.semi.shrinkmatch.core import shrink, uncertain_loss
 
 TECHNIQUE = Technique(
     slug="shrinkmatch",
+    short="ShrinkMatch",
     title="Shrinking Class Space for Enhanced Certainty in Semi-Supervised Learning",
     arxiv="2308.06777",
     family="semi",

@@ -8,6 +8,7 @@ from lit_methods.sparse_autoencoders.module import SparseAutoencoder
 
 TECHNIQUE = Technique(
     slug="top_afa",
+    short="top-AFA",
     title="Evaluating and Designing Sparse Autoencoders by Approximating Quasi-Orthogonality",
     arxiv="2503.24277",
     family="sparse_autoencoders",

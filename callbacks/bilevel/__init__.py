@@ -1,0 +1,1 @@
+"""Hyperparameters that are learned while a module trains."""

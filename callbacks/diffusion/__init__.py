@@ -1,0 +1,1 @@
+"""What attaches to generators of images."""

@@ -1,0 +1,1 @@
+"""Masks for weakly supervised point clouds (arXiv:2508.19909)."""

@@ -1,0 +1,1 @@
+"""Callbacks for the restoration of images and videos."""

@@ -1,0 +1,1 @@
+"""Losses of masks in videos, for any module."""

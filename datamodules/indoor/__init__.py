@@ -1,0 +1,1 @@
+"""Indoor scenes: coloured points with sparse labels, and masks of posed depth cameras."""

@@ -1,0 +1,1 @@
+"""Detection of objects in images: boxes, matching, set losses, cascaded heads, and the techniques that share them."""

@@ -1,0 +1,1 @@
+"""Restoration of images and videos by generative models: colours, perceptual distances, techniques."""
