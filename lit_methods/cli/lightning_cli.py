@@ -82,10 +82,11 @@ class LitCLI(LightningCLI):
         command = self.args[0]
         given = {command: LightningCLI.subcommands()[command]}
         self.subcommands = lambda: given  # type: ignore[method-assign]
-        if command not in _PARSERS:
+        if command in _PARSERS:
+            self.parser, self._subcommand_parsers, self._subcommand_method_arguments = _PARSERS[command]
+        else:
             super().setup_parser(add_subcommands, main_kwargs, subparser_kwargs)
             _PARSERS[command] = (self.parser, self._subcommand_parsers, self._subcommand_method_arguments)
-        self.parser, self._subcommand_parsers, self._subcommand_method_arguments = _PARSERS[command]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys that concern the run as a whole."""

@@ -146,11 +146,11 @@ def read_run(folder: Path, root: Path = Path("runs")) -> Run:
         for name, value in rows:
             history.setdefault(name, []).append((step, value))
     record = _record(folder / "report.json")
-    goals = {}
+    goals: dict[str, str] = {}
     for section in _list(record.get("sections")):
         for panel in _list(section.get("panels") if isinstance(section, dict) else None):
             if isinstance(panel, dict) and panel.get("goal") in ("min", "max"):
-                goals.update(dict.fromkeys(_selected(panel.get("metrics"), history), panel["goal"]))
+                goals.update(dict.fromkeys(_selected(panel.get("metrics"), history), str(panel["goal"])))
     status = "finished" if (folder / "finished.json").is_file() else str(record.get("status", "unknown"))
     return Run(folder, f"{folder.parent.name}/{folder.name}", status, last, flat_config(read_config(folder)), history, goals)
 

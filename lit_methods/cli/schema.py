@@ -231,15 +231,17 @@ class _Schema:
 
         name = f"arguments of {short}"
         if name not in self.definitions:
-            self.definitions[name] = made = {"type": "object"}
+            made: dict[str, Any] = {"type": "object"}
+            self.definitions[name] = made
             summary = (inspect.getdoc(one) or "").partition("\n\n")[0]
             parser = ArgumentParser(exit_on_error=False)
             try:
                 parser.add_class_arguments(one, fail_untyped=False)
+                parameters = inspect.signature(one).parameters.values()
             except Exception:  # a signature that can't be read: anything goes, as the run says what is wrong
                 return name
             made |= {"description": " ".join(summary.split()), "properties": {}, "additionalProperties": False}
-            if any(kind.kind is inspect.Parameter.VAR_KEYWORD for kind in inspect.signature(one.__init__).parameters.values()):
+            if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
                 made["additionalProperties"] = True
             self.add_keys(made, parser)
         return name
