@@ -66,7 +66,6 @@ TECHNIQUE = Technique(
     claim="With ten pictures of another style, translated digits keep their class more often with DDC and fused content than after plain "
     "fine-tuning.",
     summary="Adapts a diffusion model to ten pictures of another domain: content fused in by phases, features moved by one vector.",
-    draft=True,
 )
 
 Weighting = Literal["code", "paper", "none"]
