@@ -41,7 +41,6 @@ TECHNIQUE = Technique(
     golden=("link", "mask_spread", "reliability_loss"),
     claim="In generated rooms with ten labelled points each, labels that masks spread raise the mIoU on unseen rooms.",
     summary="Spreads a few points' labels over image masks lifted to 3D, and lets deformed clouds agree where points are reliable.",
-    draft=True,
 )
 
 _SUMS = ("points", "extended", "extended_right", "extended_known", "spread", "spread_right", "spread_known", "reliable", "passed")
