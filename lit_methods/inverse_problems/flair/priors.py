@@ -360,7 +360,8 @@ class SD3Flow(FlowPrior):
         )[0].float()
         if self.guidance == 1:
             return answer
-        return guided_velocity(*answer.chunk(2), self.guidance)
+        without, with_prompt = answer.chunk(2)
+        return guided_velocity(without, with_prompt, self.guidance)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 16, H / 8, W / 8), the mode of the posterior."""
