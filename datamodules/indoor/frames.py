@@ -304,8 +304,10 @@ def lift_scene(
     found = np.full((len(names), len(points)), -1, dtype=np.int32)
     for row, name in zip(found, names, strict=True):
         frame = frames.frame(name)
-        parts = (torch.from_numpy(np.ascontiguousarray(part))[None] for part in (frame.rotation, frame.translation, frame.depth))
-        link = link_points(world, intrinsic, *parts, delta)
+        rotation, translation, depth = (
+            torch.from_numpy(np.ascontiguousarray(part))[None] for part in (frame.rotation, frame.translation, frame.depth)
+        )
+        link = link_points(world, intrinsic, rotation, translation, depth, delta)
         row[:] = masks_at_points(link, torch.from_numpy(masks(name, frame.depth.shape))[None])[0].numpy()  # type: ignore[arg-type]
     return found
 

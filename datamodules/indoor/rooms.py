@@ -63,7 +63,11 @@ class Views(NamedTuple):
 def draw_room(rng: np.random.Generator) -> Room:
     """A room of 3 to 4 metres with low walls and 6 to 10 objects that don't touch each other; where there is no place left, fewer."""
     size = np.array([*rng.uniform(3.0, 4.0, 2), 1.5])
-    kinds, centre, half, height, yaw = [], [], [], [], []
+    kinds: list[int] = []
+    centre: list[NDArray[np.float64]] = []
+    half: list[NDArray[np.float64]] = []
+    height: list[float] = []
+    yaw: list[float] = []
     for kind in rng.integers(CHEST, BARREL + 1, int(rng.integers(6, 11))):
         sides = np.full(2, rng.uniform(0.25, 0.4)) if kind == BARREL else rng.uniform(0.2, 0.45, 2)
         reach = float(np.hypot(*sides)) if kind != BARREL else float(sides[0])
@@ -115,10 +119,13 @@ def sample_points(room: Room, number: int, rng: np.random.Generator) -> tuple[ND
     for part, which in ((side, surface - flats), (top, surface - flats - sides)):
         if not part.any():
             continue
-        k = which[part]
+        round_one = which[part]
         share_of_radius = 1.0 if part is side else np.sqrt(v[part])
-        place[part] = np.column_stack([room.centre[round_ones[k]], np.zeros(len(k))]) + radius[k, None] * share_of_radius * around[part]
-        place[part, 2] = v[part, 0] * tall[k] if part is side else tall[k]
+        place[part] = (
+            np.column_stack([room.centre[round_ones[round_one]], np.zeros(len(round_one))])
+            + radius[round_one, None] * share_of_radius * around[part]
+        )
+        place[part, 2] = v[part, 0] * tall[round_one] if part is side else tall[round_one]
         direction[part] = around[part] if part is side else [0, 0, 1]
     covered = (owner == 0) & _under_objects(room, place)
     chosen = np.flatnonzero(~covered)[:number]
@@ -137,7 +144,7 @@ def _under_objects(room: Room, place: NDArray[np.float64]) -> NDArray[np.bool_]:
     local = np.stack([c * away[..., 0] + s * away[..., 1], -s * away[..., 0] + c * away[..., 1]], axis=-1)
     box = (np.abs(local) <= room.half).all(-1)
     disc = np.hypot(*np.moveaxis(away, -1, 0)) <= room.half[:, 0]
-    return np.where(room.kinds == BARREL, disc, box).any(1)
+    return np.asarray(np.where(room.kinds == BARREL, disc, box).any(1))
 
 
 def render_views(room: Room, number: int, rng: np.random.Generator) -> Views:
@@ -244,8 +251,8 @@ def scene_of(name: str, room: Furnished, seen: Views, pixels: NDArray[np.int64] 
     if pixels is None:
         masks = superpoints(place, room.points[:, 3:6])[None]
     else:
-        cameras = (seen.intrinsic, seen.rotation, seen.translation, seen.depth)
-        link = link_points(torch.from_numpy(place), *(torch.from_numpy(part) for part in cameras), delta)
+        intrinsic, rotation, translation, depth = map(torch.from_numpy, (seen.intrinsic, seen.rotation, seen.translation, seen.depth))
+        link = link_points(torch.from_numpy(place), intrinsic, rotation, translation, depth, delta)
         masks = masks_at_points(link, torch.from_numpy(pixels)).numpy()
     return Scene(name, room.points.astype(np.float32), room.labels, masks.astype(np.int32))
 

@@ -18,6 +18,11 @@ _FRAMES = 20  # of a video
 _SIDE = 12  # pixels of the square that moves
 
 
+def _byte(value: int) -> NDArray[np.uint8]:
+    """A number as MATLAB stores it, (1, 1)."""
+    return np.full((1, 1), value, dtype=np.uint8)
+
+
 def _prompts(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
     lines = ("a boat on a lake | a boat in the rain | a boat at night", "a horse stands | a horse walks | a horse gallops")
     text(arguments["root"] / "prompts.txt", *lines)
@@ -55,8 +60,8 @@ def _ucf101(arguments: Arguments, sizes: Mapping[str, int]) -> dict[str, Any]:
                 known = list(range(0, _FRAMES, 4))
                 parts[part].append((name, [(0, _FRAMES - 1, kind, boxes.tolist(), known, int(part == "labelled"))]))
                 tubes = np.empty((1, 1), dtype=[(key, "O") for key in ("ef", "sf", "class", "boxes")])
-                tubes[0, 0] = (np.uint8([[_FRAMES]]), np.uint8([[1]]), np.uint8([[kind + 1]]), np.add(boxes, (1, 1, 0, 0)).astype(np.int16))
-                stored.append((np.uint8([[_FRAMES]]), name, tubes))
+                tubes[0, 0] = (_byte(_FRAMES), _byte(1), _byte(kind + 1), np.add(boxes, (1, 1, 0, 0)).astype(np.int16))
+                stored.append((_byte(_FRAMES), name, tubes))
                 lists["testlist.txt" if part == "test" else "trainlist.txt"].append(f"{name}.avi")
     if arguments.get("annotations") == "tubes":
         from scipy.io import savemat

@@ -227,7 +227,7 @@ def read_tubes(path: Path) -> dict[str, tuple[int, tuple[BoxTube, ...]]]:
     """
     stored = read_matlab(path, ["annot"], "annotations", _MISSING).get("annot")
     names = () if stored is None else stored.dtype.names or ()
-    if not {"name", "num_imgs", "tubes"} <= set(names):
+    if stored is None or not {"name", "num_imgs", "tubes"} <= set(names):
         raise BrokenRecordError(path, "annot", f"has the fields {', '.join(names) or 'none'}, expected name, num_imgs, tubes: another file")
     videos = {}
     for number, entry in enumerate(stored.reshape(-1)):

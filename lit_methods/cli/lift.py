@@ -105,7 +105,8 @@ def lift_all(root: Path, options: Any, done: Callable[[int, int], None]) -> tupl
             continue
         coord = finite(read_npy(folder / "coord.npy", "coord"), folder / "coord.npy", "coord")
         if options.source == "geometric":
-            found = superpoints(coord, finite(read_npy(folder / "normal.npy", "normal"), folder / "normal.npy", "normal"))[None]
+            normal = finite(read_npy(folder / "normal.npy", "normal"), folder / "normal.npy", "normal")
+            found = superpoints(coord, normal)[None].astype(np.int32)
         else:
             frames = open_frames(frames_folder, scene, options.depth_scale)
             pictures = masks_folder / scene
@@ -126,7 +127,7 @@ def lift_all(root: Path, options: Any, done: Callable[[int, int], None]) -> tupl
                 names = chosen_views(frames.names, options.every, options.views)
             found = lift_scene(coord, frames, names, masks, options.delta)
         with replacing(path) as partial, partial.open("wb") as file:  # by its name, NumPy would add an ending
-            np.savez_compressed(file, mask_ids=found.astype(np.int32))
+            np.savez_compressed(file, mask_ids=found)
     done(len(folders), len(folders))
     return len(folders) - kept, kept
 

@@ -43,7 +43,7 @@ class LoRALayer(nn.Module):
         first, last = self._factors(rank)
         weight = self.base_layer.weight
         assert isinstance(weight, Tensor)
-        drawn = torch.randn(first.weight.shape, generator=generator) / rank  # type: ignore[operator]
+        drawn = torch.randn(first.weight.shape, generator=generator) / rank  # type: ignore[arg-type]
         with torch.no_grad():
             first.weight.copy_(drawn)  # type: ignore[operator]
             nn.init.zeros_(last.weight)  # type: ignore[arg-type]

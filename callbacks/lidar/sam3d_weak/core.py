@@ -208,9 +208,9 @@ def random_points(points_per_sample: Tensor, uniform: Tensor) -> Tensor:
 def _rotations(angles: Tensor) -> Tensor:
     """(..., 3, 3) rotations about x, then y, then z, from (..., 3) radians."""
     (cx, cy, cz), (sx, sy, sz) = angles.cos().unbind(-1), angles.sin().unbind(-1)
-    rows = (cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx)
-    rows += (sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx)
-    rows += (-sy, cy * sx, cy * cx)
+    rows = [cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx]
+    rows += [sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx]
+    rows += [-sy, cy * sx, cy * cx]
     return torch.stack(rows, dim=-1).unflatten(-1, (3, 3))
 
 

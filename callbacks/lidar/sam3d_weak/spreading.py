@@ -256,7 +256,7 @@ class MaskLabelSpreading(LabelCorrection):
             self._count("passed", torch.tensor(len(points)))
             known = fixed != self.ignore_index
             weights = known + self.spread_weight * (extra != self.ignore_index)
-            yield index, packed_labels(torch.where(known, fixed, extra), weights)
+            yield index, packed_labels(torch.where(known, fixed, extra).numpy(), weights.numpy())
 
     def _pseudo_labels(self, trainer: pl.Trainer, network: torch.nn.Module, points: Tensor, index: int) -> Tensor:
         """(N,) classes of a scene's reliable points, on the CPU; ``ignore_index`` for the others."""
@@ -266,7 +266,7 @@ class MaskLabelSpreading(LabelCorrection):
         with trainer.precision_plugin.forward_context():
             clouds = [torch.cat([moved, points[:, 3:]], dim=1) for moved in (points[:, :3], views.first, views.second)]
             logits = [cloud_logits(network, cloud, self.dense) for cloud in clouds]
-        about = reliable_points(*logits, self.tau, self.kappa)
+        about = reliable_points(logits[0], logits[1], logits[2], self.tau, self.kappa)
         self._count("reliable", about.selected.sum())
         return torch.where(about.selected, about.pseudo_labels, self.ignore_index).cpu()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,8 @@ class ContentFusionUNet(nn.Module):
             raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}: ContentFusionUNet needs multiples of {self.divisor}")
         embedding = F.silu(self.embed(sinusoidal_embedding(t, self.channels, scale=1.0).to(self.out.weight.dtype)))
         h, kept = self.inp(x), []
-        for first, second, reduce in self.down:  # type: ignore[misc]
+        down: Any = self.down
+        for first, second, reduce in down:
             for block in (first, second):
                 h = block(h, embedding)
                 kept.append(h)
@@ -146,11 +148,13 @@ class ContentFusionUNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, content: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W), steps (B,) int64 and, if there is content, its features like :meth:`encode`'s -> noise like the images."""
         h, kept, embedding = self._encode(x_t, t)
-        first, attention, second = self.middle
+        middle: Any = self.middle
+        up: Any = self.up
+        first, attention, second = middle
         h = second(attention(first(h, embedding)), embedding)
         if content is not None:
             h = self.fuse(torch.cat([h, content.to(h.dtype)], dim=1))
-        for enlarge, first, second in self.up:  # type: ignore[misc]
+        for enlarge, first, second in up:
             h = enlarge(h)
             for block in (first, second):
                 h = block(torch.cat([h, kept.pop()], dim=1), embedding)

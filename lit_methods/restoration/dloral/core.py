@@ -188,10 +188,9 @@ def cross_frame_attention(
     """
     with torch.autocast(query.device.type, enabled=False):
         wide = torch.promote_types(query.dtype, torch.float32)
-        parts = [part.to(wide) for part in (query, key, value, threshold)]
+        query, key, value, threshold = (part.to(wide) for part in (query, key, value, threshold))
         if chunk is None or chunk >= query.shape[2]:
-            return _attend(*parts, temperature, topk)
-        query, key, value, threshold = parts
+            return _attend(query, key, value, threshold, temperature, topk)
         answers = []
         for start in range(0, query.shape[2], chunk):
             given = (query[:, :, start : start + chunk], key, value, threshold[:, :, start : start + chunk], temperature, topk)
@@ -436,7 +435,7 @@ def in_tiles(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], tile: 
         for left in columns:
             place = (..., slice(top, top + tile), slice(left, left + tile))
             part = function(*(given[place] for given in inputs))
-            weights = tile_weights(*part.shape[-2:], variance).to(part.device)
+            weights = tile_weights(part.shape[-2], part.shape[-1], variance).to(part.device)
             if total is None:
                 total = part.new_zeros(*part.shape[:2], height, width, dtype=torch.promote_types(part.dtype, torch.float32))
             total[place] += weights * part

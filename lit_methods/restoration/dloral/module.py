@@ -280,8 +280,8 @@ class DualLoRAVSRModule(Evaluated):
 
     def _padded(self, frames: Tensor) -> Tensor:
         """Frames (N, 3, H, W) with their borders repeated up to a multiple that the networks take."""
-        multiple = self.backbone.module.multiple
-        below, right = (-side % multiple for side in frames.shape[-2:])  # type: ignore[operator]
+        multiple: int = self.backbone.module.multiple  # type: ignore[assignment]
+        below, right = (-side % multiple for side in frames.shape[-2:])
         return F.pad(frames, (0, right, 0, below), mode="replicate") if below or right else frames
 
     def _conditions(self, batch: Batch, clips: int, each: int) -> tuple[Any, Any]:
@@ -310,7 +310,8 @@ class DualLoRAVSRModule(Evaluated):
         generator = torch.Generator().manual_seed(own_seed(place, self.hparams["seed"]))
         rank, world = self.trainer.global_rank, self.trainer.world_size
         part = slice(rank * clips, (rank + 1) * clips)
-        steps = torch.randint(*self.hparams["csd_range"], (world * clips,), generator=generator)[part]
+        low, high = self.hparams["csd_range"]
+        steps = torch.randint(low, high, (world * clips,), generator=generator)[part]
         noise = torch.randn(world * clips, *shape, generator=generator)[part]
         encoding = torch.randn(world * clips, frames, *shape, generator=generator)[part]
         return encoding.to(self.device), steps.to(self.device), noise.to(self.device)

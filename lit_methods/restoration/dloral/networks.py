@@ -409,7 +409,7 @@ def _with_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
 
 def base_fingerprint(unet: nn.Module) -> Tensor:
     """Two sums over all frozen weights below adapters, (2,) float64: whether a checkpoint of adapters meets the model it was trained on."""
-    values = [layer.base_layer.weight.detach() for layer in unet.modules() if isinstance(layer, LoRALayer)]  # type: ignore[union-attr]
+    values = [layer.base_layer.weight.detach() for layer in unet.modules() if isinstance(layer, LoRALayer)]  # type: ignore[union-attr, operator]
     if any(value.is_meta for value in values):
         return torch.zeros(2, dtype=torch.float64)
     sums = [torch.stack([value.double().sum(), value.double().abs().sum()]).cpu() for value in values]  # type: ignore[operator]

@@ -509,7 +509,8 @@ class MixMatchVideoDetector(SemiSupervisedVideoDetector):
         """A clip's own share, (count, 1, 1, 1, 1) of at least a half, and whom it is mixed with, (count,)."""
         place = f"MixMatchVideoDetector {self.global_rank} {self.trainer.global_step} {self.trainer.fit_loop.batch_idx}"
         rng = np.random.default_rng(own_seed(place, self.hparams["seed"]))
-        partner, drawn = torch.from_numpy(rng.permutation(count)), torch.from_numpy(rng.beta(*[self.hparams["alpha"]] * 2, count))
+        alpha = self.hparams["alpha"]
+        partner, drawn = torch.from_numpy(rng.permutation(count)), torch.from_numpy(rng.beta(alpha, alpha, count))
         own = torch.maximum(drawn, 1 - drawn).view(-1, 1, 1, 1, 1)
         return own.to(self.device, torch.float32), partner.to(self.device)
 
