@@ -107,7 +107,7 @@ def retrieve(side: int, chunk: int, rounds: int) -> dict[str, float]:
         gradients = torch.autograd.grad(found.square().sum(), (query, key, value))
     recorded = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     alive = list(itertools.accumulate(event.nbytes() for event in sorted(recorded, key=lambda event: event.start_ns())))
-    sums = sum(float(part.double().abs().sum()) for part in (found, *gradients))
+    sums = sum(float(part.detach().double().abs().sum()) for part in (found, *gradients))
     return {"seconds": min(took), "megabytes": max(alive) / 1e6, "sum": sums}
 
 
