@@ -135,7 +135,7 @@ def test_the_weights_that_stand_in_are_all_that_changes(tmp_path: Path) -> None:
         said |= {"name", "channels", "image_size"} if "another name and channels, image_size" in recipe.why else set()
         said |= {"head_hidden"} if "narrower heads" in recipe.why else set()
         said |= (
-            {"image_size", "width", "kernel"}
+            {"image_size", "resize", "width", "kernel"}
             if "crops of 32 pixels, a tenth of the channels, smaller capsule kernel" in recipe.why
             else set()
         )
