@@ -129,7 +129,7 @@ def test_the_weights_that_stand_in_are_all_that_changes(tmp_path: Path) -> None:
         before = yaml.safe_load((FULL / f"{name}.yaml").read_text(encoding="utf-8"))
         after = yaml.safe_load(written(name, recipe, tmp_path, first="first.ckpt").read_text(encoding="utf-8"))
         changed = {key for key, value in flat(before).items() if flat(after)[key] != value}
-        allowed = ("pretrained", "path", "weights", "mask", "teacher_weights", "name_or_path", "tokenizer", "tiny_autoencoder")
+        allowed = ("pretrained", "path", "weights", "clip", "mask", "teacher_weights", "name_or_path", "tokenizer", "tiny_autoencoder")
         sizes = ("width", "hidden", "heads", "depth") if recipe.meta else ()
         said = {word for word in ("threshold",) if f"another {word}" in recipe.why}
         said |= {"name", "channels", "image_size"} if "another name and channels, image_size" in recipe.why else set()
