@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,8 +133,9 @@ class ContentFusionUNet(nn.Module):
             raise ValueError(f"images are {x.shape[-2]} x {x.shape[-1]}: ContentFusionUNet needs multiples of {self.divisor}")
         embedding = F.silu(self.embed(sinusoidal_embedding(t, self.channels, scale=1.0).to(self.out.weight.dtype)))
         h, kept = self.inp(x), []
-        for first, second, reduce in self.down:  # type: ignore[misc]
-            for block in (first, second):
+        down: Any = self.down
+        for *blocks, reduce in down:
+            for block in blocks:
                 h = block(h, embedding)
                 kept.append(h)
             h = reduce(h)
@@ -150,9 +152,10 @@ class ContentFusionUNet(nn.Module):
         h = second(attention(first(h, embedding)), embedding)
         if content is not None:
             h = self.fuse(torch.cat([h, content.to(h.dtype)], dim=1))
-        for enlarge, first, second in self.up:  # type: ignore[misc]
+        up: Any = self.up
+        for enlarge, *blocks in up:
             h = enlarge(h)
-            for block in (first, second):
+            for block in blocks:
                 h = block(torch.cat([h, kept.pop()], dim=1), embedding)
         answer: Tensor = self.out(F.silu(self.norm(h)))
         if not self.preconditioned:
