@@ -45,7 +45,6 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="ddc_fewshot",
-    short="DDC",
     title="Phasic Content Fusing Diffusion Model with Directional Distribution Consistency for Few-Shot Model Adaption",
     arxiv="2309.03729",
     family="diffusion",
@@ -333,8 +332,8 @@ class PhasicContentDiffusion(WholeSetEvaluation[dict[str, Tensor]]):
             loss, logs = self._adapt(images, times, draw, with_details=step > self.adaptation_start)
         self.log_dict({f"ddc/{name}": value for name, value in logs.items()} | {"ddc/stage": float(stage)}, batch_size=len(batch["source"]))
         # each process waits for a gradient of every weight, also where a stage has no content to fuse
-        unused: Tensor = sum(weight.sum() * 0 for weight in self.network.fuse.parameters())  # type: ignore[union-attr, assignment, misc]
-        return loss + unused
+        fuse: Any = self.network.fuse
+        return loss + torch.stack([weight.sum() * 0 for weight in fuse.parameters()]).sum()
 
     def _adapt(self, images: dict[str, Tensor], times: Any, draw: Draw, with_details: bool) -> tuple[Tensor, dict[str, Tensor | float]]:
         hp = self.hparams

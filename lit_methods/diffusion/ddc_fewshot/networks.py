@@ -134,8 +134,8 @@ class ContentFusionUNet(nn.Module):
         embedding = F.silu(self.embed(sinusoidal_embedding(t, self.channels, scale=1.0).to(self.out.weight.dtype)))
         h, kept = self.inp(x), []
         down: Any = self.down
-        for first, second, reduce in down:
-            for block in (first, second):
+        for *blocks, reduce in down:
+            for block in blocks:
                 h = block(h, embedding)
                 kept.append(h)
             h = reduce(h)
@@ -148,15 +148,14 @@ class ContentFusionUNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, content: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W), steps (B,) int64 and, if there is content, its features like :meth:`encode`'s -> noise like the images."""
         h, kept, embedding = self._encode(x_t, t)
-        middle: Any = self.middle
-        up: Any = self.up
-        first, attention, second = middle
+        first, attention, second = self.middle
         h = second(attention(first(h, embedding)), embedding)
         if content is not None:
             h = self.fuse(torch.cat([h, content.to(h.dtype)], dim=1))
-        for enlarge, first, second in up:
+        up: Any = self.up
+        for enlarge, *blocks in up:
             h = enlarge(h)
-            for block in (first, second):
+            for block in blocks:
                 h = block(torch.cat([h, kept.pop()], dim=1), embedding)
         answer: Tensor = self.out(F.silu(self.norm(h)))
         if not self.preconditioned:
