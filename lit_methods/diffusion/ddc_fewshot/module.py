@@ -45,6 +45,7 @@ from lit_methods.steps import log_global
 
 TECHNIQUE = Technique(
     slug="ddc_fewshot",
+    short="DDC",
     title="Phasic Content Fusing Diffusion Model with Directional Distribution Consistency for Few-Shot Model Adaption",
     arxiv="2309.03729",
     family="diffusion",
