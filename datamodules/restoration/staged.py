@@ -38,6 +38,11 @@ class StagedLoader:
         """Where Lightning announces the epoch."""
         return self
 
+    @property
+    def iterables(self) -> list[ResumableLoader]:
+        """The loaders, under the name of Lightning's ``CombinedLoader``."""
+        return self.loaders
+
     def set_epoch(self, epoch: int) -> None:
         """Hand the epoch on to all loaders."""
         for loader in self.loaders:

@@ -275,7 +275,7 @@ def export(argv: list[str]) -> int:
         return 0
     out = Path(options.out).expanduser()
     if options.format not in ("weights", "folder", "sae-lens"):
-        raise CommandError(f"--format is {options.format!r}: give weights, folder or sae-lens")
+        raise CommandError(f"--format is {options.format!r}: give weights or sae-lens, or folder")
     if options.format == "sae-lens":
         return _export_saelens(Path(options.ckpt).expanduser(), out)
     is_folder = options.format == "folder"

@@ -40,8 +40,7 @@ Believe and see
 Files
   cp <config> <dest>              copy a shipped config to edit
   export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors), or a folder with a model card
-  push <folder> <user/name>       such a folder to the Hugging Face hub
-  pull <user/name> <folder>       and back
+  push, pull                      such a folder to the Hugging Face hub, and back
   prune --config FILE <out>       prune a trained model once, as DSnoT, Wanda, ... in the config say; a Hugging Face folder or a state dict
   idf <corpus.jsonl> <out>        table of inverse document frequencies of a corpus, by several processes
   encode <config>=<ckpt> <out>    documents of a sparse retriever for Anserini or OpenSearch, or the model for sentence-transformers
@@ -49,8 +48,7 @@ Files
   neighbours <folder> <out.npz>   each image's nearest ones by a network's features, for CoTAP's streams
   lift <root>                     masks of images as masks of points: from files, by SAM 2, or superpoints, for MaskLabelSpreading
   runs [name...] [--best METRIC]  table of the runs here: figures, filters, the best of them
-  schema [config...]              JSON schema of configs, for editors
-  completion bash|zsh|fish        what your shell completes lit by
+  schema, completion              JSON schema of configs for editors; what bash, zsh or fish completes lit by
   new <slug> --form term          skeleton of a technique (term, callback, module) or datamodule, here or in a package of yours
 
 Any command: --help. `lit fit --help` for the keys of a run. --debug shows full tracebacks. lit --version

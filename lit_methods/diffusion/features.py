@@ -130,7 +130,7 @@ class DigitConvFeatures(DigitFeatures):
     It is trained when it is first used, a second or two. Larger images are averaged down to 8 x 8. Trained on digits in a target's style
     it judges what class a translated digit has.
 
-    Cost: 52 thousand parameters; the first use trains them, a second or two.
+    Cost: 38 thousand parameters; the first use trains them, a second or two.
 
     Args:
         style: Style of the digits that it is trained on: ``plain``, or one of ``FewShotDigitsDataModule``.

@@ -89,7 +89,7 @@ class CorrelationFlow(nn.Module):
     At each size the support is warped by the flow so far. For each shift d of up to ``radius`` pixels the squared difference of reference
     and shifted support is averaged over a neighbourhood, and the flow grows by the mean of d with weights softmax(-difference / T).
 
-    Cost: (2 radius + 1)^2 comparisons of each size.
+    Work: (2 radius + 1)^2 comparisons of each size.
 
     Args:
         levels: Sizes, each half of the one before; the coarsest keeps 8 pixels and more.

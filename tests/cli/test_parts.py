@@ -29,6 +29,9 @@ BUILT: dict[str, dict[str, Any]] = {
     "MLP": {"widths": [64, 256, 10]},
     "TinyTowers": {"pretrain_steps": 0},
     "GenotypeNetwork": {"size": "tiny"},
+    "SparseUNet": {"num_classes": 20},
+    "CompactVideoDetector": {"num_classes": 4},
+    "VideoCapsuleNet": {"num_classes": 24},
 }
 
 

@@ -88,7 +88,7 @@ FURTHER: dict[str, tuple[str, str, Callable[[Path], Given]]] = {
     "tokenizer": ("TextDataModule", r"^tokenizer/", _with_tokenizer),
 }
 # written by us; encoded once by a network of the user's; read by `lit predict` alone, tests/datamodules/test_detection_data.py breaks it
-NOT_READ = {"cache", "labels_folder", "images", "predict"}
+NOT_READ = {"cache", "labels_folder", "images", "predict", "input", "stills"}
 VALUES = r"\.(bin|label|npy|npz|h5|mat|jpe?g|tar|safetensors|pth)$|_batch(_\d)?$|/(train|test)$|ubyte$|\.txt$"
 IN_FOLDERS = "|".join(
     [

@@ -13,7 +13,9 @@ from torch import Tensor
 from lit_methods import datamodules
 
 SEED = 5
+FILMS = ("JHMDBActionsDataModule", "UCF101ActionsDataModule", "YouTubeVOSDataModule")
 WITHOUT = {"KittiStyleDataModule": "has no built-in sample", "VideoPromptsDataModule": "draws nothing"}
+WITHOUT |= dict.fromkeys(FILMS, "has no built-in sample")
 LONG = {"GenerativeImageNetDataModule", "STL10DataModule"}  # two seconds each
 
 

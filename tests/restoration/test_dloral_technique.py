@@ -313,7 +313,7 @@ def test_a_killed_run_ends_like_the_whole_one(kill_at, tmp_path):
 def _fit_two(batch_size: int, devices: int) -> dict:
     module = tiny(color_fix="none")
     options = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
-    tiny_trainer(max_steps=4, limit_val_batches=0, use_distributed_sampler=False, **options).fit(
+    tiny_trainer(max_steps=4, limit_val_batches=0, use_distributed_sampler=False, precision="64-true", **options).fit(
         module, datamodule=data(batch_size=batch_size)
     )
     return cloned_state(module)

@@ -58,7 +58,7 @@ class ContentFusionUNet(nn.Module):
     With ``preconditioned`` the noise is sqrt(1 - a) x_t + sqrt(a) v of the network's answer v, alpha-bar a of the step
     (arXiv:2202.00512): where there is much noise it is nearly x_t itself, so a small network learns in few steps.
 
-    Cost: 0.52 million parameters with 16 channels and factors 1, 2, 4; 62 million with 64 channels and 1, 2, 4, 8.
+    Cost: 33.3 million parameters with 64 channels and factors 1, 2, 4, 8; 0.57 million with 16 channels and 1, 2, 4.
 
     Args:
         in_channels: Channels of an image.

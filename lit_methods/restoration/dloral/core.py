@@ -249,7 +249,7 @@ class Retrieved(NamedTuple):
 class CrossFrameRetrieval(nn.Module):
     """CFR: fuses a latent with what is alike in the aligned one of the previous frame, wherever that stands.
 
-    Cost: the similarities of all pairs of positions: heads (h w)^2 numbers unless ``chunk`` is given, 600 MB for 64 x 64 latents.
+    Memory: the similarities of all pairs of positions: heads (h w)^2 numbers unless ``chunk`` is given, 600 MB for 64 x 64 latents.
 
     Args:
         channels: Of a latent.

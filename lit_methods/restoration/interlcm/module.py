@@ -61,8 +61,8 @@ TECHNIQUE = Technique(
     configs=("interlcm.yaml",),
     golden=("schedule", "trajectory", "color_fix", "loss"),
     claim=(
-        "The later the step that a degraded image stands for, the more faithful the restored one; the earlier, the nearer it lies to clean "
-        "images."
+        "One-step restorations that start at an earlier step, with more noise, lie nearer to clean images than those that start later; "
+        "no encoder is trained."
     ),
     summary=(
         "Restores faces by a frozen latent consistency model that takes the degraded image for its first answer; trains what conditions it."
