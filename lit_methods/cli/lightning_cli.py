@@ -119,6 +119,8 @@ class LitCLI(LightningCLI):
             if isinstance(value, int) and value < 1:
                 raise CommandError(f"trainer.{key} is {value}: give 1 or more")
         path = config.get("ckpt_path")
+        if isinstance(path, Path):  # which of its two types is tried first isn't the same in every process
+            path = config.ckpt_path = str(path)
         if path and path not in ("best", "last", "hpc", "registry") and "://" not in path and not Path(path).exists():
             raise CommandError(f"checkpoint {path!r} not found\n  give the path of a .ckpt file: runs/<name>/<time>/checkpoints/last.ckpt")
 
