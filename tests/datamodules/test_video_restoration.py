@@ -12,7 +12,7 @@ from lit_methods.datamodules import VideoRestorationDataModule
 from lit_methods.datamodules.errors import BrokenRecordError, MissingFileError, WrongRootError
 from lit_methods.datamodules.fake import write_fake
 from lit_methods.datamodules.restoration.blind import FaceDegradation
-from lit_methods.datamodules.restoration.video import VideoPairs, moving_textures
+from lit_methods.datamodules.restoration.clips import VideoPairs, moving_textures
 
 BLUR = FaceDegradation(kernel_size=3, blur=(0.5, 0.6), downsample=(4, 4), noise=(1, 2), quality=None)
 
