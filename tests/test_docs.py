@@ -267,6 +267,17 @@ def check_other(words: list[str]) -> None:
         assert not missing, f"{shlex.join(words)}: no {missing}"
 
 
+def test_readme_names_every_extra() -> None:
+    """Whoever reads the table of extras learns of all that pip can be asked for."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = pyproject.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("| extra | brings | for |")[1].split("\n\n")[0]
+    extras = re.findall(r"^([\w-]+) = \[", listed, flags=re.M)
+    missing = [extra for extra in extras if f"`{extra}`" not in table]
+    assert len(extras) > 10 and not missing, f"README.md's table of extras lacks {missing}"
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder; what is imported from it is forgotten."""
