@@ -10,7 +10,7 @@ import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -83,6 +83,19 @@ def _has_ended(pid: int) -> bool:
     except (OSError, OverflowError):
         return False
     return False
+
+
+def try_lock(file: Path) -> TextIO | None:
+    """The file, locked for this process until it is closed or the process ends; None where another one has it."""
+    import fcntl
+
+    handle = file.open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        return None
+    return handle
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -19,7 +19,7 @@ from lit_methods.claims.display import Display
 from lit_methods.claims.plan import MissingData, Node
 from lit_methods.claims.sources import changed_sources
 from lit_methods.errors import CommandError, nearest
-from lit_methods.files import write_json
+from lit_methods.files import try_lock, write_json
 
 CHILD = (sys.executable, "-m", "lit_methods.cli.stage", "run")
 GRACE_SECONDS = 10.0  # between asking a stage to stop and killing it
@@ -89,7 +89,7 @@ class Runner:
                     if failures or len(running) >= jobs or (node.upstream is not None and node.upstream.key not in results):
                         continue
                     self.folder(node).mkdir(parents=True, exist_ok=True)
-                    lock = _lock(self.folder(node) / "lock")
+                    lock = try_lock(self.folder(node) / "lock")
                     if lock is None:
                         continue  # another command runs it: its result will be there
                     waiting.remove(node)
@@ -198,19 +198,6 @@ class Runner:
 class _Process:
     def __init__(self, popen: "subprocess.Popen[bytes]", lock: TextIO, started: float) -> None:
         self.popen, self.lock, self.started = popen, lock, started
-
-
-def _lock(file: Path) -> TextIO | None:
-    """The file, locked for this process and until it is closed; None where another one has it."""
-    import fcntl
-
-    handle = file.open("w")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
-        return None
-    return handle
 
 
 def stop(processes: Sequence["subprocess.Popen[bytes]"], grace: float = GRACE_SECONDS) -> None:

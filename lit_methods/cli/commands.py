@@ -266,18 +266,25 @@ def export(argv: list[str]) -> int:
         "--format",
         default="weights",
         help="weights; folder: safetensors, config and a model card, as `lit push` takes it; sae-lens: a SparseAutoencoder for its "
-        "SAE.load_from_disk",
+        "SAE.load_from_disk; onnx, torch-export: the network as one graph for any batch, compared with the module",
     )
+    parser.add_argument("--part", default="", help="onnx, torch-export: a submodule, such as network; default: the module's forward")
+    parser.add_argument("--shape", nargs="+", type=int, help="onnx, torch-export: of an input without the batch; default: the run's data")
+    parser.add_argument("--tokens", type=int, help="with --shape: inputs are whole numbers below this, not float32")
     parser.add_argument("--prefix", default="", help="keep only the entries that start so, and strip it (such as backbone_3d.)")
     parser.add_argument("--force", action="store_true", help="overwrite out")
     options = parsed(parser, argv)
     if options is None:
         return 0
     out = Path(options.out).expanduser()
-    if options.format not in ("weights", "folder", "sae-lens"):
-        raise CommandError(f"--format is {options.format!r}: give weights or sae-lens, or folder")
+    if options.format not in ("weights", "folder", "sae-lens", "onnx", "torch-export"):
+        raise CommandError(f"--format is {options.format!r}: give weights, folder, sae-lens, onnx or torch-export")
     if options.format == "sae-lens":
         return _export_saelens(Path(options.ckpt).expanduser(), out)
+    if options.format in ("onnx", "torch-export"):
+        return _export_network(options, out)
+    if options.part or options.shape or options.tokens:
+        raise CommandError("--part, --shape and --tokens are of --format onnx and torch-export; parts of the weights: --prefix")
     is_folder = options.format == "folder"
     if not is_folder and out.suffix not in (".pt", ".pth", ".safetensors"):
         raise CommandError(f"{options.out} must end in .pt or .safetensors, or be a folder, with --format folder")
@@ -316,6 +323,22 @@ def save_weights(out: Path, weights: dict[str, Any], metadata: dict[str, str] | 
             torch.save(weights, partial)
     count = sum(tensor.numel() for tensor in weights.values())
     print(f"{out}: {len(weights)} tensors, {count:,} values")
+
+
+def _export_network(options: argparse.Namespace, out: Path) -> int:
+    from lit_methods.cli.network import SUFFIX, export_network
+
+    if out.suffix != SUFFIX[options.format]:
+        raise CommandError(f"{options.out} must end in {SUFFIX[options.format]} with --format {options.format}")
+    if out.exists() and not options.force:
+        raise CommandError(f"{out} exists: choose another name, or overwrite it with --force")
+    if options.tokens is not None and (options.tokens < 1 or options.shape is None):
+        raise CommandError("--tokens is a number above 0 that goes with --shape")
+    if options.prefix:
+        raise CommandError("--prefix is of weights: give --part, the name of a submodule")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    print(export_network(Path(options.ckpt).expanduser(), out, options.format, options.part, options.shape, options.tokens))
+    return 0
 
 
 def _export_saelens(checkpoint: Path, out: Path) -> int:

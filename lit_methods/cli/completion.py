@@ -62,7 +62,11 @@ OPTIONS = {
     "report": ("--out", "--notes", "--no-media", "--force", "--run_root"),
     "claims": ("--plan", "--quick", "--jobs", "--setting", "--cost", "--page", "--root"),
     "compare": ("--plan", "--quick", "--jobs", "--page", "--root"),
-    "export": ("--format", "--prefix", "--force"),
+    "sweep": (
+        *("--trials", "--jobs", "--devices", "--root", "--again", "--plan"),
+        *("--cluster", "--partition", "--minutes", "--gpus", "--cpus"),
+    ),
+    "export": ("--format", "--prefix", "--part", "--shape", "--tokens", "--force"),
     "schema": ("--out",),
     "cp": ("--force",),
     "new": ("--form", "--family", "--new-family", "--class", "--title", "--complete", "--package"),

@@ -34,6 +34,7 @@ Before a long run
 Believe and see
   claims [technique...]           re-show the claims of the papers: method against baseline, verdict, evidence
   compare <family>                all techniques of a family on one task at equal budget
+  sweep <file>                    many runs of one config whose keys are drawn, from a file in W&B's format; goes on where it stopped
   report <run>...                 one run's report anew, or several runs side by side
   dashboard <technique>           a W&B workspace with the technique's panels
 
@@ -77,7 +78,7 @@ usage: lit {command} [--config FILE]... [--key value]...
 
 OF_TECHNIQUES = {"soup": "lit_methods.callbacks.sparsity.sparse_model_soups.command"}  # command -> module that has it
 RUN_COMMANDS = ("fit", "validate", "test", "predict")
-LONG_COMMANDS = ("claims", "compare", "prune")
+LONG_COMMANDS = ("claims", "compare", "prune", "sweep")
 
 
 def main(argv: list[str] | None = None, tell: Callable[[Exception], None] | None = None) -> int:
@@ -161,11 +162,13 @@ def _commands() -> dict[str, Callable[[list[str]], int]]:
         scaffold,
         schema,
         share,
+        sweep,
     )
 
     return {
         "claims": claims.claims,
         "compare": claims.compare,
+        "sweep": sweep.sweep,
         "report": report.report,
         "runs": runs.runs,
         "dashboard": dashboard.dashboard,

@@ -14,7 +14,8 @@ from lit_methods.cli.commands import Parser, parsed
 from lit_methods.errors import CommandError, suggest
 from lit_methods.files import shown, write_atomically
 
-DESCRIPTION = "One run: its report.html drawn anew from what its folder holds. Several: one page that compares them."
+DESCRIPTION = "One run: its report.html drawn anew from what its folder holds. Several: one page that compares them. A sweep: its trials."
+SWEEP = "sweep.json"  # a folder with it is a sweep's
 MARKS = ("report.json", "metrics.jsonl", "config.yaml")  # a folder with one of them is a run's
 
 
@@ -22,7 +23,10 @@ def report(words: list[str]) -> int:
     """``lit report <run>...``."""
     parser = Parser(prog="lit report", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "runs", nargs="+", metavar="run", help="a run's folder; a name under runs/ for its newest run; or a pattern such as 'runs/probe*/*'"
+        "runs",
+        nargs="+",
+        metavar="run",
+        help="a run's folder; a name under runs/ for its newest run; a pattern such as 'runs/probe*/*'; or a sweep's folder",
     )
     parser.add_argument(
         "--out", type=Path, help="file to write (default: the run's own report.html, or comparison.html where the runs lie)"
@@ -33,6 +37,9 @@ def report(words: list[str]) -> int:
     parser.add_argument("--run_root", type=Path, default=Path("runs"), help="parent of all runs (default: %(default)s)")
     options = parsed(parser, words)
     if options is None:
+        return 0
+    if len(options.runs) == 1 and (sweep := _sweep(options)) is not None:
+        print(f"report of a sweep: {shown(sweep)}")
         return 0
     folders = find_runs(options.runs, options.run_root)
 
@@ -61,6 +68,29 @@ def report(words: list[str]) -> int:
         raise CommandError(f"{out} can't be written: {error}\n  choose another file with --out", exit_code=1) from error
     print(f"{'report' if len(runs) == 1 else f'comparison of {len(runs)} runs'}: {shown(out)}")
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> Path | None:
+    """The page of a sweep that was written, where the word means one."""
+    folder = next(
+        (path for path in (Path(options.runs[0]), options.run_root / "sweeps" / options.runs[0]) if (path / SWEEP).is_file()), None
+    )
+    if folder is None:
+        return None
+    from lit_methods.reports.html import origin_of
+    from lit_methods.reports.sweep import read_summary, render_sweep
+
+    mark = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=8).hexdigest()
+    out: Path = options.out or folder / "report.html"
+    if options.out is not None and out.exists() and not (options.force or origin_of(out) == mark):
+        raise CommandError(f"--out {out} exists and is no report of this sweep: choose another name, or add --force to replace it")
+    try:
+        summary = read_summary(folder)
+        assert summary is not None
+        write_atomically(out, render_sweep(summary, folder, out.parent, mark))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CommandError(f"{folder / SWEEP} can't be read or {out} not be written: {error}", exit_code=1) from error
+    return out
 
 
 # ---- which runs ------------------------------------------------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ import pytest
 from lit_methods.claims.cost import compare_cost, cost_nodes, measure
 from lit_methods.claims.display import Display, clock, estimate
 from lit_methods.claims.plan import Node, Plan
-from lit_methods.claims.runner import Runner, _lock, last_metrics, stop, value_of, why_missing
+from lit_methods.claims.runner import Runner, last_metrics, stop, value_of, why_missing
 from lit_methods.claims.sources import changed_sources, imported_sources, sha256
 from lit_methods.claims.study import Cost
 from lit_methods.errors import CommandError
+from lit_methods.files import try_lock
 
 FAKE = Path(__file__).parent / "fake_lit.py"
 HANGS = 300.0  # seconds that only end what would never end
@@ -131,11 +132,11 @@ def test_two_commands_that_want_the_same_stage_run_it_once(log: Path, tmp_path: 
 
 
 def test_a_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
-    held = _lock(tmp_path / "lock")
+    held = try_lock(tmp_path / "lock")
     assert held is not None
-    assert _lock(tmp_path / "lock") is None
+    assert try_lock(tmp_path / "lock") is None
     held.close()
-    again = _lock(tmp_path / "lock")
+    again = try_lock(tmp_path / "lock")
     assert again is not None
     again.close()
 

@@ -164,7 +164,7 @@ def test_a_model_goes_to_the_hub_and_back(run: Path, tmp_path: Path, hub: type[H
         (["push", "{folder}", "not a name"], "is no name on the hub"),
         (["pull", "me/other", "{new}"], "the hub refuses me/other (404)"),
         (["export", "{ckpt}", "{folder}", "--format", "folder"], "is there already"),
-        (["export", "{ckpt}", "{new}", "--format", "onnx"], "give weights or sae-lens, or folder"),
+        (["export", "{ckpt}", "{new}", "--format", "tflite"], "give weights, folder, sae-lens, onnx or torch-export"),
     ],
 )
 def test_mistakes_are_told(
