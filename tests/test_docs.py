@@ -4,9 +4,10 @@
 
 How a page is read: its fenced blocks run from top to bottom in one empty folder. A block whose first line is a comment with a file name
 (``# my_project.py``) is also written to that file. Python blocks share one namespace. YAML blocks are parsed by ``lit fit --print_config``;
-with the info string ``yaml fit`` they are trained for one batch, with ``yaml label_map`` they are read as a label map. ``lit`` commands in
-bash blocks run, except that fit, validate, test and predict only parse, claims and compare only plan, and dashboard sends nothing; what
-runs would have left behind is put into ``runs/<name>/<time>/``, so that later commands of the page find it.
+with the info string ``yaml fit`` they are trained for one batch, with ``yaml label_map`` they are read as a label map, with ``yaml sweep``
+as a sweep. ``lit`` commands in bash blocks run, except that fit, validate, test and predict only parse, claims, compare and sweep only plan,
+and dashboard sends nothing; what runs would have left behind is put into ``runs/<name>/<time>/``, so that later commands of the page find
+it.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import functools
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import shlex
@@ -41,6 +43,7 @@ LABEL_MAPS = [path for path in CONFIGS if path.parent.name == "label_maps"]
 SPEAK_FOR_THEMSELVES = ("class_path", "claim", "source")
 EXAMPLES = re.compile("two_views|/metric/|^my_|^runs/")  # paths that only an example has
 ONLY_SHOWN = {
+    "sweep": "--plan",
     "claims": "--plan",
     "compare": "--plan",
     "dashboard": "--dry-run",
@@ -191,6 +194,21 @@ class Page:
             quick = "--trainer.limit_train_batches 1 --trainer.limit_val_batches 1 --trainer.accelerator cpu --run_root quick"
             lit(["fit", "--config", str(path), "--trainer.max_epochs", "1", *quick.split()])
             assert list(self.folder.glob(f"quick/{path.stem}/*/checkpoints/last.ckpt"))
+        elif options == ["sweep"]:
+            from lit_methods.sweeps.definition import read_sweep
+
+            folder = self.folder / "runs" / "sweeps" / read_sweep(path).name
+            folder.mkdir(parents=True)
+            kept = {
+                "name": folder.name,
+                "method": "random",
+                "metric": "loss",
+                "goal": "minimize",
+                "words": [],
+                "parameters": [],
+                "trials": [],
+            }
+            (folder / "sweep.json").write_text(json.dumps(kept), encoding="utf-8")
         else:
             assert not options, f"unknown options {options}"
             resolved(["fit", "--config", str(path)])
@@ -201,6 +219,8 @@ class Page:
             self._leave_behind(rest, resolved(rest))
         elif program == "lit" and rest[0] == "new":
             new_technique(rest, self.folder, self.page)
+        elif program == "lit" and rest[0] == "export" and {"onnx", "torch-export"} & set(rest):
+            check_graph_export(rest)  # what is left behind here holds no network
         elif program == "lit" and rest[0] in ONLY_SHOWN:
             assert lit([*(word for word in rest if word != "--page"), ONLY_SHOWN[rest[0]]]).strip()
         elif program == "lit":
@@ -220,6 +240,13 @@ class Page:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "config.yaml").write_text(config, encoding="utf-8")
         torch.save({"state_dict": {"backbone_3d.weight": torch.ones(2)}}, run / "checkpoints" / "last.ckpt")
+
+
+def check_graph_export(words: list[str]) -> None:
+    """The file's ending is that of the format."""
+    from lit_methods.cli.network import SUFFIX
+
+    assert words[2].endswith(SUFFIX[words[words.index("--format") + 1]])
 
 
 def new_technique(words: list[str], folder: Path, page: Path) -> None:

@@ -64,6 +64,7 @@ NAVIGATION: tuple[tuple[str, tuple[str, ...]], ...] = (
             "super_resolution.md",
             "dashboards.md",
             "reports.md",
+            "sweeps.md",
             "long_runs.md",
             "full_recipes.md",
             "errors.md",
