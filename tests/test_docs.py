@@ -5,9 +5,9 @@
 How a page is read: its fenced blocks run from top to bottom in one empty folder. A block whose first line is a comment with a file name
 (``# my_project.py``) is also written to that file. Python blocks share one namespace. YAML blocks are parsed by ``lit fit --print_config``;
 with the info string ``yaml fit`` they are trained for one batch, with ``yaml label_map`` they are read as a label map, with ``yaml sweep``
-as a sweep. ``lit`` commands in bash blocks run, except that fit, validate, test and predict only parse, claims, compare and sweep only plan,
-and dashboard sends nothing; what runs would have left behind is put into ``runs/<name>/<time>/``, so that later commands of the page find
-it.
+as a sweep. ``lit`` commands in bash blocks run, except that fit, validate, test and predict only parse, claims, compare and sweep only
+plan, and dashboard sends nothing; what runs would have left behind is put into ``runs/<name>/<time>/``, so that later commands of the page
+find it.
 """
 
 import contextlib
