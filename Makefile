@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Test processes, one thread each. 0: all tests in one process, in order.
 WORKERS ?= 2
 
-.PHONY: superflow test test-all test-slow test-lowest test-faults lint types wheel-check dist release-check claims docs functional notebooks bench-lidar bench-logging size clean
+.PHONY: superflow test test-all test-slow test-lowest test-faults lint types wheel-check dist release-check claims checkpoints docs functional notebooks bench-lidar bench-logging size clean
 
 superflow: .venv/installed  ## pretrain on the embedded driving world, a few minutes on two cores
 	$(BIN)/lit fit --config configs/superflow.yaml
@@ -59,6 +59,9 @@ release-check: dist  ## the wheel in an empty environment: the command, the list
 
 claims: .venv/installed  ## re-show every claim, and write docs/evidence.md; hours, but finished stages are kept
 	$(BIN)/lit claims --jobs 2
+
+checkpoints: .venv/installed  ## train the small models to share, into checkpoints/; about half an hour; make checkpoints N=tcm: one
+	$(BIN)/python docs/tools/checkpoints.py $(N)
 
 docs: .venv/installed  ## the site, in site/; a warning or a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

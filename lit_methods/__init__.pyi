@@ -182,3 +182,4 @@ from .restoration.dloral.networks import StepUNet as StepUNet
 from .restoration.dloral.pretrain import OneStepPretraining as OneStepPretraining
 from .restoration.flow import RAFTFlow as RAFTFlow
 from .restoration.flow import SPyNet as SPyNet
+from .shared import load_shared as load_shared

@@ -64,19 +64,20 @@ def metadata(found: dict[str, Any]) -> dict[str, str]:
 
 def techniques_of(config: str) -> list[Technique]:
     """The techniques whose classes a config names."""
-    names = {path.rpartition(".")[2] for path in _class_paths(yaml.safe_load(config) if config else None)}
+    names = {path.rpartition(".")[2] for path in class_paths(yaml.safe_load(config) if config else None)}
     return techniques_in(names) if names else []
 
 
-def _class_paths(value: Any) -> Iterator[str]:
+def class_paths(value: Any) -> Iterator[str]:
+    """Every class that a part of a config names."""
     if isinstance(value, dict):
         if isinstance(value.get("class_path"), str):
             yield value["class_path"]
         for inner in value.values():
-            yield from _class_paths(inner)
+            yield from class_paths(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _class_paths(inner)
+            yield from class_paths(inner)
 
 
 def model_card(name: str, found: dict[str, Any]) -> str:
@@ -96,6 +97,10 @@ def model_card(name: str, found: dict[str, Any]) -> str:
         "from safetensors.torch import load_file",
         "",
         f'weights = load_file("{WEIGHTS}")  # name -> tensor',
+        "",
+        "from lit_methods import load_shared",
+        "",
+        'module = load_shared(".")  # the LightningModule; or this repository\'s name on the hub',
     ]
     lines += ["```", ""]
     if found.get("config"):

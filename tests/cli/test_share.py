@@ -184,3 +184,64 @@ def test_who_may_not_is_told_how_to_log_in(run: Path, tmp_path: Path, hub: type[
     assert main(["export", str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "out"), "--format", "folder"]) == 0
     assert main(["push", str(tmp_path / "out"), "me/model"]) == 1
     assert "hf auth login" in capsys.readouterr().err
+
+
+# ---- and back into Python ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder as ``lit export --format folder`` writes it, of an untrained classifier."""
+    from lit_methods import MLP, ImageClassifier
+
+    run = tmp_path / "runs" / "small" / "20260101-000000"
+    (run / "checkpoints").mkdir(parents=True)
+    network = "{class_path: lit_methods.MLP, init_args: {widths: [64, 8, 10]}}"
+    (run / "config.yaml").write_text(
+        f"model: {{class_path: lit_methods.ImageClassifier, init_args: {{network: {network}, learning_rate: 0.5}}}}\n"
+    )
+    module = ImageClassifier(MLP([64, 8, 10]))
+    torch.save({"state_dict": module.state_dict(), "epoch": 0, "pytorch-lightning_version": "2.6.0"}, run / "checkpoints" / "last.ckpt")
+    assert main(["export", str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "small"), "--format", "folder"]) == 0
+    return tmp_path / "small"
+
+
+def test_a_shared_model_is_a_module_again(shared: Path) -> None:
+    from safetensors.torch import load_file
+
+    from lit_methods import load_shared
+
+    module = load_shared(shared)
+    assert not module.training
+    assert module.hparams["learning_rate"] == 0.5
+    for name, value in load_file(shared / "model.safetensors").items():
+        assert torch.equal(module.state_dict()[name], value)
+
+
+def test_a_shared_model_comes_from_the_hub(shared: Path, hub: type[Hub]) -> None:
+    from lit_methods import load_shared
+
+    assert main(["push", str(shared), "me/model"]) == 0
+    assert load_shared("me/model").hparams["learning_rate"] == 0.5
+    with pytest.raises(FileNotFoundError, match="me/other is no folder, and the hub doesn't give it"):
+        load_shared("me/other")
+
+
+def test_what_cannot_be_loaded_is_told(shared: Path) -> None:
+    from lit_methods import load_shared
+
+    with pytest.raises(FileNotFoundError, match=r"smal is no folder\n  nearest: .*small"):
+        load_shared(shared.parent / "smal")
+    config = (shared / "config.yaml").read_text()
+    (shared / "config.yaml").write_text(config.replace("lit_methods.MLP", "os.path"))
+    with pytest.raises(ValueError, match=r"needs os.path, which isn't of lit_methods: load it with trusted=True"):
+        load_shared(shared)
+    (shared / "config.yaml").write_text(config.replace("[64, 8, 10]", "[64, 9, 10]"))
+    with pytest.raises(ValueError, match=r"don't fit ImageClassifier: size mismatch"):
+        load_shared(shared)
+    (shared / "config.yaml").write_text(config.replace("widths", "wdths"))
+    with pytest.raises(ValueError, match="can't be built from this config"):
+        load_shared(shared)
+    (shared / "config.yaml").unlink()
+    with pytest.raises(ValueError, match=r"has no config.yaml: give a folder that `lit export"):
+        load_shared(shared)
