@@ -40,8 +40,7 @@ Believe and see
 
 Files
   cp <config> <dest>              copy a shipped config to edit
-  export <ckpt> <out>             plain state dict out of a checkpoint (.pt or .safetensors), or a folder with a model card
-  push, pull                      such a folder to the Hugging Face hub, and back
+  export <ckpt> <out>             state dict, ONNX or torch.export graph, or a folder with a model card; push, pull: it to the hub and back
   prune --config FILE <out>       prune a trained model once, as DSnoT, Wanda, ... in the config say; a Hugging Face folder or a state dict
   idf <corpus.jsonl> <out>        table of inverse document frequencies of a corpus, by several processes
   encode <config>=<ckpt> <out>    documents of a sparse retriever for Anserini or OpenSearch, or the model for sentence-transformers

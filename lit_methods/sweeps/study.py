@@ -100,7 +100,7 @@ class Study:
 
     def values_of(self, trial: "optuna.Trial | optuna.trial.FrozenTrial") -> dict[str, Any]:
         """Key -> value of a trial."""
-        params = trial.params or (trial.system_attrs.get("fixed_params") or {})
+        params = trial.params or getattr(trial, "system_attrs", {}).get("fixed_params") or {}
         return {key: json.loads(value) if isinstance(value, str) else value for key, value in params.items()}
 
     def watch(self, trial: "optuna.Trial", values: Sequence[float]) -> bool:
@@ -114,9 +114,7 @@ class Study:
                 return True
         return False
 
-    def finish(
-        self, trial: "optuna.Trial", state: str, value: float | None = None, why: str = "", facts: Mapping[str, Any] | None = None
-    ) -> None:
+    def finish(self, trial: "optuna.Trial", state: str, value: float | None, why: str, facts: Mapping[str, Any]) -> None:
         """Keep how a trial ended: ``finished``, ``stopped early`` or ``failed``."""
         for name, fact in {**facts, **({"why": why} if why else {})}.items():
             trial.set_user_attr(name, fact)
@@ -129,7 +127,7 @@ class Study:
     def summary(self) -> dict[str, Any]:
         """The sweep and its trials as plain values, as ``sweep.json`` holds them."""
         words = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed", "RUNNING": "running"}
-        rows = []
+        rows: list[dict[str, Any]] = []
         for trial in self.trials:
             value = trial.value if trial.state.name == "COMPLETE" else trial.user_attrs.get("value")
             rows.append(

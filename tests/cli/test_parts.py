@@ -38,7 +38,7 @@ BUILT: dict[str, dict[str, Any]] = {
 def test_every_public_class_is_a_part_or_the_main_class_of_a_technique() -> None:
     names = {part.name for part in parts()}
     main_classes = {entry.names[0] for entry in techniques().values()}
-    assert set(public_names()) - names - main_classes - {"Technique"} == set()
+    assert set(public_names()) - names - main_classes - {"Technique", "load_shared"} == set()  # the last one is a function
     assert not names & main_classes
     assert {"OrderedCallback", "LossTerm", "MaskCallback", "LabelCorrection", "ClassificationDataModule"} <= {
         part.name for part in parts() if part.kind == "base class"

@@ -158,7 +158,7 @@ def test_a_checkpoint_is_exported_by_the_command(tmp_path, capsys):
     torch.testing.assert_close(load_saelens(tmp_path / "sae").encode(x), sae.encode(x), rtol=1e-5, atol=1e-6)
     with pytest.raises(CommandError, match="isn't empty"):
         export(words)
-    with pytest.raises(CommandError, match="give weights or sae-lens"):
+    with pytest.raises(CommandError, match="give weights, folder, sae-lens"):
         export([*words[:-1], "other"])
     torch.save({"state_dict": {"weight": x}}, tmp_path / "other.ckpt")
     with pytest.raises(CommandError, match="is no checkpoint of a SparseAutoencoder: its weights are weight"):
